@@ -1,0 +1,78 @@
+"""The error tree. Every error of this package is one of these, and also the builtin one would guess.
+
+::
+
+    HpsError
+    ├── ConfigError       (ValueError)     a config value is missing, wrong or out of range
+    ├── ModelFileError    (OSError)        a sparse model on disk is missing, damaged or does not fit its table
+    ├── KeyDtypeError     (TypeError)      keys are not integers, or do not fit the key width of the server
+    ├── UnknownModelError (LookupError)    no such model, or no such table in it
+    ├── CapacityError     (MemoryError)    a plan or an insertion does not fit the memory it may use
+    ├── DeviceError       (RuntimeError)   a listed device is missing, or an array is on the wrong one
+    ├── TierError         (OSError)        a storage tier failed
+    │   └── TierUnavailable                ... because it cannot be reached or is not installed
+    ├── PolicyError       (ValueError)     a cache policy is unknown or breaks its contract
+    └── ClosedError       (RuntimeError)   the server was closed
+
+A message names the place, the value that came and what was wanted, in one line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "ClosedError",
+    "ConfigError",
+    "DeviceError",
+    "HpsError",
+    "KeyDtypeError",
+    "ModelFileError",
+    "PolicyError",
+    "TierError",
+    "TierUnavailable",
+    "UnknownModelError",
+]
+
+
+class HpsError(Exception):
+    """Base of every error raised by hps_numba."""
+
+
+class ConfigError(HpsError, ValueError):
+    """A config value is missing, has the wrong type or is out of range."""
+
+
+class ModelFileError(HpsError, OSError):
+    """A sparse model cannot be read: missing, truncated, misaligned, or of another width than its table."""
+
+
+class KeyDtypeError(HpsError, TypeError):
+    """Keys are not integers, or a key does not fit the key width of the server."""
+
+
+class UnknownModelError(HpsError, LookupError):
+    """No model of this name is deployed, or it has no table of this number or name."""
+
+
+class CapacityError(HpsError, MemoryError):
+    """A plan, a table or an insertion does not fit the memory that it may use."""
+
+
+class DeviceError(HpsError, RuntimeError):
+    """A listed device is missing, or an array lies on a device that cannot serve it."""
+
+
+class TierError(HpsError, OSError):
+    """A storage tier failed to answer."""
+
+
+class TierUnavailable(TierError):
+    """A storage tier cannot be reached, or what it needs is not installed."""
+
+
+class PolicyError(HpsError, ValueError):
+    """A cache policy is unknown, or breaks the contract of a policy."""
+
+
+class ClosedError(HpsError, RuntimeError):
+    """The server was closed; it answers no more calls."""

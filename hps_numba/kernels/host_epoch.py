@@ -1,0 +1,39 @@
+"""Single ordered steps on words that threads share: epochs, counters, the header of a table."""
+
+from __future__ import annotations
+
+from hps_numba.kernels.compile import host_kernel
+from hps_numba.kernels.host_probe import enter_epoch, leave_epoch
+from hps_numba.kernels.memory_words import add_word, store_word_release
+
+__all__ = ["count", "epoch_advance", "epoch_enter", "epoch_leave", "publish"]
+
+
+@host_kernel
+def epoch_enter(epoch, record):
+    """``enter_epoch`` for a reader that outlives one kernel."""
+    enter_epoch(epoch, record)
+
+
+@host_kernel
+def epoch_leave(record):
+    """``leave_epoch`` for a reader that outlives one kernel."""
+    leave_epoch(record)
+
+
+@host_kernel
+def epoch_advance(epoch):
+    """Begin a new epoch; returns the one that ended. What was retired before is tagged with it. Fences both ways."""
+    return add_word(epoch, 1)
+
+
+@host_kernel
+def count(counter, amount):
+    """Add to a counter that many threads share.   **Writes:** counter."""
+    add_word(counter, amount)
+
+
+@host_kernel
+def publish(place, value):
+    """Make an address visible to readers, after all that it leads to.   **Writes:** place."""
+    store_word_release(place, value)

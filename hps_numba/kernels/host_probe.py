@@ -1,0 +1,65 @@
+"""Where a key stands in the index of a host store: the search that every host kernel shares.
+
+Addresses and words are int64 throughout; only hashes are uint64 (numba makes a float of a sum of the two).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.kernels.compile import host_function
+from hps_numba.kernels.hashing import home_line
+from hps_numba.kernels.memory_words import exchange_word, load_word, load_word_acquire, store_word_release
+from hps_numba.layout import EMPTY, ENTRY_BYTES, FIRST_SLOT, LINE_BYTES, META_BYTES, META_LINES, SLOT_MASK
+
+__all__ = ["end_of", "enter_epoch", "find_entry", "home_address", "leave_epoch", "slot_of"]
+
+_home_line = host_function(home_line)
+
+
+@host_function
+def home_address(block, lines, key):
+    """Address of the line where the search for ``key`` starts."""
+    return block + META_BYTES + np.int64(_home_line(np.uint64(key), np.uint64(lines))) * LINE_BYTES
+
+
+@host_function
+def end_of(block):
+    """Address after the last entry of an index block."""
+    return block + META_BYTES + load_word(block + META_LINES) * LINE_BYTES
+
+
+@host_function
+def find_entry(block, end, home, key):
+    """Address of the entry of ``key``, else of the empty entry where it would go; never full, so the search ends.
+
+    The word is loaded before the key: a key is written before its word and never changes in one index block, so a word
+    that is not empty vouches for the key beside it.
+    """
+    entry = home
+    while load_word_acquire(entry + 8) != EMPTY and load_word(entry) != key:
+        entry += ENTRY_BYTES
+        if entry == end:
+            entry = block + META_BYTES
+    return entry
+
+
+@host_function
+def slot_of(word):
+    """Slot of an index word; negative where there is no row."""
+    return (word & SLOT_MASK) - FIRST_SLOT
+
+
+@host_function
+def enter_epoch(epoch, record):
+    """Say that a reader is at work: nothing retired from now on is reused until it leaves.
+
+    The exchange is sequentially consistent, so no load of the index happens before the record is visible to the writer.
+    """
+    exchange_word(record, load_word_acquire(epoch))
+
+
+@host_function
+def leave_epoch(record):
+    """Take back what ``enter_epoch`` said."""
+    store_word_release(record, 0)
