@@ -1,1 +1,117 @@
-__version__ = "0.1.0.dev0"
+"""hps_numba: a hierarchical parameter server for recommender models, in pure Python.
+
+>>> import hps_numba
+>>> with hps_numba.HPS("ps_config.json") as server:                            # doctest: +SKIP
+...     rows = server.lookup([1, 5, 5, 7], model_name="demo", table_id=0)
+
+Importing this package imports no framework, touches no GPU and compiles nothing; each name is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hps_numba.errors import (
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    HpsError,
+    KeyDtypeError,
+    ModelFileError,
+    OutputError,
+    PolicyError,
+    TierError,
+    TierUnavailable,
+    UnknownModelError,
+)
+
+if TYPE_CHECKING:
+    from hps_numba.config import (
+        DatabaseOverflowPolicy_t,
+        DatabaseType_t,
+        EmbeddingCacheType_t,
+        InferenceParams,
+        ParameterServerConfig,
+        PersistentDatabaseParams,
+        UpdateSourceParams,
+        UpdateSourceType_t,
+        VolatileDatabaseParams,
+        read_config,
+    )
+    from hps_numba.parameter_server import HPS
+    from hps_numba.plan import Plan, TablePlan, make_plan
+    from hps_numba.stats import TableStats
+    from hps_numba.storage.model_files import convert_model, open_model, write_model
+    from hps_numba.synthetic import generate_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DatabaseOverflowPolicy_t": "config",
+    "DatabaseType_t": "config",
+    "EmbeddingCacheType_t": "config",
+    "HPS": "parameter_server",
+    "InferenceParams": "config",
+    "ParameterServerConfig": "config",
+    "PersistentDatabaseParams": "config",
+    "Plan": "plan",
+    "TablePlan": "plan",
+    "TableStats": "stats",
+    "UpdateSourceParams": "config",
+    "UpdateSourceType_t": "config",
+    "VolatileDatabaseParams": "config",
+    "convert_model": "storage.model_files",
+    "generate_model": "synthetic",
+    "make_plan": "plan",
+    "open_model": "storage.model_files",
+    "read_config": "config",
+    "write_model": "storage.model_files",
+}
+
+__all__ = [
+    "HPS",
+    "CapacityError",
+    "ClosedError",
+    "ConfigError",
+    "DatabaseOverflowPolicy_t",
+    "DatabaseType_t",
+    "DeviceError",
+    "EmbeddingCacheType_t",
+    "HpsError",
+    "InferenceParams",
+    "KeyDtypeError",
+    "ModelFileError",
+    "OutputError",
+    "ParameterServerConfig",
+    "PersistentDatabaseParams",
+    "Plan",
+    "PolicyError",
+    "TablePlan",
+    "TableStats",
+    "TierError",
+    "TierUnavailable",
+    "UnknownModelError",
+    "UpdateSourceParams",
+    "UpdateSourceType_t",
+    "VolatileDatabaseParams",
+    "__version__",
+    "convert_model",
+    "generate_model",
+    "make_plan",
+    "open_model",
+    "read_config",
+    "write_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.{home}"), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

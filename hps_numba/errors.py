@@ -5,6 +5,7 @@
     HpsError
     ├── ConfigError       (ValueError)     a config value is missing, wrong or out of range
     ├── ModelFileError    (OSError)        a sparse model on disk is missing, damaged or does not fit its table
+    ├── OutputError       (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
     ├── KeyDtypeError     (TypeError)      keys are not integers, or do not fit the key width of the server
     ├── UnknownModelError (LookupError)    no such model, or no such table in it
     ├── CapacityError     (MemoryError)    a plan or an insertion does not fit the memory it may use
@@ -27,6 +28,7 @@ __all__ = [
     "HpsError",
     "KeyDtypeError",
     "ModelFileError",
+    "OutputError",
     "PolicyError",
     "TierError",
     "TierUnavailable",
@@ -44,6 +46,10 @@ class ConfigError(HpsError, ValueError):
 
 class ModelFileError(HpsError, OSError):
     """A sparse model cannot be read: missing, truncated, misaligned, or of another width than its table."""
+
+
+class OutputError(HpsError, ValueError):
+    """An ``out=`` array or the rows of a write have the wrong shape or dtype, or cannot be written."""
 
 
 class KeyDtypeError(HpsError, TypeError):

@@ -28,15 +28,14 @@ from __future__ import annotations
 import math
 
 __all__ = [
+    "COUNTER_ABSENT",
     "COUNTER_BYTES",
     "COUNTER_CALLS",
-    "COUNTER_DEFAULTS",
-    "COUNTER_EVICTED",
     "COUNTER_KEYS",
     "COUNTER_MISSES",
-    "COUNTER_NOT_WAITED",
     "COUNTER_TIER_ERRORS",
-    "COUNTER_TIER_ROWS",
+    "COUNTER_TIER_HITS",
+    "COUNTER_UNANSWERED",
     "DEFAULT_LOAD",
     "EMPTY",
     "ENTRIES_PER_LINE",
@@ -76,19 +75,18 @@ EMPTY, ERASED, FIRST_SLOT = 0, 1, 2
 
 RECENCY_NONE, RECENCY_COUNT, RECENCY_TIME = 0, 1, 2
 
-# counters of a table (64 bytes): keys asked for, keys not in the host store, calls, rows from slower tiers, defaults served,
-# defaults served because a slower tier was not waited for, rows evicted
+# counters of a table (64 bytes): keys asked for, keys not in the host store, calls, keys found in slower tiers, keys that no
+# tier has, keys answered with the default because a slower tier was late or failed, failures of slower tiers
 COUNTER_BYTES = 64
 (
     COUNTER_KEYS,
     COUNTER_MISSES,
     COUNTER_CALLS,
-    COUNTER_TIER_ROWS,
-    COUNTER_DEFAULTS,
-    COUNTER_NOT_WAITED,
-    COUNTER_EVICTED,
+    COUNTER_TIER_HITS,
+    COUNTER_ABSENT,
+    COUNTER_UNANSWERED,
     COUNTER_TIER_ERRORS,
-) = (8 * i for i in range(8))
+) = (8 * i for i in range(7))
 
 #: share of entries in use for which a new index is sized, and the share at which it is rebuilt
 DEFAULT_LOAD = 0.50

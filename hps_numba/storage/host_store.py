@@ -18,14 +18,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from hps_numba.errors import CapacityError, ClosedError, HpsError
-from hps_numba.kernels.host_epoch import count, publish
+from hps_numba.kernels.host_epoch import publish
 from hps_numba.kernels.host_evict import HISTOGRAM, host_evict
 from hps_numba.kernels.host_lookup import host_contains, host_lookup
 from hps_numba.kernels.host_scan import host_scan
 from hps_numba.kernels.host_write import STATE_LIVE, STATE_RETIRED, host_erase, host_upsert
 from hps_numba.layout import (
-    COUNTER_BYTES,
-    COUNTER_EVICTED,
     ENTRIES_PER_LINE,
     HEADER_BYTES,
     META_LINES,
@@ -87,20 +85,36 @@ class HostStore:
         self._epochs = epochs
         self._growth_bytes = growth_bytes
         self._recency = RECENCY_OF_POLICY[policy] if max_rows is not None else RECENCY_NONE
+        self._policy, self._target = policy, target
         self._keep = None if max_rows is None else round(max_rows * target)
         self._batch_rows = batch_rows
         self._seed = seed
         self._lock = threading.RLock()
         self._closed = False
         self._old_contents: list[tuple[int, TableContent]] = []
-        self.counters = np.zeros(COUNTER_BYTES // 8, np.int64)
-        self._counters = address_of(self.counters)
+        #: rows that the bound pushed out so far
+        self.evicted = 0
         self._header = self._allocator.reserve(HEADER_BYTES, f"{name}: header")
         self._header.commit(HEADER_BYTES)
         #: address of the header, fixed for the life of the store
         self.header: int = self._header.address
         self._content = self.new_content(rows)
         publish(self.header, self._content.block)
+
+    def sibling(self) -> HostStore:
+        """An empty store with the same options, to fill aside and then ``adopt``."""
+        return HostStore(
+            self.dim,
+            name=self.name,
+            allocator=self._allocator,
+            epochs=self._epochs,
+            growth_bytes=self._growth_bytes,
+            max_rows=self.max_rows,
+            policy=self._policy,
+            target=self._target,
+            batch_rows=self._batch_rows,
+            seed=self._seed,
+        )
 
     def new_content(self, rows: int) -> TableContent:
         """An empty version of this table with room for ``rows``, to be filled and then given to ``replace``."""
@@ -128,6 +142,8 @@ class HostStore:
         out: np.ndarray,
         default: float = 0.0,
         misses: np.ndarray | None = None,
+        *,
+        counters: int = 0,
         threads: int | None = None,
     ) -> int:
         """Write the row of each key to ``out``; where there is none, ``default``.
@@ -136,6 +152,7 @@ class HostStore:
             keys: int64 ``[n]``, contiguous.
             out: float32 ``[n, dim]``, contiguous.
             misses: int64 ``[n]``; the positions of keys without a row are written to its head, ascending.
+            counters: address of the ``layout.COUNTER_*`` words to add to, or 0.
             threads: at most so many (default: all cores); small batches take one.
 
         Returns the number of keys without a row.
@@ -159,7 +176,7 @@ class HostStore:
                     self._epochs.address,
                     record,
                     now,
-                    self._counters,
+                    counters,
                 )
                 return missing
             finally:
@@ -203,10 +220,6 @@ class HostStore:
                 if got == 0:
                     return
                 yield keys[:got], rows[:got]
-
-    def count(self, counter: int, amount: int) -> None:
-        """Add to one of the ``layout.COUNTER_*`` counters."""
-        count(self._counters + counter, amount)
 
     # -- writing: one at a time ---------------------------------------------------------------------------------------------
 
@@ -300,9 +313,9 @@ class HostStore:
             evicted = host_evict(content.block, excess, self._seed, histogram, retired)
             content.state[STATE_LIVE] -= evicted
             self._retire(content, retired, evicted)
-            self.count(COUNTER_EVICTED, evicted)
+            self.evicted += evicted
 
-    # -- versions -------------------------------------------------------------------------------------------------------------
+    # -- versions ---------------------------------------------------------------------
 
     def replace(self, content: TableContent) -> None:
         """Put a filled version in the place of the present one, at once for all readers; then free the old one."""
@@ -310,6 +323,13 @@ class HostStore:
             publish(self.header, content.block)
             self._content = content
             self._let_go(old)
+
+    def adopt(self, sibling: HostStore) -> None:
+        """Put the rows of a ``sibling``, which ends, in the place of the present ones, at once for all readers."""
+        with sibling._writing() as content:
+            sibling._closed = True
+            publish(sibling.header, 0)
+            self.replace(content)
 
     def clear(self) -> None:
         """Drop all rows."""

@@ -1,0 +1,446 @@
+"""The parameter server: builds all rooms from a config and answers lookups.
+
+``HPS.lookup`` -> ``TableSession.lookup`` (session.py) -> ``HostStore.lookup`` (storage/host_store.py) -> ``host_lookup``
+(kernels/host_lookup.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba import parts
+from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
+from hps_numba.deployment import Deployment
+from hps_numba.errors import (
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    OutputError,
+    TierUnavailable,
+    UnknownModelError,
+)
+from hps_numba.hierarchy import TierStack
+from hps_numba.interop import NUMPY, as_keys, as_output, new_output, wrap_output
+from hps_numba.memory import PlainHostAllocator
+from hps_numba.plan import Plan, make_plan, plan_of, plan_table
+from hps_numba.progress import rows_progress
+from hps_numba.session import TableSession
+from hps_numba.stats import TableStats
+from hps_numba.storage.tiers._tier import Tier
+from hps_numba.storage.tiers.hash_map import HashMapTier
+
+__all__ = ["HPS"]
+
+log = logging.getLogger(__name__)
+_TIERS = "hps_numba.storage.tiers"
+
+
+class HPS:
+    """A hierarchical parameter server in this process.
+
+    Args:
+        config: path of a ``ps_config`` JSON file, the same as a dict, ``ParameterServerConfig``, or a list of
+            ``InferenceParams``.
+        strict: unknown config keys are errors instead of warnings.
+        allow_code: the config may name Python files (``path.py:NAME``) to run, such as tiers of one's own.
+        progress: draw a progress bar while loading; by default on a terminal, if there is much to load.
+
+    Raises:
+        ConfigError: a value of the config is missing or wrong.
+        ModelFileError: a sparse model is missing, damaged or of another width than its table.
+        CapacityError: the plan does not fit the machine; nothing was allocated.
+        TierUnavailable: a storage tier is not installed or cannot be reached.
+        DeviceError: the config requires a GPU.
+
+    A context manager: ``with HPS("ps.json") as server: rows = server.lookup(keys, "model", 0)``.
+
+    **Threads:** every method from any thread. Lookups take no lock and release the GIL; changes of one table take turns.
+    """
+
+    def __init__(
+        self, config: ConfigSource, *, strict: bool = False, allow_code: bool = False, progress: bool | None = None
+    ) -> None:
+        self.config: ServerConfig = read_config(config, strict=strict)
+        self._wide = self.config.supportlonglong
+        self._progress = progress
+        self._closed = False
+        self._changing = threading.RLock()
+        self._jobs = _Background()
+        self._allocator = PlainHostAllocator()
+        self._models: dict[str, Deployment] = {}
+        self._check_devices()
+        make_plan(self.config).check()
+        self._host: HashMapTier | None = None
+        self._slower = TierStack([])
+        try:
+            self._open_tiers(allow_code)
+            for model in self.config.models:
+                self._deploy(self.config, model)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- building ---------------------------------------------------------------------
+
+    def _check_devices(self) -> None:
+        devices = sorted({device for model in self.config.models for device in model.deployed_device_list})
+        if self.config.require_gpu:
+            raise DeviceError("require_gpu: true, but this version serves from host memory only; set it to false")
+        if devices:
+            log.warning("deployed_device_list %s: this version has no GPU cache, host memory serves all lookups", devices)
+
+    def _open_tiers(self, allow_code: bool) -> None:
+        slower = []
+        volatile, persistent = self.config.volatile_db, self.config.persistent_db
+        if volatile.type != "disabled":
+            kind = parts.load(_TIERS, volatile.type, allow_code=allow_code, error=TierUnavailable)
+            if kind is HashMapTier:
+                self._host = HashMapTier(volatile, wide_keys=self._wide, allocator=self._allocator)
+            else:
+                slower.append(self._open_tier("volatile_db", kind, volatile))
+        if persistent.type != "disabled":
+            kind = parts.load(_TIERS, persistent.type, allow_code=allow_code, error=TierUnavailable)
+            slower.append(self._open_tier("persistent_db", kind, persistent))
+        self._slower = TierStack(slower)
+
+    def _open_tier(self, place: str, kind: Any, section: Any) -> Tier:
+        if not (isinstance(kind, type) and issubclass(kind, Tier)):
+            raise ConfigError(f"{place}.type: {section.type!r} is {kind!r}, a subclass of Tier is wanted")
+        return kind(section, wide_keys=self._wide)
+
+    def _deploy(self, config: ServerConfig, model: ModelConfig) -> None:
+        deployment = Deployment(config, model, self._host, self._slower, self._jobs.submit)
+        rows = sum(table.rows for table in self._plan_of_model(deployment).tables)
+        try:
+            with rows_progress(rows, self._progress) as on_rows:
+                deployment.load(on_rows)
+        except BaseException:
+            deployment.close()
+            raise
+        self._models = {**self._models, model.model: deployment}
+
+    def _plan_of_model(self, deployment: Deployment, sources: Sequence[str] | None = None) -> Plan:
+        paths = sources or [table.spec.source for table in deployment.tables]
+        return plan_of(
+            plan_table(deployment.config, table.spec, path) for table, path in zip(deployment.tables, paths, strict=True)
+        )
+
+    # -- looking up ---------------------------------------------------------------------
+
+    def lookup(
+        self,
+        keys: Any,
+        model_name: str,
+        table_id: int | str,
+        device_id: int = 0,
+        *,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """The rows of a batch of keys.
+
+        Args:
+            keys: integers of any shape ``S``: a list, a NumPy, Torch, TF, CuPy or JAX array, anything with DLPack. 64-bit
+                servers take any integer dtype; 32-bit servers (``supportlonglong`` false) the bits of int32 and uint32, and
+                wider integers that fit.
+            model_name: a deployed model.
+            table_id: number of the table in its model, or its name.
+            device_id: one of the model's ``deployed_device_list``.
+            out: float32 array of shape ``S + (dim,)`` to write to and return.
+            stream: CUDA stream to work on; host lookups take none.
+
+        Returns:
+            float32 ``S + (dim,)``, an array of the same kind as ``keys`` (NumPy for lists), or ``out``. A key that no tier
+            has gets the table's default value.
+
+        Raises:
+            KeyDtypeError: keys are not integers or do not fit the key width.
+            UnknownModelError: no such model or table.   DeviceError: ``device_id`` is not deployed.
+            ClosedError: the server was closed.
+        """
+        table = self._table(model_name, table_id, device_id)
+        batch = as_keys(keys, wide=self._wide)
+        dim = table.spec.dim
+        shape = (*batch.shape, dim)
+        if out is None:
+            rows = new_output(batch.kind, shape)
+            table.lookup(batch.flat, rows.reshape(-1, dim))
+            return rows if batch.kind is NUMPY else wrap_output(rows, batch.kind)
+        rows, finish = as_output(out, shape)
+        table.lookup(batch.flat, rows.reshape(-1, dim))
+        finish()
+        return out
+
+    def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
+        """The rows of several tables of one model, all of the same version of the model.
+
+        Args:
+            keys: a sequence with the keys of each table in table order, or a mapping from table number or name to keys.
+            flat: return one float32 vector: the rows of all tables, one after the other in the given order.
+
+        Returns:
+            A list, or a dict with the keys of the mapping, of what ``lookup`` returns.
+
+        Raises:
+            As ``lookup``; ConfigError if a sequence is longer than the model has tables.
+        """
+        deployment = self._deployment(model_name, device_id)
+        wanted: list[tuple[Any, Any]]
+        if isinstance(keys, Mapping):
+            wanted = list(keys.items())
+        else:
+            wanted = list(enumerate(keys))
+        while True:
+            before = deployment.switches
+            answers = [self.lookup(some, model_name, table_id, device_id) for table_id, some in wanted]
+            if before == deployment.switches and before % 2 == 0:
+                break
+        if flat:
+            return np.concatenate([np.asarray(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
+        if isinstance(keys, Mapping):
+            return dict(zip(keys, answers, strict=True))
+        return answers
+
+    def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
+        """As ``lookup``, from one DLPack capsule to another (spec 4.1). The capsules are not consumed.
+
+        Args:
+            keys: capsule (or object with ``__dlpack__``) of integers of any shape and strides, n in all.
+            out_tensor: capsule of float32 with room for ``n * dim`` elements; the first are written, in C order.
+
+        Raises:
+            As ``lookup``; OutputError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only.
+        """
+        table = self._table(model_name, table_id, device_id)
+        batch = as_keys(keys, wide=self._wide)
+        dim = table.spec.dim
+        rows, finish = as_output(out_tensor, (*batch.shape, dim), larger=True, place="out_tensor")
+        table.lookup(batch.flat, rows.reshape(-1, dim))
+        finish()
+
+    # -- changing rows ---------------------------------------------------------------------
+
+    def insert(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
+        """Write a row for each key (upsert) to every tier; lookups that start after the return see it.
+
+        Args:
+            keys: integers of any shape ``S``.   rows: float32 ``S + (dim,)``; the last of equal keys wins.
+
+        Returns how many keys were new.
+
+        Raises:
+            KeyDtypeError, UnknownModelError, ClosedError as ``lookup``; OutputError for rows of another shape or dtype.
+            CapacityError: no memory for more rows.   TierError: a slower tier failed; faster ones were not written.
+        """
+        table = self._table(model_name, table_id)
+        return table.insert(*self._keys_and_rows(keys, rows, table))
+
+    def update(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
+        """Write the rows of those keys that exist; returns how many of ``keys`` did. Otherwise as ``insert``."""
+        table = self._table(model_name, table_id)
+        return table.update(*self._keys_and_rows(keys, rows, table))
+
+    def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
+        """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
+        table = self._table(model_name, table_id)
+        return table.erase(as_keys(keys, wide=self._wide).flat)
+
+    def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
+        """bool array of the shape of ``keys``: which have a row in some tier."""
+        table = self._table(model_name, table_id)
+        batch = as_keys(keys, wide=self._wide)
+        return table.contains(batch.flat).reshape(batch.shape)
+
+    def _keys_and_rows(self, keys: Any, rows: Any, table: TableSession) -> tuple[np.ndarray, np.ndarray]:
+        batch = as_keys(keys, wide=self._wide)
+        values = np.asarray(rows)
+        shape = (*batch.shape, table.spec.dim)
+        if values.dtype != np.float32 and not np.can_cast(values.dtype, np.float32, "same_kind"):
+            raise OutputError(f"rows: dtype {values.dtype} came, float32 is wanted")
+        if values.shape != shape:
+            raise OutputError(f"rows: shape {values.shape} came, {shape} is wanted for keys of shape {batch.shape}")
+        return batch.flat, np.ascontiguousarray(values, np.float32).reshape(-1, table.spec.dim)
+
+    def dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
+        """Write the rows of a table in host memory to a ``.bin`` file (spec 5.6); returns their number."""
+        table = self._table(model_name, table_id)
+        return self._fastest().dump(table.spec.tag, path)
+
+    def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
+        """Insert the rows of a ``.bin`` file; returns their number.
+
+        Raises:
+            ModelFileError: a damaged file, or rows of another width.
+        """
+        table = self._table(model_name, table_id)
+        return self._fastest().load_dump(table.spec.tag, path)
+
+    def _fastest(self) -> Tier:
+        tier = self._host if self._host is not None else next(iter(self._slower.tiers), None)
+        if tier is None:
+            raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
+        return tier
+
+    # -- models ---------------------------------------------------------------------
+
+    def load_model(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
+        """Deploy one more model, described as in ``models`` of the config or by ``InferenceParams``.
+
+        Raises:
+            ConfigError: the description is wrong or the name is taken.   Otherwise as ``HPS``.
+        """
+        with self._changing:
+            self._check_open()
+            config = self._config_of(model)
+            added = config.models[0]
+            if added.model in self._models:
+                raise ConfigError(f"model: {added.model!r} is deployed already, wanted another name (or replace_model)")
+            make_plan(config).check()
+            self._deploy(config, added)
+
+    def _config_of(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> ServerConfig:
+        """A config of this one model over the databases of this server."""
+        if isinstance(model, InferenceParams):
+            entry = read_config([model]).to_dict()["models"][0]
+        else:
+            entry = model.model_dump(mode="json") if isinstance(model, ModelConfig) else dict(model)
+        return read_config({**self.config.to_dict(), "models": [entry]}, beside=self.config.source)
+
+    def replace_model(self, model_name: str, sparse_files: Iterable[str | Path] | None = None) -> None:
+        """Put a new version of all rows of a model in force at once, while lookups go on.
+
+        The new version is loaded aside, so host memory holds both for a while. A lookup sees the old rows or the new ones;
+        ``lookup_many`` sees one version of all tables. Rows written by ``insert`` and ``update`` go with the old version.
+
+        Args:
+            sparse_files: one a table; by default those of the config, read anew.
+
+        Raises:
+            ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in force.
+            ConfigError: not one file a table.
+        """
+        with self._changing:
+            deployment = self._deployment(model_name)
+            sources = None if sparse_files is None else [str(file) for file in sparse_files]
+            if sources is not None and len(sources) != len(deployment.tables):
+                count = len(deployment.tables)
+                raise ConfigError(f"sparse_files: {len(sources)} for the {count} tables of model {model_name!r}")
+            plan = self._plan_of_model(deployment, sources)
+            plan.check()
+            with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
+                deployment.replace(sources, on_rows)
+
+    def unload_model(self, model_name: str, *, erase: bool = False) -> None:
+        """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers."""
+        with self._changing:
+            deployment = self._deployment(model_name)
+            self._models = {name: other for name, other in self._models.items() if name != model_name}
+            deployment.close(erase=erase)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the deployed models."""
+        return tuple(self._models)
+
+    # -- looking at it ---------------------------------------------------------------------
+
+    def stats(self) -> dict[str, dict[str, TableStats]]:
+        """Counts of every table since the server started, by model and table name."""
+        self._check_open()
+        return {
+            name: {table.spec.name: table.stats(deployment.version) for table in deployment.tables}
+            for name, deployment in self._models.items()
+        }
+
+    def plan(self) -> Plan:
+        """Bytes that the deployed models take, a tier at a time, from the sizes of their sparse models."""
+        self._check_open()
+        return plan_of(table for deployment in self._models.values() for table in self._plan_of_model(deployment).tables)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the rows and indexes of all tables take now."""
+        return sum(table.bytes for model in self.stats().values() for table in model.values())
+
+    # -- ending ---------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let the lookups at work end, then free everything; later calls raise ClosedError. Closing twice is fine."""
+        with self._changing:
+            if self._closed:
+                return
+            self._closed = True
+            self._jobs.close()
+            self._models = {}
+            if self._host is not None:
+                self._host.close()
+            self._slower.close()
+
+    def __enter__(self) -> HPS:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        models = ", ".join(f"{name} ({len(model.tables)} tables)" for name, model in self._models.items())
+        return f"<HPS {'closed' if self._closed else models}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the server is closed")
+
+    def _deployment(self, model_name: str, device_id: int | None = None) -> Deployment:
+        deployment = self._models.get(model_name)
+        if deployment is None:
+            self._check_open()
+            raise UnknownModelError(f"model_name: {model_name!r} is not deployed, deployed are {', '.join(self._models)}")
+        devices = deployment.model.deployed_device_list
+        if device_id is not None and device_id not in (devices or (0,)):
+            raise DeviceError(
+                f"device_id: model {model_name!r} is deployed on {list(devices) or 'the CPU'}, not on {device_id}"
+            )
+        return deployment
+
+    def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> TableSession:
+        return self._deployment(model_name, device_id).table(table_id)
+
+
+class _Background:
+    """One thread for jobs that no caller waits for.   **Threads:** ``submit`` from any thread."""
+
+    #: jobs that may wait; more are dropped, which only means that a row is fetched from its tier once more
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    def submit(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            if self._waiting >= self.LIMIT:
+                return
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, "hps_numba_background")
+            self._waiting += 1
+            future = self._executor.submit(job)
+        future.add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        with self._lock:
+            self._waiting -= 1
+        problem = None if future.cancelled() else future.exception()
+        if problem is not None and not isinstance(problem, ClosedError):
+            log.warning("rows fetched from a slower tier were not kept: %s", problem)
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,125 @@
+"""How many bytes a config will take, said before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
+from hps_numba.errors import CapacityError
+from hps_numba.memory import available_bytes, human_bytes
+from hps_numba.storage.host_store import RECENCY_OF_POLICY
+from hps_numba.storage.loading import rows_to_load
+from hps_numba.storage.model_files import open_model
+from hps_numba.storage.table_content import content_bytes
+
+__all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
+
+#: keys that are in flight while a table is loaded
+LOADING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlan:
+    """Bytes of one table.
+
+    Attributes:
+        rows: rows in the file, duplicates included.
+        host_rows: rows that host memory will hold at the start.
+        host_bytes: bytes they take, index included.
+        persistent_bytes: bytes of keys and rows in the persistent database, or 0.
+    """
+
+    model: str
+    table: str
+    dim: int
+    rows: int
+    host_rows: int
+    host_bytes: int
+    persistent_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of a server, a tier at a time.
+
+    Attributes:
+        tables: one plan a table.
+        loading_bytes: what loading takes beyond the tables, for as long as it lasts.
+        available_bytes: free memory of the machine when the plan was made.
+    """
+
+    tables: tuple[TablePlan, ...]
+    loading_bytes: int
+    available_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of all tables."""
+        return sum(table.host_bytes for table in self.tables)
+
+    @property
+    def fits(self) -> bool:
+        """The machine has that much free."""
+        return self.host_bytes + self.loading_bytes <= self.available_bytes
+
+    def check(self) -> None:
+        """Raise CapacityError if the plan does not fit, naming the largest table."""
+        if self.fits:
+            return
+        largest = max(self.tables, key=lambda table: table.host_bytes)
+        raise CapacityError(
+            f"the plan takes {human_bytes(self.host_bytes + self.loading_bytes)} of host memory, "
+            f"{human_bytes(self.available_bytes)} are free; the largest table is {largest.model}/{largest.table} "
+            f"with {human_bytes(largest.host_bytes)}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "host_bytes": self.host_bytes, "fits": self.fits}
+
+
+def make_plan(config: ServerConfig) -> Plan:
+    """Plan all tables of a config; opens the sparse models and reads their sizes only.
+
+    Raises:
+        ModelFileError: a sparse model is missing or does not fit its table.
+    """
+    return plan_of(plan_table(config, spec) for spec in config.tables())
+
+
+def plan_of(tables: Iterable[TablePlan]) -> Plan:
+    """A plan of some tables on this machine as it is now."""
+    return Plan(tables=tuple(tables), loading_bytes=LOADING_BYTES, available_bytes=available_bytes())
+
+
+def plan_table(config: ServerConfig, spec: TableSpec, source: str | None = None) -> TablePlan:
+    """Plan one table, from ``source`` instead of its own file if given."""
+    with open_model(source or spec.source, spec.dim) as reader:
+        rows = reader.rows
+    host_rows = _host_rows(config.volatile_db, rows)
+    recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
+    persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
+    return TablePlan(
+        model=spec.model,
+        table=spec.name,
+        dim=spec.dim,
+        rows=rows,
+        host_rows=host_rows,
+        host_bytes=content_bytes(host_rows, spec.dim, recency) if config.volatile_db.type != "disabled" else 0,
+        persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
+    )
+
+
+def _bound(section: VolatileDatabaseConfig) -> int | None:
+    bound = section.overflow_margin * section.num_partitions
+    return None if bound >= 2**64 - 1 else bound
+
+
+def _host_rows(section: VolatileDatabaseConfig, rows: int) -> int:
+    if section.type == "disabled" or not section.initialize_after_startup:
+        return 0
+    wanted = rows_to_load(rows, section.initial_cache_rate)
+    bound = _bound(section)
+    return wanted if bound is None else min(wanted, bound + section.max_batch_size)

@@ -1,0 +1,190 @@
+"""One batch through the hierarchy: host store, then slower tiers, then the default value.
+
+The way of a lookup: ``HPS.lookup`` (parameter_server.py) -> ``TableSession.lookup`` (here) -> ``HostStore.lookup``
+(storage/host_store.py) -> ``host_lookup`` (kernels/host_lookup.py); what the host store lacks -> ``TierStack.fetch``
+(hierarchy.py).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from hps_numba.config import TableSpec
+from hps_numba.hierarchy import TierStack
+from hps_numba.layout import (
+    COUNTER_ABSENT,
+    COUNTER_CALLS,
+    COUNTER_KEYS,
+    COUNTER_MISSES,
+    COUNTER_TIER_ERRORS,
+    COUNTER_TIER_HITS,
+    COUNTER_UNANSWERED,
+)
+from hps_numba.stats import Counters, TableStats
+from hps_numba.storage.host_store import HostStore
+
+__all__ = ["TableSession"]
+
+Background = Callable[[Callable[[], None]], None]
+
+
+class TableSession:
+    """One table as it is served.
+
+    Args:
+        spec: the table.
+        store: its rows in host memory, or None if the config has no volatile database.
+        slower: the tiers behind.
+        time_budget: seconds that a lookup waits for slower tiers, or None.
+        keep_missed: rows found in slower tiers also enter the host store, in the background (``cache_missed_embeddings``).
+        background: runs a job on the server's background thread.
+
+    *A row that was fetched must not come back after it was changed.* Between a fetch from a slower tier and its insertion in
+    the background the row may have been updated or erased. Every write of the user's holds ``_write_lock`` and counts
+    ``_writes`` up at its start and at its end; the insertion takes the lock too and gives up if the count is not what it was
+    before the fetch.
+
+    **Threads:** every method.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        store: HostStore | None,
+        slower: TierStack,
+        *,
+        time_budget: float | None = None,
+        keep_missed: bool = False,
+        background: Background | None = None,
+    ) -> None:
+        self.spec = spec
+        self.store = store
+        self._slower = slower
+        self._time_budget = time_budget
+        self._background = background if keep_missed and store is not None else None
+        self._counters = Counters()
+        self._write_lock = threading.RLock()
+        self._writes = 0
+
+    def lookup(self, keys: np.ndarray, out: np.ndarray) -> None:
+        """Write the row of each key to ``out``.
+
+        Args:
+            keys: int64 ``[n]``, contiguous.
+            out: float32 ``[n, dim]``, contiguous; all of it is written.
+        """
+        if not len(keys):
+            return
+        if self.store is None:
+            self._lookup_without_store(keys, out)
+            return
+        if not self._slower:
+            missing = self.store.lookup(keys, out, self.spec.default_value, counters=self._counters.address)
+            self._counters.add(COUNTER_ABSENT, missing)
+            return
+        writes = self._writes
+        misses = np.empty(len(keys), np.int64)
+        missing = self.store.lookup(keys, out, self.spec.default_value, misses, counters=self._counters.address)
+        if missing:
+            self._fetch(keys, misses[:missing], out, writes)
+
+    def _lookup_without_store(self, keys: np.ndarray, out: np.ndarray) -> None:
+        out[:] = self.spec.default_value
+        self._counters.add(COUNTER_CALLS, 1)
+        self._counters.add(COUNTER_KEYS, len(keys))
+        self._counters.add(COUNTER_MISSES, len(keys))
+        if self._slower:
+            self._fetch(keys, np.arange(len(keys)), out, self._writes)
+        else:
+            self._counters.add(COUNTER_ABSENT, len(keys))
+
+    def _fetch(self, keys: np.ndarray, positions: np.ndarray, out: np.ndarray, writes: int) -> None:
+        """Answer the keys at ``positions`` of a batch from the slower tiers: each distinct key once, within the time budget."""
+        deadline = None if self._time_budget is None else time.monotonic() + self._time_budget
+        wanted, inverse = np.unique(keys[positions], return_inverse=True)
+        rows = np.full((len(wanted), self.spec.dim), self.spec.default_value, np.float32)
+        answer = self._slower.fetch(self.spec.tag, wanted, rows, deadline=deadline)
+        out[positions] = rows[inverse]
+        hits, unsure = int(answer.found[inverse].sum()), int(answer.unsure[inverse].sum())
+        self._counters.add(COUNTER_TIER_HITS, hits)
+        self._counters.add(COUNTER_UNANSWERED, unsure)
+        self._counters.add(COUNTER_ABSENT, len(positions) - hits - unsure)
+        self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
+        if self._background is not None and hits:
+            found = answer.found
+            self._background(lambda: self._keep(wanted[found], rows[found], writes))
+
+    def _keep(self, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
+        with self._write_lock:
+            if self._writes == writes and self.store is not None:
+                self.store.upsert(keys, rows)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._write_lock:
+            self._writes += 1
+            try:
+                yield
+            finally:
+                self._writes += 1
+
+    # -- writing ---------------------------------------------------------------------
+
+    def insert(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Write a row for each key to every tier; returns how many keys were new to the fastest."""
+        with self._changing():
+            if self.store is None:
+                new = len(np.unique(keys[~self._slower.contains(self.spec.tag, keys)]))
+                self._slower.insert(self.spec.tag, keys, rows)
+                return new
+            self._slower.insert(self.spec.tag, keys, rows)
+            return self.store.upsert(keys, rows)
+
+    def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Write the rows of those keys that some tier has, there; returns how many of ``keys`` that were."""
+        with self._changing():
+            present = self.contains(keys)
+            self._slower.update(self.spec.tag, keys, rows)
+            if self.store is not None:
+                self.store.update(keys, rows)
+            return int(present.sum())
+
+    def erase(self, keys: np.ndarray) -> int:
+        """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
+        with self._changing():
+            present = len(np.unique(keys[self.contains(keys)]))
+            self._slower.erase(self.spec.tag, keys)
+            if self.store is not None:
+                self.store.erase(keys)
+            return present
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which keys have a row in some tier."""
+        found = np.zeros(len(keys), bool) if self.store is None else self.store.contains(keys)
+        if self._slower and not found.all():
+            rest = ~found
+            found[rest] = self._slower.contains(self.spec.tag, keys[rest])
+        return found
+
+    def adopt(self, content: HostStore | None) -> None:
+        """Put a loaded version of the table in the place of the present one."""
+        with self._changing():
+            if content is not None and self.store is not None:
+                self.store.adopt(content)
+
+    def stats(self, version: int) -> TableStats:
+        """Counts since the server started."""
+        store = self.store
+        return self._counters.read(
+            model=self.spec.model,
+            table=self.spec.name,
+            rows=0 if store is None else len(store),
+            size=0 if store is None else store.bytes,
+            evicted=0 if store is None else store.evicted,
+            version=version,
+        )

@@ -1,0 +1,170 @@
+"""Open, write and convert sparse models of any format.
+
+Formats are the files of :mod:`hps_numba.storage.formats`; the content of a file decides which one reads it, and its
+name only where the content tells nothing. A model that is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hps_numba import parts
+from hps_numba.errors import ModelFileError
+from hps_numba.storage.formats._atomic import leftovers, replacing
+from hps_numba.storage.formats._chunks import checked_chunks, writing
+from hps_numba.storage.formats._format import PathLike, Progress, SparseModelFormat, SparseModelReader, translated
+
+__all__ = ["convert_model", "formats", "open_model", "write_model"]
+
+_PACKAGE = "hps_numba.storage.formats"
+_ARRAYS = {"key", "emb_vector", "meta"}
+
+
+def formats() -> list[SparseModelFormat]:
+    """All formats, by name."""
+    return [parts.load(_PACKAGE, name, error=ModelFileError) for name in parts.names(_PACKAGE)]
+
+
+def open_model(path: PathLike, dim: int | None = None, *, format: str | None = None) -> SparseModelReader:
+    """Open a sparse model.
+
+    Args:
+        path: directory or file.
+        dim: width of a row that it must have; None takes the file's.
+        format: name of a format, or ``module:NAME`` of one's own; None finds it.
+
+    Returns:
+        A reader, which is a context manager.
+
+    Raises:
+        ModelFileError: missing, damaged, of another width, or of no known format.
+        ValueError: ``dim`` is less than 1.
+    """
+    where = Path(path)
+    found = _format_of(where) if format is None else parts.load(_PACKAGE, format, error=ModelFileError)
+    return found.open(where, dim)
+
+
+def _format_of(path: Path) -> SparseModelFormat:
+    every = formats()
+    with translated(path):
+        if not path.exists():
+            raise ModelFileError(f"{path}: no such file or directory{_hint(path)}")
+        for found in every:
+            if found.detect(path):
+                return found
+    for found in every:
+        if path.suffix.lower() in found.suffixes:
+            return found
+    raise ModelFileError(f"{path}: is none of the known formats ({', '.join(found.name for found in every)})")
+
+
+def _hint(path: Path) -> str:
+    """Where an overwrite that was killed between its two renames left the old model."""
+    kept = [workspace / "old" for workspace in leftovers(path) if (workspace / "old").exists()]
+    return f"; an interrupted overwrite left the old one at {kept[0]}" if kept else ""
+
+
+def write_model(
+    path: PathLike,
+    dim: int,
+    chunks: Iterable[tuple[Any, ...]],
+    *,
+    format: str | None = None,
+    rows: int | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> int:
+    """Write a sparse model and return its number of rows.
+
+    Everything goes to a hidden sibling first, is flushed to the disk, and is then renamed: whenever the process or the
+    machine stops, ``path`` is the old model, the new one or (between two renames, where a directory is replaced)
+    nothing. What a killed writer left is ignored by readers and cleaned by the next writer of the same path, who also
+    puts the old model back in the last case.
+
+    Args:
+        path: to be made.
+        dim: floats in a row, at least 1.
+        chunks: yields ``(keys int64[m], rows float32[m, dim])`` or ``(keys, rows, meta int64[m])``; float16 and float64
+            rows and other integers are converted. A chunk is used up before the next one is asked for, so that its
+            arrays may be used again.
+        format: None takes it from the name: none or ``.model`` a directory, ``.h5`` or ``.hdf5`` HDF5.
+        rows: number of rows to come, if known; another number is then an error.
+        overwrite: replace a model that exists.
+        on_progress: called with (rows done, ``rows`` or rows done) after each chunk.
+
+    Raises:
+        ModelFileError: ``path`` exists and may not be replaced, the format cannot write, a chunk does not fit, or the
+            disk refuses.
+        KeyDtypeError: keys are not integers.
+        ValueError: ``dim`` is less than 1.
+    """
+    if dim < 1:
+        raise ValueError(f"dim: {dim}, wanted at least 1")
+    target = Path(path)
+    writer = _writing_format(target, format)
+    _check_replaceable(target)
+    checked = checked_chunks(target, dim, chunks, rows, on_progress)
+    with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source:
+        return writer.write(new, dim, source)
+
+
+def _writing_format(path: Path, name: str | None) -> SparseModelFormat:
+    if name is not None:
+        found: SparseModelFormat = parts.load(_PACKAGE, name, error=ModelFileError)
+    else:
+        matches = [found for found in formats() if path.suffix.lower() in found.suffixes]
+        if not matches:
+            raise ModelFileError(f"{path}: no format is called {path.suffix}, wanted one of {_writable()}, or pass format")
+        found = matches[0]
+    if not found.can_write:
+        raise ModelFileError(f"{path}: format {found.name} is read only, wanted one of {_writable()}")
+    return found
+
+
+def _writable() -> str:
+    choices = [
+        f"{found.name} ({', '.join(suffix or 'no suffix' for suffix in found.suffixes)})"
+        for found in formats()
+        if found.can_write
+    ]
+    return ", ".join(choices)
+
+
+def _check_replaceable(path: Path) -> None:
+    """A directory is deleted with all that is in it: refuse where there is more than a model."""
+    if path.is_dir():
+        strangers = sorted(
+            entry.name for entry in path.iterdir() if entry.is_dir() or entry.name.partition(".")[0] not in _ARRAYS
+        )
+        if strangers:
+            raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is no part of a sparse model; it will not be replaced")
+
+
+def convert_model(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    dim: int | None = None,
+    format: str | None = None,
+    chunk_rows: int | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> int:
+    """Copy a model of any format to one that can be written, chunk by chunk, and return its number of rows.
+
+    Args:
+        src, dst: they may be the same with ``overwrite``.
+        dim: width that ``src`` must have; needed only for a directory without rows.
+        format: of ``dst``; None takes it from the name, as in :func:`write_model`.
+        chunk_rows: rows at a time; None means about 8 MiB.
+        overwrite, on_progress: as in :func:`write_model`; ``src``'s number of rows is the total.
+
+    Raises:
+        ModelFileError: as in :func:`open_model` and :func:`write_model`.
+    """
+    with open_model(src, dim) as model:
+        chunks = model.chunks(chunk_rows)
+        return write_model(dst, model.dim, chunks, format=format, rows=model.rows, overwrite=overwrite, on_progress=on_progress)

@@ -1,0 +1,164 @@
+"""What a storage tier promises: rows of embedding tables by key, in memory, on disk or across a network.
+
+A tier is one file in this folder that defines ``PART``, a subclass of :class:`Tier`; or a class of the user's own, named in
+the config as ``module:NAME`` or ``file.py:NAME``. Six methods are enough; everything else is built on them. Tables are named
+by tag, ``hps_et.<model>.<table>``. The same contract tests run over every tier (spec 8.1).
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from hps_numba.errors import ClosedError, TierError
+from hps_numba.storage.bin_dump import read_bin, write_bin
+
+if TYPE_CHECKING:
+    from hps_numba.config import PersistentDatabaseConfig, VolatileDatabaseConfig
+
+__all__ = ["NO_LIMIT", "Fetched", "Tier"]
+
+#: ``capacity`` of a tier without a bound
+NO_LIMIT = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The answer of a tier.
+
+    Attributes:
+        found: bool ``[n]``, which keys had a row; the rows of the others were left as they were.
+        asked: how many keys, from the first on, were looked for before time ran out; ``n`` if it did not.
+    """
+
+    found: np.ndarray
+    asked: int
+
+
+class Tier(abc.ABC):
+    """One storage tier, shared by all models of a server.
+
+    Class attributes:
+        shared: other processes see the same rows.
+        persistent: rows outlive the process.
+
+    **Threads:** every method, from any thread.
+    """
+
+    shared: ClassVar[bool] = False
+    persistent: ClassVar[bool] = False
+
+    def __init__(self, section: VolatileDatabaseConfig | PersistentDatabaseConfig, *, wide_keys: bool = True) -> None:
+        """Open the tier that ``volatile_db`` or ``persistent_db`` describes; ``wide_keys``: keys have 64 bits, else 32."""
+        self.section = section
+        self.wide_keys = wide_keys
+
+    @property
+    def read_only(self) -> bool:
+        """Rows cannot be written."""
+        return bool(getattr(self.section, "read_only", False))
+
+    # -- to be written ---------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        """Copy the rows of those keys (int64 ``[n]``) that the tier has to ``rows`` (float32 ``[n, dim]``).
+
+        Rows of absent keys stay as they are; an unknown table has no keys. ``deadline`` is a ``time.monotonic()`` after which
+        no further batch is begun (``batches`` keeps it).
+        """
+
+    @abc.abstractmethod
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Write a row for each key, making the table if need be; the last of equal keys wins. Returns how many were new.
+
+        Nothing of the caller's memory is kept. A table has one width, that of its first rows: another is a TierError.
+        """
+
+    @abc.abstractmethod
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        """Remove keys, or with None the whole table; returns how many rows there were."""
+
+    @abc.abstractmethod
+    def size(self, table: str) -> int:
+        """Number of rows in a table; 0 if it is unknown."""
+
+    @abc.abstractmethod
+    def tables(self) -> list[str]:
+        """Tags of all tables."""
+
+    @abc.abstractmethod
+    def scan(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All (keys, rows) of a table in chunks, each key once."""
+
+    # -- built on it ---------------------------------------------------------------------
+
+    def capacity(self, table: str) -> int:
+        """Rows that a table may hold; NO_LIMIT if it is not bound."""
+        return NO_LIMIT
+
+    def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which keys have a row."""
+        dim = next((rows.shape[1] for _, rows in self.scan(table, 1)), 1)
+        return self.fetch(table, keys, np.empty((len(keys), dim), np.float32)).found
+
+    def find_tables(self, model: str) -> list[str]:
+        """Tags of the tables of one model."""
+        return sorted(tag for tag in self.tables() if tag.startswith(f"hps_et.{model}."))
+
+    def dump(self, table: str, path: str | Path) -> int:
+        """Write a table to a ``.bin`` file (spec 5.6); returns the number of rows."""
+        self._only_bin(path)
+        chunks = self.scan(table)
+        first = next(chunks, None)
+        dim = 1 if first is None else first[1].shape[1]
+        rest = [] if first is None else [first]
+        return write_bin(path, 8 if self.wide_keys else 4, dim, _chained(rest, chunks), overwrite=True)
+
+    def load_dump(self, table: str, path: str | Path) -> int:
+        """Insert the rows of a ``.bin`` file into a table; returns their number.
+
+        Raises:
+            ModelFileError: a damaged file, or keys of another width than the tier's.
+        """
+        self._only_bin(path)
+        dump = read_bin(path)
+        wanted = 8 if self.wide_keys else 4
+        if dump.key_bytes != wanted and dump.pairs:
+            raise TierError(f"{path}: keys of {dump.key_bytes} bytes, wanted {wanted} as supportlonglong says")
+        for keys, rows in dump.chunks(self.section.max_batch_size):
+            self.insert(table, keys, rows)
+        return dump.pairs
+
+    @staticmethod
+    def _only_bin(path: str | Path) -> None:
+        if Path(path).suffix != ".bin":
+            raise TierError(f"{path}: a dump is a .bin file")
+
+    def batches(self, n: int, deadline: float | None) -> Iterator[slice]:
+        """Cut ``n`` keys into batches of ``max_batch_size``; stops when the deadline has passed (spec 8.1)."""
+        step = self.section.max_batch_size
+        for start in range(0, n, step):
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            yield slice(start, min(start + step, n))
+
+    def close(self) -> None:
+        """Let go of everything; later calls may raise ClosedError."""
+
+    def closed_error(self) -> ClosedError:
+        """What to raise after ``close``."""
+        return ClosedError(f"{type(self).__name__}: the tier is closed")
+
+
+def _chained(
+    first: list[tuple[np.ndarray, np.ndarray]], rest: Iterator[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    yield from first
+    yield from rest

@@ -1,0 +1,128 @@
+"""``hash_map``: tables in the memory of this process, each a :class:`~hps_numba.storage.host_store.HostStore` (spec 8.3)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from hps_numba.config import VolatileDatabaseConfig
+from hps_numba.errors import TierError
+from hps_numba.memory import HostAllocator, PlainHostAllocator
+from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
+
+__all__ = ["PART", "HashMapTier"]
+
+
+class HashMapTier(Tier):
+    """Host hash stores by table. Lookups that know their store go to it directly.
+
+    The bound of a table is ``overflow_margin * num_partitions``, one flat store, trimmed to ``overflow_resolution_target``.
+    """
+
+    section: VolatileDatabaseConfig
+
+    def __init__(
+        self, section: VolatileDatabaseConfig, *, wide_keys: bool = True, allocator: HostAllocator | None = None
+    ) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
+        self._stores: dict[str, HostStore] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def store(self, table: str, dim: int) -> HostStore:
+        """The store of a table, made if need be.
+
+        Raises:
+            TierError: the table has another width.
+        """
+        with self._lock:
+            if self._closed:
+                raise self.closed_error()
+            store = self._stores.get(table)
+            if store is None:
+                store = self._stores[table] = self._new_store(table, dim)
+        if store.dim != dim:
+            raise TierError(f"{table}: rows of width {dim} came, the table holds width {store.dim}")
+        return store
+
+    def _new_store(self, table: str, dim: int) -> HostStore:
+        section = self.section
+        bound = min(NO_LIMIT, section.overflow_margin * section.num_partitions)
+        return HostStore(
+            dim,
+            name=table,
+            allocator=self.allocator,
+            growth_bytes=section.allocation_rate,
+            max_rows=None if bound == NO_LIMIT else bound,
+            policy=section.overflow_policy,
+            target=section.overflow_resolution_target,
+            batch_rows=section.max_batch_size,
+        )
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        store = self._stores.get(table)
+        found = np.zeros(len(keys), bool)
+        if store is None:
+            return Fetched(found, len(keys))
+        if rows.shape != (len(keys), store.dim):
+            raise TierError(f"{table}: rows of shape {rows.shape} came, ({len(keys)}, {store.dim}) is wanted")
+        asked = 0
+        for part in self.batches(len(keys), deadline):
+            some = np.ascontiguousarray(keys[part], np.int64)
+            scratch = np.empty((len(some), store.dim), np.float32)
+            misses = np.empty(len(some), np.int64)
+            missing = store.lookup(some, scratch, 0.0, misses)
+            here = np.ones(len(some), bool)
+            here[misses[:missing]] = False
+            rows[part][here] = scratch[here]
+            found[part] = here
+            asked = part.stop
+        return Fetched(found, asked)
+
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        return self.store(table, rows.shape[1]).upsert(keys, rows)
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if keys is not None:
+            store = self._stores.get(table)
+            return 0 if store is None else store.erase(keys)
+        with self._lock:
+            store = self._stores.pop(table, None)
+        if store is None:
+            return 0
+        rows = len(store)
+        store.close()
+        return rows
+
+    def size(self, table: str) -> int:
+        store = self._stores.get(table)
+        return 0 if store is None else len(store)
+
+    def capacity(self, table: str) -> int:
+        return min(NO_LIMIT, self.section.overflow_margin * self.section.num_partitions)
+
+    def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
+        store = self._stores.get(table)
+        return np.zeros(len(keys), bool) if store is None else store.contains(np.ascontiguousarray(keys, np.int64))
+
+    def tables(self) -> list[str]:
+        return sorted(self._stores)
+
+    def scan(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        store = self._stores.get(table)
+        if store is not None:
+            yield from store.scan(chunk_rows)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            stores, self._stores = self._stores, {}
+        for store in stores.values():
+            store.close()
+
+
+PART = HashMapTier

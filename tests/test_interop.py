@@ -1,0 +1,458 @@
+"""Any array in, the same kind out (spec 4.1, rows N02, N03, C10): keys, outputs, protocols and devices.
+
+The real frameworks are in test_interop_frameworks.py, capsules in test_dlpack.py.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import subprocess
+import sys
+import timeit
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.interop import NUMPY, ArrayKind, as_keys, as_output, new_output, wrap_output
+
+INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+
+
+def naive_key(value: int, itemsize: int, wide: bool) -> int:
+    """Contracts, 'Keys and dtypes', for one value."""
+    if wide:
+        return value - 2**64 if value >= 2**63 else value
+    return value if itemsize == 8 else value % 2**32
+
+
+class OnlyDlpack:
+    """An array that knows DLPack and nothing else; ``old`` producers take no max_version."""
+
+    def __init__(self, memory: np.ndarray, *, old: bool = False) -> None:
+        self.memory, self.old = memory, old
+
+    def __dlpack__(self, **wanted: Any) -> Any:
+        if self.old and wanted:
+            raise TypeError("unexpected keyword")
+        return self.memory.__dlpack__(**wanted)
+
+
+class OnlyInterface:
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+
+class OnlyArray:
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.memory.copy()
+
+
+class OnGpu(OnlyDlpack):
+    """Says that it is on a GPU; ``dlpack`` tells whether it can be copied to the host by DLPack."""
+
+    def __init__(self, memory: np.ndarray, *, dlpack: bool = True) -> None:
+        super().__init__(memory)
+        self.dlpack = dlpack
+        self.wanted: dict[str, Any] = {}
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 3
+
+    def __dlpack__(self, **wanted: Any) -> Any:
+        self.wanted = wanted
+        if not self.dlpack:
+            raise BufferError("this producer cannot copy to another device")
+        return super().__dlpack__(**wanted)
+
+
+class OnGpuWithGet(OnGpu):
+    def get(self) -> np.ndarray:
+        return self.memory.copy()
+
+
+class OnlyCudaInterface:
+    """``__cuda_array_interface__`` over host memory: good for metadata, not to be read."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.__cuda_array_interface__ = {**memory.__array_interface__, "version": 3}
+
+
+def read_only(a: np.ndarray) -> np.ndarray:
+    a.flags.writeable = False
+    return a
+
+
+# ---- keys: dtypes, shapes, strides ---------------------------------------------------------------------------------------
+
+
+def unaligned(a: np.ndarray) -> np.ndarray:
+    return np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
+
+
+LAYOUTS = {
+    "contiguous": lambda a: a,
+    "transposed": lambda a: a.T,
+    "reversed": lambda a: a[..., ::-1] if a.ndim else a,
+    "every_second": lambda a: a[::2] if a.ndim else a,
+    "broadcast": lambda a: np.broadcast_to(a, (2, *a.shape)),
+    "unaligned": lambda a: unaligned(a) if a.size else a,
+}
+
+
+@given(data=st.data(), dtype=st.sampled_from(INTEGERS), order=st.sampled_from("<>"), wide=st.booleans())
+def test_keys_of_every_dtype_shape_and_stride(data: st.DataObject, dtype: str, order: str, wide: bool) -> None:
+    fitting = st.integers(0, 2**32 - 1) if dtype[1] == "8" and not wide else None
+    shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+    base = data.draw(hnp.arrays(np.dtype(order + dtype), shapes, elements=fitting))
+    keys = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](base)
+    batch = as_keys(keys, wide=wide)
+    assert batch.flat.tolist() == [naive_key(int(k), keys.itemsize, wide) for k in keys.flat]
+    assert batch.flat.dtype == np.int64 and batch.flat.dtype.isnative and batch.flat.ndim == 1
+    assert batch.flat.flags.c_contiguous and batch.flat.flags.aligned
+    assert batch.shape == keys.shape and batch.kind == NUMPY
+
+
+@given(keys=hnp.arrays(st.sampled_from([np.int64, np.uint64]), hnp.array_shapes(max_dims=3, max_side=4)))
+def test_wide_values_in_32_bit_mode_fit_or_raise(keys: np.ndarray) -> None:
+    bad = [(index, value) for index, value in np.ndenumerate(keys) if not 0 <= int(value) < 2**32]
+    if not bad:
+        assert as_keys(keys, wide=False).flat.tolist() == keys.ravel().tolist()
+        return
+    index, value = bad[0]
+    with pytest.raises(KeyDtypeError, match=r"^ids\[") as error:
+        as_keys(keys, wide=False, place="ids")
+    assert str(error.value).startswith(f"ids[{', '.join(map(str, index))}] is {value}, ")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("wide", [True, False])
+def test_keys_in_one_strided_dimension(dtype: str, wide: bool) -> None:
+    for keys in (np.arange(9, dtype=dtype)[::2], np.arange(9, dtype=dtype)[::-1], unaligned(np.arange(9, dtype=dtype))):
+        flat = as_keys(keys, wide=wide).flat
+        assert flat.tolist() == keys.tolist() and flat.flags.c_contiguous and flat.flags.aligned
+
+
+def test_extremes_of_each_width() -> None:
+    for value in (2**32, 2**63 - 1, -1):
+        with pytest.raises(KeyDtypeError, match=rf"keys\[1\] is {value}, "):
+            as_keys(np.array([2**32 - 1, value]), wide=False)
+    assert as_keys(np.array([-1], np.int32), wide=False).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([-1], np.int8), wide=False).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([-1], np.int32), wide=True).flat.tolist() == [-1]
+    assert as_keys(np.array([2**32 - 1], np.uint32), wide=True).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([2**64 - 1, 2**63], np.uint64), wide=True).flat.tolist() == [-1, -(2**63)]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (0,), ()])
+def test_contiguous_64_bit_keys_are_not_copied(dtype: type, shape: tuple[int, ...]) -> None:
+    keys = np.zeros(shape, dtype)
+    keys.flags.writeable = False
+    for wide in (True, False):
+        batch = as_keys(keys, wide=wide)
+        assert batch.flat.ctypes.data == keys.ctypes.data and batch.flat.size == keys.size
+
+
+def test_scalar_keys_have_rank_0() -> None:
+    for key in (7, np.int64(7), np.array(7), np.uint8(7)):
+        batch = as_keys(key, wide=True)
+        assert batch.flat.tolist() == [7] and batch.shape == ()
+
+
+# ---- keys: lists ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "flat", "shape"),
+    [
+        ([], [], (0,)),
+        ([[], []], [], (2, 0)),
+        ((1, 2, 3), [1, 2, 3], (3,)),
+        ([[1, 2], (3, 4)], [1, 2, 3, 4], (2, 2)),
+        (range(3), [0, 1, 2], (3,)),
+        ([-(2**63), 2**63 - 1], [-(2**63), 2**63 - 1], (2,)),
+        ([2**63], [-(2**63)], (1,)),
+        ([1, 2**63], [1, -(2**63)], (2,)),  # NumPy makes this float64, which would round
+        ([[2**64 - 1], [2**53 + 1]], [-1, 2**53 + 1], (2, 1)),
+        ([np.uint64(5), np.int64(2**53 + 1)], [5, 2**53 + 1], (2,)),
+        ([np.int32(-1)], [-1], (1,)),
+        (array.array("q", [4, 5]), [4, 5], (2,)),
+    ],
+)
+def test_lists_in_64_bit_mode(keys: Any, flat: list[int], shape: tuple[int, ...]) -> None:
+    batch = as_keys(keys, wide=True)
+    assert (batch.flat.tolist(), batch.shape, batch.kind) == (flat, shape, NUMPY)
+
+
+def test_lists_in_32_bit_mode() -> None:
+    assert as_keys([0, 2**32 - 1], wide=False).flat.tolist() == [0, 2**32 - 1]
+    assert as_keys([], wide=False).shape == (0,)
+    assert as_keys([np.int32(-1)], wide=False).flat.tolist() == [2**32 - 1]
+    for keys, message in (
+        ([3, -1], r"keys\[1\] is -1, .*0\.\.4294967295"),
+        ([[0, 1], [2**32, -5]], r"keys\[1, 0\] is 4294967296"),
+        ([1, 2**63], r"keys\[1\] is 9223372036854775808"),
+        (-3, r"keys is -3"),
+    ):
+        with pytest.raises(KeyDtypeError, match=message):
+            as_keys(keys, wide=False)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([1, 2.5], r"keys\[1\] is 2.5 \(float\), integers are wanted"),
+        ([True, None], r"keys\[0\] is True \(bool\)"),
+        ([[1, 2], [None, 3]], r"keys\[1, 0\] is None \(NoneType\)"),
+        ([1, [2, 3]], r"list cannot be read as an array of integers: ValueError: .*inhomogeneous"),
+        ([[1], [2, 3]], "inhomogeneous"),
+        ([-1, 2**63], r"keys\[1\] is 9223372036854775808, int64 .* beside negative keys"),
+        ([0, 2**64], r"keys\[1\] is 18446744073709551616, uint64"),
+        (-(2**63) - 1, r"keys is -9223372036854775809, int64"),
+        (["a", "b"], r"list of dtype <U1"),
+        ("ab", "str of dtype <U2"),
+        (b"ab", "bytes of dtype"),
+        (True, "bool of dtype bool"),
+        ([True, False], "list of dtype bool"),
+        (1.0, "float of dtype float64"),
+        (None, "NoneType of dtype object"),
+        ({1, 2}, "set of dtype object"),
+        (np.zeros(0), "numpy array of dtype float64"),
+        (np.zeros(2, np.float32), "numpy array of dtype float32 came, integers"),
+        (np.zeros(2, bool), "dtype bool"),
+        (np.zeros(2, complex), "dtype complex128"),
+        (np.array([1, 2], object), "dtype object"),
+        (np.zeros(2, "datetime64[s]"), "dtype datetime64"),
+        (np.zeros(2, [("key", np.int64)]), "dtype .*key"),
+        (np.ma.masked_array([1, 2], [False, True]), "masked keys"),
+        (np.float64(1), "float64 of dtype float64"),
+    ],
+)
+def test_what_is_not_keys_is_refused(keys: Any, message: str, wide: bool) -> None:
+    with pytest.raises(KeyDtypeError, match=message) as error:
+        as_keys(keys, wide=wide)
+    assert "\n" not in str(error.value) and isinstance(error.value, TypeError)
+
+
+# ---- keys: protocols and devices -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [OnlyDlpack, OnlyInterface, OnlyArray, memoryview, np.ma.masked_array])
+def test_protocols(kind: Any) -> None:
+    memory = np.arange(12).reshape(3, 4)
+    batch = as_keys(kind(memory), wide=True)
+    assert (batch.flat.tolist(), batch.shape, batch.kind) == (list(range(12)), (3, 4), NUMPY)
+    assert np.shares_memory(batch.flat, memory) == (kind is not OnlyArray)
+
+
+def test_protocols_with_strides_and_old_producers() -> None:
+    memory = np.arange(12, dtype=np.int32).reshape(3, 4)[::2, ::-1]
+    for keys in (OnlyDlpack(memory), OnlyDlpack(memory, old=True), OnlyInterface(memory)):
+        assert as_keys(keys, wide=True).flat.tolist() == memory.ravel().tolist()
+
+
+def test_an_array_that_fails_is_a_key_dtype_error() -> None:
+    class Failing:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            raise ZeroDivisionError("two\nlines")
+
+    with pytest.raises(KeyDtypeError, match=r"ids: Failing cannot be read .*: ZeroDivisionError: two lines"):
+        as_keys(Failing(), wide=True, place="ids")
+
+
+def test_gpu_keys_are_copied_by_dlpack() -> None:
+    keys = OnGpu(np.arange(4).reshape(2, 2))
+    batch = as_keys(keys, wide=True)
+    assert (batch.flat.tolist(), batch.shape, batch.kind) == ([0, 1, 2, 3], (2, 2), NUMPY)
+    assert keys.wanted["dl_device"] == (1, 0) and keys.wanted["copy"] is True
+
+
+def test_gpu_keys_fall_back_on_their_own_method() -> None:
+    assert as_keys(OnGpuWithGet(np.arange(3), dlpack=False), wide=True).flat.tolist() == [0, 1, 2]
+
+
+def test_gpu_keys_that_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba.cuda", None)  # else a machine with a GPU would read the made-up address
+    with pytest.raises(DeviceError, match=r"ids: OnGpu is on cuda:3 and cannot be copied .*cannot copy to another device"):
+        as_keys(OnGpu(np.arange(3), dlpack=False), wide=True, place="ids")
+    with pytest.raises(DeviceError, match="OnlyCudaInterface is on cuda and cannot be copied"):
+        as_keys(OnlyCudaInterface(np.arange(3)), wide=True)
+
+
+def test_gpu_outputs_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba.cuda", None)
+    rows = np.zeros((2, 3), np.float32)
+    with pytest.raises(DeviceError, match="out: OnGpu on cuda:3 cannot be written"):
+        as_output(OnGpu(rows), (2, 3))
+    with pytest.raises(DeviceError, match="out: OnlyCudaInterface on cuda cannot be written"):
+        as_output(OnlyCudaInterface(rows), (2, 3))
+
+
+class StandIn(OnGpu):
+    """Stands in for a GPU array of CuPy (below) or of numba: what this package asks of either, over host memory."""
+
+    def __init__(self, memory: np.ndarray, device: int = 3) -> None:
+        super().__init__(memory, dlpack=False)
+        self.device = contextlib.nullcontext(device)
+        self.shape, self.dtype = memory.shape, memory.dtype
+        self.__cuda_array_interface__ = {"data": (memory.ctypes.data, not memory.flags.writeable)}
+
+    def get(self) -> np.ndarray:
+        return self.memory.copy()
+
+    def copy_to_device(self, rows: np.ndarray) -> None:
+        self.memory[...] = rows
+
+    def is_c_contiguous(self) -> bool:
+        return self.memory.flags.c_contiguous
+
+    def __setitem__(self, where: Any, rows: StandIn) -> None:
+        self.copy_to_device(rows.memory)
+
+
+class CupyArray(StandIn):
+    __module__ = "cupy"
+
+
+def test_a_framework_on_a_gpu_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(asarray=lambda rows: CupyArray(rows.copy())))
+    keys = CupyArray(np.arange(4, dtype=np.int32).reshape(2, 2))
+    batch = as_keys(keys, wide=True)
+    assert (batch.flat.tolist(), batch.shape) == ([0, 1, 2, 3], (2, 2))
+    assert batch.kind == ArrayKind("cupy", keys.device)
+    answer = wrap_output(np.ones((2, 2, 3), np.float32), batch.kind)
+    assert type(answer) is CupyArray and (answer.memory == 1).all()
+    out = CupyArray(np.zeros((3, 2), np.float32).T)
+    rows, finish = as_output(out, (2, 3))
+    rows[...] = [[1, 2, 3], [4, 5, 6]]
+    finish()
+    assert out.memory.tolist() == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(OutputError, match="out: dtype float64 came"):
+        as_output(CupyArray(np.zeros((2, 3))), (2, 3))
+
+
+def test_an_unknown_gpu_output_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba.cuda", types.SimpleNamespace(as_cuda_array=lambda array: array))
+    out = StandIn(np.full((4, 3), 7, np.float32))
+    rows, finish = as_output(out, (2, 3), larger=True)
+    rows[...] = 1
+    assert (out.memory == 7).all()
+    finish()
+    assert out.memory.tolist() == [[1] * 3] * 2 + [[7] * 3] * 2
+    for memory in (np.zeros((3, 2), np.float32).T, read_only(np.zeros((2, 3), np.float32))):
+        with pytest.raises(OutputError, match="read-only or non-contiguous GPU array"):
+            as_output(StandIn(memory), (2, 3))
+    with pytest.raises(OutputError, match=r"shape \(4, 3\) came, \(2, 3\) is wanted"):
+        as_output(out, (2, 3))
+
+
+# ---- outputs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [[1, 2], (1,), 5, np.arange(3), np.int32(3), OnlyDlpack(np.arange(2)), OnGpu(np.arange(2))])
+def test_output_of_numpy_kind_is_the_rows_themselves(keys: Any) -> None:
+    kind = as_keys(keys, wide=True).kind
+    rows = new_output(kind, (2, 3))
+    assert type(rows) is np.ndarray and rows.dtype == np.float32 and rows.shape == (2, 3)
+    assert wrap_output(rows, kind) is rows
+    assert new_output(kind, (2, 0), np.float16).dtype == np.float16
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "jax"])
+@pytest.mark.parametrize("shape", [(), (0, 4), (3, 5), (2, 0, 3)])
+def test_memory_for_frameworks_that_want_it_aligned(framework: str, shape: tuple[int, ...]) -> None:
+    rows = new_output(ArrayKind(framework, "CPU:0"), shape)
+    rows[...] = 1
+    assert (rows.size == 0 or rows.ctypes.data % 64 == 0) and rows.shape == shape and rows.flags.carray
+
+
+@given(data=st.data(), layout=st.sampled_from(["contiguous", "transposed", "reversed", "every_second", "unaligned"]))
+def test_out_gets_every_row(data: st.DataObject, layout: str) -> None:
+    base_shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4))
+    memory = bytearray(4 * int(np.prod(base_shape)) + 1)
+    base = np.frombuffer(memory, np.float32, offset=layout == "unaligned", count=int(np.prod(base_shape))).reshape(base_shape)
+    out = base if layout == "unaligned" else LAYOUTS[layout](base)
+    rows, finish = as_output(out, out.shape)
+    assert rows.flags.carray and rows.shape == out.shape
+    rows[...] = np.arange(1, out.size + 1).reshape(out.shape)
+    if out.flags.carray and out.size:
+        assert np.shares_memory(rows, out)
+    finish()
+    assert out.ravel().tolist() == list(range(1, out.size + 1))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_larger_out_keeps_its_tail(step: int) -> None:
+    out = np.full(20, 7, np.float32)[::step]
+    rows, finish = as_output(out, (3, 2), larger=True)
+    rows[...] = [[0, 1], [2, 3], [4, 5]]
+    finish()
+    assert out.tolist() == [0, 1, 2, 3, 4, 5, *[7] * (len(out) - 6)]
+    with pytest.raises(OutputError, match=r"shape \(\d+,\) came, \(30, 2\) or more elements is wanted"):
+        as_output(out, (30, 2), larger=True)
+
+
+@pytest.mark.parametrize("kind", [OnlyInterface, memoryview, OnlyDlpack, lambda a: a.__dlpack__(), np.ma.masked_array])
+def test_out_of_other_kinds_shares_memory(kind: Any) -> None:
+    memory = np.zeros((2, 3), np.float32)
+    rows, finish = as_output(kind(memory), (2, 3))
+    rows[...] = 5
+    finish()
+    assert (memory == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.zeros((2, 3)), "dtype float64 came, float32 is wanted"),
+        (np.zeros((2, 3), ">f4"), "dtype >f4 came"),
+        (np.zeros((3, 2), np.float32), r"shape \(3, 2\) came, \(2, 3\) is wanted"),
+        (np.zeros((4, 3), np.float32), r"shape \(4, 3\) came"),
+        (read_only(np.zeros((2, 3), np.float32)), "read-only"),
+        (OnlyDlpack(read_only(np.zeros((2, 3), np.float32))), "read-only"),
+        (OnlyInterface(read_only(np.zeros((2, 3), np.float32))), "read-only"),
+        (np.lib.stride_tricks.as_strided(np.zeros(3, np.float32), (2, 3), (0, 4)), "overlaps itself"),
+        (OnlyArray(np.zeros((2, 3), np.float32)), "OnlyArray cannot be written from here: TypeError"),
+        ([[0.0] * 3] * 2, "list cannot be written from here"),
+        (b"0" * 24, "read-only"),
+        (None, "NoneType cannot be written"),
+    ],
+)
+def test_what_cannot_be_an_output_is_refused(out: Any, message: str) -> None:
+    with pytest.raises(OutputError, match=f"^answer: .*{message}") as error:
+        as_output(out, (2, 3), place="answer")
+    assert isinstance(error.value, HpsError) and isinstance(error.value, ValueError)
+
+
+# ---- the module itself ---------------------------------------------------------------------------------------------------
+
+
+def test_no_framework_is_imported() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from hps_numba.interop import as_keys, wrap_output\n"
+        "wrap_output(np.zeros(2), as_keys([1, 2], wide=True).kind)\n"
+        "print([name for name in ('torch', 'tensorflow', 'cupy', 'jax', 'numba.cuda') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_contiguous_int64_costs_about_a_microsecond() -> None:
+    keys = np.arange(64)
+    best = min(
+        timeit.repeat(lambda: wrap_output(new_output(as_keys(keys, wide=True).kind, (64, 4)), NUMPY), number=500, repeat=20)
+    )
+    assert best / 500 < 10e-6  # about 1.3 microseconds on an idle machine
