@@ -41,7 +41,9 @@ class HpsError(Exception):
 
 
 class ConfigError(HpsError, ValueError):
-    """A config value is missing, has the wrong type or is out of range."""
+    """A config value is missing, has the wrong type or is out of range. ``problems`` holds all that were found, a line each."""
+
+    problems: tuple[str, ...] = ()
 
 
 class ModelFileError(HpsError, OSError):

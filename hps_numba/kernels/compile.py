@@ -62,9 +62,42 @@ def host_kernel(function: Callable[..., Any]) -> Any:
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder or "")
         try:
-            return numba.njit(nogil=True, error_model="numpy", cache=folder is not None)(function)
+            kernel = numba.njit(nogil=True, error_model="numpy", cache=folder is not None)(function)
         finally:
             numba.config.CACHE_DIR = before
+    if folder is not None:
+        kernel._cache = _ForgivingCache(kernel._cache)
+    return kernel
+
+
+class _ForgivingCache:
+    """numba's disk cache of one kernel, but a damaged or vanished file means "compile anew" and not an error."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return self._cache.load_overload(signature, context)
+        except Exception as problem:  # unpickling garbage raises anything
+            log.debug("%s: compiled anew: %s", self._cache.cache_path, problem)
+            self._flush()
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            self._cache.save_overload(signature, data)
+        except Exception as problem:
+            log.debug("%s: not kept: %s", self._cache.cache_path, problem)
+
+    def _flush(self) -> None:
+        try:
+            self._cache.flush()
+        except OSError as problem:
+            log.debug("%s: cannot be emptied: %s", self._cache.cache_path, problem)
 
 
 def host_function(function: Callable[..., Any]) -> Any:
@@ -77,8 +110,8 @@ def host_function(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _host_functions(function: Callable[..., Any]) -> Any:
-    names = function.__code__.co_names  # type: ignore[attr-defined]
-    scope = function.__globals__  # type: ignore[attr-defined]
+    names = function.__code__.co_names
+    scope = function.__globals__
     calls = {name: _host_functions(scope[name]) for name in names if isinstance(scope.get(name), FunctionType)}
-    bound = FunctionType(function.__code__, {**scope, **calls}, function.__name__)  # type: ignore[attr-defined]
+    bound = FunctionType(function.__code__, {**scope, **calls}, function.__name__)
     return numba.njit(nogil=True, error_model="numpy")(bound)

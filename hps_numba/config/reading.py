@@ -1,0 +1,172 @@
+"""From whatever a caller has to a checked :class:`ServerConfig`: one way for files, dicts and objects.
+
+Problem: the original ignores unknown keys, turns unknown words into defaults and checks hardly any number, so that a slip
+shows as a slow or wrong server (spec 1.1). Choice: read once, collect every problem, and report them together, each with the
+dotted path of its value; say in the log what was absent (INFO) and what will not do what its writer thinks (WARNING).
+Turned down: rejecting unknown keys by default, because files written for the original carry many.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hps_numba.config.checks import completed, contradictions, surprises
+from hps_numba.config.json_text import parse
+from hps_numba.config.messages import Location, dotted, failed, problem, show
+from hps_numba.config.objects import FILE_KEYS, json_form
+from hps_numba.config.params import InferenceParams, ParameterServerConfig
+from hps_numba.config.plain import plain
+from hps_numba.config.schema import (
+    ModelConfig,
+    PersistentDatabaseConfig,
+    Section,
+    ServerConfig,
+    UpdateSourceConfig,
+    VolatileDatabaseConfig,
+)
+from hps_numba.config.validation import validate
+
+__all__ = ["ConfigSource", "read_config"]
+
+ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | ParameterServerConfig | Sequence[InferenceParams] | ServerConfig
+"""What :func:`read_config` reads."""
+
+_LOG = logging.getLogger(__package__)
+_SECTIONS: dict[str, type[Section]] = {
+    "volatile_db": VolatileDatabaseConfig,
+    "persistent_db": PersistentDatabaseConfig,
+    "update_source": UpdateSourceConfig,
+}
+_SectionRead = tuple[tuple[str | int, ...], dict[str, Any], type[Section]]
+
+
+def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | None = None) -> ServerConfig:
+    """Read and check a config (spec 1; ``//`` and ``/* */`` comments are fine in a file).
+
+    Every absent key is logged at INFO with its default. An unknown key is logged as a WARNING with the nearest known name.
+
+    Args:
+        source: path of a JSON file, a mapping in the spelling of the file, a :class:`ParameterServerConfig`, a list of
+            :class:`InferenceParams`, or a :class:`ServerConfig`, which is returned as it is.
+        strict: an unknown key is an error.
+        beside: for a source without a file, the file in whose folder relative ``sparse_files`` are looked up too.
+
+    Raises:
+        ConfigError: the file is missing or not JSON, or a value is missing, of the wrong type, out of range or in contradiction
+            to another. The message begins with the dotted path of the first problem; attribute ``problems`` holds all.
+    """
+    if isinstance(source, ServerConfig):
+        return source
+    raw, path = _raw(source)
+    server = _checked(raw, path, strict)
+    _report(raw, server)
+    server._source = path or beside
+    if path is not None:
+        server._identity = str(path.resolve())
+    return server
+
+
+def _raw(source: Any) -> tuple[Any, Path | None]:
+    """The content of ``source`` as plain values, and the absolute path of the file it came from."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(os.fsdecode(source))
+        return plain(parse(_content(path), _place(path))), path.absolute()
+    if isinstance(source, (ParameterServerConfig, list, tuple)):
+        return plain(json_form(source)), None
+    if isinstance(source, Mapping):
+        return plain(source), None
+    wanted = "is not a path, a mapping, a ParameterServerConfig, a list of InferenceParams or a ServerConfig"
+    raise failed([problem((), source, wanted)])
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise failed([f"{_place(path)}: {reason}, wanted a JSON file"]) from error
+
+
+def _place(path: Path) -> str:
+    return str(path) if str(path).isprintable() and len(str(path)) < 300 else show(str(path))
+
+
+def _checked(raw: Any, path: Path | None, strict: bool) -> ServerConfig:
+    unknown = [*_unknown_keys(raw)]
+    server, problems = validate(raw)
+    if server is not None:
+        problems += contradictions(server)
+    if strict:
+        problems += unknown
+    else:
+        for line in unknown:
+            _LOG.warning("%s", line)
+    if server is None or problems:
+        raise failed(problems, place=_place(path) if path else "")
+    for line in surprises(server):
+        _LOG.warning("%s", line)
+    return completed(server)
+
+
+def _sections(raw: Any) -> Iterator[_SectionRead]:
+    """Every object in ``raw`` that has keys of its own, with its location and the class that says which."""
+    if not isinstance(raw, dict):
+        return
+    yield (), raw, ServerConfig
+    models = raw.get("models")
+    for i, model in enumerate(models if isinstance(models, tuple) else ()):
+        if isinstance(model, dict):
+            yield ("models", i), model, ModelConfig
+    for key, section in _SECTIONS.items():
+        if isinstance(raw.get(key), dict):
+            yield (key,), raw[key], section
+
+
+def _unknown_keys(raw: Any) -> Iterator[str]:
+    for location, given, section in _sections(raw):
+        for key in given:
+            if key not in section.model_fields and key not in section.unread:
+                yield f"{dotted((*location, key))}: unknown key{_hint(key, section)}"
+
+
+def _hint(key: str, section: type[Section]) -> str:
+    if FILE_KEYS.get(key) in section.model_fields:
+        return f", in a file it is called {FILE_KEYS[key]!r}"
+    places: dict[str, type[Section]] = {"models[i]": ModelConfig, "the top level": ServerConfig, **_SECTIONS}
+    for where, other in places.items():
+        if key in other.model_fields and key not in section.model_fields:
+            return f", it belongs to {where}"
+    near = difflib.get_close_matches(key[:100], section.model_fields, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _report(raw: Any, server: ServerConfig) -> None:
+    """One INFO line for every absent key and for every key that the original documented but never read."""
+    if not _LOG.isEnabledFor(logging.INFO):
+        return
+    for location, given, section in _sections(raw):
+        final = _at(server, location)
+        for key in section.model_fields:
+            if key not in given:
+                _LOG.info("%s: absent, using %s", dotted((*location, key)), _default(getattr(final, key)))
+        for key in section.unread:
+            if key in given:
+                _LOG.info("%s: accepted, but without effect: the original never read it", dotted((*location, key)))
+
+
+def _at(server: ServerConfig, location: Location) -> Any:
+    value: Any = server
+    for part in location:
+        value = value[part] if isinstance(part, int) else getattr(value, part)
+    return value
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, (VolatileDatabaseConfig, PersistentDatabaseConfig, UpdateSourceConfig)):
+        return f"type {value.type!r} with its defaults"
+    return show(value)

@@ -1,0 +1,335 @@
+"""The config as frozen models: every key of the file, with its range, default and meaning, in one place (spec 1.2 to 1.6).
+
+Attributes are named as in the file. Instances are made by :func:`hps_numba.config.read_config`, which also checks what
+concerns several keys at once and fills in the defaults that depend on others; after that every value is final.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from hps_numba.config import fields as f
+from hps_numba.config import spellings as words
+from hps_numba.config.spec import TableSpec, locate
+
+__all__ = ["ModelConfig", "PersistentDatabaseConfig", "Section", "ServerConfig", "UpdateSourceConfig", "VolatileDatabaseConfig"]
+
+_NOT_ON_DISK = set(words.DATABASES) - {"disabled", "rocks_db"}
+_IN_PERSISTENT = "keeps rows on disk, wanted in persistent_db.type instead"
+_IN_VOLATILE = "does not keep rows on disk, wanted rocks_db, disabled or module:NAME for one of your own"
+_VolatileType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused={"rocks_db": _IN_PERSISTENT})]
+_PersistentType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused=dict.fromkeys(_NOT_ON_DISK, _IN_VOLATILE))]
+_OverflowPolicy = Annotated[str, f.Spelling(words.OVERFLOW_POLICIES)]
+_UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES)]
+_NO_STOCHASTIC = {"stochastic": "never had an implementation, wanted dynamic instead"}
+_CacheType = Annotated[str, f.Spelling(words.CACHE_TYPES, refused=_NO_STOCHASTIC)]
+_RowDtype = Annotated[str, f.Spelling(words.ROW_DTYPES)]
+_OutputDtype = Annotated[str, f.Spelling(words.OUTPUT_DTYPES)]
+_MissPath = Annotated[str, f.Spelling(words.MISS_PATHS)]
+
+
+class Section(BaseModel):
+    """An object of the config file. Values are taken as they are: no text for numbers, no numbers for booleans."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        field_title_generator=lambda key, _: key,
+    )
+
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Keys that the original's documentation has and no version of it ever read."""
+
+
+class VolatileDatabaseConfig(Section):
+    """``volatile_db``: rows in the memory of this host or of a Redis cluster, shared by all models."""
+
+    type: _VolatileType = "disabled"
+    """Which volatile database holds rows; a volatile_db without type is disabled."""
+    address: f.Hosts = "127.0.0.1:7000"
+    """Redis: host:port of one or more nodes, separated by commas."""
+    user_name: str = "default"
+    """Redis: name of the user."""
+    password: str = Field(default="", repr=False)
+    """Redis: password of the user."""
+    num_partitions: Annotated[int, Field(ge=1, le=65536)] = Field(default_factory=lambda: min(16, os.cpu_count() or 1))
+    """Partitions of a table; by default as many as this host has CPU cores, at most 16."""
+    allocation_rate: Annotated[int, Field(ge=4, le=2**50)] = 2**28
+    """Hash maps: bytes by which a partition grows, at least one row."""
+    shared_memory_size: Annotated[int, Field(ge=2**16, le=2**50)] = 2**34
+    """Multi-process map: bytes of the shared segment."""
+    shared_memory_name: f.SegmentName = "hctr_mp_hash_map_database"
+    """Multi-process map: name of the shared segment, the same in all processes."""
+    shared_memory_auto_remove: bool = True
+    """Multi-process map: remove the segment when the last process leaves it."""
+    num_node_connections: Annotated[int, Field(ge=1, le=65536)] = 5
+    """Redis: connections to a node, at most num_partitions; by default 5 or that many."""
+    max_batch_size: f.Count = 65536
+    """Keys in one transaction; Redis takes at most 262143."""
+    enable_tls: bool = False
+    """Redis: encrypt connections."""
+    tls_ca_certificate: str = "cacertbundle.crt"
+    """Redis: file or folder of the trusted certificates."""
+    tls_client_certificate: str = "client_cert.pem"
+    """Redis: file of the client's certificate."""
+    tls_client_key: str = "client_key.pem"
+    """Redis: file of the client's key."""
+    tls_server_name_identification: str = "redis.localhost"
+    """Redis: name of the server asked for (SNI)."""
+    overflow_margin: Annotated[int, Field(ge=1, le=2**64 - 1)] = 2**64 - 1
+    """Rows that a partition holds before rows are evicted."""
+    overflow_policy: _OverflowPolicy = "evict_random"
+    """Which rows leave a partition that holds more than overflow_margin."""
+    overflow_resolution_target: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Fraction of overflow_margin that an eviction leaves; 1 evicts only the excess."""
+    initialize_after_startup: bool = True
+    """Insert the rows of the sparse models at start."""
+    initial_cache_rate: f.Fraction = 1.0
+    """Fraction of the rows of each table inserted at start."""
+    cache_missed_embeddings: bool = False
+    """Also keep rows that were found in a slower tier."""
+    update_filters: tuple[f.Regex, ...] = (".+",)
+    """Regular expressions of the names of models that take online updates; an empty list takes none."""
+
+
+class PersistentDatabaseConfig(Section):
+    """``persistent_db``: all rows of all models on disk."""
+
+    type: _PersistentType = "disabled"
+    """Which persistent database holds rows; a persistent_db without type is disabled."""
+    path: f.SourceName = Field(default_factory=lambda: str(Path(tempfile.gettempdir()) / "rocksdb"))
+    """Folder of the database, made if missing; by default 'rocksdb' in the folder for temporary files."""
+    num_threads: f.Threads = 16
+    """Background threads of the database."""
+    read_only: bool = False
+    """Never write to the database."""
+    max_batch_size: f.Count = 65536
+    """Keys in one read or write."""
+    initialize_after_startup: bool = True
+    """Insert the rows of the sparse models at start."""
+    update_filters: tuple[f.Regex, ...] = (".+",)
+    """Regular expressions of the names of models that take online updates; an empty list takes none."""
+
+
+class UpdateSourceConfig(Section):
+    """``update_source``: where online updates come from."""
+
+    type: _UpdateSource = "null"
+    """Which source of updates; an update_source without type is none."""
+    brokers: f.Hosts = "127.0.0.1:9092"
+    """host:port of one or more brokers, separated by commas."""
+    metadata_refresh_interval_ms: Annotated[int, Field(ge=10, le=3_600_000)] = 30_000
+    """Milliseconds between two looks for new topics."""
+    receive_buffer_size: Annotated[int, Field(ge=1024, le=999_998_976)] = 262_144
+    """Bytes of the receive buffer; a message may be 1024 bytes longer."""
+    poll_timeout_ms: Annotated[int, Field(ge=1, le=f.INT32_MAX - 1)] = 500
+    """Milliseconds to wait for a message."""
+    max_batch_size: f.Count = 8192
+    """Rows of a table collected before they are delivered."""
+    failure_backoff_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 50
+    """Milliseconds to wait before a failed delivery is tried again."""
+    max_commit_interval: f.Count = 32
+    """Messages of a topic after which deliveries are committed."""
+
+
+class ModelConfig(Section):
+    """``models[i]``: a group of embedding tables that is deployed together."""
+
+    unread: ClassVar[tuple[str, ...]] = (
+        "dense_file",
+        "network_file",
+        "non_trainable_params_file",
+        "label_dim",
+        "slot_num",
+        "use_mixed_precision",
+        "scaler",
+        "use_algorithm_search",
+        "use_cuda_graph",
+        "device_id",
+        "maxnum_des_feature_per_sample",
+    )
+    model_config = ConfigDict(json_schema_extra=lambda schema: _add_unread(schema))
+
+    model: f.Name
+    """Name of the model, unique in the file."""
+    sparse_files: f.EachTable[f.SourceName]
+    """Path or URI of the sparse model of each table."""
+    embedding_vecsize_per_table: f.EachTable[f.Width]
+    """Elements in a row of each table."""
+    maxnum_catfeature_query_per_table_per_sample: f.EachTable[f.Count]
+    """Keys that one sample looks up at most in each table."""
+    default_value_for_each_table: f.EachTable[f.Float32]
+    """What fills the row of a key found nowhere, for each table; a short list is continued with 0."""
+    deployed_device_list: tuple[f.Device, ...] = ()
+    """Ordinals of the GPUs that serve the model, in any order; with an empty list the CPU serves it."""
+    max_batch_size: f.Count = 64
+    """Samples in one lookup; times the keys of a sample, the size of the buffers."""
+    embedding_table_names: f.EachTable[f.Name] = Field(default_factory=tuple)
+    """Name of each table; by default sparse_embedding0, sparse_embedding1, ..."""
+    gpucache: bool = True
+    """Keep a cache of rows on each device; ignored by static and uvm."""
+    gpucacheper: f.Fraction = 0.2
+    """Fraction of the rows of a table that the cache of a device keeps."""
+    hit_rate_threshold: Annotated[float, Field(ge=-1, le=100)] = 0.9
+    """Hit rate from which a lookup does not wait for slower tiers: 0 or less never waits, more than 1 always waits."""
+    embedding_cache_type: _CacheType = "dynamic"
+    """How rows are kept on a device."""
+    use_static_table: bool = False
+    """Old spelling of embedding_cache_type static; wins over it."""
+    use_hctr_cache_implementation: bool = True
+    """The original's choice between two dynamic caches; accepted, without effect."""
+    num_of_worker_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Lookups in flight on a device at a time."""
+    num_of_refresher_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Refreshes in flight on a device at a time."""
+    cache_refresh_percentage_per_iteration: f.Fraction = 0.0
+    """Fraction of a cache that one step of a refresh takes."""
+    init_ec: bool = True
+    """Fill the cache at start."""
+    refresh_delay: f.Seconds = 0.0
+    """Seconds from the start to the first refresh."""
+    refresh_interval: f.Seconds = 0.0
+    """Seconds between two refreshes, 0 for none."""
+    thread_pool_size: f.Threads = 16
+    """Threads that fetch rows in the background."""
+    use_context_stream: bool = True
+    """Look up on the caller's CUDA stream instead of one of our own."""
+    fuse_embedding_table: bool = True
+    """Take part in the fusion of tables; without effect unless it is on for the whole file."""
+    enable_pagelock: bool = False
+    """static: keep the rows in pinned host memory, where the GPU reads them."""
+    fp8_quant: bool = False
+    """static: keep rows as float8_e4m3 with one scale a row."""
+    cache_policy: f.PerTable[f.PartName] = "lru"
+    """Which rows leave a full cache: one name, or a list of one a table."""
+    cache_size_bytes: f.PerTable[f.Bytes] = 0
+    """Bytes of rows that the cache of a device keeps, 0 for by gpucacheper: one number, or a list of one a table."""
+    cache_row_dtype: f.PerTable[_RowDtype] = "float32"
+    """How a cache stores a row: one name, or a list of one a table."""
+    output_dtype: _OutputDtype = "float32"
+    """Element type of the rows that a lookup returns."""
+    miss_path: _MissPath = "auto"
+    """How a GPU reads missing rows from host memory: in place (direct), or gathered first (staged)."""
+    time_budget_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
+    """Milliseconds that a lookup waits for slower tiers, 0 for no limit."""
+
+    def tables(self, folder: Path | None = None) -> tuple[TableSpec, ...]:
+        """The tables of this model, in the order of the file.
+
+        Args:
+            folder: where relative ``sparse_files`` are looked up after the working directory.
+        """
+        return tuple(self._table(i, folder) for i in range(len(self.sparse_files)))
+
+    def _table(self, i: int, folder: Path | None) -> TableSpec:
+        row_dtype = _of_table(self.cache_row_dtype, i)
+        if self.fp8_quant and self.embedding_cache_type == "static":
+            row_dtype = "float8_e4m3"
+        return TableSpec(
+            model=self.model,
+            name=self.embedding_table_names[i],
+            dim=self.embedding_vecsize_per_table[i],
+            table_id=i,
+            default_value=self.default_value_for_each_table[i],
+            source=locate(self.sparse_files[i], folder),
+            max_keys=self.max_batch_size * self.maxnum_catfeature_query_per_table_per_sample[i],
+            gpucacheper=self.gpucacheper,
+            cache_size_bytes=_of_table(self.cache_size_bytes, i),
+            cache_policy=_of_table(self.cache_policy, i),
+            cache_row_dtype=row_dtype,
+        )
+
+
+class ServerConfig(Section):
+    """The whole file: what one parameter server serves and from where.
+
+    Two configs are equal if they say the same, wherever they were read from.
+    """
+
+    supportlonglong: bool = True
+    """Keys are int64; if false, uint32."""
+    fuse_embedding_table: bool = False
+    """Look up tables of equal width together."""
+    require_gpu: bool = False
+    """Fail at start, instead of serving from the CPU, if there is no GPU."""
+    cache_on_cpu: bool = False
+    """On a machine without a GPU still run the embedding cache, in host memory."""
+    models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)]
+    """The models to deploy."""
+    volatile_db: VolatileDatabaseConfig = Field(
+        default_factory=lambda: VolatileDatabaseConfig(type="parallel_hash_map"),
+        json_schema_extra={"default": {"type": "parallel_hash_map"}},
+    )
+    """Rows in memory; if absent, a parallel_hash_map with its defaults."""
+    persistent_db: PersistentDatabaseConfig = Field(
+        default_factory=PersistentDatabaseConfig, json_schema_extra={"default": {"type": "disabled"}}
+    )
+    """Rows on disk; if absent, none."""
+    update_source: UpdateSourceConfig = Field(
+        default_factory=UpdateSourceConfig, json_schema_extra={"default": {"type": "null"}}
+    )
+    """Online updates; if absent, none."""
+
+    _source: Path | None = PrivateAttr(None)
+    _identity: str | None = PrivateAttr(None)
+
+    @property
+    def source(self) -> Path | None:
+        """The absolute path of the file this was read from, or None."""
+        return self._source
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of :attr:`source`, where relative ``sparse_files`` are looked up after the working directory."""
+        return self._source.parent if self._source else None
+
+    @property
+    def identity(self) -> str:
+        """What tells two servers apart: the resolved path of the file, or the canonical JSON of a config without one."""
+        return self._identity or self._canonical()
+
+    def tables(self) -> tuple[TableSpec, ...]:
+        """The tables of all models, in the order of the file."""
+        return tuple(table for model in self.models for table in model.tables(self.folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key in its JSON spelling; ``read_config`` of it gives an equal config."""
+        return self.model_dump(mode="json")
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as the text of a config file."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def _canonical(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ServerConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self._canonical())
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a config file: every key with type, range, default and meaning."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **ServerConfig.model_json_schema(), "title": "hps_numba parameter server"}
+
+
+def _of_table(value: Any, i: int) -> Any:
+    return value[i] if isinstance(value, tuple) else value
+
+
+def _add_unread(schema: dict[str, Any]) -> None:
+    meaning = "Documented by the original, which never read it; accepted, without effect."
+    for key in ModelConfig.unread:
+        schema["properties"][key] = {"title": key, "description": meaning, "deprecated": True}

@@ -1,0 +1,81 @@
+"""The words of the config: the original's Python enums, and every spelling that a file may use for them (spec 1.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+__all__ = [
+    "CACHE_TYPES",
+    "DATABASES",
+    "MISS_PATHS",
+    "OUTPUT_DTYPES",
+    "OVERFLOW_POLICIES",
+    "ROW_DTYPES",
+    "UPDATE_SOURCES",
+    "DatabaseOverflowPolicy_t",
+    "DatabaseType_t",
+    "EmbeddingCacheType_t",
+    "UpdateSourceType_t",
+]
+
+
+class DatabaseType_t(StrEnum):
+    """What holds rows below the embedding cache; each member is also the string that a file uses."""
+
+    disabled = "disabled"
+    hash_map = "hash_map"
+    parallel_hash_map = "parallel_hash_map"
+    multi_process_hash_map = "multi_process_hash_map"
+    redis_cluster = "redis_cluster"
+    rocks_db = "rocks_db"
+
+
+class DatabaseOverflowPolicy_t(StrEnum):
+    """Which rows leave a partition that holds more than ``overflow_margin``."""
+
+    evict_random = "evict_random"
+    evict_least_used = "evict_least_used"
+    evict_oldest = "evict_oldest"
+
+
+class UpdateSourceType_t(StrEnum):
+    """Where online updates come from."""
+
+    null = "null"
+    kafka_message_queue = "kafka_message_queue"
+
+
+class EmbeddingCacheType_t(StrEnum):
+    """How rows are kept on a device. ``stochastic`` is a name that never had an implementation: a config refuses it."""
+
+    Dynamic = "dynamic"
+    UVM = "uvm"
+    Static = "static"
+    stochastic = "stochastic"
+
+
+Words = Mapping[str, tuple[str, ...]]
+"""Canonical spelling -> the other spellings that mean the same."""
+
+DATABASES: Words = {
+    DatabaseType_t.disabled.value: ("disable", "none"),
+    DatabaseType_t.hash_map.value: ("hashmap", "hash", "map"),
+    DatabaseType_t.parallel_hash_map.value: ("parallel_hashmap", "parallel_hash", "parallel_map"),
+    DatabaseType_t.multi_process_hash_map.value: ("multi_process_hashmap", "multi_process_hash", "multi_process_map"),
+    DatabaseType_t.redis_cluster.value: ("redis",),
+    DatabaseType_t.rocks_db.value: ("rocksdb", "rocks"),
+}
+OVERFLOW_POLICIES: Words = {
+    DatabaseOverflowPolicy_t.evict_random.value: ("random",),
+    DatabaseOverflowPolicy_t.evict_least_used.value: ("least_used",),
+    DatabaseOverflowPolicy_t.evict_oldest.value: ("oldest",),
+}
+UPDATE_SOURCES: Words = {
+    UpdateSourceType_t.null.value: ("none",),
+    UpdateSourceType_t.kafka_message_queue.value: ("kafka_mq", "kafka"),
+}
+CACHE_TYPES: Words = {kind.value: () for kind in EmbeddingCacheType_t}
+OUTPUT_DTYPES: Words = {"float32": ("fp32",), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
+ROW_DTYPES: Words = {**OUTPUT_DTYPES, "int8": (), "float8_e4m3": ("float8_e4m3fn", "fp8")}
+MISS_PATHS: Words = {"auto": (), "direct": (), "staged": ()}

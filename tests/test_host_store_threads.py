@@ -1,0 +1,189 @@
+"""Readers beside a writer: no torn row, no wrong row, no lock, no lost memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hps_numba.memory import PlainHostAllocator
+from hps_numba.storage.epochs import Epochs
+from hps_numba.storage.host_store import HostStore
+
+DIM = 512
+KEYS = np.arange(64, dtype=np.int64)
+
+
+class Readers:
+    """Threads that look all keys up until they are stopped, and note rows whose elements are not all the same."""
+
+    def __init__(self, store, threads=3):
+        self.torn = self.looked_up = 0
+        self.errors = []
+        self._store = store
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
+
+    def _read(self):
+        out = np.empty((len(KEYS), DIM), np.float32)
+        try:
+            while not self._stop.is_set():
+                assert self._store.lookup(KEYS, out, -1.0) == 0
+                self.torn += int((out != out[:, :1]).any(axis=1).sum())
+                self.looked_up += 1
+        except BaseException as problem:
+            self.errors.append(problem)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+
+def filled_store():
+    store = HostStore(DIM, growth_bytes=DIM * 4 * 64)
+    store.upsert(KEYS, np.zeros((len(KEYS), DIM), np.float32))
+    return store
+
+
+def test_no_torn_row_beside_a_writer():
+    store = filled_store()
+    with Readers(store) as readers:
+        end = time.monotonic() + 3
+        value = 0
+        while time.monotonic() < end or readers.looked_up < 200:
+            value += 1
+            store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
+    assert not readers.errors
+    assert readers.torn == 0
+    assert value > 50
+
+
+def test_the_torn_row_test_finds_a_store_that_writes_in_place():
+    """The same readers, beside a writer that overwrites the rows where they stand: what this design avoids."""
+    store = filled_store()
+    rows = store._content.rows_view(0, len(KEYS))
+    with Readers(store) as readers:
+        end = time.monotonic() + 60
+        value = 0
+        while not readers.torn and time.monotonic() < end:
+            value += 1
+            rows[:] = np.float32(value)
+    assert not readers.errors
+    assert readers.torn > 0
+    del rows
+
+
+def test_growth_does_not_stop_readers():
+    store = filled_store()
+    grown = 20_000
+    with Readers(store) as readers:
+        for start in range(1000, grown, 500):
+            store.upsert(np.arange(start, start + 500), np.full((500, DIM), start, np.float32))
+        seen = readers.looked_up
+    assert not readers.errors
+    assert readers.torn == 0 and seen > 0
+    assert len(store) == len(KEYS) + grown - 1000
+
+
+def test_erased_and_written_again_is_seen_as_row_or_absent():
+    store = filled_store()
+    stop = threading.Event()
+    wrong = []
+
+    def read():
+        out = np.empty((len(KEYS), DIM), np.float32)
+        misses = np.empty(len(KEYS), np.int64)
+        while not stop.is_set():
+            missing = store.lookup(KEYS, out, -1.0, misses)
+            absent = np.zeros(len(KEYS), bool)
+            absent[misses[:missing]] = True
+            if (out != out[:, :1]).any() or not np.array_equal(out[:, 0] == -1, absent):
+                wrong.append(out[:, 0].copy())
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for value in range(1, 400):
+        store.erase(KEYS[::2])
+        store.upsert(KEYS[::2], np.full((32, DIM), value, np.float32))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_closing_beside_readers_ends_them_cleanly():
+    store = filled_store()
+    with Readers(store) as readers:
+        while readers.looked_up < 20:
+            time.sleep(0.001)
+        store.close()
+    assert {type(problem).__name__ for problem in readers.errors} == {"ClosedError"}
+    assert readers.torn == 0
+
+
+def test_memory_stays_while_a_reader_may_hold_it():
+    allocator, epochs = PlainHostAllocator(), Epochs()
+    store = HostStore(4, allocator=allocator, epochs=epochs)
+    store.upsert(KEYS, np.ones((len(KEYS), 4), np.float32))
+    scan = store.scan(8)
+    first = next(scan)  # from here on the scan stands in an epoch
+    store.upsert(KEYS, np.full((len(KEYS), 4), 2, np.float32))
+    with_old_rows = store.bytes
+    rest = [first, *scan]
+    assert sum(len(keys) for keys, _ in rest) == len(KEYS)
+    assert all(set(np.unique(rows)) <= {1.0, 2.0} for _, rows in rest)
+    store.upsert(KEYS, np.full((len(KEYS), 4), 3, np.float32))
+    assert store.bytes == with_old_rows  # the old slots came back after the scan
+
+
+def test_replacing_beside_readers_gives_memory_back():
+    allocator = PlainHostAllocator()
+    store = HostStore(DIM, allocator=allocator)
+
+    def version(value):
+        content = store.new_content(len(KEYS))
+        content.rows_view(0, len(KEYS))[:] = value
+        content.fill(KEYS, 1)
+        return content
+
+    store.replace(version(0))
+    start = allocator.in_use
+    with Readers(store) as readers:
+        for value in range(100):
+            store.replace(version(value))
+    assert not readers.errors and readers.torn == 0
+    assert allocator.in_use == start
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_epochs_hold_what_was_retired_until_readers_leave(readers):
+    epochs = Epochs()
+    tag = epochs.advance()
+    assert epochs.oldest() > tag
+    contexts = [epochs.reading() for _ in range(readers)]
+    for context in contexts:
+        context.__enter__()
+    tag = epochs.advance()
+    assert epochs.oldest() <= tag and not epochs.wait(tag, 0.02)
+    for context in contexts:
+        context.__exit__(None, None, None)
+    assert epochs.wait(tag, 1.0)
+
+
+def test_more_readers_than_records_get_new_ones():
+    epochs = Epochs()
+    records = [epochs.take() for _ in range(200)]
+    assert len(set(records)) == 200
+    for record in records:
+        epochs.give(record)
+    assert epochs.take() in records

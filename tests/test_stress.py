@@ -1,0 +1,96 @@
+"""Eight threads look up while one replaces the model 100 times and one upserts: no wrong row, no torn row, no deadlock."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from pathlib import Path
+
+import numpy as np
+
+import hps_numba
+
+DIM, ROWS, THREADS, VERSIONS = 32, 3000, 8, 100
+COLUMNS = np.arange(1, DIM, dtype=np.float32)
+
+
+def rows_of(keys, version):
+    """Element 0 is the version; the others follow from key and version, so that a row mixed of two versions shows."""
+    rows = np.empty((len(keys), DIM), np.float32)
+    rows[:, 0] = version
+    rows[:, 1:] = np.asarray(keys, np.float32)[:, None] + version * COLUMNS
+    return rows
+
+
+def resident_bytes():
+    """Memory of this process that is in RAM; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
+
+
+def is_whole(keys, rows):
+    version = rows[:, :1]
+    return np.array_equal(rows[:, 1:], np.asarray(keys, np.float32)[:, None] + version * COLUMNS)
+
+
+def test_lookups_beside_replacements_and_upserts(tmp_path):
+    keys = np.arange(ROWS, dtype=np.int64)
+    for number in range(2):
+        hps_numba.write_model(tmp_path / f"v{number}", DIM, [(keys, rows_of(keys, number))])
+    config = {
+        "models": [
+            {
+                "model": "m",
+                "sparse_files": [str(tmp_path / "v0")],
+                "embedding_vecsize_per_table": [DIM],
+                "maxnum_catfeature_query_per_table_per_sample": [10],
+                "default_value_for_each_table": [0.0],
+            }
+        ]
+    }
+    server = hps_numba.HPS(config)
+    in_use, resident = server._allocator.in_use, resident_bytes()
+    stop, problems, lookups = threading.Event(), [], [0] * THREADS
+    versions = {float(v) for v in range(2)} | {float(v) for v in range(1000, 2000)}
+
+    def look_up(number):
+        rng = np.random.default_rng(number)
+        try:
+            while not stop.is_set():
+                some = rng.integers(0, ROWS, rng.integers(1, 2000))
+                rows = server.lookup(some, "m", 0)
+                assert is_whole(some, rows), "a torn or wrong row"
+                assert set(np.unique(rows[:, 0]).tolist()) <= versions
+                lookups[number] += 1
+        except BaseException as problem:
+            problems.append(problem)
+
+    def upsert():
+        rng = np.random.default_rng(99)
+        try:
+            while not stop.is_set():
+                some = np.unique(rng.integers(0, ROWS, 200))
+                server.insert(some, rows_of(some, int(rng.integers(1000, 2000))), "m", 0)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=look_up, args=(n,), daemon=True) for n in range(THREADS)]
+    threads.append(threading.Thread(target=upsert, daemon=True))
+    for thread in threads:
+        thread.start()
+    for number in range(VERSIONS):
+        server.replace_model("m", [tmp_path / f"v{(number + 1) % 2}"])
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    assert not problems
+    assert min(lookups) > 0
+    assert server.stats()["m"]["sparse_embedding0"].version == VERSIONS + 1
+
+    server.replace_model("m")  # the last word, with nobody about
+    assert np.array_equal(server.lookup(keys, "m", 0), rows_of(keys, 0))
+    assert server._allocator.in_use == in_use
+    assert resident_bytes() < resident + (48 << 20)
+    server.close()
+    assert server._allocator.in_use <= 64
