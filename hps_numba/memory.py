@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hps_numba.errors import CapacityError
+from hps_numba.errors import CapacityError, ClosedError
 
 __all__ = ["HostAllocator", "HostRegion", "PlainHostAllocator", "available_bytes", "human_bytes", "total_bytes"]
 
 _HUGE = 4 << 20
+_ADDRESSES = 64 << 40  # of the 128 TiB that a process has on the processors of today
 _NO_RESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)
 
 
@@ -33,8 +34,8 @@ class HostRegion:
 
     def __init__(self, allocator: PlainHostAllocator, limit: int, purpose: str) -> None:
         self._allocator = allocator
-        self._map = _reserve(limit, purpose)
-        self._bytes = np.frombuffer(self._map, np.uint8)
+        self._map: mmap.mmap | None = _reserve(limit, purpose)
+        self._bytes: np.ndarray | None = np.frombuffer(self._map, np.uint8)
         self.purpose = purpose
         self.limit = limit
         self.committed = 0
@@ -49,35 +50,40 @@ class HostRegion:
         more = size - self.committed
         if more <= 0:
             return
+        memory = self._memory()
         if size > self.limit:
             raise CapacityError(f"{self.purpose}: {human_bytes(size)} wanted, {human_bytes(self.limit)} were reserved")
         if more > _HUGE and more > (free := available_bytes()):
             raise CapacityError(f"{self.purpose}: {human_bytes(more)} more wanted, the machine has {human_bytes(free)} free")
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             start = self.committed - self.committed % mmap.PAGESIZE
-            _advise(self._map, mmap.MADV_HUGEPAGE, start, size - start)
+            _advise(memory, mmap.MADV_HUGEPAGE, start, size - start)
         self._allocator.add(more)
         self.committed = size
 
     def view(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
         """The memory from byte ``offset`` on as an array; it keeps the memory alive, so let go of it soon."""
         count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
+        return np.frombuffer(self._memory(), dtype, count, offset).reshape(shape)
+
+    def _memory(self) -> mmap.mmap:
+        if self._map is None:
+            raise ClosedError(f"{self.purpose}: the memory was given back")
+        return self._map
 
     def release(self) -> None:
         """Give the memory back. No address in the region may be used any more."""
-        if self.committed:
-            if hasattr(mmap, "MADV_DONTNEED"):  # at once, even if a view is still about
+        if self._map is not None:
+            if hasattr(mmap, "MADV_DONTNEED") and self.committed:  # at once, even if a view is still about
                 _advise(self._map, mmap.MADV_DONTNEED, 0, min(_page_up(self.committed), len(self._map)))
-            self._allocator.add(-self.committed)
+            self._allocator.add(-self.committed, -self.limit)
             self.committed = 0
-        self._bytes = np.empty(0, np.uint8)
-        self._map = mmap.mmap(-1, 1)
+        self._map = self._bytes = None
         self.address = 0
 
     def __del__(self) -> None:
-        if getattr(self, "committed", 0):
-            self._allocator.add(-self.committed)
+        if getattr(self, "_map", None) is not None:
+            self._allocator.add(-self.committed, -self.limit)
 
 
 class HostAllocator(Protocol):
@@ -97,6 +103,7 @@ class PlainHostAllocator:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_use = 0
+        self._reserved = 0
 
     def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
         """Reserve ``limit`` bytes of addresses, or as many of them as the machine lets, down to ``least``.
@@ -105,17 +112,22 @@ class PlainHostAllocator:
             CapacityError: the addresses cannot be had.
         """
         least = limit if least is None else least
+        limit = max(least, min(limit, (_ADDRESSES - self._reserved) // 64))  # leaves room for many tables
         while True:
             try:
-                return HostRegion(self, limit, purpose)
+                region = HostRegion(self, limit, purpose)
+                self.add(0, limit)
+                return region
             except CapacityError:
                 if limit <= least:
                     raise
                 limit = max(least, limit // 2)
 
-    def add(self, size: int) -> None:
+    def add(self, committed: int, reserved: int = 0) -> None:
+        """Account for bytes that a region took or, if negative, gave back."""
         with self._lock:
-            self._in_use += size
+            self._in_use += committed
+            self._reserved += reserved
 
     @property
     def in_use(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -289,8 +291,7 @@ def test_a_growth_step_smaller_than_a_row_is_refused():
         HostStore(16, growth_bytes=63)
 
 
-def test_closed_store_raises_and_gives_memory_back():
-    allocator = PlainHostAllocator()
+def use_and_close(allocator):
     store = HostStore(4, allocator=allocator)
     store.upsert(np.arange(1000), rows_for(range(1000), 4))
     store.close()
@@ -306,5 +307,10 @@ def test_closed_store_raises_and_gives_memory_back():
     ):
         with pytest.raises(ClosedError):
             call()
-    del store
+
+
+def test_closed_store_raises_and_gives_memory_back():
+    allocator = PlainHostAllocator()
+    use_and_close(allocator)
+    gc.collect()
     assert allocator.in_use == 0
