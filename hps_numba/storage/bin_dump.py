@@ -135,9 +135,9 @@ def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[A
     target = Path(path)
     if target.is_dir():
         raise ModelFileError(f"{target}: is a directory, wanted a file")
-    with replacing(target, overwrite=overwrite) as new, writing(target, checked_chunks(target, dim, chunks)) as source:
-        with new.open("wb") as file:
-            return _write_pairs(file, target, key_bytes, dim, source)
+    checked = checked_chunks(target, dim, chunks)
+    with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source, new.open("wb") as file:
+        return _write_pairs(file, target, key_bytes, dim, source)
 
 
 def _write_pairs(file: BinaryIO, path: Path, key_bytes: int, dim: int, chunks: Iterable[Chunk]) -> int:

@@ -105,7 +105,8 @@ def write_model(
         raise ValueError(f"dim: {dim}, wanted at least 1")
     target = Path(path)
     writer = _writing_format(target, format)
-    _check_replaceable(target)
+    with translated(target):
+        _check_replaceable(target)
     checked = checked_chunks(target, dim, chunks, rows, on_progress)
     with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source:
         return writer.write(new, dim, source)

@@ -1,0 +1,104 @@
+"""What the arrays of a sparse model may look like, and how a piece of one becomes int64 keys or float32 rows.
+
+``key`` and ``meta``: any integer dtype whose values fit int64. A uint64 above the largest int64 is an error and never a
+negative key. ``emb_vector``: float32, or float16 and float64 which are converted piece by piece; a finite float64
+beyond float32 is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hps_numba.errors import ModelFileError
+
+__all__ = ["PIECE_BYTES", "StoredArray", "assign", "check_arrays", "check_dim", "is_stored_as", "piece_rows"]
+
+PIECE_BYTES = 1 << 20
+"""Size of the intermediate where bytes cannot go straight to their place."""
+
+_INT64_MAX = np.iinfo(np.int64).max
+
+
+class StoredArray(Protocol):
+    """An array in a file, as far as its header tells."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None) -> tuple[int, int]:
+    """Rows and width of the model whose arrays have these shapes and dtypes.
+
+    Raises:
+        ModelFileError: an array is missing, or has a wrong rank, dtype, number of rows or width.
+    """
+    for name in ("key", "emb_vector"):
+        if name not in arrays:
+            raise ModelFileError(f"{path}: has no array {name!r}, found {', '.join(sorted(arrays)) or 'none'}")
+    for name, array in arrays.items():
+        _check_dtype(path, name, array.dtype)
+        rank = 2 if name == "emb_vector" else 1
+        if len(array.shape) != rank or min(array.shape) < 0:
+            raise ModelFileError(f"{path}: {name} has shape {list(array.shape)}, wanted {rank} dimension{'s' * (rank > 1)}")
+    rows, width = arrays["emb_vector"].shape
+    for name in ("key", "meta"):
+        if name in arrays and arrays[name].shape[0] != rows:
+            raise ModelFileError(f"{path}: {name} has {arrays[name].shape[0]} elements, emb_vector has {rows} rows")
+    check_dim(path, width, dim)
+    return rows, width
+
+
+def check_dim(path: Path, found: int, wanted: int | None) -> None:
+    """Raise ``ModelFileError`` unless the width that was found is the wanted one and at least 1."""
+    if found < 1 or (wanted is not None and found != wanted):
+        raise ModelFileError(f"{path}: emb_vector has rows of width {found}, wanted {wanted or 'at least 1'}")
+
+
+def _check_dtype(path: Path, name: str, dtype: np.dtype[Any]) -> None:
+    if name == "emb_vector":
+        if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+            raise ModelFileError(f"{path}: emb_vector has dtype {dtype}, wanted float32 (float16 and float64 are converted)")
+    elif dtype.kind not in "iu":
+        raise ModelFileError(f"{path}: {name} has dtype {dtype}, wanted int64 or another integer dtype")
+
+
+def is_stored_as(stored: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """True if the bytes of ``stored``, once in native order, are those of ``wanted``."""
+    return stored.kind == wanted.kind and stored.itemsize == wanted.itemsize
+
+
+def piece_rows(row_bytes: int) -> int:
+    """Rows of an intermediate of about ``PIECE_BYTES``; at least 1."""
+    return max(1, PIECE_BYTES // max(1, row_bytes))
+
+
+def assign(out: npt.NDArray[Any], source: npt.NDArray[Any], path: Path, name: str) -> None:
+    """Copy ``source`` into ``out`` (int64 or float32 of the same shape), exactly or rounded to the nearest float32.
+
+    **Writes:** out.
+
+    Raises:
+        ModelFileError: an integer does not fit int64, or a finite float does not fit float32.
+    """
+    if out.dtype.kind == "i":
+        _assign_integers(out, source, path, name)
+        return
+    try:
+        with np.errstate(over="raise", under="ignore", invalid="ignore"):
+            out[...] = source
+    except FloatingPointError:
+        raise ModelFileError(f"{path}: {name} holds a {source.dtype} value beyond the range of float32") from None
+
+
+def _assign_integers(out: npt.NDArray[Any], source: npt.NDArray[Any], path: Path, name: str) -> None:
+    if source.dtype.kind == "u" and source.dtype.itemsize == 8 and source.size and (top := int(source.max())) > _INT64_MAX:
+        raise ModelFileError(f"{path}: {name} holds {top}, which does not fit int64; store the bits as int64 if that is meant")
+    out[...] = source

@@ -1,0 +1,117 @@
+"""The checks on chunks of keys and rows before they are written to any file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hps_numba.errors import HpsError, KeyDtypeError, ModelFileError
+from hps_numba.storage.formats._arrays import assign
+from hps_numba.storage.formats._format import Chunk, Keys, Progress, Rows
+
+__all__ = ["checked_chunks", "writing"]
+
+
+def checked_chunks(
+    path: Path, dim: int, chunks: Iterable[tuple[Any, ...]], rows: int | None = None, on_progress: Progress | None = None
+) -> Iterator[Chunk]:
+    """Each ``(keys, rows)`` or ``(keys, rows, meta)`` as C-contiguous int64, float32 and int64 arrays that fit together.
+
+    Args:
+        rows: the announced number of rows of all chunks; None if unknown.
+        on_progress: called with (rows done, announced rows or rows done) once a chunk was used up.
+
+    Raises:
+        KeyDtypeError: keys or meta are not integers.
+        ModelFileError: a wrong shape or dtype, a value that does not fit, meta in some chunks only, or another number
+            of rows than ``rows`` in all.
+    """
+    done = 0
+    first_has_meta: bool | None = None
+    for number, chunk in enumerate(chunks):
+        where = f"chunk {number}"
+        checked = _checked(path, where, dim, chunk)
+        has_meta = checked[2] is not None
+        if first_has_meta is None:
+            first_has_meta = has_meta
+        if has_meta != first_has_meta:
+            raise ModelFileError(
+                f"{path}: {where} has {'a' if has_meta else 'no'} meta, unlike the chunks before; wanted all or none"
+            )
+        yield checked
+        done += len(checked[0])
+        if rows is not None and done > rows:
+            raise ModelFileError(f"{path}: {done} rows came up to {where}, {rows} were announced")
+        if on_progress is not None:
+            on_progress(done, done if rows is None else rows)
+    if rows is not None and done != rows:
+        raise ModelFileError(f"{path}: {done} rows came, {rows} were announced")
+
+
+@contextmanager
+def writing(path: Path, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
+    """The chunks again, for a block that writes them: an error of the disk or of a library becomes a ``ModelFileError``.
+
+    What the chunks themselves raise is the caller's and passes as it is.
+    """
+    of_the_caller: list[Exception] = []
+
+    def passing() -> Iterator[Chunk]:
+        try:
+            yield from chunks
+        except Exception as problem:
+            of_the_caller.append(problem)
+            raise
+
+    try:
+        yield passing()
+    except HpsError:
+        raise
+    except Exception as problem:
+        if any(problem is own for own in of_the_caller):
+            raise
+        raise ModelFileError(f"{path}: cannot be written: {' '.join(str(problem).split())}") from problem
+
+
+def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
+    if len(chunk) not in (2, 3):
+        raise ModelFileError(f"{path}: {where} has {len(chunk)} parts, wanted (keys, rows) or (keys, rows, meta)")
+    keys = _integers(path, f"{where}: keys", chunk[0])
+    rows = _rows(path, f"{where}: rows", chunk[1], (len(keys), dim))
+    if len(chunk) == 2 or chunk[2] is None:
+        return keys, rows, None
+    meta = _integers(path, f"{where}: meta", chunk[2])
+    if meta.shape != keys.shape:
+        raise ModelFileError(f"{path}: {where}: meta has {len(meta)} elements, wanted {len(keys)} as keys has")
+    return keys, rows, meta
+
+
+def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
+    array = np.asarray(given)
+    if array.dtype.kind not in "iu":
+        raise KeyDtypeError(f"{path}: {where} have dtype {array.dtype}, wanted integers")
+    if array.ndim != 1:
+        raise ModelFileError(f"{path}: {where} have shape {list(array.shape)}, wanted one dimension")
+    if array.dtype == np.int64 and array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, np.int64)
+    assign(out, array, path, where)
+    return out
+
+
+def _rows(path: Path, where: str, given: npt.ArrayLike, shape: tuple[int, int]) -> Rows:
+    array = np.asarray(given)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ModelFileError(f"{path}: {where} have dtype {array.dtype}, wanted float32")
+    if array.shape != shape:
+        raise ModelFileError(f"{path}: {where} have shape {list(array.shape)}, wanted {list(shape)}")
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
+    out = np.empty(shape, np.float32)
+    assign(out, array, path, where)
+    return out

@@ -1,0 +1,244 @@
+"""What a sparse-model format promises.
+
+A sparse model is one embedding table on disk: ``key`` (n integers), ``emb_vector`` (n rows of ``dim`` floats) and, optionally,
+``meta`` (n integers). A format is one file in this folder with a ``PART``; it gives a :class:`SparseModelFormat` that opens
+files as :class:`SparseModelReader`. To add one, write ``_fill`` and ``_close`` of a reader, and ``detect`` and ``_open`` of a
+format; :mod:`hps_numba.storage.formats._arrays` holds the checks that all formats share.
+
+Problem: tables are larger than what host memory can hold twice, and a damaged file must never load as zeros (spec 5.2,
+5.3). Choice: the caller owns the arrays and says which rows go where; a reader fills them in place. Ranges ascend, so
+that compressed streams serve them too, and each array has a position of its own, so that a loader may pass over the
+keys first and the rows later. Turned down: readers that return arrays (a second copy of every byte) and memory maps (a
+file that shrinks kills the process).
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hps_numba.errors import ClosedError, HpsError, ModelFileError
+
+__all__ = [
+    "CHUNK_BYTES",
+    "Chunk",
+    "Keys",
+    "PathLike",
+    "Progress",
+    "Rows",
+    "SparseModelFormat",
+    "SparseModelReader",
+    "rows_per_chunk",
+    "translated",
+]
+
+Keys: TypeAlias = npt.NDArray[np.int64]
+Rows: TypeAlias = npt.NDArray[np.float32]
+Chunk: TypeAlias = tuple[Keys, Rows, Keys | None]
+PathLike: TypeAlias = str | os.PathLike[str]
+Progress: TypeAlias = Callable[[int, int], None]
+
+CHUNK_BYTES = 8 << 20
+"""Keys and rows that are in flight at once where a table is streamed, in bytes."""
+
+
+def rows_per_chunk(dim: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of ``dim`` float32 with their int64 keys that fit ``chunk_bytes``; at least 1."""
+    return max(1, chunk_bytes // (8 + 4 * dim))
+
+
+@contextmanager
+def translated(path: PathLike) -> Iterator[None]:
+    """Turn whatever a library raises about a damaged file into one ``ModelFileError`` that names the file.
+
+    h5py, pyarrow, zipfile and numpy raise about a dozen types between them, down to ``RecursionError`` and ``MemoryError`` for
+    a header that asks for the impossible; a reader promises a single type.
+    """
+    try:
+        yield
+    except HpsError:
+        raise
+    except Exception as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise ModelFileError(f"{os.fspath(path)}: cannot be read: {type(problem).__name__}: {text}") from problem
+
+
+class SparseModelReader(abc.ABC):
+    """One open sparse model, a context manager.
+
+    Attributes:
+        path: the file or directory.
+        rows: number of rows, n.
+        dim: floats in a row.
+        has_meta: whether there is a ``meta`` array.
+
+    Threads: one at a time. A second thread opens a second reader; both may read any range.
+    """
+
+    def __init__(self, path: Path, rows: int, dim: int, *, has_meta: bool) -> None:
+        self.path = path
+        self.rows = rows
+        self.dim = dim
+        self.has_meta = has_meta
+        self._position = {"key": 0, "emb_vector": 0, "meta": 0}
+        self._closed = False
+        self._failed = False
+
+    @abc.abstractmethod
+    def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` (never empty) with elements ``start .. start + len(out)`` of array ``name``, or raise."""
+
+    @abc.abstractmethod
+    def _close(self) -> None:
+        """Give back every file handle; called once."""
+
+    def read(self, start: int, stop: int, keys: Keys | None, rows: Rows | None) -> None:
+        """Fill the caller's arrays with rows ``start .. stop``; None leaves an array out.
+
+        Bytes go from the file to their final place: where the file holds the wanted dtype uncompressed, no other copy is made;
+        else the intermediate is about 1 MiB. Some damage (a checksum over a whole array) shows only at the last row, so nothing
+        that was read may be trusted before the table was read to its end.
+
+        Args:
+            start, stop: ``0 <= start <= stop <= self.rows``; for each array, ranges ascend and do not overlap. Gaps are
+                skipped.
+            keys: int64[stop - start], C-contiguous, or None.
+            rows: float32[stop - start, dim], C-contiguous, or None.
+
+        **Writes:** keys, rows.
+
+        Raises:
+            ModelFileError: the file is damaged, was cut short since it was opened, or holds a value that does not fit.
+            ValueError: a range or an array is not as above.
+            ClosedError: the reader was closed.
+        """
+        self._check_range(start, stop)
+        count = stop - start
+        if keys is not None:
+            self._check_out("keys", keys, np.int64, (count,))
+            self._advance("key", start, keys)
+        if rows is not None:
+            self._check_out("rows", rows, np.float32, (count, self.dim))
+            self._advance("emb_vector", start, rows)
+
+    def read_meta(self, start: int, stop: int) -> Keys:
+        """Elements ``start .. stop`` of ``meta``, int64[stop - start]; ranges and errors as in :meth:`read`.
+
+        Raises:
+            ModelFileError: also if the model has no ``meta``.
+        """
+        self._check_range(start, stop)
+        if not self.has_meta:
+            raise ModelFileError(f"{self.path}: has no meta array")
+        out = np.empty(stop - start, np.int64)
+        self._advance("meta", start, out)
+        return out
+
+    def chunks(self, chunk_rows: int | None = None) -> Iterator[Chunk]:
+        """All rows from first to last as ``(keys int64[m], rows float32[m, dim], meta int64[m] or None)``.
+
+        ``keys`` and ``rows`` are views of one buffer that the next step overwrites. ``chunk_rows`` defaults to about 8 MiB.
+        """
+        step = rows_per_chunk(self.dim) if chunk_rows is None else chunk_rows
+        if step < 1:
+            raise ValueError(f"chunk_rows: {step}, wanted at least 1")
+        step = min(step, self.rows)
+        with translated(self.path):  # a damaged header may ask for rows of any width
+            keys, rows = np.empty(step, np.int64), np.empty((step, self.dim), np.float32)
+        for start in range(0, self.rows, max(step, 1)):
+            count = min(step, self.rows - start)
+            self.read(start, start + count, keys[:count], rows[:count])
+            yield keys[:count], rows[:count], self.read_meta(start, start + count) if self.has_meta else None
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.path}: this reader was closed")
+        if self._failed:
+            raise ModelFileError(f"{self.path}: an earlier read of this reader failed; open the model again")
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"{self.path}: rows {start}..{stop} asked for, wanted a range within 0..{self.rows}")
+
+    def _check_out(self, name: str, out: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
+        if out.dtype != dtype or out.shape != shape:
+            wanted = f"{np.dtype(dtype).name}{list(shape)}"
+            raise ValueError(f"{self.path}: {name} is {out.dtype.name}{list(out.shape)}, wanted {wanted}")
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(f"{self.path}: {name} must be C-contiguous and writeable")
+
+    def _advance(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        if not len(out):
+            return
+        if start < self._position[name]:
+            raise ValueError(f"{self.path}: {name} is read to row {self._position[name]} already, {start} asked for")
+        self._position[name] = start + len(out)
+        try:
+            with translated(self.path):
+                self._fill(name, start, out)
+        except BaseException:
+            self._failed = True  # a stream that stopped midway would go on at the wrong row
+            raise
+
+
+class SparseModelFormat(abc.ABC):
+    """A kind of sparse model file; without state, so one object serves everybody.
+
+    Attributes:
+        name: as in ``format=``; the name of the file that defines it.
+        suffixes: file name endings, lower case with the dot, that stand for this format.
+        can_write: whether :meth:`write` is implemented.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    can_write: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def detect(self, path: Path) -> bool:
+        """True if the content at ``path`` (which exists) looks like this format; the name does not count. Reads a few bytes."""
+
+    @abc.abstractmethod
+    def _open(self, path: Path, dim: int | None) -> SparseModelReader:
+        """Open and check everything that can be checked without reading rows; errors of libraries may pass through."""
+
+    def open(self, path: PathLike, dim: int | None = None) -> SparseModelReader:
+        """Open the model at ``path``.
+
+        Args:
+            dim: width of a row that the file must have; None takes the file's.
+
+        Raises:
+            ModelFileError: missing, damaged, of another width, or what it needs is not installed.
+            ValueError: ``dim`` is less than 1.
+        """
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim: {dim}, wanted at least 1, or None to take the file's")
+        with translated(path):
+            return self._open(Path(path), dim)
+
+    def write(self, path: Path, dim: int, chunks: Iterable[Chunk]) -> int:
+        """Write a new model at ``path``, which does not exist, and return its number of rows. Not atomic, not synced.
+
+        For users: :func:`hps_numba.storage.model_files.write_model`, which is both and checks the chunks. Either all chunks
+        have meta or none; a chunk is used up before the next one is asked for.
+        """
+        raise ModelFileError(f"{path}: format {self.name} is read only")

@@ -1,0 +1,203 @@
+"""An HDF5 file with datasets ``key``, ``emb_vector`` and, optionally, ``meta`` at its root.
+
+Problem: where bytes are missing, HDF5 answers zeros: for chunks that were never written, for a source of a virtual
+dataset that is gone, and past the end of a file that was cut short. Choice: a dataset that is virtual, external or not
+wholly allocated is refused, and the size of the file is looked at after every read. Files written here carry checksums
+on metadata and on every chunk.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hps_numba.errors import ModelFileError
+from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, piece_rows
+from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
+from hps_numba.storage.formats._raw import open_file
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["PART", "Hdf5Format", "Hdf5Reader"]
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_CHUNK_BYTES = 128 << 10  # a table of one row takes a chunk, too
+
+
+class Hdf5Reader(SparseModelReader):
+    """Reads rows with ``read_direct``: unpacked chunks go straight to the caller's arrays."""
+
+    def __init__(self, path: Path, dim: int | None, file: h5py.File, handles: ExitStack) -> None:
+        self._datasets = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta") if name in file}
+        super().__init__(path, *check_arrays(path, self._datasets, dim), has_meta="meta" in self._datasets)
+        for name, dataset in self._datasets.items():
+            _check_allocated(path, name, dataset)
+        self._descriptor = file.id.get_vfd_handle()
+        self._size = os.fstat(self._descriptor).st_size
+        self._handles = handles.pop_all()
+
+    def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        dataset = self._datasets[name]
+        if is_stored_as(dataset.dtype, out.dtype):
+            dataset.read_direct(out, np.s_[start : start + len(out)])
+        else:
+            self._fill_by_pieces(name, start, out)
+        size = os.fstat(self._descriptor).st_size
+        if size < self._size:
+            raise ModelFileError(f"{self.path}: {size} bytes, had {self._size} when it was opened; was it cut short?")
+
+    def _fill_by_pieces(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """HDF5's own conversion clips integers and turns large floats into infinity, both without a word."""
+        dataset = self._datasets[name]
+        step = min(len(out), piece_rows(dataset.dtype.itemsize * (self.dim if out.ndim > 1 else 1)))
+        buffer = np.empty((step, *out.shape[1:]), dataset.dtype.newbyteorder("="))
+        for first in range(0, len(out), step):
+            piece = buffer[: len(out) - first]
+            dataset.read_direct(piece, np.s_[start + first : start + first + len(piece)])
+            assign(out[first : first + len(piece)], piece, self.path, name)
+
+    def _close(self) -> None:
+        self._datasets.clear()
+        self._handles.close()
+
+
+class Hdf5Format(SparseModelFormat):
+    """An HDF5 file, read and written with h5py."""
+
+    name = "hdf5"
+    suffixes = (".h5", ".hdf5")
+    can_write = True
+
+    def detect(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with open_file(path) as file:
+            return file.read(8) == _SIGNATURE
+
+    def _open(self, path: Path, dim: int | None) -> Hdf5Reader:
+        import h5py
+
+        open_file(path).close()  # a clear message for what is not a readable file
+        with ExitStack() as handles:
+            file = handles.enter_context(h5py.File(path, "r", locking="best-effort"))
+            return Hdf5Reader(path, dim, file, handles)
+
+    def write(self, path: Path, dim: int, chunks: Iterable[Chunk]) -> int:
+        import h5py
+
+        total = 0
+        with io.FileIO(path, "xb+") as raw:
+            disk = _Disk(raw)
+            with h5py.File(disk, "w", libver=("v110", "v110")) as file:
+                _create(file, "key", np.int64, ())
+                _create(file, "emb_vector", np.float32, (dim,))
+                for keys, rows, meta in chunks:
+                    if meta is not None and "meta" not in file:
+                        _create(file, "meta", np.int64, ())
+                    for name, array in (("key", keys), ("emb_vector", rows), ("meta", meta)):
+                        if array is not None:
+                            file[name].resize(total + len(array), axis=0)
+                            file[name][total:] = array
+                    total += len(keys)
+                    disk.check()
+            disk.check()
+        return total
+
+
+class _Disk:
+    """The file that HDF5 writes to. After a first failure it takes everything and keeps nothing; :meth:`check` tells.
+
+    When HDF5 itself meets a full disk, closing the file fails, and the process ends with SIGSEGV when it exits.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._problem: OSError | None = None
+
+    def check(self) -> None:
+        """Raise what the first failure was, if any."""
+        if self._problem is not None:
+            raise self._problem
+
+    def write(self, data: bytearray) -> int:
+        try:
+            view = memoryview(data).cast("B")
+            while len(view) and self._problem is None:
+                view = view[self._file.write(view) :]
+        except OSError as problem:
+            self._problem = problem
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        try:
+            if self._problem is None:
+                self._file.truncate(size)
+        except OSError as problem:
+            self._problem = problem
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer)
+
+
+def _create(file: h5py.File, name: str, dtype: type, row_shape: tuple[int, ...]) -> None:
+    rows = max(1, _CHUNK_BYTES // (np.dtype(dtype).itemsize * math.prod(row_shape)))
+    shape, limit, chunk = (0, *row_shape), (None, *row_shape), (rows, *row_shape)
+    file.create_dataset(name, shape, dtype, maxshape=limit, chunks=chunk, fletcher32=True)
+
+
+def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
+    """The dataset with a chunk cache that holds all chunks of a row, so that no chunk is unpacked twice."""
+    import h5py
+
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        raise ModelFileError(f"{path}: {name} is a {type(dataset).__name__} without a shape, wanted a dataset of numbers")
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink) or dataset.is_virtual or dataset.external:
+        raise ModelFileError(f"{path}: {name} keeps its data in another file, wanted the data in this one")
+    if dataset.chunks is None:
+        return dataset
+    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    access.set_chunk_cache(521, max(PIECE_BYTES, chunk_bytes * math.prod(_chunk_counts(dataset)[1:])), 1.0)
+    del dataset  # HDF5 keeps the cache of a dataset that is open already
+    return h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
+
+
+def _chunk_counts(dataset: h5py.Dataset) -> list[int]:
+    """Chunks along each dimension."""
+    return [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks)]
+
+
+def _check_allocated(path: Path, name: str, dataset: h5py.Dataset) -> None:
+    """Refuse data that were announced and never written: HDF5 would give the fill value, usually zeros."""
+    if dataset.chunks is None:
+        found, wanted, unit = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
+    else:
+        found, wanted, unit = dataset.id.get_num_chunks(), math.prod(_chunk_counts(dataset)), "chunks"
+    if dataset.size and found < wanted:
+        raise ModelFileError(f"{path}: {name} has {found} of {wanted} {unit}; its writer did not finish")
+
+
+PART = Hdf5Format()

@@ -1,0 +1,93 @@
+"""A ``.safetensors`` file with ``key``, ``emb_vector`` and, optionally, ``meta``.
+
+Problem: the library maps the file into memory, so that a file that is cut short while it is read ends the process with
+SIGBUS, and every slice is a copy. Choice: the header (8 bytes of length, then JSON) is read here and rows come by
+``readinto``; a side effect is that nothing needs to be installed. Source: https://github.com/huggingface/safetensors,
+"Format".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba.errors import ModelFileError
+from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._raw import RawArray, RawArrayReader, open_file, read_exactly
+
+__all__ = ["PART", "SafetensorsFormat"]
+
+_HEADER_LIMIT = 100_000_000
+_NUMBERS = {
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+}
+
+
+class SafetensorsFormat(SparseModelFormat):
+    """A safetensors file."""
+
+    name = "safetensors"
+    suffixes = (".safetensors",)
+
+    def detect(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with open_file(path) as file:
+            start = file.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+    def _open(self, path: Path, dim: int | None) -> RawArrayReader:
+        with ExitStack() as handles:
+            file = handles.enter_context(open_file(path))
+            header, offset = _header(file, path)
+            _check_end(path, header, os.fstat(file.fileno()).st_size - offset)
+            names: list[str] = [name for name in ("key", "emb_vector", "meta") if name in header]
+            arrays = {name: _array(file, path, name, header[name], offset) for name in names}
+            return RawArrayReader(path, dim, arrays, handles)
+
+
+def _header(file: io.FileIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of the header by name, and the offset of the data."""
+    size = np.zeros(1, "<u8")
+    read_exactly(file, 0, size, path)
+    length = int(size[0])
+    if not 2 <= length <= _HEADER_LIMIT:
+        raise ModelFileError(f"{path}: header of {length} bytes, wanted 2 to {_HEADER_LIMIT}; is it a safetensors file?")
+    text = np.empty(length, np.uint8)
+    read_exactly(file, 8, text, path)
+    header = json.loads(text.tobytes())
+    if not isinstance(header, dict):
+        raise ModelFileError(f"{path}: the header is a JSON {type(header).__name__}, wanted an object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _check_end(path: Path, header: dict[str, Any], data_bytes: int) -> None:
+    """The data of the last tensor ends with the file; so a file that was cut or has grown is noticed at once."""
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != data_bytes:
+        raise ModelFileError(f"{path}: {data_bytes} bytes of data, wanted {end} according to the header")
+
+
+def _array(file: io.FileIO, path: Path, name: str, entry: dict[str, Any], offset: int) -> RawArray:
+    if entry["dtype"] not in _NUMBERS:
+        raise ModelFileError(f"{path}: {name} has dtype {entry['dtype']}, wanted one of {', '.join(_NUMBERS)}")
+    dtype, shape = _NUMBERS[entry["dtype"]], tuple(int(length) for length in entry["shape"])
+    begin, end = entry["data_offsets"]
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ModelFileError(
+            f"{path}: {name} has {end - begin} bytes from {begin} on, but its shape is {entry['dtype']}{list(shape)}"
+        )
+    return RawArray(file, path, name, offset + begin, shape, dtype)
+
+
+PART = SafetensorsFormat()
