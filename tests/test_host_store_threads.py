@@ -20,8 +20,7 @@ class Readers:
     """Threads that look all keys up until they are stopped, and note rows whose elements are not all the same."""
 
     def __init__(self, store, threads=3):
-        self.torn = self.looked_up = 0
-        self.errors = []
+        self.errors, self._torn, self._lookups = [], [], []  # lists: += on a number loses counts between threads
         self._store = store
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
@@ -31,10 +30,18 @@ class Readers:
         try:
             while not self._stop.is_set():
                 assert self._store.lookup(KEYS, out, -1.0) == 0
-                self.torn += int((out != out[:, :1]).any(axis=1).sum())
-                self.looked_up += 1
+                self._torn.append(int((out != out[:, :1]).any(axis=1).sum()))
+                self._lookups.append(1)
         except BaseException as problem:
             self.errors.append(problem)
+
+    @property
+    def torn(self):
+        return sum(self._torn)
+
+    @property
+    def looked_up(self):
+        return len(self._lookups)
 
     def __enter__(self):
         for thread in self._threads:
@@ -121,12 +128,39 @@ def test_erased_and_written_again_is_seen_as_row_or_absent():
     assert not wrong
 
 
+def test_an_absent_key_never_takes_the_row_of_a_key_that_is_being_inserted():
+    """The search for an absent key ends at an empty entry; the writer fills such entries with other keys all the time."""
+    absent = np.arange(1 << 40, (1 << 40) + 512, dtype=np.int64)
+    stop = threading.Event()
+    wrong = []
+
+    def read(store):
+        out = np.empty((len(absent), 1), np.float32)
+        while not stop.is_set():
+            if store.lookup(absent, out, -1.0) != len(absent) or (out != -1).any():
+                wrong.append(out[out != -1])
+
+    store = HostStore(1, rows=40_000)
+    thread = threading.Thread(target=read, args=(store,))
+    thread.start()
+    keys, rows = np.arange(40_000), np.ones((40_000, 1), np.float32)
+    for _ in range(150):
+        store.upsert(keys, rows)
+        store.replace(store.new_content(40_000))
+    stop.set()
+    thread.join()
+    assert not wrong
+
+
 def test_closing_beside_readers_ends_them_cleanly():
     store = filled_store()
     with Readers(store) as readers:
         while readers.looked_up < 20:
             time.sleep(0.001)
         store.close()
+        end = time.monotonic() + 30
+        while len(readers.errors) < 3 and time.monotonic() < end:
+            time.sleep(0.001)
     assert {type(problem).__name__ for problem in readers.errors} == {"ClosedError"}
     assert readers.torn == 0
 

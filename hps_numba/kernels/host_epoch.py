@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hps_numba.kernels.compile import host_kernel
 from hps_numba.kernels.host_probe import enter_epoch, leave_epoch
-from hps_numba.kernels.memory_words import add_word, store_word_release
+from hps_numba.kernels.memory_words import add_word, full_fence, store_word_release
 
 __all__ = ["count", "epoch_advance", "epoch_enter", "epoch_leave", "publish"]
 
@@ -24,7 +24,9 @@ def epoch_leave(record):
 @host_kernel
 def epoch_advance(epoch):
     """Begin a new epoch; returns the one that ended. What was retired before is tagged with it. Fences both ways."""
-    return add_word(epoch, 1)
+    ended = add_word(epoch, 1)
+    full_fence()
+    return ended
 
 
 @host_kernel

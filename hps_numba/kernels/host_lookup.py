@@ -73,8 +73,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
             prefetch(home)
         j = i - _AHEAD
         if start <= j < stop:
-            entry = find_entry(block, end, homes[j & _IN_RING], load_word(keys + 8 * j))
-            slot = slot_of(load_word_acquire(entry + 8))
+            slot = slot_of(find_entry(block, end, homes[j & _IN_RING], load_word(keys + 8 * j))[1])
             slots[j & _IN_RING] = slot
             if slot >= 0:
                 for offset in range(0, prefetched, 64):
@@ -119,7 +118,7 @@ def host_contains(header, keys, n, found, epoch, record):
         j = i - _AHEAD
         if j >= 0:
             key = load_word(keys + 8 * j)
-            entry = find_entry(block, end, home_address(block, lines, key), key)
-            store_word(found + 8 * j, np.int64(slot_of(load_word_acquire(entry + 8)) >= 0))
+            word = find_entry(block, end, home_address(block, lines, key), key)[1]
+            store_word(found + 8 * j, np.int64(slot_of(word) >= 0))
     leave_epoch(record)
     return n

@@ -9,7 +9,7 @@ import numpy as np
 
 from hps_numba.kernels.compile import host_function
 from hps_numba.kernels.hashing import home_line
-from hps_numba.kernels.memory_words import exchange_word, load_word, load_word_acquire, store_word_release
+from hps_numba.kernels.memory_words import exchange_word, full_fence, load_word, load_word_acquire, store_word_release
 from hps_numba.layout import EMPTY, ENTRY_BYTES, FIRST_SLOT, LINE_BYTES, META_BYTES, META_LINES, SLOT_MASK
 
 __all__ = ["end_of", "enter_epoch", "find_entry", "home_address", "leave_epoch", "slot_of"]
@@ -31,17 +31,20 @@ def end_of(block):
 
 @host_function
 def find_entry(block, end, home, key):
-    """Address of the entry of ``key``, else of the empty entry where it would go; never full, so the search ends.
+    """``(address of the entry, its word)`` of ``key``, else of the empty entry where it would go; the index is never full.
 
     The word is loaded before the key: a key is written before its word and never changes in one index block, so a word
-    that is not empty vouches for the key beside it.
+    that is not empty vouches for the key beside it. Use the word returned here: loaded again, the word of an entry that
+    was empty may be that of another key by then.
     """
     entry = home
-    while load_word_acquire(entry + 8) != EMPTY and load_word(entry) != key:
+    while True:
+        word = load_word_acquire(entry + 8)
+        if word == EMPTY or load_word(entry) == key:
+            return entry, word
         entry += ENTRY_BYTES
         if entry == end:
             entry = block + META_BYTES
-    return entry
 
 
 @host_function
@@ -54,9 +57,10 @@ def slot_of(word):
 def enter_epoch(epoch, record):
     """Say that a reader is at work: nothing retired from now on is reused until it leaves.
 
-    The exchange is sequentially consistent, so no load of the index happens before the record is visible to the writer.
+    The record must be visible to the writer before the index is read, which only a full fence ensures on every processor.
     """
     exchange_word(record, load_word_acquire(epoch))
+    full_fence()
 
 
 @host_function

@@ -106,8 +106,7 @@ def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
         if i + _AHEAD < n:
             prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
         key = load_word(keys + 8 * i)
-        entry = find_entry(block, end, home_address(block, lines, key), key)
-        word = load_word(entry + 8)
+        entry, word = find_entry(block, end, home_address(block, lines, key), key)
         old_slot = slot_of(word)
         if old_slot < 0 and only_present:
             continue
@@ -141,8 +140,8 @@ def host_erase(block, keys, n, state, retired):
         if i + _AHEAD < n:
             prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
         key = load_word(keys + 8 * i)
-        entry = find_entry(block, end, home_address(block, lines, key), key)
-        slot = slot_of(load_word(entry + 8))
+        entry, word = find_entry(block, end, home_address(block, lines, key), key)
+        slot = slot_of(word)
         if slot >= 0:
             store_word_release(entry + 8, ERASED)
             retired[state[STATE_RETIRED]] = slot
@@ -165,8 +164,8 @@ def host_fill(block, keys, n, first_slot, state, free, now):
         if i + _AHEAD < n:
             prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
         key = load_word(keys + 8 * i)
-        entry = find_entry(block, end, home_address(block, lines, key), key)
-        old_slot = slot_of(load_word(entry + 8))
+        entry, word = find_entry(block, end, home_address(block, lines, key), key)
+        old_slot = slot_of(word)
         if old_slot >= 0:
             free[state[STATE_FREE]] = old_slot
             state[STATE_FREE] += 1
@@ -193,7 +192,7 @@ def host_reindex(old, new, state):
         word = load_word(entry + 8)
         if slot_of(word) >= 0:
             key = load_word(entry)
-            place = find_entry(new, end, home_address(new, lines, key), key)
+            place, _ = find_entry(new, end, home_address(new, lines, key), key)
             store_word(place, key)
             store_word(place + 8, word)
             live += 1

@@ -16,6 +16,7 @@ __all__ = [
     "copy_row",
     "exchange_word",
     "fill_row",
+    "full_fence",
     "load_word",
     "load_word_acquire",
     "prefetch",
@@ -76,7 +77,7 @@ def store_word_release(typingctx, address, value):
 
 @intrinsic
 def exchange_word(typingctx, address, value):
-    """Store an int64 and return what was there, sequentially consistent: no later load moves before it."""
+    """Store an int64 and return what was there, sequentially consistent."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("xchg", _pointer(builder, args[0], _WORD), args[1], "seq_cst")
@@ -92,6 +93,17 @@ def add_word(typingctx, address, value):
         return builder.atomic_rmw("add", _pointer(builder, args[0], _WORD), args[1], "seq_cst")
 
     return _INT(_INT, _INT), codegen
+
+
+@intrinsic
+def full_fence(typingctx):
+    """No load or store moves over it, in either direction."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
