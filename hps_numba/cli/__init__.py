@@ -1,0 +1,60 @@
+"""``hps-numba``: the command line. The folder is the menu: one file a command, found by its name.
+
+A command file defines ``PART``: a function (its docstring is the help text) or a ``typer.Typer`` with subcommands. Files with
+a leading underscore hold what a command is made of. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hps_numba import __version__, parts
+from hps_numba.cli._errors import CommandTree
+from hps_numba.cli._output import show_log_lines
+
+__all__ = ["build", "main"]
+
+
+def build() -> typer.Typer:
+    """The command tree, with every command file of this folder."""
+    app = typer.Typer(
+        cls=CommandTree,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in parts.names(__name__):
+        part = parts.load(__name__, name)
+        if isinstance(part, typer.Typer):
+            app.add_typer(part, name=name)
+        else:
+            app.command(name)(part)
+    return app
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names, then exit: 0 done, 1 failed, 2 called the wrong way."""
+    build()(prog_name="hps-numba")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hps-numba {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show what the library logs at INFO.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A hierarchical parameter server for recommender models, in pure Python: exact embedding lookups."""
+    context.call_on_close(show_log_lines(verbose))

@@ -1,0 +1,91 @@
+"""The demo as a picture: how long requests took, and keys a second over time."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba.cli._demo_traffic import KEYS_PER_SAMPLE, Round, Traffic
+from hps_numba.errors import HpsError
+
+__all__ = ["check_plot", "save_plot"]
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+_COLOURS = ("#4c78a8", "#2a9d8f", "#e9a03b", "#c8553d")
+_GREY = "#666666"
+_POINTS = 40  # of the throughput curve
+
+
+def check_plot(path: Path) -> None:
+    """Raise, before any work is done, if the picture could not be saved at ``path``."""
+    if find_spec("matplotlib") is None:
+        raise HpsError('--plot needs matplotlib: pip install "hps-numba[plot]"')
+    if path.suffix.lower() not in _SUFFIXES:
+        raise HpsError(f"--plot: {path} came, wanted a name that ends in {', '.join(_SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise HpsError(f"--plot: there is no directory {path.absolute().parent}")
+
+
+def save_plot(path: Path, traffic: Traffic, title: str) -> None:
+    """Draw and save."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    _draw_latencies(left, traffic.latencies)
+    _draw_throughput(right, traffic.rounds)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.tick_params(colors=_GREY, which="both")
+    figure.savefig(path)
+
+
+def _draw_latencies(axes: Any, latencies: dict[int, np.ndarray]) -> None:
+    """A histogram for each batch size over one logarithmic axis, with its median."""
+    from matplotlib.patheffects import withStroke
+
+    every = np.concatenate(list(latencies.values())) * 1e6
+    edges = np.geomspace(every.min() * 0.9, np.quantile(every, 0.9995) * 1.3, 90)
+    for (samples, seconds), colour in zip(latencies.items(), _COLOURS, strict=True):
+        micros = seconds * 1e6
+        share = np.histogram(micros, edges)[0] / len(micros) * 100
+        axes.stairs(share, edges, fill=True, color=colour, alpha=0.35)
+        axes.stairs(share, edges, color=colour, linewidth=1.2)
+        label = f"{samples:,} sample{'s' * (samples > 1)}\n{samples * KEYS_PER_SAMPLE:,} keys\np50 {_micros(np.median(micros))}"
+        peak = int(share.argmax())
+        where = (np.sqrt(edges[peak] * edges[peak + 1]), share[peak])
+        axes.annotate(
+            label, where, (0, 5), textcoords="offset points", ha="center", color=colour, fontsize=8.5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: _micros(value))
+    axes.margins(y=0.25)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.set_title("Latency of a request, by batch size", loc="left", fontsize=10)
+    axes.set_ylabel("share of requests", color=_GREY)
+
+
+def _draw_throughput(axes: Any, rounds: list[Round]) -> None:
+    """Keys a second while lookups ran, over the time of the demo, and the mean of all."""
+    parts = [part for part in np.array_split(np.arange(len(rounds)), min(_POINTS, len(rounds))) if len(part)]
+    times = [np.mean([rounds[i].start for i in part]) for part in parts]
+    rates = [sum(rounds[i].keys for i in part) / sum(rounds[i].seconds for i in part) / 1e6 for part in parts]
+    mean = sum(part.keys for part in rounds) / sum(part.seconds for part in rounds) / 1e6
+    axes.plot(times, rates, color=_COLOURS[0], linewidth=1.6, marker="o", markersize=3)
+    axes.axhline(mean, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_ylim(0, max(rates) * 1.25)
+    axes.set_xlim(left=0)
+    axes.set_title(f"Throughput of all threads, mean {mean:.3g} M keys/s", loc="left", fontsize=10)
+    axes.set_ylabel("million keys a second", color=_GREY)
+    axes.set_xlabel("seconds", color=_GREY)
+
+
+def _micros(value: float) -> str:
+    return f"{value:.3g} µs" if value < 1000 else f"{value / 1000:.3g} ms"

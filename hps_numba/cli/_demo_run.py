@@ -1,0 +1,170 @@
+"""The demo's way: make a model, write a config, deploy it, send requests, check every row, sum it all up."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba import __version__
+from hps_numba.cli._demo_traffic import DEFAULT_VALUE, KEYS_PER_SAMPLE, LARGEST_BATCH, MODEL, Traffic, run_traffic
+from hps_numba.cli._hardware import Hardware, resident_bytes
+from hps_numba.cli._output import human_rate, human_seconds
+from hps_numba.memory import human_bytes
+from hps_numba.parameter_server import HPS
+from hps_numba.synthetic import generate_model
+
+__all__ = ["PERCENTILES", "Demo", "write_config"]
+
+PERCENTILES = {"p50": 50, "p95": 95, "p99": 99}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """One run.
+
+    Attributes:
+        folder: where model and config are put.
+        rows, dim: shape of the model.
+        threads: that send requests.
+        seconds: how long they do.
+        seed: of the model's values and of the requests.
+        say: told about each step, as (name, text).
+        waiting: shown while requests are sent.
+    """
+
+    folder: Path
+    rows: int
+    dim: int
+    threads: int
+    seconds: float
+    seed: int
+    say: Callable[[str, str], None]
+    waiting: Callable[[str], AbstractContextManager[Any]]
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the model's files."""
+        return self.rows * (8 + 4 * self.dim)
+
+    def run(self, hardware: Hardware) -> tuple[dict[str, Any], Traffic]:
+        """All steps; what came of them, ready for JSON, and the traffic.
+
+        Raises:
+            HpsError: a step failed.
+        """
+        model, config = self.folder / "demo.model", self.folder / "demo_ps_config.json"
+        self.say("hps-numba", f"{__version__} demo")
+        made = _timed(lambda: generate_model(model, self.rows, self.dim, seed=self.seed, overwrite=True))
+        self.say("model", f"{self.rows:,} rows x {self.dim} float32 made in {human_seconds(made)}: {model}")
+        ready = _timed(self._make_kernels_ready)
+        self.say("kernels", f"ready in {human_seconds(ready)}; compiled once, then kept in the user's cache folder")
+        write_config(config, model.name, self.dim)
+        report, traffic = self._serve(config, hardware)
+        times = {"generate_seconds": made, "kernel_seconds": ready}
+        return {**_machine(hardware), "threads": self.threads, **times, **report}, traffic
+
+    def _make_kernels_ready(self) -> None:
+        """Compile the kernels, or take them from the cache folder, by serving a model of a few rows."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="warm_up_") as name:
+            generate_model(Path(name) / "demo.model", 64, self.dim)
+            write_config(Path(name) / "ps_config.json", "demo.model", self.dim)
+            with HPS(Path(name) / "ps_config.json") as server:
+                server.lookup(np.arange(LARGEST_BATCH * KEYS_PER_SAMPLE) % 64, MODEL, 0)
+
+    def _serve(self, config: Path, hardware: Hardware) -> tuple[dict[str, Any], Traffic]:
+        before, started = resident_bytes(), time.perf_counter()
+        with HPS(config) as server:
+            load, after = time.perf_counter() - started, resident_bytes()
+            rate = self.model_bytes / load
+            size = human_bytes(self.model_bytes)
+            self.say("load", f"{size} in {human_seconds(load)}, {human_rate(rate, 'B/s')}: {config}")
+            self.say("serve", f"{self.seconds:g} s with {self.threads} threads from {_where(hardware)}")
+            with self.waiting("serving and checking"):
+                traffic = run_traffic(server, self._expected(), threads=self.threads, seconds=self.seconds, seed=self.seed)
+            loading = {
+                "load_seconds": load,
+                "load_bytes_per_second": rate,
+                "planned_bytes": server.plan().host_bytes,
+                "used_bytes": server.host_bytes,
+                "process_grew_bytes": None if before is None or after is None else after - before,
+            }
+            return {**loading, **_summed_up(server, traffic, self.rows, self.dim)}, traffic
+
+    def _expected(self) -> np.ndarray:
+        """The rows that ``generate_model`` documents for a seed, made without it and without its file; then the default."""
+        expected = np.empty((self.rows + 1, self.dim), np.float32)
+        values = expected[:-1]
+        np.random.default_rng(self.seed).random(out=values, dtype=np.float32)
+        values *= np.float32(2)
+        values += np.float32(-1)
+        expected[-1] = DEFAULT_VALUE
+        return expected
+
+
+def write_config(path: Path, sparse_file: str, dim: int) -> None:
+    """Write a ``ps_config`` JSON with the original's keys alone: one model, one table, rows in host memory."""
+    entry = {
+        "model": MODEL,
+        "sparse_files": [sparse_file],
+        "embedding_table_names": ["embeddings"],
+        "embedding_vecsize_per_table": [dim],
+        "maxnum_catfeature_query_per_table_per_sample": [KEYS_PER_SAMPLE],
+        "default_value_for_each_table": [DEFAULT_VALUE],
+        "deployed_device_list": [],
+        "max_batch_size": LARGEST_BATCH,
+    }
+    config = {"supportlonglong": True, "models": [entry], "volatile_db": {"type": "parallel_hash_map"}}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _timed(step: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _where(hardware: Hardware) -> str:
+    unused = f" ({hardware.gpus[0].name} is here, but this version serves from the CPU)" if hardware.gpus else ""
+    return f"host memory, {hardware.cpu}, {hardware.cores} cores{unused}"
+
+
+def _machine(hardware: Hardware) -> dict[str, Any]:
+    gpus = [gpu.name for gpu in hardware.gpus]
+    return {"served_from": "host memory", "cpu": hardware.cpu, "cores": hardware.cores, "gpus": gpus}
+
+
+def _summed_up(server: HPS, traffic: Traffic, rows: int, dim: int) -> dict[str, Any]:
+    (stats,) = server.stats()[MODEL].values()
+    counted_right = stats.keys == traffic.keys and stats.defaults == traffic.strangers
+    return {
+        "ok": traffic.wrong_rows == 0 and counted_right,
+        "rows": rows,
+        "dim": dim,
+        "requests": traffic.requests,
+        "keys": traffic.keys,
+        "hits": stats.host_hits,
+        "defaults": stats.defaults,
+        "strangers": traffic.strangers,
+        "wrong_rows": traffic.wrong_rows,
+        "lookup_seconds": traffic.seconds,
+        "keys_per_second": traffic.keys / traffic.seconds,
+        "bytes_per_second": traffic.keys * dim * 4 / traffic.seconds,
+        "latency": [
+            {"samples": samples, "keys": samples * KEYS_PER_SAMPLE, **_latency(times)}
+            for samples, times in traffic.latencies.items()
+        ],
+    }
+
+
+def _latency(times: np.ndarray) -> dict[str, float]:
+    percentiles = np.percentile(times, list(PERCENTILES.values()))
+    named = {f"{name}_seconds": float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)}
+    return {"requests": len(times), **named, "max_seconds": float(times.max())}

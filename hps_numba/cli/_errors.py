@@ -1,0 +1,108 @@
+"""What a user sees when a command fails: one line on stderr and an exit code, never a traceback.
+
+``HPS_NUMBA_DEBUG=1`` in the environment shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hps_numba.errors import HpsError
+
+__all__ = ["CommandTree"]
+
+_ARGUMENT = re.compile(r"\bpass (overwrite|format|dim)\b(=True)?")  # how the library names what is an option here
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+class CommandTree(TyperGroup):
+    """The root of the commands: runs one and turns whatever it raises into a line and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command and exit; with ``standalone_mode=False`` return and raise as typer does."""
+        run = functools.partial(super().main, *args, **{**options, "standalone_mode": False})
+        if options.get("standalone_mode", True):
+            sys.exit(_exit_code(run))
+        return run()
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Names of the commands, sorted."""
+        return sorted(self.commands)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command; Ctrl-C leaves as ``Abort``, which typer passes on."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        code = run()
+        sys.stdout.flush()
+    except typer.Abort:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        return _reader_left()
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # a usage error of typer, whose class differs between its versions
+            return _misused(problem)
+        if os.environ.get("HPS_NUMBA_DEBUG"):
+            raise
+        return _explained(problem)
+    return int(code or 0)
+
+
+def _explained(problem: Exception) -> int:
+    if isinstance(problem, HpsError):
+        return _fail(_one_line(problem), FAILED)
+    if isinstance(problem, OSError):
+        return _fail(_of_system(problem), FAILED)
+    if isinstance(problem, MemoryError):
+        return _fail("out of memory", FAILED)
+    kind = type(problem).__name__
+    return _fail(f"{kind}: {' '.join(str(problem).split())} (a bug; HPS_NUMBA_DEBUG=1 shows where)", FAILED)
+
+
+def _fail(line: str, code: int) -> int:
+    typer.echo(f"error: {line}", err=True)
+    return code
+
+
+def _misused(problem: Any) -> int:
+    context = getattr(problem, "ctx", None)
+    if type(problem).__name__ == "NoArgsIsHelpError":
+        problem.show()
+        return MISUSED
+    more = f" ({context.command_path} --help says more)" if context else ""
+    return _fail(f"{' '.join(problem.format_message().split())}{more}", MISUSED)
+
+
+def _one_line(problem: HpsError) -> str:
+    problems: tuple[str, ...] = getattr(problem, "problems", ())
+    if len(problems) < 2:
+        return _ARGUMENT.sub(r"pass --\1", " ".join(str(problem).split()))
+    first = str(problem).splitlines()[0]
+    return f"{first}, and {len(problems) - 1} more (hps-numba config check lists all)"
+
+
+def _of_system(problem: OSError) -> str:
+    reason = problem.strerror or " ".join(str(problem).split()) or type(problem).__name__
+    return reason if problem.filename is None else f"{problem.filename}: {reason}"
+
+
+def _reader_left() -> int:
+    """Whoever read our output went away (``| head``): fall silent, and let nothing be flushed to the pipe at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED

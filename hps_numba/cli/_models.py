@@ -1,0 +1,38 @@
+"""What the commands that read and write sparse models share: their options and how a model is described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["Overwrite", "WriteFormat", "counted", "describe", "size_on_disk"]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+WriteFormat = Annotated[str | None, typer.Option("--format", help="directory or hdf5; by default the name decides.")]
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def describe(path: Path, rows: int, dim: int) -> str:
+    """``path: 1,000 rows x 16, 70.3 KiB``."""
+    from hps_numba.memory import human_bytes
+
+    return f"{path}: {rows:,} rows x {dim}, {human_bytes(size_on_disk(path))}"
+
+
+def counted(advance: Callable[[str, int], None], what: str) -> Callable[[int, int], None]:
+    """For writers, which call with (rows done, rows in all): passes each step on to a progress bar."""
+    before = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal before
+        advance(what, done - before)
+        before = done
+
+    return on_progress

@@ -1,0 +1,134 @@
+"""How commands speak: text and tables on stdout (plain where it is no terminal), JSON instead if asked, warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "AsJson",
+    "collected_log_lines",
+    "console",
+    "human_rate",
+    "human_seconds",
+    "print_facts",
+    "print_json",
+    "print_table",
+    "show_log_lines",
+]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+_PLAIN_WIDTH = 100
+_LOGGER = logging.getLogger("hps_numba")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for the present stdout or stderr; 100 columns and no colours where that is no terminal."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not made.is_terminal:
+        made.width = _PLAIN_WIDTH
+    return made
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """A table on stdout: the first ``left`` columns are text, the others numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """``name  value`` lines on stdout, the values in one column; a name "" continues the line above."""
+    facts = list(facts)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        typer.echo(f"{name:<{width}}  {value}".rstrip())
+
+
+def print_json(content: Any) -> None:
+    """``content`` as JSON on stdout; NaN and infinities, which JSON lacks, as null."""
+    typer.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def human_seconds(seconds: float) -> str:
+    """``0.00213`` -> ``2.13 ms``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds / scale < 1000 else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 1e-9:.0f} ns"
+
+
+def human_rate(amount: float, unit: str) -> str:
+    """``25_400_000, "keys/s"`` -> ``25.4 M keys/s``."""
+    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if amount >= scale:
+            return f"{amount / scale:.3g} {prefix}{'' if unit.startswith('B') else ' '}{unit}"
+    return f"{amount:.3g} {unit}"
+
+
+# -- the library's log ---------------------------------------------------------------------
+
+
+class _LinesOnStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+class _LinesInList(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def show_log_lines(verbose: bool) -> Callable[[], None]:
+    """Show the library's WARNINGs (with ``verbose`` also INFO) on stderr until the returned function is called."""
+    handler, level = _LinesOnStderr(), _LOGGER.level
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)
+
+    def stop() -> None:
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(level)
+
+    return stop
+
+
+@contextmanager
+def collected_log_lines() -> Iterator[list[str]]:
+    """The texts of the library's WARNINGs while the block runs."""
+    handler = _LinesInList()
+    _LOGGER.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        _LOGGER.removeHandler(handler)

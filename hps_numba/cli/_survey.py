@@ -1,0 +1,161 @@
+"""A sparse model looked through from first to last row, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba.cli._models import size_on_disk
+from hps_numba.storage.formats._format import SparseModelReader
+from hps_numba.storage.model_files import formats, open_model
+
+__all__ = ["Survey", "count_duplicates", "survey_model"]
+
+_FIRST = 3  # rows that a report shows
+_KEYS_AT_ONCE = 1 << 25  # 256 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What stands in a sparse model.
+
+    Attributes:
+        bytes: on disk.
+        key_range: smallest and largest key, None without rows.
+        ascending: every key is greater than the one before.
+        duplicates: rows whose key stands in another, earlier row too.
+        nan, infinite: values that are no numbers, or infinite.
+        value_range: smallest and largest finite value, None without one.
+        mean: of the finite values, or NaN.
+        first_rows: key and values of the first rows.
+    """
+
+    path: Path
+    format: str
+    rows: int
+    dim: int
+    bytes: int
+    has_meta: bool
+    key_range: tuple[int, int] | None
+    ascending: bool
+    duplicates: int
+    nan: int
+    infinite: int
+    value_range: tuple[float, float] | None
+    mean: float
+    first_rows: list[tuple[int, list[float]]]
+
+
+def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None]) -> Survey:
+    """Read every byte of a model: one pass over keys and rows, then passes over the keys alone if they do not ascend.
+
+    Raises:
+        ModelFileError: it is missing or damaged.
+    """
+    keys, values = _KeyFacts(), _ValueFacts()
+    first: list[tuple[int, list[float]]] = []
+    with open_model(path, dim) as model:
+        for some_keys, some_rows, _ in model.chunks():
+            if not first:
+                first = [(int(key), row.tolist()) for key, row in zip(some_keys[:_FIRST], some_rows[:_FIRST], strict=True)]
+            keys.add(some_keys)
+            values.add(some_rows)
+            on_rows("reading", len(some_keys))
+        return Survey(
+            path=path,
+            format=_format_name(path),
+            rows=model.rows,
+            dim=model.dim,
+            bytes=size_on_disk(path),
+            has_meta=model.has_meta,
+            key_range=keys.range,
+            ascending=keys.ascending,
+            duplicates=0 if keys.ascending else count_duplicates(path, model.rows, dim),
+            nan=values.nan,
+            infinite=values.infinite,
+            value_range=values.range,
+            mean=values.mean,
+            first_rows=first,
+        )
+
+
+def count_duplicates(path: Path, rows: int, dim: int | None = None, *, at_once: int = _KEYS_AT_ONCE) -> int:
+    """Rows whose key came before, counted exactly.
+
+    The keys are sorted ``at_once`` at a time: a longer table is passed over several times, each time for another share of all
+    possible keys, chosen by a hash.
+    """
+    shares = max(1, -(-rows // at_once))
+    distinct = 0
+    for share in range(shares):
+        with open_model(path, dim) as model:
+            distinct += len(np.unique(_keys_of_share(model, share, shares)))
+    return rows - distinct
+
+
+def _keys_of_share(model: SparseModelReader, share: int, shares: int, step: int = 1 << 20) -> np.ndarray:
+    found = [np.empty(0, np.int64)]
+    for start in range(0, model.rows, step):
+        keys = np.empty(min(step, model.rows - start), np.int64)
+        model.read(start, start + len(keys), keys, None)
+        if shares > 1:
+            keys = np.unique(keys)  # so that many copies of one key take no memory
+            keys = keys[_hashes(keys) % np.uint64(shares) == share]
+        found.append(keys)
+    return np.concatenate(found)
+
+
+def _hashes(keys: np.ndarray) -> np.ndarray:
+    """The high half of a multiplication by 2**64 / golden ratio (Knuth): spreads runs of keys over all shares."""
+    return (keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+
+
+class _KeyFacts:
+    def __init__(self) -> None:
+        self.range: tuple[int, int] | None = None
+        self.ascending = True
+        self._last: int | None = None
+
+    def add(self, keys: np.ndarray) -> None:
+        low, high = int(keys.min()), int(keys.max())
+        self.range = (low, high) if self.range is None else (min(low, self.range[0]), max(high, self.range[1]))
+        if self.ascending:
+            goes_on = self._last is None or int(keys[0]) > self._last
+            self.ascending = goes_on and bool((keys[1:] > keys[:-1]).all())
+        self._last = int(keys[-1])
+
+
+class _ValueFacts:
+    def __init__(self) -> None:
+        self.nan = self.infinite = self._finite = 0
+        self._sum = 0.0
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, values: np.ndarray) -> None:
+        total: Any = values.sum(dtype=np.float64)
+        if not np.isfinite(total):
+            self.nan += int(np.count_nonzero(np.isnan(values)))
+            self.infinite += int(np.count_nonzero(np.isinf(values)))
+            values = values[np.isfinite(values)]
+            total = values.sum(dtype=np.float64)
+        if values.size:
+            self._finite += values.size
+            self._sum += float(total)
+            self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        return (self._low, self._high) if self._finite else None
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._finite if self._finite else math.nan
+
+
+def _format_name(path: Path) -> str:
+    return next((found.name for found in formats() if found.detect(path)), path.suffix.lstrip("."))

@@ -1,0 +1,137 @@
+"""``hps-numba config``: is this file right, and what may stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hps_numba import parts
+from hps_numba.cli._output import AsJson, collected_log_lines, print_facts, print_json, print_table
+from hps_numba.errors import ConfigError, HpsError
+
+if TYPE_CHECKING:
+    from hps_numba.config import ServerConfig, TableSpec
+
+__all__ = ["PART"]
+
+PART = typer.Typer(no_args_is_help=True, help="Check config files, print their schema.")
+
+
+@PART.command("schema")
+def schema() -> None:
+    """Print the JSON schema of config files.
+
+    It holds every key with its type, range, default and meaning; editors complete and check config files with it.
+    """
+    from hps_numba.config import json_schema
+
+    print_json(json_schema())
+
+
+@PART.command("check")
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A ps_config JSON file.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Unknown keys are errors instead of warnings.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a config file and the models it names.
+
+    Every sparse model is opened and its size compared; all that is wrong is said at once, and the exit code is then 1.
+    """
+    from hps_numba.config import read_config
+
+    with collected_log_lines() as warnings:
+        try:
+            server, problems = read_config(config, strict=strict), []
+        except ConfigError as problem:
+            server, problems = None, list(getattr(problem, "problems", (str(problem),)))
+    report: dict[str, Any] = {"config": config, "ok": not problems, "problems": problems, "warnings": warnings}
+    if server is not None:
+        report |= _summary(server)
+        problems += [*_missing_tiers(server), *(table["problem"] for table in report["tables"] if table["problem"])]
+        report["ok"] = not problems
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _summary(server: ServerConfig) -> dict[str, Any]:
+    return {
+        "key_bits": 64 if server.supportlonglong else 32,
+        "volatile_db": server.volatile_db.type,
+        "persistent_db": server.persistent_db.type,
+        "update_source": server.update_source.type,
+        "devices": sorted({device for model in server.models for device in model.deployed_device_list}),
+        "tables": [_table(table) for table in server.tables()],
+    }
+
+
+def _missing_tiers(server: ServerConfig) -> Iterator[str]:
+    """Database types that no file of this version implements."""
+    known = parts.names("hps_numba.storage.tiers")
+    for section in ("volatile_db", "persistent_db"):
+        kind = getattr(server, section).type
+        if kind != "disabled" and not parts.is_reference(kind) and kind not in known:
+            yield f"{section}.type: {kind!r} is not part of this version, which has {', '.join(known)}"
+
+
+def _table(table: TableSpec) -> dict[str, Any]:
+    from hps_numba.storage.model_files import open_model
+
+    rows, problem = None, None
+    try:
+        with open_model(table.source, table.dim) as model:
+            rows = model.rows
+    except (HpsError, OSError) as error:
+        problem = f"{table.model}/{table.name}: {error}"
+    return {
+        "model": table.model,
+        "table": table.name,
+        "dim": table.dim,
+        "default_value": table.default_value,
+        "sparse_file": table.source,
+        "rows": rows,
+        "problem": problem,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    if "tables" in report:
+        devices = ", ".join(map(str, report["devices"])) or "none (the CPU serves)"
+        print_facts(
+            [
+                ("keys", f"{report['key_bits']} bits"),
+                ("volatile_db", report["volatile_db"]),
+                ("persistent_db", report["persistent_db"]),
+                ("update_source", report["update_source"]),
+                ("GPUs", devices),
+            ]
+        )
+        columns = ("table", "sparse file", "dim", "default", "rows")
+        print_table(columns, [_cells(table) for table in report["tables"]], left=2)
+    for problem in report["problems"]:
+        typer.echo(f"error: {problem}", err=True)
+    counts = (_counted(len(report["problems"]), "problem"), _counted(len(report["warnings"]), "warning"))
+    typer.echo(f"{report['config']}: {', '.join(filter(None, counts)) or 'ok'}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}" if number else ""
+
+
+def _cells(table: dict[str, Any]) -> tuple[str, ...]:
+    rows = "cannot be opened" if table["rows"] is None else f"{table['rows']:,}"
+    name = f"{table['model']}/{table['table']}"
+    return name, _short(table["sparse_file"]), f"{table['dim']}", f"{table['default_value']:g}", rows
+
+
+def _short(source: str) -> str:
+    """A path below the working directory without the way to there."""
+    path = Path(source)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source

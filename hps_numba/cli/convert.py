@@ -1,0 +1,47 @@
+"""``hps-numba convert``: a sparse model in another format."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hps_numba.cli._models import Overwrite, WriteFormat, counted, describe, size_on_disk
+from hps_numba.cli._output import AsJson, human_seconds, print_json
+
+__all__ = ["PART"]
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A sparse model of any format: a directory or a file.")],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="Its copy; the name decides the format (.h5 HDF5, none a directory).")
+    ],
+    dim: Annotated[int | None, typer.Option(min=1, help="Width that SRC must have.")] = None,
+    format: WriteFormat = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a sparse model to another format.
+
+    Rows are streamed, and DST appears whole or not at all.
+    """
+    from hps_numba.progress import rows_progress
+    from hps_numba.storage.model_files import convert_model, open_model
+
+    with open_model(src, dim) as model:
+        rows, dim = model.rows, model.dim
+    started = time.perf_counter()
+    with rows_progress(rows) as advance:
+        convert_model(src, dst, dim=dim, format=format, overwrite=overwrite, on_progress=counted(advance, "converting"))
+    seconds = time.perf_counter() - started
+    if as_json:
+        size = size_on_disk(dst)
+        print_json({"source": src, "path": dst, "rows": rows, "dim": dim, "bytes": size, "seconds": seconds})
+    else:
+        typer.echo(f"{describe(dst, rows, dim)}, converted in {human_seconds(seconds)}")
+
+
+PART = convert

@@ -1,0 +1,123 @@
+"""``hps-numba generate``: synthetic models and key streams (spec 10.2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hps_numba.cli._models import Overwrite, WriteFormat, counted, describe, size_on_disk
+from hps_numba.cli._output import AsJson, human_seconds, print_json
+from hps_numba.errors import ModelFileError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["PART"]
+
+PART = typer.Typer(no_args_is_help=True, help="Make synthetic models and keys.")
+
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same content.")]
+_DISTRIBUTIONS = ("power-law", "hot-key", "histogram", "uniform")
+_KEYS_AT_ONCE = 1 << 20
+
+
+@PART.command("model")
+def model(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The name decides the format (.h5 HDF5, none a directory).")],
+    rows: Annotated[int, typer.Option(min=0, help="Rows, with keys 0 to ROWS - 1.")],
+    dim: Annotated[int, typer.Option(min=1, help="Floats in a row.")],
+    seed: Seed = 0,
+    format: WriteFormat = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a synthetic sparse model.
+
+    Keys are 0, 1, 2, ..., values float32, uniform in [-1, 1).
+    """
+    from hps_numba.progress import rows_progress
+    from hps_numba.synthetic import generate_model
+
+    started = time.perf_counter()
+    with rows_progress(rows) as advance:
+        on_progress = counted(advance, "generating")
+        generate_model(path, rows, dim, seed=seed, format=format, overwrite=overwrite, on_progress=on_progress)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json({"path": path, "rows": rows, "dim": dim, "seed": seed, "bytes": size_on_disk(path), "seconds": seconds})
+    else:
+        typer.echo(f"{describe(path, rows, dim)}, made in {human_seconds(seconds)}")
+
+
+@PART.command("keys")
+def keys(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The .npy file to write: int64, one dimension.")],
+    count: Annotated[int, typer.Option(min=0, help="How many keys.")],
+    table_size: Annotated[int, typer.Option(min=1, help="Keys are drawn from 0 to TABLE_SIZE - 1.")],
+    distribution: Annotated[str, typer.Option(help=f"One of {', '.join(_DISTRIBUTIONS)}.")] = "power-law",
+    alpha: Annotated[float, typer.Option(help="power-law: the larger, the more often small keys come.")] = 1.2,
+    hot_percentage: Annotated[float, typer.Option(min=0, max=1, help="hot-key: share of keys that are hot.")] = 0.2,
+    hot_coverage: Annotated[float, typer.Option(min=0, max=1, help="hot-key: probability of a hot key.")] = 0.8,
+    weights: Annotated[str, typer.Option(help="histogram: weights of equal ranges of keys.")] = "0.4,0.3,0.2,0.1",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a stream of keys into a .npy file.
+
+    Keys are drawn as the original's profiler draws them.
+    """
+    name = distribution.lower().replace("_", "-")
+    name = {"powerlaw": "power-law", "hotkey": "hot-key"}.get(name, name)
+    options: dict[str, dict[str, Any]] = {
+        "power-law": {"alpha": alpha},
+        "hot-key": {"percentage": hot_percentage, "coverage": hot_coverage},
+        "histogram": {"weights": _numbers(weights)},
+        "uniform": {},
+    }
+    if name not in options:
+        raise typer.BadParameter(f"{distribution!r} is not one of {', '.join(_DISTRIBUTIONS)}", param_hint="--distribution")
+    _write_keys(path, count, _drawn(name, table_size, count, options[name], seed), overwrite)
+    if as_json:
+        facts = {"path": path, "count": count, "table_size": table_size, "distribution": name, **options[name], "seed": seed}
+        print_json(facts)
+    else:
+        typer.echo(f"{path}: {count:,} keys of 0 .. {table_size - 1:,}, {name}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0.4,0.3,0.2,0.1", param_hint="--weights") from None
+
+
+def _drawn(name: str, n: int, count: int, options: dict[str, Any], seed: int) -> Iterator[np.ndarray]:
+    import numpy as np
+
+    from hps_numba.synthetic import KEY_DISTRIBUTIONS
+
+    draw, rng = KEY_DISTRIBUTIONS[name.replace("-", "")], np.random.default_rng(seed)
+    try:
+        for start in range(0, max(count, 1), _KEYS_AT_ONCE):
+            yield draw(n, min(_KEYS_AT_ONCE, count - start), rng=rng, **options)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from None
+
+
+def _write_keys(path: Path, count: int, chunks: Iterator[np.ndarray], overwrite: bool) -> None:
+    """Write an .npy file of ``count`` int64, which appears whole or not at all."""
+    import numpy as np
+
+    from hps_numba.storage.formats._atomic import replacing
+
+    if path.is_dir():
+        raise ModelFileError(f"{path}: is a directory, wanted the name of an .npy file")
+    with replacing(path, overwrite=overwrite) as new, new.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+        for chunk in chunks:
+            file.write(chunk.astype("<i8", copy=False).data)

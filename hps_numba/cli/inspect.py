@@ -1,0 +1,82 @@
+"""``hps-numba inspect``: what stands in a sparse model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hps_numba.cli._output import AsJson, print_facts, print_json
+
+if TYPE_CHECKING:
+    from hps_numba.cli._survey import Survey
+
+__all__ = ["PART"]
+
+_SHOWN = 6  # values of a row
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sparse model of any format: a directory or a file.")],
+    dim: Annotated[int | None, typer.Option(min=1, help="Width that it must have.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what stands in a sparse model.
+
+    All of it is read; rows are streamed, so memory does not depend on their number. Keys that come twice are counted exactly:
+    where the keys do not ascend, 32 Mi of them (256 MiB) are sorted at a time, and longer tables take several passes.
+    """
+    from hps_numba.cli._survey import survey_model
+    from hps_numba.progress import rows_progress
+    from hps_numba.storage.model_files import open_model
+
+    with open_model(model, dim) as reader:
+        rows = reader.rows
+    with rows_progress(rows) as on_rows:
+        survey = survey_model(model, dim, on_rows)
+    if as_json:
+        print_json({**asdict(survey), "first_rows": [{"key": key, "values": row} for key, row in survey.first_rows]})
+    else:
+        _show(survey)
+
+
+def _show(survey: Survey) -> None:
+    from hps_numba.memory import human_bytes
+
+    print_facts(
+        [
+            ("model", str(survey.path)),
+            ("format", survey.format + (", with meta" if survey.has_meta else ", without meta")),
+            ("rows", f"{survey.rows:,} x {survey.dim} float32, {human_bytes(survey.bytes)} on disk"),
+            ("keys", _keys(survey)),
+            ("duplicates", f"{survey.duplicates:,}" + (" (the last of equal keys is served)" if survey.duplicates else "")),
+            ("values", _values(survey)),
+            ("not finite", f"{survey.nan:,} NaN, {survey.infinite:,} infinite"),
+            *(("first rows" if number == 0 else "", _row(*row)) for number, row in enumerate(survey.first_rows)),
+        ]
+    )
+
+
+def _keys(survey: Survey) -> str:
+    if survey.key_range is None:
+        return "none"
+    low, high = survey.key_range
+    fits = "fit 32 bits" if low >= 0 and high < 2**32 else "need 64 bits"
+    return f"{low} .. {high}, {'ascending' if survey.ascending else 'in no order'}, {fits}"
+
+
+def _values(survey: Survey) -> str:
+    if survey.value_range is None:
+        return "none finite"
+    low, high = survey.value_range
+    return f"{low:.7g} .. {high:.7g}, mean {survey.mean:.4g}"
+
+
+def _row(key: int, values: list[float]) -> str:
+    more = ", ..." if len(values) > _SHOWN else ""
+    return f"{key}: [{', '.join(f'{value:.5f}' for value in values[:_SHOWN])}{more}]"
+
+
+PART = inspect

@@ -1,0 +1,62 @@
+"""``hps-numba plan``: bytes before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hps_numba.cli._output import AsJson, print_json, print_table
+
+if TYPE_CHECKING:
+    from hps_numba.plan import Plan
+
+__all__ = ["PART"]
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A ps_config JSON file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how much memory a config takes.
+
+    Shows the bytes of each table in each tier, and whether this machine has them. Only the sizes of the sparse models are
+    read; nothing is allocated. The exit code is 1 if the plan does not fit.
+    """
+    from hps_numba.config import read_config
+    from hps_numba.plan import make_plan
+
+    planned = make_plan(read_config(config))
+    if as_json:
+        print_json(planned.as_dict())
+    else:
+        _show(planned)
+    if not planned.fits:
+        raise typer.Exit(1)
+
+
+def _show(planned: Plan) -> None:
+    from hps_numba.memory import human_bytes
+
+    rows = [
+        (
+            f"{table.model}/{table.table}",
+            f"{table.dim}",
+            f"{table.rows:,}",
+            f"{table.host_rows:,}",
+            human_bytes(table.host_bytes),
+            human_bytes(table.persistent_bytes),
+        )
+        for table in planned.tables
+    ]
+    persistent = sum(table.persistent_bytes for table in planned.tables)
+    host_rows = sum(table.host_rows for table in planned.tables)
+    rows.append(("all tables", "", "", f"{host_rows:,}", human_bytes(planned.host_bytes), human_bytes(persistent)))
+    print_table(("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent"), rows)
+    peak, free = planned.host_bytes + planned.loading_bytes, planned.available_bytes
+    verdict = "fits" if planned.fits else f"DOES NOT FIT: {human_bytes(peak - free)} too much"
+    typer.echo(f"{human_bytes(peak)} of host memory while loading, {human_bytes(free)} available: {verdict}")
+
+
+PART = plan
