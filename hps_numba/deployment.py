@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -13,7 +14,7 @@ from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.hierarchy import TierStack
 from hps_numba.session import Background, TableSession
 from hps_numba.storage.host_store import HostStore
-from hps_numba.storage.loading import load_table, stream_table
+from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
@@ -79,16 +80,17 @@ class Deployment:
         if isinstance(table_id, str):
             if table_id in self._by_name:
                 return self._by_name[table_id]
-        elif 0 <= table_id < len(self.tables):
-            return self.tables[table_id]
+        elif 0 <= (number := _number(table_id)) < len(self.tables):
+            return self.tables[number]
         known = ", ".join(f"{number} ({table.spec.name})" for number, table in enumerate(self.tables))
         raise UnknownModelError(f"table_id: model {self.name!r} has no table {table_id!r}, it has {known}")
 
     def load(self, on_rows: Progress = _no_progress) -> None:
         """Bring the rows of the sparse models into all tiers that are to be initialised."""
-        if self._writable_slower():
-            for table in self.tables:
-                self._insert_slower(table.spec, table.spec.source, on_rows)
+        for tier in self._slower.writable:
+            if tier.section.initialize_after_startup:
+                for table in self.tables:
+                    self._insert_slower(tier, table.spec, table.spec.source, on_rows)
         if self._fills_host():
             for table in self.tables:
                 table.adopt(self._filled(table, table.spec.source, on_rows))
@@ -100,6 +102,9 @@ class Deployment:
     def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = _no_progress) -> None:
         """Load a new version aside, then switch all tables to it; then drop from slower tiers what it no longer has.
 
+        Every tier that can be written gets the new version, also those that are not initialised at the start. While slower
+        tiers change, other writes wait, so that none of them is taken for a row of the old version.
+
         Args:
             sources: sparse models of the new version, one a table; by default the present ones, read anew.
 
@@ -110,23 +115,27 @@ class Deployment:
         paths = [table.spec.source for table in self.tables] if sources is None else list(sources)
         if len(paths) != len(self.tables):
             raise ConfigError(f"sparse_files: {len(paths)} for the {len(self.tables)} tables of model {self.name!r}")
-        with ExitStack() as unused:
+        tiers = self._slower.writable
+        with ExitStack() as held:
             filled: list[HostStore | None] = []
             for table, path in zip(self.tables, paths, strict=True):
-                new = self._filled(table, path, on_rows) if self._host is not None else None
+                new = self._aside(table, path, on_rows, fill=self._fills_host() or not tiers)
                 if new is not None:
-                    unused.callback(new.close)
+                    held.callback(new.close)
                 filled.append(new)
-            if self._writable_slower():
+            for table in self.tables if tiers else ():
+                held.enter_context(table.changing())
+            for tier in reversed(tiers):
                 for table, path in zip(self.tables, paths, strict=True):
-                    self._insert_slower(table.spec, path, on_rows)
+                    self._insert_slower(tier, table.spec, path, on_rows)
             self.switches += 1
-            for table, new in zip(self.tables, filled, strict=True):
-                table.adopt(new)
-            self.switches += 1
-        if self._writable_slower():
+            try:
+                for table, new in zip(self.tables, filled, strict=True):
+                    table.adopt(new)
+            finally:
+                self.switches += 1
             for table, path in zip(self.tables, paths, strict=True):
-                self._drop_stale(table.spec, path)
+                self._drop_stale(tiers, table.spec, path)
 
     def close(self, *, erase: bool = False) -> None:
         """Free the host memory of all tables; with ``erase`` also drop their rows from slower tiers."""
@@ -141,10 +150,11 @@ class Deployment:
     def _fills_host(self) -> bool:
         return self._host is not None and self.config.volatile_db.initialize_after_startup
 
-    def _writable_slower(self) -> list[Tier]:
-        if not self.config.persistent_db.initialize_after_startup:
-            return []
-        return [tier for tier in self._slower.tiers if not tier.read_only]
+    def _aside(self, table: TableSession, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
+        """The new version of a table for host memory; empty where host memory fills itself from the tiers behind."""
+        if table.store is None:
+            return None
+        return self._filled(table, path, on_rows) if fill else table.store.sibling()
 
     def _filled(self, table: TableSession, path: str, on_rows: Progress) -> HostStore:
         assert table.store is not None
@@ -157,19 +167,34 @@ class Deployment:
                 on_rows=lambda rows: on_rows(table.spec.tag, rows),
             )
 
-    def _insert_slower(self, spec: TableSpec, path: str, on_rows: Progress) -> None:
+    def _insert_slower(self, tier: Tier, spec: TableSpec, path: str, on_rows: Progress) -> None:
         with open_model(path, spec.dim) as reader:
-            for keys, rows in stream_table(reader, reader.rows, wide=self.config.supportlonglong):
-                self._slower.insert(spec.tag, keys, rows)
+            for keys, rows in stream_table(reader, self._rows_for(tier, reader.rows), wide=self.config.supportlonglong):
+                tier.insert(spec.tag, keys, rows)
                 on_rows(spec.tag, len(keys))
 
-    def _drop_stale(self, spec: TableSpec, path: str) -> None:
+    @staticmethod
+    def _rows_for(tier: Tier, rows: int) -> int:
+        """Rows of the head of a file that go to a tier: a volatile one has an ``initial_cache_rate``."""
+        return rows_to_load(rows, getattr(tier.section, "initial_cache_rate", 1.0))
+
+    def _drop_stale(self, tiers: Sequence[Tier], spec: TableSpec, path: str) -> None:
+        if not tiers:
+            return
         with open_model(path, spec.dim) as reader:
             present = np.empty(reader.rows, np.int64)
             reader.read(0, reader.rows, present, None)
-        present.sort()
-        for tier in self._writable_slower():
+        for tier in tiers:
+            wanted = present[: self._rows_for(tier, len(present))]
             for keys, _ in tier.scan(spec.tag):
-                stale = keys[~np.isin(keys, present)]
+                stale = keys[~np.isin(keys, wanted)]
                 if len(stale):
                     tier.erase(spec.tag, stale)
+
+
+def _number(table_id: object) -> int:
+    """``table_id`` if it is an integer of any kind, else -1."""
+    try:
+        return -1 if isinstance(table_id, bool) else operator.index(table_id)  # type: ignore[arg-type]
+    except TypeError:
+        return -1

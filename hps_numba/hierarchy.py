@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,11 @@ class TierStack:
 
     def __init__(self, tiers: Iterable[Tier]) -> None:
         self.tiers: Sequence[Tier] = tuple(tiers)
+
+    @property
+    def writable(self) -> Sequence[Tier]:
+        """The tiers that can be written, fastest first."""
+        return [tier for tier in self.tiers if not tier.read_only]
 
     def __bool__(self) -> bool:
         return bool(self.tiers)
@@ -98,11 +104,11 @@ class TierStack:
         self._write(lambda tier: tier.erase(table, keys))
 
     def _write(self, change: Callable[[Tier], object]) -> None:
-        for tier in reversed(self.tiers):
-            if not tier.read_only:
-                change(tier)
+        for tier in reversed(self.writable):
+            change(tier)
 
     def close(self) -> None:
-        """Close every tier."""
-        for tier in self.tiers:
-            tier.close()
+        """Close every tier, also those after one that fails to."""
+        with ExitStack() as closing:
+            for tier in reversed(self.tiers):
+                closing.callback(tier.close)

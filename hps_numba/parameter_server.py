@@ -22,6 +22,7 @@ from hps_numba.errors import (
     ClosedError,
     ConfigError,
     DeviceError,
+    ModelFileError,
     OutputError,
     TierUnavailable,
     UnknownModelError,
@@ -68,6 +69,7 @@ class HPS:
         self, config: ConfigSource, *, strict: bool = False, allow_code: bool = False, progress: bool | None = None
     ) -> None:
         self.config: ServerConfig = read_config(config, strict=strict)
+        self._strict = strict
         self._wide = self.config.supportlonglong
         self._progress = progress
         self._closed = False
@@ -97,23 +99,22 @@ class HPS:
             log.warning("deployed_device_list %s: this version has no GPU cache, host memory serves all lookups", devices)
 
     def _open_tiers(self, allow_code: bool) -> None:
-        slower = []
         volatile, persistent = self.config.volatile_db, self.config.persistent_db
         if volatile.type != "disabled":
             kind = parts.load(_TIERS, volatile.type, allow_code=allow_code, error=TierUnavailable)
             if kind is HashMapTier:
                 self._host = HashMapTier(volatile, wide_keys=self._wide, allocator=self._allocator)
             else:
-                slower.append(self._open_tier("volatile_db", kind, volatile))
+                self._open_slower("volatile_db", kind, volatile)
         if persistent.type != "disabled":
             kind = parts.load(_TIERS, persistent.type, allow_code=allow_code, error=TierUnavailable)
-            slower.append(self._open_tier("persistent_db", kind, persistent))
-        self._slower = TierStack(slower)
+            self._open_slower("persistent_db", kind, persistent)
 
-    def _open_tier(self, place: str, kind: Any, section: Any) -> Tier:
+    def _open_slower(self, place: str, kind: Any, section: Any) -> None:
         if not (isinstance(kind, type) and issubclass(kind, Tier)):
             raise ConfigError(f"{place}.type: {section.type!r} is {kind!r}, a subclass of Tier is wanted")
-        return kind(section, wide_keys=self._wide)
+        tier = kind(section, wide_keys=self._wide)
+        self._slower = TierStack([*self._slower.tiers, tier])  # at once, so that it is closed if the next one fails
 
     def _deploy(self, config: ServerConfig, model: ModelConfig) -> None:
         deployment = Deployment(config, model, self._host, self._slower, self._jobs.submit)
@@ -189,7 +190,7 @@ class HPS:
             A list, or a dict with the keys of the mapping, of what ``lookup`` returns.
 
         Raises:
-            As ``lookup``; ConfigError if a sequence is longer than the model has tables.
+            As ``lookup``; UnknownModelError if a sequence is longer than the model has tables.
         """
         deployment = self._deployment(model_name, device_id)
         wanted: list[tuple[Any, Any]]
@@ -274,13 +275,19 @@ class HPS:
         return self._fastest().dump(table.spec.tag, path)
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
-        """Insert the rows of a ``.bin`` file; returns their number.
+        """Insert the rows of a ``.bin`` file in every tier; returns their number.
 
         Raises:
             ModelFileError: a damaged file, or rows of another width.
+            TierError: keys of another width, or not a ``.bin`` file; otherwise as ``insert``.
         """
         table = self._table(model_name, table_id)
-        return self._fastest().load_dump(table.spec.tag, path)
+        dump = self._fastest().open_dump(path)
+        if dump.pairs and dump.dim != table.spec.dim:
+            raise ModelFileError(f"{path}: rows of width {dump.dim}, table {table.spec.tag} wants {table.spec.dim}")
+        for keys, rows in dump.chunks(self.config.volatile_db.max_batch_size):
+            table.insert(keys, rows)
+        return dump.pairs
 
     def _fastest(self) -> Tier:
         tier = self._host if self._host is not None else next(iter(self._slower.tiers), None)
@@ -311,7 +318,8 @@ class HPS:
             entry = read_config([model]).to_dict()["models"][0]
         else:
             entry = model.model_dump(mode="json") if isinstance(model, ModelConfig) else dict(model)
-        return read_config({**self.config.to_dict(), "models": [entry]}, beside=self.config.source)
+        whole = {**self.config.to_dict(), "models": [entry]}
+        return read_config(whole, strict=self._strict, beside=self.config.source)
 
     def replace_model(self, model_name: str, sparse_files: Iterable[str | Path] | None = None) -> None:
         """Put a new version of all rows of a model in force at once, while lookups go on.
@@ -423,10 +431,11 @@ class _Background:
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._waiting = 0
+        self._closed = False
 
     def submit(self, job: Callable[[], None]) -> None:
         with self._lock:
-            if self._waiting >= self.LIMIT:
+            if self._closed or self._waiting >= self.LIMIT:
                 return
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, "hps_numba_background")
@@ -442,5 +451,7 @@ class _Background:
             log.warning("rows fetched from a slower tier were not kept: %s", problem)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)

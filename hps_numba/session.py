@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from hps_numba.config import TableSpec
+from hps_numba.errors import TierError, TierUnavailable
 from hps_numba.hierarchy import TierStack
 from hps_numba.layout import (
     COUNTER_ABSENT,
@@ -125,7 +126,8 @@ class TableSession:
                 self.store.upsert(keys, rows)
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
+        """Keep other writes, and rows fetched before or meanwhile, out of all tiers."""
         with self._write_lock:
             self._writes += 1
             try:
@@ -136,8 +138,13 @@ class TableSession:
     # -- writing ---------------------------------------------------------------------
 
     def insert(self, keys: np.ndarray, rows: np.ndarray) -> int:
-        """Write a row for each key to every tier; returns how many keys were new to the fastest."""
-        with self._changing():
+        """Write a row for each key to every tier; returns how many keys were new to the fastest.
+
+        Raises:
+            TierUnavailable: there is no tier.   TierError: every tier is read only, or one failed.
+        """
+        self._check_writable()
+        with self.changing():
             if self.store is None:
                 new = len(np.unique(keys[~self._slower.contains(self.spec.tag, keys)]))
                 self._slower.insert(self.spec.tag, keys, rows)
@@ -145,9 +152,15 @@ class TableSession:
             self._slower.insert(self.spec.tag, keys, rows)
             return self.store.upsert(keys, rows)
 
+    def _check_writable(self) -> None:
+        if self.store is None and not self._slower:
+            raise TierUnavailable(f"{self.spec.tag}: no volatile_db and no persistent_db: there is no place for rows")
+        if self.store is None and not self._slower.writable:
+            raise TierError(f"{self.spec.tag}: every tier is read only, wanted one that takes rows")
+
     def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
         """Write the rows of those keys that some tier has, there; returns how many of ``keys`` that were."""
-        with self._changing():
+        with self.changing():
             present = self.contains(keys)
             self._slower.update(self.spec.tag, keys, rows)
             if self.store is not None:
@@ -156,7 +169,7 @@ class TableSession:
 
     def erase(self, keys: np.ndarray) -> int:
         """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
-        with self._changing():
+        with self.changing():
             present = len(np.unique(keys[self.contains(keys)]))
             self._slower.erase(self.spec.tag, keys)
             if self.store is not None:
@@ -173,7 +186,7 @@ class TableSession:
 
     def adopt(self, content: HostStore | None) -> None:
         """Put a loaded version of the table in the place of the present one."""
-        with self._changing():
+        with self.changing():
             if content is not None and self.store is not None:
                 self.store.adopt(content)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -101,11 +101,15 @@ class HostStore:
         self._content = self.new_content(rows)
         publish(self.header, self._content.block)
 
-    def sibling(self) -> HostStore:
-        """An empty store with the same options, to fill aside and then ``adopt``."""
+    def sibling(self, rows: int = 0) -> HostStore:
+        """An empty store with the same options and room for ``rows``, to fill aside and then ``adopt``.
+
+        A bound store takes room for no more than its bound and one batch: more rows are never there at once.
+        """
         return HostStore(
             self.dim,
             name=self.name,
+            rows=rows if self.max_rows is None else min(rows, self.max_rows + self._batch_rows),
             allocator=self._allocator,
             epochs=self._epochs,
             growth_bytes=self._growth_bytes,
@@ -158,6 +162,30 @@ class HostStore:
         Returns the number of keys without a row.
         """
         ranges = ranges_of(len(keys), 4 * self.dim + 64, threads)
+        if len(ranges) == 1:
+            return self._lookup_ranges(self.header, ranges, keys, out, default, misses, counters, threads)[0]
+        with self._epochs.reading():  # all ranges read one version of the table, and it stays until the last has ended
+            snapshot = self._header.view(np.int64, (1,)).copy()
+            found = self._lookup_ranges(address_of(snapshot), ranges, keys, out, default, misses, counters, threads)
+        if misses is not None:
+            end = 0
+            for (start, _), missing in zip(ranges, found, strict=True):
+                misses[end : end + missing] = misses[start : start + missing]
+                end += missing
+        return sum(found)
+
+    def _lookup_ranges(
+        self,
+        header: int,
+        ranges: Sequence[tuple[int, int]],
+        keys: np.ndarray,
+        out: np.ndarray,
+        default: float,
+        misses: np.ndarray | None,
+        counters: int,
+        threads: int | None,
+    ) -> list[int]:
+        """Numbers of missing keys, a range each."""
         now = time.monotonic_ns()
         key_address, out_address = address_of(keys), address_of(out)
         miss_address = 0 if misses is None else address_of(misses)
@@ -166,7 +194,7 @@ class HostStore:
             record = self._epochs.take()
             try:
                 missing: int = host_lookup(
-                    self.header,
+                    header,
                     key_address,
                     start,
                     stop,
@@ -185,12 +213,7 @@ class HostStore:
         found = run_ranges(part, ranges, threads)
         if found[0] < 0:
             raise self._is_closed()
-        if misses is not None and len(ranges) > 1:
-            end = 0
-            for (start, _), missing in zip(ranges, found, strict=True):
-                misses[end : end + missing] = misses[start : start + missing]
-                end += missing
-        return sum(found)
+        return found
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
@@ -330,6 +353,7 @@ class HostStore:
             sibling._closed = True
             publish(sibling.header, 0)
             self.replace(content)
+            self.evicted += sibling.evicted
 
     def clear(self) -> None:
         """Drop all rows."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from hps_numba.errors import ClosedError, TierError
-from hps_numba.storage.bin_dump import read_bin, write_bin
+from hps_numba.storage.bin_dump import BinDump, read_bin, write_bin
 
 if TYPE_CHECKING:
     from hps_numba.config import PersistentDatabaseConfig, VolatileDatabaseConfig
@@ -125,16 +125,21 @@ class Tier(abc.ABC):
         """Insert the rows of a ``.bin`` file into a table; returns their number.
 
         Raises:
-            ModelFileError: a damaged file, or keys of another width than the tier's.
+            ModelFileError: a damaged file.   TierError: keys of another width than the tier's, or not a ``.bin`` file.
         """
+        dump = self.open_dump(path)
+        for keys, rows in dump.chunks(self.section.max_batch_size):
+            self.insert(table, keys, rows)
+        return dump.pairs
+
+    def open_dump(self, path: str | Path) -> BinDump:
+        """Open a ``.bin`` file whose keys are as wide as the tier's; raises as ``load_dump``."""
         self._only_bin(path)
         dump = read_bin(path)
         wanted = 8 if self.wide_keys else 4
         if dump.key_bytes != wanted and dump.pairs:
             raise TierError(f"{path}: keys of {dump.key_bytes} bytes, wanted {wanted} as supportlonglong says")
-        for keys, rows in dump.chunks(self.section.max_batch_size):
-            self.insert(table, keys, rows)
-        return dump.pairs
+        return dump
 
     @staticmethod
     def _only_bin(path: str | Path) -> None:

@@ -1,0 +1,72 @@
+"""``ACCEPTANCE.md`` is complete, and every test that it names exists. Tests are found by reading, not by importing."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TABLE = HERE / "ACCEPTANCE.md"
+
+#: how many rows the checklist has of each letter (spec section 11)
+ROWS = {"C": 22, "T": 31, "P": 11, "N": 10, "F": 15, "G": 40, "D": 25, "U": 13, "O": 14}
+_NAMED = re.compile(r"tests/(\w+\.py)::(\w+)")
+
+
+def rows(letter: str, numbers: Iterable[int]) -> list[str]:
+    return [f"{letter}{number:02}" for number in numbers]
+
+
+ALL = [row for letter, count in ROWS.items() for row in rows(letter, range(1, count + 1))]
+#: rows that this version has to meet
+MET = [
+    *rows("C", range(1, 23)),
+    *rows("F", [*range(1, 10), 11, 15]),
+    *rows("N", range(1, 7)),
+    *rows("D", range(1, 14)),
+    "G39",
+]
+
+
+def cells() -> list[tuple[str, str]]:
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    found = [re.fullmatch(r"\| ([A-Z]\d\d) \| (.+) \|", line) for line in lines]
+    return [(match[1], match[2]) for match in found if match]
+
+
+@cache
+def names_in(file: str) -> frozenset[str]:
+    tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+
+
+def test_every_row_is_there_once_and_in_order() -> None:
+    assert sorted(row for row, _ in cells()) == sorted(ALL)
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(lines) == len(ALL) + 2  # and no line that is not understood
+    for letter in ROWS:
+        mine = [row for row, _ in cells() if row.startswith(letter)]
+        assert mine == sorted(mine)
+
+
+@pytest.mark.parametrize("row", MET)
+def test_rows_of_this_version_name_a_test(row: str) -> None:
+    cell = dict(cells())[row]
+    assert _NAMED.search(cell)
+    assert not cell.startswith("not met")
+
+
+@pytest.mark.parametrize(("row", "cell"), cells())
+def test_every_named_test_exists(row: str, cell: str) -> None:
+    named = _NAMED.findall(cell)
+    assert cell.count("tests/") == len(named), f"{row}: not written as tests/file.py::test_name"
+    for file, test in named:
+        assert (HERE / file).is_file(), f"{row}: no file tests/{file}"
+        assert test in names_in(file), f"{row}: no test {test} in tests/{file}"
+    if not named:
+        assert re.fullmatch(r"not met: .{10,}", cell), f"{row}: neither tests nor a reason"

@@ -1,0 +1,137 @@
+"""``cache_missed_embeddings``: rows found behind enter host memory in the background, and only as they are."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import KEEPING, Workshop
+from naive import DictTier, assert_same_bits, rows_of
+
+import hps_numba
+from hps_numba.config import PersistentDatabaseConfig
+from hps_numba.errors import ClosedError, HpsError
+
+DIM = 3
+TAG = "hps_et.m.sparse_embedding0"
+KEYS = list(range(9))
+
+
+def stats_of(server: hps_numba.HPS) -> Any:
+    return server.stats()["m"]["sparse_embedding0"]
+
+
+def test_rows_found_behind_enter_host_memory_in_the_background(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold(volatile=KEEPING)
+    assert_same_bits(server.lookup([3, 4, 3], "m", 0), rows_of([3, 4, 3], DIM))
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 2
+    tier.calls.clear()
+    assert_same_bits(server.lookup([4, 3], "m", 0), rows_of([4, 3], DIM))
+    assert not tier.calls
+    assert (stats_of(server).host_hits, stats_of(server).tier_hits) == (2, 3)
+
+
+def test_keys_found_nowhere_are_not_kept(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold(volatile=KEEPING)
+    assert (server.lookup([50, 51, 50], "m", 0) == -7.5).all()
+    server.lookup([1, 52], "m", 0)
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 1
+    tier.insert(TAG, np.array([50]), rows_of([50], DIM))
+    assert_same_bits(server.lookup([50], "m", 0), rows_of([50], DIM))
+
+
+class HeldTier(DictTier):
+    """Answers its first fetch, then waits for the test before it returns."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.fetched, self.go_on = threading.Event(), threading.Event()
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        answer = super().fetch(*args, **options)
+        if not self.fetched.is_set():
+            self.fetched.set()
+            assert self.go_on.wait(30)
+        return answer
+
+
+@pytest.mark.parametrize("change", ["erase", "update", "insert", "load_dump", "replace_model"])
+def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Workshop, change: str) -> None:  # D04
+    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    dump = workshop.folder / "new.bin"
+    other = DictTier(PersistentDatabaseConfig())
+    other.insert(TAG, np.array([3]), rows_of([3], DIM, 1))
+    other.dump(TAG, dump)
+    new_version = workshop.table("v2", [3], DIM, 1)
+    old: list[np.ndarray] = []
+    reader = threading.Thread(target=lambda: old.append(server.lookup([3, 4], "m", 0)))
+    reader.start()
+    assert tier.fetched.wait(30)
+    changes: dict[str, Any] = {
+        "erase": lambda: server.erase([3], "m", 0),
+        "update": lambda: server.update([3], rows_of([3], DIM, 1), "m", 0),
+        "insert": lambda: server.insert([3], rows_of([3], DIM, 1), "m", 0),
+        "load_dump": lambda: server.load_dump(dump, "m", 0),
+        "replace_model": lambda: server.replace_model("m", [new_version]),
+    }
+    changes[change]()
+    tier.go_on.set()
+    reader.join(30)
+    workshop.let_background_finish(server)
+    assert_same_bits(old[0], rows_of([3, 4], DIM))  # the answer is of the time when it was asked for
+    wanted = np.full((1, DIM), -7.5, np.float32) if change == "erase" else rows_of([3], DIM, 1)
+    assert_same_bits(server.lookup([3], "m", 0), wanted)
+    if change == "replace_model":
+        assert (server.lookup([4], "m", 0) == -7.5).all()
+
+
+class HeldEraseTier(DictTier):
+    """Waits for the test before it erases keys."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.erasing, self.go_on = threading.Event(), threading.Event()
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        self.erasing.set()
+        assert self.go_on.wait(30)
+        return super().erase(table, keys)
+
+
+def test_a_row_that_a_new_version_lacks_is_not_kept_while_it_is_dropped(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold("test_missed_rows:HeldEraseTier", volatile=KEEPING)
+    new_version = workshop.table("v2", [3], DIM, 1)
+    writer = threading.Thread(target=lambda: server.replace_model("m", [new_version]))
+    writer.start()
+    assert tier.erasing.wait(30)
+    server.lookup([4], "m", 0)  # finds the old row behind, just before it is dropped there
+    tier.go_on.set()
+    writer.join(30)
+    workshop.let_background_finish(server)
+    assert (server.lookup([4], "m", 0) == -7.5).all()
+
+
+def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(workshop: Workshop) -> None:
+    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    outcome: list[Any] = []
+
+    def look_up() -> None:
+        try:
+            outcome.append(server.lookup([3], "m", 0))
+        except HpsError as problem:
+            outcome.append(problem)
+
+    server.lookup([], "m", 0)
+    reader = threading.Thread(target=look_up)
+    reader.start()
+    assert tier.fetched.wait(30)
+    server.close()
+    tier.go_on.set()
+    reader.join(30)
+    if not isinstance(outcome[0], ClosedError):
+        assert_same_bits(outcome[0], rows_of([3], DIM))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")]
