@@ -119,7 +119,7 @@ class Deployment:
         with ExitStack() as held:
             filled: list[HostStore | None] = []
             for table, path in zip(self.tables, paths, strict=True):
-                new = self._aside(table, path, on_rows, fill=self._fills_host() or not tiers)
+                new = self._aside(table, path, on_rows, fill=self.replacement_fills_host)
                 if new is not None:
                     held.callback(new.close)
                 filled.append(new)
@@ -149,6 +149,11 @@ class Deployment:
 
     def _fills_host(self) -> bool:
         return self._host is not None and self.config.volatile_db.initialize_after_startup
+
+    @property
+    def replacement_fills_host(self) -> bool:
+        """A new version is loaded into host memory, because it is at the start too, or because nothing else has the rows."""
+        return self._fills_host() or (self._host is not None and not self._slower.writable)
 
     def _aside(self, table: TableSession, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
         """The new version of a table for host memory; empty where host memory fills itself from the tiers behind."""
@@ -185,9 +190,11 @@ class Deployment:
             present = np.empty(reader.rows, np.int64)
             reader.read(0, reader.rows, present, None)
         for tier in tiers:
-            wanted = present[: self._rows_for(tier, len(present))]
+            wanted = np.append(np.sort(present[: self._rows_for(tier, len(present))]), 0)
+            last = len(wanted) - 1
             for keys, _ in tier.scan(spec.tag):
-                stale = keys[~np.isin(keys, wanted)]
+                place = np.searchsorted(wanted[:last], keys)
+                stale = keys[(place == last) | (wanted[place] != keys)]
                 if len(stale):
                     tier.erase(spec.tag, stale)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hps_numba import parts
+from hps_numba.background import BackgroundJobs
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
 from hps_numba.deployment import Deployment
 from hps_numba.errors import (
@@ -74,7 +75,7 @@ class HPS:
         self._progress = progress
         self._closed = False
         self._changing = threading.RLock()
-        self._jobs = _Background()
+        self._jobs = BackgroundJobs()
         self._allocator = PlainHostAllocator()
         self._models: dict[str, Deployment] = {}
         self._check_devices()
@@ -127,10 +128,15 @@ class HPS:
             raise
         self._models = {**self._models, model.model: deployment}
 
-    def _plan_of_model(self, deployment: Deployment, sources: Sequence[str] | None = None) -> Plan:
+    def _plan_of_model(self, deployment: Deployment) -> Plan:
+        return plan_of(plan_table(deployment.config, table.spec) for table in deployment.tables)
+
+    def _plan_of_replacement(self, deployment: Deployment, sources: Sequence[str] | None) -> Plan:
         paths = sources or [table.spec.source for table in deployment.tables]
+        fills = deployment.replacement_fills_host
         return plan_of(
-            plan_table(deployment.config, table.spec, path) for table, path in zip(deployment.tables, paths, strict=True)
+            plan_table(deployment.config, table.spec, path, fills_host=fills)
+            for table, path in zip(deployment.tables, paths, strict=True)
         )
 
     # -- looking up ---------------------------------------------------------------------
@@ -203,6 +209,7 @@ class HPS:
             answers = [self.lookup(some, model_name, table_id, device_id) for table_id, some in wanted]
             if before == deployment.switches and before % 2 == 0:
                 break
+            time.sleep(1e-4)  # a switch of versions takes no longer
         if flat:
             return np.concatenate([np.asarray(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
         if isinstance(keys, Mapping):
@@ -321,14 +328,16 @@ class HPS:
         whole = {**self.config.to_dict(), "models": [entry]}
         return read_config(whole, strict=self._strict, beside=self.config.source)
 
-    def replace_model(self, model_name: str, sparse_files: Iterable[str | Path] | None = None) -> None:
+    def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
         """Put a new version of all rows of a model in force at once, while lookups go on.
 
         The new version is loaded aside, so host memory holds both for a while. A lookup sees the old rows or the new ones;
         ``lookup_many`` sees one version of all tables. Rows written by ``insert`` and ``update`` go with the old version.
+        Slower tiers get the new rows before the switch and lose the stale ones after it, so keys that only they hold change
+        a little earlier than the rest.
 
         Args:
-            sparse_files: one a table; by default those of the config, read anew.
+            sparse_files: one a table (a single path for a model of one table); by default those of the config, read anew.
 
         Raises:
             ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in force.
@@ -336,11 +345,13 @@ class HPS:
         """
         with self._changing:
             deployment = self._deployment(model_name)
+            if isinstance(sparse_files, (str, Path)):
+                sparse_files = [sparse_files]
             sources = None if sparse_files is None else [str(file) for file in sparse_files]
             if sources is not None and len(sources) != len(deployment.tables):
                 count = len(deployment.tables)
                 raise ConfigError(f"sparse_files: {len(sources)} for the {count} tables of model {model_name!r}")
-            plan = self._plan_of_model(deployment, sources)
+            plan = self._plan_of_replacement(deployment, sources)
             plan.check()
             with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
                 deployment.replace(sources, on_rows)
@@ -419,39 +430,3 @@ class HPS:
 
     def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> TableSession:
         return self._deployment(model_name, device_id).table(table_id)
-
-
-class _Background:
-    """One thread for jobs that no caller waits for.   **Threads:** ``submit`` from any thread."""
-
-    #: jobs that may wait; more are dropped, which only means that a row is fetched from its tier once more
-    LIMIT = 64
-
-    def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-        self._waiting = 0
-        self._closed = False
-
-    def submit(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            if self._closed or self._waiting >= self.LIMIT:
-                return
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "hps_numba_background")
-            self._waiting += 1
-            future = self._executor.submit(job)
-        future.add_done_callback(self._done)
-
-    def _done(self, future: Future[None]) -> None:
-        with self._lock:
-            self._waiting -= 1
-        problem = None if future.cancelled() else future.exception()
-        if problem is not None and not isinstance(problem, ClosedError):
-            log.warning("rows fetched from a slower tier were not kept: %s", problem)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)

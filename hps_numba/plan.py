@@ -94,11 +94,20 @@ def plan_of(tables: Iterable[TablePlan]) -> Plan:
     return Plan(tables=tuple(tables), loading_bytes=LOADING_BYTES, available_bytes=available_bytes())
 
 
-def plan_table(config: ServerConfig, spec: TableSpec, source: str | None = None) -> TablePlan:
-    """Plan one table, from ``source`` instead of its own file if given."""
+def plan_table(
+    config: ServerConfig, spec: TableSpec, source: str | None = None, *, fills_host: bool | None = None
+) -> TablePlan:
+    """Plan one table.
+
+    Args:
+        source: sparse model to load instead of the table's own.
+        fills_host: rows are loaded into host memory; by default what the config says of the start.
+    """
     with open_model(source or spec.source, spec.dim) as reader:
         rows = reader.rows
-    host_rows = _host_rows(config.volatile_db, rows)
+    if fills_host is None:
+        fills_host = config.volatile_db.type != "disabled" and config.volatile_db.initialize_after_startup
+    host_rows = _host_rows(config.volatile_db, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
@@ -118,8 +127,6 @@ def _bound(section: VolatileDatabaseConfig) -> int | None:
 
 
 def _host_rows(section: VolatileDatabaseConfig, rows: int) -> int:
-    if section.type == "disabled" or not section.initialize_after_startup:
-        return 0
     wanted = rows_to_load(rows, section.initial_cache_rate)
     bound = _bound(section)
     return wanted if bound is None else min(wanted, bound + section.max_batch_size)

@@ -158,18 +158,34 @@ class TableSession:
         if self.store is None and not self._slower.writable:
             raise TierError(f"{self.spec.tag}: every tier is read only, wanted one that takes rows")
 
+    def _check_reachable(self, keys: np.ndarray, verb: str) -> None:
+        """Refuse a change that would leave the old row in a tier that cannot be written, from where it would be served."""
+        for tier in self._slower.tiers:
+            if tier.read_only and (fixed := keys[tier.contains(self.spec.tag, keys)]).size:
+                raise TierError(f"{self.spec.tag}: {verb}: key {fixed[0]} is in {type(tier).__name__}, which is read only")
+
     def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
-        """Write the rows of those keys that some tier has, there; returns how many of ``keys`` that were."""
+        """Write the rows of those keys that some tier has, there; returns how many of ``keys`` that were.
+
+        Raises:
+            TierError: a key stands in a tier that is read only and in no faster one, or a tier failed.
+        """
         with self.changing():
             present = self.contains(keys)
+            self._check_reachable(keys if self.store is None else keys[~self.store.contains(keys)], "update")
             self._slower.update(self.spec.tag, keys, rows)
             if self.store is not None:
                 self.store.update(keys, rows)
             return int(present.sum())
 
     def erase(self, keys: np.ndarray) -> int:
-        """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
+        """Remove the rows of the keys from every tier; returns how many distinct keys had one.
+
+        Raises:
+            TierError: a key stands in a tier that is read only, or a tier failed.
+        """
         with self.changing():
+            self._check_reachable(keys, "erase")
             present = len(np.unique(keys[self.contains(keys)]))
             self._slower.erase(self.spec.tag, keys)
             if self.store is not None:

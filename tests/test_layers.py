@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "hps_numba"
 #: rooms from the ground up: an import points to a lower row, or stays in its room
 ROWS = [
     {"errors"},
-    {"layout", "parts", "memory", "threads", "progress", "dlpack"},
+    {"layout", "parts", "memory", "threads", "background", "progress", "dlpack"},
     {"config", "interop"},
     {"kernels"},
     {"storage.formats", "storage.epochs"},

@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from hps_numba.config.messages import show
 from hps_numba.config.spellings import Words
-from hps_numba.parts import is_reference
+from hps_numba.parts import is_reference, names
 
 __all__ = [
     "EACH",
@@ -89,10 +89,14 @@ class Spelling:
         words: canonical spelling -> aliases.
         reference: also accept ``package.module:NAME`` and ``path/to/file.py:NAME``, a user's own part.
         refused: canonical spelling -> why it is known but not accepted here.
+        folder: package whose file names are accepted too: a new part needs no edit here.
     """
 
-    def __init__(self, words: Words, *, reference: bool = False, refused: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, words: Words, *, reference: bool = False, refused: Mapping[str, str] | None = None, folder: str | None = None
+    ) -> None:
         self._refused = dict(refused or {})
+        self._folder = folder
         self._reference = reference
         self._canonical = {spelling: word for word, aliases in words.items() for spelling in (word, *aliases)}
         self._accepted = [spelling for spelling, word in self._canonical.items() if word not in self._refused]
@@ -101,13 +105,14 @@ class Spelling:
         return core_schema.no_info_after_validator_function(self._read, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        word = {"type": "string", "enum": self._accepted}
+        files = [name for name in names(self._folder) if name not in self._canonical] if self._folder else []
+        word = {"type": "string", "enum": [*self._accepted, *files]}
         return {"anyOf": [word, {"type": "string", "pattern": f"^{_REFERENCE}$"}]} if self._reference else word
 
     def _read(self, text: str) -> str:
         word = self._canonical.get(text)
         if word is None:
-            return self._read_reference(text)
+            return text if self._folder and text in names(self._folder) else self._read_reference(text)
         if word in self._refused:
             raise refuse(self._refused[word])
         return word

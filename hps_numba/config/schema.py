@@ -20,11 +20,14 @@ from hps_numba.config.spec import TableSpec, locate
 
 __all__ = ["ModelConfig", "PersistentDatabaseConfig", "Section", "ServerConfig", "UpdateSourceConfig", "VolatileDatabaseConfig"]
 
+_TIERS = "hps_numba.storage.tiers"
 _NOT_ON_DISK = set(words.DATABASES) - {"disabled", "rocks_db"}
 _IN_PERSISTENT = "keeps rows on disk, wanted in persistent_db.type instead"
 _IN_VOLATILE = "does not keep rows on disk, wanted rocks_db, disabled or module:NAME for one of your own"
-_VolatileType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused={"rocks_db": _IN_PERSISTENT})]
-_PersistentType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused=dict.fromkeys(_NOT_ON_DISK, _IN_VOLATILE))]
+_VolatileType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused={"rocks_db": _IN_PERSISTENT}, folder=_TIERS)]
+_PersistentType = Annotated[
+    str, f.Spelling(words.DATABASES, reference=True, refused=dict.fromkeys(_NOT_ON_DISK, _IN_VOLATILE), folder=_TIERS)
+]
 _OverflowPolicy = Annotated[str, f.Spelling(words.OVERFLOW_POLICIES)]
 _UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES)]
 _NO_STOCHASTIC = {"stochastic": "never had an implementation, wanted dynamic instead"}

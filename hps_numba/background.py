@@ -1,0 +1,50 @@
+"""Work that no caller waits for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from hps_numba.errors import ClosedError
+
+__all__ = ["BackgroundJobs"]
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundJobs:
+    """One thread for jobs that no caller waits for.   **Threads:** ``submit`` from any thread."""
+
+    #: jobs that may wait; more are dropped, which only means that a row is fetched from its tier once more
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._closed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed or self._waiting >= self.LIMIT:
+                return
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, "hps_numba_background")
+            self._waiting += 1
+            future = self._executor.submit(job)
+        future.add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        with self._lock:
+            self._waiting -= 1
+        problem = None if future.cancelled() else future.exception()
+        if problem is not None and not isinstance(problem, ClosedError):
+            log.warning("rows fetched from a slower tier were not kept: %s", problem)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
