@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
 
 
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment says of colours must not reach the output that tests read."""
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 class Workshop:
     """Writes models and configs to a folder and opens servers on them; closes the servers at the end."""
 

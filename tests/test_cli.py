@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import ROOT, environment
 from typer.testing import CliRunner, Result
 
 from hps_numba import __version__, generate_model, open_model, parts, write_model
@@ -22,7 +23,6 @@ from hps_numba.cli._output import human_rate, human_seconds, print_json
 from hps_numba.cli._survey import count_duplicates
 from hps_numba.synthetic import KEY_DISTRIBUTIONS, power_law
 
-ROOT = Path(__file__).parents[1]
 ROWS, DIM = 50, 4
 
 
@@ -38,8 +38,8 @@ def parsed(*arguments: object, code: int = 0) -> Any:
 
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hps_numba", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    return subprocess.run(command, text=True, capture_output=True, env=environment, timeout=120, **options)
+    env = environment(**options.pop("env", {}))
+    return subprocess.run(command, text=True, capture_output=True, env=env, timeout=120, **options)
 
 
 def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], code: int) -> str:
@@ -380,8 +380,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "hps_numba", "config", "schema"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
     os.close(writing)
     assert (result.returncode, result.stderr) == (_errors.FAILED, "")
 

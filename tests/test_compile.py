@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import environment
 
 PROGRAM = """
 import logging, sys
@@ -26,7 +27,7 @@ print(sum(host_lookup.stats.cache_hits.values()), c.cache_folder())
 def run(folder, **env):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "HPS_NUMBA_CACHE_DIR": str(folder), **env},
+        env=environment(HPS_NUMBA_CACHE_DIR=str(folder), **env),
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -24,8 +23,7 @@ def needs(example: Path) -> tuple[str, ...]:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=240)
 
 
 def test_examples_exist() -> None:

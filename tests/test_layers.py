@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import environment
 
 PACKAGE = Path(__file__).parents[1] / "hps_numba"
 
@@ -275,9 +275,8 @@ print(json.dumps({"seconds": seconds, "modules": sorted({name.split(".")[0] for 
 
 
 def fresh(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=100).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment(), timeout=100).stdout
 
 
 def test_importing_the_package_is_light() -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from processes import environment
 
 from hps_numba import memory
 from hps_numba.errors import CapacityError, ClosedError
@@ -69,7 +70,7 @@ def test_a_limit_on_addresses_is_lived_with():
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "store = HostStore(4); store.upsert(np.arange(1000), np.ones((1000, 4), np.float32)); print(len(store))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment())
     assert done.stdout == "1000\n", done.stderr
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Workshop
 from naive import NaiveStore, assert_same_bits, rows_of
+from processes import environment
 
 import hps_numba
 from hps_numba.errors import CapacityError, ModelFileError
@@ -235,10 +236,8 @@ def test_peak_memory_of_loading_stays_within_the_plan(workshop: Workshop, format
         entry = workshop.model(([], dim), sparse_files=[str(model)])
         configs.append(workshop.folder / f"{name}.json")
         configs[-1].write_text(json.dumps({"supportlonglong": True, "models": [entry]}))
-    root = str(Path(hps_numba.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", _MEASURE, *map(str, configs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["planned"] >= rows * dim * 4

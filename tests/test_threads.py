@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from conftest import Workshop
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import assert_same_bits, rows_of
+from processes import environment
 
 import hps_numba
 from hps_numba import threads
@@ -130,11 +130,8 @@ with hps_numba.HPS(sys.argv[1]) as server:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_makes_its_own_pool_and_serves(workshop: Workshop) -> None:
     workshop.open_file(workshop.model((range(9), 16)))
-    root = str(Path(hps_numba.__file__).parents[1])
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(workshop.folder / "ps.json")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, check=False, timeout=100
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
