@@ -372,3 +372,9 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
         thread.join(30)
     assert not wrong
     assert len(seen) > 1
+
+
+def test_a_replacement_by_a_single_path(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(5), 4)))
+    server.replace_model("m", workshop.table("new", range(5), 4, stamp=7))
+    assert_same_bits(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4, 7))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Workshop
 from naive import assert_same_bits, rows_of
 
+import hps_numba
 from hps_numba import parts
+from hps_numba.config import json_schema
 from hps_numba.errors import ConfigError, HpsError, TierUnavailable
+from hps_numba.storage import tiers
 from hps_numba.storage.tiers._tier import Tier
 
 TIERS = "hps_numba.storage.tiers"
@@ -163,3 +167,19 @@ def test_every_tier_of_the_folder_can_be_named_in_a_config(workshop: Workshop) -
         if not kind.persistent and not kind.shared:
             server = workshop.open(workshop.model((range(9), 3)), volatile_db={"type": name})
             assert_same_bits(server.lookup([3], "m", 0), rows_of([3], 3))
+
+
+def test_a_new_file_in_the_tiers_folder_is_a_type_of_its_own(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One new file, nothing else edited: the config, its schema and the server know it by its file name."""
+    folder = workshop.folder / "more_tiers"
+    folder.mkdir()
+    (folder / "dict_of_mine.py").write_text("from naive import DictTier\n\nPART = DictTier\n")
+    monkeypatch.setattr(tiers, "__path__", [*tiers.__path__, str(folder)])
+    server = workshop.open(
+        workshop.model((range(5), 4)), volatile_db={"type": "disabled"}, persistent_db={"type": "dict_of_mine"}
+    )
+    assert np.array_equal(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4))
+    kinds = json_schema()["$defs"]["PersistentDatabaseConfig"]["properties"]["type"]["anyOf"][0]["enum"]
+    assert "dict_of_mine" in kinds
+    with pytest.raises(hps_numba.ConfigError, match="dict_of_yours"):
+        workshop.open(workshop.model((range(5), 4), name="n"), persistent_db={"type": "dict_of_yours"})

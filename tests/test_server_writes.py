@@ -10,7 +10,7 @@ from conftest import Workshop
 from naive import EXTREME_32, NaiveServer, assert_same_bits, rows_of
 
 import hps_numba
-from hps_numba import OutputError, TierUnavailable
+from hps_numba import OutputError, TierError, TierUnavailable
 
 DIM = 3
 KEYS = list(range(9))
@@ -144,3 +144,22 @@ def test_a_write_that_only_a_read_only_tier_could_take_is_refused(workshop: Work
     assert workshop.behind_host(server).size("hps_et.m.sparse_embedding0") == 0
     with pytest.raises(hps_numba.TierError, match="read"):
         server.insert([1], rows_of([1], DIM), "m", 0)
+
+
+def test_a_read_only_tier_refuses_what_it_cannot_do(workshop: Workshop) -> None:
+    """The old row would be served from there: an erase or update that left it must not count as done."""
+    persistent = {"type": "naive:DictTier"}
+    entry = workshop.model((range(10), 4))
+    server = workshop.open(entry, volatile_db={"type": "hash_map"}, persistent_db=persistent)
+    tier = server._slower.tiers[0]
+    tier.section = tier.section.model_copy(update={"read_only": True})
+    row = np.ones((1, 4), np.float32)
+    with pytest.raises(TierError, match="erase: key 3 is in DictTier, which is read only"):
+        server.erase([3], "m", 0)
+    assert server.contains([3], "m", 0)[0]
+    assert server.update([3], row, "m", 0) == 1  # host memory has it, in front
+    assert np.array_equal(server.lookup([3], "m", 0), row)
+    server._models["m"].tables[0].store.erase(np.array([3]))
+    with pytest.raises(TierError, match="update: key 3"):
+        server.update([3], row, "m", 0)
+    assert server.erase([77], "m", 0) == 0
