@@ -59,6 +59,7 @@ class Deployment:
                 time_budget=budget,
                 keep_missed=keep,
                 background=background,
+                output_dtype=_numpy_dtype(model.output_dtype),
             )
             for spec in model.tables(config.folder)
         )
@@ -197,6 +198,12 @@ class Deployment:
                 stale = keys[(place == last) | (wanted[place] != keys)]
                 if len(stale):
                     tier.erase(spec.tag, stale)
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        raise ConfigError("output_dtype: 'bfloat16' has no NumPy dtype, this version answers in float32 or float16")
+    return np.dtype(name)
 
 
 def _number(table_id: object) -> int:

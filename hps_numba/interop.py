@@ -27,7 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from hps_numba.dlpack import capsule_of, device_of, is_capsule, view_of_capsule
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
 
-__all__ = ["NUMPY", "ArrayKind", "KeyBatch", "as_keys", "as_output", "kind_of", "new_output", "wrap_output"]
+__all__ = ["NUMPY", "ArrayKind", "KeyBatch", "as_keys", "as_output", "as_rows", "kind_of", "new_output", "wrap_output"]
 
 _INT64 = np.dtype(np.int64)
 _UINT32_MAX = 0xFFFF_FFFF
@@ -148,6 +148,43 @@ def as_output(
     if target.shape != shape and not (larger and math.prod(target.shape) >= math.prod(shape)):
         raise OutputError(f"{place}: shape {target.shape} came, {shape}{' or more elements' if larger else ''} is wanted")
     return target.rows(shape, dtype)
+
+
+def as_rows(rows: Any, shape: tuple[int, ...], *, place: str = "rows") -> NDArray[np.float32]:
+    """Read float rows of any kind as C-contiguous float32 of ``shape``; zero-copy where they are that already.
+
+    Args:
+        rows: what ``as_keys`` takes, of numbers that convert to float32. A Torch tensor may require a gradient: its values
+            are taken.
+
+    Raises:
+        OutputError: another shape, no numbers, not readable, or a value that float32 cannot hold.
+    """
+    if type(rows) is not np.ndarray:
+        rows = _rows_on_host(rows, place)
+    if rows.dtype.kind not in "fiub":
+        raise OutputError(f"{place}: dtype {rows.dtype} came, float32 is wanted")
+    if rows.shape != shape:
+        raise OutputError(f"{place}: shape {rows.shape} came, {shape} is wanted")
+    try:
+        with np.errstate(over="raise"):
+            return np.ascontiguousarray(rows, np.float32)
+    except FloatingPointError:
+        raise OutputError(f"{place}: a value of the {rows.dtype} rows is beyond what float32 holds") from None
+
+
+def _rows_on_host(rows: Any, place: str) -> NDArray[Any]:
+    try:
+        if isinstance(rows, (list, tuple, int, float)):
+            return np.asarray(rows)
+        if _framework_of(rows) == "torch":
+            rows = rows.detach()
+            rows = rows.float() if str(rows.dtype) == "torch.bfloat16" else rows
+        return _on_host(rows, place)
+    except Exception as problem:  # foreign code may raise anything
+        if isinstance(problem, DeviceError):
+            raise
+        raise OutputError(f"{place}: {type(rows).__name__} cannot be read as float32 rows: {_line(problem)}") from problem
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------------

@@ -18,18 +18,19 @@ import numpy as np
 from hps_numba import parts
 from hps_numba.background import BackgroundJobs
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
+from hps_numba.config.spec import locate
 from hps_numba.deployment import Deployment
 from hps_numba.errors import (
     ClosedError,
     ConfigError,
     DeviceError,
+    KeyDtypeError,
     ModelFileError,
-    OutputError,
     TierUnavailable,
     UnknownModelError,
 )
 from hps_numba.hierarchy import TierStack
-from hps_numba.interop import NUMPY, as_keys, as_output, new_output, wrap_output
+from hps_numba.interop import NUMPY, as_keys, as_output, as_rows, new_output, wrap_output
 from hps_numba.memory import PlainHostAllocator
 from hps_numba.plan import Plan, make_plan, plan_of, plan_table
 from hps_numba.progress import rows_progress
@@ -98,22 +99,35 @@ class HPS:
             raise DeviceError("require_gpu: true, but this version serves from host memory only; set it to false")
         if devices:
             log.warning("deployed_device_list %s: this version has no GPU cache, host memory serves all lookups", devices)
+        if self.config.update_source.type != "null":
+            log.warning("update_source.type: %r: this version reads no updates", self.config.update_source.type)
+        if self.config.cache_on_cpu:
+            log.warning("cache_on_cpu: true: this version has no cache, host memory serves all lookups")
 
     def _open_tiers(self, allow_code: bool) -> None:
         volatile, persistent = self.config.volatile_db, self.config.persistent_db
         if volatile.type != "disabled":
-            kind = parts.load(_TIERS, volatile.type, allow_code=allow_code, error=TierUnavailable)
+            kind = self._tier_class("volatile_db", volatile.type, allow_code)
             if kind is HashMapTier:
                 self._host = HashMapTier(volatile, wide_keys=self._wide, allocator=self._allocator)
             else:
-                self._open_slower("volatile_db", kind, volatile)
+                self._open_slower(kind, volatile)
         if persistent.type != "disabled":
-            kind = parts.load(_TIERS, persistent.type, allow_code=allow_code, error=TierUnavailable)
-            self._open_slower("persistent_db", kind, persistent)
+            kind = self._tier_class("persistent_db", persistent.type, allow_code)
+            self._open_slower(kind, persistent)
 
-    def _open_slower(self, place: str, kind: Any, section: Any) -> None:
+    def _tier_class(self, place: str, name: str, allow_code: bool) -> type[Tier]:
+        known = parts.names(_TIERS)
+        if not parts.is_reference(name) and name not in known:
+            raise TierUnavailable(f"{place}.type: {name!r} is not part of this version, which has {', '.join(known)}")
+        kind = parts.load(_TIERS, name, allow_code=allow_code, folder=self.config.folder, error=TierUnavailable)
         if not (isinstance(kind, type) and issubclass(kind, Tier)):
-            raise ConfigError(f"{place}.type: {section.type!r} is {kind!r}, a subclass of Tier is wanted")
+            raise ConfigError(f"{place}.type: {name!r} is {kind!r}, a subclass of Tier is wanted")
+        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+            raise ConfigError(f"{place}.type: {name!r} lacks {', '.join(missing)}, which a tier must have")
+        return kind
+
+    def _open_slower(self, kind: type[Tier], section: Any) -> None:
         tier = kind(section, wide_keys=self._wide)
         self._slower = TierStack([*self._slower.tiers, tier])  # at once, so that it is closed if the next one fails
 
@@ -160,12 +174,12 @@ class HPS:
             model_name: a deployed model.
             table_id: number of the table in its model, or its name.
             device_id: one of the model's ``deployed_device_list``.
-            out: float32 array of shape ``S + (dim,)`` to write to and return.
-            stream: CUDA stream to work on; host lookups take none.
+            out: array of shape ``S + (dim,)`` and of the dtype of the answer, to write to and return.
+            stream: CUDA stream to work on; ignored while host memory serves.
 
         Returns:
-            float32 ``S + (dim,)``, an array of the same kind as ``keys`` (NumPy for lists), or ``out``. A key that no tier
-            has gets the table's default value.
+            float32 (or the model's ``output_dtype``) ``S + (dim,)``, an array of the same kind as ``keys`` (NumPy for
+            lists), or ``out``. A key that no tier has gets the table's default value.
 
         Raises:
             KeyDtypeError: keys are not integers or do not fit the key width.
@@ -174,23 +188,34 @@ class HPS:
         """
         table = self._table(model_name, table_id, device_id)
         batch = as_keys(keys, wide=self._wide)
-        dim = table.spec.dim
-        shape = (*batch.shape, dim)
+        shape = (*batch.shape, table.spec.dim)
         if out is None:
-            rows = new_output(batch.kind, shape)
-            table.lookup(batch.flat, rows.reshape(-1, dim))
+            rows = new_output(batch.kind, shape, table.output_dtype)
+            self._answer(table, batch.flat, rows)
             return rows if batch.kind is NUMPY else wrap_output(rows, batch.kind)
-        rows, finish = as_output(out, shape)
-        table.lookup(batch.flat, rows.reshape(-1, dim))
+        rows, finish = as_output(out, shape, table.output_dtype)
+        self._answer(table, batch.flat, rows)
         finish()
         return out
+
+    @staticmethod
+    def _answer(table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Look up into ``rows``, which may be of another dtype than float32."""
+        flat = rows.reshape(-1, table.spec.dim)
+        if rows.dtype == np.float32:
+            table.lookup(keys, flat)
+        else:
+            wide = np.empty(flat.shape, np.float32)
+            table.lookup(keys, wide)
+            flat[:] = wide
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
         """The rows of several tables of one model, all of the same version of the model.
 
         Args:
             keys: a sequence with the keys of each table in table order, or a mapping from table number or name to keys.
-            flat: return one float32 vector: the rows of all tables, one after the other in the given order.
+                A shorter sequence asks the first tables only.
+            flat: return one NumPy vector: the rows of all tables, one after the other in the given order.
 
         Returns:
             A list, or a dict with the keys of the mapping, of what ``lookup`` returns.
@@ -199,6 +224,10 @@ class HPS:
             As ``lookup``; UnknownModelError if a sequence is longer than the model has tables.
         """
         deployment = self._deployment(model_name, device_id)
+        if not isinstance(keys, Iterable):
+            raise KeyDtypeError(
+                f"keys: {type(keys).__name__} came, a sequence or mapping with the keys of each table is wanted"
+            )
         wanted: list[tuple[Any, Any]]
         if isinstance(keys, Mapping):
             wanted = list(keys.items())
@@ -228,9 +257,9 @@ class HPS:
         """
         table = self._table(model_name, table_id, device_id)
         batch = as_keys(keys, wide=self._wide)
-        dim = table.spec.dim
-        rows, finish = as_output(out_tensor, (*batch.shape, dim), larger=True, place="out_tensor")
-        table.lookup(batch.flat, rows.reshape(-1, dim))
+        shape = (*batch.shape, table.spec.dim)
+        rows, finish = as_output(out_tensor, shape, table.output_dtype, larger=True, place="out_tensor")
+        self._answer(table, batch.flat, rows)
         finish()
 
     # -- changing rows ---------------------------------------------------------------------
@@ -239,7 +268,8 @@ class HPS:
         """Write a row for each key (upsert) to every tier; lookups that start after the return see it.
 
         Args:
-            keys: integers of any shape ``S``.   rows: float32 ``S + (dim,)``; the last of equal keys wins.
+            keys: integers of any shape ``S``.
+            rows: float32 ``S + (dim,)``, or numbers that convert to it, of any array kind; the last of equal keys wins.
 
         Returns how many keys were new.
 
@@ -268,16 +298,14 @@ class HPS:
 
     def _keys_and_rows(self, keys: Any, rows: Any, table: TableSession) -> tuple[np.ndarray, np.ndarray]:
         batch = as_keys(keys, wide=self._wide)
-        values = np.asarray(rows)
-        shape = (*batch.shape, table.spec.dim)
-        if values.dtype != np.float32 and not np.can_cast(values.dtype, np.float32, "same_kind"):
-            raise OutputError(f"rows: dtype {values.dtype} came, float32 is wanted")
-        if values.shape != shape:
-            raise OutputError(f"rows: shape {values.shape} came, {shape} is wanted for keys of shape {batch.shape}")
-        return batch.flat, np.ascontiguousarray(values, np.float32).reshape(-1, table.spec.dim)
+        return batch.flat, as_rows(rows, (*batch.shape, table.spec.dim)).reshape(-1, table.spec.dim)
 
     def dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
-        """Write the rows of a table in host memory to a ``.bin`` file (spec 5.6); returns their number."""
+        """Write the rows of a table in its fastest tier to a ``.bin`` file (spec 5.6); returns their number.
+
+        Raises:
+            ModelFileError: the file cannot be written.   TierError: not a ``.bin`` file.
+        """
         table = self._table(model_name, table_id)
         return self._fastest().dump(table.spec.tag, path)
 
@@ -307,6 +335,8 @@ class HPS:
     def load_model(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """Deploy one more model, described as in ``models`` of the config or by ``InferenceParams``.
 
+        Key width and databases are the server's; the databases of an ``InferenceParams`` do not count.
+
         Raises:
             ConfigError: the description is wrong or the name is taken.   Otherwise as ``HPS``.
         """
@@ -322,9 +352,17 @@ class HPS:
     def _config_of(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> ServerConfig:
         """A config of this one model over the databases of this server."""
         if isinstance(model, InferenceParams):
-            entry = read_config([model]).to_dict()["models"][0]
+            alone = read_config([model])
+            if alone.supportlonglong != self._wide:
+                bits = 64 if self._wide else 32
+                raise ConfigError(f"i64_input_key: {model.i64_input_key}, but this server has keys of {bits} bits")
+            entry = alone.to_dict()["models"][0]
+        elif isinstance(model, ModelConfig):
+            entry = model.model_dump(mode="json")
+        elif isinstance(model, Mapping):
+            entry = dict(model)
         else:
-            entry = model.model_dump(mode="json") if isinstance(model, ModelConfig) else dict(model)
+            raise ConfigError(f"model: {type(model).__name__} came, a mapping, InferenceParams or ModelConfig is wanted")
         whole = {**self.config.to_dict(), "models": [entry]}
         return read_config(whole, strict=self._strict, beside=self.config.source)
 
@@ -347,7 +385,7 @@ class HPS:
             deployment = self._deployment(model_name)
             if isinstance(sparse_files, (str, Path)):
                 sparse_files = [sparse_files]
-            sources = None if sparse_files is None else [str(file) for file in sparse_files]
+            sources = None if sparse_files is None else [locate(str(file), self.config.folder) for file in sparse_files]
             if sources is not None and len(sources) != len(deployment.tables):
                 count = len(deployment.tables)
                 raise ConfigError(f"sparse_files: {len(sources)} for the {count} tables of model {model_name!r}")
@@ -403,6 +441,7 @@ class HPS:
             self._slower.close()
 
     def __enter__(self) -> HPS:
+        self._check_open()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -417,7 +456,7 @@ class HPS:
             raise ClosedError("the server is closed")
 
     def _deployment(self, model_name: str, device_id: int | None = None) -> Deployment:
-        deployment = self._models.get(model_name)
+        deployment = self._models.get(model_name) if isinstance(model_name, str) else None
         if deployment is None:
             self._check_open()
             raise UnknownModelError(f"model_name: {model_name!r} is not deployed, deployed are {', '.join(self._models)}")

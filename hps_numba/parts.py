@@ -33,14 +33,25 @@ def is_reference(name: str) -> bool:
     return ":" in name
 
 
-def load(package: str, name: str, *, allow_code: bool = False, error: type[HpsError] = ConfigError) -> Any:
+def load(
+    package: str,
+    name: str,
+    *,
+    allow_code: bool = False,
+    folder: Path | None = None,
+    error: type[HpsError] = ConfigError,
+) -> Any:
     """The part called ``name``: a file of ``package``, or a reference to one of the user's own.
+
+    Args:
+        allow_code: ``name`` may be a file of the user's (``load_reference``).
+        folder: where a relative file is looked up after the working directory.
 
     Raises:
         error: no such part (the message lists the known ones), or it cannot be imported.
     """
     if is_reference(name):
-        return load_reference(name, allow_code=allow_code, error=error)
+        return load_reference(name, allow_code=allow_code, folder=folder, error=error)
     known = names(package)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -49,8 +60,10 @@ def load(package: str, name: str, *, allow_code: bool = False, error: type[HpsEr
     return importlib.import_module(f"{package}.{name}").PART
 
 
-def load_reference(reference: str, *, allow_code: bool = False, error: type[HpsError] = ConfigError) -> Any:
-    """Load ``package.module:NAME`` or ``file.py:NAME``.
+def load_reference(
+    reference: str, *, allow_code: bool = False, folder: Path | None = None, error: type[HpsError] = ConfigError
+) -> Any:
+    """Load ``package.module:NAME`` or ``file.py:NAME``, the file from the working directory or else from ``folder``.
 
     A file is run only with ``allow_code``: a config file that came from elsewhere must not run code by itself.
 
@@ -60,8 +73,9 @@ def load_reference(reference: str, *, allow_code: bool = False, error: type[HpsE
     where, _, attribute = reference.rpartition(":")
     if where.endswith(".py"):
         if not allow_code:
-            raise error(f"{reference!r} runs code from a file: pass allow_code=True (CLI: --allow-code) if you trust it")
-        module = _module_of_file(Path(where), error)
+            raise error(f"{reference!r} runs code from a file: pass allow_code=True if you trust it")
+        file = Path(where).expanduser()
+        module = _module_of_file(folder / file if folder is not None and not file.is_file() else file, error)
     else:
         try:
             module = importlib.import_module(where)
@@ -74,7 +88,7 @@ def load_reference(reference: str, *, allow_code: bool = False, error: type[HpsE
 
 
 def _module_of_file(path: Path, error: type[HpsError]) -> ModuleType:
-    path = path.expanduser().resolve()
+    path = path.resolve()
     if not path.is_file():
         raise error(f"{path}: no such file")
     name = f"hps_numba_part_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"

@@ -16,6 +16,7 @@ from hps_numba.storage.table_content import content_bytes
 
 __all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
 
+_IN_HOST_MEMORY = ("hash_map", "parallel_hash_map")
 #: keys that are in flight while a table is loaded
 LOADING_BYTES = 16 << 20
 
@@ -106,7 +107,9 @@ def plan_table(
     with open_model(source or spec.source, spec.dim) as reader:
         rows = reader.rows
     if fills_host is None:
-        fills_host = config.volatile_db.type != "disabled" and config.volatile_db.initialize_after_startup
+        fills_host = config.volatile_db.initialize_after_startup
+    keeps_rows = config.volatile_db.type in _IN_HOST_MEMORY
+    fills_host = fills_host and keeps_rows
     host_rows = _host_rows(config.volatile_db, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
@@ -116,7 +119,7 @@ def plan_table(
         dim=spec.dim,
         rows=rows,
         host_rows=host_rows,
-        host_bytes=content_bytes(host_rows, spec.dim, recency) if config.volatile_db.type != "disabled" else 0,
+        host_bytes=content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0,
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
     )
 

@@ -31,6 +31,7 @@ from hps_numba.storage.host_store import HostStore
 
 __all__ = ["TableSession"]
 
+_FLOAT32 = np.dtype(np.float32)
 Background = Callable[[Callable[[], None]], None]
 
 
@@ -44,6 +45,7 @@ class TableSession:
         time_budget: seconds that a lookup waits for slower tiers, or None.
         keep_missed: rows found in slower tiers also enter the host store, in the background (``cache_missed_embeddings``).
         background: runs a job on the server's background thread.
+        output_dtype: element type of answers.
 
     *A row that was fetched must not come back after it was changed.* Between a fetch from a slower tier and its insertion in
     the background the row may have been updated or erased. Every write of the user's holds ``_write_lock`` and counts
@@ -62,8 +64,10 @@ class TableSession:
         time_budget: float | None = None,
         keep_missed: bool = False,
         background: Background | None = None,
+        output_dtype: np.dtype = _FLOAT32,
     ) -> None:
         self.spec = spec
+        self.output_dtype = output_dtype
         self.store = store
         self._slower = slower
         self._time_budget = time_budget

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
-from hps_numba.interop import NUMPY, ArrayKind, as_keys, as_output, new_output, wrap_output
+from hps_numba.interop import NUMPY, ArrayKind, as_keys, as_output, as_rows, new_output, wrap_output
 
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
@@ -456,3 +456,42 @@ def test_contiguous_int64_costs_about_a_microsecond() -> None:
         timeit.repeat(lambda: wrap_output(new_output(as_keys(keys, wide=True).kind, (64, 4)), NUMPY), number=500, repeat=20)
     )
     assert best / 500 < 10e-6  # about 1.3 microseconds on an idle machine
+
+
+# ---- rows of a write -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i4", "u1", ">f4"])
+def test_rows_of_every_number_become_float32(dtype: str) -> None:
+    rows = np.arange(6).reshape(3, 2).astype(dtype)
+    got = as_rows(rows, (3, 2))
+    assert got.dtype == np.float32 and got.flags.c_contiguous and got.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert as_rows(rows.tolist(), (3, 2)).tolist() == got.tolist()
+
+
+def test_rows_that_are_float32_already_are_not_copied() -> None:
+    rows = np.ones((3, 2), np.float32)
+    assert np.shares_memory(as_rows(rows, (3, 2)), rows)
+
+
+def test_rows_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Embedding(3, 2).weight  # requires a gradient
+    assert np.array_equal(as_rows(weight, (3, 2)), weight.detach().numpy())
+    assert as_rows(torch.ones(3, 2, dtype=torch.bfloat16), (3, 2)).tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (np.ones((2, 3), np.float32), r"shape \(2, 3\) came, \(3, 2\) is wanted"),
+        ([[1.0], [2.0, 3.0]], "list cannot be read as float32 rows"),
+        ([["a", "b"]] * 3, "dtype <U1 came"),
+        (np.ones((3, 2), complex), "dtype complex128 came"),
+        (object(), "object cannot be read|dtype object came"),
+        (np.full((3, 2), 1e300), "beyond what float32 holds"),
+    ],
+)
+def test_what_is_not_rows_is_refused(rows: object, said: str) -> None:
+    with pytest.raises(OutputError, match=said):
+        as_rows(rows, (3, 2))

@@ -395,3 +395,41 @@ def test_servers_open_again_and_side_by_side_in_one_process(workshop: Workshop) 
     first.insert([0], rows_of([0], DIM, 5), "m", 0)
     first.close()
     assert_same_bits(second.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+
+def test_output_dtype_float16(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(5), 4), output_dtype="float16"))
+    rows = server.lookup([3, 99], "m", 0)
+    assert rows.dtype == np.float16
+    assert np.array_equal(rows[0], rows_of([3], 4)[0].astype(np.float16))
+    out = np.empty((2, 4), np.float16)
+    assert server.lookup([3, 99], "m", 0, out=out) is out and np.array_equal(out, rows)
+    with pytest.raises(hps_numba.OutputError, match="float16 is wanted"):
+        server.lookup([3], "m", 0, out=np.empty((1, 4), np.float32))
+
+
+def test_output_dtype_that_numpy_lacks_is_refused(workshop: Workshop) -> None:
+    with pytest.raises(hps_numba.ConfigError, match="output_dtype: 'bfloat16'"):
+        workshop.open(workshop.model((range(5), 4), output_dtype="bfloat16"))
+
+
+def test_what_this_version_has_not_is_said_at_the_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"}, cache_on_cpu=True)
+    assert "update_source.type: 'kafka_message_queue': this version reads no updates" in caplog.text
+    assert "cache_on_cpu: true: this version has no cache" in caplog.text
+
+
+def test_plain_slips_are_typed_errors(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(5), 4)))
+    with pytest.raises(hps_numba.UnknownModelError, match="model_name"):
+        server.lookup([1], ["m"], 0)  # type: ignore[arg-type]
+    with pytest.raises(hps_numba.KeyDtypeError, match="keys: int came"):
+        server.lookup_many(5, "m")
+    with pytest.raises(hps_numba.ConfigError, match="model: int came"):
+        server.load_model(3)  # type: ignore[arg-type]
+    narrow = hps_numba.InferenceParams("n", 1, 1.0, "", ["x"], False, 1.0, False)
+    with pytest.raises(hps_numba.ConfigError, match="i64_input_key: False, but this server has keys of 64 bits"):
+        server.load_model(narrow)
+    server.close()
+    with pytest.raises(hps_numba.ClosedError), server:
+        pass

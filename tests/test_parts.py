@@ -156,7 +156,10 @@ NOT_THERE = [(place, name) for place, name in LATER if name not in parts.names(T
 
 @pytest.mark.parametrize(("place", "name"), NOT_THERE)
 def test_a_tier_that_is_not_there_yet_says_which_are(workshop: Workshop, place: str, name: str) -> None:
-    with pytest.raises(TierUnavailable, match=f"{name!r} is unknown, known are {', '.join(parts.names(TIERS))}"):
+    with pytest.raises(
+        TierUnavailable,
+        match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(parts.names(TIERS))}",
+    ):
         workshop.open(workshop.model((range(9), 3)), **{place: {"type": name}})
 
 

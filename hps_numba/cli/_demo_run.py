@@ -86,7 +86,8 @@ class Demo:
             rate = self.model_bytes / load
             size = human_bytes(self.model_bytes)
             self.say("load", f"{size} in {human_seconds(load)}, {human_rate(rate, 'B/s')}: {config}")
-            self.say("serve", f"{self.seconds:g} s with {self.threads} threads from {_where(hardware)}")
+            threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+            self.say("serve", f"{self.seconds:g} s with {threads} from {_where(hardware)}")
             with self.waiting("serving and checking"):
                 traffic = run_traffic(server, self._expected(), threads=self.threads, seconds=self.seconds, seed=self.seed)
             loading = {

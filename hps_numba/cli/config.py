@@ -39,7 +39,8 @@ def check(
 ) -> None:
     """Check a config file and the models it names.
 
-    Every sparse model is opened and its size compared; all that is wrong is said at once, and the exit code is then 1.
+    All values that are wrong are said at once; if none is, every sparse model is opened and its size compared. Exit code 1 if
+    anything is wrong.
     """
     from hps_numba.config import read_config
 
@@ -51,7 +52,7 @@ def check(
     report: dict[str, Any] = {"config": config, "ok": not problems, "problems": problems, "warnings": warnings}
     if server is not None:
         report |= _summary(server)
-        problems += [*_missing_tiers(server), *(table["problem"] for table in report["tables"] if table["problem"])]
+        problems += [*_not_here(server), *(table["problem"] for table in report["tables"] if table["problem"])]
         report["ok"] = not problems
     if as_json:
         print_json(report)
@@ -72,13 +73,15 @@ def _summary(server: ServerConfig) -> dict[str, Any]:
     }
 
 
-def _missing_tiers(server: ServerConfig) -> Iterator[str]:
-    """Database types that no file of this version implements."""
+def _not_here(server: ServerConfig) -> Iterator[str]:
+    """What the config asks for and this version cannot start with."""
     known = parts.names("hps_numba.storage.tiers")
     for section in ("volatile_db", "persistent_db"):
         kind = getattr(server, section).type
         if kind != "disabled" and not parts.is_reference(kind) and kind not in known:
             yield f"{section}.type: {kind!r} is not part of this version, which has {', '.join(known)}"
+    if server.require_gpu:
+        yield "require_gpu: true, but this version serves from host memory only"
 
 
 def _table(table: TableSpec) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Faces for frameworks, one a folder. They come after the GPU cache."""

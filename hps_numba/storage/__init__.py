@@ -1,0 +1,1 @@
+"""Where rows are: the host store, slower tiers, and sparse models on disk."""

@@ -1,0 +1,1 @@
+"""Cache policies, one a file. They come with the GPU cache."""

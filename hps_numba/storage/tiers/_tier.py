@@ -3,6 +3,10 @@
 A tier is one file in this folder that defines ``PART``, a subclass of :class:`Tier`; or a class of the user's own, named in
 the config as ``module:NAME`` or ``file.py:NAME``. Six methods are enough; everything else is built on them. Tables are named
 by tag, ``hps_et.<model>.<table>``. The same contract tests run over every tier (spec 8.1).
+
+A tier that fails raises TierError (or TierUnavailable): then the next tier is asked, and keys found nowhere count as
+unanswered. Any other exception is a defect and goes to the caller of the lookup. ``section`` is the part of the config that
+named the tier: all keys of ``volatile_db`` or ``persistent_db``, such as ``path``, ``max_batch_size`` and ``read_only``.
 """
 
 from __future__ import annotations
