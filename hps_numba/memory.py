@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hps_numba.errors import CapacityError, ClosedError
+from hps_numba.threads import renew_in_child
 
 __all__ = ["HostAllocator", "HostRegion", "PlainHostAllocator", "available_bytes", "human_bytes", "total_bytes"]
 
@@ -53,7 +54,8 @@ class HostRegion:
         memory = self._memory()
         if size > self.limit:
             raise CapacityError(f"{self.purpose}: {human_bytes(size)} wanted, {human_bytes(self.limit)} were reserved")
-        if more > _HUGE and more > (free := available_bytes()):
+        crosses = size // _HUGE > self.committed // _HUGE  # small steps add up
+        if crosses and more > (free := available_bytes()):
             raise CapacityError(f"{self.purpose}: {human_bytes(more)} more wanted, the machine has {human_bytes(free)} free")
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             start = self.committed - self.committed % mmap.PAGESIZE
@@ -102,6 +104,7 @@ class PlainHostAllocator:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        renew_in_child(self, "_lock", threading.Lock)
         self._in_use = 0
         self._reserved = 0
 

@@ -8,12 +8,15 @@ works through the ranges itself, and takes back what nobody started.
 from __future__ import annotations
 
 import os
+import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-__all__ = ["available_cores", "ranges_of", "run_ranges"]
+__all__ = ["available_cores", "ranges_of", "renew_in_child", "run_ranges"]
 
 #: below this many bytes a batch is not worth a second thread (handing over costs about 30 microseconds)
 SPLIT_BYTES = 1 << 20
@@ -32,18 +35,31 @@ class _Pool:
         self.executor: ThreadPoolExecutor | None = None
         self.threads = available_cores()
 
-    def submit(self, function: Callable[[], Any]) -> Future[Any]:
-        if self.executor is None:
-            self.executor = ThreadPoolExecutor(max(1, self.threads - 1), "hps_numba")
-        return self.executor.submit(function)
+    def submit(self, function: Callable[[], Any]) -> Future[Any] | None:
+        """Start ``function`` on a thread; None where no thread can be had any more (limits, end of the interpreter)."""
+        try:
+            if self.executor is None:
+                self.executor = ThreadPoolExecutor(max(1, self.threads - 1), "hps_numba")
+            return self.executor.submit(function)
+        except RuntimeError:
+            return None
 
 
 _pool = _Pool()
+_renewed: weakref.WeakKeyDictionary[Any, list[tuple[str, Callable[[], Any]]]] = weakref.WeakKeyDictionary()
+
+
+def renew_in_child(owner: Any, attribute: str, make: Callable[[], Any]) -> None:
+    """In a forked child set ``owner.attribute = make()``: a lock may have been held there by a thread that is gone."""
+    _renewed.setdefault(owner, []).append((attribute, make))
 
 
 def _after_fork() -> None:
     global _pool
     _pool = _Pool()
+    for owner, attributes in list(_renewed.items()):
+        for attribute, make in attributes:
+            setattr(owner, attribute, make())
 
 
 if hasattr(os, "register_at_fork"):
@@ -61,31 +77,57 @@ def ranges_of(n: int, item_bytes: int, threads: int | None = None) -> list[tuple
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
+def _taken(waiting: deque[int]) -> int | None:
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
+
+
 def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, int]], threads: int | None = None) -> list[int]:
     """``function(start, stop)`` for every range, on the caller's thread and idle ones; the results in order.
 
-    Raises what ``function`` raises, after all ranges have ended.
+    Raises what ``function`` raises. Returns or raises only when no thread is at work on a range any more, whatever interrupts
+    the caller: the ranges write to memory that is the caller's.
     """
     if len(ranges) == 1:
         return [function(*ranges[0])]
     results = [0] * len(ranges)
     waiting = deque(range(len(ranges)))
+    busy: set[int] = set()
+    failures: list[BaseException] = []
 
     def work() -> None:
-        while True:
-            try:
-                number = waiting.popleft()
-            except IndexError:
-                return
-            results[number] = function(*ranges[number])
+        me = threading.get_ident()
+        try:
+            busy.add(me)  # before a range is taken: whoever clears the ranges and then sees nobody busy is alone
+            while (number := _taken(waiting)) is not None:
+                results[number] = function(*ranges[number])
+        except BaseException as problem:
+            failures.append(problem)
+        finally:
+            busy.discard(me)
 
     threads = _pool.threads if threads is None else threads
-    others = [_pool.submit(work) for _ in range(min(threads, len(ranges)) - 1)]
-    try:
-        work()
-    finally:
-        failures = [other.exception() for other in others if not other.cancel()]
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    others: list[Future[Any] | None] = []
+    done = False
+    while not done:
+        try:
+            if not others and not failures:
+                for _ in range(min(threads, len(ranges)) - 1):
+                    others.append(_pool.submit(work))
+                work()
+            if failures:
+                waiting.clear()
+            for other in others:
+                if other is not None and not other.cancel():
+                    other.exception()
+            while busy:
+                time.sleep(2e-5)
+            done = True
+        except BaseException as problem:  # an interrupt: remember it, let no further range begin, and wait for the rest
+            failures.append(problem)
+            waiting.clear()
+    if failures:
+        raise failures[0]
     return results

@@ -165,19 +165,52 @@ def test_closing_beside_readers_ends_them_cleanly():
     assert readers.torn == 0
 
 
-def test_memory_stays_while_a_reader_may_hold_it():
-    allocator, epochs = PlainHostAllocator(), Epochs()
-    store = HostStore(4, allocator=allocator, epochs=epochs)
+def test_slots_stay_while_a_reader_may_hold_them():
+    epochs = Epochs()
+    store = HostStore(4, epochs=epochs)
     store.upsert(KEYS, np.ones((len(KEYS), 4), np.float32))
+    with epochs.reading():
+        store.upsert(KEYS, np.full((len(KEYS), 4), 2, np.float32))
+        with_old_rows = store.bytes
+        store.upsert(KEYS, np.full((len(KEYS), 4), 3, np.float32))
+        assert store.bytes == with_old_rows + KEYS.size * 16
+    most = store.bytes
+    for value in range(50):
+        store.upsert(KEYS, np.full((len(KEYS), 4), value, np.float32))
+    assert store.bytes == most  # the old slots came back after the reader left
+
+
+def test_an_open_scan_holds_up_nobody():
+    store, other = filled_store(), filled_store()
     scan = store.scan(8)
-    first = next(scan)  # from here on the scan stands in an epoch
-    store.upsert(KEYS, np.full((len(KEYS), 4), 2, np.float32))
-    with_old_rows = store.bytes
-    rest = [first, *scan]
-    assert sum(len(keys) for keys, _ in rest) == len(KEYS)
-    assert all(set(np.unique(rows)) <= {1.0, 2.0} for _, rows in rest)
-    store.upsert(KEYS, np.full((len(KEYS), 4), 3, np.float32))
-    assert store.bytes == with_old_rows  # the old slots came back after the scan
+    keys, rows = next(scan)
+    started = time.monotonic()
+    for value in range(200):
+        store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
+    size = store.bytes
+    for value in range(200):
+        store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
+    assert store.bytes == size <= 4 * KEYS.size * DIM * 4 + (1 << 16)
+    store.erase(KEYS[-8:])
+    store.replace(store.new_content(0))
+    other.clear()
+    other.close()
+    assert time.monotonic() - started < 5
+    assert (rows == 0).all() and keys.size == 8
+    assert list(scan) == []  # the rows that were left have gone
+    store.close()
+
+
+def test_a_scan_ages_no_row():
+    store = HostStore(1, max_rows=100, target=0.5, policy="evict_oldest")
+    for start in range(0, 100, 50):
+        store.upsert(np.arange(start, start + 50), np.ones((50, 1), np.float32))
+    reading = store.scan(10)
+    next(reading)
+    store.lookup(np.arange(25), np.empty((25, 1), np.float32))
+    list(reading)
+    store.upsert(np.arange(100, 101), np.ones((1, 1), np.float32))
+    assert store.contains(np.arange(25)).all() and not store.contains(np.arange(25, 50)).any()
 
 
 def test_replacing_beside_readers_gives_memory_back():

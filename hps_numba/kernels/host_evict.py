@@ -7,6 +7,7 @@ import numpy as np
 from hps_numba.kernels.compile import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.host_probe import slot_of
+from hps_numba.kernels.host_write import STATE_LIVE, STATE_RETIRED
 from hps_numba.kernels.memory_words import load_word, store_word_release
 from hps_numba.layout import (
     ENTRIES_PER_LINE,
@@ -46,15 +47,16 @@ def _lowest_bucket(histogram, wanted):
 
 
 @host_kernel
-def host_evict(block, excess, seed, histogram, retired):
-    """Erase ``excess`` live entries: those with the lowest recency words, or at random where the store keeps none.
+def host_evict(block, excess, by_recency, seed, histogram, state, retired):
+    """Erase ``excess`` live entries: with ``by_recency`` those with the lowest recency words, else at random.
 
     The score of the last victim is found by narrowing a range in passes over the index, each with a histogram of 2**16
     buckets, so that no score is copied and nothing is sorted. Lookups may raise scores meanwhile: then fewer go, never more.
+    Random scores do not move.
 
-    Returns how many were erased.   **Writes:** index words, histogram, retired.
+    Returns how many were erased.   **Writes:** index words, histogram, state, retired.
     """
-    mode = load_word(block + META_RECENCY_MODE)
+    mode = load_word(block + META_RECENCY_MODE) if by_recency else RECENCY_NONE
     recency = load_word(block + META_RECENCY)
     entries = load_word(block + META_LINES) * ENTRIES_PER_LINE
     low, width, ties = np.int64(0), np.int64(63), excess
@@ -84,6 +86,8 @@ def host_evict(block, excess, seed, histogram, retired):
         if score < low or (score == low and ties > 0):
             ties -= np.int64(score == low)
             store_word_release(entry + 8, ERASED)
-            retired[erased] = slot
+            retired[state[STATE_RETIRED]] = slot
+            state[STATE_RETIRED] += 1
             erased += 1
+    state[STATE_LIVE] -= erased
     return erased

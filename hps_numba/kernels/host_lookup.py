@@ -47,7 +47,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
     Args (addresses and counts are int64):
         header: address of the store's header.   keys: of int64 keys.   out: of float32 rows, row_bytes apart.
         misses: address of int64 positions, as many as keys, or 0.   epoch, record: of the reader's epoch (storage/epochs.py).
-        now: tick for the recency words.   counters: of the words COUNTER_*, or 0.
+        now: tick for the recency words; negative leaves them as they are.   counters: of the words COUNTER_*, or 0.
 
     Returns the number of keys without a row, or -1 if the store is closed.   **Writes:** out, misses, recency words, counters.
     """
@@ -60,7 +60,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
     rows = load_word(block + META_ROWS)
     row_bytes = load_word(block + META_ROW_BYTES)
     recency = load_word(block + META_RECENCY)
-    mode = load_word(block + META_RECENCY_MODE)
+    mode = load_word(block + META_RECENCY_MODE) if now >= 0 else RECENCY_NONE
     end = end_of(block)
     prefetched = min(row_bytes, _PREFETCHED_BYTES)
     homes = np.empty(_RING, np.int64)

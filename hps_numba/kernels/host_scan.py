@@ -1,32 +1,24 @@
-"""Walk a host store: its keys and rows, chunk by chunk."""
+"""Walk a host store: the keys that have a row."""
 
 from __future__ import annotations
 
 from hps_numba.kernels.compile import host_kernel
-from hps_numba.kernels.host_probe import slot_of
-from hps_numba.kernels.memory_words import copy_row, load_word, load_word_acquire, store_word
-from hps_numba.layout import ENTRIES_PER_LINE, ENTRY_BYTES, META_BYTES, META_LINES, META_ROW_BYTES, META_ROWS
+from hps_numba.kernels.host_probe import end_of, slot_of
+from hps_numba.kernels.memory_words import load_word, load_word_acquire, store_word
+from hps_numba.layout import ENTRY_BYTES, META_BYTES
 
-__all__ = ["host_scan"]
+__all__ = ["host_keys"]
 
 
 @host_kernel
-def host_scan(block, first, room, keys, rows):
-    """Copy up to ``room`` live (key, row) pairs, from entry number ``first`` on. The caller stands in an epoch.
+def host_keys(block, keys):
+    """Copy the keys of all live entries to ``keys``, which has room for one an entry. The caller stands in an epoch.
 
-    Returns ``(pairs, next entry)``; all is read when next entry is the number of entries.   **Writes:** keys, rows.
+    Returns their number.   **Writes:** keys.
     """
-    source = load_word(block + META_ROWS)
-    row_bytes = load_word(block + META_ROW_BYTES)
-    entries = load_word(block + META_LINES) * ENTRIES_PER_LINE
     count = 0
-    number = first
-    while number < entries and count < room:
-        entry = block + META_BYTES + number * ENTRY_BYTES
-        slot = slot_of(load_word_acquire(entry + 8))
-        if slot >= 0:
+    for entry in range(block + META_BYTES, end_of(block), ENTRY_BYTES):
+        if slot_of(load_word_acquire(entry + 8)) >= 0:
             store_word(keys + 8 * count, load_word(entry))
-            copy_row(rows + count * row_bytes, source + slot * row_bytes, row_bytes)
             count += 1
-        number += 1
-    return count, number
+    return count

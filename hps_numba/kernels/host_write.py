@@ -11,8 +11,10 @@ from hps_numba.kernels.host_probe import end_of, find_entry, home_address, slot_
 from hps_numba.kernels.memory_words import copy_row, load_word, prefetch, store_word, store_word_release
 from hps_numba.layout import (
     EMPTY,
+    ENTRY_BYTES,
     ERASED,
     FIRST_SLOT,
+    META_BYTES,
     META_LINES,
     META_RECENCY,
     META_RECENCY_MODE,
@@ -33,6 +35,7 @@ __all__ = [
     "STATE_USED",
     "STATE_WORDS",
     "STATE_WRITES",
+    "host_census",
     "host_erase",
     "host_fill",
     "host_reindex",
@@ -40,7 +43,7 @@ __all__ = [
 ]
 
 # The writer's own words, one array a table: live rows, entries in use (live or erased), entries that may be in use,
-# free slots on the stack, first slot never used, end of the committed slots, slots retired by this call, writes so far.
+# free slots on the stack, first slot never used, end of the committed slots, slots on the list of retired ones, writes so far.
 (
     STATE_LIVE,
     STATE_USED,
@@ -88,6 +91,16 @@ def _start_recency(block, slot, old_slot, now):
     store_word(recency + 8 * slot, value)
 
 
+@host_function
+def _entry_of(block, lines, end, keys, i, n):
+    """``(key, entry, word)`` of the i-th of n keys; asks for the line of a later one."""
+    if i + _AHEAD < n:
+        prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
+    key = load_word(keys + 8 * i)
+    entry, word = find_entry(block, end, home_address(block, lines, key), key)
+    return key, entry, word
+
+
 @host_kernel
 def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
     """Write the rows of ``keys``; with ``only_present``, of those that have one already.
@@ -103,10 +116,7 @@ def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
     end = end_of(block)
     changed = 0
     for i in range(n):
-        if i + _AHEAD < n:
-            prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
-        key = load_word(keys + 8 * i)
-        entry, word = find_entry(block, end, home_address(block, lines, key), key)
+        key, entry, word = _entry_of(block, lines, end, keys, i, n)
         old_slot = slot_of(word)
         if old_slot < 0 and only_present:
             continue
@@ -137,10 +147,7 @@ def host_erase(block, keys, n, state, retired):
     end = end_of(block)
     erased = 0
     for i in range(n):
-        if i + _AHEAD < n:
-            prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
-        key = load_word(keys + 8 * i)
-        entry, word = find_entry(block, end, home_address(block, lines, key), key)
+        _, entry, word = _entry_of(block, lines, end, keys, i, n)
         slot = slot_of(word)
         if slot >= 0:
             store_word_release(entry + 8, ERASED)
@@ -161,10 +168,7 @@ def host_fill(block, keys, n, first_slot, state, free, now):
     lines = load_word(block + META_LINES)
     end = end_of(block)
     for i in range(n):
-        if i + _AHEAD < n:
-            prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
-        key = load_word(keys + 8 * i)
-        entry, word = find_entry(block, end, home_address(block, lines, key), key)
+        key, entry, word = _entry_of(block, lines, end, keys, i, n)
         old_slot = slot_of(word)
         if old_slot >= 0:
             free[state[STATE_FREE]] = old_slot
@@ -178,15 +182,17 @@ def host_fill(block, keys, n, first_slot, state, free, now):
 
 
 @host_kernel
-def host_reindex(old, new, state):
-    """Enter every live entry of the index block ``old`` in the empty block ``new``.   **Writes:** new, state."""
+def host_reindex(old, new):
+    """Enter every live entry of the index block ``old`` in the empty block ``new``; returns their number.
+
+    **Writes:** new.
+    """
     lines = load_word(new + META_LINES)
     end = end_of(new)
     live = 0
-    entry = old + 64
     old_end = end_of(old)
-    while entry < old_end:
-        ahead = entry + _AHEAD * 16
+    for entry in range(old + META_BYTES, old_end, ENTRY_BYTES):
+        ahead = entry + _AHEAD * ENTRY_BYTES
         if ahead < old_end:
             prefetch(home_address(new, lines, load_word(ahead)))
         word = load_word(entry + 8)
@@ -196,6 +202,22 @@ def host_reindex(old, new, state):
             store_word(place, key)
             store_word(place + 8, word)
             live += 1
-        entry += 16
-    state[STATE_USED] = live
+    return live
+
+
+@host_kernel
+def host_census(block, taken, state):
+    """Count what stands in an index, after a writer was interrupted: live rows and entries in use.
+
+    ``taken`` (uint8, one a slot, zeros) gets 1 where a live entry names the slot.   **Writes:** taken, state.
+    """
+    live = 0
+    used = 0
+    for entry in range(block + META_BYTES, end_of(block), ENTRY_BYTES):
+        word = load_word(entry + 8)
+        used += 1 if word != EMPTY else 0
+        if slot_of(word) >= 0:
+            taken[slot_of(word)] = 1
+            live += 1
     state[STATE_LIVE] = live
+    state[STATE_USED] = used

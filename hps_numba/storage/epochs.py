@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +18,25 @@ import numpy as np
 
 from hps_numba.kernels.host_epoch import epoch_advance, epoch_enter, epoch_leave
 
-__all__ = ["EPOCHS", "Epochs"]
+__all__ = ["Epochs"]
 
 _WORDS = 8  # a record has a cache line of its own
 _BLOCK = 64
+_all: weakref.WeakSet[Epochs] = weakref.WeakSet()
 
 
 class Epochs:
-    """Records of all readers of one process.   **Threads:** every method; none takes a lock."""
+    """Records of all readers of one store: those of another need not be waited for.
+
+    **Threads:** every method; none takes a lock.
+    """
 
     def __init__(self) -> None:
         self._now = np.ones(_WORDS, np.int64)
         self.address: int = self._now.__array_interface__["data"][0]
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
+        _all.add(self)
 
     def take(self) -> int:
         """Address of a record for one reader; give it back with ``give``."""
@@ -51,8 +57,8 @@ class Epochs:
     def reading(self) -> Iterator[None]:
         """Hold an epoch over several kernels."""
         record = self.take()
-        epoch_enter(self.address, record)
         try:
+            epoch_enter(self.address, record)
             yield
         finally:
             epoch_leave(record)
@@ -85,8 +91,10 @@ class Epochs:
             block[:] = 0
 
 
-#: the readers of this process
-EPOCHS = Epochs()
+def _after_fork() -> None:
+    for epochs in list(_all):
+        epochs.forget_readers()
+
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=EPOCHS.forget_readers)
+    os.register_at_fork(after_in_child=_after_fork)

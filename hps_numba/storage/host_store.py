@@ -11,37 +11,40 @@ and a reader-writer lock (the original's; one insertion stops all lookups, spec 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
-from hps_numba.errors import CapacityError, ClosedError, HpsError
+from hps_numba.errors import CapacityError, ClosedError, HpsError, KeyDtypeError, OutputError
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.kernels.host_evict import HISTOGRAM, host_evict
 from hps_numba.kernels.host_lookup import host_contains, host_lookup
-from hps_numba.kernels.host_scan import host_scan
-from hps_numba.kernels.host_write import STATE_LIVE, STATE_RETIRED, host_erase, host_upsert
+from hps_numba.kernels.host_scan import host_keys
+from hps_numba.kernels.host_write import host_erase, host_upsert
 from hps_numba.layout import (
-    ENTRIES_PER_LINE,
     HEADER_BYTES,
-    META_LINES,
     RECENCY_COUNT,
     RECENCY_NONE,
     RECENCY_TIME,
 )
 from hps_numba.memory import HostAllocator, PlainHostAllocator
-from hps_numba.storage.epochs import EPOCHS, Epochs
-from hps_numba.storage.table_content import TableContent, address_of
-from hps_numba.threads import ranges_of, run_ranges
+from hps_numba.storage.epochs import Epochs
+from hps_numba.storage.table_content import TableContent, address_of, entries_of
+from hps_numba.threads import ranges_of, renew_in_child, run_ranges
 
 __all__ = ["RECENCY_OF_POLICY", "HostStore"]
 
 #: what each overflow policy (spec 1.7) keeps a slot
 RECENCY_OF_POLICY = {"evict_random": RECENCY_NONE, "evict_least_used": RECENCY_COUNT, "evict_oldest": RECENCY_TIME}
 
-_GRACE_SECONDS = 5.0
+log = logging.getLogger(__name__)
+_GRACE_SECONDS = 1.0
+_CLOSE_SECONDS = 60.0
+_NEVER = 1 << 62  # an epoch that is not over
 
 
 class HostStore:
@@ -68,7 +71,7 @@ class HostStore:
         name: str = "table",
         rows: int = 0,
         allocator: HostAllocator | None = None,
-        epochs: Epochs = EPOCHS,
+        epochs: Epochs | None = None,
         growth_bytes: int = 256 << 20,
         max_rows: int | None = None,
         policy: str = "evict_random",
@@ -82,7 +85,7 @@ class HostStore:
         self.dim = dim
         self.max_rows = max_rows
         self._allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
-        self._epochs = epochs
+        self._epochs = epochs if epochs is not None else Epochs()
         self._growth_bytes = growth_bytes
         self._recency = RECENCY_OF_POLICY[policy] if max_rows is not None else RECENCY_NONE
         self._policy, self._target = policy, target
@@ -90,7 +93,10 @@ class HostStore:
         self._batch_rows = batch_rows
         self._seed = seed
         self._lock = threading.RLock()
+        renew_in_child(self, "_lock", threading.RLock)
         self._closed = False
+        self._unfinished = False  # a writer was interrupted, or is at work
+        self._next: TableContent | None = None  # a version that is being put in force
         self._old_contents: list[tuple[int, TableContent]] = []
         #: rows that the bound pushed out so far
         self.evicted = 0
@@ -111,7 +117,6 @@ class HostStore:
             name=self.name,
             rows=rows if self.max_rows is None else min(rows, self.max_rows + self._batch_rows),
             allocator=self._allocator,
-            epochs=self._epochs,
             growth_bytes=self._growth_bytes,
             max_rows=self.max_rows,
             policy=self._policy,
@@ -137,8 +142,7 @@ class HostStore:
     @property
     def index_load(self) -> float:
         """Share of index entries that hold a row."""
-        entries = int(self._content.index.view(np.int64, (1,), META_LINES)[0]) * ENTRIES_PER_LINE
-        return self._content.live / entries
+        return self._content.live / entries_of(self._content.block)
 
     def lookup(
         self,
@@ -161,12 +165,31 @@ class HostStore:
 
         Returns the number of keys without a row.
         """
+        self._check_keys(keys)
+        if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
+            raise OutputError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+        return self._lookup(keys, out, default, misses, time.monotonic_ns(), counters, threads)
+
+    def _check_keys(self, keys: np.ndarray) -> None:
+        if keys.dtype != np.int64 or keys.ndim != 1 or not keys.flags.c_contiguous:
+            raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, contiguous int64[n] is wanted")
+
+    def _lookup(
+        self,
+        keys: np.ndarray,
+        out: np.ndarray,
+        default: float,
+        misses: np.ndarray | None,
+        now: int,
+        counters: int,
+        threads: int | None,
+    ) -> int:
         ranges = ranges_of(len(keys), 4 * self.dim + 64, threads)
         if len(ranges) == 1:
-            return self._lookup_ranges(self.header, ranges, keys, out, default, misses, counters, threads)[0]
+            return self._lookup_ranges(self.header, ranges, keys, out, default, misses, now, counters, threads)[0]
         with self._epochs.reading():  # all ranges read one version of the table, and it stays until the last has ended
             snapshot = self._header.view(np.int64, (1,)).copy()
-            found = self._lookup_ranges(address_of(snapshot), ranges, keys, out, default, misses, counters, threads)
+            found = self._lookup_ranges(address_of(snapshot), ranges, keys, out, default, misses, now, counters, threads)
         if misses is not None:
             end = 0
             for (start, _), missing in zip(ranges, found, strict=True):
@@ -182,11 +205,11 @@ class HostStore:
         out: np.ndarray,
         default: float,
         misses: np.ndarray | None,
+        now: int,
         counters: int,
         threads: int | None,
     ) -> list[int]:
         """Numbers of missing keys, a range each."""
-        now = time.monotonic_ns()
         key_address, out_address = address_of(keys), address_of(out)
         miss_address = 0 if misses is None else address_of(misses)
 
@@ -217,6 +240,7 @@ class HostStore:
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
+        self._check_keys(keys)
         found = np.empty(len(keys), np.int64)
         record = self._epochs.take()
         try:
@@ -230,19 +254,29 @@ class HostStore:
     def scan(self, chunk_rows: int = 65536) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All (keys int64 ``[n]``, rows float32 ``[n, dim]``) in chunks of copies, each key once, in no order.
 
-        Writes made meanwhile may or may not be seen. Slots are not reused before the scan ends, so end it.
+        The keys are those of the moment when the scan begins (8 bytes each are kept), the rows those of the moment when their
+        chunk is read; keys erased by then are left out. Nothing waits for a scan, and it ages no row.
         """
+        keys = self._keys()
+        for start in range(0, len(keys), max(1, chunk_rows)):
+            some = keys[start : start + max(1, chunk_rows)]
+            rows, misses = np.empty((len(some), self.dim), np.float32), np.empty(len(some), np.int64)
+            missing = self._lookup(some, rows, 0.0, misses, -1, 0, 1)
+            here = np.ones(len(some), bool)
+            here[misses[:missing]] = False
+            if missing < len(some):
+                yield some[here], rows[here] if missing else rows
+
+    def _keys(self) -> np.ndarray:
         with self._epochs.reading():
-            block = int(self._header.view(np.int64, (1,))[0])
+            block = self._block_in_force()
             if block == 0:
                 raise self._is_closed()
-            number, room = 0, max(1, chunk_rows)
-            while True:
-                keys, rows = np.empty(room, np.int64), np.empty((room, self.dim), np.float32)
-                got, number = host_scan(block, number, room, address_of(keys), address_of(rows))
-                if got == 0:
-                    return
-                yield keys[:got], rows[:got]
+            keys = np.empty(entries_of(block), np.int64)  # pages are taken as keys are written
+            return keys[: host_keys(block, address_of(keys))]
+
+    def _block_in_force(self) -> int:
+        return int(self._header.view(np.int64, (1,))[0])
 
     # -- writing: one at a time ---------------------------------------------------------------------------------------------
 
@@ -267,16 +301,16 @@ class HostStore:
         with self._writing() as content:
             for start in range(0, len(keys), self._batch_rows):
                 part = keys[start : start + self._batch_rows]
-                retired = np.empty(len(part), np.int64)
+                retired = content.room_to_retire(len(part))
                 erased += host_erase(content.block, address_of(part), len(part), content.state, retired)
-                self._retire(content, retired)
+                content.retire_slots(self._epochs)
         return erased
 
     def _write(self, keys: np.ndarray, rows: np.ndarray, *, only_present: bool) -> int:
         keys = np.ascontiguousarray(keys, np.int64)
         rows = np.ascontiguousarray(rows, np.float32)
         if rows.shape != (len(keys), self.dim):
-            raise HpsError(f"{self.name}: rows of shape {rows.shape}, wanted ({len(keys)}, {self.dim})")
+            raise OutputError(f"{self.name}: rows of shape {rows.shape}, wanted ({len(keys)}, {self.dim})")
         changed = 0
         now = time.monotonic_ns()
         with self._writing() as content:
@@ -288,9 +322,9 @@ class HostStore:
 
     def _write_batch(self, content: TableContent, keys: np.ndarray, rows: np.ndarray, only_present: bool, now: int) -> int:
         done = changed = 0
-        retired = np.empty(len(keys), np.int64)
         while done < len(keys):
             content.collect(self._epochs)
+            retired = content.room_to_retire(len(keys) - done)
             step, more = host_upsert(
                 content.block,
                 address_of(keys) + 8 * done,
@@ -302,7 +336,7 @@ class HostStore:
                 retired,
                 now,
             )
-            self._retire(content, retired)
+            content.retire_slots(self._epochs)
             done += step
             changed += more
             if done < len(keys):
@@ -312,48 +346,49 @@ class HostStore:
     def _make_room(self, content: TableContent) -> None:
         """After a kernel stopped early: a roomier index, or slots (those that readers have left, else new ones)."""
         if content.index_is_full:
-            old = content.rebuild_index()
-            publish(self.header, content.block)
+            old = content.index
+            new, live = content.build_index()
+            publish(self.header, new.address)
+            content.use_index(new, live)
             content.retire_index(old, self._epochs.advance())
             return
         content.collect(self._epochs)
         if not content.has_slots:
             content.grow_slots(self._growth_bytes)
 
-    def _retire(self, content: TableContent, retired: np.ndarray, number: int | None = None) -> None:
-        number = int(content.state[STATE_RETIRED]) if number is None else number
-        if number:
-            content.retire_slots(retired, number, self._epochs.advance())
-
     def _trim(self, content: TableContent) -> None:
         """Evict down to the target once the bound is reached (spec 8.3; decisions: to the target, not past it)."""
         if self.max_rows is None or self._keep is None or content.live <= self.max_rows:
             return
         histogram = np.empty(HISTOGRAM, np.int64)
+        by_recency = True
         while (excess := content.live - self._keep) > 0:
             self._seed += 1
-            retired = np.empty(excess, np.int64)
-            evicted = host_evict(content.block, excess, self._seed, histogram, retired)
-            content.state[STATE_LIVE] -= evicted
-            self._retire(content, retired, evicted)
-            self.evicted += evicted
+            retired = content.room_to_retire(excess)
+            self.evicted += host_evict(content.block, excess, by_recency, self._seed, histogram, content.state, retired)
+            content.retire_slots(self._epochs)
+            by_recency = False  # what lookups saved from the first round is left to chance: no reader can prolong this
 
     # -- versions ---------------------------------------------------------------------
 
     def replace(self, content: TableContent) -> None:
         """Put a filled version in the place of the present one, at once for all readers; then free the old one."""
         with self._writing() as old:
+            self._next = content
+            self._old_contents.append((_NEVER, old))  # held before it goes out of force: readers are in it
             publish(self.header, content.block)
             self._content = content
-            self._let_go(old)
+            self._next = None
+            self._let_go(old, _GRACE_SECONDS)
 
     def adopt(self, sibling: HostStore) -> None:
         """Put the rows of a ``sibling``, which ends, in the place of the present ones, at once for all readers."""
         with sibling._writing() as content:
             sibling._closed = True
             publish(sibling.header, 0)
+            with self._writing():
+                self.evicted += sibling.evicted
             self.replace(content)
-            self.evicted += sibling.evicted
 
     def clear(self) -> None:
         """Drop all rows."""
@@ -366,43 +401,57 @@ class HostStore:
                 return
             self._closed = True
             publish(self.header, 0)  # a reader that comes later finds no block; the header itself stays as long as the store
-            self._let_go(self._content, until_free=True)
+            self._old_contents.append((_NEVER, self._content))
+            self._let_go(self._content, _CLOSE_SECONDS)
+            if self._old_contents:
+                log.warning("%s: closed while lookups were at work for %g s: memory is kept", self.name, _CLOSE_SECONDS)
 
-    def _let_go(self, content: TableContent, *, until_free: bool = False) -> None:
+    def _let_go(self, content: TableContent, seconds: float) -> None:
+        """Free a version once its readers have left; waits so long for that, and leaves it to a later writer otherwise."""
         tag = self._epochs.advance()
-        self._old_contents.append((tag, content))
-        self._epochs.wait(tag, 60.0 if until_free else _GRACE_SECONDS)
+        self._old_contents = [(tag if old is content else its, old) for its, old in self._old_contents]
+        self._epochs.wait(tag, seconds)
         self._free_old()
 
     def _free_old(self) -> None:
         oldest = self._epochs.oldest()
-        for tag, content in self._old_contents:
-            if tag < oldest:
-                content.release()
-        self._old_contents = [(tag, content) for tag, content in self._old_contents if tag >= oldest]
+        for entry in [entry for entry in self._old_contents if entry[0] < oldest]:
+            self._old_contents.remove(entry)
+            entry[1].release()
 
     def _is_closed(self) -> ClosedError:
         return ClosedError(f"{self.name}: the store is closed")
 
-    def _writing(self) -> _Writing:
-        return _Writing(self)
+    @contextmanager
+    def _writing(self) -> Iterator[TableContent]:
+        """The writer's turn: gives the content it may change.
 
+        An interrupt (Ctrl-C, a time-out of a test runner, a fork in another thread) may hit between any two lines of a turn.
+        The turn then stays unfinished, and the next one first repairs the book of slots from the index, which readers use
+        and kernels never leave half-written.
+        """
+        with self._lock:
+            if self._closed:
+                raise self._is_closed()
+            if self._unfinished:
+                self._repair()
+            self._unfinished = True
+            if self._old_contents:
+                self._free_old()
+            try:
+                yield self._content
+            except HpsError:  # raised by ourselves, between two steps
+                self._unfinished = False
+                raise
+            self._unfinished = False
 
-class _Writing:
-    """The writer's turn: the content it may change."""
-
-    def __init__(self, store: HostStore) -> None:
-        self._store = store
-
-    def __enter__(self) -> TableContent:
-        store = self._store
-        store._lock.acquire()
-        if store._closed:
-            store._lock.release()
-            raise store._is_closed()
-        if store._old_contents:
-            store._free_old()
-        return store._content
-
-    def __exit__(self, *error: object) -> None:
-        self._store._lock.release()
+    def _repair(self) -> None:
+        block = self._block_in_force()
+        if self._next is not None and self._next.block == block:
+            self._content = self._next
+        self._next = None
+        tag = self._epochs.advance()
+        self._old_contents = [
+            (tag if its == _NEVER else its, old) for its, old in self._old_contents if old is not self._content
+        ]
+        self._content.repair(block, self._epochs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 
 import numpy as np
@@ -16,6 +17,7 @@ from hps_numba.kernels.host_write import (
     STATE_SLOT_LIMIT,
     STATE_USED,
     STATE_WORDS,
+    host_census,
     host_fill,
     host_reindex,
 )
@@ -36,7 +38,7 @@ from hps_numba.layout import (
 from hps_numba.memory import HostAllocator, HostRegion, total_bytes
 from hps_numba.storage.epochs import Epochs
 
-__all__ = ["TableContent", "address_of", "content_bytes"]
+__all__ = ["TableContent", "address_of", "content_bytes", "entries_of"]
 
 
 def address_of(array: np.ndarray) -> int:
@@ -48,6 +50,11 @@ def address_of(array: np.ndarray) -> int:
 def content_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
     """Bytes that a table of ``rows`` distinct keys takes: rows, index and, if kept, recency words."""
     return rows * 4 * dim + index_bytes(lines_for(rows)) + (8 * rows if recency != RECENCY_NONE else 0)
+
+
+def entries_of(block: int) -> int:
+    """Number of entries of the index block at an address."""
+    return ctypes.c_int64.from_address(block + META_LINES).value * ENTRIES_PER_LINE
 
 
 class TableContent:
@@ -71,17 +78,19 @@ class TableContent:
         self._recency_mode = recency
         self.state = np.zeros(STATE_WORDS, np.int64)
         self.free = np.empty(64, np.int64)
+        self.retired = np.empty(64, np.int64)
         self._generation = 0
         self._limbo: deque[tuple[int, np.ndarray]] = deque()
         self._old_indexes: deque[tuple[int, HostRegion]] = deque()
         self._regions: list[HostRegion] = []
+        self._indexes: list[HostRegion] = []  # all that a reader may be in: memory goes only by an explicit release
         try:
             self._rows = self._reserve(rows * self.row_bytes, max(rows * self.row_bytes, total_bytes()), "rows")
             self._recency: HostRegion | None = None
             if recency != RECENCY_NONE:
                 self._recency = self._reserve(8 * rows, 8 * (self._rows.limit // self.row_bytes), "recency")
             self.commit_slots(rows)
-            self.index = self._new_index(lines_for(rows))
+            self.use_index(self._new_index(lines_for(rows)), 0)
         except CapacityError:
             self.release()
             raise
@@ -119,7 +128,7 @@ class TableContent:
         self.state[STATE_SLOT_LIMIT] = max(int(self.state[STATE_SLOT_LIMIT]), slots)
 
     def grow_slots(self, step_bytes: int) -> None:
-        """Add ``step_bytes`` worth of slots, at least one; fewer where addresses end.
+        """Add ``step_bytes`` worth of slots, at least one; fewer where addresses or memory end.
 
         Raises:
             CapacityError: there is no room for one more.
@@ -128,11 +137,20 @@ class TableContent:
         room = self._rows.limit // self.row_bytes - slots
         if room <= 0:
             raise CapacityError(f"{self.purpose}: all {slots} slots that could be reserved are in use")
-        self.commit_slots(slots + min(room, max(1, step_bytes // self.row_bytes)))
+        step = min(room, max(1, step_bytes // self.row_bytes))
+        while True:
+            try:
+                self.commit_slots(slots + step)
+                return
+            except CapacityError:
+                if step == 1:
+                    raise
+                step //= 2
 
     def _new_index(self, lines: int) -> HostRegion:
         region = self._allocator.reserve(index_bytes(lines), f"{self.purpose}: index")
         region.commit(index_bytes(lines))
+        self._indexes.append(region)
         meta = region.view(np.int64, (META_BYTES // 8,))
         meta[META_LINES // 8] = lines
         meta[META_ROWS // 8] = self._rows.address
@@ -141,7 +159,6 @@ class TableContent:
         meta[META_RECENCY_MODE // 8] = self._recency_mode
         meta[META_GENERATION // 8] = self._generation
         self._generation += 1
-        self.state[STATE_MAX_USED] = int(lines * ENTRIES_PER_LINE * MAX_LOAD)
         return region
 
     @property
@@ -154,12 +171,31 @@ class TableContent:
         """A row can be written without more memory."""
         return bool(self.state[STATE_FREE] > 0 or self.state[STATE_NEXT_SLOT] < self.state[STATE_SLOT_LIMIT])
 
-    def rebuild_index(self) -> HostRegion:
-        """Build a roomier index without the erased entries; returns the old one, which readers may still be in."""
-        old = self.index
-        self.index = self._new_index(lines_for(self.live * 3 // 2 + 16))
-        host_reindex(old.address, self.index.address, self.state)
-        return old
+    def build_index(self) -> tuple[HostRegion, int]:
+        """A roomier index without the erased entries, and its number of rows; nothing else changes yet."""
+        new = self._new_index(lines_for(self.live * 3 // 2 + 16))
+        return new, host_reindex(self.index.address, new.address)
+
+    def use_index(self, index: HostRegion, live: int) -> None:
+        """Write to ``index``, which holds ``live`` rows, from now on."""
+        self.index = index
+        self.state[STATE_LIVE] = self.state[STATE_USED] = live
+        self._limit_load()
+
+    def _limit_load(self) -> None:
+        self.state[STATE_MAX_USED] = int(entries_of(self.block) * MAX_LOAD)
+
+    def repair(self, block: int, epochs: Epochs) -> None:
+        """Write the book anew from the index at ``block``, after a writer was interrupted between two of its lines."""
+        self.index = next(index for index in self._indexes if index.address == block)
+        slots = int(self.state[STATE_NEXT_SLOT])
+        taken = np.zeros(slots, np.uint8)
+        host_census(block, taken, self.state)
+        self._limit_load()
+        self.state[STATE_FREE] = self.state[STATE_RETIRED] = 0
+        tag = epochs.advance()
+        self._limbo = deque([(tag, np.flatnonzero(taken == 0))])
+        self._old_indexes = deque((tag, index) for index in self._indexes if index is not self.index)
 
     def fill(self, keys: np.ndarray, now: int) -> None:
         """Index int64 ``keys`` for the rows that stand in the next slots, before anybody reads; the last of equal keys wins."""
@@ -172,10 +208,19 @@ class TableContent:
         """Keep a replaced index until the epoch ``tag`` is over."""
         self._old_indexes.append((tag, index))
 
-    def retire_slots(self, retired: np.ndarray, count: int, tag: int) -> None:
-        """Keep ``count`` slots from reuse until the epoch ``tag`` is over."""
-        self._limbo.append((tag, retired[:count].copy()))
-        self.state[STATE_RETIRED] = 0
+    def room_to_retire(self, more: int) -> np.ndarray:
+        """The list that a kernel appends retired slots to, with room for ``more``."""
+        used = int(self.state[STATE_RETIRED])
+        if used + more > len(self.retired):
+            self.retired = np.concatenate([self.retired[:used], np.empty(more, np.int64)])
+        return self.retired
+
+    def retire_slots(self, epochs: Epochs) -> None:
+        """Keep the slots on the list from reuse until the epoch that ends now is over."""
+        count = int(self.state[STATE_RETIRED])
+        if count:
+            slots, self.state[STATE_RETIRED] = self.retired[:count].copy(), 0
+            self._limbo.append((epochs.advance(), slots))
 
     def collect(self, epochs: Epochs) -> None:
         """Take back what no reader can hold any more."""
@@ -189,7 +234,9 @@ class TableContent:
             self.free[end : end + len(slots)] = slots
             self.state[STATE_FREE] = end + len(slots)
         while self._old_indexes and self._old_indexes[0][0] < oldest:
-            self._old_indexes.popleft()[1].release()
+            index = self._old_indexes.popleft()[1]
+            self._indexes.remove(index)
+            index.release()
 
     def _make_free_room(self, more: int) -> None:
         used = int(self.state[STATE_FREE])
@@ -198,8 +245,5 @@ class TableContent:
 
     def release(self) -> None:
         """Give all memory back. Only when no reader can hold it."""
-        for _, index in self._old_indexes:
-            index.release()
-        self._old_indexes.clear()
-        for region in [*self._regions, *([self.index] if hasattr(self, "index") else [])]:
+        for region in [*self._regions, *self._indexes]:
             region.release()
