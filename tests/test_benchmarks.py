@@ -1,0 +1,77 @@
+"""Every benchmark of the host runs with ``--quick``, prints its table and writes the same figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, environment
+
+FOLDER = ROOT / "benchmarks" / "host"
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+
+
+def run(name: str, tmp_path: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """What ``name`` printed, and the JSON that it wrote."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(report), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(report.read_text())
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All floats within a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, float):
+        yield value
+
+
+def check(printed: str, report: dict[str, Any]) -> None:
+    """The machine is described, sizes are marked as too small, a target is judged, and times are times."""
+    assert report["quick"] is True and "--quick" in printed
+    assert report["machine"]["cores"] >= 1 and f"numpy {report['machine']['numpy']}" in printed
+    assert "met (" in printed or "missed (" in printed
+    found = list(numbers({name: part for name, part in report.items() if name != "machine"}))
+    assert found and all(math.isfinite(number) and number > 0 for number in found)
+
+
+def test_lookup(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    printed, report = run("lookup", tmp_path, "--dims", "16", "128")
+    check(printed, report)
+    assert [width["dim"] for width in report["widths"]] == [16, 128]
+    for width in report["widths"]:
+        assert {(row["name"], row["threads"]) for row in width["large"]} >= {("HPS.lookup", 2), ("torch.index_select", 1)}
+        assert list(width["small_us"]) == ["1", "64", "1024"]
+
+
+@linux_only
+def test_loading(tmp_path: Path) -> None:
+    printed, report = run("loading", tmp_path, "--folder", str(tmp_path))
+    assert [row["name"] for row in report["results"]] == ["first server", "next server", "numpy.fromfile"]
+    check(printed, report)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"], "the model was left behind"
+
+
+def test_startup(tmp_path: Path) -> None:
+    printed, report = run("startup", tmp_path)
+    check(printed, report)
+    times = {row["name"]: row["seconds"] for row in report["results"]}
+    assert times["first lookup, empty kernel cache"] > times["first lookup, warm kernel cache"] > times["python"]
+
+
+def test_every_benchmark_is_in_the_readme() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = [path for path in FOLDER.glob("*.py") if "def main" in path.read_text()]
+    assert scripts and all(f"](host/{path.name})" in text for path in scripts)
