@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from hps_numba.errors import ClosedError
+from hps_numba.forks import renew_after_fork
 
 __all__ = ["BackgroundJobs"]
 
@@ -21,19 +22,29 @@ class BackgroundJobs:
     LIMIT = 64
 
     def __init__(self) -> None:
+        self._closed = False
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Start with no thread and no job, as a forked child has to."""
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._waiting = 0
-        self._closed = False
 
     def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` later; it is dropped if many wait already, or none may start (the interpreter ends)."""
         with self._lock:
             if self._closed or self._waiting >= self.LIMIT:
                 return
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, "hps_numba_background")
+            try:
+                future = self._executor.submit(job)
+            except RuntimeError as problem:
+                log.debug("rows fetched from a slower tier were not kept: %s", problem)
+                return
             self._waiting += 1
-            future = self._executor.submit(job)
         future.add_done_callback(self._done)
 
     def _done(self, future: Future[None]) -> None:
@@ -44,6 +55,7 @@ class BackgroundJobs:
             log.warning("rows fetched from a slower tier were not kept: %s", problem)
 
     def close(self) -> None:
+        """Let the job at work end and drop those that wait; later ones are dropped at once."""
         with self._lock:
             self._closed = True
         if self._executor is not None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
-from hps_numba.config import ModelConfig, ServerConfig, TableSpec
+from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.hierarchy import TierStack
+from hps_numba.plan import Plan, plan_of, plan_table
 from hps_numba.session import Background, TableSession
 from hps_numba.storage.host_store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
@@ -19,14 +22,39 @@ from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
-__all__ = ["Deployment", "Progress"]
+__all__ = ["Deployment", "Progress", "config_of_model"]
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int], None]
+#: keys of a model that only a GPU cache or its refresh would read
+_WITHOUT_EFFECT = ("miss_path", "refresh_interval", "refresh_delay", "cache_policy", "cache_row_dtype", "cache_size_bytes")
 
 
 def _no_progress(what: str, rows: int) -> None:
     del what, rows
+
+
+def config_of_model(
+    server: ServerConfig, model: Mapping[str, Any] | InferenceParams | ModelConfig, *, strict: bool = False
+) -> ServerConfig:
+    """A config of one model over the databases of a server that runs.
+
+    Raises:
+        ConfigError: the description is wrong, or its keys are of another width than the server's.
+    """
+    if isinstance(model, InferenceParams):
+        alone = read_config([model])
+        if alone.supportlonglong != server.supportlonglong:
+            bits = 64 if server.supportlonglong else 32
+            raise ConfigError(f"i64_input_key: {model.i64_input_key}, but this server has keys of {bits} bits")
+        entry = alone.to_dict()["models"][0]
+    elif isinstance(model, ModelConfig):
+        entry = model.model_dump(mode="json")
+    elif isinstance(model, Mapping):
+        entry = dict(model)
+    else:
+        raise ConfigError(f"model: {type(model).__name__} came, a mapping, InferenceParams or ModelConfig is wanted")
+    return read_config({**server.to_dict(), "models": [entry]}, strict=strict, beside=server.source)
 
 
 class Deployment:
@@ -49,23 +77,27 @@ class Deployment:
         self.name = model.model
         self._host = host
         self._slower = slower
-        budget = model.time_budget_ms / 1000 or None
-        keep = config.volatile_db.cache_missed_embeddings
-        self.tables: tuple[TableSession, ...] = tuple(
-            TableSession(
-                spec,
-                None if host is None else host.store(spec.tag, spec.dim),
-                slower,
-                time_budget=budget,
-                keep_missed=keep,
-                background=background,
-                output_dtype=_numpy_dtype(model.output_dtype),
-            )
-            for spec in model.tables(config.folder)
-        )
+        with ExitStack() as undo:
+            self.tables = tuple(self._session(spec, background, undo) for spec in model.tables(config.folder))
+            undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
         #: even while one version of all tables is in force, odd while they are being switched
         self.switches = 0
+
+    def _session(self, spec: TableSpec, background: Background, undo: ExitStack) -> TableSession:
+        store = None
+        if self._host is not None:
+            store = self._host.store(spec.tag, spec.dim)
+            undo.callback(self._host.erase, spec.tag)
+        return TableSession(
+            spec,
+            store,
+            self._slower,
+            time_budget=self.model.time_budget_ms / 1000 or None,
+            keep_missed=self.config.volatile_db.cache_missed_embeddings,
+            background=background,
+            output_dtype=_numpy_dtype(self.model.output_dtype),
+        )
 
     @property
     def version(self) -> int:
@@ -88,6 +120,7 @@ class Deployment:
 
     def load(self, on_rows: Progress = _no_progress) -> None:
         """Bring the rows of the sparse models into all tiers that are to be initialised."""
+        self._warn_of_keys_without_effect()
         for tier in self._slower.writable:
             if tier.section.initialize_after_startup:
                 for table in self.tables:
@@ -103,19 +136,21 @@ class Deployment:
     def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = _no_progress) -> None:
         """Load a new version aside, then switch all tables to it; then drop from slower tiers what it no longer has.
 
-        Every tier that can be written gets the new version, also those that are not initialised at the start. While slower
-        tiers change, other writes wait, so that none of them is taken for a row of the old version.
+        Every tier that can be written gets the new version, also those that are not initialised at the start. From then on
+        other writes wait, so that none of them is taken for a row of the old version. Every file was read to its end before
+        the first tier changes.
 
         Args:
             sources: sparse models of the new version, one a table; by default the present ones, read anew.
 
         Raises:
             ConfigError: not one source a table.
-            ModelFileError: a sparse model cannot be loaded; the old version stays in force.
+            ModelFileError: a sparse model cannot be loaded; the old version stays in force in every tier.
+            TierError: a slower tier failed. Before the switch: host memory keeps the old version, slower tiers may hold rows
+                of both. After it: the new version is in force, slower tiers may still hold rows that it lacks. A second
+                ``replace`` mends either.
         """
-        paths = [table.spec.source for table in self.tables] if sources is None else list(sources)
-        if len(paths) != len(self.tables):
-            raise ConfigError(f"sparse_files: {len(paths)} for the {len(self.tables)} tables of model {self.name!r}")
+        paths = self._paths(sources)
         tiers = self._slower.writable
         with ExitStack() as held:
             filled: list[HostStore | None] = []
@@ -124,7 +159,9 @@ class Deployment:
                 if new is not None:
                     held.callback(new.close)
                 filled.append(new)
-            for table in self.tables if tiers else ():
+                if tiers and not (self.replacement_fills_host and self.config.volatile_db.initial_cache_rate == 1):
+                    self._validate(table.spec, path)
+            for table in self.tables:  # before the switch, which then waits for no write
                 held.enter_context(table.changing())
             for tier in reversed(tiers):
                 for table, path in zip(self.tables, paths, strict=True):
@@ -139,12 +176,50 @@ class Deployment:
                 self._drop_stale(tiers, table.spec, path)
 
     def close(self, *, erase: bool = False) -> None:
-        """Free the host memory of all tables; with ``erase`` also drop their rows from slower tiers."""
-        for table in self.tables:
+        """Free the host memory of all tables; then, with ``erase``, also drop their rows from slower tiers.
+
+        Raises:
+            TierError: a slower tier failed; everything else was freed and dropped.
+        """
+        with ExitStack() as closing:  # the last callback comes first
+            for table in self.tables if erase else ():
+                closing.callback(self._slower.erase, table.spec.tag)
             if self._host is not None:
-                self._host.erase(table.spec.tag)
-            if erase:
-                self._slower.erase(table.spec.tag)
+                for table in self.tables:
+                    closing.callback(self._host.erase, table.spec.tag)
+
+    def plan(self) -> Plan:
+        """Bytes that the tables take, from the sizes of their sparse models."""
+        return plan_of(plan_table(self.config, table.spec) for table in self.tables)
+
+    def plan_of_replacement(self, sources: Iterable[str] | None = None) -> Plan:
+        """Bytes that ``replace(sources)`` takes.
+
+        Raises:
+            ConfigError: not one source a table.   ModelFileError: a sparse model is missing or does not fit its table.
+        """
+        fills = self.replacement_fills_host
+        return plan_of(
+            plan_table(self.config, table.spec, path, fills_host=fills)
+            for table, path in zip(self.tables, self._paths(sources), strict=True)
+        )
+
+    def _paths(self, sources: Iterable[str] | None) -> list[str]:
+        paths = [table.spec.source for table in self.tables] if sources is None else list(sources)
+        if len(paths) != len(self.tables):
+            raise ConfigError(f"sparse_files: {len(paths)} for the {len(self.tables)} tables of model {self.name!r}")
+        return paths
+
+    def _warn_of_keys_without_effect(self) -> None:
+        keys = [key for key in _WITHOUT_EFFECT if not _is_default(self.model, key)]
+        if self._slower and self.model.hit_rate_threshold < 1 and not _is_default(self.model, "hit_rate_threshold"):
+            keys.append("hit_rate_threshold")  # from 1 on it asks for what happens anyway
+        if keys:
+            log.warning(
+                "model %s: %s: without effect, this version has no GPU cache and waits for slower tiers whatever the hit rate",
+                self.name,
+                ", ".join(keys),
+            )
 
     # -- the parts of loading ---------------------------------------------------------------------
 
@@ -172,6 +247,11 @@ class Deployment:
                 rate=self.config.volatile_db.initial_cache_rate,
                 on_rows=lambda rows: on_rows(table.spec.tag, rows),
             )
+
+    def _validate(self, spec: TableSpec, path: str) -> None:
+        """Read a sparse model to its end, as some damage shows only there."""
+        with open_model(path, spec.dim) as reader:
+            deque(stream_table(reader, reader.rows, wide=self.config.supportlonglong), maxlen=0)
 
     def _insert_slower(self, tier: Tier, spec: TableSpec, path: str, on_rows: Progress) -> None:
         with open_model(path, spec.dim) as reader:
@@ -204,6 +284,12 @@ def _numpy_dtype(name: str) -> np.dtype:
     if name == "bfloat16":
         raise ConfigError("output_dtype: 'bfloat16' has no NumPy dtype, this version answers in float32 or float16")
     return np.dtype(name)
+
+
+def _is_default(model: ModelConfig, key: str) -> bool:
+    """Also if it is a list of one default a table."""
+    value, default = getattr(model, key), ModelConfig.model_fields[key].default
+    return value == default or (isinstance(value, tuple) and set(value) <= {default})
 
 
 def _number(table_id: object) -> int:

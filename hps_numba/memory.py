@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hps_numba.errors import CapacityError, ClosedError
-from hps_numba.threads import renew_in_child
+from hps_numba.forks import renew_after_fork
 
 __all__ = ["HostAllocator", "HostRegion", "PlainHostAllocator", "available_bytes", "human_bytes", "total_bytes"]
 
@@ -103,10 +103,14 @@ class PlainHostAllocator:
     """Anonymous private memory of the process.   **Threads:** all methods."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        renew_in_child(self, "_lock", threading.Lock)
         self._in_use = 0
         self._reserved = 0
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Make the lock anew, as a forked child has to."""
+        self._lock = threading.Lock()
 
     def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
         """Reserve ``limit`` bytes of addresses, or as many of them as the machine lets, down to ``least``.

@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hps_numba import parts
 from hps_numba.background import BackgroundJobs
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
 from hps_numba.config.spec import locate
-from hps_numba.deployment import Deployment
+from hps_numba.deployment import Deployment, config_of_model
 from hps_numba.errors import (
     ClosedError,
     ConfigError,
@@ -29,10 +28,11 @@ from hps_numba.errors import (
     TierUnavailable,
     UnknownModelError,
 )
-from hps_numba.hierarchy import TierStack
+from hps_numba.forks import renew_after_fork
+from hps_numba.hierarchy import TierStack, open_tiers
 from hps_numba.interop import NUMPY, as_keys, as_output, as_rows, new_output, wrap_output
 from hps_numba.memory import PlainHostAllocator
-from hps_numba.plan import Plan, make_plan, plan_of, plan_table
+from hps_numba.plan import Plan, make_plan, plan_of
 from hps_numba.progress import rows_progress
 from hps_numba.session import TableSession
 from hps_numba.stats import TableStats
@@ -42,7 +42,6 @@ from hps_numba.storage.tiers.hash_map import HashMapTier
 __all__ = ["HPS"]
 
 log = logging.getLogger(__name__)
-_TIERS = "hps_numba.storage.tiers"
 
 
 class HPS:
@@ -75,7 +74,8 @@ class HPS:
         self._wide = self.config.supportlonglong
         self._progress = progress
         self._closed = False
-        self._changing = threading.RLock()
+        self.renew()
+        renew_after_fork(self)
         self._jobs = BackgroundJobs()
         self._allocator = PlainHostAllocator()
         self._models: dict[str, Deployment] = {}
@@ -84,12 +84,16 @@ class HPS:
         self._host: HashMapTier | None = None
         self._slower = TierStack([])
         try:
-            self._open_tiers(allow_code)
+            self._host, self._slower = open_tiers(self.config, self._allocator, allow_code=allow_code)
             for model in self.config.models:
                 self._deploy(self.config, model)
         except BaseException:
             self.close()
             raise
+
+    def renew(self) -> None:
+        """Make the lock of changes of models anew, as a forked child has to."""
+        self._changing = threading.RLock()
 
     # -- building ---------------------------------------------------------------------
 
@@ -104,54 +108,15 @@ class HPS:
         if self.config.cache_on_cpu:
             log.warning("cache_on_cpu: true: this version has no cache, host memory serves all lookups")
 
-    def _open_tiers(self, allow_code: bool) -> None:
-        volatile, persistent = self.config.volatile_db, self.config.persistent_db
-        if volatile.type != "disabled":
-            kind = self._tier_class("volatile_db", volatile.type, allow_code)
-            if kind is HashMapTier:
-                self._host = HashMapTier(volatile, wide_keys=self._wide, allocator=self._allocator)
-            else:
-                self._open_slower(kind, volatile)
-        if persistent.type != "disabled":
-            kind = self._tier_class("persistent_db", persistent.type, allow_code)
-            self._open_slower(kind, persistent)
-
-    def _tier_class(self, place: str, name: str, allow_code: bool) -> type[Tier]:
-        known = parts.names(_TIERS)
-        if not parts.is_reference(name) and name not in known:
-            raise TierUnavailable(f"{place}.type: {name!r} is not part of this version, which has {', '.join(known)}")
-        kind = parts.load(_TIERS, name, allow_code=allow_code, folder=self.config.folder, error=TierUnavailable)
-        if not (isinstance(kind, type) and issubclass(kind, Tier)):
-            raise ConfigError(f"{place}.type: {name!r} is {kind!r}, a subclass of Tier is wanted")
-        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
-            raise ConfigError(f"{place}.type: {name!r} lacks {', '.join(missing)}, which a tier must have")
-        return kind
-
-    def _open_slower(self, kind: type[Tier], section: Any) -> None:
-        tier = kind(section, wide_keys=self._wide)
-        self._slower = TierStack([*self._slower.tiers, tier])  # at once, so that it is closed if the next one fails
-
     def _deploy(self, config: ServerConfig, model: ModelConfig) -> None:
         deployment = Deployment(config, model, self._host, self._slower, self._jobs.submit)
-        rows = sum(table.rows for table in self._plan_of_model(deployment).tables)
         try:
-            with rows_progress(rows, self._progress) as on_rows:
+            with rows_progress(sum(table.rows for table in deployment.plan().tables), self._progress) as on_rows:
                 deployment.load(on_rows)
         except BaseException:
             deployment.close()
             raise
         self._models = {**self._models, model.model: deployment}
-
-    def _plan_of_model(self, deployment: Deployment) -> Plan:
-        return plan_of(plan_table(deployment.config, table.spec) for table in deployment.tables)
-
-    def _plan_of_replacement(self, deployment: Deployment, sources: Sequence[str] | None) -> Plan:
-        paths = sources or [table.spec.source for table in deployment.tables]
-        fills = deployment.replacement_fills_host
-        return plan_of(
-            plan_table(deployment.config, table.spec, path, fills_host=fills)
-            for table, path in zip(deployment.tables, paths, strict=True)
-        )
 
     # -- looking up ---------------------------------------------------------------------
 
@@ -184,33 +149,42 @@ class HPS:
         Raises:
             KeyDtypeError: keys are not integers or do not fit the key width.
             UnknownModelError: no such model or table.   DeviceError: ``device_id`` is not deployed.
+            TierError: the answer of a slower tier breaks its contract.
             ClosedError: the server was closed.
         """
-        table = self._table(model_name, table_id, device_id)
+        deployment = self._deployment(model_name, device_id)
+        return self._lookup(deployment, deployment.table(table_id), keys, out)
+
+    def _lookup(self, deployment: Deployment, table: TableSession, keys: Any, out: Any = None) -> Any:
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
         if out is None:
             rows = new_output(batch.kind, shape, table.output_dtype)
-            self._answer(table, batch.flat, rows)
+            self._answer(deployment, table, batch.flat, rows)
             return rows if batch.kind is NUMPY else wrap_output(rows, batch.kind)
         rows, finish = as_output(out, shape, table.output_dtype)
-        self._answer(table, batch.flat, rows)
+        self._answer(deployment, table, batch.flat, rows)
         finish()
         return out
 
-    @staticmethod
-    def _answer(table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
+    def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
         """Look up into ``rows``, which may be of another dtype than float32."""
         flat = rows.reshape(-1, table.spec.dim)
-        if rows.dtype == np.float32:
-            table.lookup(keys, flat)
-        else:
-            wide = np.empty(flat.shape, np.float32)
+        wide = flat if rows.dtype == np.float32 else np.empty(flat.shape, np.float32)
+        try:
             table.lookup(keys, wide)
+        except ClosedError as problem:
+            self._check_open()
+            if self._models.get(deployment.name) is deployment:
+                raise
+            raise UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup") from problem
+        if wide is not flat:
             flat[:] = wide
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
         """The rows of several tables of one model, all of the same version of the model.
+
+        A call that a switch of versions overtakes looks up once more, and ``stats`` counts it twice.
 
         Args:
             keys: a sequence with the keys of each table in table order, or a mapping from table number or name to keys.
@@ -233,12 +207,15 @@ class HPS:
             wanted = list(keys.items())
         else:
             wanted = list(enumerate(keys))
+        tables = [(deployment.table(table_id), some) for table_id, some in wanted]
         while True:
             before = deployment.switches
-            answers = [self.lookup(some, model_name, table_id, device_id) for table_id, some in wanted]
-            if before == deployment.switches and before % 2 == 0:
+            if before % 2:
+                time.sleep(1e-4)  # a switch of versions takes about as long
+                continue
+            answers = [self._lookup(deployment, table, some) for table, some in tables]
+            if before == deployment.switches:
                 break
-            time.sleep(1e-4)  # a switch of versions takes no longer
         if flat:
             return np.concatenate([np.asarray(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
         if isinstance(keys, Mapping):
@@ -255,11 +232,12 @@ class HPS:
         Raises:
             As ``lookup``; OutputError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only.
         """
-        table = self._table(model_name, table_id, device_id)
+        deployment = self._deployment(model_name, device_id)
+        table = deployment.table(table_id)
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
         rows, finish = as_output(out_tensor, shape, table.output_dtype, larger=True, place="out_tensor")
-        self._answer(table, batch.flat, rows)
+        self._answer(deployment, table, batch.flat, rows)
         finish()
 
     # -- changing rows ---------------------------------------------------------------------
@@ -275,7 +253,9 @@ class HPS:
 
         Raises:
             KeyDtypeError, UnknownModelError, ClosedError as ``lookup``; OutputError for rows of another shape or dtype.
-            CapacityError: no memory for more rows.   TierError: a slower tier failed; faster ones were not written.
+            CapacityError: no memory for more rows in host memory; slower tiers, if any, have them and serve them.
+            TierError: a slower tier failed, faster ones were not written; or a key that host memory might evict has a row in
+                a tier that is read only, which would show again.
         """
         table = self._table(model_name, table_id)
         return table.insert(*self._keys_and_rows(keys, rows, table))
@@ -342,29 +322,12 @@ class HPS:
         """
         with self._changing:
             self._check_open()
-            config = self._config_of(model)
+            config = config_of_model(self.config, model, strict=self._strict)
             added = config.models[0]
             if added.model in self._models:
                 raise ConfigError(f"model: {added.model!r} is deployed already, wanted another name (or replace_model)")
             make_plan(config).check()
             self._deploy(config, added)
-
-    def _config_of(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> ServerConfig:
-        """A config of this one model over the databases of this server."""
-        if isinstance(model, InferenceParams):
-            alone = read_config([model])
-            if alone.supportlonglong != self._wide:
-                bits = 64 if self._wide else 32
-                raise ConfigError(f"i64_input_key: {model.i64_input_key}, but this server has keys of {bits} bits")
-            entry = alone.to_dict()["models"][0]
-        elif isinstance(model, ModelConfig):
-            entry = model.model_dump(mode="json")
-        elif isinstance(model, Mapping):
-            entry = dict(model)
-        else:
-            raise ConfigError(f"model: {type(model).__name__} came, a mapping, InferenceParams or ModelConfig is wanted")
-        whole = {**self.config.to_dict(), "models": [entry]}
-        return read_config(whole, strict=self._strict, beside=self.config.source)
 
     def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
         """Put a new version of all rows of a model in force at once, while lookups go on.
@@ -378,7 +341,9 @@ class HPS:
             sparse_files: one a table (a single path for a model of one table); by default those of the config, read anew.
 
         Raises:
-            ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in force.
+            ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in force in every tier.
+            TierError: a slower tier failed; those that can be written may hold rows of both versions until the model is
+                replaced once more. Host memory has one version or the other.
             ConfigError: not one file a table.
         """
         with self._changing:
@@ -386,16 +351,17 @@ class HPS:
             if isinstance(sparse_files, (str, Path)):
                 sparse_files = [sparse_files]
             sources = None if sparse_files is None else [locate(str(file), self.config.folder) for file in sparse_files]
-            if sources is not None and len(sources) != len(deployment.tables):
-                count = len(deployment.tables)
-                raise ConfigError(f"sparse_files: {len(sources)} for the {count} tables of model {model_name!r}")
-            plan = self._plan_of_replacement(deployment, sources)
+            plan = deployment.plan_of_replacement(sources)
             plan.check()
             with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
                 deployment.replace(sources, on_rows)
 
     def unload_model(self, model_name: str, *, erase: bool = False) -> None:
-        """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers."""
+        """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers.
+
+        Raises:
+            TierError: a slower tier failed to drop rows; the model is gone and all the rest was dropped.
+        """
         with self._changing:
             deployment = self._deployment(model_name)
             self._models = {name: other for name, other in self._models.items() if name != model_name}
@@ -419,7 +385,7 @@ class HPS:
     def plan(self) -> Plan:
         """Bytes that the deployed models take, a tier at a time, from the sizes of their sparse models."""
         self._check_open()
-        return plan_of(table for deployment in self._models.values() for table in self._plan_of_model(deployment).tables)
+        return plan_of(table for deployment in self._models.values() for table in deployment.plan().tables)
 
     @property
     def host_bytes(self) -> int:
@@ -429,7 +395,10 @@ class HPS:
     # -- ending ---------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let the lookups at work end, then free everything; later calls raise ClosedError. Closing twice is fine."""
+        """Let the lookups at work end, then free everything; later calls raise ClosedError. Closing twice is fine.
+
+        Lookups that wait for a slower tier are waited for up to 30 s (a WARNING tells if that was too short), writes are not.
+        """
         with self._changing:
             if self._closed:
                 return

@@ -16,6 +16,7 @@ import numpy as np
 
 from hps_numba.config import TableSpec
 from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.forks import renew_after_fork
 from hps_numba.hierarchy import TierStack
 from hps_numba.layout import (
     COUNTER_ABSENT,
@@ -49,8 +50,8 @@ class TableSession:
 
     *A row that was fetched must not come back after it was changed.* Between a fetch from a slower tier and its insertion in
     the background the row may have been updated or erased. Every write of the user's holds ``_write_lock`` and counts
-    ``_writes`` up at its start and at its end; the insertion takes the lock too and gives up if the count is not what it was
-    before the fetch.
+    ``_writes`` up at its start and at its end; the insertion takes the lock too, and gives up if a write holds it or if the
+    count is not what it was before the fetch. So the background never waits for a writer who waits for a slow tier.
 
     **Threads:** every method.
     """
@@ -73,8 +74,13 @@ class TableSession:
         self._time_budget = time_budget
         self._background = background if keep_missed and store is not None else None
         self._counters = Counters()
-        self._write_lock = threading.RLock()
         self._writes = 0
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """A new lock: in a forked child nobody gives back the one that another thread held."""
+        self._write_lock = threading.RLock()
 
     def lookup(self, keys: np.ndarray, out: np.ndarray) -> None:
         """Write the row of each key to ``out``.
@@ -125,9 +131,14 @@ class TableSession:
             self._background(lambda: self._keep(wanted[found], rows[found], writes))
 
     def _keep(self, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
-        with self._write_lock:
+        lock = self._write_lock
+        if not lock.acquire(blocking=False):
+            return
+        try:
             if self._writes == writes and self.store is not None:
                 self.store.upsert(keys, rows)
+        finally:
+            lock.release()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -145,16 +156,37 @@ class TableSession:
         """Write a row for each key to every tier; returns how many keys were new to the fastest.
 
         Raises:
-            TierUnavailable: there is no tier.   TierError: every tier is read only, or one failed.
+            TierUnavailable: there is no tier.
+            TierError: every tier is read only, or one failed; or host memory, which may evict rows, is in front of a tier
+                that has one of the keys and is read only.
+            CapacityError: no memory for more rows. Slower tiers have the new rows and serve them: host memory has given up
+                its own of these keys. Without slower tiers, the rows before the one that did not fit are written.
         """
         self._check_writable()
         with self.changing():
+            if self._may_evict:
+                self._check_reachable(keys, "insert")
             if self.store is None:
                 new = len(np.unique(keys[~self._slower.contains(self.spec.tag, keys)]))
                 self._slower.insert(self.spec.tag, keys, rows)
                 return new
             self._slower.insert(self.spec.tag, keys, rows)
-            return self.store.upsert(keys, rows)
+            try:
+                return self.store.upsert(keys, rows)
+            except MemoryError:
+                self._uncover(keys)
+                raise
+
+    @property
+    def _may_evict(self) -> bool:
+        """A row of host memory may leave it, and that of a slower tier show again."""
+        return self.store is not None and self.store.max_rows is not None
+
+    def _uncover(self, keys: np.ndarray) -> None:
+        """Drop rows that slower tiers have newer: host memory had no room for the new ones and must not serve the old."""
+        assert self.store is not None
+        for tier in self._slower.writable:
+            self.store.erase(keys[tier.contains(self.spec.tag, keys)])
 
     def _check_writable(self) -> None:
         if self.store is None and not self._slower:
@@ -172,14 +204,20 @@ class TableSession:
         """Write the rows of those keys that some tier has, there; returns how many of ``keys`` that were.
 
         Raises:
-            TierError: a key stands in a tier that is read only and in no faster one, or a tier failed.
+            TierError: a key stands in a tier that is read only, and in no faster one that keeps it; or a tier failed.
+            CapacityError: as ``insert``.
         """
         with self.changing():
             present = self.contains(keys)
-            self._check_reachable(keys if self.store is None else keys[~self.store.contains(keys)], "update")
+            exposed = keys if self.store is None or self._may_evict else keys[~self.store.contains(keys)]
+            self._check_reachable(exposed, "update")
             self._slower.update(self.spec.tag, keys, rows)
             if self.store is not None:
-                self.store.update(keys, rows)
+                try:
+                    self.store.update(keys, rows)
+                except MemoryError:
+                    self._uncover(keys)
+                    raise
             return int(present.sum())
 
     def erase(self, keys: np.ndarray) -> int:

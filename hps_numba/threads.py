@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-__all__ = ["available_cores", "ranges_of", "renew_in_child", "run_ranges"]
+from hps_numba.forks import renew_after_fork
+
+__all__ = ["available_cores", "ranges_of", "run_ranges"]
 
 #: below this many bytes a batch is not worth a second thread (handing over costs about 30 microseconds)
 SPLIT_BYTES = 1 << 20
@@ -32,8 +33,13 @@ class _Pool:
     """The executor of this process, made on first use and made anew in a forked child."""
 
     def __init__(self) -> None:
-        self.executor: ThreadPoolExecutor | None = None
         self.threads = available_cores()
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Start with no thread."""
+        self.executor: ThreadPoolExecutor | None = None
 
     def submit(self, function: Callable[[], Any]) -> Future[Any] | None:
         """Start ``function`` on a thread; None where no thread can be had any more (limits, end of the interpreter)."""
@@ -46,24 +52,6 @@ class _Pool:
 
 
 _pool = _Pool()
-_renewed: weakref.WeakKeyDictionary[Any, list[tuple[str, Callable[[], Any]]]] = weakref.WeakKeyDictionary()
-
-
-def renew_in_child(owner: Any, attribute: str, make: Callable[[], Any]) -> None:
-    """In a forked child set ``owner.attribute = make()``: a lock may have been held there by a thread that is gone."""
-    _renewed.setdefault(owner, []).append((attribute, make))
-
-
-def _after_fork() -> None:
-    global _pool
-    _pool = _Pool()
-    for owner, attributes in list(_renewed.items()):
-        for attribute, make in attributes:
-            setattr(owner, attribute, make())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def ranges_of(n: int, item_bytes: int, threads: int | None = None) -> list[tuple[int, int]]:

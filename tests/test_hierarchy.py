@@ -13,8 +13,9 @@ from naive import DictTier, NaiveServer, assert_same_bits, rows_of
 
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
-from hps_numba.errors import HpsError, TierError
+from hps_numba.errors import ClosedError, HpsError, TierError
 from hps_numba.hierarchy import TierStack
+from hps_numba.storage.tiers._tier import Fetched
 from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
 
 DIM = 3
@@ -132,6 +133,30 @@ def test_a_tier_that_cannot_be_closed_does_not_keep_others_open() -> None:
         with pytest.raises(TierError, match="stuck"):
             TierStack(order).close()
         assert tiers[1].closed
+
+
+def test_a_tier_that_cannot_drop_a_table_does_not_keep_it_in_others() -> None:
+    for stuck in (0, 1):
+        stack = stack_of({1: 0}, {1: 0}, wrap=lambda tier: FlakyTier(tier, set()))
+        stack.tiers[stuck].fail_on.add("erase")
+        with pytest.raises(TierError, match="erase: failed on purpose"):
+            stack.erase(TAG)
+        assert [tier.size(TAG) for tier in stack.tiers] == [int(stuck == 0), int(stuck == 1)]
+
+
+def test_a_closed_stack_asks_no_tier() -> None:
+    stack = stack_of({1: 0}, wrap=CountingTier)
+    stack.close()
+    keys, rows = np.array([1]), np.zeros((1, DIM), np.float32)
+    for call in (
+        lambda: stack.fetch(TAG, keys, rows),
+        lambda: stack.contains(TAG, keys),
+        lambda: stack.insert(TAG, keys, rows),
+        lambda: stack.erase(TAG),
+    ):
+        with pytest.raises(ClosedError, match="the slower tiers are closed"):
+            call()
+    assert not stack.tiers[0].calls
 
 
 # --- writes reach every tier ------------------------------------------------------------------------------------------
@@ -284,3 +309,44 @@ def test_a_tier_is_closed_if_the_next_one_cannot_be_opened(workshop: Workshop) -
             persistent_db={"type": "naive:MissingTier"},
         )
     assert [tier.closed for tier in NoisyTier.opened] == [True]
+
+
+# --- answers that break the contract ----------------------------------------------------------------------------------
+
+BAD_ANSWERS: dict[str, tuple[Any, str]] = {
+    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: int64\[3\] came, bool\[3\] is wanted"),
+    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: bool\[2\] came, bool\[3\] is wanted"),
+    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: bool\[3, 1\] came, bool\[3\] is wanted"),
+    "list": (Fetched([True, False, True], 3), r"fetch: found: list came, bool\[3\] is wanted"),  # type: ignore[arg-type]
+    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: -1 came, 0 to 3 is wanted"),
+    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: 4 came, 0 to 3 is wanted"),
+    "none": (None, r"fetch: NoneType came, Fetched is wanted"),
+}
+
+
+class WrongTier(DictTier):
+    """Gives whatever answer the test sets."""
+
+    answer: Any = None
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        return self.answer
+
+    def contains(self, table: str, keys: np.ndarray) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: str) -> None:
+    server, tier = workshop.open_cold("test_hierarchy:WrongTier")
+    tier.answer, message = BAD_ANSWERS[kind]
+    with pytest.raises(TierError, match=f"WrongTier.{message}"):
+        server.lookup([0, 1, 2], "m", 0)
+    assert stats_of(server).tier_errors == 0  # not taken for a tier that is out of order
+
+
+def test_positions_for_flags_are_refused_by_contains() -> None:
+    tier = WrongTier(PersistentDatabaseConfig())
+    tier.answer = np.array([0, 2])
+    with pytest.raises(TierError, match=r"WrongTier.contains: int64\[2\] came, bool\[3\] is wanted"):
+        TierStack([tier]).contains(TAG, np.arange(3))

@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parents[1] / "hps_numba"
 
 #: rooms from the ground up: an import points to a lower row, or stays in its room
 ROWS = [
-    {"errors"},
+    {"errors", "forks"},
     {"layout", "parts", "memory", "threads", "background", "progress", "dlpack"},
     {"config", "interop"},
     {"kernels"},

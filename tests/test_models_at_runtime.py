@@ -6,12 +6,13 @@ import json
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import KEEPING, Workshop
-from naive import assert_same_bits, rows_of
+from conftest import COLD, KEEPING, Workshop
+from naive import DictTier, assert_same_bits, rows_of
 
 import hps_numba
 from hps_numba.errors import CapacityError, ConfigError, DeviceError, ModelFileError, TierError, UnknownModelError
@@ -199,6 +200,24 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop)
     assert_same_bits(server.lookup(KEYS, "broken", 1), rows_of(KEYS, 5))
 
 
+@pytest.mark.parametrize("early", ["sessions", "plan"])
+def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str
+) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
+    if early == "sessions":
+        entry["output_dtype"] = "bfloat16"
+    else:  # the files vanish after the plan was made
+        monkeypatch.setattr("hps_numba.parameter_server.make_plan", lambda config: SimpleNamespace(check=lambda: None))
+        entry["sparse_files"][1] += ".gone"
+    with pytest.raises((ConfigError, ModelFileError)):
+        server.load_model(entry)
+    assert server._host is not None
+    assert server._host.tables() == [TAG]
+    assert server.models == ("m",)
+
+
 def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24, D25
     first, second = workshop.model((KEYS, DIM)), workshop.model((range(2000), 64), name="second")
     server = workshop.open(first)
@@ -222,6 +241,57 @@ def test_unloading_leaves_slower_tiers_alone_unless_told_to(workshop: Workshop, 
     server.unload_model("m", erase=erase)
     assert server.models == ()
     assert workshop.behind_host(server).size(TAG) == (0 if erase else 9)
+
+
+class StuckTableTier(DictTier):
+    """Cannot drop the first table of a model."""
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if table.endswith("0"):
+            raise TierError(f"{table}: stuck")
+        return super().erase(table, keys)
+
+
+def test_a_tier_that_fails_to_drop_rows_does_not_keep_the_rest_of_the_model(workshop: Workshop) -> None:  # D24
+    server = workshop.open(
+        workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "test_models_at_runtime:StuckTableTier"}
+    )
+    assert server._host is not None
+    with pytest.raises(TierError, match=f"{TAG}: stuck"):
+        server.unload_model("m", erase=True)
+    assert server.models == ()
+    assert server._host.tables() == []
+    assert server._allocator.in_use <= 2 * HEADERS
+    assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [9, 0]
+
+
+# --- keys without effect ----------------------------------------------------------------------------------------------
+
+UNUSED: list[tuple[dict[str, Any], str, list[str]]] = [
+    ({"miss_path": "staged"}, "disabled", ["miss_path"]),
+    ({"refresh_interval": 2.5, "refresh_delay": 1}, "disabled", ["refresh_interval", "refresh_delay"]),
+    ({"cache_policy": ["lru", "lfu"], "cache_row_dtype": "float16"}, "disabled", ["cache_policy", "cache_row_dtype"]),
+    ({"cache_size_bytes": [0, 4096]}, "disabled", ["cache_size_bytes"]),
+    ({"cache_size_bytes": [0, 0], "cache_policy": ["lru", "lru"], "miss_path": "auto"}, "disabled", []),
+    ({"hit_rate_threshold": 0.5}, "naive:DictTier", ["hit_rate_threshold"]),
+    ({"hit_rate_threshold": -1}, "naive:DictTier", ["hit_rate_threshold"]),
+    ({"hit_rate_threshold": 1.0}, "naive:DictTier", []),
+    ({"hit_rate_threshold": 0.5}, "disabled", []),
+]
+
+
+@pytest.mark.parametrize(("entry", "persistent", "named"), UNUSED)
+def test_keys_without_effect_are_named_once_a_model(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture, entry: dict[str, Any], persistent: str, named: list[str]
+) -> None:
+    plain = workshop.model((KEYS, DIM), name="plain")
+    described = workshop.model((KEYS, DIM), (KEYS, 2), **entry)
+    with caplog.at_level(logging.WARNING):
+        server = workshop.open(plain, persistent_db={"type": persistent})
+        assert not caplog.records
+        server.load_model(described)
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [line.partition(": without effect")[0] for line in lines] == ([f"model m: {', '.join(named)}"] if named else [])
 
 
 # --- replace ----------------------------------------------------------------------------------------------------------
@@ -315,6 +385,30 @@ def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Wo
     assert_same_bits(server.lookup(KEYS, "m", 1), rows_of(KEYS, 2))
     assert stats_of(server).version == 1
     assert server._allocator.in_use == before
+
+
+@pytest.mark.parametrize("volatile", [COLD, {"type": "hash_map", "initial_cache_rate": 0.5}, {"type": "disabled"}])
+def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, volatile: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("hps_numba.storage.loading._CHUNK_BYTES", 160)
+    server = workshop.open(
+        workshop.model((range(50), 2), (KEYS, 2)),
+        supportlonglong=False,
+        volatile_db=volatile,
+        persistent_db={"type": "naive:DictTier"},
+    )
+    good, bad = workshop.table("good", KEYS, 2, 4), workshop.table("bad", [*range(49), 2**40], 2, 4)
+    for files in ([good, bad], [bad, good]):
+        with pytest.raises(ModelFileError, match=f"bad: key {2**40} at row 49 does not fit 32 bits"):
+            server.replace_model("m", files)
+    tier = workshop.behind_host(server)
+    for tag, n in ((TAG, 50), (TAG[:-1] + "1", 9)):
+        rows = np.zeros((n, 2), np.float32)
+        assert tier.size(tag) == n
+        assert tier.fetch(tag, np.arange(n), rows).found.all()
+        assert_same_bits(rows, rows_of(range(n), 2))
+    assert stats_of(server).version == 1
 
 
 def test_a_replacement_of_an_unknown_model(workshop: Workshop) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Workshop
+from conftest import COLD, Workshop
 from naive import EXTREME_32, NaiveServer, assert_same_bits, rows_of
 
 import hps_numba
 from hps_numba import OutputError, TierError, TierUnavailable
+from hps_numba.errors import CapacityError
+from hps_numba.storage.host_store import HostStore
 
 DIM = 3
 KEYS = list(range(9))
@@ -159,7 +161,51 @@ def test_a_read_only_tier_refuses_what_it_cannot_do(workshop: Workshop) -> None:
     assert server.contains([3], "m", 0)[0]
     assert server.update([3], row, "m", 0) == 1  # host memory has it, in front
     assert np.array_equal(server.lookup([3], "m", 0), row)
-    server._models["m"].tables[0].store.erase(np.array([3]))
+    store = server._models["m"].tables[0].store
+    assert store is not None
+    store.erase(np.array([3]))
     with pytest.raises(TierError, match="update: key 3"):
         server.update([3], row, "m", 0)
     assert server.erase([77], "m", 0) == 0
+
+
+def test_a_bounded_host_memory_is_no_place_to_hide_rows_of_a_read_only_tier(workshop: Workshop) -> None:
+    """It would evict the new row some day, and the old one would show again."""
+    bounded = {**COLD, "overflow_margin": 10, "num_partitions": 1, "max_batch_size": 8}
+    server = workshop.open(workshop.model((range(50), DIM)), volatile_db=bounded, persistent_db=DICT_BEHIND)
+    tier = workshop.behind_host(server)
+    tier.section = tier.section.model_copy(update={"read_only": True})
+    with pytest.raises(TierError, match="insert: key 1 is in DictTier, which is read only"):
+        server.insert([100, 1], rows_of([100, 1], DIM, 3), "m", 0)
+    assert not server.contains([100], "m", 0)[0]
+    store = server._models["m"].tables[0].store
+    assert store is not None
+    store.upsert(np.array([2]), rows_of([2], DIM))
+    with pytest.raises(TierError, match="update: key 2 is in DictTier, which is read only"):
+        server.update([2], rows_of([2], DIM, 3), "m", 0)
+    assert server.insert(np.arange(100, 140), rows_of(range(100, 140), DIM), "m", 0) == 40
+    assert_same_bits(server.lookup([1, 2], "m", 0), rows_of([1, 2], DIM))
+
+
+@pytest.mark.parametrize("persistent", ["naive:DictTier", "disabled"])
+@pytest.mark.parametrize("call", ["insert", "update"])
+def test_host_memory_without_room_does_not_serve_rows_older_than_those_behind(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, call: str, persistent: str
+) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": persistent})
+    store = server._models["m"].tables[0].store
+    assert store is not None
+    store.upsert(np.array([20]), rows_of([20], DIM))  # nowhere else
+
+    def full(*args: object) -> int:
+        raise CapacityError("full")
+
+    with monkeypatch.context() as machine:
+        machine.setattr(HostStore, "upsert", full)
+        machine.setattr(HostStore, "update", full)
+        with pytest.raises(CapacityError, match="full"):
+            getattr(server, call)([1, 20], rows_of([1, 20], DIM, 3), "m", 0)
+    behind = persistent != "disabled"
+    assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM, 3 if behind else 0))
+    assert_same_bits(server.lookup([20], "m", 0), rows_of([20], DIM, 3 if behind and call == "insert" else 0))
+    assert_same_bits(server.lookup([2], "m", 0), rows_of([2], DIM))

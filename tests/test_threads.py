@@ -22,7 +22,7 @@ from processes import environment
 
 import hps_numba
 from hps_numba import threads
-from hps_numba.errors import ClosedError
+from hps_numba.errors import ClosedError, UnknownModelError
 from hps_numba.storage import host_store
 from hps_numba.storage.host_store import HostStore
 from hps_numba.threads import SPLIT_BYTES, ranges_of, run_ranges
@@ -257,10 +257,73 @@ def test_a_server_ends_while_others_look_up(workshop: Workshop, end: str) -> Non
         server.unload_model("m")
     for reader in readers:
         reader.join(30)
-    allowed = {ClosedError} if end == "close" else {ClosedError, hps_numba.UnknownModelError}
-    assert len(outcomes) == 3
-    assert set(outcomes) <= allowed
+    assert outcomes == [ClosedError if end == "close" else UnknownModelError] * 3
     assert server._allocator.in_use <= 64
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lookup_whose_model_is_unloaded_says_so(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, many: bool, again: bool
+) -> None:
+    server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
+    table = server._models["m"].tables[0]
+    look_up = table.lookup
+
+    def unloaded_before(keys: np.ndarray, out: np.ndarray) -> None:
+        if many:
+            look_up(keys, out)  # the first table is answered, the second is not: not from another model of that name
+        server.unload_model("m")
+        if again:
+            server.load_model(workshop.model((range(9), 4), (range(9), 4), stamp=1))
+        if not many:
+            look_up(keys, out)
+
+    monkeypatch.setattr(table, "lookup", unloaded_before)
+    with pytest.raises(UnknownModelError, match="model_name: 'm' was unloaded during the lookup"):
+        server.lookup_many([[1], [2]], "m") if many else server.lookup([1], "m", 0)
+
+
+def test_lookup_many_waits_for_a_switch_and_looks_up_once(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
+    deployment = server._models["m"]
+    answers: list[Any] = []
+    reader = threading.Thread(target=lambda: answers.append(server.lookup_many([[1], [2]], "m")))
+    deployment.switches += 1
+    try:
+        reader.start()
+        time.sleep(0.05)
+        assert not answers
+    finally:
+        deployment.switches += 1
+    reader.join(30)
+    assert_same_bits(answers[0][1], rows_of([2], 4))
+    assert [table.calls for table in server.stats()["m"].values()] == [1, 1]
+
+
+def test_a_switch_does_not_begin_before_the_writes_at_work_have_ended(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
+    deployment = server._models["m"]
+    held, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with deployment.tables[1].changing():
+            held.set()
+            assert go_on.wait(60)
+
+    writer, changer = threading.Thread(target=write), threading.Thread(target=lambda: server.replace_model("m"))
+    writer.start()
+    assert held.wait(30)
+    changer.start()
+    try:
+        time.sleep(0.2)
+        assert (changer.is_alive(), deployment.switches) == (True, 0)
+        server.lookup_many([[1], [2]], "m")
+    finally:
+        go_on.set()
+        writer.join(30)
+        changer.join(30)
+    assert deployment.switches == 2
 
 
 def test_a_batch_that_is_cut_reads_one_version_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """P6: the host lookup, hash included, against copies of rows whose place is known.
 
-One table of about 1 GiB a width is loaded by ``HPS``. ``torch.index_select`` reads a tensor of Torch's own, as a program without
-a parameter server has it; ``numpy.take``, the ceiling and a second Torch read the very memory that the host store reads, on its
-2 MB pages, by row number. Keys are permuted multiples of an odd number. Each
-repetition draws fresh keys and times every contender once, in turning order; the medians are compared.
+One table of about 1 GiB a width is loaded by ``HPS``. ``torch.index_select`` reads a tensor of Torch's own, as a program
+without a parameter server has it; ``numpy.take``, the ceiling and a second Torch read the memory that the host store reads, on
+its 2 MB pages, by row number. Keys are permuted multiples of an odd number. Each repetition draws fresh keys and times every
+contender once, in turning order; the medians are compared.
 """
 
 from __future__ import annotations

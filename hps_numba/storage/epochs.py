@@ -7,22 +7,20 @@ and a reader that started later can no longer find the memory.
 
 from __future__ import annotations
 
-import os
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
+from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.host_epoch import epoch_advance, epoch_enter, epoch_leave
 
 __all__ = ["Epochs"]
 
 _WORDS = 8  # a record has a cache line of its own
 _BLOCK = 64
-_all: weakref.WeakSet[Epochs] = weakref.WeakSet()
 
 
 class Epochs:
@@ -36,7 +34,7 @@ class Epochs:
         self.address: int = self._now.__array_interface__["data"][0]
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
-        _all.add(self)
+        renew_after_fork(self)
 
     def take(self) -> int:
         """Address of a record for one reader; give it back with ``give``."""
@@ -85,16 +83,7 @@ class Epochs:
             pause = min(2 * pause, 1e-3)
         return True
 
-    def forget_readers(self) -> None:
+    def renew(self) -> None:
         """In a forked child: the readers of the parent's other threads do not exist here."""
         for block in self._blocks:
             block[:] = 0
-
-
-def _after_fork() -> None:
-    for epochs in list(_all):
-        epochs.forget_readers()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

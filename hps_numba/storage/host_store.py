@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from hps_numba.errors import CapacityError, ClosedError, HpsError, KeyDtypeError, OutputError
+from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.kernels.host_evict import HISTOGRAM, host_evict
 from hps_numba.kernels.host_lookup import host_contains, host_lookup
@@ -34,7 +35,7 @@ from hps_numba.layout import (
 from hps_numba.memory import HostAllocator, PlainHostAllocator
 from hps_numba.storage.epochs import Epochs
 from hps_numba.storage.table_content import TableContent, address_of, entries_of
-from hps_numba.threads import ranges_of, renew_in_child, run_ranges
+from hps_numba.threads import ranges_of, run_ranges
 
 __all__ = ["RECENCY_OF_POLICY", "HostStore"]
 
@@ -92,8 +93,8 @@ class HostStore:
         self._keep = None if max_rows is None else round(max_rows * target)
         self._batch_rows = batch_rows
         self._seed = seed
-        self._lock = threading.RLock()
-        renew_in_child(self, "_lock", threading.RLock)
+        self.renew()
+        renew_after_fork(self)
         self._closed = False
         self._unfinished = False  # a writer was interrupted, or is at work
         self._next: TableContent | None = None  # a version that is being put in force
@@ -106,6 +107,10 @@ class HostStore:
         self.header: int = self._header.address
         self._content = self.new_content(rows)
         publish(self.header, self._content.block)
+
+    def renew(self) -> None:
+        """Make the lock anew, as a forked child has to; a turn that another thread had not finished is repaired by the next."""
+        self._lock = threading.RLock()
 
     def sibling(self, rows: int = 0) -> HostStore:
         """An empty store with the same options and room for ``rows``, to fill aside and then ``adopt``.

@@ -9,6 +9,7 @@ import numpy as np
 
 from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.errors import TierError
+from hps_numba.forks import renew_after_fork
 from hps_numba.memory import HostAllocator, PlainHostAllocator
 from hps_numba.storage.host_store import HostStore
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
@@ -30,8 +31,13 @@ class HashMapTier(Tier):
         super().__init__(section, wide_keys=wide_keys)
         self.allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
         self._stores: dict[str, HostStore] = {}
-        self._lock = threading.Lock()
         self._closed = False
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Make the lock anew, as a forked child has to."""
+        self._lock = threading.Lock()
 
     def store(self, table: str, dim: int) -> HostStore:
         """The store of a table, made if need be.
@@ -64,6 +70,8 @@ class HashMapTier(Tier):
         )
 
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        if self._closed:
+            raise self.closed_error()
         store = self._stores.get(table)
         found = np.zeros(len(keys), bool)
         if store is None:
