@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.compile import host_kernel
-from hps_numba.kernels.host_probe import end_of, enter_epoch, find_entry, home_address, leave_epoch, slot_of
+from hps_numba.kernels.compile import host_function, host_kernel
+from hps_numba.kernels.host_probe import (
+    UNSETTLED,
+    end_of,
+    enter_epoch,
+    find_entry,
+    home_address,
+    home_word,
+    leave_epoch,
+    line_after,
+    slot_of,
+)
 from hps_numba.kernels.memory_words import (
     add_word,
+    array_address,
     copy_row,
     fill_row,
+    full_fence,
     load_word,
     load_word_acquire,
     prefetch,
+    prefetch_row,
     store_word,
+    stream_row,
 )
 from hps_numba.layout import (
     COUNTER_CALLS,
@@ -28,26 +42,89 @@ from hps_numba.layout import (
     RECENCY_NONE,
 )
 
-__all__ = ["host_contains", "host_lookup"]
+__all__ = ["host_addresses", "host_contains", "host_lookup"]
 
-# keys in flight between the three stages of a lookup; found by measurement, flat from 8 to 24
+# keys between asking for a cache line and using it: by measurement, flat from 8 to 32
 _AHEAD = 16
-_RING = 64
-_IN_RING = _RING - 1
-_PREFETCHED_BYTES = 512
+# keys whose index words are found before their rows are copied: the words stay in the first-level cache
+_BATCH = 1024
+
+
+@host_function
+def _find_words(block, keys, n, words, late):
+    """Put the index words of ``n`` keys in ``words``.   **Writes:** words, late.
+
+    A key that its home line does not settle (the line is full, one key in twenty) waits in ``late`` until the others are done,
+    so that the next line is on its way meanwhile.
+    """
+    lines = load_word(block + META_LINES)
+    end = end_of(block)
+    unsettled = 0
+    for i in range(-_AHEAD, n):
+        if i + _AHEAD < n:
+            line = home_address(block, lines, load_word(keys + 8 * (i + _AHEAD)))
+            prefetch(line)
+            words[i + _AHEAD] = line
+        if i < 0:
+            continue
+        word = home_word(words[i], load_word(keys + 8 * i))
+        if word == UNSETTLED:
+            word = line_after(block, end, words[i])
+            prefetch(word)
+            late[unsettled] = i
+            unsettled += 1
+        words[i] = word
+    for number in range(unsettled):
+        i = late[number]
+        words[i] = find_entry(block, end, words[i], load_word(keys + 8 * i))[1]
+
+
+@host_function
+def _copy_rows(block, words, n, first, out, default, misses, now, streamed):
+    """Copy the rows that ``words`` lead to, or the default, to ``out``; positions of missing keys count from ``first``.
+
+    Returns how many are missing.   **Writes:** out, misses, recency words.
+    """
+    rows = load_word(block + META_ROWS)
+    row_bytes = load_word(block + META_ROW_BYTES)
+    recency = load_word(block + META_RECENCY)
+    mode = load_word(block + META_RECENCY_MODE) if now >= 0 else RECENCY_NONE
+    missing = 0
+    for i in range(-_AHEAD, n):
+        if i + _AHEAD < n:
+            prefetch_row(rows + slot_of(words[i + _AHEAD]) * row_bytes, row_bytes)
+        if i < 0:
+            continue
+        slot = slot_of(words[i])
+        target = out + i * row_bytes
+        if slot < 0:
+            fill_row(target, np.float32(default), row_bytes)
+            if misses != 0:
+                store_word(misses + 8 * missing, first + i)
+            missing += 1
+            continue
+        if streamed:
+            stream_row(target, rows + slot * row_bytes, row_bytes)
+        else:
+            copy_row(target, rows + slot * row_bytes, row_bytes)
+        if mode != RECENCY_NONE:
+            place = recency + 8 * slot
+            store_word(place, load_word(place) + 1 if mode == RECENCY_COUNT else now)
+    return missing
 
 
 @host_kernel
-def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters):
+def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters, streamed):
     """Copy the rows of ``keys[start:stop]`` to ``out[start:stop]``; a key without a row gets ``default``.
 
-    Three stages run 16 keys apart, so that the two cache misses of a key (index line, row) overlap with those of its
-    neighbours: ask for the line; search it and ask for the row; copy the row.
+    Two passes over 1024 keys at a time, each with the memory of the keys ahead on its way: find the index words, copy the rows.
+    One pass for both is slower: a row is many cache lines, which crowd out the index lines that wait for their turn.
 
     Args (addresses and counts are int64):
         header: address of the store's header.   keys: of int64 keys.   out: of float32 rows, row_bytes apart.
         misses: address of int64 positions, as many as keys, or 0.   epoch, record: of the reader's epoch (storage/epochs.py).
         now: tick for the recency words; negative leaves them as they are.   counters: of the words COUNTER_*, or 0.
+        streamed: write rows past the caches; ``out`` and rows must be multiples of 64 bytes.
 
     Returns the number of keys without a row, or -1 if the store is closed.   **Writes:** out, misses, recency words, counters.
     """
@@ -56,47 +133,30 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
     if block == 0:
         leave_epoch(record)
         return -1
-    lines = load_word(block + META_LINES)
-    rows = load_word(block + META_ROWS)
     row_bytes = load_word(block + META_ROW_BYTES)
-    recency = load_word(block + META_RECENCY)
-    mode = load_word(block + META_RECENCY_MODE) if now >= 0 else RECENCY_NONE
-    end = end_of(block)
-    prefetched = min(row_bytes, _PREFETCHED_BYTES)
-    homes = np.empty(_RING, np.int64)
-    slots = np.empty(_RING, np.int64)
+    room = min(_BATCH, stop - start)
+    words = np.empty(room, np.int64)
+    late = np.empty(room, np.int64)
     missing = 0
-    for i in range(start, stop + 2 * _AHEAD):
-        if i < stop:
-            home = home_address(block, lines, load_word(keys + 8 * i))
-            homes[i & _IN_RING] = home
-            prefetch(home)
-        j = i - _AHEAD
-        if start <= j < stop:
-            slot = slot_of(find_entry(block, end, homes[j & _IN_RING], load_word(keys + 8 * j))[1])
-            slots[j & _IN_RING] = slot
-            if slot >= 0:
-                for offset in range(0, prefetched, 64):
-                    prefetch(rows + slot * row_bytes + offset)
-        j = i - 2 * _AHEAD
-        if j >= start:
-            slot = slots[j & _IN_RING]
-            if slot >= 0:
-                copy_row(out + j * row_bytes, rows + slot * row_bytes, row_bytes)
-                if mode != RECENCY_NONE:
-                    place = recency + 8 * slot
-                    store_word(place, load_word(place) + 1 if mode == RECENCY_COUNT else now)
-            else:
-                fill_row(out + j * row_bytes, np.float32(default), row_bytes)
-                if misses != 0:
-                    store_word(misses + 8 * missing, j)
-                missing += 1
+    for first in range(start, stop, _BATCH):
+        n = min(_BATCH, stop - first)
+        _find_words(block, keys + 8 * first, n, words, late)
+        to = misses + 8 * missing if misses != 0 else 0
+        missing += _copy_rows(block, words, n, first, out + first * row_bytes, default, to, now, streamed)
+    if streamed:
+        full_fence()
     leave_epoch(record)
     if counters != 0:
         add_word(counters + COUNTER_KEYS, stop - start)
         add_word(counters + COUNTER_MISSES, missing)
         add_word(counters + COUNTER_CALLS, np.int64(start == 0))
     return missing
+
+
+@host_kernel
+def host_addresses(keys, out):
+    """Addresses of two arrays; Python needs ten times as long to tell them."""
+    return array_address(keys), array_address(out)
 
 
 @host_kernel

@@ -10,9 +10,31 @@ import numpy as np
 from hps_numba.kernels.compile import host_function
 from hps_numba.kernels.hashing import home_line
 from hps_numba.kernels.memory_words import exchange_word, full_fence, load_word, load_word_acquire, store_word_release
-from hps_numba.layout import EMPTY, ENTRY_BYTES, FIRST_SLOT, LINE_BYTES, META_BYTES, META_LINES, SLOT_MASK
+from hps_numba.layout import (
+    EMPTY,
+    ENTRIES_PER_LINE,
+    ENTRY_BYTES,
+    FIRST_SLOT,
+    LINE_BYTES,
+    META_BYTES,
+    META_LINES,
+    SLOT_MASK,
+)
 
-__all__ = ["end_of", "enter_epoch", "find_entry", "home_address", "leave_epoch", "slot_of"]
+__all__ = [
+    "UNSETTLED",
+    "end_of",
+    "enter_epoch",
+    "find_entry",
+    "home_address",
+    "home_word",
+    "leave_epoch",
+    "line_after",
+    "slot_of",
+]
+
+#: what ``home_word`` says of a key that may stand in a later line; no index word is negative
+UNSETTLED = -1
 
 _home_line = host_function(home_line)
 
@@ -45,6 +67,28 @@ def find_entry(block, end, home, key):
         entry += ENTRY_BYTES
         if entry == end:
             entry = block + META_BYTES
+
+
+@host_function
+def home_word(home, key):
+    """Index word of ``key`` as far as its home line tells: EMPTY if it has none, UNSETTLED if it may stand in a later line.
+
+    All entries of the line are looked at without a branch: where in its line a key stands cannot be predicted. A key has one
+    entry at most, and the word is loaded before the key, as in ``find_entry``.
+    """
+    found = np.int64(EMPTY)
+    word = np.int64(EMPTY)
+    for entry in range(ENTRIES_PER_LINE):
+        word = load_word_acquire(home + ENTRY_BYTES * entry + 8)
+        found |= word if load_word(home + ENTRY_BYTES * entry) == key else EMPTY
+    return found if found != EMPTY or word == EMPTY else UNSETTLED
+
+
+@host_function
+def line_after(block, end, line):
+    """Address of the next line of an index block; the first one follows the last."""
+    after = line + LINE_BYTES
+    return block + META_BYTES if after == end else after
 
 
 @host_function

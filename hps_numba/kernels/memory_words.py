@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "add_word",
+    "array_address",
     "copy_row",
     "exchange_word",
     "fill_row",
@@ -20,8 +21,10 @@ __all__ = [
     "load_word",
     "load_word_acquire",
     "prefetch",
+    "prefetch_row",
     "store_word",
     "store_word_release",
+    "stream_row",
 ]
 
 _WORD = ir.IntType(64)
@@ -31,6 +34,17 @@ _INT = types.int64
 
 def _pointer(builder, address, kind):
     return builder.inttoptr(address, kind.as_pointer())
+
+
+@intrinsic
+def array_address(typingctx, array):
+    """Address of the first element of an array."""
+
+    def codegen(context, builder, signature, args):
+        struct = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.ptrtoint(struct.data, _WORD)
+
+    return _INT(array), codegen
 
 
 @intrinsic
@@ -106,43 +120,79 @@ def full_fence(typingctx):
     return types.void(), codegen
 
 
+def _prefetch(builder, address):
+    byte = ir.IntType(8).as_pointer()
+    i32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)
+    builder.call(call, [builder.inttoptr(address, byte), read, keep, data])
+
+
 @intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line at ``address`` ahead of its use; any address is allowed."""
 
     def codegen(context, builder, signature, args):
-        byte = ir.IntType(8).as_pointer()
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep, data = ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)
-        builder.call(call, [builder.inttoptr(args[0], byte), read, keep, data])
+        _prefetch(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(_INT), codegen
 
 
-def _copy_loop(builder, target, source, count, lanes):
-    """Copy ``count`` vectors of ``lanes`` floats; returns the addresses after them."""
-    vector = ir.VectorType(_FLOAT, lanes)
-    width = ir.Constant(_WORD, 4 * lanes)
-    with cgutils.for_range(builder, count, intp=_WORD) as loop:
-        offset = builder.mul(loop.index, width)
-        value = builder.load(_pointer(builder, builder.add(source, offset), vector), align=4)
-        builder.store(value, _pointer(builder, builder.add(target, offset), vector), align=4)
-    moved = builder.mul(count, width)
-    return builder.add(target, moved), builder.add(source, moved)
+def _pieces(builder, size, piece, smallest=4):
+    """Cut ``size`` bytes, a multiple of 4: ``piece(offset, floats)`` builds the code for vectors of 16, 8, 4, 2 and 1 floats.
+
+    One loop over 512 bytes and a ladder of halves below: rows of one width take the same few branches every time.
+    """
+    with cgutils.for_range(builder, builder.lshr(size, ir.Constant(_WORD, 9)), intp=_WORD) as loop:
+        start = builder.shl(loop.index, ir.Constant(_WORD, 9))
+        for step in range(0, 512, 64):
+            piece(builder.add(start, ir.Constant(_WORD, step)), 16)
+    offset = builder.and_(size, ir.Constant(_WORD, -512))
+    part = 256
+    while part >= smallest:
+        bit = builder.and_(size, ir.Constant(_WORD, part))
+        with builder.if_then(builder.icmp_unsigned("!=", bit, ir.Constant(_WORD, 0))):
+            for step in range(0, part, 64):
+                piece(builder.add(offset, ir.Constant(_WORD, step)), min(part // 4, 16))
+        offset = builder.add(offset, bit)
+        part //= 2
 
 
 @intrinsic
 def copy_row(typingctx, target, source, size):
-    """Copy ``size`` bytes (a multiple of 4) of float32: 64 bytes a step, then 4."""
+    """Copy ``size`` bytes (a multiple of 4) of float32."""
 
     def codegen(context, builder, signature, args):
         target, source, size = args
-        target, source = _copy_loop(builder, target, source, builder.lshr(size, ir.Constant(_WORD, 6)), 16)
-        rest = builder.and_(size, ir.Constant(_WORD, 63))
-        _copy_loop(builder, target, source, builder.lshr(rest, ir.Constant(_WORD, 2)), 1)
+
+        def piece(offset, floats):
+            vector = ir.VectorType(_FLOAT, floats)
+            value = builder.load(_pointer(builder, builder.add(source, offset), vector), align=4)
+            builder.store(value, _pointer(builder, builder.add(target, offset), vector), align=4)
+
+        _pieces(builder, size, piece)
+        return context.get_dummy_value()
+
+    return types.void(_INT, _INT, _INT), codegen
+
+
+@intrinsic
+def stream_row(typingctx, target, source, size):
+    """As ``copy_row`` for a ``target`` and ``size`` that are multiples of 64, past the caches; wants a ``full_fence`` after."""
+
+    def codegen(context, builder, signature, args):
+        target, source, size = args
+        past_caches = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+
+        def piece(offset, floats):
+            vector = ir.VectorType(_FLOAT, floats)
+            value = builder.load(_pointer(builder, builder.add(source, offset), vector), align=4)
+            store = builder.store(value, _pointer(builder, builder.add(target, offset), vector), align=4 * floats)
+            store.set_metadata("nontemporal", past_caches)
+
+        _pieces(builder, size, piece, 64)
         return context.get_dummy_value()
 
     return types.void(_INT, _INT, _INT), codegen
@@ -154,9 +204,37 @@ def fill_row(typingctx, target, value, size):
 
     def codegen(context, builder, signature, args):
         target, value, size = args
-        with cgutils.for_range(builder, builder.lshr(size, ir.Constant(_WORD, 2)), intp=_WORD) as loop:
-            place = builder.add(target, builder.mul(loop.index, ir.Constant(_WORD, 4)))
-            builder.store(value, _pointer(builder, place, _FLOAT), align=4)
+
+        def piece(offset, floats):
+            vector = ir.VectorType(_FLOAT, floats)
+            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), floats), [0] * floats)
+            splat = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+            builder.store(splat, _pointer(builder, builder.add(target, offset), vector), align=4)
+
+        _pieces(builder, size, piece)
         return context.get_dummy_value()
 
     return types.void(_INT, types.float32, _INT), codegen
+
+
+@intrinsic
+def prefetch_row(typingctx, address, size):
+    """``prefetch`` for the cache lines of a row of ``size`` bytes, at most its first eight."""
+
+    def codegen(context, builder, signature, args):
+        address, size = args
+        first = builder.and_(address, ir.Constant(_WORD, -64))
+        end = builder.add(address, size)
+
+        def from_line(number):
+            line = builder.add(first, ir.Constant(_WORD, 64 * number))
+            with builder.if_then(builder.icmp_signed("<", line, end)):
+                _prefetch(builder, line)
+                if number < 7:  # beyond, the processor has seen where this goes
+                    from_line(number + 1)
+
+        from_line(0)
+        return context.get_dummy_value()
+
+    return types.void(_INT, _INT), codegen

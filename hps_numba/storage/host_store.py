@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +23,7 @@ from hps_numba.errors import CapacityError, ClosedError, HpsError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.kernels.host_evict import HISTOGRAM, host_evict
-from hps_numba.kernels.host_lookup import host_contains, host_lookup
+from hps_numba.kernels.host_lookup import host_addresses, host_contains, host_lookup
 from hps_numba.kernels.host_scan import host_keys
 from hps_numba.kernels.host_write import host_erase, host_upsert
 from hps_numba.layout import (
@@ -43,6 +43,9 @@ __all__ = ["RECENCY_OF_POLICY", "HostStore"]
 RECENCY_OF_POLICY = {"evict_random": RECENCY_NONE, "evict_least_used": RECENCY_COUNT, "evict_oldest": RECENCY_TIME}
 
 log = logging.getLogger(__name__)
+#: an answer from this size on is written past the caches: it would push out everything, itself too, and a line that is
+#: written through a cache is read from memory first
+_STREAM_BYTES = 32 << 20
 _GRACE_SECONDS = 1.0
 _CLOSE_SECONDS = 60.0
 _NEVER = 1 << 62  # an epoch that is not over
@@ -189,12 +192,19 @@ class HostStore:
         counters: int,
         threads: int | None,
     ) -> int:
-        ranges = ranges_of(len(keys), 4 * self.dim + 64, threads)
+        row_bytes = 4 * self.dim
+        key_address, out_address = host_addresses(keys, out)
+        miss_address = 0 if misses is None else address_of(misses)
+        streamed = len(keys) * row_bytes >= _STREAM_BYTES and (row_bytes | out_address) % 64 == 0
+        fixed: tuple[int, int, float, int, int, int, bool]
+        fixed = (key_address, out_address, default, miss_address, now, counters, streamed)
+        ranges = ranges_of(len(keys), row_bytes + 64, threads)
         if len(ranges) == 1:
-            return self._lookup_ranges(self.header, ranges, keys, out, default, misses, now, counters, threads)[0]
+            return self._lookup_range(self.header, 0, len(keys), *fixed)
         with self._epochs.reading():  # all ranges read one version of the table, and it stays until the last has ended
             snapshot = self._header.view(np.int64, (1,)).copy()
-            found = self._lookup_ranges(address_of(snapshot), ranges, keys, out, default, misses, now, counters, threads)
+            header = address_of(snapshot)
+            found = run_ranges(lambda start, stop: self._lookup_range(header, start, stop, *fixed), ranges, threads)
         if misses is not None:
             end = 0
             for (start, _), missing in zip(ranges, found, strict=True):
@@ -202,46 +212,42 @@ class HostStore:
                 end += missing
         return sum(found)
 
-    def _lookup_ranges(
+    def _lookup_range(
         self,
         header: int,
-        ranges: Sequence[tuple[int, int]],
-        keys: np.ndarray,
-        out: np.ndarray,
+        start: int,
+        stop: int,
+        keys: int,
+        out: int,
         default: float,
-        misses: np.ndarray | None,
+        misses: int,
         now: int,
         counters: int,
-        threads: int | None,
-    ) -> list[int]:
-        """Numbers of missing keys, a range each."""
-        key_address, out_address = address_of(keys), address_of(out)
-        miss_address = 0 if misses is None else address_of(misses)
-
-        def part(start: int, stop: int) -> int:
-            record = self._epochs.take()
-            try:
-                missing: int = host_lookup(
-                    header,
-                    key_address,
-                    start,
-                    stop,
-                    out_address,
-                    default,
-                    miss_address and miss_address + 8 * start,
-                    self._epochs.address,
-                    record,
-                    now,
-                    counters,
-                )
-                return missing
-            finally:
-                self._epochs.give(record)
-
-        found = run_ranges(part, ranges, threads)
-        if found[0] < 0:
+        streamed: bool,
+    ) -> int:
+        """``host_lookup`` in an epoch of its own; returns the number of missing keys."""
+        epochs = self._epochs
+        record = epochs.take()
+        try:
+            missing: int = host_lookup(
+                header,
+                keys,
+                start,
+                stop,
+                out,
+                default,
+                misses and misses + 8 * start,
+                epochs.address,
+                record,
+                now,
+                counters,
+                streamed,
+            )
+        finally:
+            epochs.give(record)
+        if missing < 0:
             raise self._is_closed()
-        return found
+        return missing
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
