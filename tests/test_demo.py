@@ -59,7 +59,7 @@ def test_demo_says_it_in_words() -> None:
     assert result.exit_code == 0
     assert "wrong rows  0" in result.stdout and "are bit for bit what was generated" in result.stdout
     assert "\x1b" not in result.output
-    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("serve")) <= 140  # hardware has its names
+    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("serve")) <= 140
 
 
 def test_demo_leaves_nothing_behind_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
