@@ -23,6 +23,7 @@ import numba
 import numpy as np
 import torch
 from model import config_of, save_model
+from others import Watch
 from report import add_options, cache_bytes, finish, print_machine, print_table, verdict
 
 import hps_numba
@@ -180,21 +181,39 @@ def check(table: Table, n: int) -> None:
             raise SystemExit(f"{name} with {threads} threads: wrong rows")
 
 
-def large_batches(table: Table, sizes: Sizes) -> Times:
-    """Seconds of each repetition of one batch, for each contender and number of threads."""
+def large_batches(table: Table, sizes: Sizes) -> tuple[Times, int]:
+    """Seconds of each repetition of one batch, for each contender and number of threads; and how many were dropped.
+
+    A repetition that other programs disturb is made again, as often as there are repetitions to make.
+    """
     rng = np.random.default_rng(2)
     out = aligned_rows(sizes.batch, table.rows.shape[1])
     seconds: Times = {who: [] for who in LARGE}
-    for repetition in range(sizes.warmups + sizes.repetitions):
-        turn = repetition % len(LARGE)
-        for name, threads in LARGE[turn:] + LARGE[:turn]:
-            call = CONTENDERS[name](table, draw(table, sizes.batch, rng, out), threads)
-            time.sleep(SETTLE_SECONDS)
-            start = time.perf_counter()
-            call()
-            if repetition >= sizes.warmups:
-                seconds[name, threads].append(time.perf_counter() - start)
-    return seconds
+    wanted, dropped, turn = sizes.warmups + sizes.repetitions, 0, 0
+    while turn < wanted + dropped:
+        watch = Watch()
+        times = large_repetition(table, sizes, rng, out, turn % len(LARGE))
+        turn += 1
+        if watch.disturbed and dropped < wanted:
+            dropped += 1
+        elif turn - dropped > sizes.warmups:
+            for who, time_taken in times.items():
+                seconds[who].append(time_taken)
+    return seconds, dropped
+
+
+def large_repetition(
+    table: Table, sizes: Sizes, rng: np.random.Generator, out: np.ndarray, turn: int
+) -> dict[tuple[str, int], float]:
+    """Every contender once, from number ``turn`` on."""
+    times = {}
+    for name, threads in LARGE[turn:] + LARGE[:turn]:
+        call = CONTENDERS[name](table, draw(table, sizes.batch, rng, out), threads)
+        time.sleep(SETTLE_SECONDS)
+        start = time.perf_counter()
+        call()
+        times[name, threads] = time.perf_counter() - start
+    return times
 
 
 def small_batches(table: Table, n: int, sizes: Sizes) -> dict[str, float]:
@@ -269,12 +288,21 @@ def measure(dim: int, sizes: Sizes) -> dict[str, Any]:
     """All tables of one width, printed; the figures."""
     with served(dim, sizes) as table:
         check(table, min(sizes.batch, 1 << 19))
-        seconds = large_batches(table, sizes)
+        seconds, dropped = large_batches(table, sizes)
         large = show_large(table, seconds, dict_rate(table), sizes)
+        if dropped:
+            print(f"{dropped} repetitions were disturbed by other programs and made again\n")
         scaling = show_scaling(dim, seconds)
         taken = {n: small_batches(table, n, sizes) for n in sizes.small}
         show_small(dim, taken)
-        return {"dim": dim, "rows": len(table.keys), "large": large, "scaling": scaling, "small_us": taken}
+        return {
+            "dim": dim,
+            "rows": len(table.keys),
+            "disturbed": dropped,
+            "large": large,
+            "scaling": scaling,
+            "small_us": taken,
+        }
 
 
 def main() -> None:
