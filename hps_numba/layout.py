@@ -14,7 +14,7 @@ Everything is made of 64-bit words in native (little-endian) order::
     index word   0                        the entry was never used: a probe ends here
                  low 40 bits = 1          erased; the key stays, so a probe goes on
                  low 40 bits = slot + 2   the row of ``key`` is in ``slot``
-                 high 24 bits             a write counter, so that a word tells two writes of one slot apart
+                 next 23 bits             a write counter, so that a word tells two writes of one slot apart
 
 *Why one pointer in the header.* A reader that loaded the index address and the number of lines one after the other could see
 one of the old and one of the new table. Hanging both behind a single pointer makes every snapshot consistent, for a host
