@@ -19,8 +19,9 @@ from hps_numba.forks import renew_after_fork
 
 __all__ = ["available_cores", "ranges_of", "run_ranges"]
 
-#: below this many bytes a batch is not worth a second thread (handing over costs about 30 microseconds)
-SPLIT_BYTES = 1 << 20
+#: below this many bytes, about half a millisecond, a batch is not worth a second thread: to hand work over takes
+#: 30 microseconds if that thread's core is awake, and some hundred if not
+SPLIT_BYTES = 2 << 20
 
 #: how long a caller waits awake for the last ranges: to be woken takes 50 microseconds and, on a virtual machine, more
 _AWAKE_SECONDS = 2e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def test_lookup(tmp_path: Path) -> None:
 @linux_only
 def test_loading(tmp_path: Path) -> None:
     printed, report = run("loading", tmp_path, "--folder", str(tmp_path))
-    assert [row["name"] for row in report["results"]] == ["first server", "next server", "numpy.fromfile"]
+    assert [row["name"] for row in report["results"]] == ["first server", "next server", "next server, HDF5", "numpy.fromfile"]
     check(printed, report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"], "the model was left behind"
 
@@ -69,6 +70,16 @@ def test_startup(tmp_path: Path) -> None:
     check(printed, report)
     times = {row["name"]: row["seconds"] for row in report["results"]}
     assert times["first lookup, empty kernel cache"] > times["first lookup, warm kernel cache"] > times["python"]
+    assert report["stages"]["import numba"] > report["stages"]["second lookup"]
+
+
+def test_overhead(tmp_path: Path) -> None:
+    printed, report = run("overhead", tmp_path)
+    assert report["quick"] is True and "--quick" in printed and "HPS.lookup(out=)" in printed
+    for batch in ("1", "64"):
+        times = {name: statistics.median(some) for name, some in report["microseconds"][batch].items()}
+        assert 0 < times["host_lookup (kernel)"] < times["HPS.lookup(out=)"] < 1e5
+        assert {"HostStore.lookup", "TableSession.lookup", "numpy.take(out=)"} < times.keys()
 
 
 def test_every_benchmark_is_in_the_readme() -> None:

@@ -1,4 +1,4 @@
-"""P7: a 1 GiB model in the directory form, from the page cache into a host store that is ready to serve.
+"""P7: a 1 GiB model, from the page cache into a host store that is ready to serve: the directory form, and HDF5 beside it.
 
 Each repetition is a fresh process. ``first server`` is the very first thing that the process does, so that its time includes
 the import of numba and the loading of kernels from their cache (see startup.py); ``next server`` comes after one on a tiny
@@ -21,12 +21,14 @@ import numpy as np
 from model import config_of, save_model
 from report import add_options, child_environment, finish, print_machine, print_table, verdict
 
+import hps_numba
+
 DIM = 64
 ROWS, QUICK_ROWS = 1 << 22, 1 << 14
 TINY_ROWS = 64
 REPETITIONS, QUICK_REPETITIONS = 7, 1
 RATE_TARGET, MEMORY_TARGET = 1.0, 1.15
-KINDS = ("first server", "next server", "numpy.fromfile")
+KINDS = ("first server", "next server", "next server, HDF5", "numpy.fromfile")
 
 
 # -- in the child process ---------------------------------------------------------------------------------------------
@@ -38,15 +40,14 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def load_by_server(folder: Path, tiny: Path | None) -> dict[str, float]:
-    import hps_numba
-
+def load_by_server(model: Path, folder: Path, tiny: Path | None) -> dict[str, float]:
+    """Serve ``model``, whose rows ``folder`` holds in the directory form."""
     if tiny is not None:
         hps_numba.HPS(config_of(tiny, DIM)).close()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     start = time.perf_counter()
-    server = hps_numba.HPS(config_of(folder, DIM))
+    server = hps_numba.HPS(config_of(model, DIM))
     seconds = time.perf_counter() - start
     grown = resident("VmHWM") - before
     with server:
@@ -75,7 +76,9 @@ def load_by_numpy(folder: Path) -> dict[str, float]:
 def child(kind: str, place: Path) -> dict[str, float]:
     if kind == "numpy.fromfile":
         return load_by_numpy(place / "large")
-    return load_by_server(place / "large", place / "tiny" if kind == "next server" else None)
+    hdf5 = kind.endswith("HDF5")
+    tiny = None if kind == "first server" else place / ("tiny.h5" if hdf5 else "tiny")
+    return load_by_server(place / ("large.h5" if hdf5 else "large"), place / "large", tiny)
 
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def summary(kind: str, size: int, runs: list[dict[str, float]]) -> dict[str, Any
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     times = [run["seconds"] for run in runs]
     rate, share = size / 1e9 / middle["seconds"], middle["grown"] / middle["planned"]
-    ours = kind != "numpy.fromfile"
+    ours, directory = kind != "numpy.fromfile", kind in ("first server", "next server")
     return {
         "name": kind,
         **middle,
@@ -111,7 +114,7 @@ def summary(kind: str, size: int, runs: list[dict[str, float]]) -> dict[str, Any
         "slowest": max(times),
         "gigabytes_per_second": rate,
         "grown_by_planned": share,
-        "rate_target": verdict(rate, at_least=RATE_TARGET) if ours else "",
+        "rate_target": verdict(rate, at_least=RATE_TARGET) if directory else "",
         "memory_target": verdict(share, at_most=MEMORY_TARGET) if ours else "",
     }
 
@@ -153,10 +156,12 @@ def main() -> None:
         return
     rows, repetitions = (QUICK_ROWS, QUICK_REPETITIONS) if options.quick else (ROWS, REPETITIONS)
     print_machine(f"Loading (P7): medians of {repetitions} processes, page cache warm", quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="hps_loading_", dir=options.folder) as name:
-        place = Path(name)
+    with tempfile.TemporaryDirectory(prefix="hps_loading_", dir=options.folder) as folder:
+        place = Path(folder)
         save_model(place / "large", rows, DIM)
         save_model(place / "tiny", TINY_ROWS, DIM)
+        for name in ("large", "tiny"):
+            hps_numba.convert_model(place / name, place / f"{name}.h5")
         results = measure(place, repetitions)
     show(results, f"D={DIM}: {rows:,} rows, {rows * (4 * DIM + 8) / 1e9:.3f} GB of files")
     finish(options.json, quick=options.quick, rows=rows, dim=DIM, results=results)

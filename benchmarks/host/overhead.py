@@ -1,0 +1,132 @@
+"""Where the microseconds of a small lookup go: the same keys through one layer after the other, from the kernel up.
+
+``host_lookup`` is the compiled kernel, called with addresses that are known; ``HostStore.lookup`` checks the arrays and finds
+their addresses; ``TableSession.lookup`` counts and would go on to slower tiers; ``HPS.lookup`` finds the table and takes any
+array. All rows lie in the processor's caches and one thread works, so that what differs is the way and not the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from model import config_of, save_model
+from others import Watch
+from report import add_options, finish, print_machine, print_table
+
+import hps_numba
+from hps_numba.kernels.host_lookup import host_lookup
+
+DIM, ROWS = 32, 4096
+BATCHES, QUICK_BATCHES = (1, 16, 64, 256, 1024), (1, 64)
+ROUNDS, QUICK_ROUNDS = 31, 3
+ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.004, 0.0005
+TOP = "HPS.lookup(out=)"
+
+Call = Callable[[], Any]
+
+
+def kernel_call(store: Any, keys: np.ndarray, out: np.ndarray) -> Call:
+    record = store._epochs.take()
+    places = keys.ctypes.data, 0, len(keys), out.ctypes.data
+    return lambda: host_lookup(store.header, *places, 0.0, 0, store._epochs.address, record, 0, 0, False)
+
+
+def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str, Call]:
+    """The ways to the same rows, each longer than the one before."""
+    session = server._table("m", 0)
+    store = session.store
+    return {
+        "host_lookup (kernel)": kernel_call(store, keys, out),
+        "HostStore.lookup": lambda: store.lookup(keys, out),
+        "TableSession.lookup": lambda: session.lookup(keys, out),
+        TOP: lambda: server.lookup(keys, "m", 0, out=out),
+        "HPS.lookup": lambda: server.lookup(keys, "m", 0),
+    }
+
+
+def peers(keys: np.ndarray, slots: np.ndarray, rows: np.ndarray, out: np.ndarray) -> dict[str, Call]:
+    """Rows of which the number is known: NumPy and, where it is installed, Torch."""
+    calls: dict[str, Call] = {"numpy.take(out=)": lambda: np.take(rows, slots, axis=0, out=out, mode="clip")}
+    try:
+        import torch
+    except ImportError:
+        return calls
+    torch.set_num_threads(1)
+    weight, numbers = torch.from_numpy(rows), torch.from_numpy(slots)
+    embedding = torch.nn.functional.embedding
+    return {**calls, "F.embedding": lambda: embedding(numbers, weight)}
+
+
+def check(calls: dict[str, Call], out: np.ndarray, expected: np.ndarray) -> None:
+    """Every way leads to the same rows."""
+    for name, call in calls.items():
+        out[:] = -1
+        answer = call()
+        got = out if "out=" in name or name not in ("HPS.lookup", "F.embedding") else np.asarray(answer)
+        if not np.array_equal(got, expected):
+            raise SystemExit(f"{name}: wrong rows")
+
+
+def microseconds(calls: dict[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Microseconds a call: one figure a round, in which every way is gone as often as fits ``seconds``, in turn."""
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    once = (time.perf_counter() - start) / len(calls)
+    count = max(5, int(seconds / once))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            taken[name].append((time.perf_counter() - start) / count * 1e6)
+    return taken
+
+
+def measure(server: hps_numba.HPS, keys: np.ndarray, rows: np.ndarray, batch: int, *, quick: bool) -> dict[str, list[float]]:
+    slots = np.random.default_rng(batch).integers(0, len(keys), batch)
+    out = np.empty((batch, DIM), np.float32)
+    calls = {**layers(server, keys[slots], out), **peers(keys, slots, rows, out)}
+    check(calls, out, rows[slots])
+    if quick:
+        return microseconds(calls, QUICK_ROUNDS, QUICK_ROUND_SECONDS)
+    return microseconds(calls, ROUNDS, ROUND_SECONDS)
+
+
+def show(taken: dict[int, dict[str, list[float]]]) -> None:
+    middle = {batch: {name: statistics.median(some) for name, some in times.items()} for batch, times in taken.items()}
+    names = list(next(iter(middle.values())))
+    head = ["", *(f"{batch} keys" for batch in middle)]
+    cells = [[name, *(f"{times[name]:.2f}" for times in middle.values())] for name in names]
+    print_table(f"D={DIM}, one thread: us a call", head, cells)
+    shares = [[name, *(f"{times[name] / times[TOP]:.2f}" for times in middle.values())] for name in names]
+    print_table(f"Share of {TOP}", head, shares)
+
+
+def main() -> None:
+    options = add_options(argparse.ArgumentParser(description="Microseconds of small lookups, a layer at a time.")).parse_args()
+    print_machine("Overhead of small lookups: medians", quick=options.quick)
+    watch = Watch()
+    with tempfile.TemporaryDirectory(prefix="hps_overhead_") as folder:
+        keys = save_model(Path(folder) / "table.model", ROWS, DIM)
+        rows = np.fromfile(Path(folder) / "table.model" / "emb_vector", np.float32).reshape(-1, DIM)
+        server = hps_numba.HPS(config_of(Path(folder) / "table.model", DIM))
+    with server:
+        batches = QUICK_BATCHES if options.quick else BATCHES
+        taken = {batch: measure(server, keys, rows, batch, quick=options.quick) for batch in batches}
+    show(taken)
+    if watch.disturbed:
+        print(f"other programs kept {watch.cores():.1f} cores busy meanwhile\n")
+    finish(options.json, quick=options.quick, dim=DIM, microseconds=taken, cores_of_others=watch.cores())
+
+
+if __name__ == "__main__":
+    main()
