@@ -1,4 +1,4 @@
-"""A DLPack capsule seen as a NumPy array, without consuming it.
+"""A DLPack capsule seen as a NumPy array, or as an address in CUDA memory, without consuming it.
 
 ``numpy.from_dlpack`` and its likes take the memory over and rename the capsule, so that it can be used once. The original's
 ``lookup_fromdlpack`` leaves its capsules alone and its users pass the same ones again and again (spec 4.1), and it writes into
@@ -11,19 +11,21 @@ Turned down: renaming the capsule back after ``from_dlpack`` (the consumer then 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError
 
-__all__ = ["capsule_of", "device_of", "is_capsule", "view_of_capsule"]
+__all__ = ["DeviceMemory", "capsule_of", "cuda_device_of", "cuda_memory_of", "device_of", "is_capsule", "view_of_capsule"]
 
 # DLDeviceType of dlpack.h; the CPU can read and write the memory of these
 _HOST_DEVICES = frozenset({1, 3, 11, 13})  # CPU, CUDA pinned host, ROCm pinned host, CUDA managed
 _DEVICE_NAMES = {2: "cuda", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 14: "oneapi"}
 _DTYPE_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}  # DLDataTypeCode -> numpy kind; 4 is bfloat16, which NumPy has not
+_DTYPE_NAMES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_CUDA = 2  # kDLCUDA: memory that only the device reads
 _READ_ONLY, _IS_COPIED = 1, 2  # flags of a versioned struct
 _MAX_NDIM = 64  # of NumPy 2
 
@@ -78,6 +80,18 @@ class _Memory:
         self.__array_interface__ = interface
 
 
+class DeviceMemory(NamedTuple):
+    """Memory on a CUDA device, as its owner describes it. ``strides`` are in bytes; None: C order. ``dtype`` is its name."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: str
+    itemsize: int
+    device: int
+    read_only: bool
+
+
 def is_capsule(value: object) -> bool:
     """True for any PyCapsule, whatever it holds."""
     return isinstance(value, _Capsule)
@@ -94,6 +108,50 @@ def _device_name(kind: int, number: int) -> str | None:
     if kind in _HOST_DEVICES:
         return None
     return f"{_DEVICE_NAMES.get(int(kind), f'DLPack device type {kind}')}:{number}"
+
+
+def cuda_device_of(array: Any) -> int | None:
+    """The CUDA ordinal of a capsule or of an object with ``__dlpack_device__``; None for anything else, and other memory.
+
+    Looks at metadata only. A capsule that cannot be read gives None: whoever reads it says why. Whatever the object raises is
+    passed on.
+    """
+    if is_capsule(array):
+        try:
+            device = _struct(array, "capsule", KeyDtypeError)[0].device
+        except KeyDtypeError:
+            return None
+        kind, number = device.type, device.id
+    elif hasattr(array, "__dlpack_device__"):
+        kind, number = array.__dlpack_device__()
+    else:
+        return None
+    return int(number) if int(kind) == _CUDA else None
+
+
+def cuda_memory_of(capsule: Any, *, place: str, error: type[HpsError]) -> DeviceMemory:
+    """Where the memory of a capsule lies on its CUDA device; nothing is consumed, nothing on the device is read.
+
+    Raises:
+        DeviceError: the memory is not on a CUDA device.
+        error: not a capsule that can be read (see :func:`view_of_capsule`), or a dtype of several lanes.
+
+    Source: dlpack.h 1.0; spec 4.1.
+    """
+    tensor, flags = _struct(capsule, place, error)
+    if tensor.device.type != _CUDA:
+        where = _device_name(tensor.device.type, tensor.device.id) or "host memory"
+        raise DeviceError(f"{place}: the capsule's memory is on {where}, memory on a CUDA device is wanted")
+    code, bits = tensor.dtype.code, tensor.dtype.bits
+    if code not in _DTYPE_NAMES or tensor.dtype.lanes != 1 or bits % 8:
+        raise error(f"{place}: DLPack dtype code {code}, {bits} bits, {tensor.dtype.lanes} lanes came, which is unknown here")
+    shape, itemsize = _dimensions(tensor, place, error), bits // 8
+    if not tensor.data and 0 not in shape:
+        raise error(f"{place}: the capsule of shape {shape} has no data pointer")
+    strides = tuple(tensor.strides[axis] * itemsize for axis in range(tensor.ndim)) if tensor.strides else None
+    name = "bool" if code == 6 else f"{_DTYPE_NAMES[code]}{bits}"
+    address = (tensor.data or 0) + tensor.byte_offset
+    return DeviceMemory(address, shape, strides, name, itemsize, tensor.device.id, bool(flags & (_READ_ONLY | _IS_COPIED)))
 
 
 def capsule_of(array: Any, **wanted: Any) -> Any:

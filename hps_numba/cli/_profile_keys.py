@@ -1,0 +1,194 @@
+"""Which keys the profiler asks for: drawn from a distribution over the keys of a table, or replayed from a file.
+
+A distribution draws ranks 0, 1, ... (spec 10.2). The rank is the key, as in the original, or the place of the key in the
+table's sparse model, so that tables whose keys are not 0 .. n - 1 are asked for keys that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import typer
+
+from hps_numba.errors import ModelFileError
+from hps_numba.synthetic import KEY_DISTRIBUTIONS
+
+__all__ = ["Distribution", "DrawnKeys", "KeySource", "KeyStream", "ReplayedKeys", "chosen_distribution", "parse_weights"]
+
+_LARGEST_TABLE = 1 << 53
+
+
+class KeyStream(Protocol):
+    """An endless stream of keys.   **Threads:** one at a time."""
+
+    def draw(self, count: int) -> np.ndarray:
+        """The next ``count`` keys, int64."""
+
+
+class KeySource(Protocol):
+    """Where every thread gets a stream of its own."""
+
+    def stream(self, number: int, of: int) -> KeyStream:
+        """Stream ``number`` of ``of``."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the keys are, for a report."""
+
+
+# -- drawn ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution of ``synthetic.KEY_DISTRIBUTIONS`` and its arguments."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, n: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """``count`` ranks of 0 .. n - 1.
+
+        Raises:
+            typer.BadParameter: an argument, or ``n``, is out of range.
+        """
+        try:
+            return KEY_DISTRIBUTIONS[self.name](n, count, rng=rng, **self.options)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem), param_hint="--distribution") from None
+
+
+def chosen_distribution(name: str, *, alpha: float, percentage: float, coverage: float, weights: str) -> Distribution:
+    """The distribution that options name; its arguments are checked.
+
+    Args:
+        name: powerlaw, hotkey, histogram or uniform, in any case, also with ``-`` or ``_``.
+        weights: as :func:`parse_weights` takes them.
+
+    Raises:
+        typer.BadParameter: an unknown name, or an argument out of range.
+    """
+    options: dict[str, Callable[[], dict[str, Any]]] = {
+        "powerlaw": lambda: {"alpha": alpha},
+        "hotkey": lambda: {"percentage": percentage, "coverage": coverage},
+        "histogram": lambda: {"weights": parse_weights(weights)},
+        "uniform": dict,
+    }
+    plain = name.lower().replace("-", "").replace("_", "")
+    if plain not in options:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(options)}", param_hint="--distribution")
+    chosen = Distribution(plain, options[plain]())
+    chosen.draw(_LARGEST_TABLE, 0, np.random.default_rng(0))
+    return chosen
+
+
+def parse_weights(text: str) -> list[float]:
+    """Weights of a histogram: ``0.4,0.3,0.2,0.1``, or the name of a file with such numbers (text, or an .npy array).
+
+    Raises:
+        typer.BadParameter: neither numbers nor a file of numbers.
+    """
+    try:
+        return _numbers(text)
+    except ValueError:
+        return _weights_of_file(Path(text))
+
+
+def _weights_of_file(path: Path) -> list[float]:
+    try:
+        if path.suffix.lower() == ".npy":
+            return [float(weight) for weight in np.load(path, allow_pickle=False).reshape(-1)]
+        return _numbers(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = f"'{path}' is neither a list of numbers such as 0.4,0.3,0.2,0.1 nor a file"
+    except (OSError, ValueError, TypeError, EOFError) as problem:
+        what = f"{path}: {problem}, a file of numbers is wanted"
+    raise typer.BadParameter(what, param_hint="--histogram")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.replace(",", " ").split()]
+
+
+class DrawnKeys:
+    """Random keys.
+
+    Args:
+        population: int64: the key of each rank; or how many keys there are, which then are the ranks themselves.
+        seed: equal seeds give equal streams.
+
+    Raises:
+        typer.BadParameter: the distribution cannot be drawn over so many keys.
+    """
+
+    def __init__(self, distribution: Distribution, population: np.ndarray | int, seed: int) -> None:
+        self.distribution = distribution
+        self.keys = None if isinstance(population, int) else population
+        self.size = population if isinstance(population, int) else len(population)
+        self.seed = seed
+        distribution.draw(self.size, 0, np.random.default_rng(0))
+
+    def stream(self, number: int, of: int) -> KeyStream:
+        """A generator of its own for each number; ``of`` does not matter."""
+        del of
+        return _DrawnStream(self, np.random.default_rng([self.seed, number]))
+
+    def facts(self) -> dict[str, Any]:
+        """Name and arguments of the distribution, and over how many keys."""
+        return {"distribution": self.distribution.name, **self.distribution.options, "table_size": self.size}
+
+
+class _DrawnStream:
+    def __init__(self, source: DrawnKeys, rng: np.random.Generator) -> None:
+        self._source, self._rng = source, rng
+
+    def draw(self, count: int) -> np.ndarray:
+        ranks = self._source.distribution.draw(self._source.size, count, self._rng)
+        return ranks if self._source.keys is None else self._source.keys[ranks]
+
+
+# -- replayed ---------------------------------------------------------------------
+
+
+class ReplayedKeys:
+    """The keys of an .npy file, one after the other, and again from the start once all were used.
+
+    Raises:
+        ModelFileError: no such file, no .npy file, no integers, or no keys in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys = _load_keys(path)
+
+    def stream(self, number: int, of: int) -> KeyStream:
+        """Streams start at equal distances in the file."""
+        return _ReplayedStream(self.keys, number * len(self.keys) // of)
+
+    def facts(self) -> dict[str, Any]:
+        """The file and how many keys it has."""
+        return {"keys_file": self.path, "keys_in_file": len(self.keys)}
+
+
+class _ReplayedStream:
+    def __init__(self, keys: np.ndarray, start: int) -> None:
+        self._keys, self._next = keys, start
+
+    def draw(self, count: int) -> np.ndarray:
+        taken = self._keys.take(np.arange(self._next, self._next + count), mode="wrap")
+        self._next = (self._next + count) % len(self._keys)
+        return taken
+
+
+def _load_keys(path: Path) -> np.ndarray:
+    try:
+        keys = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as problem:
+        raise ModelFileError(f"{path}: is no .npy file of integers: {problem}") from problem
+    if not isinstance(keys, np.ndarray) or keys.dtype.kind not in "iu" or not keys.size:
+        what = f"{keys.size} of dtype {keys.dtype}" if isinstance(keys, np.ndarray) else "an archive of arrays"
+        raise ModelFileError(f"{path}: {what} came, an .npy file with one integer key or more is wanted")
+    return np.ascontiguousarray(keys.reshape(-1)).astype(np.int64)
