@@ -16,12 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundJobs:
-    """One thread for jobs that no caller waits for.   **Threads:** ``submit`` from any thread."""
+    """Threads for jobs that no caller waits for, ``threads`` at most.   **Threads:** ``submit`` from any thread."""
 
     #: jobs that may wait; more are dropped, which only means that a row is fetched from its tier once more
     LIMIT = 64
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
         self._closed = False
         self.renew()
         renew_after_fork(self)
@@ -32,20 +33,21 @@ class BackgroundJobs:
         self._lock = threading.Lock()
         self._waiting = 0
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` later; it is dropped if many wait already, or none may start (the interpreter ends)."""
+    def submit(self, job: Callable[[], None]) -> bool:
+        """Run ``job`` later, and return True; it is dropped if many wait already, or none may start (the interpreter ends)."""
         with self._lock:
             if self._closed or self._waiting >= self.LIMIT:
-                return
+                return False
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "hps_numba_background")
+                self._executor = ThreadPoolExecutor(self._threads, "hps_numba_background")
             try:
                 future = self._executor.submit(job)
             except RuntimeError as problem:
                 log.debug("rows fetched from a slower tier were not kept: %s", problem)
-                return
+                return False
             self._waiting += 1
         future.add_done_callback(self._done)
+        return True
 
     def _done(self, future: Future[None]) -> None:
         with self._lock:

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.background import BackgroundJobs
 from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.hierarchy import TierStack
+from hps_numba.kernels.policies._policy import load_policy
 from hps_numba.plan import Plan, plan_of, plan_table
-from hps_numba.session import Background, TableSession
+from hps_numba.session import TableSession
 from hps_numba.storage.host_store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
+from hps_numba.table_caches import TableCaches, cache_shape
 
 __all__ = ["Deployment", "Progress", "config_of_model"]
 
@@ -64,27 +67,38 @@ class Deployment:
         config: the server's config; ``model``: this model's part of it.
         host: the volatile tier, if it keeps rows in this process.
         slower: all other tiers.
-        background: runs a job on the server's background thread.
+        devices: where caches of the tables are: CUDA ordinals, ``(None,)`` for host memory, or nowhere.
+        allow_code: a cache policy may be a Python file.
 
     **Threads:** lookups from any thread; ``load``, ``replace`` and ``close`` by one at a time.
     """
 
     def __init__(
-        self, config: ServerConfig, model: ModelConfig, host: HashMapTier | None, slower: TierStack, background: Background
+        self,
+        config: ServerConfig,
+        model: ModelConfig,
+        host: HashMapTier | None,
+        slower: TierStack,
+        *,
+        devices: tuple[int | None, ...] = (),
+        allow_code: bool = False,
     ) -> None:
+        self._devices = devices
+        self._allow_code = allow_code
+        self._jobs = BackgroundJobs(model.thread_pool_size)
         self.config = config
         self.model = model
         self.name = model.model
         self._host = host
         self._slower = slower
         with ExitStack() as undo:
-            self.tables = tuple(self._session(spec, background, undo) for spec in model.tables(config.folder))
+            self.tables = tuple(self._session(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
         #: even while one version of all tables is in force, odd while they are being switched
         self.switches = 0
 
-    def _session(self, spec: TableSpec, background: Background, undo: ExitStack) -> TableSession:
+    def _session(self, spec: TableSpec, undo: ExitStack) -> TableSession:
         store = None
         if self._host is not None:
             store = self._host.store(spec.tag, spec.dim)
@@ -95,8 +109,9 @@ class Deployment:
             self._slower,
             time_budget=self.model.time_budget_ms / 1000 or None,
             keep_missed=self.config.volatile_db.cache_missed_embeddings,
-            background=background,
-            output_dtype=_numpy_dtype(self.model.output_dtype),
+            background=self._jobs.submit,
+            output_type=self.model.output_dtype,
+            hit_rate_threshold=self.model.hit_rate_threshold,
         )
 
     @property
@@ -128,10 +143,39 @@ class Deployment:
         if self._fills_host():
             for table in self.tables:
                 table.adopt(self._filled(table, table.spec.source, on_rows))
+        if self._devices:
+            self._open_caches()
         for table in self.tables:
             log.info("%s: %d rows in host memory", table.spec.tag, table.stats(self.version).rows)
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
+
+    def _open_caches(self) -> None:
+        """A cache of each table on each device, filled; memory of all of them is taken before the first is filled."""
+        for table in self.tables:
+            rows = len(table.store) if table.store is not None else self._rows_in_file(table.spec)
+            shape = cache_shape(self.model, table.spec, rows)
+            if shape is not None:
+                policy = load_policy(table.spec.cache_policy, allow_code=self._allow_code, folder=self.config.folder)
+                table.caches = TableCaches(table.spec, self.model, shape, self._devices, policy, table.store)
+        for table in self.tables:
+            if table.caches is not None:
+                table.caches.warm()
+
+    @staticmethod
+    def _rows_in_file(spec: TableSpec) -> int:
+        with open_model(spec.source, spec.dim) as reader:
+            return reader.rows
+
+    @property
+    def has_caches(self) -> bool:
+        """Some table has a cache."""
+        return any(table.caches is not None for table in self.tables)
+
+    def refresh(self, table_id: int | str | None = None, *, drop: bool = True) -> None:
+        """Renew the caches of one table, or of all."""
+        for table in self.tables if table_id is None else (self.table(table_id),):
+            table.refresh(drop=drop)
 
     def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = _no_progress) -> None:
         """Load a new version aside, then switch all tables to it; then drop from slower tiers what it no longer has.
@@ -175,6 +219,14 @@ class Deployment:
             for table, path in zip(self.tables, paths, strict=True):
                 self._drop_stale(tiers, table.spec, path)
 
+    def release(self) -> None:
+        """Let background jobs end and give back the memory of the caches; host memory and tiers stay."""
+        with ExitStack() as closing:
+            for table in self.tables:
+                if table.caches is not None:
+                    closing.callback(table.caches.close)
+            closing.callback(self._jobs.close)
+
     def close(self, *, erase: bool = False) -> None:
         """Free the host memory of all tables; then, with ``erase``, also drop their rows from slower tiers.
 
@@ -187,6 +239,7 @@ class Deployment:
             if self._host is not None:
                 for table in self.tables:
                     closing.callback(self._host.erase, table.spec.tag)
+            closing.callback(self.release)
 
     def plan(self) -> Plan:
         """Bytes that the tables take, from the sizes of their sparse models."""
@@ -211,12 +264,14 @@ class Deployment:
         return paths
 
     def _warn_of_keys_without_effect(self) -> None:
+        if self._devices:
+            return
         keys = [key for key in _WITHOUT_EFFECT if not _is_default(self.model, key)]
         if self._slower and self.model.hit_rate_threshold < 1 and not _is_default(self.model, "hit_rate_threshold"):
             keys.append("hit_rate_threshold")  # from 1 on it asks for what happens anyway
         if keys:
             log.warning(
-                "model %s: %s: without effect, this version has no GPU cache and waits for slower tiers whatever the hit rate",
+                "model %s: %s: without effect, the model has no cache and waits for slower tiers whatever the hit rate",
                 self.name,
                 ", ".join(keys),
             )
@@ -278,12 +333,6 @@ class Deployment:
                 stale = keys[(place == last) | (wanted[place] != keys)]
                 if len(stale):
                     tier.erase(spec.tag, stale)
-
-
-def _numpy_dtype(name: str) -> np.dtype:
-    if name == "bfloat16":
-        raise ConfigError("output_dtype: 'bfloat16' has no NumPy dtype, this version answers in float32 or float16")
-    return np.dtype(name)
 
 
 def _is_default(model: ModelConfig, key: str) -> bool:

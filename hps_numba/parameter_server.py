@@ -1,7 +1,8 @@
 """The parameter server: builds all rooms from a config and answers lookups.
 
-``HPS.lookup`` -> ``TableSession.lookup`` (session.py) -> ``HostStore.lookup`` (storage/host_store.py) -> ``host_lookup``
-(kernels/host_lookup.py).
+Keys in host memory: ``HPS.lookup`` -> ``TableSession.lookup`` (session.py) -> ``HostStore.lookup`` (storage/host_store.py) ->
+``host_lookup`` (kernels/host_lookup.py). Keys on a GPU: ``HPS.lookup`` -> ``TableSession.lookup_cached`` ->
+``EmbeddingCache.lookup`` (cache.py) -> ``lookup_kernel`` (kernels/cache_lookup.py) and ``insert_kernel``.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hps_numba.background import BackgroundJobs
-from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
+from hps_numba import devices as devices_module
+from hps_numba.cache import EmbeddingCache
+from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import locate
 from hps_numba.deployment import Deployment, config_of_model
 from hps_numba.errors import (
@@ -31,9 +34,11 @@ from hps_numba.errors import (
 from hps_numba.forks import renew_after_fork
 from hps_numba.hierarchy import TierStack, open_tiers
 from hps_numba.interop import NUMPY, as_keys, as_output, as_rows, new_output, wrap_output
-from hps_numba.memory import PlainHostAllocator
+from hps_numba.interop_device import as_device_keys, as_device_output, device_of_array, new_device_output, stream_handle
+from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.plan import Plan, make_plan, plan_of
 from hps_numba.progress import rows_progress
+from hps_numba.refresh import RefreshTimer
 from hps_numba.session import TableSession
 from hps_numba.stats import TableStats
 from hps_numba.storage.tiers._tier import Tier
@@ -76,12 +81,14 @@ class HPS:
         self._closed = False
         self.renew()
         renew_after_fork(self)
-        self._jobs = BackgroundJobs()
-        self._allocator = PlainHostAllocator()
+        self._allow_code = allow_code
+        self._timer = RefreshTimer()
         self._models: dict[str, Deployment] = {}
-        self._check_devices()
+        on_devices = self._check_devices(self.config.models)
+        self._allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
         make_plan(self.config).check()
         self._host: HashMapTier | None = None
+        self._host_of_fixed: HashMapTier | None = None
         self._slower = TierStack([])
         try:
             self._host, self._slower = open_tiers(self.config, self._allocator, allow_code=allow_code)
@@ -97,19 +104,49 @@ class HPS:
 
     # -- building ---------------------------------------------------------------------
 
-    def _check_devices(self) -> None:
-        devices = sorted({device for model in self.config.models for device in model.deployed_device_list})
-        if self.config.require_gpu:
-            raise DeviceError("require_gpu: true, but this version serves from host memory only; set it to false")
-        if devices:
-            log.warning("deployed_device_list %s: this version has no GPU cache, host memory serves all lookups", devices)
+    def _check_devices(self, models: Iterable[ModelConfig]) -> bool:
+        """Whether the models are served from GPUs; one WARNING if they are listed and this machine has none.
+
+        Raises:
+            DeviceError: a GPU is required and there is none, or one that is listed is missing while others are there.
+        """
+        devices = sorted({device for model in models for device in model.deployed_device_list})
         if self.config.update_source.type != "null":
             log.warning("update_source.type: %r: this version reads no updates", self.config.update_source.type)
-        if self.config.cache_on_cpu:
-            log.warning("cache_on_cpu: true: this version has no cache, host memory serves all lookups")
+        if not devices_module.device_count():
+            if self.config.require_gpu:
+                raise DeviceError(f"require_gpu: true, but {devices_module.why_no_device()}")
+            if devices:
+                what = "a cache in host memory serves" if self.config.cache_on_cpu else "host memory serves"
+                log.warning("deployed_device_list %s: %s: %s all lookups", devices, devices_module.why_no_device(), what)
+            return False
+        for device in devices:
+            devices_module.check_device(device)
+        if self.config.require_gpu and not devices:
+            raise DeviceError("require_gpu: true, but no model has a deployed_device_list")
+        return bool(devices)
+
+    def _places(self, model: ModelConfig) -> tuple[int | None, ...]:
+        """Where the caches of a model are."""
+        if devices_module.device_count():
+            return model.deployed_device_list
+        return (None,) if self.config.cache_on_cpu else ()
+
+    def _host_for(self, model: ModelConfig) -> HashMapTier | None:
+        """The rows in host memory; static and uvm tables keep theirs there even if the config has no volatile database."""
+        if self._host is None and model.embedding_cache_type != "dynamic" and self._places(model):
+            self._host_of_fixed = self._host_of_fixed or HashMapTier(
+                VolatileDatabaseConfig(type="parallel_hash_map"),
+                wide_keys=self.config.supportlonglong,
+                allocator=self._allocator,
+            )
+            return self._host_of_fixed
+        return self._host
 
     def _deploy(self, config: ServerConfig, model: ModelConfig) -> None:
-        deployment = Deployment(config, model, self._host, self._slower, self._jobs.submit)
+        deployment = Deployment(
+            config, model, self._host_for(model), self._slower, devices=self._places(model), allow_code=self._allow_code
+        )
         try:
             with rows_progress(sum(table.rows for table in deployment.plan().tables), self._progress) as on_rows:
                 deployment.load(on_rows)
@@ -117,6 +154,8 @@ class HPS:
             deployment.close()
             raise
         self._models = {**self._models, model.model: deployment}
+        if deployment.has_caches:
+            self._timer.add(model.model, deployment.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
 
     # -- looking up ---------------------------------------------------------------------
 
@@ -138,9 +177,10 @@ class HPS:
                 wider integers that fit.
             model_name: a deployed model.
             table_id: number of the table in its model, or its name.
-            device_id: one of the model's ``deployed_device_list``.
+            device_id: one of the model's ``deployed_device_list``; keys in the memory of a GPU are looked up on that GPU.
             out: array of shape ``S + (dim,)`` and of the dtype of the answer, to write to and return.
-            stream: CUDA stream to work on; ignored while host memory serves.
+            stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current one of the keys'
+                framework. Ignored for keys in host memory, which are answered from host memory.
 
         Returns:
             float32 (or the model's ``output_dtype``) ``S + (dim,)``, an array of the same kind as ``keys`` (NumPy for
@@ -152,10 +192,22 @@ class HPS:
             TierError: the answer of a slower tier breaks its contract.
             ClosedError: the server was closed.
         """
-        deployment = self._deployment(model_name, device_id)
-        return self._lookup(deployment, deployment.table(table_id), keys, out)
+        device = None if type(keys) is np.ndarray else device_of_array(keys)
+        deployment = self._deployment(model_name, device_id if device is None else device)
+        return self._lookup(deployment, deployment.table(table_id), keys, out, device, stream)
 
-    def _lookup(self, deployment: Deployment, table: TableSession, keys: Any, out: Any = None) -> Any:
+    def _lookup(
+        self,
+        deployment: Deployment,
+        table: TableSession,
+        keys: Any,
+        out: Any = None,
+        device: int | None = None,
+        stream: Any = None,
+    ) -> Any:
+        cache = None if device is None else table.cache_on(device)
+        if cache is not None:
+            return self._lookup_on_device(deployment, table, cache, keys, out, stream)
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
         if out is None:
@@ -167,17 +219,50 @@ class HPS:
         finish()
         return out
 
-    def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Look up into ``rows``, which may be of another dtype than float32."""
-        flat = rows.reshape(-1, table.spec.dim)
-        wide = flat if rows.dtype == np.float32 else np.empty(flat.shape, np.float32)
+    def _lookup_on_device(
+        self,
+        deployment: Deployment,
+        table: TableSession,
+        cache: EmbeddingCache,
+        keys: Any,
+        out: Any,
+        stream: Any,
+        larger: bool = False,
+    ) -> Any:
+        """Look up keys in the memory of a GPU; returns when the work is on the stream."""
+        batch = as_device_keys(keys, wide=self._wide, stream=stream)
+        handle = stream_handle(stream, batch.kind, batch.device)
+        shape = (*batch.shape, table.spec.dim)
+        if out is None:
+            rows, address = new_device_output(batch.kind, shape, table.output_type, stream=stream)
+            finish, keep = None, rows
+        else:
+            rows = out
+            address, finish, keep = as_device_output(out, shape, table.output_type, batch.device, larger=larger, stream=handle)
+        with self._still_deployed(deployment):
+            table.lookup_cached(cache, batch, address, handle)
+        if finish is not None:
+            finish()
+        del keep
+        return rows
+
+    @contextmanager
+    def _still_deployed(self, deployment: Deployment) -> Iterator[None]:
+        """Say who is closed: the server, or a model that was unloaded meanwhile."""
         try:
-            table.lookup(keys, wide)
+            yield
         except ClosedError as problem:
             self._check_open()
             if self._models.get(deployment.name) is deployment:
                 raise
             raise UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup") from problem
+
+    def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Look up into ``rows``, which may be of another dtype than float32."""
+        flat = rows.reshape(-1, table.spec.dim)
+        wide = flat if rows.dtype == np.float32 else np.empty(flat.shape, np.float32)
+        with self._still_deployed(deployment):
+            table.lookup(keys, wide)
         if wide is not flat:
             flat[:] = wide
 
@@ -213,7 +298,7 @@ class HPS:
             if before % 2:
                 time.sleep(1e-4)  # a switch of versions takes about as long
                 continue
-            answers = [self._lookup(deployment, table, some) for table, some in tables]
+            answers = [self._lookup(deployment, table, some, None, device_of_array(some)) for table, some in tables]
             if before == deployment.switches:
                 break
         if flat:
@@ -234,6 +319,11 @@ class HPS:
         """
         deployment = self._deployment(model_name, device_id)
         table = deployment.table(table_id)
+        device = device_of_array(keys)
+        cache = None if device is None else table.cache_on(device)
+        if cache is not None:
+            self._lookup_on_device(deployment, table, cache, keys, out_tensor, None, larger=True)
+            return
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
         rows, finish = as_output(out_tensor, shape, table.output_dtype, larger=True, place="out_tensor")
@@ -310,6 +400,21 @@ class HPS:
             raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
         return tier
 
+    def refresh(self, model_name: str, table_id: int | str | None = None, *, drop: bool = True) -> None:
+        """Renew the rows that the caches of a model hold, from host memory and slower tiers (spec 6.8).
+
+        Rows changed by ``insert``, ``update`` and ``erase`` are in the caches when those return; this is for rows that others
+        changed in a slower tier. Lookups go on meanwhile.
+
+        Args:
+            table_id: one table, by default all.
+            drop: rows that are in no tier any more leave the caches; else they stay.
+
+        Raises:
+            UnknownModelError: no such model or table.   TierError: a slower tier failed.
+        """
+        self._deployment(model_name).refresh(table_id, drop=drop)
+
     # -- models ---------------------------------------------------------------------
 
     def load_model(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
@@ -326,6 +431,7 @@ class HPS:
             added = config.models[0]
             if added.model in self._models:
                 raise ConfigError(f"model: {added.model!r} is deployed already, wanted another name (or replace_model)")
+            self._check_devices([added])
             make_plan(config).check()
             self._deploy(config, added)
 
@@ -364,6 +470,7 @@ class HPS:
         """
         with self._changing:
             deployment = self._deployment(model_name)
+            self._timer.remove(model_name)
             self._models = {name: other for name, other in self._models.items() if name != model_name}
             deployment.close(erase=erase)
 
@@ -403,10 +510,13 @@ class HPS:
             if self._closed:
                 return
             self._closed = True
-            self._jobs.close()
-            self._models = {}
-            if self._host is not None:
-                self._host.close()
+            self._timer.close()
+            models, self._models = self._models, {}
+            for deployment in models.values():
+                deployment.release()
+            for host in (self._host, self._host_of_fixed):
+                if host is not None:
+                    host.close()
             self._slower.close()
 
     def __enter__(self) -> HPS:

@@ -14,10 +14,17 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from hps_numba.absent import AbsentKeys
+from hps_numba.cache import KEY_BYTES, EmbeddingCache
+from hps_numba.cache_layout import MAX_BATCH
 from hps_numba.config import TableSpec
-from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.devices import is_capturing
+from hps_numba.errors import DeviceError, OutputError, TierError, TierUnavailable
 from hps_numba.forks import renew_after_fork
 from hps_numba.hierarchy import TierStack
+from hps_numba.interop import NUMPY
+from hps_numba.interop_device import DeviceKeys
+from hps_numba.kernels.row_elements import ELEMENT_BYTES
 from hps_numba.layout import (
     COUNTER_ABSENT,
     COUNTER_CALLS,
@@ -29,11 +36,13 @@ from hps_numba.layout import (
 )
 from hps_numba.stats import Counters, TableStats
 from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.table_content import address_of
+from hps_numba.table_caches import TableCaches
 
 __all__ = ["TableSession"]
 
-_FLOAT32 = np.dtype(np.float32)
-Background = Callable[[Callable[[], None]], None]
+Background = Callable[[Callable[[], None]], bool]
+"""Runs a job later; False if it never will."""
 
 
 class TableSession:
@@ -46,7 +55,9 @@ class TableSession:
         time_budget: seconds that a lookup waits for slower tiers, or None.
         keep_missed: rows found in slower tiers also enter the host store, in the background (``cache_missed_embeddings``).
         background: runs a job on the server's background thread.
-        output_dtype: element type of answers.
+        output_type: element type of answers: float32, float16 or bfloat16.
+        hit_rate_threshold: share of a batch's keys found in cache and host memory from which a lookup through a cache does not
+            wait for slower tiers; 0 or less never waits (spec 6.6, by requests).
 
     *A row that was fetched must not come back after it was changed.* Between a fetch from a slower tier and its insertion in
     the background the row may have been updated or erased. Every write of the user's holds ``_write_lock`` and counts
@@ -65,18 +76,34 @@ class TableSession:
         time_budget: float | None = None,
         keep_missed: bool = False,
         background: Background | None = None,
-        output_dtype: np.dtype = _FLOAT32,
+        output_type: str = "float32",
+        hit_rate_threshold: float = 1.0,
     ) -> None:
         self.spec = spec
-        self.output_dtype = output_dtype
+        self.output_type = output_type
         self.store = store
+        #: set once the table is loaded, where it has caches
+        self.caches: TableCaches | None = None
+        self._threshold = hit_rate_threshold
         self._slower = slower
         self._time_budget = time_budget
-        self._background = background if keep_missed and store is not None else None
+        self._background = background
+        self._keeps_missed = keep_missed and store is not None
         self._counters = Counters()
         self._writes = 0
         self.renew()
         renew_after_fork(self)
+
+    @property
+    def output_dtype(self) -> np.dtype:
+        """NumPy's dtype of answers in host memory.
+
+        Raises:
+            OutputError: it has none.
+        """
+        if self.output_type == "bfloat16":
+            raise OutputError("output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32 or float16")
+        return np.dtype(self.output_type)
 
     def renew(self) -> None:
         """A new lock: in a forked child nobody gives back the one that another thread held."""
@@ -90,6 +117,11 @@ class TableSession:
             out: float32 ``[n, dim]``, contiguous; all of it is written.
         """
         if not len(keys):
+            return
+        twin = self.cache_on(None)
+        if twin is not None:
+            batch = DeviceKeys(address_of(keys), len(keys), keys.shape, "int64", NUMPY, 0, keys)
+            self.lookup_cached(twin, batch, address_of(out), 0)
             return
         if self.store is None:
             self._lookup_without_store(keys, out)
@@ -114,20 +146,129 @@ class TableSession:
         else:
             self._counters.add(COUNTER_ABSENT, len(keys))
 
-    def _fetch(self, keys: np.ndarray, positions: np.ndarray, out: np.ndarray, writes: int) -> None:
-        """Answer the keys at ``positions`` of a batch from the slower tiers: each distinct key once, within the time budget."""
+    # -- through a cache ---------------------------------------------------------------------
+
+    def cache_on(self, device: int | None) -> EmbeddingCache | None:
+        """The cache of the table on a device; None stands for the CPU."""
+        return None if self.caches is None else self.caches.on(device)
+
+    def lookup_cached(self, cache: EmbeddingCache, keys: DeviceKeys, out: int, stream: int) -> None:
+        """Write the row of each key to ``out``, in the order of a stream of the cache's device.
+
+        Args:
+            keys: where the cache lives.   out: address of rows, of ``output_type`` on a device and float32 on the CPU.
+
+        Without slower tiers nothing waits for the device. With them, the keys that neither cache nor host memory has are
+        fetched before the call returns if fewer than ``hit_rate_threshold`` of the batch were found; else they are answered
+        with the default now, counted as unanswered, and fetched in the background.
+
+        Raises:
+            DeviceError: the stream is captured by a graph, which cannot wait for slower tiers.
+        """
+        out_type = "float32" if cache.device is None else self.output_type
+        capturing = cache.device is not None and is_capturing(stream)
+        if not self._slower:
+            cache.lookup(keys.address, keys.n, out, stream, key_form=keys.form, out_type=out_type, capturing=capturing)
+            return
+        if capturing:
+            raise DeviceError(f"{self.spec.tag}: a graph cannot capture lookups of a table with slower tiers: they may wait")
+        for start in range(0, keys.n, MAX_BATCH):
+            part = _part(keys, start)
+            self._lookup_behind(cache, part, out + start * self.spec.dim * ELEMENT_BYTES[out_type], stream, out_type)
+
+    def _lookup_behind(self, cache: EmbeddingCache, keys: DeviceKeys, out: int, stream: int, out_type: str) -> None:
+        writes = self._writes
+        never_waits = self._threshold <= 0 and self._background is not None
+        absent = AbsentKeys(cache, keys, stream, later=self._threshold <= 1)
+        handed_over = False
+        try:
+            cache.lookup(keys.address, keys.n, out, stream, key_form=keys.form, out_type=out_type, absent_list=absent.address)
+            absent.record()
+            missing = -1 if never_waits else absent.count()
+            if missing == 0:
+                return
+            if never_waits or (1 - missing / keys.n >= self._threshold and self._background is not None):
+                self._counters.add(COUNTER_UNANSWERED, max(missing, 0))
+                handed_over = self._background(lambda: self._fetch_later(cache, absent, missing, writes))
+                return
+            positions, wanted = absent.read(missing)
+            distinct, rows, found, inverse = self._fetch_rows(wanted)
+            cache.scatter(positions, rows[inverse], out, stream, out_type)
+            self._take_in(cache, distinct[found], rows[found], writes)
+        finally:
+            if not handed_over:
+                absent.release()
+
+    def _fetch_later(self, cache: EmbeddingCache, absent: AbsentKeys, missing: int, writes: int) -> None:
+        try:
+            if missing < 0:
+                missing = absent.count()
+                self._counters.add(COUNTER_UNANSWERED, missing)
+            if missing:
+                distinct = np.unique(absent.read(missing)[1])
+                rows = np.empty((len(distinct), self.spec.dim), np.float32)
+                answer = self._slower.fetch(self.spec.tag, distinct, rows)
+                self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
+                self._take_in(cache, distinct[answer.found], rows[answer.found], writes)
+        finally:
+            absent.release()
+
+    def _take_in(self, cache: EmbeddingCache, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
+        """Rows that came from slower tiers enter the cache, and host memory if asked, unless the table was written meanwhile."""
+        lock = self._write_lock
+        if not len(keys) or not lock.acquire(blocking=False):
+            return
+        try:
+            if self._writes == writes:
+                if self._keeps_missed and self.store is not None:
+                    self.store.upsert(keys, rows)
+                if not cache.fixed:
+                    cache.insert(keys, rows)
+        finally:
+            lock.release()
+
+    def refresh(self, *, drop: bool = True) -> None:
+        """Renew the rows of all caches from host memory and slower tiers; rows that are nowhere are dropped, or stay.
+
+        Raises:
+            TierError: the answer of a slower tier breaks its contract.
+        """
+        if self.caches is not None:
+            with self.changing():  # rows fetched for lookups meanwhile, older than ours perhaps, stay out
+                self.caches.refresh(self._present if self._slower else None, drop=drop)
+
+    def _present(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(found, rows)`` of distinct keys in the slower tiers.
+
+        Raises:
+            TierError: a tier failed: which keys are gone cannot be told.
+        """
+        rows = np.zeros((len(keys), self.spec.dim), np.float32)
+        answer = self._slower.fetch(self.spec.tag, keys, rows)
+        if answer.unsure.any():
+            raise TierError(f"{self.spec.tag}: refresh: a slower tier failed, {int(answer.unsure.sum())} keys are in doubt")
+        return answer.found, rows
+
+    # -- behind host memory ---------------------------------------------------------------------
+
+    def _fetch_rows(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``(distinct keys, their rows, found, inverse)`` from the slower tiers, within the time budget; counts what came."""
         deadline = None if self._time_budget is None else time.monotonic() + self._time_budget
-        wanted, inverse = np.unique(keys[positions], return_inverse=True)
+        wanted, inverse = np.unique(keys, return_inverse=True)
         rows = np.full((len(wanted), self.spec.dim), self.spec.default_value, np.float32)
         answer = self._slower.fetch(self.spec.tag, wanted, rows, deadline=deadline)
-        out[positions] = rows[inverse]
         hits, unsure = int(answer.found[inverse].sum()), int(answer.unsure[inverse].sum())
         self._counters.add(COUNTER_TIER_HITS, hits)
         self._counters.add(COUNTER_UNANSWERED, unsure)
-        self._counters.add(COUNTER_ABSENT, len(positions) - hits - unsure)
+        self._counters.add(COUNTER_ABSENT, len(keys) - hits - unsure)
         self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
-        if self._background is not None and hits:
-            found = answer.found
+        return wanted, rows, answer.found, inverse
+
+    def _fetch(self, keys: np.ndarray, positions: np.ndarray, out: np.ndarray, writes: int) -> None:
+        """Answer the keys at ``positions`` of a batch from the slower tiers: each distinct key once, within the time budget."""
+        wanted, rows, found, inverse = self._fetch_rows(keys[positions])
+        out[positions] = rows[inverse]
+        if self._keeps_missed and self._background is not None and found.any():
             self._background(lambda: self._keep(wanted[found], rows[found], writes))
 
     def _keep(self, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
@@ -141,14 +282,16 @@ class TableSession:
             lock.release()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Keep other writes, and rows fetched before or meanwhile, out of all tiers."""
+    def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:
+        """Keep other writes, and rows fetched before or meanwhile, out of all tiers; then bring ``keys`` to the caches."""
         with self._write_lock:
             self._writes += 1
             try:
                 yield
             finally:
                 self._writes += 1
+                if keys is not None and self.caches is not None:
+                    self.caches.changed(keys)
 
     # -- writing ---------------------------------------------------------------------
 
@@ -163,7 +306,7 @@ class TableSession:
                 its own of these keys. Without slower tiers, the rows before the one that did not fit are written.
         """
         self._check_writable()
-        with self.changing():
+        with self.changing(keys):
             if self._may_evict:
                 self._check_reachable(keys, "insert")
             if self.store is None:
@@ -207,7 +350,7 @@ class TableSession:
             TierError: a key stands in a tier that is read only, and in no faster one that keeps it; or a tier failed.
             CapacityError: as ``insert``.
         """
-        with self.changing():
+        with self.changing(keys):
             present = self.contains(keys)
             exposed = keys if self.store is None or self._may_evict else keys[~self.store.contains(keys)]
             self._check_reachable(exposed, "update")
@@ -226,7 +369,7 @@ class TableSession:
         Raises:
             TierError: a key stands in a tier that is read only, or a tier failed.
         """
-        with self.changing():
+        with self.changing(keys):
             self._check_reachable(keys, "erase")
             present = len(np.unique(keys[self.contains(keys)]))
             self._slower.erase(self.spec.tag, keys)
@@ -247,6 +390,8 @@ class TableSession:
         with self.changing():
             if content is not None and self.store is not None:
                 self.store.adopt(content)
+            if self.caches is not None:
+                self.caches.replaced()
 
     def stats(self, version: int) -> TableStats:
         """Counts since the server started."""
@@ -258,4 +403,12 @@ class TableSession:
             size=0 if store is None else store.bytes,
             evicted=0 if store is None else store.evicted,
             version=version,
+            caches=() if self.caches is None else self.caches.stats(),
+            asks_further=bool(self._slower),
         )
+
+
+def _part(keys: DeviceKeys, start: int) -> DeviceKeys:
+    """The keys from ``start`` on, as many as a batch may have."""
+    n = min(keys.n - start, MAX_BATCH)
+    return keys._replace(address=keys.address + start * KEY_BYTES[keys.form], n=n)

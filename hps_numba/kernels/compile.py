@@ -19,13 +19,20 @@ from typing import Any
 
 import numba
 
-__all__ = ["cache_folder", "host_function", "host_kernel"]
+__all__ = ["cache_folder", "host_function", "host_kernel", "user_cache"]
 
 log = logging.getLogger(__name__)
 _decorating = threading.Lock()  # numba's cache folder is process-wide while a function is decorated
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """The folder for what this user's processes keep, wherever they run; it need not exist.
+
+    HPS_NUMBA_CACHE_DIR, else hps_numba in XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
     chosen = os.environ.get("HPS_NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -36,7 +43,7 @@ def _user_cache() -> Path:
 def _source_digest() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
-    for file in [*sorted(here.rglob("*.py")), here.parent / "layout.py"]:
+    for file in [*sorted(here.rglob("*.py")), here.parent / "layout.py", here.parent / "cache_layout.py"]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -45,7 +52,7 @@ def _source_digest() -> str:
 def cache_folder() -> Path | None:
     """The folder for compiled host kernels, mode 0700; None (with one WARNING) if no writable one exists."""
     try:
-        folder = _user_cache() / f"host-{_source_digest()}"
+        folder = user_cache() / f"host-{_source_digest()}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder} is not writable")

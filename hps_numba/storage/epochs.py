@@ -11,22 +11,30 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 
 from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.host_epoch import epoch_advance, epoch_enter, epoch_leave
 
-__all__ = ["Epochs"]
+__all__ = ["Epochs", "Guard"]
 
 _WORDS = 8  # a record has a cache line of its own
 _BLOCK = 64
 
 
+class Guard(Protocol):
+    """Readers that keep no record here, those on a device for instance."""
+
+    def oldest(self, now: int) -> int:
+        """The oldest epoch that they may still be in, ``now`` (the current one) if in none; it may lag behind the truth."""
+
+
 class Epochs:
     """Records of all readers of one store: those of another need not be waited for.
 
-    **Threads:** every method; none takes a lock.
+    **Threads:** every method; none takes a lock. Guards are added and removed by one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -34,6 +42,7 @@ class Epochs:
         self.address: int = self._now.__array_interface__["data"][0]
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
+        self._guards: tuple[Guard, ...] = ()
         renew_after_fork(self)
 
     def take(self) -> int:
@@ -62,6 +71,14 @@ class Epochs:
             epoch_leave(record)
             self.give(record)
 
+    def add_guard(self, guard: Guard) -> None:
+        """Let ``oldest`` ask ``guard`` too."""
+        self._guards = (*self._guards, guard)
+
+    def remove_guard(self, guard: Guard) -> None:
+        """Ask ``guard`` no more: its readers have ended."""
+        self._guards = tuple(other for other in self._guards if other is not guard)
+
     def advance(self) -> int:
         """End the epoch; returns it, as the tag of what was made unreachable before the call."""
         return epoch_advance(self.address)
@@ -70,6 +87,7 @@ class Epochs:
         """The oldest epoch that a reader is in, else the current one: tags below it are free."""
         now = int(self._now[0])
         active = [int(e) for block in list(self._blocks) for e in block[:, 0] if e]
+        active += [guard.oldest(now) for guard in self._guards]
         return min(active, default=now)
 
     def wait(self, tag: int, seconds: float) -> bool:
@@ -87,3 +105,4 @@ class Epochs:
         """In a forked child: the readers of the parent's other threads do not exist here."""
         for block in self._blocks:
             block[:] = 0
+        self._guards = ()  # devices are the parent's

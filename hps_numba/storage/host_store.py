@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
@@ -96,6 +96,7 @@ class HostStore:
         self._keep = None if max_rows is None else round(max_rows * target)
         self._batch_rows = batch_rows
         self._seed = seed
+        self._watchers: tuple[Callable[[int], object], ...] = ()
         self.renew()
         renew_after_fork(self)
         self._closed = False
@@ -268,7 +269,7 @@ class HostStore:
         The keys are those of the moment when the scan begins (8 bytes each are kept), the rows those of the moment when their
         chunk is read; keys erased by then are left out. Nothing waits for a scan, and it ages no row.
         """
-        keys = self._keys()
+        keys = self.keys()
         for start in range(0, len(keys), max(1, chunk_rows)):
             some = keys[start : start + max(1, chunk_rows)]
             rows, misses = np.empty((len(some), self.dim), np.float32), np.empty(len(some), np.int64)
@@ -278,7 +279,8 @@ class HostStore:
             if missing < len(some):
                 yield some[here], rows[here] if missing else rows
 
-    def _keys(self) -> np.ndarray:
+    def keys(self) -> np.ndarray:
+        """The keys, int64 ``[n]``, in no order; those that a writer adds or erases meanwhile may be among them."""
         with self._epochs.reading():
             block = self._block_in_force()
             if block == 0:
@@ -288,6 +290,40 @@ class HostStore:
 
     def _block_in_force(self) -> int:
         return int(self._header.view(np.int64, (1,))[0])
+
+    # -- readers elsewhere ------------------------------------------------------------------------------------------------
+
+    @property
+    def epochs(self) -> Epochs:
+        """The epochs of this store's readers."""
+        return self._epochs
+
+    def reading(self) -> AbstractContextManager[None]:
+        """What is in force inside the ``with`` block stays in memory until its end."""
+        return self._epochs.reading()
+
+    def watch(self, watcher: Callable[[int], object]) -> None:
+        """Call ``watcher`` with the address of the index block in force: now, and whenever another takes its place.
+
+        It is told before anything is written to the new block or freed of the old one, under the lock of the writers, and
+        must raise nothing. 0 stands for a store that is closed.
+        """
+        with self._lock:
+            self._watchers = (*self._watchers, watcher)
+            watcher(self._block_in_force())
+
+    def unwatch(self, watcher: Callable[[int], object]) -> None:
+        """Take back a ``watch``."""
+        with self._lock:
+            self._watchers = tuple(other for other in self._watchers if other != watcher)
+
+    def _publish(self, block: int) -> None:
+        publish(self.header, block)
+        self._tell(block)
+
+    def _tell(self, block: int) -> None:
+        for watcher in self._watchers:
+            watcher(block)
 
     # -- writing: one at a time ---------------------------------------------------------------------------------------------
 
@@ -359,7 +395,7 @@ class HostStore:
         if content.index_is_full:
             old = content.index
             new, live = content.build_index()
-            publish(self.header, new.address)
+            self._publish(new.address)
             content.use_index(new, live)
             content.retire_index(old, self._epochs.advance())
             return
@@ -387,7 +423,7 @@ class HostStore:
         with self._writing() as old:
             self._next = content
             self._old_contents.append((_NEVER, old))  # held before it goes out of force: readers are in it
-            publish(self.header, content.block)
+            self._publish(content.block)
             self._content = content
             self._next = None
             self._let_go(old, _GRACE_SECONDS)
@@ -396,7 +432,7 @@ class HostStore:
         """Put the rows of a ``sibling``, which ends, in the place of the present ones, at once for all readers."""
         with sibling._writing() as content:
             sibling._closed = True
-            publish(sibling.header, 0)
+            sibling._publish(0)
             with self._writing():
                 self.evicted += sibling.evicted
             self.replace(content)
@@ -411,7 +447,7 @@ class HostStore:
             if self._closed:
                 return
             self._closed = True
-            publish(self.header, 0)  # a reader that comes later finds no block; the header itself stays as long as the store
+            self._publish(0)  # a reader that comes later finds no block; the header itself stays as long as the store
             self._old_contents.append((_NEVER, self._content))
             self._let_go(self._content, _CLOSE_SECONDS)
             if self._old_contents:
@@ -458,6 +494,7 @@ class HostStore:
 
     def _repair(self) -> None:
         block = self._block_in_force()
+        self._tell(block)
         if self._next is not None and self._next.block == block:
             self._content = self._next
         self._next = None

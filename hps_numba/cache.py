@@ -1,0 +1,419 @@
+"""The embedding cache of one table on one device, or on the CPU (its twin: the same kernels on memory of the process).
+
+A lookup is a few kernels on the caller's stream and nothing else: rows come from the cache, else over the bus from the host
+store, else they are the default; a second kernel inserts what was missing. Nothing waits on the host and nothing comes back to
+Python, so a lookup can be captured by a graph. What is inserted is checked against the store under the lock of its set, and
+whoever changes the store calls ``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
+
+*Kinds.* ``dynamic``: ways hold rows, newcomers push out others by the policy. ``static`` and ``uvm`` (fixed): the rows are
+those of the warming, all of the store or as many as fit; what is not there is answered from the host store and never inserted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from hps_numba.cache_layout import (
+    BUSY,
+    LINE_BYTES,
+    LINES_PER_SET,
+    MAX_BATCH,
+    META_AT,
+    OCCUPIED,
+    SCORES_AT,
+    SCRATCH_ABSENT,
+    SCRATCH_ASSUME,
+    SET_BYTES,
+    STATE_BYTES,
+    STATE_CALLS,
+    STATE_COUNT,
+    STATE_EVICTED,
+    STATE_HOST,
+    STATE_INSERTED,
+    STATE_KEYS,
+    STATE_NOW,
+    STATE_WITHDRAWN,
+    STRIPE_BYTES,
+    STRIPES,
+    STRIPES_AT,
+    WAYS,
+    WAYS_PER_LINE,
+)
+from hps_numba.cache_memory import KEY_BYTES, LARGE_BATCH, STATE_WORDS, CacheLookup, index_sets
+from hps_numba.cache_place import LOOKUP_THREADS, Place
+from hps_numba.errors import CapacityError, ConfigError, KeyDtypeError, OutputError
+from hps_numba.kernels.build import KernelSpec
+from hps_numba.kernels.cache_image import place_keys
+from hps_numba.kernels.policies._policy import load_policy
+
+__all__ = ["KEY_BYTES", "CacheCounters", "CacheEntry", "EmbeddingCache", "index_sets"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheCounters:
+    """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either."""
+
+    keys: int
+    calls: int
+    misses: int
+    absent: int
+    inserted: int
+    evicted: int
+    withdrawn: int
+
+
+class CacheEntry(NamedTuple):
+    """A cached key and where it stands. ``score``: in a fixed cache the number of its row."""
+
+    key: int
+    score: int
+    set: int
+    line: int
+    way: int
+
+
+class EmbeddingCache(CacheLookup):
+    """The embedding cache of one table.
+
+    Args:
+        dim: width of a row in elements.
+        rows: rows to hold; a dynamic cache holds at least so many, a fixed one exactly.
+        device: number of a CUDA device, whose kernels must reach the memory of the store; None for the CPU.
+        kind: ``dynamic``, ``static`` or ``uvm``.
+        whole: the cache is to hold all rows of its table (``gpucacheper`` 1.0): more ways than rows, and warming places all.
+        policy: who leaves a full set.
+        row_type: how rows are stored: ``float32``, ``float16``, ``bfloat16``, ``int8``, ``float8_e4m3`` (spec 6.9).
+        default: element of the rows of keys that are nowhere.
+        store: the host store behind the cache.
+        buffers: most batches of a dynamic cache that run at a time (worker buffers, spec 6.5).
+        pagelock: rows of a fixed cache on a device stand in pinned host memory (spec 6.9).
+        set_count: number of sets, whatever ``rows`` says; for tests.
+
+    Raises:
+        DeviceError: no such device.
+        CapacityError: the memory is not there.
+        ConfigError: an argument makes no sense.
+
+    **Threads:** every method from any number of threads. Lookups never wait for the others, but for a ``warm`` at the start.
+    """
+
+    # -- arrays: synchronous ----------------------------------------------------------------------------------------------
+
+    def lookup_arrays(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]``, written to ``out`` if given."""
+        keys = self._keys_of(keys)
+        out = np.empty((len(keys), self.dim), np.float32) if out is None else out
+        if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
+            raise OutputError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+        with self._place.current(), self._copies(keys) as (address,), self._room(out.nbytes) as room:
+            self.lookup(address, len(keys), room, self._stream)
+            self._place.to_host(out, room, self._stream)
+        return out
+
+    def query(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the cache has, as if there were no store: rows float32 ``[n, dim]``, and the missing positions, ascending.
+
+        Keys that it has are touched; the rows of others are 0, and nothing is inserted or counted (spec 6.3, Query).
+        """
+        keys = self._keys_of(keys)
+        rows, missing = np.zeros((len(keys), self.dim), np.float32), []
+        with self._controlled(), self._copies(keys) as (address,), self._room(rows.nbytes) as room:
+            for start in range(0, len(keys), MAX_BATCH):
+                n = min(MAX_BATCH, len(keys) - start)
+                missing.append(start + self._query_batch(address + 8 * start, n, room + 4 * self.dim * start))
+            self._place.to_host(rows, room, self._stream)
+        return rows, np.concatenate(missing) if missing else np.empty(0, np.int64)
+
+    def _query_batch(self, keys: int, n: int, out: int) -> np.ndarray:
+        self._lookup_apart(keys, n, out, assume=0)
+        if not self.fixed:
+            self._finish(self._own, n, 0, 0, 0, self._stream)
+        missing = np.empty(int(self._words(self._own.address + SCRATCH_ABSENT, 1)[0]), np.int64)
+        self._place.to_host(missing, self._own.absent_list, self._stream)
+        return np.sort(missing)
+
+    def insert(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Let keys in that the cache lacks, with rows float32 ``[n, dim]``; those that it has are touched (spec 6.3, Replace).
+
+        The store is not asked: rows that may change meanwhile belong in the store, and come from there by ``lookup``.
+        """
+        self._check_dynamic("insert")
+        keys, rows = self._keys_of(keys), self._rows_of(keys, rows)
+        stride = 4 * self.dim
+        with self._controlled(), self._copies(keys, rows) as (key_address, row_address):
+            self._used = True
+            for start in range(0, len(keys), MAX_BATCH):
+                n = min(MAX_BATCH, len(keys) - start)
+                self._lookup_apart(key_address + 8 * start, n, 0, assume=1)
+                advance = max(1, 4 * n // self.capacity)
+                self._finish(self._own, n, row_address + stride * start, stride, advance, self._stream)
+            self._place.synchronize(self._stream)
+
+    def _lookup_apart(self, keys: int, n: int, out: int, *, assume: int) -> None:
+        """The lookup of a cache without a host store; ``assume``: what is missing is listed as newcomers."""
+        place, stream = self._place, self._stream
+        self._own.reserve(n, True, stream)
+        place.copy(self._apart, self._state, 8 * STATE_WORDS, stream)
+        place.fill(self._apart + STATE_HOST, 0, 8, stream)
+        place.fill(self._own.address + SCRATCH_ABSENT, 0, 8, stream)
+        place.store_word(self._own.address + SCRATCH_ASSUME, assume, stream)
+        kernel, group = self._lookup_kernel("lookup_kernel", "int64", "float32", True)
+        args = (self._lines, self._rows, self.sets, self._apart, keys, n, out, np.float32(0), self._own.address)
+        kernel.launch(place.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
+
+    def scatter(self, positions: np.ndarray, rows: np.ndarray, out: int, stream: int, out_type: str = "float32") -> None:
+        """Write rows float32 ``[m, dim]`` to the places ``positions`` (int64 ``[m]``) of an answer, in stream order.
+
+        For rows that came from elsewhere after a lookup. Returns when they are there.
+        """
+        spec = KernelSpec(name="scatter_kernel", dim=self.dim, policy=load_policy("fifo"), out_type=out_type, out_vector=False)
+        with self._place.current():
+            kernel = self._kernels.get(spec)
+            if kernel is None:
+                kernel = self._kernels[spec] = self._place.kernel(spec)
+            with self._copies_on(stream, positions, np.ascontiguousarray(rows, np.float32)) as (place, source):
+                kernel.launch(self._place.blocks(len(positions)), stream, place, source, len(positions), out)
+                self._place.synchronize(stream)
+
+    def update(self, keys: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Renew the rows of those keys that the cache has; scores stay. Done when this returns (spec 6.3, Update).
+
+        Args:
+            keys: int64 ``[n]``.
+            rows: float32 ``[n, dim]``, the last of equal keys wins; None: as the store has them, and keys that it has no
+                more are dropped.
+        """
+        keys = self._keys_of(keys)
+        if rows is None:
+            with self._controlled(), self._copies(keys) as (address,):
+                self._update(address, len(keys), 0)
+            return
+        rows = self._rows_of(keys, rows)
+        last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
+        with self._controlled(), self._copies(keys[last], rows[last]) as (address, source):
+            self._update(address, len(last), source)
+
+    def _update(self, keys: int, n: int, source: int) -> None:
+        args = (self._lines, self._rows, self.sets, self._state, keys, n, source, 4 * self.dim, 1)
+        self._change("update_kernel", n, *args)
+
+    def erase(self, keys: np.ndarray) -> int:
+        """Drop those keys that the cache has; returns how many. Done when this returns."""
+        keys = self._keys_of(keys)
+        with self._controlled(), self._copies(keys) as (address,):
+            self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
+            self._change("erase_kernel", len(keys), self._lines, self.sets, self._state, address, len(keys))
+            return int(self._words(self._state + STATE_COUNT, 1)[0])
+
+    def refresh(self, first_set: int = 0, stop_set: int | None = None, drop: bool = True) -> None:
+        """Renew all rows of a range of sets from the store; ``drop`` keys that it has no more (spec 6.7).
+
+        Raises:
+            ConfigError: the range is not one of this cache's.
+        """
+        first, stop = self._range(first_set, stop_set)
+        with self._controlled():
+            self._refresh(first, stop, drop)
+
+    def _refresh(self, first: int, stop: int, drop: bool) -> None:
+        self._change("refresh_kernel", stop - first, self._lines, self._rows, self._state, first, stop, int(drop))
+
+    def _change(self, kernel: str, n: int, *args: int) -> None:
+        """Run a kernel that reads the store, and wait for it."""
+        if n:
+            with self._reading():
+                self._launch(kernel, n, self._stream, *args)
+                self._place.synchronize(self._stream)
+
+    def dump(self, first_set: int = 0, stop_set: int | None = None) -> np.ndarray:
+        """The keys in a range of sets, int64 ``[n]``, in no order (spec 6.3, Dump).
+
+        Raises:
+            ConfigError: the range is not one of this cache's.
+        """
+        first, stop = self._range(first_set, stop_set)
+        with self._controlled(), self._room(8 * WAYS * (stop - first)) as room:
+            self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
+            self._change("dump_kernel", stop - first, self._lines, self._state, first, stop, room)
+            return self._words(room, int(self._words(self._state + STATE_COUNT, 1)[0]))
+
+    def clear(self) -> None:
+        """Drop all rows. Done when this returns."""
+        with self._controlled():
+            self._change("clear_kernel", self.sets, self._lines, self.sets)
+
+    # -- warming ------------------------------------------------------------------------------------------------------------
+
+    def warm(self) -> int:
+        """Fill the cache from its store, in the store's order until it is full; returns how many rows it then has.
+
+        Before the first lookup, and always in fixed caches, all keys get their ways at once and the device fetches the rows
+        itself; a lookup that comes meanwhile waits (the first one) or is answered from the store (fixed caches). A dynamic
+        cache in use is emptied and its keys are looked up instead, which counts as lookups and misses: it then holds a row
+        for each key that found room in its own set.
+
+        Raises:
+            CapacityError: the store has more rows than a static cache.
+            ClosedError: the cache or the store was closed.
+        """
+        with self._controlled():
+            if self._store is None:
+                return 0
+            keys = self._store.keys()
+            if self.kind == "static" and len(keys) > self.capacity:
+                raise CapacityError(f"{self.name}: {len(keys)} rows for a static cache of {self.capacity}, it has to hold all")
+            self.clear()
+            if self._used and not self.fixed:
+                self._warm_by_lookup(keys)
+            else:
+                self._warm_at_once(keys[: self.capacity] if self._chains else keys)
+            return self.resident()
+
+    def _warm_at_once(self, keys: np.ndarray) -> None:
+        """Place the keys in lines that no reader looks into, then let each be shown when its rows are there.
+
+        A write to the store that comes meanwhile finds the key here as soon as the lines are, and renews its row once more.
+        """
+        lines = self._read_lines()
+        self._place_keys(lines, keys)
+        meta = lines.view(np.uint32).reshape(-1, LINE_BYTES // 4)[:, META_AT // 4]
+        meta[(meta & OCCUPIED) != 0] |= BUSY
+        try:
+            self._place.to_place(self._lines, lines, self._stream)
+            self._refresh(0, self.sets, True)
+        except BaseException:
+            self.clear()
+            raise
+        if self._store is None or self._words(self._state + STATE_HOST, 1)[0] == 0:  # closed meanwhile: no rows came
+            self.clear()
+
+    def _place_keys(self, lines: np.ndarray, keys: np.ndarray) -> None:
+        now = int(self._words(self._state + STATE_NOW, 1)[0])
+        score = 0 if self.fixed else self.policy.first(now, 1) & 0xFFFFFFFF
+        chains = self._chains and len(keys) < self.sets * WAYS  # some set has room, where every search ends
+        if self.fixed and not chains and len(keys):
+            raise CapacityError(f"{self.name}: {len(keys)} rows and {self.sets} sets, wanted more sets than are full")
+        slots = np.empty(len(keys), np.int64)
+        address, keys_at, slots_at = (array.__array_interface__["data"][0] for array in (lines, keys, slots))
+        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, chains, slots_at)
+        log.debug("%s: %d of %d keys placed", self.name, placed, len(keys))
+
+    def _warm_by_lookup(self, keys: np.ndarray) -> None:
+        step = max(WAYS, min(self.sets, LARGE_BATCH))  # few newcomers a set in each batch
+        keys = np.random.default_rng(0).permutation(keys)  # the store lists them by hash, and so by set
+        for start in range(0, min(len(keys), self.capacity), step):
+            some = keys[start : min(start + step, self.capacity)]
+            with self._copies(some) as (address,):
+                self.lookup(address, len(some), 0, self._stream)
+                self._place.synchronize(self._stream)
+
+    # -- what there is --------------------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Place:
+        """Where the cache lives: its memory, streams and events."""
+        return self._place
+
+    @property
+    def device(self) -> int | None:
+        """CUDA ordinal, None for the CPU."""
+        return self._place.ordinal
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory: index, rows, state, and the buffers of batches so far."""
+        hits = 4 * self.capacity if self._counted else 0
+        buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
+        return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + hits + buffers
+
+    def resident(self) -> int:
+        """Rows that the cache holds; reads its whole index."""
+        with self._controlled():
+            return int(np.bitwise_count(self._metas(self._read_lines()) & OCCUPIED).sum())
+
+    def entries(self) -> list[CacheEntry]:
+        """All that the cache holds, in the order of sets, lines and ways; for tests."""
+        with self._controlled():
+            lines = self._read_lines().reshape(self.sets, LINES_PER_SET, LINE_BYTES)
+        keys = lines[:, :, :SCORES_AT].copy().view(np.int64)
+        scores = lines[:, :, SCORES_AT:META_AT].copy().view(np.uint32)
+        taken = (self._metas(lines).reshape(self.sets, LINES_PER_SET, 1) >> np.arange(WAYS_PER_LINE)) & 1
+        places = [tuple(map(int, place)) for place in np.argwhere(taken)]
+        return [CacheEntry(int(keys[at]), int(scores[at]), *at) for at in places]
+
+    def counters(self) -> CacheCounters:
+        """What happened so far; reads the device."""
+        with self._controlled():
+            words = self._words(self._state, STATE_WORDS)
+            stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
+        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN)
+        asked, calls, inserted, evicted, withdrawn = (int(words[at // 8]) for at in named)
+        return CacheCounters(asked, calls, int(stripes[0]), int(stripes[1]), inserted, evicted, withdrawn)
+
+    # -- small things ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _controlled(self) -> Iterator[None]:
+        """One at a time of all that works on the stream of the cache."""
+        with self._control, self._place.current():
+            self._check_open()
+            yield
+
+    def _copies(self, *arrays: np.ndarray) -> AbstractContextManager[list[int]]:
+        """Addresses of the contents of arrays where the cache lives."""
+        return self._copies_on(self._stream, *arrays)
+
+    @contextmanager
+    def _copies_on(self, stream: int, *arrays: np.ndarray) -> Iterator[list[int]]:
+        memories = [self._place.copy_of(array, stream) for array in arrays]
+        try:
+            yield [memory.address for memory in memories]
+        finally:
+            for memory in memories:
+                memory.release()
+
+    @contextmanager
+    def _room(self, size: int) -> Iterator[int]:
+        """Address of ``size`` bytes for the results of a call."""
+        memory = self._place.allocate(size, f"{self.name}: results of a call")
+        try:
+            yield memory.address
+        finally:
+            memory.release()
+
+    def _read_lines(self) -> np.ndarray:
+        lines = np.empty(self.sets * SET_BYTES, np.uint8)
+        self._place.to_host(lines, self._lines, self._stream)
+        return lines
+
+    @staticmethod
+    def _metas(lines: np.ndarray) -> np.ndarray:
+        return lines.reshape(-1, LINE_BYTES)[:, META_AT:].copy().view(np.uint32)[:, 0]
+
+    def _range(self, first: int, stop: int | None) -> tuple[int, int]:
+        stop = self.sets if stop is None else stop
+        if not 0 <= first <= stop <= self.sets:
+            raise ConfigError(f"{self.name}: sets {first} to {stop}, wanted a range within 0 to {self.sets}")
+        return first, stop
+
+    def _check_dynamic(self, what: str) -> None:
+        if self.fixed:
+            raise ConfigError(f"{self.name}: {what} into a {self.kind} cache, wanted a dynamic one")
+
+    def _keys_of(self, keys: np.ndarray) -> np.ndarray:
+        if keys.dtype != np.int64 or keys.ndim != 1:
+            raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, int64[n] is wanted")
+        return np.ascontiguousarray(keys)
+
+    def _rows_of(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        if rows.dtype != np.float32 or rows.shape != (len(keys), self.dim):
+            raise OutputError(f"{self.name}: rows are {rows.dtype}{list(rows.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+        return np.ascontiguousarray(rows)

@@ -1,0 +1,84 @@
+"""The bytes of an embedding cache on a device: sets, lines, ways, its state, and the scratch of one batch.
+
+::
+
+    set (128 bytes)     two lines; a key has a home set and in it a home line, both by ``index_hash``
+    line (64 bytes)     what one read of memory brings: 5 ways
+        0..39           5 int64 keys
+        40..59          5 uint32 scores; in a fixed cache (static, uvm) the number of the row instead
+        60..63          meta, uint32: which ways are taken, is a writer at work, a version
+    rows                way w of line l: row 5 * l + w at  rows + row * row_stride
+
+    meta                bits 0-4   way is taken (no key is special: occupancy lives here)
+                        bit 5      CHAIN: a key of this set may stand in the next set
+                        bit 6      BUSY: a writer is changing keys or rows of this line
+                        bit 7      LOCK: in the first line of a set, one writer owns both
+                        bits 8-31  version, one more with each change
+
+*Why 64 bytes.* Memory of the GPU is read 64 bytes at a time: a line of keys, scores and version together is one access, so
+that recency and the check of the version cost no further one. *How a reader needs no lock.* It reads the line, copies the
+row, then reads key and meta again: as nothing changed meanwhile, the row was that of the key (a sequence lock; L. Lameter,
+"Effective synchronization on Linux/NUMA systems", 2005). If something changed, the host store answers: it is the truth.
+"""
+
+from __future__ import annotations
+
+WAYS_PER_LINE = 5
+LINES_PER_SET = 2
+WAYS = WAYS_PER_LINE * LINES_PER_SET
+LINE_BYTES = 64
+SET_BYTES = LINE_BYTES * LINES_PER_SET
+SCORES_AT, META_AT = 8 * WAYS_PER_LINE, 60
+
+OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
+
+# state of a cache, in its device's memory: words, then counters and guards in stripes, so that no address is fought for
+(
+    STATE_NOW,  # the clock of the policy
+    STATE_HOST,  # address of the descriptor of the host store, or 0
+    STATE_KEYS,  # counters: keys asked for
+    STATE_CALLS,
+    STATE_INSERTED,
+    STATE_EVICTED,
+    STATE_WITHDRAWN,  # rows that changed in the host store on their way to the cache
+    STATE_COUNT,  # result of an erasure or a dump
+    STATE_PENDING,  # address of uint32 [ways]: hits of this batch, for policies that need counts
+) = (8 * i for i in range(9))
+STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
+HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
+DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_BYTES = 0, 8, 16, 32
+GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
+GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
+GUARD_LEFT = GUARD_ENTERED + 4 * GUARD_STRIPES
+STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
+
+# scratch of one batch: words, the rest by address
+(
+    SCRATCH_BATCH,  # number of the batch, counted up by the insertion that ends it
+    SCRATCH_LISTED,  # sets that have newcomers
+    SCRATCH_TICKET,  # blocks of the insertion that have ended
+    SCRATCH_KEYS,  # address of int64 [n]: keys of the missing positions
+    SCRATCH_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
+    SCRATCH_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
+    SCRATCH_STAGE_STRIDE,  # bytes from row to row there
+    SCRATCH_BUCKETS,  # address of the buckets, one a set with newcomers
+    SCRATCH_MASK,  # number of buckets - 1
+    SCRATCH_LIST,  # address of int64: numbers of the buckets in use
+    SCRATCH_ABSENT,  # keys found nowhere
+    SCRATCH_ABSENT_LIST,  # address of int64 [n]: their positions, or 0
+    SCRATCH_ASSUME,  # 1: keys that the cache lacks are newcomers although there is no host store
+    SCRATCH_COUNTS,  # address of the counts of keys in the batch, or 0
+    SCRATCH_TOUCHED,  # ways touched by a policy that needs counts
+    SCRATCH_TOUCHED_LIST,  # address of int64 [n]: their rows
+    SCRATCH_COUNTS_MASK,  # number of the counts - 1
+    SCRATCH_REST,  # positions that ``hits_kernel`` left to ``rest_kernel``
+    SCRATCH_REST_LIST,  # address of int64 [n]: those positions
+) = (8 * i for i in range(19))
+SCRATCH_BYTES = 192
+
+# bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending
+BUCKET_BYTES = 128
+BUCKET_POSITIONS = 8
+POSITION_BITS = 24
+MAX_BATCH = 1 << POSITION_BITS
+BATCH_MASK = (1 << 39) - 1

@@ -1,0 +1,324 @@
+"""Memory, kernels and lookups of an embedding cache: the hot path. Raw addresses and streams; ``cache`` is for callers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hps_numba.cache_layout import (
+    MAX_BATCH,
+    SCRATCH_ABSENT,
+    SET_BYTES,
+    STATE_BYTES,
+    STATE_PENDING,
+    WAYS,
+)
+from hps_numba.cache_link import HostLink
+from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, place_of
+from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
+from hps_numba.errors import CapacityError, ClosedError, ConfigError
+from hps_numba.forks import renew_after_fork
+from hps_numba.kernels.build import KernelSpec
+from hps_numba.kernels.policies._policy import Policy, load_policy
+from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
+from hps_numba.storage.host_store import HostStore
+
+__all__ = ["KINDS", "CacheLookup", "index_sets"]
+
+log = logging.getLogger(__name__)
+KINDS = ("dynamic", "static", "uvm")
+KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
+_WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
+LARGE_BATCH = 32768
+STATE_WORDS = 9
+_FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
+
+
+def index_sets(rows: int, *, fixed: bool, whole: bool) -> int:
+    """Number of sets of a cache for so many rows."""
+    load = _FIXED_LOAD if fixed else _WHOLE_LOAD if whole else 1.0
+    return max(2, int(-(-rows // (load * WAYS))))
+
+
+class CacheLookup:
+    """Memory of the cache of one table, its kernels, and lookups; what changes a cache stands in ``cache.EmbeddingCache``."""
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        *,
+        device: int | None,
+        kind: str = "dynamic",
+        whole: bool = False,
+        policy: Policy,
+        row_type: str = "float32",
+        default: float = 0.0,
+        store: HostStore | None = None,
+        name: str = "table",
+        buffers: int = 1,
+        pagelock: bool = False,
+        set_count: int | None = None,
+    ) -> None:
+        self._check(dim, rows, kind, row_type, buffers, store, name)
+        self.name, self.dim, self.policy, self.row_type = name, dim, policy, row_type
+        self.fixed = kind != "dynamic"
+        self.kind = kind
+        self.sets = set_count or index_sets(rows, fixed=self.fixed, whole=whole)
+        self.capacity = rows if self.fixed else self.sets * WAYS
+        self._chains = whole or self.fixed
+        self._default = np.float32(default)
+        self._store = store
+        self._place = place_of(device)
+        self._counted = policy.needs_count and not self.fixed
+        self._kernels: dict[Any, Any] = {}
+        self._ready = False  # lookups may go on; before the first one and after the end they look closer
+        self._used = self._closed = False
+        self._captured: list[Scratch] = []
+        self._memories: list[Memory] = []
+        with self._place.current():
+            self._stream = self._place.new_stream()
+            self._allocate(pagelock)
+        shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
+        self._new_scratch = partial(Scratch, self._place, shape, name)
+        self._own = self._new_scratch()  # of query and insert
+        self._pool = ScratchPool(self._place, self._new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
+        self._control = threading.RLock()
+        # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
+        self._reading = store.reading if store is not None and device is None else nullcontext
+        self._link = HostLink(self._place, self._state, store) if store is not None else None
+        renew_after_fork(self)
+
+    @staticmethod
+    def _check(dim: int, rows: int, kind: str, row_type: str, buffers: int, store: HostStore | None, name: str) -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"{name}: cache kind {kind!r}, wanted one of {', '.join(KINDS)}")
+        if row_type not in ELEMENT_BYTES:
+            raise ConfigError(f"{name}: rows stored as {row_type!r}, wanted one of {', '.join(ELEMENT_BYTES)}")
+        for what, value, least in (("dim", dim, 1), ("rows", rows, 0), ("buffers", buffers, 1)):
+            if value < least:
+                raise ConfigError(f"{name}: {what} of the cache is {value}, wanted {least} or more")
+        if store is not None and store.dim != dim:
+            raise ConfigError(f"{name}: the cache has width {dim}, its host store {store.dim}")
+
+    def _allocate(self, pagelock: bool) -> None:
+        row_bytes = row_stride(self.dim, self.row_type)
+        self._lines = self._take(self.sets * SET_BYTES, "index")
+        self._rows = self._take(self.capacity * row_bytes, "rows", pinned=pagelock and self.fixed)
+        self._state = self._take(STATE_BYTES, "state")
+        self._apart = self._take(STATE_BYTES, "state of queries")  # the same clock, but no host store
+        self.bytes_of_rows = self.capacity * row_bytes
+        if self._counted:
+            self._place.store_word(self._state + STATE_PENDING, self._take(4 * self.capacity, "hits"), self._stream)
+
+    def _take(self, size: int, what: str, *, pinned: bool = False) -> int:
+        allocate = self._place.allocate_pinned if pinned else self._place.allocate
+        try:
+            self._memories.append(allocate(max(1, size), f"{self.name}: cache: {what}"))
+        except BaseException:
+            self._release()
+            raise
+        return self._memories[-1].address
+
+    def _release(self) -> None:
+        for memory in self._memories:
+            memory.release()
+        self._memories.clear()
+
+    def renew(self) -> None:
+        """In a forked child: locks are made anew; the twin begins empty, as another thread may have been changing it."""
+        self._control = threading.RLock()
+        if self._place.ordinal is None and not self._closed:
+            self._place.fill(self._lines, 0, self.sets * SET_BYTES, 0)
+            if self._counted:
+                pending = self._words(self._state, STATE_WORDS)[STATE_PENDING // 8]
+                self._place.fill(int(pending), 0, 4 * self.capacity, 0)
+            self._own = self._new_scratch()
+
+    # -- kernels ----------------------------------------------------------------------------------------------------------
+
+    def _lookup_spec(self, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
+        """How a kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
+
+        Narrow rows: a warp takes many keys, so that its lanes copy rows side by side; wide rows keep it busy with few. The
+        kernel for hits alone is held to 40 registers where rows are narrow: more warps hide more of the time of memory.
+        """
+        row_bytes = 4 * self.dim
+        hits = name == "hits_kernel"
+        return KernelSpec(
+            name=name,
+            dim=self.dim,
+            policy=load_policy("fifo") if self.fixed else self.policy,
+            fixed=self.fixed,
+            row_type=self.row_type,
+            out_type=out_type,
+            key_form=key_form,
+            out_vector=aligned,
+            lanes=4 if row_bytes <= 128 else 8,
+            group=(32 if row_bytes <= 64 else 16 if row_bytes <= 256 else 8) if hits else 8,
+            depth=8 if hits else 4,
+            registers=40 if hits and row_bytes <= 128 else 0,
+        )
+
+    def _lookup_kernel(self, name: str, key_form: str, out_type: str, aligned: bool) -> tuple[Kernel, int]:
+        """A kernel of the lookup, and how many keys a warp of it takes."""
+        shape = (name, key_form, out_type, aligned)
+        found: tuple[Kernel, int] | None = self._kernels.get(shape)
+        if found is None:
+            spec = self._lookup_spec(name, key_form, out_type, aligned)
+            found = self._kernels[shape] = self._place.kernel(spec), spec.group
+        return found
+
+    def _kernel(self, name: str) -> Kernel:
+        """Any other kernel; what it does not depend on is the same for all caches, so that they share it."""
+        kernel: Kernel | None = self._kernels.get(name)
+        if kernel is None:
+            by_row = name in ("insert_kernel", "update_kernel", "refresh_kernel")
+            kernel = self._kernels[name] = self._place.kernel(
+                KernelSpec(
+                    name=name,
+                    dim=self.dim if by_row else 1,
+                    policy=self.policy if name in ("insert_kernel", "touch_kernel") else load_policy("fifo"),
+                    fixed=self.fixed and by_row,
+                    row_type=self.row_type if by_row else "float32",
+                )
+            )
+        return kernel
+
+    def _launch(self, name: str, tiles: int, stream: int, *args: int) -> None:
+        self._kernel(name).launch(self._place.blocks(tiles), stream, *args)
+
+    # -- lookup: the hot path -----------------------------------------------------------------------------------------------
+
+    def lookup(
+        self,
+        keys: int,
+        n: int,
+        out: int,
+        stream: int,
+        *,
+        key_form: str = "int64",
+        out_type: str = "float32",
+        capturing: bool = False,
+        absent_list: int = 0,
+    ) -> None:
+        """Write the row of each key to ``out``, in stream order: from the cache, the host store, or the default.
+
+        Args:
+            keys: address of ``n`` keys where the cache lives: ``int64``; ``int32``, sign-extended; ``uint32``; ``narrow64``
+                (int64, of which only 0 to 2**32 - 1 are keys).
+            out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
+            capturing: the stream is being captured by a graph; the call gets a scratch that lives as long as the cache.
+            absent_list: address of int64 ``[1 + n]``, or 0: their number, then the positions of keys found nowhere, in no
+                order. For at most ``cache_layout.MAX_BATCH`` keys.
+
+        Raises:
+            ClosedError: the cache was closed.
+            CapacityError: no memory for a batch of this size, or too many keys for an absent list.
+            DeviceError: the driver refused.
+        """
+        if not self._ready:
+            self._enter()
+        if self._link is not None and self._link.problem is not None:
+            raise self._link.problem
+        if absent_list and n > MAX_BATCH:
+            raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
+        with self._place.current():
+            if n == 0:
+                if absent_list:
+                    self._place.fill(absent_list, 0, 8, stream)
+            elif capturing:
+                with self._place.relaxed():
+                    self._captured.append(self._new_scratch())
+                    self._batches(self._captured[-1], keys, n, out, stream, key_form, out_type, absent_list)
+            else:
+                self._with_scratch(keys, n, out, stream, key_form, out_type, absent_list)
+
+    def _with_scratch(self, *batch: Any) -> None:
+        stream = batch[3]
+        scratch = self._pool.take(stream)
+        done = False
+        try:
+            with self._reading():
+                self._batches(scratch, *batch)
+            done = True
+        finally:
+            self._pool.give(scratch, stream, spoiled=not done)
+
+    def _enter(self) -> None:
+        """The first lookup waits for a warming that is at work; from then on the cache is in use."""
+        with self._control:
+            self._check_open()
+            self._used = self._ready = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: the cache is closed")
+
+    def _batches(
+        self, scratch: Scratch, keys: int, n: int, out: int, stream: int, key_form: str, out_type: str, absent_list: int
+    ) -> None:
+        scratch.reserve(min(n, MAX_BATCH), bool(absent_list), self._stream)
+        key_bytes, out_bytes = KEY_BYTES[key_form], self.dim * ELEMENT_BYTES[out_type]
+        built = (key_form, out_type, out % 16 == 0)
+        for start in range(0, n, MAX_BATCH):
+            size = min(MAX_BATCH, n - start)
+            if scratch.lists_absent:
+                self._place.fill(scratch.address + SCRATCH_ABSENT, 0, 8, stream)
+            to = out and out + start * out_bytes
+            self._rows_to(to, keys + start * key_bytes, size, scratch.address, stream, built)
+            if not self.fixed:
+                advance = max(1, 4 * size // self.capacity)
+                self._finish(scratch, size, scratch.stage, 4 * self.dim, advance, stream)
+        if absent_list:
+            self._place.copy(absent_list, scratch.address + SCRATCH_ABSENT, 8, stream)
+            self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
+
+    def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
+        """The kernels that write the answer of a batch: one, or two for a large batch (``hits_kernel`` says why)."""
+        place, cache = self._place, (self._lines, self._rows, self.sets, self._state, keys)
+        if n < LARGE_BATCH or not out or place.ordinal is None:
+            kernel, group = self._lookup_kernel("lookup_kernel", *built)
+            blocks = place.lookup_blocks(n, group)
+            kernel.launch(blocks, stream, *cache, n, out, self._default, scratch, threads=LOOKUP_THREADS)
+            return
+        kernel, group = self._lookup_kernel("hits_kernel", *built)
+        kernel.launch(place.lookup_blocks(n, group), stream, *cache, n, out, scratch, threads=LOOKUP_THREADS)
+        kernel, _ = self._lookup_kernel("rest_kernel", *built)
+        kernel.launch(place.blocks(n), stream, *cache, out, self._default, scratch)
+
+    def _finish(self, scratch: Scratch, n: int, source: int, stride: int, advance: int, stream: int) -> None:
+        """Touch what a batch hit, if the policy counts, and insert its newcomers with the rows at ``source``."""
+        if self._counted:
+            self._launch("touch_kernel", n, stream, self._lines, self.sets, self._state, scratch.address)
+        tiles = min(n, self.sets)
+        self._launch(
+            "insert_kernel", tiles, stream, self._lines, self._rows, self._state, source, stride, scratch.address, advance
+        )
+
+    def close(self) -> None:
+        """Wait for the lookups at work and give all memory back. No graph that captured a lookup may run any more."""
+        with self._control:
+            if self._closed:
+                return
+            self._closed, self._ready = True, False
+        with self._place.current():
+            self._pool.close(self._stream)
+            for scratch in (*self._captured, self._own):
+                scratch.release(self._stream)
+            if self._link is not None:
+                self._link.close()
+            self._release()
+            self._place.destroy_stream(self._stream)
+        self._place.close()
+
+    def _words(self, address: int, count: int) -> np.ndarray:
+        words = np.empty(count, np.int64)
+        self._place.to_host(words, address, self._stream)
+        return words

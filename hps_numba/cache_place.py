@@ -1,0 +1,245 @@
+"""Where a cache lives: a CUDA device, or the memory of the process (the CPU twin). One interface, the same kernels.
+
+On the CPU there are no streams: work is done when a call returns, and streams and events are 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from hps_numba import devices
+from hps_numba.kernels.build import KernelSpec, for_host
+from hps_numba.kernels.host_epoch import publish
+from hps_numba.memory import HostRegion, PinnedHostAllocator
+
+__all__ = ["LOOKUP_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
+
+_ALIGNMENT = 128  # a set never straddles more lines of memory than it must
+_LANES = 8
+LOOKUP_THREADS, _OTHER_THREADS = 128, 256
+_MOST_LOOKUP_BLOCKS = 1 << 20
+
+
+class Memory(Protocol):
+    """Bytes at ``address``; ``release`` gives them back."""
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+
+    def release(self) -> None:
+        """Give the memory back; again does nothing."""
+
+
+class Kernel(Protocol):
+    """A kernel ready to be started."""
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ...) -> None:
+        """Start it on a stream; does not wait."""
+
+
+class DevicePlace:
+    """A CUDA device. Raises ``DeviceError`` where the driver refuses, ``CapacityError`` where memory ends."""
+
+    def __init__(self, ordinal: int) -> None:
+        info = devices.device_info(ordinal)
+        self.ordinal: int | None = ordinal
+        self._capability = info.capability
+        self._most_blocks = 16 * info.multiprocessors
+        self._setup = devices.new_stream(ordinal)
+        self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
+        self.new_stream = partial(devices.new_stream, ordinal)
+        self.new_event = partial(devices.new_event, ordinal)
+        self._allocate = partial(devices.allocate, ordinal)
+
+    relaxed = staticmethod(devices.relaxed_capture)
+    fill = staticmethod(devices.fill)
+    copy = staticmethod(devices.copy)
+    to_place = staticmethod(devices.to_device)
+    to_host = staticmethod(devices.to_host)
+    destroy_stream = staticmethod(devices.destroy_stream)
+    synchronize = staticmethod(devices.synchronize)
+    record = staticmethod(devices.record)
+    wait = staticmethod(devices.wait)
+    event_done = staticmethod(devices.event_done)
+    destroy_event = staticmethod(devices.destroy_event)
+
+    def allocate(self, size: int, purpose: str) -> Memory:
+        """Cleared device memory."""
+        memory = self._allocate(size, purpose)
+        with self.current():
+            devices.fill(memory.address, 0, size, self._setup)
+            devices.synchronize(self._setup)
+        return memory
+
+    def copy_of(self, array: np.ndarray, stream: int) -> Memory:
+        """Device memory with what is in an array; waits."""
+        memory = self._allocate(array.nbytes, "arguments of a call")
+        devices.to_device(memory.address, array, stream)
+        return memory
+
+    def store_word(self, address: int, value: int, stream: int) -> None:
+        """Store an int64 for readers on the device; waits until they see it."""
+        devices.to_device(address, np.array([value], np.int64), stream)
+
+    def allocate_pinned(self, size: int, purpose: str) -> Memory:
+        """Pinned memory of the host."""
+        region: HostRegion = PinnedHostAllocator().reserve(size, purpose)
+        region.commit(size)
+        return region
+
+    def kernel(self, spec: KernelSpec) -> Kernel:
+        """From the process, from the cache folder, or compiled."""
+        from hps_numba.kernels.launch import load
+
+        assert self.ordinal is not None
+        with self.current(), self.relaxed():
+            return load(spec, self.ordinal, self._capability)
+
+    def blocks(self, tiles: int) -> int:
+        """At most 16 blocks a multiprocessor."""
+        return max(1, min(-(-tiles // (_OTHER_THREADS // _LANES)), self._most_blocks))
+
+    def lookup_blocks(self, n: int, group: int) -> int:
+        """A warp for each group of keys."""
+        return min(-(-(-(-n // group) * 32) // LOOKUP_THREADS), _MOST_LOOKUP_BLOCKS)
+
+    def close(self) -> None:
+        """Give back what the place itself holds."""
+        devices.destroy_stream(self._setup)
+
+
+class _HostMemory:
+    def __init__(self, size: int) -> None:
+        self._bytes: np.ndarray | None = np.zeros(size + _ALIGNMENT, np.uint8)
+        start: int = self._bytes.__array_interface__["data"][0]
+        self.address = -(-start // _ALIGNMENT) * _ALIGNMENT
+
+    def release(self) -> None:
+        self._bytes = None
+        self.address = 0
+
+
+class _Borrowed:
+    def __init__(self, array: np.ndarray) -> None:
+        self._array: np.ndarray | None = np.ascontiguousarray(array)
+        self.address: int = self._array.__array_interface__["data"][0]
+
+    def release(self) -> None:
+        self._array = None
+
+
+class _HostKernel:
+    def __init__(self, spec: KernelSpec) -> None:
+        self._run = for_host(spec)
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
+        self._run(*args)
+
+
+_host_kernels: dict[KernelSpec, _HostKernel] = {}
+_building = threading.Lock()
+
+
+class HostPlace:
+    """The memory of the process; kernels run in the calling thread, without the GIL."""
+
+    ordinal: int | None = None
+
+    def copy_of(self, array: np.ndarray, stream: int) -> Memory:
+        """The array itself."""
+        return _Borrowed(array)
+
+    def store_word(self, address: int, value: int, stream: int) -> None:
+        """Store an int64 at once for all readers, after all that was written before."""
+        publish(address, value)
+
+    def allocate(self, size: int, purpose: str) -> Memory:
+        """Cleared memory, taken as it is written."""
+        return _HostMemory(size)
+
+    allocate_pinned = allocate
+
+    def kernel(self, spec: KernelSpec) -> Kernel:
+        """Compiled on its first call; what does not matter on a CPU makes no other kernel."""
+        spec = replace(spec, lanes=1, group=1, depth=1, registers=0, out_vector=False)
+        with _building:
+            kernel = _host_kernels.get(spec)
+            if kernel is None:
+                kernel = _host_kernels[spec] = _HostKernel(spec)
+            return kernel
+
+    def blocks(self, tiles: int) -> int:
+        """One."""
+        return 1
+
+    def lookup_blocks(self, n: int, group: int) -> int:
+        """One."""
+        return 1
+
+    def current(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return _NOTHING
+
+    relaxed = current
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None:
+        """At once."""
+        ctypes.memset(address, byte, size)
+
+    def copy(self, dst: int, src: int, size: int, stream: int) -> None:
+        """At once."""
+        ctypes.memmove(dst, src, size)
+
+    def to_place(self, address: int, array: np.ndarray, stream: int) -> None:
+        """At once."""
+        array = np.ascontiguousarray(array)
+        ctypes.memmove(address, array.__array_interface__["data"][0], array.nbytes)
+
+    def to_host(self, array: np.ndarray, address: int, stream: int) -> None:
+        """At once."""
+        ctypes.memmove(array.__array_interface__["data"][0], address, array.nbytes)
+
+    def new_stream(self) -> int:
+        """The only one."""
+        return 0
+
+    new_event = new_stream
+
+    def destroy_stream(self, stream: int) -> None:
+        """Nothing to do, and so are the following."""
+
+    synchronize = destroy_event = destroy_stream
+
+    def record(self, event: int, stream: int) -> None:
+        """Work is done already."""
+
+    wait = record
+
+    def event_done(self, event: int) -> bool:
+        """Work is done already."""
+        return True
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+_NOTHING = nullcontext()
+Place = DevicePlace | HostPlace
+
+
+def place_of(device: int | None) -> Place:
+    """The place of a cache: a CUDA device, or None for the CPU.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    return HostPlace() if device is None else DevicePlace(device)

@@ -1,0 +1,237 @@
+"""What a batch needs besides the cache: the list of its newcomers and their rows, in memory that is lent from call to call.
+
+On a device the calls of a stream follow each other, so a stream keeps its scratch; another stream takes a free one, or the one
+that was not used for longest, and then waits on the device, never on the host, until the call that had it is done. Threads wait
+for each other only while one is starting its kernels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hps_numba.cache_layout import (
+    BUCKET_BYTES,
+    SCRATCH_ABSENT_LIST,
+    SCRATCH_BATCH,
+    SCRATCH_BUCKETS,
+    SCRATCH_BYTES,
+    SCRATCH_COUNTS,
+    SCRATCH_COUNTS_MASK,
+    SCRATCH_KEYS,
+    SCRATCH_LIST,
+    SCRATCH_MASK,
+    SCRATCH_STAGE,
+    SCRATCH_STAGE_STRIDE,
+    SCRATCH_TOUCHED_LIST,
+    SCRATCH_WORDS,
+)
+from hps_numba.cache_place import Memory, Place
+from hps_numba.errors import ClosedError
+from hps_numba.forks import renew_after_fork
+
+__all__ = ["Scratch", "ScratchPool", "ScratchShape"]
+
+_ALIGNMENT = 256
+_LEAST_BATCH = 256
+_UNUSED_BUCKET = 0x7F  # in every byte of a bucket; positions of batches from the first on are smaller, as they count down
+_FIRST_BATCH = 1 << 32
+_PER_THREAD = 2  # the handle of a stream that is another one in each thread
+_Stream = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ScratchShape:
+    """What the size of a scratch depends on: ``lists`` newcomers (not in fixed caches), ``counts`` keys for the policy."""
+
+    dim: int
+    sets: int
+    lists: bool
+    counts: bool
+
+    def parts(self, n: int, absent: bool) -> dict[int, int]:
+        """Bytes by the word of the header that leads to them, for batches of ``n`` keys."""
+        parts: dict[int, int] = {}
+        if self.lists:
+            buckets = _power_of_two(min(2 * n, 2 * self.sets))
+            parts |= {SCRATCH_BUCKETS: BUCKET_BYTES * buckets, SCRATCH_LIST: 8 * buckets}
+            parts |= {SCRATCH_KEYS: 8 * n, SCRATCH_WORDS: 16 * n, SCRATCH_STAGE: 4 * self.dim * n}
+        if self.counts:
+            parts |= {SCRATCH_COUNTS: 16 * _power_of_two(2 * n), SCRATCH_TOUCHED_LIST: 8 * n}
+        if absent:
+            parts[SCRATCH_ABSENT_LIST] = 8 * n
+        return parts
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
+
+
+class Scratch:
+    """The scratch of one batch at a time.   **Threads:** one at a time."""
+
+    def __init__(self, place: Place, shape: ScratchShape, name: str) -> None:
+        self._place, self._shape, self._name = place, shape, name
+        self._memory: Memory | None = None
+        self._left: list[tuple[int, Memory]] = []  # memory that was outgrown, until its event has passed
+        self._limit = 0
+        self._event: int | None = None
+        self.user: _Stream | None = None  # the stream that had it last
+        self.lists_absent = False
+        self.address = self.stage = self.absent_list = self.bytes = 0
+
+    def reserve(self, n: int, absent: bool, stream: int) -> None:
+        """Have room for ``n`` keys, and for a list of those found nowhere if ``absent``; ``stream`` is free to be waited for.
+
+        Raises:
+            CapacityError: there is no memory; the scratch is as it was.
+        """
+        if n <= self._limit and (self.lists_absent or not absent):
+            return
+        self._drop_left()
+        limit = max(self._limit, _power_of_two(max(n, _LEAST_BATCH)))
+        absent = absent or self.lists_absent
+        parts = self._shape.parts(limit, absent)
+        size = _up(SCRATCH_BYTES) + sum(_up(part) for part in parts.values())
+        memory = self._place.allocate(size, f"{self._name}: buffers of a batch of {limit}")
+        header = self._header(memory.address, parts)
+        if SCRATCH_BUCKETS in parts:
+            start, size_of = int(header[SCRATCH_BUCKETS // 8]), parts[SCRATCH_BUCKETS]
+            self._place.fill(start, _UNUSED_BUCKET, size_of, stream)
+        self._place.to_place(memory.address, header, stream)  # waits for the filling too
+        self.spoil()
+        self._memory, self._limit, self.lists_absent, self.bytes = memory, limit, absent, size
+        self.address, self.stage = memory.address, int(header[SCRATCH_STAGE // 8])
+        self.absent_list = int(header[SCRATCH_ABSENT_LIST // 8])
+
+    def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
+        header = np.zeros(SCRATCH_BYTES // 8, np.int64)
+        header[SCRATCH_BATCH // 8] = _FIRST_BATCH
+        header[SCRATCH_STAGE_STRIDE // 8] = 4 * self._shape.dim
+        header[SCRATCH_MASK // 8] = parts.get(SCRATCH_BUCKETS, BUCKET_BYTES) // BUCKET_BYTES - 1
+        header[SCRATCH_COUNTS_MASK // 8] = parts.get(SCRATCH_COUNTS, 16) // 16 - 1
+        end = start + _up(SCRATCH_BYTES)
+        for word, size in parts.items():
+            header[word // 8] = end
+            end += _up(size)
+        return header
+
+    def spoil(self) -> None:
+        """Begin anew with the next ``reserve``: the memory was outgrown, or a batch stopped in its midst."""
+        if self._memory is not None:
+            event, self._event = self._event, None
+            self._left.append((event or 0, self._memory))
+        self._memory, self._limit, self.bytes = None, 0, 0
+
+    def _drop_left(self) -> None:
+        for entry in [entry for entry in self._left if entry[0] == 0 or self._place.event_done(entry[0])]:
+            self._left.remove(entry)
+            if entry[0]:
+                self._place.destroy_event(entry[0])
+            entry[1].release()
+
+    def begin(self, stream: int, user: _Stream) -> None:
+        """Let the stream wait for the one that had the scratch last."""
+        if self._event and self.user != user:
+            self._place.wait(stream, self._event)
+
+    def end(self, stream: int, user: _Stream) -> None:
+        """The stream has all its work for this batch."""
+        if self._event is None:
+            self._event = self._place.new_event()
+        self._place.record(self._event, stream)
+        self.user = user
+
+    def release(self, stream: int) -> None:
+        """Give the memory back after all work with it; ``stream`` is used for the wait."""
+        for event in [self._event, *(event for event, _ in self._left)]:
+            if event:
+                self._place.wait(stream, event)
+        self._place.synchronize(stream)
+        self.spoil()
+        self._drop_left()
+
+
+def _up(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class ScratchPool:
+    """At most ``limit`` scratches, made as they are needed (spec 6.5).   **Threads:** all methods."""
+
+    def __init__(self, place: Place, make: Callable[[], Scratch], limit: int, name: str) -> None:
+        self._place, self._make, self._limit, self._name = place, make, limit, name
+        self._closed = False
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Begin with none, as a forked child has to: another thread may have been at work with one."""
+        self._changed = threading.Condition()
+        self._all: list[Scratch] = []
+        self._idle: list[Scratch] = []  # that which was not used for longest comes first
+
+    def take(self, stream: int) -> Scratch:
+        """A scratch for work on a stream; sleeps while other threads are starting work with all of them.
+
+        Raises:
+            ClosedError: the pool was closed.
+        """
+        user = _user_of(stream)
+        with self._changed:
+            while (scratch := self._choose(user)) is None:
+                self._changed.wait()
+        try:
+            scratch.begin(stream, user)
+        except BaseException:
+            self._put(scratch)
+            raise
+        return scratch
+
+    def _choose(self, user: _Stream) -> Scratch | None:
+        if self._closed:
+            raise ClosedError(f"{self._name}: the cache is closed")
+        for i, scratch in enumerate(self._idle):
+            if scratch.user == user:
+                return self._idle.pop(i)
+        if len(self._all) < self._limit:
+            self._all.append(self._make())
+            return self._all[-1]
+        return self._idle.pop(0) if self._idle else None
+
+    def give(self, scratch: Scratch, stream: int, *, spoiled: bool = False) -> None:
+        """Take a scratch back when all work with it is on the stream; ``spoiled``: only a part of it."""
+        try:
+            scratch.end(stream, _user_of(stream))
+            if spoiled:
+                scratch.spoil()
+        finally:
+            self._put(scratch)
+
+    def _put(self, scratch: Scratch) -> None:
+        with self._changed:
+            self._idle.append(scratch)
+            self._changed.notify()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all scratches."""
+        with self._changed:
+            return sum(scratch.bytes for scratch in self._all)
+
+    def close(self, stream: int) -> None:
+        """Lend no more, wait for those that are lent and for their work, and give the memory back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            while len(self._idle) < len(self._all):
+                self._changed.wait()
+        for scratch in self._all:
+            scratch.release(stream)
+
+
+def _user_of(stream: int) -> _Stream:
+    return stream, threading.get_ident() if stream == _PER_THREAD else 0

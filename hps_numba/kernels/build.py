@@ -1,0 +1,324 @@
+"""Builds cache kernels: one source, bound to the memory and lanes of a target, for one shape of cache.
+
+``bind`` copies a kernel function and all plain functions it calls, with other globals: the stand-ins of ``lanes`` give way to
+those of the target, and constants (DIM, FIXED, ...) and the functions of the policy take their values. So a constant is a
+constant to the compiler, and branches on it vanish.
+
+*Why copies and not arguments.* Problem: widths, types and policies must be known to the compiler, but kernels that were made
+by functions returning functions hide what they use and cannot be read or tested in plain Python. Choice: kernels are ordinary
+functions of ordinary modules, whose globals are replaced. Turned down: text templates, and closures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from types import CodeType, FunctionType, MappingProxyType
+from typing import Any, NamedTuple
+
+from hps_numba.errors import ConfigError, DeviceError, HpsError, PolicyError
+from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
+
+__all__ = ["KERNELS", "KEY_FORMS", "HostKernel", "KernelSource", "KernelSpec", "bind", "bindings", "for_host", "ptx_of"]
+
+#: how keys lie in the caller's memory, in the order of the numbers that ``cache_lookup`` gives them
+KEY_FORMS = ("int64", "int32", "uint32", "narrow64")
+_OUT_TYPES = ("float32", "float16", "bfloat16")
+_LANES = (4, 8)
+
+
+class KernelSource(NamedTuple):
+    """Where a kernel stands in ``hps_numba.kernels``, and what its source says of it."""
+
+    module: str
+    kinds: str  # of its arguments: q int64, f float32
+    whole_warps: bool  # all tiles of a warp take every branch with lane operations together
+
+
+KERNELS = {
+    "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True),
+    "hits_kernel": KernelSource("cache_lookup", "qqqqqqqq", True),
+    "rest_kernel": KernelSource("cache_lookup", "qqqqqqfq", True),
+    "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True),
+    "touch_kernel": KernelSource("cache_batch", "qqqq", False),
+    "insert_kernel": KernelSource("cache_insert", "qqqqqqq", False),
+    "update_kernel": KernelSource("cache_change", "qqqqqqqqq", False),
+    "erase_kernel": KernelSource("cache_change", "qqqqq", False),
+    "refresh_kernel": KernelSource("cache_change", "qqqqqq", False),
+    "clear_kernel": KernelSource("cache_change", "qq", False),
+    "dump_kernel": KernelSource("cache_change", "qqqqq", False),
+    "scatter_kernel": KernelSource("cache_scatter", "qqqq", False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What a compiled kernel depends on, besides the chip.
+
+    Attributes:
+        name: one of ``KERNELS``.
+        dim: elements of a row.
+        policy: a ``Policy`` (``kernels.policies._policy``).
+        fixed: the cache is static or uvm: scores are row numbers, nothing is touched.
+        row_type: how the cache stores rows, one of ``row_elements.TYPE_NUMBERS``.
+        out_type: of answers: float32, float16 or bfloat16.
+        key_form: of the caller's keys, one of ``KEY_FORMS``.
+        out_vector: answers are 16-byte aligned.
+        lanes: in a tile, 4 or 8 (GPU only).
+        group: keys that a warp looks up at a time (GPU only).
+        depth: loads of a lane in flight while rows are copied (GPU only).
+        registers: most registers of a thread, 0: as the compiler likes (GPU only).
+
+    Raises:
+        ConfigError: a value that no kernel can be built for.
+    """
+
+    name: str
+    dim: int
+    policy: Any
+    fixed: bool = False
+    row_type: str = "float32"
+    out_type: str = "float32"
+    key_form: str = "int64"
+    out_vector: bool = True
+    lanes: int = 8
+    group: int = 32
+    depth: int = 8
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        for field, known in (("name", KERNELS), ("row_type", TYPE_NUMBERS), ("out_type", _OUT_TYPES), ("key_form", KEY_FORMS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise ConfigError(f"kernel {self.name!r}: {field} is {value!r}, wanted one of {', '.join(known)}")
+        for field in ("dim", "lanes", "group", "depth"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"kernel {self.name!r}: {field} is {getattr(self, field)}, wanted at least 1")
+
+    def __str__(self) -> str:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name not in ("name", "policy"))
+        return f"{self.name}(policy={self.policy.name}, {', '.join(f'{name}={value}' for name, value in values)})"
+
+    @property
+    def source(self) -> KernelSource:
+        """Where the kernel stands."""
+        return KERNELS[self.name]
+
+    @property
+    def function(self) -> Any:
+        """The kernel as it stands in its module, a plain function, nothing bound."""
+        return getattr(importlib.import_module(f"hps_numba.kernels.{self.source.module}"), self.name)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Values of the constants, and the functions of the policy, by the names that kernels use."""
+        return {
+            "DIM": self.dim,
+            "LANES": self.lanes,
+            "GROUP": self.group,
+            "DEPTH": self.depth,
+            "FIXED": self.fixed,
+            "COUNTED": self.policy.needs_count and not self.fixed,
+            "ROW_TYPE": TYPE_NUMBERS[self.row_type],
+            "OUT_TYPE": TYPE_NUMBERS[self.out_type],
+            "SCALE_AT": scale_offset(self.dim, self.row_type),
+            "ROW_STRIDE": row_stride(self.dim, self.row_type),
+            "OUT_STRIDE": self.dim * ELEMENT_BYTES[self.out_type],
+            "HOST_STRIDE": 4 * self.dim,
+            "KEY_FORM": KEY_FORMS.index(self.key_form),
+            "policy_first": self.policy.first,
+            "policy_touch": self.policy.touch,
+        }
+
+    @property
+    def for_one_lane(self) -> dict[str, Any]:
+        """``constants`` for a tile of one lane."""
+        return {**self.constants, "LANES": 1, "GROUP": 1}
+
+
+# -- binding ------------------------------------------------------------------------------------
+
+
+def bind(function: FunctionType, names: dict[str, Any], wrap: Callable[[FunctionType], Any]) -> FunctionType:
+    """A copy of ``function`` whose globals, and those of all plain functions it calls, are taken from ``names``.
+
+    Globals not named there stay. Each function that is called is passed through ``wrap``, once, the outermost is not.
+    Functions must not be recursive.
+    """
+    done: dict[FunctionType, Any] = {}
+
+    def copy(original: FunctionType) -> FunctionType:
+        scope = dict(original.__globals__)
+        for name in dict.fromkeys(_names_in(original.__code__)):
+            if name not in names and name not in scope:
+                continue  # a builtin, or an attribute
+            value = names.get(name, scope.get(name))
+            if isinstance(value, FunctionType):
+                if value not in done:
+                    done[value] = wrap(copy(value))
+                value = done[value]
+            scope[name] = value
+        return FunctionType(original.__code__, scope, original.__name__, original.__defaults__)
+
+    return copy(function)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Names that code uses, with that of functions and comprehensions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def bindings(
+    spec: KernelSpec, wrap: Callable[[FunctionType], Any], names: Mapping[str, Any] = MappingProxyType({})
+) -> FunctionType:
+    """The kernel of a spec in plain Python: the stand-ins of ``lanes`` with the constants and the policy of the spec.
+
+    ``names`` replaces further ones, such as the number of a tile in a grid.
+    """
+    return bind(spec.function, {**spec.for_one_lane, **names}, wrap)
+
+
+# -- for the CPU --------------------------------------------------------------------------------
+
+
+class HostKernel:
+    """A kernel for the CPU: called with the arguments of its source, compiled on the first call, run without the GIL.
+
+    **Threads:** call from any thread.
+
+    Raises, when first called:
+        PolicyError: the functions of the policy do not compile.   DeviceError: the kernel does not.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self._spec = spec
+        self._compiling = threading.Lock()
+        self._compiled: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        (self._compiled or self._compile())(*args)
+
+    def _compile(self) -> Any:
+        with self._compiling:
+            if self._compiled is None:
+                try:
+                    self._compiled = _compile_for_host(self._spec)
+                except Exception as problem:
+                    raise _refused(self._spec, "the CPU", problem, _compile_scalar) from problem
+        return self._compiled
+
+
+_host_kernels: dict[tuple[Any, ...], HostKernel] = {}
+_registering = threading.Lock()
+
+
+def for_host(spec: KernelSpec) -> HostKernel:
+    """The kernel of a spec for the CPU: one a process, whatever ``lanes``, ``group``, ``depth``, ``registers`` and
+    ``out_vector``, which mean nothing there.   **Threads:** any."""
+    key = (spec.name, spec.dim, spec.policy.digest, spec.fixed, spec.row_type, spec.out_type, spec.key_form)
+    with _registering:
+        kernel = _host_kernels.get(key)
+        if kernel is None:
+            kernel = _host_kernels[key] = HostKernel(spec)
+        return kernel
+
+
+def _compile_for_host(spec: KernelSpec) -> Any:
+    import numba
+
+    from hps_numba.kernels.lanes_host import NAMES
+
+    def wrap(function: FunctionType) -> Any:
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+    arguments = tuple(numba.int64 if kind == "q" else numba.float32 for kind in spec.source.kinds)
+    function = bind(spec.function, {**spec.for_one_lane, **NAMES}, wrap)
+    return numba.njit(numba.void(*arguments), nogil=True, error_model="numpy")(function)
+
+
+def _compile_scalar(function: FunctionType) -> None:
+    import numba
+
+    numba.njit(numba.int64(*[numba.int64] * function.__code__.co_argcount))(bind(function, {}, numba.njit))
+
+
+# -- for a GPU ----------------------------------------------------------------------------------
+
+
+def ptx_of(spec: KernelSpec, capability: tuple[int, int]) -> str:
+    """PTX of a kernel for a chip, which need not be in this machine.
+
+    Raises:
+        DeviceError: numba-cuda is missing, or the kernel does not compile.
+        PolicyError: the functions of the policy do not compile.
+        ConfigError: a tile of so many lanes does not exist.
+    """
+    if spec.lanes not in _LANES:
+        raise ConfigError(f"kernel {spec.name!r}: lanes is {spec.lanes}, wanted 4 or 8 on a GPU")
+    try:
+        from hps_numba.kernels.numba_cuda import compile_ptx
+    except ImportError as problem:
+        raise DeviceError(
+            f"{spec.name}: numba's CUDA target does not import ({_first_line(problem)}), wanted hps-numba[cuda12] or [cuda13]"
+        ) from problem
+
+    def compile_scalar(function: FunctionType) -> None:
+        from hps_numba.kernels.numba_cuda import types
+
+        bound = bind(function, {}, _device_function)
+        compile_ptx(bound, types.int64(*[types.int64] * function.__code__.co_argcount), capability, device=True)
+
+    try:
+        return _compile_for_chip(spec, capability)
+    except Exception as problem:
+        raise _refused(spec, f"sm_{capability[0]}{capability[1]}", problem, compile_scalar) from problem
+
+
+def _device_function(function: FunctionType) -> Any:
+    from hps_numba.kernels.numba_cuda import cuda
+
+    return cuda.jit(device=True)(function)
+
+
+def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
+    from hps_numba.kernels.lanes_cuda import names
+    from hps_numba.kernels.numba_cuda import compile_ptx, types
+
+    constants = spec.constants
+    target = names(
+        lanes=spec.lanes,
+        uniform=spec.source.whole_warps,
+        out_vector=spec.out_vector,
+        constants=constants,
+        device=_device_function,
+    )
+    function = bind(spec.function, {**constants, **target}, _device_function)
+    signature = tuple(types.int64 if kind == "q" else types.float32 for kind in spec.source.kinds)
+    return compile_ptx(function, signature, capability)
+
+
+# -- when a compiler refuses --------------------------------------------------------------------
+
+
+def _refused(spec: KernelSpec, where: str, problem: Exception, compile_scalar: Callable[[FunctionType], None]) -> HpsError:
+    """The error to raise for what a compiler said: the policy's, if its functions alone do not compile either."""
+    for label in ("first", "touch"):
+        try:
+            compile_scalar(getattr(spec.policy, label))
+        except Exception as fault:
+            return PolicyError(f"policy {spec.policy.name!r}: {label} does not compile for {where}: {_first_line(fault)}")
+    return DeviceError(f"{spec} does not compile for {where}: {_first_line(problem)}")
+
+
+def _first_line(problem: Exception) -> str:
+    """What a compiler has to say in one line: the first that names a cause, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith("Failed in ")]
+    return (causes or lines or [type(problem).__name__])[0]

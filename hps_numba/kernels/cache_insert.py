@@ -1,0 +1,232 @@
+"""Insert what a lookup listed: each set by one tile, newcomers in the order of their positions, victims by the policy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.cache_layout import (
+    BATCH_MASK,
+    BUCKET_BYTES,
+    BUCKET_POSITIONS,
+    BUSY,
+    DESC_ROWS,
+    LINE_BYTES,
+    LINES_PER_SET,
+    LOCK,
+    META_AT,
+    OCCUPIED,
+    POSITION_BITS,
+    SCORES_AT,
+    SCRATCH_BATCH,
+    SCRATCH_BUCKETS,
+    SCRATCH_KEYS,
+    SCRATCH_LIST,
+    SCRATCH_LISTED,
+    SCRATCH_WORDS,
+    SET_BYTES,
+    STATE_EVICTED,
+    STATE_HOST,
+    STATE_INSERTED,
+    STATE_NOW,
+    STATE_WITHDRAWN,
+    VERSION,
+    WAYS,
+    WAYS_PER_LINE,
+)
+from hps_numba.kernels.cache_batch import counted, finish_batch
+from hps_numba.kernels.cache_rows import store_in_cache
+from hps_numba.kernels.cache_search import (
+    find_in_set,
+    guard_enter,
+    guard_leave,
+    home_line_of,
+    row_of,
+)
+from hps_numba.kernels.hashing import index_hash
+from hps_numba.kernels.lanes import (
+    add64,
+    cas32,
+    fence,
+    from_first_lane,
+    grid_tiles,
+    is_first_lane,
+    ld32,
+    ld64,
+    ld64_host,
+    st32,
+    st64,
+    sync_tile,
+    tile_in_warp,
+    tile_number,
+    tiles_in_warp,
+    warp_number,
+)
+from hps_numba.layout import EMPTY, ENTRY_BYTES, META_BYTES
+
+__all__ = ["begin_change", "end_change", "find_in_host_alone", "insert_kernel", "lock_set", "unlock_set"]
+
+# bound when built
+COUNTED = False
+UINT32_MASK = 0xFFFFFFFF
+
+
+def policy_first(now, count):
+    """The policy's, bound when built."""
+    return now
+
+
+def lock_set(place):
+    """Own a set among writers; readers go on.   **Writes:** meta."""
+    while True:
+        taken = np.int64(0)
+        if is_first_lane():
+            meta = ld32(place + META_AT)
+            taken = np.int64((meta & LOCK) == 0 and cas32(place + META_AT, meta, meta | LOCK) == meta)
+        if from_first_lane(taken) != 0:
+            fence()
+            return
+
+
+def unlock_set(place):
+    """Give a set back.   **Writes:** meta."""
+    fence()
+    sync_tile()
+    if is_first_lane():
+        st32(place + META_AT, ld32(place + META_AT) & ~LOCK)
+    sync_tile()
+
+
+def begin_change(line):
+    """Keep readers from keys and rows of a line; the set is locked.   **Writes:** meta."""
+    sync_tile()
+    if is_first_lane():
+        st32(line + META_AT, (ld32(line + META_AT) | BUSY) + VERSION)
+    fence()
+    sync_tile()
+
+
+def end_change(line, set_bits, clear_bits):
+    """Show a line to readers again, with ways taken or let go.   **Writes:** meta."""
+    fence()
+    sync_tile()
+    if is_first_lane():
+        st32(line + META_AT, ((ld32(line + META_AT) & ~(BUSY | clear_bits)) | set_bits) + VERSION)
+    sync_tile()
+
+
+def find_in_host_alone(descriptor, key):
+    """Index word of a key in the host store, by each lane for itself (``find_in_host`` is for whole warps)."""
+    block = ld64(descriptor)
+    count = ld64(descriptor + 8)
+    first = block + META_BYTES
+    hashed = index_hash(np.uint64(key)) >> np.uint64(32)
+    entry = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
+    end = first + count * LINE_BYTES
+    while True:
+        word = ld64_host(entry + 8)
+        if word == EMPTY or ld64_host(entry) == key:
+            return word
+        entry += ENTRY_BYTES
+        if entry == end:
+            entry = first
+
+
+def bit_of(place, line, way):
+    """The bit of a way among those of its set."""
+    return np.int64(1) << ((line - place) // LINE_BYTES * WAYS_PER_LINE + way)
+
+
+def choose_way(place, home, entered):
+    """``(line, way, evicts)``: an empty way, home line first, else the one with the smallest score, but none of ``entered``."""
+    for number in range(LINES_PER_SET):
+        line = place + (home ^ (number * LINE_BYTES))
+        taken = ld32(line + META_AT) & OCCUPIED
+        for way in range(WAYS_PER_LINE):
+            if (taken >> way) & 1 == 0:
+                return line, way, False
+    best_line, best_way, best = place + home, 0, UINT32_MASK + 1
+    for number in range(LINES_PER_SET):
+        line = place + (home ^ (number * LINE_BYTES))
+        for way in range(WAYS_PER_LINE):
+            score = ld32(line + SCORES_AT + 4 * way)
+            if score < best and entered & bit_of(place, line, way) == 0:
+                best_line, best_way, best = line, way, score
+    return best_line, best_way, True
+
+
+def is_still_so(state, key, word, content):
+    """The host store has the row that the lookup read; a key without a host store stands for itself."""
+    if content == 0:
+        return True
+    descriptor = ld64(state + STATE_HOST)
+    return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_alone(descriptor, key) == word
+
+
+def insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered):
+    """Plant the row of a missing position in its set, which is locked.   **Writes:** line, row, counters.
+
+    Returns the ways that rows of this batch ``entered``, which it does not evict again.
+
+    Before the row is shown, the host store is asked whether it is still the row of the key. A change that comes later finds
+    the row in the cache, for it waits for the lock; so no old row is ever shown after a change.
+    """
+    key = ld64(ld64(scratch + SCRATCH_KEYS) + 8 * position)
+    home = home_line_of(key)
+    if find_in_set(place, home, key)[1] >= 0:
+        return entered
+    words = ld64(scratch + SCRATCH_WORDS) + 16 * position
+    if not is_still_so(state, key, ld64(words), ld64(words + 8)):
+        if is_first_lane():
+            add64(state + STATE_WITHDRAWN, 1)
+        return entered
+    count = counted(scratch, key, batch) if COUNTED else 1
+    line, way, evicts = choose_way(place, home, entered)
+    begin_change(line)
+    store_in_cache(row_of(lines, rows, line, way, 0), source + position * stride)
+    if is_first_lane():
+        st64(line + 8 * way, key)
+        st32(line + SCORES_AT + 4 * way, np.int64(policy_first(now, count)) & UINT32_MASK)
+        add64(state + STATE_INSERTED, 1)
+        if evicts:
+            add64(state + STATE_EVICTED, 1)
+    end_change(line, 1 << way, 0)
+    return entered | bit_of(place, line, way)
+
+
+def insert_kernel(lines, rows, state, source, stride, scratch, advance):
+    """Insert the newcomers of a batch; then begin the next batch.
+
+    Args:
+        source: address of float32 rows by position in the batch, ``stride`` bytes apart: the stage, or given rows.
+        advance: what is added to the clock of the policy.
+
+    **Writes:** lines, rows, counters, scratch.
+    """
+    now = ld64(state + STATE_NOW)
+    batch = ld64(scratch + SCRATCH_BATCH)
+    listed = ld64(scratch + SCRATCH_LISTED)
+    oldest = (BATCH_MASK - (batch & BATCH_MASK)) << POSITION_BITS
+    number = tile_number()
+    if number < listed:
+        stripe = warp_number() * tiles_in_warp() + tile_in_warp()
+        if is_first_lane():
+            guard_enter(state, stripe)
+        sync_tile()
+        while number < listed:
+            bucket = ld64(scratch + SCRATCH_BUCKETS) + BUCKET_BYTES * ld64(ld64(scratch + SCRATCH_LIST) + 8 * number)
+            place = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
+            lock_set(place)
+            entered = np.int64(0)
+            for i in range(WAYS):
+                value = ld64(bucket + BUCKET_POSITIONS + 8 * i)
+                if value >= oldest + (1 << POSITION_BITS):
+                    break
+                position = value - oldest
+                entered = insert_newcomer(
+                    lines, rows, state, scratch, place, position, source, stride, now, batch, entered
+                )
+            unlock_set(place)
+            number += grid_tiles()
+        if is_first_lane():
+            guard_leave(state, stripe)
+    finish_batch(state, scratch, batch, advance)

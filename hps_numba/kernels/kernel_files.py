@@ -1,0 +1,160 @@
+"""Machine code of kernels on disk: found again, never trusted, never required.
+
+A file is named after the kernel, after the text of all sources that its code was made of (with the versions of the compilers),
+and after what it was made for. It repeats that name inside, under a checksum, so that a truncated, damaged or misplaced file is
+seen as such: then the kernel is compiled anew and the file replaced. Files appear at once (``os.replace``), so that any number
+of processes may look for and keep the same one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from hps_numba.kernels.compile import user_cache
+
+__all__ = ["MOST_FILES", "find", "folder", "keep", "name_of", "source_digest"]
+
+log = logging.getLogger(__name__)
+
+MOST_FILES = 200  # with more in the folder, those made from other sources go
+_MAGIC = b"HPSK2\n"
+_CHECKSUM = hashlib.sha256().digest_size
+_ABANDONED = 3600.0  # seconds after which a file that is being written has no writer any more
+_PACKAGES = (
+    "numba-cuda",
+    "numba",
+    "llvmlite",
+    "cuda-core",
+    "nvidia-nvjitlink",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink-cu12",
+    "nvidia-cuda-nvcc-cu12",
+)
+_warning = threading.Lock()
+_warned = False
+
+
+def _versions() -> list[str]:
+    found = [sys.implementation.cache_tag or sys.version]
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the text of all that kernels are made of, and of the versions of their compilers (hex)."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(", ".join(_versions()).encode())
+    for file in [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "cache_layout.py"]:
+        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def name_of(kernel: str, made_for: str) -> str:
+    """Name of the file of a kernel; ``made_for``: all that its code depends on besides the sources."""
+    return f"{kernel}-{source_digest()}-{hashlib.sha256(made_for.encode()).hexdigest()[:32]}.cubin"
+
+
+def folder() -> Path | None:
+    """The folder of the files, mode 0700; None (with one WARNING a process) if the user has none of their own to write to."""
+    try:
+        chosen = user_cache() / "cuda"
+        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(chosen)
+        if not os.access(chosen, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(f"{chosen} is not writable")
+    except (OSError, RuntimeError) as problem:
+        _warn(problem)
+        return None
+    return chosen
+
+
+def _check_owner(chosen: Path) -> None:
+    """Code of a stranger's folder is not run."""
+    if not hasattr(os, "getuid"):
+        return
+    status = chosen.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"{chosen} belongs to user {status.st_uid}, wanted a folder of user {os.getuid()}")
+    if status.st_mode & 0o077:
+        chosen.chmod(0o700)
+
+
+def _warn(problem: Exception) -> None:
+    global _warned
+    with _warning:
+        if not _warned:
+            _warned = True
+            log.warning("GPU kernels are not kept on disk: %s (HPS_NUMBA_CACHE_DIR names another folder)", problem)
+
+
+def find(name: str) -> tuple[bytes, str] | None:
+    """``(machine code, symbol)`` of a file; None if there is none, or (with one WARNING) one that is not what it should be."""
+    place = folder()
+    if place is None:
+        return None
+    try:
+        data = (place / name).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        log.warning("%s: cannot be read, compiled anew: %s", place / name, problem)
+        return None
+    head = _MAGIC + name.encode() + b"\n"
+    body = data[len(head) + _CHECKSUM :]
+    if data[: len(head) + _CHECKSUM] != head + hashlib.sha256(body).digest():
+        log.warning("%s: damaged or not the file of this kernel, compiled anew", place / name)
+        return None
+    symbol, _, cubin = body.partition(b"\n")
+    return cubin, symbol.decode()
+
+
+def keep(name: str, cubin: bytes, symbol: str) -> None:
+    """Put a file into the folder, in place of one of this name. Where that fails, one WARNING a process."""
+    place = folder()
+    if place is None:
+        return
+    body = symbol.encode() + b"\n" + cubin
+    try:
+        _replace(place / name, _MAGIC + name.encode() + b"\n" + hashlib.sha256(body).digest() + body)
+        _sweep(place)
+    except OSError as problem:
+        _warn(problem)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
+        written = Path(out.name)
+        try:
+            out.write(data)
+            out.close()
+            written.replace(file)
+        except BaseException:
+            with suppress(OSError):
+                written.unlink()
+            raise
+
+
+def _sweep(place: Path) -> None:
+    """Where files pile up, remove those made from other sources, and what writers that died left. Others may do so too."""
+    files = list(place.iterdir())
+    if len(files) <= MOST_FILES:
+        return
+    ours = f"-{source_digest()}-"
+    for file in files:
+        with suppress(OSError):
+            abandoned = file.suffix == ".part" and time.time() - file.stat().st_mtime > _ABANDONED
+            if abandoned or (file.suffix == ".cubin" and ours not in file.name):
+                file.unlink()

@@ -1,0 +1,157 @@
+"""Launches cache kernels on a GPU: machine code kept on disk, raw pointers, the caller's stream, no numba on the way.
+
+``load`` gives a ``LoadedKernel`` for a spec and a device: from this process, from the cache folder (``kernel_files``), or
+compiled and linked.
+
+A launch packs the arguments into memory of the calling thread, at one stroke, and calls the driver: no conversion of types by
+anybody. *Why the driver and not numba or cuda.core.* Their launches look at each argument's type and attributes, which costs
+more than a small lookup takes on the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import struct
+import threading
+from dataclasses import fields
+from typing import Any
+
+from hps_numba.errors import DeviceError
+from hps_numba.kernels import kernel_files
+from hps_numba.kernels.build import KernelSpec, ptx_of
+
+__all__ = ["LoadedKernel", "cubin_of", "link", "load"]
+
+THREADS = 256
+_loading = threading.RLock()
+_loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
+
+
+class LoadedKernel:
+    """A kernel on the device whose context was current when it was made.   **Threads:** ``launch`` from any thread.
+
+    Args:
+        cubin: machine code.   symbol: of the kernel in it.   kinds: of its arguments, q (int64) and f (float32).
+
+    Raises:
+        DeviceError: the driver refuses the code.
+    """
+
+    def __init__(self, cubin: bytes, symbol: str, kinds: str) -> None:
+        self._driver = driver = importlib.import_module("cuda.bindings.driver")
+        self._symbol = symbol
+        self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), symbol)
+        self.handle = _check(driver.cuLibraryGetKernel(self._library, symbol.encode()), symbol)
+        # now and not at the first launch, which may stand in a graph capture, where nothing can be loaded
+        self._in_context = _check(driver.cuKernelGetFunction(self.handle), symbol)
+        self._function = driver.CUfunction(int(self.handle))
+        self._launch = driver.cuLaunchKernel
+        layout = struct.Struct(kinds)
+        self._bytes, self._offsets, self._pack_into = layout.size, _offsets(kinds), layout.pack_into
+        self._threads = threading.local()
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> None:
+        """Start ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not wait.
+
+        The driver takes the arguments before it returns. On stream 0 the device's context has to be current.
+
+        Raises:
+            DeviceError: the driver refused.
+            struct.error: number or kinds of the arguments are not those of the kernel.
+        """
+        try:
+            buffer, pointers = self._threads.arguments
+        except AttributeError:
+            buffer, pointers = self._make_arguments()
+        self._pack_into(buffer, 0, *args)
+        status = self._launch(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, 0)[0]
+        if status:
+            raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {status.name}")
+
+    def _make_arguments(self) -> tuple[Any, int]:
+        """Memory of this thread for the values of arguments, and the address of a list of their addresses."""
+        buffer = ctypes.create_string_buffer(self._bytes)
+        start = ctypes.addressof(buffer)
+        pointers = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
+        self._threads.pointers = pointers
+        self._threads.arguments = buffer, ctypes.addressof(pointers)
+        return buffer, ctypes.addressof(pointers)
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        what = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
+        return int(_check(self._driver.cuFuncGetAttribute(what, self._in_context), self._symbol))
+
+
+def _offsets(kinds: str) -> list[int]:
+    """Where each value stands in memory packed by ``struct``, which aligns as C does."""
+    return [struct.calcsize(kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+
+
+def _check(answer: tuple[Any, ...], symbol: str) -> Any:
+    if answer[0]:
+        raise DeviceError(f"loading {symbol}: the driver says {answer[0].name}")
+    return answer[1]
+
+
+def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKernel:
+    """The kernel of a spec on a device, whose context is current.   **Threads:** any; each kernel is compiled once.
+
+    Raises:
+        DeviceError: it does not compile, or the driver refuses it.
+        PolicyError: the functions of the policy do not compile.
+    """
+    key = spec, device
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _loading:
+            kernel = _loaded.get(key)
+            if kernel is None:
+                kernel = _loaded[key] = LoadedKernel(*cubin_of(spec, capability), spec.source.kinds)
+    return kernel
+
+
+def cubin_of(spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """``(machine code, symbol)`` of a kernel for a chip: from the cache folder, else compiled and put there.
+
+    Raises:
+        DeviceError: it does not compile.   PolicyError: the functions of the policy do not compile.
+    """
+    name = kernel_files.name_of(spec.name, _made_for(spec, capability))
+    kept = kernel_files.find(name)
+    if kept is not None:
+        return kept
+    ptx = ptx_of(spec, capability)
+    entry = re.search(r"\.visible \.entry (\w+)", ptx)
+    if entry is None:
+        raise DeviceError(f"{spec}: the PTX has no kernel in it")
+    try:
+        cubin = link(ptx, capability, spec.registers)
+    except DeviceError as problem:
+        raise DeviceError(f"{spec}: {problem}") from problem
+    kernel_files.keep(name, cubin, entry[1])
+    return cubin, entry[1]
+
+
+def _made_for(spec: KernelSpec, capability: tuple[int, int]) -> str:
+    values = [f"{field.name}={getattr(spec, field.name)!r}" for field in fields(spec) if field.name != "policy"]
+    return f"{capability} {spec.policy.digest} {' '.join(values)}"
+
+
+def link(ptx: str, capability: tuple[int, int], registers: int = 0) -> bytes:
+    """Machine code from PTX for a chip, with at most so many ``registers`` a thread (0: as many as it likes).
+
+    Raises:
+        DeviceError: the linker is missing or refuses.
+    """
+    chip = f"sm_{capability[0]}{capability[1]}"
+    try:
+        core = importlib.import_module("cuda.core")
+        options = core.LinkerOptions(arch=chip, max_register_count=registers or None)
+        return bytes(core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code)
+    except Exception as problem:
+        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DeviceError(f"linking for {chip}: {what}") from problem

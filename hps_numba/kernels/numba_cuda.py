@@ -1,0 +1,58 @@
+"""The one place that imports numba's CUDA target: numba-cuda if it is installed, as ``numba.cuda``. A successor goes here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numba import cuda, types
+
+try:
+    from numba.cuda.extending import intrinsic
+except ImportError:  # numba's own target, which has the simulator
+    from numba.extending import intrinsic
+
+__all__ = ["compile_ptx", "cuda", "intrinsic", "types"]
+
+_compiling = threading.RLock()
+
+
+class _Chip:
+    """What numba asks of a device while it compiles."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.compute_capability = capability
+
+
+@contextmanager
+def _for_chip(capability: tuple[int, int]) -> Iterator[None]:
+    """The calling thread's device functions are compiled for a chip.
+
+    They ask the current device for its capability, and there may be none, or another one. Other threads, which may run numba
+    kernels of their own meanwhile, get the answer that they always got.
+    """
+    from numba.cuda import dispatcher
+
+    thread, chip = threading.get_ident(), _Chip(capability)
+    with _compiling:
+        before = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: chip if threading.get_ident() == thread else before()
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = before
+
+
+def compile_ptx(kernel: Any, signature: Any, capability: tuple[int, int], *, device: bool = False) -> str:
+    """PTX of a kernel for a chip, which need not be in this machine.   **Threads:** any, one at a time.
+
+    Args:
+        kernel: a plain function that returns nothing; with ``device``, one that kernels call.
+        signature: a tuple of the numba types of its arguments; with ``device``, a signature with the type of the answer.
+        capability: (major, minor) of the chip.
+    """
+    with _for_chip(capability):
+        ptx: str = cuda.compile(kernel, signature, device=device, abi="numba", cc=capability, output="ptx")[0]
+    return ptx
