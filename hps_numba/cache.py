@@ -109,6 +109,7 @@ class EmbeddingCache(CacheLookup):
 
     def lookup_arrays(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]``, written to ``out`` if given."""
+        self._check_open()
         keys = self._keys_of(keys)
         out = np.empty((len(keys), self.dim), np.float32) if out is None else out
         if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
@@ -174,6 +175,7 @@ class EmbeddingCache(CacheLookup):
 
         For rows that came from elsewhere after a lookup. Returns when they are there.
         """
+        self._check_open()
         spec = KernelSpec(name="scatter_kernel", dim=self.dim, policy=load_policy("fifo"), out_type=out_type, out_vector=False)
         with self._place.current():
             kernel = self._kernels.get(spec)

@@ -314,8 +314,24 @@ def _cupy_order(cupy: Any, device: int, stream: Any) -> Iterator[None]:
         if stream is None:
             yield
         else:
-            with cupy.cuda.ExternalStream(stream_handle(stream, ArrayKind("cupy"), device)):
+            with _cupy_stream(cupy, stream_handle(stream, ArrayKind("cupy"), device)):
                 yield
+
+
+class _Handle:
+    """A stream by its handle, in the CUDA stream protocol."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def _cupy_stream(cupy: Any, handle: int) -> Any:
+    """CuPy's object for a stream; since version 14 it is made by the protocol."""
+    made_from = getattr(getattr(cupy.cuda, "Stream", None), "from_external", None)
+    return cupy.cuda.ExternalStream(handle) if made_from is None else made_from(_Handle(handle))
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------------

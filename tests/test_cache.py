@@ -1,0 +1,709 @@
+"""The embedding cache against its oracle: every way, score and row, on the CPU twin and (marker gpu) on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_oracle import CacheOracle
+from naive import EXTREME_64, assert_same_bits, rows_of
+
+from hps_numba.cache import EmbeddingCache, index_sets
+from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.cache_link import HostLink
+from hps_numba.cache_place import HostPlace
+from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError, OutputError
+from hps_numba.kernels.cache_search import home_line_of, set_of
+from hps_numba.kernels.compile import host_function
+from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
+from hps_numba.storage.host_store import HostStore
+
+DEFAULT = -7.5
+DIM = 17
+_set_of, _home_line_of = host_function(set_of), host_function(home_line_of)
+
+
+class Bench:
+    """Makes caches and stores on one place, and closes them."""
+
+    def __init__(self, device: int | None) -> None:
+        self.device = device
+        self._opened: list[Any] = []
+
+    def store(self, keys: Any = (), dim: int = DIM, stamp: int = 0, **options: Any) -> HostStore:
+        allocator = PlainHostAllocator() if self.device is None else PinnedHostAllocator()
+        store = HostStore(dim, allocator=allocator, **options)
+        self._opened.append(store)
+        store.upsert(ints(keys), rows_of(ints(keys), dim, stamp))
+        return store
+
+    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str = "lru", **options: Any) -> EmbeddingCache:
+        dim = options.pop("dim", DIM) if store is None else store.dim
+        cache = EmbeddingCache(
+            dim, rows, device=self.device, policy=load_policy(policy), default=DEFAULT, store=store, **options
+        )
+        self._opened.append(cache)
+        return cache
+
+    def close(self) -> None:
+        for thing in reversed(self._opened):
+            thing.close()
+
+
+@pytest.fixture(params=[pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cpu_bench() -> Iterator[Bench]:
+    made = Bench(None)
+    yield made
+    made.close()
+
+
+def ints(keys: Any) -> np.ndarray:
+    return np.asarray(list(keys), np.int64)
+
+
+def place_in(sets: int) -> Callable[[int], tuple[int, int]]:
+    def place(key: int) -> tuple[int, int]:
+        return _set_of(0, sets, key) // SET_BYTES, _home_line_of(key) // 64
+
+    return place
+
+
+def keys_of_set(sets: int, wanted: int, count: int) -> list[int]:
+    place = place_in(sets)
+    return [key for key in range(200 * sets) if place(key)[0] == wanted][:count]
+
+
+def entries_in(oracle: CacheOracle, sets: int) -> list[tuple[int, ...]]:
+    return [(entry.key, entry.score, entry.set, entry.line, entry.way) for entry in oracle.dump(0, sets)]
+
+
+# -- any operations ---------------------------------------------------------------------------
+
+
+class Pair:
+    """A cache over a store, and the oracle that is told the same."""
+
+    def __init__(self, bench: Bench, policy: str, dim: int, seed: int, sets: int = 3) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.sets, self.dim = sets, dim
+        self.universe = ints([*range(70), *EXTREME_64[1:]])
+        known = self.rng.permutation(self.universe)[:55]
+        self.store = bench.store(known, dim)
+        self.cache = bench.cache(self.store, policy=policy, set_count=sets)
+        host = {int(key): rows_of(key, dim) for key in known}
+        self.oracle = CacheOracle(sets, load_policy(policy), dim, DEFAULT, place_in(sets), host)
+        self.host = host
+        self.now = 0
+
+    def some(self, most: int) -> np.ndarray:
+        return self.rng.choice(self.universe, int(self.rng.integers(0, most + 1)))
+
+    def advance(self, n: int) -> None:
+        if n:
+            self.now += max(1, 4 * n // self.cache.capacity)
+
+    def lookup(self) -> None:
+        keys = self.some(60)
+        assert_same_bits(self.cache.lookup_arrays(keys), self.oracle.lookup(keys, self.now))
+        self.advance(len(keys))
+
+    def insert(self) -> None:
+        keys = self.some(20)
+        rows = self.rng.random((len(keys), self.dim), np.float32)
+        self.cache.insert(keys, rows)
+        self.oracle.insert(keys, rows, self.now)
+        self.advance(len(keys))
+
+    def query(self) -> None:
+        keys = self.some(40)
+        rows, missing = self.cache.query(keys)
+        wanted, absent = self.oracle.query(keys, self.now)
+        wanted[absent] = 0
+        assert_same_bits(rows, wanted)
+        assert missing.tolist() == absent
+
+    def update_from_store(self) -> None:
+        keys = self.some(20)
+        rows = self.rng.random((len(keys), self.dim), np.float32)
+        self.store.upsert(keys, rows)
+        self.host |= {int(key): row for key, row in zip(keys, rows, strict=True)}
+        self.cache.update(keys)
+        self.oracle.update(keys)
+
+    def update_given(self) -> None:
+        keys = self.some(20)
+        rows = self.rng.random((len(keys), self.dim), np.float32)
+        self.cache.update(keys, rows)
+        self.oracle.update(keys, rows)
+
+    def erase(self) -> None:
+        keys = self.some(6)
+        self.store.erase(keys)
+        for key in keys:
+            self.host.pop(int(key), None)
+        assert self.cache.erase(keys) == self.oracle.erase(keys)
+
+    def refresh(self) -> None:
+        keys = self.some(8)
+        self.store.erase(keys)
+        for key in keys:
+            self.host.pop(int(key), None)
+        first, stop = sorted(self.rng.integers(0, self.sets + 1, 2).tolist())
+        drop = bool(self.rng.integers(2))
+        self.cache.refresh(first, stop, drop)
+        self.oracle.refresh(first, stop, drop)
+
+    def dump(self) -> None:
+        first, stop = sorted(self.rng.integers(0, self.sets + 1, 2).tolist())
+        assert sorted(self.cache.dump(first, stop).tolist()) == sorted(e.key for e in self.oracle.dump(first, stop))
+
+    def check(self) -> None:
+        assert [tuple(entry) for entry in self.cache.entries()] == entries_in(self.oracle, self.sets)
+
+
+OPERATIONS = ("lookup", "lookup", "lookup", "insert", "query", "update_from_store", "update_given", "erase", "refresh", "dump")
+
+
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 1), ("lfu", 3), ("fifo", 16), ("lru", 17)])
+def test_any_operations_leave_what_the_oracle_has(bench: Bench, policy: str, dim: int) -> None:
+    pair = Pair(bench, policy, dim, seed=dim)
+    for _ in range(150):
+        getattr(pair, pair.rng.choice(OPERATIONS))()
+        pair.check()
+    entries = pair.oracle.dump(0, pair.sets)
+    assert len(entries) > 10
+    rows, missing = pair.cache.query(ints(entry.key for entry in entries))
+    assert not len(missing)
+    assert_same_bits(rows, np.stack([entry.row for entry in entries]))
+
+
+# -- lookups ----------------------------------------------------------------------------------
+
+
+def test_extreme_keys_are_keys_like_any_others(bench: Bench) -> None:
+    keys = ints(EXTREME_64)
+    cache = bench.cache(bench.store(keys), 40)
+    for _ in range(2):
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().misses == len(keys)
+    assert cache.erase(keys) == len(keys)
+    assert cache.resident() == 0
+
+
+def test_extreme_keys_that_are_nowhere_are_missed(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), 40)
+    out = cache.lookup_arrays(ints(EXTREME_64[1:2] + EXTREME_64[3:]))
+    assert (out == np.float32(DEFAULT)).all()
+    assert cache.counters().absent == len(out)
+
+
+def test_no_keys(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), 40)
+    nothing = ints([])
+    assert cache.lookup_arrays(nothing).shape == (0, DIM)
+    rows, missing = cache.query(nothing)
+    assert rows.shape == (0, DIM) and len(missing) == 0
+    cache.insert(nothing, np.empty((0, DIM), np.float32))
+    cache.update(nothing)
+    cache.update(nothing, np.empty((0, DIM), np.float32))
+    assert cache.erase(nothing) == 0
+    assert len(cache.dump(1, 1)) == 0
+    assert cache.counters().calls == 0
+
+
+def test_duplicates_in_a_batch_enter_once(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), policy="lfu", set_count=2)
+    keys = ints([3, 1, 3, 3, 1, 99, 99])
+    assert_same_bits(cache.lookup_arrays(keys)[:5], rows_of(keys[:5], DIM))
+    assert {entry.key: entry.score for entry in cache.entries()} == {1: 2, 3: 3}
+    cache.lookup_arrays(keys)
+    assert {entry.key: entry.score for entry in cache.entries()} == {1: 4, 3: 6}
+    assert cache.counters().inserted == 2
+
+
+def test_default_rows_are_never_cached(bench: Bench) -> None:
+    store = bench.store([1])
+    cache = bench.cache(store, 40)
+    assert (cache.lookup_arrays(ints([7, 7])) == np.float32(DEFAULT)).all()
+    assert cache.resident() == 0
+    store.upsert(ints([7]), rows_of([7], DIM))
+    assert_same_bits(cache.lookup_arrays(ints([7])), rows_of([7], DIM))
+    assert cache.counters().absent == 2
+
+
+def test_without_a_store_only_what_was_inserted_is_found(bench: Bench) -> None:
+    cache = bench.cache(None, 40)
+    keys = ints([1, 2])
+    cache.insert(keys, rows_of(keys, DIM))
+    cache.insert(keys, rows_of(keys, DIM, 1))  # present: touched only
+    wanted = np.vstack([rows_of(keys, DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2, 3])), wanted)
+    assert cache.warm() == 0
+
+
+def test_batches_larger_than_the_scratch_before(bench: Bench) -> None:
+    keys = np.arange(5000)
+    cache = bench.cache(bench.store(keys), 6000)
+    for n in (1, 300, 5000, 20):
+        assert_same_bits(cache.lookup_arrays(keys[:n]), rows_of(keys[:n], DIM))
+    assert cache.bytes > 6000 * 4 * DIM
+
+
+class Addresses:
+    """Raw calls on NumPy arrays of the CPU twin."""
+
+    def __init__(self, cache: EmbeddingCache) -> None:
+        self.cache = cache
+
+    def lookup(self, keys: np.ndarray, out: np.ndarray, **options: Any) -> np.ndarray:
+        self.cache.lookup(keys.ctypes.data, len(keys), out.ctypes.data, 0, **options)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "keys", "known"),
+    [
+        ("int32", np.int32, [-1, 5, -(2**31)], [-1, 5, -(2**31)]),
+        ("uint32", np.uint32, [2**32 - 1, 5], [2**32 - 1, 5]),
+        ("narrow64", np.int64, [2**32 - 1, 5], [2**32 - 1, 5]),
+    ],
+)
+def test_key_forms(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], known: list[int]) -> None:
+    call = Addresses(cpu_bench.cache(cpu_bench.store(known), 40))
+    for _ in range(2):
+        out = call.lookup(np.array(keys, dtype), np.empty((len(keys), DIM), np.float32), key_form=form)
+        assert_same_bits(out, rows_of(ints(known), DIM))
+
+
+def test_a_wide_key_is_absent_where_keys_are_narrow(cpu_bench: Bench) -> None:
+    keys = ints([-1, 2**32])
+    cache = cpu_bench.cache(cpu_bench.store(keys), 40)
+    out = Addresses(cache).lookup(keys, np.empty((2, DIM), np.float32), key_form="narrow64")
+    assert (out == np.float32(DEFAULT)).all()
+    assert cache.resident() == 0
+
+
+def test_half_precision_answers(cpu_bench: Bench) -> None:
+    keys = np.arange(20)
+    call = Addresses(cpu_bench.cache(cpu_bench.store(keys), 40))
+    rows = rows_of(keys, DIM)
+    for _ in range(2):  # from the host store, from the cache
+        half = call.lookup(keys, np.empty((20, DIM), np.float16), out_type="float16")
+        np.testing.assert_array_equal(half, rows.astype(np.float16))
+        brain = call.lookup(keys, np.empty((20, DIM), np.uint16), out_type="bfloat16")
+        np.testing.assert_allclose((brain.astype(np.uint32) << 16).view(np.float32), rows, rtol=2**-8)
+
+
+def test_positions_of_absent_keys(cpu_bench: Bench) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
+    out, absent = np.empty((4, DIM), np.float32), np.full(5, -1, np.int64)
+    for keys, wanted in (([50, 1, 60, 2], [0, 2]), ([1, 2, 3, 4], []), ([9, 9, 9, 70], [3])):
+        Addresses(cache).lookup(ints(keys), out, absent_list=absent.ctypes.data)
+        assert absent[1 : 1 + absent[0]].tolist() == wanted
+    cache.lookup(0, 0, 0, 0, absent_list=absent.ctypes.data)
+    assert absent[0] == 0
+
+
+def test_a_captured_call_keeps_its_scratch(cpu_bench: Bench) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
+    before = cache.bytes
+    out = Addresses(cache).lookup(np.arange(10), np.empty((10, DIM), np.float32), capturing=True)
+    assert_same_bits(out, rows_of(np.arange(10), DIM))
+    captured = cache.bytes - before
+    assert captured > 0
+    Addresses(cache).lookup(np.arange(10), out, capturing=True)
+    assert cache.bytes - before == 2 * captured
+
+
+# -- rows in few bits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row_type", "dim", "relative", "absolute"),
+    [("float16", 16, 2**-11, 0), ("bfloat16", 3, 2**-8, 0), ("int8", 3, 0, 0.01), ("float8_e4m3", 16, 0, 0.05)],
+)
+def test_stored_types(bench: Bench, row_type: str, dim: int, relative: float, absolute: float) -> None:
+    store = bench.store(dim=dim)
+    keys = np.arange(50)
+    rows = np.random.default_rng(1).uniform(-1, 1, (50, dim)).astype(np.float32)
+    rows[0], rows[1] = 0, -0.5
+    store.upsert(keys, rows)
+    cache = bench.cache(store, 200, row_type=row_type)
+    assert_same_bits(cache.lookup_arrays(keys), rows)  # from the host store
+    once, again = cache.lookup_arrays(keys), cache.lookup_arrays(keys)
+    assert cache.counters().misses == 50
+    np.testing.assert_allclose(once, rows, rtol=relative, atol=absolute or 2**-25)
+    assert_same_bits(once, again)
+    cache.refresh()
+    assert_same_bits(cache.lookup_arrays(keys), once)
+
+
+# -- the store behind ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["upsert", "erase"])
+def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    store = bench.store([5, 6])
+    cache = bench.cache(store, 40)
+    finish = cache._finish
+
+    def change_and_finish(*args: Any) -> None:
+        cache._place.synchronize(cache._stream)  # the lookup has read the old row
+        if change == "upsert":
+            store.upsert(ints([5]), rows_of([5], DIM, 1))
+        else:
+            store.erase(ints([5]))
+        cache.update(ints([5]))  # finds nothing yet
+        finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_finish", change_and_finish)
+        assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
+    assert [entry.key for entry in cache.entries()] == [6]
+    assert cache.counters().withdrawn == 1
+    new = rows_of([5], DIM, 1) if change == "upsert" else np.full((1, DIM), DEFAULT, np.float32)
+    assert_same_bits(cache.lookup_arrays(ints([5])), new)
+
+
+def test_the_store_grows_and_is_replaced_between_lookups(bench: Bench) -> None:
+    store = bench.store(range(4), growth_bytes=4 * DIM)
+    cache = bench.cache(store, 100)
+    for end in (4, 50, 700, 3000):
+        keys = np.arange(end)
+        store.upsert(keys, rows_of(keys, DIM))
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    sibling = store.sibling()
+    sibling.upsert(np.arange(20), rows_of(np.arange(20), DIM, 1))
+    store.adopt(sibling)
+    cache.refresh()
+    keys = np.arange(40)
+    wanted = np.vstack([rows_of(keys[:20], DIM, 1), np.full((20, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+
+
+def test_many_indexes_one_after_the_other(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 100)
+    for stamp in range(70):  # more than the ring of descriptors has
+        content = store.new_content(1)
+        content.rows_view(0, 1)[:] = rows_of([9], DIM, stamp % 3)
+        content.fill(ints([9]), 1)
+        store.replace(content)
+        cache.update(ints([9]))
+        assert_same_bits(cache.lookup_arrays(ints([9])), rows_of([9], DIM, stamp % 3))
+
+
+def test_a_closed_store_answers_no_more(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 100)
+    cache.lookup_arrays(ints([1]))
+    store.close()
+    wanted = np.vstack([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2])), wanted)
+    with pytest.raises(ClosedError):
+        cache.warm()
+
+
+# -- warming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 16, 1000])
+def test_a_whole_cache_holds_every_row(bench: Bench, rows: int) -> None:
+    keys = np.random.default_rng(2).permutation(np.arange(-500, 5000))[:rows]
+    cache = bench.cache(bench.store(keys), rows, whole=True)
+    assert cache.warm() == rows
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().misses == 0
+    assert sorted(cache.dump().tolist()) == sorted(keys.tolist())
+
+
+def test_rows_beyond_their_set_are_updated_and_erased(bench: Bench) -> None:
+    keys = ints(keys_of_set(3, 1, 14))  # set 1 has 10 ways, four rows stand in set 2
+    store = bench.store(keys)
+    cache = bench.cache(store, 14, whole=True, set_count=3)
+    assert cache.warm() == 14
+    store.upsert(keys, rows_of(keys, DIM, 1))
+    cache.update(keys)
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, 1))
+    assert cache.counters().misses == 0
+    assert cache.erase(keys) == 14
+
+
+@pytest.mark.parametrize("kind", ["static", "uvm"])
+def test_fixed_caches_hold_their_rows(bench: Bench, kind: str) -> None:
+    keys = np.arange(300)
+    store = bench.store(keys)
+    cache = bench.cache(store, 300, kind=kind, pagelock=True)
+    assert cache.warm() == 300
+    asked = np.arange(310)
+    wanted = np.vstack([rows_of(keys, DIM), np.full((10, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(asked), wanted)
+    assert (cache.counters().misses, cache.counters().inserted) == (10, 0)
+    store.upsert(ints([5, 305]), rows_of([5, 305], DIM, 2))
+    cache.update(ints([5, 305]))
+    assert_same_bits(cache.lookup_arrays(ints([5, 305])), rows_of([5, 305], DIM, 2))
+    rows, missing = cache.query(ints([305, 7]))
+    assert missing.tolist() == [0]
+    assert_same_bits(rows, np.vstack([np.zeros((1, DIM), np.float32), rows_of([7], DIM)]))
+    with pytest.raises(ConfigError, match="dynamic"):
+        cache.insert(ints([400]), rows_of([400], DIM))
+
+
+def test_a_static_cache_that_is_too_small(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(11)), 10, kind="static")
+    with pytest.raises(CapacityError, match="11 rows for a static cache of 10"):
+        cache.warm()
+
+
+def test_uvm_holds_as_many_as_fit_and_serves_all(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(100)), 40, kind="uvm")
+    assert cache.warm() == 40
+    assert_same_bits(cache.lookup_arrays(np.arange(100)), rows_of(np.arange(100), DIM))
+    assert (cache.counters().misses, cache.resident()) == (60, 40)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_in_use_is_warmed_anew(bench: Bench, kind: str) -> None:
+    keys = np.arange(100)
+    store = bench.store(keys)
+    cache = bench.cache(store, 400, kind=kind)
+    assert cache.warm() == 100
+    cache.lookup_arrays(keys)
+    sibling = store.sibling()
+    sibling.upsert(keys[:60], rows_of(keys[:60], DIM, 1))
+    store.adopt(sibling)
+    assert cache.warm() == 60
+    before = cache.counters().misses
+    assert_same_bits(cache.lookup_arrays(keys[:60]), rows_of(keys[:60], DIM, 1))
+    assert cache.counters().misses == before
+
+
+def test_warming_stops_when_sets_are_full(bench: Bench) -> None:
+    keys = np.arange(200)
+    cache = bench.cache(bench.store(keys), set_count=3, policy="lfu")
+    warm = cache.warm()
+    assert 20 < warm <= 30
+    assert {entry.score for entry in cache.entries()} == {1}
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+
+
+def test_sets_are_made_for_the_rows() -> None:
+    assert index_sets(1000, fixed=False, whole=False) == 100
+    assert index_sets(1001, fixed=False, whole=False) == 101
+    assert index_sets(1000, fixed=False, whole=True) == 125
+    assert index_sets(600, fixed=True, whole=False) == 100
+    assert index_sets(0, fixed=False, whole=False) == 2
+
+
+# -- bad calls, the end -------------------------------------------------------------------------
+
+
+def test_bad_calls(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(4)), 40)
+    for first, stop in ((-1, 2), (3, 2), (0, 5)):
+        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+            cache.dump(first, stop)
+        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+            cache.refresh(first, stop)
+    with pytest.raises(KeyDtypeError, match=r"int32\[4\]"):
+        cache.lookup_arrays(np.arange(4, dtype=np.int32))
+    with pytest.raises(OutputError, match="rows are float64"):
+        cache.insert(np.arange(2), np.zeros((2, DIM)))
+    with pytest.raises(OutputError, match="wanted float32"):
+        cache.lookup_arrays(np.arange(2), np.zeros((2, DIM + 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "stochastic"}, "stochastic"),
+        ({"row_type": "int4"}, "int4"),
+        ({"rows": -1}, "rows of the cache is -1"),
+        ({"buffers": 0}, "buffers of the cache is 0"),
+    ],
+)
+def test_bad_options(cpu_bench: Bench, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cpu_bench.cache(None, **options)
+    with pytest.raises(ConfigError, match=f"width 4, its host store {DIM}"):
+        EmbeddingCache(4, 10, device=None, policy=load_policy("lru"), store=cpu_bench.store())
+
+
+def test_after_close(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 40)
+    cache.lookup_arrays(np.arange(4))
+    cache.close()
+    cache.close()
+    for call in (cache.dump, cache.clear, cache.warm, cache.counters, lambda: cache.lookup_arrays(np.arange(4))):
+        with pytest.raises(ClosedError):
+            call()
+    store.upsert(np.arange(500), rows_of(np.arange(500), DIM))  # nobody follows its indexes any more
+    store.close()
+
+
+def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(20)), 40, buffers=1)
+
+    def fails(*args: Any) -> None:
+        raise CapacityError("between two kernels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_finish", fails)
+        for _ in range(3):
+            with pytest.raises(CapacityError, match="between"):
+                cache.lookup_arrays(np.arange(10))
+    assert cache.resident() == 0
+    assert_same_bits(cache.lookup_arrays(np.arange(10, 20)), rows_of(np.arange(10, 20), DIM))
+    assert sorted(cache.dump().tolist()) == list(range(10, 20))
+
+
+# -- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(bench: Bench, kind: str) -> None:
+    keys = np.arange(60)
+    store = bench.store(keys)
+    cache = bench.cache(store, kind=kind, rows=60, set_count=None if kind == "static" else 4, buffers=2)
+    cache.warm()
+    cache.lookup_arrays(keys)  # kernels are compiled before the clock starts
+    cache.update(keys)
+    told = [0]  # the stamp that every cache was told of
+    problems: list[str] = []
+    end = time.monotonic() + 1.0
+
+    def look() -> None:
+        rng = np.random.default_rng()
+        while time.monotonic() < end and not problems:
+            asked = rng.choice(keys, 25)
+            least = told[0]
+            rows = cache.lookup_arrays(asked)
+            stamps = np.log2(rows[:, 0] / rows_of(asked, DIM)[:, 0])
+            whole = all((row == rows_of(key, DIM, int(s))).all() for key, row, s in zip(asked, rows, stamps, strict=True))
+            if not whole or (stamps < least).any():
+                problems.append(f"{stamps} after {least}, whole: {whole}")
+
+    def write() -> None:
+        stamp = 0
+        while time.monotonic() < end and stamp < 100:
+            stamp += 1
+            store.upsert(keys, rows_of(keys, DIM, stamp))
+            cache.update(keys)
+            told[0] = stamp
+            if stamp % 7 == 0:
+                cache.refresh()
+
+    threads = [threading.Thread(target=look) for _ in range(3)] + [threading.Thread(target=write)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert problems == []
+    assert told[0] > 3
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, told[0]))
+
+
+def test_threads_take_turns_with_one_scratch(cpu_bench: Bench) -> None:
+    keys = np.arange(2000)
+    cache = cpu_bench.cache(cpu_bench.store(keys), 1000, buffers=1)
+    answers: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: answers.append(cache.lookup_arrays(keys))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == 6
+    for answer in answers:
+        assert_same_bits(answer, rows_of(keys, DIM))
+    assert len(cache._pool._all) == 1
+
+
+# -- the guard of host memory ---------------------------------------------------------------------
+
+
+class Linked:
+    """A link as a device has it, over memory of the process, whose warps are played by the test."""
+
+    def __init__(self, store: HostStore) -> None:
+        place = HostPlace()
+        self.memory = place.allocate(STATE_BYTES, "state")
+        self.link = HostLink(place, self.memory.address, store)
+        self.store = store
+        store.epochs.add_guard(self.link)
+
+    def enter(self, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.memory.address + GUARD_ENTERED + 4 * stripe).value += 1
+
+    def leave(self, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.memory.address + GUARD_LEFT + 4 * stripe).value += 1
+
+    def is_free(self, tag: int) -> bool:
+        return self.store.epochs.wait(tag, 0.02)
+
+
+def test_memory_is_kept_while_a_warp_may_read_it(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    assert linked.is_free(store.epochs.advance())
+    linked.enter(3)
+    linked.enter(9)
+    tag = store.epochs.advance()
+    assert not linked.is_free(tag)
+    linked.leave(3)
+    assert not linked.is_free(tag)
+    linked.leave(9)
+    assert linked.is_free(tag)
+    linked.link.close()
+
+
+def test_stripes_need_not_be_left_all_at_once(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    linked.enter(1)
+    tag = store.epochs.advance()
+    assert not linked.is_free(tag)
+    linked.enter(2)
+    linked.leave(1)
+    assert linked.is_free(tag)  # stripe 2 was seen empty in this round before it was entered
+    linked.leave(2)
+    linked.link.close()
+
+
+def test_a_link_that_ended_keeps_nothing(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    linked.enter(1)
+    assert not linked.is_free(store.epochs.advance())
+    linked.link.close()
+    assert linked.is_free(store.epochs.advance())
+
+
+def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    at = linked.memory.address + STATE_HOST
+
+    def block() -> int:
+        descriptor = ctypes.c_int64.from_address(at).value
+        return ctypes.c_int64.from_address(descriptor).value if descriptor else 0
+
+    first = block()
+    assert first == store._block_in_force()
+    store.upsert(np.arange(500), rows_of(np.arange(500), DIM))
+    assert block() == store._block_in_force() != first
+    store.close()
+    assert block() == 0
