@@ -29,7 +29,7 @@ class CacheStats:
         device: CUDA ordinal, or None for a cache in host memory.
         capacity: rows that it has room for.
         resident: rows that it held when it was last filled or refreshed.
-        bytes: bytes of the device that it takes, without the buffers of batches.
+        bytes: bytes of the device that it takes, with the buffers of batches so far.
         calls, keys: lookups and keys asked for.   hits, misses: keys that it had, or lacked.
         absent: keys that host memory lacked too.
         insertions: rows that entered after a lookup.   evictions: rows that left for others.

@@ -1,9 +1,9 @@
 """Pooled lookup: the rows of each bag of keys, combined to one row, in one kernel and without the rows in between.
 
-A tile of lanes takes a *run* of consecutive bags, whose keys lie side by side. Each lane finds the row of one key; then the tile
-walks through the rows in order, several in flight whatever the ends of bags, and adds them up in registers. An element is added
-by one lane, in order of position, in float32, multiplication and addition rounded apart: CPU and GPU agree bit for bit. Rows are
-never split over passes, so that a pooled row is made of rows that were whole at one time.
+A tile of lanes takes a *run* of consecutive bags, whose keys lie side by side. Each lane finds the row of one key; then the
+tile walks through the rows in order, several in flight whatever the ends of bags, and adds them up in registers. An element is
+added by one lane, in order of position, in float32, multiplication and addition rounded apart: CPU and GPU agree bit for bit.
+Rows are never split over passes, so that a pooled row is made of rows that were whole at one time.
 
 The functions on a *part* (the elements of a row that a lane has) stand here for one lane that has the whole row, an array;
 ``lanes_cuda_pool`` has those for a GPU, where a part is in registers.   (spec 2.3)
@@ -77,7 +77,7 @@ __all__ = [
 SUM, MEAN, SQRTN, MAX = range(4)
 COMBINERS = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN, "max": MAX}
 
-#: options: skip keys equal to ``padding``; empty bags are answered with the default; offsets are int32; the last one is left out
+#: options: skip keys equal to ``padding``; empty bags get the default; offsets are int32; the last offset is left out
 PADDED, EMPTY_DEFAULT, OFFSETS32, OPEN_END = 1, 2, 4, 8
 
 NOWHERE = 1  # in place of the address of a row: the default
@@ -134,6 +134,16 @@ def load_part(part, source):
         for element in range(DIM):
             part[element] = bits_float(element_of_row(source, element, scale))
     return part
+
+
+def pick_part(first, second, third, fourth, number):
+    """One of the parts in flight."""
+    return first
+
+
+def rows_in_flight():
+    """POOL_DEPTH, but no constant to a compiler: a loop over the rows in flight stays a loop."""
+    return POOL_DEPTH
 
 
 def await_parts(first, second, third, fourth):
@@ -326,7 +336,7 @@ def answer_bag(target, sums, total, filled, combiner, default, options):
     out_of_line()
     if not filled:
         sums = fill_part(sums, default if options & EMPTY_DEFAULT else np.float32(0.0))
-    elif combiner == MEAN or combiner == SQRTN:
+    elif combiner in (MEAN, SQRTN):
         divisor = root_rounded(total) if combiner == SQRTN else total
         if divisor == np.float32(0.0):
             sums = fill_part(sums, np.float32(0.0))
@@ -463,30 +473,13 @@ def pool_kernel(
                         touch(lines, state, scratch, entry, tags, now)
                     some = any_in_warp(behind != 0)
                     used = votes_of_warp((row != 0) | (behind != 0))
-                    sums, total, filled, bag, stop = close_bags(
-                        i + j + 0, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
-                    )
-                    sums, total, filled = use_row(
-                        sums, total, filled, part0, behind, some, weight, used, base + j + 0, combiner, default
-                    )
-                    if POOL_MANY:
+                    for d in range(rows_in_flight()):
                         sums, total, filled, bag, stop = close_bags(
-                            i + j + 1, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
+                            i + j + d, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
                         )
+                        part = pick_part(part0, part1, part2, part3, d)
                         sums, total, filled = use_row(
-                            sums, total, filled, part1, behind, some, weight, used, base + j + 1, combiner, default
-                        )
-                        sums, total, filled, bag, stop = close_bags(
-                            i + j + 2, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
-                        )
-                        sums, total, filled = use_row(
-                            sums, total, filled, part2, behind, some, weight, used, base + j + 2, combiner, default
-                        )
-                        sums, total, filled, bag, stop = close_bags(
-                            i + j + 3, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
-                        )
-                        sums, total, filled = use_row(
-                            sums, total, filled, part3, behind, some, weight, used, base + j + 3, combiner, default
+                            sums, total, filled, part, behind, some, weight, used, base + j + d, combiner, default
                         )
             if guarded:
                 sync_warp()

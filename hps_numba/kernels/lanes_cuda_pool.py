@@ -222,7 +222,31 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
 
         return types.void(*[shape.type] * _IN_FLIGHT), codegen
 
-    return {"load_part": load_part, "behind_part": behind_part, "await_parts": await_parts}
+    @intrinsic
+    def pick_part(typingctx, first, second, third, fourth, number):
+        def codegen(context, builder, signature, args):
+            *parts, last = (shape.unpack(builder, part) for part in args[:-1])
+            for i, part in reversed(list(enumerate(parts))):
+                chosen = builder.icmp_signed("==", args[-1], ir.Constant(_64, i))
+                last = [builder.select(chosen, value, other) for value, other in zip(part, last, strict=True)]
+            return shape.pack(builder, last)
+
+        return shape.type(*[shape.type] * _IN_FLIGHT, _INT), codegen
+
+    @intrinsic
+    def rows_in_flight(typingctx):
+        def codegen(context, builder, signature, args):
+            return _asm(builder, _64, f"mov.u64 $0, {_IN_FLIGHT};", "=l", [], volatile=True)
+
+        return _INT(), codegen
+
+    return {
+        "load_part": load_part,
+        "behind_part": behind_part,
+        "await_parts": await_parts,
+        "pick_part": pick_part,
+        "rows_in_flight": rows_in_flight,
+    }
 
 
 def _sums(shape: _Shape, out: int, vector: bool) -> dict[str, Any]:

@@ -1,0 +1,256 @@
+"""P3: lookups part of whose keys come over the bus from the host store, beside what the bus can bring.
+
+A table of 1 GiB (with ``--large`` also of 4 and 16 GiB) in pinned memory, and a hot set of 131,072 of its rows. Batches are
+fresh: so many keys of the hot set, the others of the whole rest. Two caches of the hot set answer them: one with 262,144 ways
+that lets the missed rows in (its policy lets newcomers push out each other first, so that the hot set stays), and a fixed one
+of kind ``uvm`` that never changes: the answer alone. The difference is what insertion costs. Hit rates are read from the cache.
+
+The bus is measured in the same run: a copy from pinned memory, the plain gather on the rows of the host store (no hash), and
+the lookup itself with a cache of 64 rows. The bytes of a miss are a line of the host store's index and the row; the bus time of
+a batch is its bytes over the rate of the plain gather for that table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from gather import PlainGather
+from measure import WARMUPS, host_copy_rate
+from run import Run, compact, median, parser_of, print_table, verdict
+from table import add_rows, check, keys_of, new_cache, new_store
+
+from hps_numba.kernels.policies._policy import as_policy
+from hps_numba.layout import LINE_BYTES
+
+DIMS = (32, 128)
+P3, P3_AT = 1.25, 90.0  # at most this ratio to the larger of bus and hits, at this hit rate in per cent
+INSERTED, ALONE = "with insertion", "answer alone"
+
+
+class NewcomersLeaveFirst:
+    """Rows that were never asked for again are below all others; those follow by recency."""
+
+    def first(now, count):  # type: ignore[no-untyped-def]
+        return 0
+
+    def touch(score, now, count):  # type: ignore[no-untyped-def]
+        return now + 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    table_bytes: tuple[int, ...] = (1 << 30,)
+    few: int = 64
+    hot: int = 131_072
+    ways: int = 262_140
+    batches: tuple[int, ...] = (1024, 16_384, 131_072, 1_048_576)
+    hit_rates: tuple[float, ...] = (100.0, 99.0, 95.0, 90.0, 50.0)
+    repetitions: int = 21
+    copy_bytes: int = 1 << 30
+
+
+QUICK = Sizes(batches=(1024, 131_072, 1_048_576), hit_rates=(100.0, 90.0, 50.0), repetitions=7)
+TINY = Sizes((1 << 17,), 8, 50, 200, (64, 256), (100.0, 90.0, 50.0), 3, 1 << 16)
+
+
+class Table:
+    """One table in host memory, and the caches that are compared: its first ``hot`` rows are their hot set.
+
+    A fixed cache keeps what the store had when it was warmed. So the store is filled in steps, a cache after each; the keys of
+    the hot set are spread over all sets, as those of any rows.
+    """
+
+    def __init__(self, run: Run, dim: int, size: int, sizes: Sizes) -> None:
+        self.machine, self.dim, self.sizes = run.machine, dim, sizes
+        self.rows = size // (4 * dim)
+        self.rng = np.random.default_rng(dim)
+        run.say(f"D={dim}: filling a host store of {self.rows:,} rows, and caches")
+        self.store = new_store(self.machine, self.rows, dim)
+        add_rows(self.machine, self.store, 0, sizes.few)
+        self.few = self._fixed()
+        add_rows(self.machine, self.store, sizes.few, sizes.hot)
+        self.caches = {INSERTED: self._moving(), ALONE: self._fixed()}
+        add_rows(self.machine, self.store, sizes.hot, self.rows)
+        self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
+
+    def _fixed(self) -> Any:
+        """A cache of the rows that the store has now, and of no others later."""
+        cache = new_cache(self.machine, self.store, len(self.store), kind="uvm")
+        cache.warm()
+        return cache
+
+    def _moving(self) -> Any:
+        """A cache that has the hot set, every row of it asked for at least once since it came in."""
+        cache = new_cache(self.machine, self.store, self.sizes.ways, policy=as_policy(NewcomersLeaveFirst))
+        for _ in range(3):
+            cache.lookup_arrays(keys_of(np.arange(self.sizes.hot)))
+        return cache
+
+    def close(self) -> None:
+        self.machine.wait()
+        for cache in (self.few, *self.caches.values()):
+            cache.close()
+        self.store.close()
+
+    def draw(self, n: int, hit_rate: float) -> np.ndarray:
+        """Row numbers of a batch, in random order: so many per cent of the hot set, the others not."""
+        cold = round(n * (100.0 - hit_rate) / 100.0)
+        hot = self.sizes.hot
+        numbers = np.concatenate([self.rng.integers(0, hot, n - cold), self.rng.integers(hot, self.rows, cold)])
+        self.rng.shuffle(numbers)
+        return numbers
+
+    def time(self, cache: Any, n: int, hit_rate: float) -> tuple[float, float]:
+        """Median microseconds of fresh batches, and the hit rate in per cent that the cache counted."""
+        machine, out = self.machine, self.out.data_ptr()
+        numbers = [self.draw(n, hit_rate) for _ in range(WARMUPS + self.sizes.repetitions)]
+        keys = [torch.from_numpy(keys_of(some)).to(machine.device) for some in numbers]
+        addresses = [some.data_ptr() for some in keys]
+        self.check(cache, n, hit_rate)
+        before = cache.counters()
+        times = machine.times(
+            lambda turn, stream: cache.lookup(addresses[turn], n, out, stream), self.sizes.repetitions, len(keys)
+        )
+        after = cache.counters()
+        asked, missed = after.keys - before.keys, after.misses - before.misses
+        return median(times), 100.0 * (1 - missed / asked)
+
+    def check(self, cache: Any, n: int, hit_rate: float) -> None:
+        """Every row of one batch, twice: the second time some are in the cache that were not."""
+        numbers = torch.from_numpy(self.draw(n, hit_rate))
+        keys = torch.from_numpy(keys_of(numbers.numpy())).to(self.machine.device)
+        for _ in range(2):
+            self.out.fill_(float("nan"))
+            cache.lookup(keys.data_ptr(), n, self.out.data_ptr(), self.machine.stream())
+            self.machine.wait()
+            check(f"{n:,} keys, {hit_rate:g} % hits", self.out[:n], numbers.to(self.machine.device), self.dim)
+
+
+@dataclass(frozen=True)
+class Bus:
+    """What the bus brings: GB/s of a copy; GB/s and rows/s of the plain gather; rows/s of a lookup that only misses."""
+
+    copy: float
+    gather: float
+    gather_rows: float
+    miss_rows: float
+
+    def microseconds(self, misses: float, dim: int) -> float:
+        """For the bytes of so many missed rows."""
+        return misses * (4 * dim + LINE_BYTES) / self.gather / 1e3
+
+
+def measure_bus(run: Run, table: Table) -> Bus:
+    """The bus, with the largest batch."""
+    machine, dim, n = table.machine, table.dim, max(table.sizes.batches)
+    rows = torch.from_numpy(table.store._content.rows_view(0, table.rows))  # filled in the order of the numbers
+    numbers = [torch.from_numpy(table.rng.integers(0, table.rows, n)).to(machine.device) for _ in range(8)]
+    gather, out = PlainGather(machine, dim), table.out[:n]
+    out.fill_(float("nan"))
+    gather(numbers[0], rows, out, machine.stream())
+    machine.wait()
+    check("plain gather of host memory", out, numbers[0], dim)
+    gather_us = statistics.median(machine.times(lambda turn, stream: gather(numbers[turn], rows, out, stream), 7))
+    miss_us, rate = table.time(table.few, n, 0.0)
+    bus = Bus(host_copy_rate(machine, table.sizes.copy_bytes), n * 4 * dim / gather_us / 1e3, n / gather_us, n / miss_us)
+    run.say(
+        f"bus: pinned copy {bus.copy:.1f} GB/s; plain gather of host rows {bus.gather:.1f} GB/s, {bus.gather_rows:.0f} M rows/s"
+        f"; lookups of a cache of {table.sizes.few} rows {bus.miss_rows:.0f} M rows/s ({rate:.1f} % hits)"
+    )
+    return bus
+
+
+def measure(run: Run, table: Table) -> dict[str, Any]:
+    """Both caches, all batch sizes and hit rates."""
+    bus = measure_bus(run, table)
+    cases: list[dict[str, Any]] = []
+    for n in table.sizes.batches:
+        hits: dict[str, float] = {}
+        for hit_rate in table.sizes.hit_rates:
+            case: dict[str, Any] = {"n": n, "wanted": hit_rate}
+            for name, cache in table.caches.items():
+                case[name], case[f"{name}: hit rate"] = table.time(cache, n, hit_rate)
+                hits.setdefault(name, case[name])  # the first rate is 100 %
+                case |= judged(name, case, bus, hits[name], table.dim)
+            cases.append(case)
+            run.say(
+                f"D={table.dim} {n:,} keys, {hit_rate:g} % hits: {compact(case[INSERTED])} us with insertion, "
+                f"{compact(case[ALONE])} alone; bus {compact(case[f'{INSERTED}: bus'])} us"
+            )
+    show(table, cases)
+    return {"bus": vars(bus), "rows": table.rows, "cases": cases}
+
+
+def judged(name: str, case: dict[str, Any], bus: Bus, hits: float, dim: int) -> dict[str, float]:
+    """The floor of a case, and how far above it we are."""
+    misses = case["n"] * (1 - case[f"{name}: hit rate"] / 100)
+    time = bus.microseconds(misses, dim)
+    return {
+        f"{name}: bus": time,
+        f"{name}: bus MB": misses * (4 * dim + LINE_BYTES) / 1e6,
+        f"{name}: ratio": case[name] / max(time, hits),
+        f"{name}: own rate": max(misses / bus.miss_rows, hits) / case[name],
+    }
+
+
+def show(table: Table, cases: Sequence[dict[str, Any]]) -> None:
+    """One table a cache, and one of the difference."""
+    title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB"
+    head = ["keys, hits wanted", "hits", "us", "over the bus MB", "bus us", "ratio to max(bus, hits)", "target (P3)"]
+    for name in (INSERTED, ALONE):
+        print_table(f"{title}: {name}", head, [row_of(name, case) for case in cases])
+    rows = [[case_name(case), compact(case[INSERTED] - case[ALONE])] for case in cases]
+    print_table(f"{title}: insertion (the difference)", ["keys, hits wanted", "us"], rows)
+
+
+def case_name(case: dict[str, Any]) -> str:
+    return f"{case['n']:,}, {case['wanted']:g} %"
+
+
+def row_of(name: str, case: dict[str, Any]) -> list[str]:
+    ratio = case[f"{name}: ratio"]
+    return [
+        case_name(case),
+        f"{case[f'{name}: hit rate']:.1f} %",
+        compact(case[name]),
+        f"{case[f'{name}: bus MB']:.2f}",
+        compact(case[f"{name}: bus"]),
+        f"{ratio:.2f}",
+        verdict(ratio, at_most=P3) if case["wanted"] == P3_AT else "",
+    ]
+
+
+def measure_table(run: Run, dim: int, size: int, sizes: Sizes) -> dict[str, Any]:
+    """One width and table size."""
+    table = Table(run, dim, size, sizes)
+    try:
+        return measure(run, table)
+    finally:
+        table.close()
+
+
+def main() -> int:
+    parser = parser_of("Lookups part of whose rows come over the bus from the host store (P3).", DIMS)
+    parser.add_argument("--large", action="store_true", help="tables of 4 and 16 GiB too (as much pinned memory)")
+    options = parser.parse_args()
+    sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
+    if options.large:
+        sizes = replace(sizes, table_bytes=(*sizes.table_bytes, 4 << 30, 16 << 30))
+    run = Run("Device lookups with misses (P3): medians, ratios within one run", options)
+    for size in sizes.table_bytes:
+        for dim in options.dims:
+            name = f"D={dim}, {size / (1 << 30):.3g} GiB"
+            run.section(name, lambda dim=dim, size=size: measure_table(run, dim, size, sizes))
+    return run.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

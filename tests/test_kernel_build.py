@@ -1,0 +1,372 @@
+"""Every cache kernel compiles and links for every supported chip, without a GPU; and what a kernel names is bound.
+
+All pairs of two settings come up (chip, policy, dtypes, key form, width, ...), and of the kernel with those that change what it
+does; one case of each is linked for all chips. HPS_NUMBA_ALL_KERNELS=1 takes the full product instead, which takes days.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import random
+import re
+import threading
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hps_numba.errors import ConfigError, DeviceError, PolicyError
+from hps_numba.kernels import build, lanes, lanes_host, launch
+from hps_numba.kernels.build import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of
+from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.row_elements import TYPE_NUMBERS
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("cuda.core") is None,
+    reason="numba-cuda is not installed: pip install 'numba-cuda[cu13]'",
+)
+
+CHIPS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+SETTINGS: dict[str, list[Any]] = {
+    "name": list(KERNELS),
+    "chip": CHIPS,
+    "policy": ["lru", "lfu", "fifo"],
+    "row_type": list(TYPE_NUMBERS),
+    "out_type": ["float32", "float16", "bfloat16"],
+    "key_form": list(build.KEY_FORMS),
+    "dim": [1, 3, 16, 17, 32, 100, 128, 384],
+    "fixed": [False, True],
+    "out_vector": [False, True],
+    "lanes": [4, 8],
+    "group": [8, 16, 32],
+}
+#: settings whose pairs with the kernel are wanted too; beside these each kernel is compiled for the oldest chip
+WITH_KERNEL = ("policy", "row_type", "out_type", "fixed", "out_vector", "lanes", "group")
+LRU = load_policy("lru")
+SPEC = KernelSpec(name="lookup_kernel", dim=3, policy=LRU)
+
+
+# -- all pairs ------------------------------------------------------------------------------------
+
+
+def pairs_of(case: dict[str, Any]) -> set[tuple[Any, ...]]:
+    return {(a, case[a], b, case[b]) for a, b in itertools.combinations(SETTINGS, 2)}
+
+
+def wanted_pairs() -> set[tuple[Any, ...]]:
+    pairs: set[tuple[Any, ...]] = {("name", name, "chip", CHIPS[0]) for name in KERNELS}
+    for a, b in itertools.combinations(SETTINGS, 2):
+        if a != "name" or b in WITH_KERNEL:
+            pairs |= {(a, x, b, y) for x, y in itertools.product(SETTINGS[a], SETTINGS[b])}
+    return pairs
+
+
+def pairwise() -> list[dict[str, Any]]:
+    """Few cases in which all wanted pairs are. Greedy: of some random cases with a missing pair, each time the best."""
+    source = random.Random(1)
+    missing = wanted_pairs()
+    cases = []
+    while missing:
+        a, x, b, y = min(missing, key=lambda pair: (pair[0] != "name", str(pair)))
+        best = max(
+            ({**{name: source.choice(values) for name, values in SETTINGS.items()}, a: x, b: y} for _ in range(60)),
+            key=lambda case: len(pairs_of(case) & missing),
+        )
+        missing -= pairs_of(best)
+        cases.append(best)
+    return cases
+
+
+def every_case() -> list[dict[str, Any]]:
+    if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1":
+        return [dict(zip(SETTINGS, values)) for values in itertools.product(*SETTINGS.values())]
+    return pairwise()
+
+
+def compiled(case: dict[str, Any]) -> str:
+    settings = {name: value for name, value in case.items() if name not in ("chip", "policy")}
+    return ptx_of(KernelSpec(**settings, policy=load_policy(case["policy"])), case["chip"])
+
+
+def machine_of(cubin: bytes) -> int:
+    """The number of the chip in the header of an ELF file of CUDA."""
+    flags = int.from_bytes(cubin[48:52], "little")
+    return (flags >> 8) & 0xFF if (flags >> 8) & 0xFF >= 75 else flags & 0xFF
+
+
+@needs_compiler
+@pytest.mark.timeout(0 if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else 600)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_and_link_for_every_chip(name):
+    cases = sorted((case for case in every_case() if case["name"] == name), key=lambda case: case["chip"])
+    assert cases[0]["chip"] == CHIPS[0]
+    for case in cases:
+        ptx = compiled(case)
+        assert re.search(r"\.target sm_{}{}\b".format(*case["chip"]), ptx), case
+        for chip in CHIPS if case is cases[0] else [case["chip"]]:
+            cubin = launch.link(ptx, chip)
+            assert cubin.startswith(b"\x7fELF"), case
+            assert machine_of(cubin) == 10 * chip[0] + chip[1], case
+
+
+def test_pairs_are_all_there_in_few_cases():
+    cases = pairwise()
+    assert wanted_pairs() <= set().union(*map(pairs_of, cases))
+    assert len(cases) < 7 * len(KERNELS)
+
+
+@needs_compiler
+def test_the_number_of_registers_is_kept_to():
+    ptx = ptx_of(replace(SPEC, name="hits_kernel", dim=128), (9, 0))
+    free, tight = launch.link(ptx, (9, 0)), launch.link(ptx, (9, 0), registers=24)
+    assert free != tight
+
+
+@needs_compiler
+def test_a_kernel_of_a_user_policy_is_another_kernel():
+    class Newest:
+        def first(now, count):
+            return -now
+
+        def touch(score, now, count):
+            return -now
+
+    ours, theirs = (ptx_of(replace(SPEC, name="hits_kernel", policy=policy), (9, 0)) for policy in (LRU, as_policy(Newest)))
+    assert ours != theirs
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+#: stand-ins of ``lanes`` that are right for a tile of one lane as they are, wherever they run
+RIGHT_FOR_ONE_LANE = {
+    *("all_in_tile", "any_in_warp", "count_in_warp", "from_first_lane", "from_lane", "grid_blocks", "grid_tiles", "grid_warps"),
+    *("is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane", "lane_in_warp", "max_in_tile"),
+    *("out_of_line", "probe_alone", "probe_host_line", "probe_line", "sync_block", "sync_tile", "sync_warp", "tile_in_warp"),
+    *("tile_number", "tiles_in_warp", "votes_of_warp", "warp_number"),
+}
+
+
+def stand_ins_in(function: FunctionType) -> set[str]:
+    """Functions of ``lanes`` that a function names, and those that it calls."""
+    found: set[str] = set()
+    seen: set[FunctionType] = set()
+    left = [function]
+    while left:
+        current = left.pop()
+        seen.add(current)
+        for name in build._names_in(current.__code__):
+            value = current.__globals__.get(name)
+            if not isinstance(value, FunctionType) or not value.__module__.startswith("hps_numba."):
+                continue
+            if value.__module__ == lanes.__name__:
+                found.add(name)
+            if value not in seen:
+                left.append(value)
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_stand_in_is_bound_or_right_for_one_lane(name):
+    used = stand_ins_in(replace(SPEC, name=name).function)
+    assert used, "a kernel touches memory"
+    assert used <= set(lanes.__all__)
+    assert used <= set(lanes_host.NAMES) | RIGHT_FOR_ONE_LANE
+    assert not set(lanes_host.NAMES) & RIGHT_FOR_ONE_LANE
+
+
+@needs_compiler
+@pytest.mark.parametrize("lanes_of_tile", [4, 8])
+def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
+    from hps_numba.kernels import lanes_cuda
+
+    spec = replace(SPEC, lanes=lanes_of_tile)
+    bound = lanes_cuda.names(
+        lanes=lanes_of_tile, uniform=True, out_vector=True, constants=spec.constants, device=lambda function: function
+    )
+    assert set(lanes.__all__) <= set(bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_constants_and_policies_are_bound_in_every_function(name):
+    spec = replace(SPEC, name=name, dim=7, row_type="int8", policy=load_policy("lfu"))
+    constants = {key: value for key, value in spec.for_one_lane.items() if not callable(value)}
+    seen: list[FunctionType] = []
+    seen.append(bindings(spec, lambda function: seen.append(function) or function))
+    for function in seen:
+        for used in set(build._names_in(function.__code__)) & set(constants):
+            assert function.__globals__[used] == constants[used], (function.__name__, used)
+        for used in set(build._names_in(function.__code__)) & {"policy_first", "policy_touch"}:
+            label = used.removeprefix("policy_")
+            assert function.__globals__[used].__code__ is getattr(spec.policy, label).__code__
+
+
+# -- bind -----------------------------------------------------------------------------------------
+
+FACTOR = 2
+
+
+def scaled(value):
+    return value * FACTOR
+
+
+def summed(values):
+    return sum([scaled(value) for value in values]) + scaled(1)
+
+
+def test_bind_copies_what_a_function_calls_and_leaves_the_original():
+    wrapped = []
+    bound = bind(summed, {"FACTOR": 10}, lambda function: wrapped.append(function.__name__) or function)
+    assert bound([1, 2]) == 40 and summed([1, 2]) == 8
+    assert wrapped == ["scaled"]
+    assert bind(summed, {"scaled": lambda value: -value}, lambda function: function)([1, 2]) == -4
+
+
+# -- specs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "sort_kernel"}, "kernel 'sort_kernel': name is 'sort_kernel', wanted one of lookup_kernel"),
+        ({"row_type": "int4"}, "row_type is 'int4', wanted one of float32, float16, bfloat16, int8, float8_e4m3"),
+        ({"out_type": "int8"}, "out_type is 'int8', wanted one of float32, float16, bfloat16"),
+        ({"key_form": "uint64"}, "key_form is 'uint64', wanted one of int64"),
+        ({"dim": 0}, "dim is 0, wanted at least 1"),
+    ],
+)
+def test_a_spec_that_no_kernel_can_be_built_for_is_refused(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(SPEC, **change)
+
+
+@needs_compiler
+def test_a_gpu_has_no_tiles_of_one_lane():
+    with pytest.raises(ConfigError, match="lanes is 1, wanted 4 or 8"):
+        ptx_of(replace(SPEC, lanes=1), (9, 0))
+
+
+# -- for the CPU ----------------------------------------------------------------------------------
+
+
+def test_one_kernel_a_process_for_the_cpu():
+    gpu_only = replace(SPEC, lanes=4, group=8, depth=4, registers=32, out_vector=False)
+    got: list[Any] = []
+    gate = threading.Barrier(4)
+
+    def ask(spec: KernelSpec) -> None:
+        gate.wait(30)
+        got.append(for_host(spec))
+
+    threads = [threading.Thread(target=ask, args=(spec,)) for spec in (SPEC, gpu_only) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4 and len(set(map(id, got))) == 1
+    changes = ({"name": "hits_kernel"}, {"dim": 4}, {"fixed": True}, {"row_type": "int8"}, {"out_type": "float16"})
+    for change in (*changes, {"key_form": "int32"}, {"policy": load_policy("fifo")}):
+        assert for_host(replace(SPEC, **change)) is not got[0]
+
+
+def test_a_kernel_for_the_cpu_is_compiled_once_by_threads_that_call_it_together(monkeypatch):
+    compiled = []
+    real = build._compile_for_host
+    monkeypatch.setattr(build, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
+    monkeypatch.setattr(build, "_host_kernels", {})
+    kernel = for_host(replace(SPEC, name="clear_kernel"))
+    assert compiled == []
+    lines = np.zeros(3 * 128 + 128, np.uint8)
+    start = -(-lines.__array_interface__["data"][0] // 128) * 128
+    threads = [threading.Thread(target=kernel, args=(start, 3)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 1
+    meta = lines[start - lines.__array_interface__["data"][0] :][:384].reshape(6, 64)[:, 60:].copy().view(np.uint32)
+    assert (meta == 4 * 0x100).all()  # the version of each line, once a thread
+
+
+# -- what does not compile ------------------------------------------------------------------------
+
+
+def listed(now, count):
+    return [*now, "x"]
+
+
+def broken_policy() -> Policy:
+    """One that got past the checks of ``as_policy``."""
+    return Policy("broken", listed, LRU.touch, False, "0" * 32)
+
+
+@needs_compiler
+def test_a_policy_that_does_not_compile_for_the_gpu_is_named():
+    with pytest.raises(PolicyError, match=r"^policy 'broken': first does not compile for sm_80: [^\n]+$"):
+        ptx_of(replace(SPEC, name="insert_kernel", policy=broken_policy()), (8, 0))
+
+
+def test_a_policy_that_does_not_compile_for_the_cpu_is_named():
+    with pytest.raises(PolicyError, match=r"^policy 'broken': first does not compile for the CPU: [^\n]+$"):
+        for_host(replace(SPEC, name="insert_kernel", policy=broken_policy()))(*[0] * 7)
+
+
+def nowhere(place):
+    return place.is_no_attribute
+
+
+def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch):
+    from hps_numba.kernels import cache_change
+
+    monkeypatch.setattr(cache_change, "lock_set", nowhere)
+    message = r"^clear_kernel\(policy=lru, dim=5, .*\) does not compile for the CPU: [^\n]+$"
+    with pytest.raises(DeviceError, match=message):
+        for_host(replace(SPEC, name="clear_kernel", dim=5))(0, 0)
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_compile_for_the_gpu_is_named_with_its_spec(monkeypatch):
+    from hps_numba.kernels import cache_change
+
+    monkeypatch.setattr(cache_change, "lock_set", nowhere)
+    with pytest.raises(DeviceError, match=r"^clear_kernel\(.*\) does not compile for sm_90: [^\n]+$"):
+        ptx_of(replace(SPEC, name="clear_kernel"), (9, 0))
+
+
+@needs_compiler
+def test_what_the_linker_refuses_is_a_device_error(monkeypatch):
+    with pytest.raises(DeviceError, match=r"^linking for sm_90: [^\n]+$"):
+        launch.link("this is no PTX", (9, 0))
+    monkeypatch.setattr(launch.kernel_files, "find", lambda name: None)
+    monkeypatch.setattr(launch, "ptx_of", lambda spec, chip: ".visible .entry broken(")
+    with pytest.raises(DeviceError, match=r"^lookup_kernel\(policy=lru, .*\): linking for sm_90: "):
+        launch.cubin_of(SPEC, (9, 0))
+
+
+@needs_compiler
+def test_other_threads_keep_their_device_while_a_kernel_is_compiled():
+    """Numba's own question for the current device is answered with the chip in the compiling thread only."""
+    from numba.cuda import dispatcher
+
+    from hps_numba.kernels.numba_cuda import _for_chip
+
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(dispatcher.get_current_device().compute_capability)
+        except Exception as problem:  # there is no device
+            answers.append(type(problem).__name__)
+
+    before = dispatcher.get_current_device
+    ask()
+    with _for_chip((8, 9)):
+        assert dispatcher.get_current_device().compute_capability == (8, 9)
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+    assert answers[0] == answers[1]
+    assert dispatcher.get_current_device is before
