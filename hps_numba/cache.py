@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,9 +45,10 @@ from hps_numba.cache_layout import (
     WAYS,
     WAYS_PER_LINE,
 )
-from hps_numba.cache_memory import KEY_BYTES, LARGE_BATCH, STATE_WORDS, CacheLookup, index_sets
+from hps_numba.cache_memory import KEY_BYTES, LARGE_BATCH, STATE_WORDS, index_sets
 from hps_numba.cache_place import LOOKUP_THREADS, Place
-from hps_numba.errors import CapacityError, ConfigError, KeyDtypeError, OutputError
+from hps_numba.cache_pooling import CachePooling
+from hps_numba.errors import CapacityError, ConfigError, OutputError
 from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.cache_image import place_keys
 from hps_numba.kernels.policies._policy import load_policy
@@ -80,7 +81,7 @@ class CacheEntry(NamedTuple):
     way: int
 
 
-class EmbeddingCache(CacheLookup):
+class EmbeddingCache(CachePooling):
     """The embedding cache of one table.
 
     Args:
@@ -269,7 +270,7 @@ class EmbeddingCache(CacheLookup):
         with self._controlled():
             if self._store is None:
                 return 0
-            keys = self._store.keys()
+            keys = self._store.keys(in_order=True)
             if self.kind == "static" and len(keys) > self.capacity:
                 raise CapacityError(f"{self.name}: {len(keys)} rows for a static cache of {self.capacity}, it has to hold all")
             self.clear()
@@ -369,28 +370,6 @@ class EmbeddingCache(CacheLookup):
             self._check_open()
             yield
 
-    def _copies(self, *arrays: np.ndarray) -> AbstractContextManager[list[int]]:
-        """Addresses of the contents of arrays where the cache lives."""
-        return self._copies_on(self._stream, *arrays)
-
-    @contextmanager
-    def _copies_on(self, stream: int, *arrays: np.ndarray) -> Iterator[list[int]]:
-        memories = [self._place.copy_of(array, stream) for array in arrays]
-        try:
-            yield [memory.address for memory in memories]
-        finally:
-            for memory in memories:
-                memory.release()
-
-    @contextmanager
-    def _room(self, size: int) -> Iterator[int]:
-        """Address of ``size`` bytes for the results of a call."""
-        memory = self._place.allocate(size, f"{self.name}: results of a call")
-        try:
-            yield memory.address
-        finally:
-            memory.release()
-
     def _read_lines(self) -> np.ndarray:
         lines = np.empty(self.sets * SET_BYTES, np.uint8)
         self._place.to_host(lines, self._lines, self._stream)
@@ -409,11 +388,6 @@ class EmbeddingCache(CacheLookup):
     def _check_dynamic(self, what: str) -> None:
         if self.fixed:
             raise ConfigError(f"{self.name}: {what} into a {self.kind} cache, wanted a dynamic one")
-
-    def _keys_of(self, keys: np.ndarray) -> np.ndarray:
-        if keys.dtype != np.int64 or keys.ndim != 1:
-            raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, int64[n] is wanted")
-        return np.ascontiguousarray(keys)
 
     def _rows_of(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
         if rows.dtype != np.float32 or rows.shape != (len(keys), self.dim):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from hps_numba.cache_layout import (
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, place_of
 from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
-from hps_numba.errors import CapacityError, ClosedError, ConfigError
+from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.policies._policy import Policy, load_policy
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 KINDS = ("dynamic", "static", "uvm")
 KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
-LARGE_BATCH = 32768
+LARGE_BATCH = 8192
 STATE_WORDS = 9
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
@@ -223,33 +224,40 @@ class CacheLookup:
             CapacityError: no memory for a batch of this size, or too many keys for an absent list.
             DeviceError: the driver refused.
         """
-        if not self._ready:
-            self._enter()
-        if self._link is not None and self._link.problem is not None:
-            raise self._link.problem
+        self._begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         with self._place.current():
             if n == 0:
                 if absent_list:
                     self._place.fill(absent_list, 0, 8, stream)
-            elif capturing:
-                with self._place.relaxed():
-                    self._captured.append(self._new_scratch())
-                    self._batches(self._captured[-1], keys, n, out, stream, key_form, out_type, absent_list)
             else:
-                self._with_scratch(keys, n, out, stream, key_form, out_type, absent_list)
+                batch = (keys, n, out, stream, key_form, out_type, absent_list)
+                self._with_scratch(capturing, stream, self._batches, *batch)
 
-    def _with_scratch(self, *batch: Any) -> None:
-        stream = batch[3]
+    def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
+        """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
+        if capturing:
+            with self._place.relaxed():
+                scratch = self._new_scratch()
+                self._captured.append(scratch)
+                work(scratch, *args)
+            return
         scratch = self._pool.take(stream)
         done = False
         try:
             with self._reading():
-                self._batches(scratch, *batch)
+                work(scratch, *args)
             done = True
         finally:
             self._pool.give(scratch, stream, spoiled=not done)
+
+    def _begin(self) -> None:
+        """What every lookup begins with: the cache is open, and its store can be followed."""
+        if not self._ready:
+            self._enter()
+        if self._link is not None and self._link.problem is not None:
+            raise self._link.problem
 
     def _enter(self) -> None:
         """The first lookup waits for a warming that is at work; from then on the cache is in use."""
@@ -322,3 +330,32 @@ class CacheLookup:
         words = np.empty(count, np.int64)
         self._place.to_host(words, address, self._stream)
         return words
+
+    # -- arrays of the host --------------------------------------------------------------------------------------------------
+
+    def _copies(self, *arrays: np.ndarray) -> AbstractContextManager[list[int]]:
+        """Addresses of the contents of arrays where the cache lives."""
+        return self._copies_on(self._stream, *arrays)
+
+    @contextmanager
+    def _copies_on(self, stream: int, *arrays: np.ndarray) -> Iterator[list[int]]:
+        memories = [self._place.copy_of(array, stream) for array in arrays]
+        try:
+            yield [memory.address for memory in memories]
+        finally:
+            for memory in memories:
+                memory.release()
+
+    @contextmanager
+    def _room(self, size: int) -> Iterator[int]:
+        """Address of ``size`` bytes for the results of a call."""
+        memory = self._place.allocate(size, f"{self.name}: results of a call")
+        try:
+            yield memory.address
+        finally:
+            memory.release()
+
+    def _keys_of(self, keys: np.ndarray) -> np.ndarray:
+        if keys.dtype != np.int64 or keys.ndim != 1:
+            raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, int64[n] is wanted")
+        return np.ascontiguousarray(keys)

@@ -53,7 +53,7 @@ class DevicePlace:
         info = devices.device_info(ordinal)
         self.ordinal: int | None = ordinal
         self._capability = info.capability
-        self._most_blocks = 16 * info.multiprocessors
+        self._most_blocks = 4 * info.multiprocessors
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
@@ -105,7 +105,7 @@ class DevicePlace:
             return load(spec, self.ordinal, self._capability)
 
     def blocks(self, tiles: int) -> int:
-        """At most 16 blocks a multiprocessor."""
+        """At most 4 blocks a multiprocessor: enough rows in flight for the bus, and few to start for nothing."""
         return max(1, min(-(-tiles // (_OTHER_THREADS // _LANES)), self._most_blocks))
 
     def lookup_blocks(self, n: int, group: int) -> int:

@@ -21,7 +21,7 @@ from hps_numba.cache_layout import (
     VERSION,
     WAYS_PER_LINE,
 )
-from hps_numba.kernels.cache_insert import begin_change, end_change, find_in_host_alone, lock_set, unlock_set
+from hps_numba.kernels.cache_insert import begin_change, end_change, find_in_host_by_tile, lock_set, unlock_set
 from hps_numba.kernels.cache_rows import store_in_cache
 from hps_numba.kernels.cache_search import (
     find_in_set,
@@ -60,7 +60,7 @@ def renew_row(state, key, line, way, row, drop):
     descriptor = ld64(state + STATE_HOST)
     if descriptor == 0:
         return
-    slot = (find_in_host_alone(descriptor, key) & SLOT_MASK) - FIRST_SLOT
+    slot = (find_in_host_by_tile(descriptor, key) & SLOT_MASK) - FIRST_SLOT
     if slot < 0 and drop == 0:
         return
     begin_change(line)
@@ -81,7 +81,7 @@ def renew_line(lines, rows, state, line, drop):
     gone = 0
     for way in range(WAYS_PER_LINE):
         if (taken >> way) & 1:
-            slot = (find_in_host_alone(descriptor, ld64(line + 8 * way)) & SLOT_MASK) - FIRST_SLOT
+            slot = (find_in_host_by_tile(descriptor, ld64(line + 8 * way)) & SLOT_MASK) - FIRST_SLOT
             if slot >= 0:
                 row = row_of(lines, rows, line, way, ld32(line + SCORES_AT + 4 * way))
                 store_in_cache(row, ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE)

@@ -9,6 +9,8 @@ from hps_numba.cache_layout import (
     BUCKET_BYTES,
     BUCKET_POSITIONS,
     BUSY,
+    DESC_BLOCK,
+    DESC_LINES,
     DESC_ROWS,
     LINE_BYTES,
     LINES_PER_SET,
@@ -52,7 +54,7 @@ from hps_numba.kernels.lanes import (
     is_first_lane,
     ld32,
     ld64,
-    ld64_host,
+    probe_host_line,
     st32,
     st64,
     sync_tile,
@@ -61,9 +63,9 @@ from hps_numba.kernels.lanes import (
     tiles_in_warp,
     warp_number,
 )
-from hps_numba.layout import EMPTY, ENTRY_BYTES, META_BYTES
+from hps_numba.layout import META_BYTES
 
-__all__ = ["begin_change", "end_change", "find_in_host_alone", "insert_kernel", "lock_set", "unlock_set"]
+__all__ = ["begin_change", "end_change", "find_in_host_by_tile", "insert_kernel", "lock_set", "unlock_set"]
 
 # bound when built
 COUNTED = False
@@ -114,21 +116,21 @@ def end_change(line, set_bits, clear_bits):
     sync_tile()
 
 
-def find_in_host_alone(descriptor, key):
-    """Index word of a key in the host store, by each lane for itself (``find_in_host`` is for whole warps)."""
-    block = ld64(descriptor)
-    count = ld64(descriptor + 8)
+def find_in_host_by_tile(descriptor, key):
+    """Index word of a key in the host store, by a tile for itself (``find_in_host`` is for whole warps): a line at a time."""
+    block = ld64(descriptor + DESC_BLOCK)
+    count = ld64(descriptor + DESC_LINES)
     first = block + META_BYTES
     hashed = index_hash(np.uint64(key)) >> np.uint64(32)
-    entry = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
+    line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
     end = first + count * LINE_BYTES
     while True:
-        word = ld64_host(entry + 8)
-        if word == EMPTY or ld64_host(entry) == key:
+        word, settled = probe_host_line(line, key, True)
+        if settled:
             return word
-        entry += ENTRY_BYTES
-        if entry == end:
-            entry = first
+        line += LINE_BYTES
+        if line == end:
+            line = first
 
 
 def bit_of(place, line, way):
@@ -159,7 +161,7 @@ def is_still_so(state, key, word, content):
     if content == 0:
         return True
     descriptor = ld64(state + STATE_HOST)
-    return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_alone(descriptor, key) == word
+    return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
 
 
 def insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered):

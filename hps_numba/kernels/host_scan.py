@@ -11,14 +11,17 @@ __all__ = ["host_keys"]
 
 
 @host_kernel
-def host_keys(block, keys):
-    """Copy the keys of all live entries to ``keys``, which has room for one an entry. The caller stands in an epoch.
+def host_keys(block, keys, slots):
+    """Copy the keys of all live entries to ``keys``, and the slots of their rows to ``slots`` unless that is 0.
 
-    Returns their number.   **Writes:** keys.
+    Both have room for one an entry. The caller stands in an epoch. Returns their number.   **Writes:** keys, slots.
     """
     count = 0
     for entry in range(block + META_BYTES, end_of(block), ENTRY_BYTES):
-        if slot_of(load_word_acquire(entry + 8)) >= 0:
+        slot = slot_of(load_word_acquire(entry + 8))
+        if slot >= 0:
+            if slots != 0:
+                store_word(slots + 8 * count, slot)
             store_word(keys + 8 * count, load_word(entry))
             count += 1
     return count

@@ -279,14 +279,20 @@ class HostStore:
             if missing < len(some):
                 yield some[here], rows[here] if missing else rows
 
-    def keys(self) -> np.ndarray:
-        """The keys, int64 ``[n]``, in no order; those that a writer adds or erases meanwhile may be among them."""
+    def keys(self, *, in_order: bool = False) -> np.ndarray:
+        """The keys, int64 ``[n]``; those that a writer adds or erases meanwhile may be among them.
+
+        Args:
+            in_order: of their rows in memory: that of the sparse model as far as rows were not written since. Else in none.
+        """
         with self._epochs.reading():
             block = self._block_in_force()
             if block == 0:
                 raise self._is_closed()
             keys = np.empty(entries_of(block), np.int64)  # pages are taken as keys are written
-            return keys[: host_keys(block, address_of(keys))]
+            slots = np.empty(len(keys) if in_order else 0, np.int64)
+            count = host_keys(block, address_of(keys), address_of(slots) if in_order else 0)
+        return keys[:count][np.argsort(slots[:count])] if in_order else keys[:count]
 
     def _block_in_force(self) -> int:
         return int(self._header.view(np.int64, (1,))[0])

@@ -1,0 +1,148 @@
+"""Pooled lookups of an embedding cache: one row for each bag of keys, summed in the kernel that finds the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.cache_layout import MAX_BATCH, SCRATCH_ABSENT
+from hps_numba.cache_memory import CacheLookup
+from hps_numba.cache_place import Kernel
+from hps_numba.cache_scratch import Scratch
+from hps_numba.errors import CapacityError, ConfigError
+from hps_numba.kernels.build import KernelSpec
+from hps_numba.kernels.cache_pool import COMBINERS, THREADS, pool_blocks, pool_run
+from hps_numba.kernels.policies._policy import load_policy
+
+__all__ = ["CachePooling"]
+
+
+class CachePooling(CacheLookup):
+    """Lookups whose rows are combined bag by bag; the cache is left as ``lookup`` of the same keys would leave it."""
+
+    def pool(
+        self,
+        keys: int,
+        n: int,
+        offsets: int,
+        bags: int,
+        out: int,
+        stream: int,
+        *,
+        combiner: str = "sum",
+        weights: int = 0,
+        options: int = 0,
+        padding: int = 0,
+        key_form: str = "int64",
+        out_type: str = "float32",
+        capturing: bool = False,
+    ) -> None:
+        """Write the pooled row of each bag to ``out``, in stream order: of rows as ``lookup`` finds them (spec 2.3).
+
+        Sums are float32, in the order of positions, each operation rounded: equal on CPU and device, bit for bit.
+
+        Args:
+            keys: address of ``n`` keys where the cache lives, as for ``lookup``; at most ``cache_layout.MAX_BATCH``.
+            offsets: address of int64 ``[bags + 1]``, ascending from 0 to ``n``: where bags begin, and the end of the last.
+            out: address of ``bags`` rows of ``out_type``. A bag without keys gets 0.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
+            combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 if
+                the divisor is 0); ``max``, whatever the weights.
+            weights: address of float32 ``[n]``, or 0: all are 1.
+            options: bits of ``kernels.cache_pool``: ``PADDED``, skip keys equal to ``padding``; ``EMPTY_DEFAULT``, bags
+                without keys get the default; ``OFFSETS32``, offsets are int32; ``OPEN_END``, without the last, which is ``n``.
+            padding: the key that ``PADDED`` skips.
+            capturing: the stream is being captured by a graph; the call gets a scratch that lives as long as the cache.
+
+        Raises:
+            ClosedError: the cache was closed.
+            ConfigError: an unknown combiner, key form or type.
+            CapacityError: too many keys, or no memory for a batch of this size.
+            DeviceError: the driver refused.
+        """
+        self._begin()
+        number = COMBINERS.get(combiner)
+        if number is None:
+            raise ConfigError(f"{self.name}: combiner {combiner!r}, wanted one of {', '.join(COMBINERS)}")
+        if n > MAX_BATCH:
+            raise CapacityError(f"{self.name}: a pooled lookup of {n} keys, wanted at most {MAX_BATCH}")
+        if bags == 0:
+            return
+        run = pool_run(bags, n, self.dim)
+        with self._place.current():
+            kernel = self._pool_kernel(key_form, out_type, out % 16 == 0)
+            args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
+            self._with_scratch(capturing, stream, self._pool_batch, kernel, n, pool_blocks(bags, self.dim, run), args, stream)
+
+    def _pool_batch(
+        self, scratch: Scratch, kernel: Kernel, n: int, blocks: int, args: tuple[int | np.float32, ...], stream: int
+    ) -> None:
+        scratch.reserve(max(n, 1), False, self._stream)
+        if scratch.lists_absent:
+            self._place.fill(scratch.address + SCRATCH_ABSENT, 0, 8, stream)
+        cache = (self._lines, self._rows, self.sets, self._state)
+        kernel.launch(blocks, stream, *cache, *args, scratch.address, threads=THREADS)
+        if n and not self.fixed:
+            self._finish(scratch, n, scratch.stage, 4 * self.dim, max(1, 4 * n // self.capacity), stream)
+
+    def _pool_kernel(self, key_form: str, out_type: str, aligned: bool) -> Kernel:
+        shape = ("pool_kernel", key_form, out_type, aligned)
+        kernel: Kernel | None = self._kernels.get(shape)
+        if kernel is None:
+            with self._place.relaxed():
+                kernel = self._kernels[shape] = self._place.kernel(
+                    KernelSpec(
+                        name="pool_kernel",
+                        dim=self.dim,
+                        policy=load_policy("fifo") if self.fixed else self.policy,
+                        fixed=self.fixed,
+                        row_type=self.row_type,
+                        out_type=out_type,
+                        key_form=key_form,
+                        out_vector=aligned,
+                        lanes=8,
+                    )
+                )
+        return kernel
+
+    def pool_arrays(
+        self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"
+    ) -> np.ndarray:
+        """``pool`` for NumPy: float32 ``[bags, dim]`` of int64 ``[n]``. Done when this returns.
+
+        Args:
+            keys: int64 ``[n]``.
+            offsets: int64 or int32 ``[bags + 1]``, ascending from 0 to ``n``: where bags begin, and the end of the last.
+            weights: float32 ``[n]``, or None: all are 1.
+            combiner: ``sum``, ``mean``, ``sqrtn`` or ``max``.
+
+        Raises:
+            KeyDtypeError: keys are no int64 ``[n]``.
+            ConfigError: offsets or weights do not fit the keys, or an unknown combiner.
+            ClosedError, CapacityError, DeviceError: as ``pool``.
+        """
+        self._check_open()
+        keys = self._keys_of(keys)
+        given = [keys, self._offsets_of(offsets, len(keys))]
+        if weights is not None:
+            given.append(self._weights_of(weights, len(keys)))
+        out = np.empty((len(offsets) - 1, self.dim), np.float32)
+        with self._place.current(), self._copies(*given) as addresses, self._room(out.nbytes) as room:
+            at, starts, factors = (*addresses, 0)[:3]
+            self.pool(at, len(keys), starts, len(out), room, self._stream, combiner=combiner, weights=factors)
+            self._place.to_host(out, room, self._stream)
+        return out
+
+    def _offsets_of(self, offsets: np.ndarray, n: int) -> np.ndarray:
+        if offsets.dtype not in (np.int64, np.int32) or offsets.ndim != 1 or len(offsets) == 0:
+            raise ConfigError(f"{self.name}: offsets are {offsets.dtype}{list(offsets.shape)}, wanted int64[bags + 1]")
+        if offsets[0] != 0 or offsets[-1] != n:
+            raise ConfigError(f"{self.name}: offsets go from {offsets[0]} to {offsets[-1]}, wanted 0 to {n}, the number of keys")
+        falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+        if len(falls):
+            raise ConfigError(f"{self.name}: offset {falls[0] + 1} is less than the one before, wanted ascending ones")
+        return np.ascontiguousarray(offsets, np.int64)
+
+    def _weights_of(self, weights: np.ndarray, n: int) -> np.ndarray:
+        if weights.dtype != np.float32 or weights.shape != (n,):
+            raise ConfigError(f"{self.name}: weights are {weights.dtype}{list(weights.shape)}, wanted float32[{n}]")
+        return np.ascontiguousarray(weights)
