@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from hps_numba.background import BackgroundJobs
+from hps_numba.cache_shape import cache_shape
 from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.hierarchy import TierStack
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.policies._policy import Policy, load_policy
 from hps_numba.plan import Plan, plan_of, plan_table
 from hps_numba.session import TableSession
 from hps_numba.storage.host_store import HostStore
@@ -23,11 +24,12 @@ from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
-from hps_numba.table_caches import TableCaches, cache_shape
+from hps_numba.table_caches import TableCaches
 
-__all__ = ["Deployment", "Progress", "config_of_model"]
+__all__ = ["Deployment", "Policies", "Progress", "config_of_model", "load_policies"]
 
 log = logging.getLogger(__name__)
+Policies = tuple[Policy, ...]
 Progress = Callable[[str, int], None]
 #: keys of a model that only a GPU cache or its refresh would read
 _WITHOUT_EFFECT = ("miss_path", "refresh_interval", "refresh_delay", "cache_policy", "cache_row_dtype", "cache_size_bytes")
@@ -60,6 +62,16 @@ def config_of_model(
     return read_config({**server.to_dict(), "models": [entry]}, strict=strict, beside=server.source)
 
 
+def load_policies(config: ServerConfig, model: ModelConfig, *, allow_code: bool = False) -> Policies:
+    """The cache policy of each table of a model; ``allow_code``: it may be a Python file.
+
+    Raises:
+        PolicyError: there is none of that name, or it is none.
+    """
+    names = (spec.cache_policy for spec in model.tables(config.folder))
+    return tuple(load_policy(name, allow_code=allow_code, folder=config.folder) for name in names)
+
+
 class Deployment:
     """The tables of one model.
 
@@ -68,7 +80,7 @@ class Deployment:
         host: the volatile tier, if it keeps rows in this process.
         slower: all other tiers.
         devices: where caches of the tables are: CUDA ordinals, ``(None,)`` for host memory, or nowhere.
-        allow_code: a cache policy may be a Python file.
+        policies: of the caches, one a table; nothing if there are no caches.
 
     **Threads:** lookups from any thread; ``load``, ``replace`` and ``close`` by one at a time.
     """
@@ -81,10 +93,10 @@ class Deployment:
         slower: TierStack,
         *,
         devices: tuple[int | None, ...] = (),
-        allow_code: bool = False,
+        policies: Policies = (),
     ) -> None:
         self._devices = devices
-        self._allow_code = allow_code
+        self._policies = policies
         self._jobs = BackgroundJobs(model.thread_pool_size)
         self.config = config
         self.model = model
@@ -152,11 +164,10 @@ class Deployment:
 
     def _open_caches(self) -> None:
         """A cache of each table on each device, filled; memory of all of them is taken before the first is filled."""
-        for table in self.tables:
-            rows = len(table.store) if table.store is not None else self._rows_in_file(table.spec)
+        for table, policy in zip(self.tables, self._policies, strict=True):
+            rows = self._rows_in_file(table.spec)  # host memory may have fewer, as it is filled by and by
             shape = cache_shape(self.model, table.spec, rows)
             if shape is not None:
-                policy = load_policy(table.spec.cache_policy, allow_code=self._allow_code, folder=self.config.folder)
                 table.caches = TableCaches(table.spec, self.model, shape, self._devices, policy, table.store)
         for table in self.tables:
             if table.caches is not None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hps_numba import devices
+from hps_numba.cache_shape import cache_bytes, cache_shape
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.errors import CapacityError
 from hps_numba.memory import available_bytes, human_bytes
@@ -30,6 +32,9 @@ class TablePlan:
         host_rows: rows that host memory will hold at the start.
         host_bytes: bytes they take, index included.
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
+        cache_rows: rows that each cache has room for, or 0.
+        cache_bytes: bytes that each cache takes, without the buffers of batches.
+        devices: CUDA ordinals that have a cache of the table; with none, ``cache_bytes`` are of host memory.
     """
 
     model: str
@@ -39,6 +44,9 @@ class TablePlan:
     host_rows: int
     host_bytes: int
     persistent_bytes: int
+    cache_rows: int = 0
+    cache_bytes: int = 0
+    devices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,14 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of all tables."""
-        return sum(table.host_bytes for table in self.tables)
+        """Host memory of all tables, and of caches in host memory."""
+        return sum(table.host_bytes + (0 if table.devices else table.cache_bytes) for table in self.tables)
+
+    @property
+    def device_bytes(self) -> dict[int, int]:
+        """Bytes of the caches on each device."""
+        devices = sorted({device for table in self.tables for device in table.devices})
+        return {device: sum(table.cache_bytes for table in self.tables if device in table.devices) for device in devices}
 
     @property
     def fits(self) -> bool:
@@ -67,6 +81,13 @@ class Plan:
 
     def check(self) -> None:
         """Raise CapacityError if the plan does not fit, naming the largest table."""
+        for device, size in self.device_bytes.items():
+            free = devices.free_bytes(device)
+            if size > free:
+                raise CapacityError(
+                    f"the plan takes {human_bytes(size)} of device {device}, {human_bytes(free)} are free; "
+                    "gpucacheper or cache_size_bytes makes caches smaller"
+                )
         if self.fits:
             return
         largest = max(self.tables, key=lambda table: table.host_bytes)
@@ -78,7 +99,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "host_bytes": self.host_bytes, "fits": self.fits}
+        device_bytes = {str(device): size for device, size in self.device_bytes.items()}
+        return {**asdict(self), "host_bytes": self.host_bytes, "device_bytes": device_bytes, "fits": self.fits}
 
 
 def make_plan(config: ServerConfig) -> Plan:
@@ -112,6 +134,9 @@ def plan_table(
     fills_host = fills_host and keeps_rows
     host_rows = _host_rows(config.volatile_db, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
+    places = _cache_places(config, spec)
+    model = next(model for model in config.models if model.model == spec.model)
+    shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
         model=spec.model,
@@ -121,7 +146,18 @@ def plan_table(
         host_rows=host_rows,
         host_bytes=content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0,
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
+        cache_rows=0 if shape is None else shape.rows,
+        cache_bytes=0 if shape is None else cache_bytes(spec, shape),
+        devices=places if shape is not None and places else (),
     )
+
+
+def _cache_places(config: ServerConfig, spec: TableSpec) -> tuple[int, ...] | None:
+    """The devices with a cache of a table; none of them if it is in host memory, and None if there is no cache."""
+    listed = next(model.deployed_device_list for model in config.models if model.model == spec.model)
+    if listed and devices.device_count():
+        return listed
+    return () if config.cache_on_cpu and not devices.device_count() else None
 
 
 def _bound(section: VolatileDatabaseConfig) -> int | None:

@@ -11,89 +11,22 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
-from hps_numba.cache import EmbeddingCache, index_sets
-from hps_numba.cache_layout import SET_BYTES, STATE_BYTES, WAYS
+from hps_numba.cache import EmbeddingCache
+from hps_numba.cache_shape import CacheShape
 from hps_numba.config import ModelConfig, TableSpec
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.policies._policy import Policy
-from hps_numba.kernels.row_elements import row_stride
 from hps_numba.stats import CacheStats
 from hps_numba.storage.host_store import HostStore
 
-__all__ = ["CacheShape", "TableCaches", "cache_bytes", "cache_shape"]
+__all__ = ["TableCaches"]
 
 log = logging.getLogger(__name__)
-_SET_OF_THE_ORIGINAL = 64  # ways: capacities are rounded up to it (spec 6.4)
 Fetch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From int64 keys ``[n]`` to (bool ``[n]`` found, float32 rows ``[n, dim]``), from the slower tiers."""
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """How a table is cached: what the config says, for a number of rows.
-
-    Attributes:
-        kind: dynamic, static or uvm.   rows: that it has room for.   whole: every row of the table is to be resident.
-    """
-
-    kind: str
-    rows: int
-    whole: bool
-
-
-def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | None:
-    """The shape of the caches of a table with ``rows`` rows, or None if it is not cached.
-
-    Capacity after spec 6.4: ``floor(gpucacheper * rows)``, at least 64, in steps of 64; with ``cache_size_bytes``, as many rows
-    as fit into so many bytes.
-    """
-    kind = model.embedding_cache_type
-    if kind == "static":
-        return CacheShape("static", max(rows, 1), True)
-    if kind == "dynamic" and not model.gpucache:
-        return None
-    if spec.cache_size_bytes:
-        return _shape_of_bytes(spec, kind, rows)
-    wanted = math.floor(rows * Fraction(repr(spec.gpucacheper)))
-    if kind == "uvm":
-        return CacheShape("uvm", max(wanted, 1), False)
-    if spec.gpucacheper == 1:
-        return CacheShape("dynamic", max(rows, _SET_OF_THE_ORIGINAL), True)
-    return CacheShape("dynamic", -(-max(wanted, _SET_OF_THE_ORIGINAL) // _SET_OF_THE_ORIGINAL) * _SET_OF_THE_ORIGINAL, False)
-
-
-def _shape_of_bytes(spec: TableSpec, kind: str, rows: int) -> CacheShape:
-    if kind == "uvm":
-        return CacheShape(kind, _most_rows(spec, rows, fixed=True, whole=False), False)
-    if cache_bytes(spec, CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)) <= spec.cache_size_bytes:
-        return CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)
-    return CacheShape(kind, _most_rows(spec, 1 << 40, fixed=False, whole=False), False)
-
-
-def _most_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
-    """The most rows, up to ``limit`` and at least one, whose cache fits into the bytes of the config."""
-    kind = "uvm" if fixed else "dynamic"
-    low, high = 1, max(1, min(limit, spec.cache_size_bytes))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cache_bytes(spec, CacheShape(kind, middle, whole)) <= spec.cache_size_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def cache_bytes(spec: TableSpec, shape: CacheShape) -> int:
-    """Bytes of a device that a cache takes, without the buffers of batches."""
-    fixed = shape.kind != "dynamic"
-    sets = index_sets(shape.rows, fixed=fixed, whole=shape.whole and not fixed)
-    rows = shape.rows if fixed else sets * WAYS
-    return sets * SET_BYTES + rows * row_stride(spec.dim, spec.cache_row_dtype) + 2 * STATE_BYTES
 
 
 class TableCaches:
@@ -159,7 +92,7 @@ class TableCaches:
             )
 
     def changed(self, keys: np.ndarray) -> None:
-        """Bring the rows of int64 ``keys`` from the host store again; those it lacks are dropped, to be fetched when asked for."""
+        """Bring the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand."""
         for cache in self:
             if self._store is None:
                 cache.erase(keys)
@@ -169,13 +102,12 @@ class TableCaches:
     def replaced(self) -> None:
         """The table has other content: drop all rows, and take new ones in as far as there is room."""
         for device, cache in self._caches.items():
+            cache.clear()
             try:
                 self._resident[device] = cache.warm() if self._warms else 0
             except CapacityError as problem:  # a static cache, and a content with more rows than the one before
                 self._resident[device] = 0
-                log.warning("%s: host memory serves what came after the start: %s", self.spec.tag, problem)
-            if not self._warms:
-                cache.clear()
+                log.warning("%s: host memory serves the new version: %s", self.spec.tag, problem)
 
     def refresh(self, fetch: Fetch | None, *, drop: bool) -> None:
         """Renew the rows of all caches, a step after the other, from the host store and, if given, by ``fetch``.

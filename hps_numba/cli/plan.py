@@ -39,6 +39,7 @@ def plan(
 def _show(planned: Plan) -> None:
     from hps_numba.memory import human_bytes
 
+    cached = any(table.cache_bytes for table in planned.tables)
     rows = [
         (
             f"{table.model}/{table.table}",
@@ -47,13 +48,19 @@ def _show(planned: Plan) -> None:
             f"{table.host_rows:,}",
             human_bytes(table.host_bytes),
             human_bytes(table.persistent_bytes),
+            *([human_bytes(table.cache_bytes)] if cached else []),
         )
         for table in planned.tables
     ]
     persistent = sum(table.persistent_bytes for table in planned.tables)
+    caches = sum(table.cache_bytes for table in planned.tables)
     host_rows = sum(table.host_rows for table in planned.tables)
-    rows.append(("all tables", "", "", f"{host_rows:,}", human_bytes(planned.host_bytes), human_bytes(persistent)))
-    print_table(("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent"), rows)
+    sums = [human_bytes(size) for size in (planned.host_bytes, persistent, caches)]
+    rows.append(("all tables", "", "", f"{host_rows:,}", *sums[: 3 if cached else 2]))
+    heads = ("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent", "each cache")
+    print_table(heads[: 7 if cached else 6], rows)
+    for device, size in planned.device_bytes.items():
+        typer.echo(f"{human_bytes(size)} of device {device}")
     peak, free = planned.host_bytes + planned.loading_bytes, planned.available_bytes
     verdict = "fits" if planned.fits else f"DOES NOT FIT: {human_bytes(peak - free)} too much"
     typer.echo(f"{human_bytes(peak)} of host memory while loading, {human_bytes(free)} available: {verdict}")
