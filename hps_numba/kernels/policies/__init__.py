@@ -1,1 +1,1 @@
-"""Cache policies, one a file. They come with the GPU cache."""
+"""Cache policies, one a file: who leaves a full set. ``_policy`` says what a policy is."""
