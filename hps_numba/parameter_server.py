@@ -21,7 +21,7 @@ from hps_numba import devices as devices_module
 from hps_numba.cache import EmbeddingCache
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import locate
-from hps_numba.deployment import Deployment, config_of_model
+from hps_numba.deployment import Deployment, Policies, config_of_model, load_policies
 from hps_numba.errors import (
     ClosedError,
     ConfigError,
@@ -63,6 +63,7 @@ class HPS:
         ConfigError: a value of the config is missing or wrong.
         ModelFileError: a sparse model is missing, damaged or of another width than its table.
         CapacityError: the plan does not fit the machine; nothing was allocated.
+        PolicyError: a cache policy is not there or not sound; nothing was allocated.
         TierUnavailable: a storage tier is not installed or cannot be reached.
         DeviceError: the config requires a GPU.
 
@@ -85,6 +86,7 @@ class HPS:
         self._timer = RefreshTimer()
         self._models: dict[str, Deployment] = {}
         on_devices = self._check_devices(self.config.models)
+        policies = [self._policies(self.config, model) for model in self.config.models]
         self._allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
         make_plan(self.config).check()
         self._host: HashMapTier | None = None
@@ -92,8 +94,8 @@ class HPS:
         self._slower = TierStack([])
         try:
             self._host, self._slower = open_tiers(self.config, self._allocator, allow_code=allow_code)
-            for model in self.config.models:
-                self._deploy(self.config, model)
+            for model, own in zip(self.config.models, policies, strict=True):
+                self._deploy(self.config, model, own)
         except BaseException:
             self.close()
             raise
@@ -143,9 +145,13 @@ class HPS:
             return self._host_of_fixed
         return self._host
 
-    def _deploy(self, config: ServerConfig, model: ModelConfig) -> None:
+    def _policies(self, config: ServerConfig, model: ModelConfig) -> Policies:
+        """What the caches of a model evict by, if it has caches."""
+        return load_policies(config, model, allow_code=self._allow_code) if self._places(model) else ()
+
+    def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies) -> None:
         deployment = Deployment(
-            config, model, self._host_for(model), self._slower, devices=self._places(model), allow_code=self._allow_code
+            config, model, self._host_for(model), self._slower, devices=self._places(model), policies=policies
         )
         try:
             with rows_progress(sum(table.rows for table in deployment.plan().tables), self._progress) as on_rows:
@@ -274,7 +280,8 @@ class HPS:
         Args:
             keys: a sequence with the keys of each table in table order, or a mapping from table number or name to keys.
                 A shorter sequence asks the first tables only.
-            flat: return one NumPy vector: the rows of all tables, one after the other in the given order.
+            flat: return one NumPy vector: the rows of all tables, one after the other in the given order. Rows on a GPU are
+                copied to it as float32.
 
         Returns:
             A list, or a dict with the keys of the mapping, of what ``lookup`` returns.
@@ -302,7 +309,7 @@ class HPS:
             if before == deployment.switches:
                 break
         if flat:
-            return np.concatenate([np.asarray(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
+            return np.concatenate([_on_host(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
         if isinstance(keys, Mapping):
             return dict(zip(keys, answers, strict=True))
         return answers
@@ -432,8 +439,9 @@ class HPS:
             if added.model in self._models:
                 raise ConfigError(f"model: {added.model!r} is deployed already, wanted another name (or replace_model)")
             self._check_devices([added])
+            policies = self._policies(config, added)
             make_plan(config).check()
-            self._deploy(config, added)
+            self._deploy(config, added, policies)
 
     def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
         """Put a new version of all rows of a model in force at once, while lookups go on.
@@ -548,3 +556,8 @@ class HPS:
 
     def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> TableSession:
         return self._deployment(model_name, device_id).table(table_id)
+
+
+def _on_host(rows: Any) -> np.ndarray:
+    """An answer as NumPy's."""
+    return np.asarray(rows) if device_of_array(rows) is None else as_rows(rows, tuple(rows.shape))

@@ -67,14 +67,22 @@ class RefreshTimer:
             thread.join()
 
     def _run(self) -> None:
-        while (refresh := self._next()) is not None:
-            name, call = refresh
-            try:
-                call()
-            except ClosedError:
-                log.debug("%s: closed while it was refreshed", name)
-            except Exception as problem:  # a tier's own code may raise anything, and the timer must go on
-                log.warning("%s: the refresh failed: %s", name, problem)
+        while self._refresh(self._next()):
+            pass  # nothing of a model is held while the thread waits
+
+    @staticmethod
+    def _refresh(due: tuple[str, Callable[[], object]] | None) -> bool:
+        """Call what is due; False at the end."""
+        if due is None:
+            return False
+        name, call = due
+        try:
+            call()
+        except ClosedError:
+            log.debug("%s: closed while it was refreshed", name)
+        except Exception as problem:  # a tier's own code may raise anything, and the timer must go on
+            log.warning("%s: the refresh failed: %s", name, problem)
+        return True
 
     def _next(self) -> tuple[str, Callable[[], object]] | None:
         """Wait for what is due next; None at the end."""
@@ -85,13 +93,11 @@ class RefreshTimer:
                 if name is None:
                     self._changed.wait()
                     continue
-                due, interval, refresh = self._due[name]
-                if due > now:
-                    self._changed.wait(due - now)
+                if self._due[name][0] > now:
+                    self._changed.wait(self._due[name][0] - now)
                     continue
+                due, interval, refresh = self._due.pop(name)
                 if interval > 0:
                     self._due[name] = (max(due + interval, now), interval, refresh)
-                else:
-                    del self._due[name]
                 return name, refresh
             return None

@@ -106,8 +106,9 @@ class TableSession:
         return np.dtype(self.output_type)
 
     def renew(self) -> None:
-        """A new lock: in a forked child nobody gives back the one that another thread held."""
+        """New locks: in a forked child nobody gives back those that another thread held."""
         self._write_lock = threading.RLock()
+        self._taking_in = threading.Lock()
 
     def lookup(self, keys: np.ndarray, out: np.ndarray) -> None:
         """Write the row of each key to ``out``.
@@ -178,7 +179,8 @@ class TableSession:
 
     def _lookup_behind(self, cache: EmbeddingCache, keys: DeviceKeys, out: int, stream: int, out_type: str) -> None:
         writes = self._writes
-        never_waits = self._threshold <= 0 and self._background is not None
+        background = self._background
+        never_waits = self._threshold <= 0 and background is not None
         absent = AbsentKeys(cache, keys, stream, later=self._threshold <= 1)
         handed_over = False
         try:
@@ -187,14 +189,16 @@ class TableSession:
             missing = -1 if never_waits else absent.count()
             if missing == 0:
                 return
-            if never_waits or (1 - missing / keys.n >= self._threshold and self._background is not None):
-                self._counters.add(COUNTER_UNANSWERED, max(missing, 0))
-                handed_over = self._background(lambda: self._fetch_later(cache, absent, missing, writes))
+            if background is not None and (never_waits or 1 - missing / keys.n >= self._threshold):
+                handed_over = background(lambda: self._fetch_later(cache, absent, missing, writes))
+                if not (handed_over and never_waits):  # else the job counts
+                    self._counters.add(COUNTER_UNANSWERED, absent.count() if missing < 0 else missing)
                 return
             positions, wanted = absent.read(missing)
             distinct, rows, found, inverse = self._fetch_rows(wanted)
             cache.scatter(positions, rows[inverse], out, stream, out_type)
             self._take_in(cache, distinct[found], rows[found], writes)
+            self._keep_later(distinct[found], rows[found], writes)
         finally:
             if not handed_over:
                 absent.release()
@@ -210,22 +214,30 @@ class TableSession:
                 answer = self._slower.fetch(self.spec.tag, distinct, rows)
                 self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
                 self._take_in(cache, distinct[answer.found], rows[answer.found], writes)
+                if self._keeps_missed:
+                    self._keep(distinct[answer.found], rows[answer.found], writes)
         finally:
             absent.release()
 
     def _take_in(self, cache: EmbeddingCache, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
-        """Rows that came from slower tiers enter the cache, and host memory if asked, unless the table was written meanwhile."""
-        lock = self._write_lock
-        if not len(keys) or not lock.acquire(blocking=False):
-            return
-        try:
-            if self._writes == writes:
-                if self._keeps_missed and self.store is not None:
-                    self.store.upsert(keys, rows)
-                if not cache.fixed:
+        """Rows that came from slower tiers enter the cache, unless the table was written meanwhile."""
+        if not cache.fixed and len(keys):
+            with self._unless_written_since(writes) as unwritten:
+                if unwritten:
                     cache.insert(keys, rows)
-        finally:
-            lock.release()
+
+    @contextmanager
+    def _unless_written_since(self, writes: int) -> Iterator[bool]:
+        """Whether no write is at work, and none was since ``_writes`` was read; writes wait until the end of the block."""
+        lock = self._write_lock
+        with self._taking_in:  # so that whoever has the lock is a writer, and not one like us
+            if not lock.acquire(blocking=False):
+                yield False
+                return
+            try:
+                yield self._writes == writes
+            finally:
+                lock.release()
 
     def refresh(self, *, drop: bool = True) -> None:
         """Renew the rows of all caches from host memory and slower tiers; rows that are nowhere are dropped, or stay.
@@ -268,18 +280,17 @@ class TableSession:
         """Answer the keys at ``positions`` of a batch from the slower tiers: each distinct key once, within the time budget."""
         wanted, rows, found, inverse = self._fetch_rows(keys[positions])
         out[positions] = rows[inverse]
-        if self._keeps_missed and self._background is not None and found.any():
-            self._background(lambda: self._keep(wanted[found], rows[found], writes))
+        self._keep_later(wanted[found], rows[found], writes)
+
+    def _keep_later(self, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
+        """Let rows that came from slower tiers enter host memory in the background, if asked to."""
+        if self._keeps_missed and self._background is not None and len(keys):
+            self._background(lambda: self._keep(keys, rows, writes))
 
     def _keep(self, keys: np.ndarray, rows: np.ndarray, writes: int) -> None:
-        lock = self._write_lock
-        if not lock.acquire(blocking=False):
-            return
-        try:
-            if self._writes == writes and self.store is not None:
+        with self._unless_written_since(writes) as unwritten:
+            if unwritten and self.store is not None:
                 self.store.upsert(keys, rows)
-        finally:
-            lock.release()
 
     @contextmanager
     def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:

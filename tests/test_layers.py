@@ -24,14 +24,22 @@ PACKAGE = Path(__file__).parents[1] / "hps_numba"
 #: rooms from the ground up: an import points to a lower row, or stays in its room
 ROWS = [
     {"errors", "forks"},
-    {"layout", "parts", "memory", "threads", "background", "progress", "dlpack"},
+    {"layout", "cache_layout", "devices"},
+    {"parts", "memory", "threads", "background", "progress", "dlpack"},
     {"config", "interop"},
+    {"interop_device"},
     {"kernels"},
     {"storage.formats", "storage.epochs"},
     {"storage.model_files", "storage.bin_dump", "storage.table_content"},
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
+    {"cache_place"},
+    {"cache_scratch", "cache_link"},
+    {"cache_memory"},
+    {"cache_pooling"},
+    {"cache_shape"},
     {"hierarchy", "cache", "stats", "plan", "synthetic"},
+    {"table_caches", "absent"},
     {"session", "refresh", "train"},
     {"deployment"},
     {"parameter_server", "simulate"},
@@ -58,7 +66,8 @@ AT_HOME = {
     "pydantic_core": {"config"},
     "llvmlite": {"kernels"},
     "numba": {"kernels", "interop", "cli"},
-    "cupy": {"memory", "frontends", "cli"},
+    "cuda": {"devices", "interop_device", "kernels"},
+    "cupy": {"devices", "interop_device", "frontends", "cli"},
     "jax": set(),
 }
 #: and of these, who may do so at import
@@ -201,16 +210,61 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
     assert eager == []
 
 
-def test_kernels_and_their_layout_are_seen_by_storage_and_counters_only() -> None:
-    wrong = []
-    shown = {("cli.doctor", "kernels.compile")}  # tells where compiled kernels are kept
-    for one, target in inner_imports():
-        seen_by = {"kernels", "storage", "stats", "cache"}
-        if is_in(target, {"kernels"}) and not is_in(one.module, seen_by) and (one.module, target) not in shown:
-            wrong.append(str(one))
-        if target == "layout" and not is_in(one.module, {"kernels", "storage", "stats", "session", "cache"}):
-            wrong.append(str(one))
-    assert wrong == []
+#: the rooms that a cache is built of
+CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling"}
+#: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
+SHOWN = {
+    "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
+    "cache_layout": {"kernels", *CACHE, "cache_shape", "session"},  # sizes of a cache and of a batch
+    "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
+    "kernels.host_evict": {"storage"},
+    "kernels.host_lookup": {"storage"},
+    "kernels.host_scan": {"storage"},
+    "kernels.host_write": {"storage"},
+    "kernels.build": CACHE,
+    "kernels.launch": CACHE,
+    "kernels.cache_image": {"cache"},
+    "kernels.cache_pool": {"cache_pooling"},
+    "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
+    "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
+    "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept
+}
+
+
+def may_see(module: str, target: str) -> bool:
+    return (is_in(module, {"kernels"}) and is_in(target, {"kernels"})) or is_in(module, SHOWN.get(target, set()))
+
+
+def test_kernels_and_layouts_are_seen_only_where_they_are_shown() -> None:
+    behind = {"kernels", "layout", "cache_layout"}
+    seen = [(one, target) for one, target in inner_imports() if is_in(target, behind)]
+    assert [str(one) for one, target in seen if not may_see(one.module, target)] == []
+    assert {target for one, target in seen if not is_in(one.module, {"kernels"})} == set(SHOWN)
+
+
+def test_kernels_reach_the_driver_and_the_compiler_through_one_file_each() -> None:
+    """What CUDA needs is imported when a kernel is built or started, by files that only devices lead to."""
+    cuda = [one for one in imports() if re.match(r"cuda\b", one.target)]
+    assert {one.module for one in cuda} == {"devices", "interop_device", "kernels.launch"}
+    compiler = [one for one in imports() if one.target.startswith("numba.cuda")]
+    assert {one.module for one in compiler} == {"kernels.numba_cuda", "interop"}  # interop: arrays of users
+    named = [module for module in MODULES for node in ast.walk(tree_of(module)) if is_numba_cuda(node)]
+    assert set(named) <= {"kernels.numba_cuda"}
+    eager = {
+        one.module for one, target in inner_imports() if one.at_import and target in ("kernels.numba_cuda", *LANES_OF_CUDA)
+    }
+    assert eager == set(LANES_OF_CUDA)
+    assert not [str(one) for one, target in inner_imports() if target == "kernels.launch" and one.at_import]
+
+
+LANES_OF_CUDA = ("kernels.lanes_cuda", "kernels.lanes_cuda_pool")
+
+
+def is_numba_cuda(node: ast.AST) -> bool:
+    """``numba.cuda`` by way of ``numba``."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "numba" and "cuda" in [alias.name for alias in node.names]
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "numba.cuda"
 
 
 @pytest.mark.parametrize("folder", ["storage.formats", "storage.tiers", "cli", "frontends", "kernels.policies"])

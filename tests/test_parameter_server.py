@@ -20,6 +20,7 @@ from hps_numba import (
     KeyDtypeError,
     OutputError,
     UnknownModelError,
+    devices,
 )
 
 DIM = 3
@@ -160,11 +161,15 @@ def test_initial_cache_rate_takes_the_head_of_the_file(workshop: Workshop, rate:
     assert server.plan().tables[0].host_rows == rows
 
 
-def test_a_listed_device_is_a_warning_and_host_memory_serves(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_listed_device_is_a_warning_and_host_memory_serves(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "device_count", lambda: 0)
+    monkeypatch.setattr(devices, "why_no_device", lambda: "no CUDA driver: gone")
     with caplog.at_level(logging.WARNING):
         server = workshop.open(workshop.model((KEYS, DIM), deployed_device_list=[2, 0]))
     assert [r.message for r in caplog.records] == [
-        "deployed_device_list [0, 2]: this version has no GPU cache, host memory serves all lookups"
+        "deployed_device_list [0, 2]: no CUDA driver: gone: host memory serves all lookups"
     ]
     for device in (0, 2):
         assert_same_bits(server.lookup(KEYS, "m", 0, device), rows_of(KEYS, DIM))
@@ -409,14 +414,14 @@ def test_output_dtype_float16(workshop: Workshop) -> None:
 
 
 def test_output_dtype_that_numpy_lacks_is_refused(workshop: Workshop) -> None:
-    with pytest.raises(hps_numba.ConfigError, match="output_dtype: 'bfloat16'"):
-        workshop.open(workshop.model((range(5), 4), output_dtype="bfloat16"))
+    server = workshop.open(workshop.model((range(5), 4), output_dtype="bfloat16"))  # for keys in the memory of a GPU
+    with pytest.raises(OutputError, match="output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32"):
+        server.lookup([1], "m", 0)
 
 
 def test_what_this_version_has_not_is_said_at_the_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
-    workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"}, cache_on_cpu=True)
+    workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"})
     assert "update_source.type: 'kafka_message_queue': this version reads no updates" in caplog.text
-    assert "cache_on_cpu: true: this version has no cache" in caplog.text
 
 
 def test_plain_slips_are_typed_errors(workshop: Workshop) -> None:

@@ -255,8 +255,8 @@ def copy_words(lanes: int, size: int, load: str, store: str, width: int) -> Any:
 def copy_group(group: int, dim: int, width: int, stride: int, depth: int) -> Any:
     """Intrinsic ``copy(target, source, lane)``: a warp copies the rows of its first ``group`` lanes, all lanes together.
 
-    ``source`` is each lane's row or 0, ``target`` the address of the first row; rows go one after the other, so that lanes write
-    side by side. Up to 8 loads of a lane are in flight before the first is stored.
+    ``source`` is each lane's row or 0, ``target`` the address of the first row; rows go one after the other, so that lanes
+    write side by side. Up to ``depth`` loads of a lane are in flight before the first is stored.
     """
     pieces = 4 * dim // width
     words = width // 4
@@ -305,7 +305,8 @@ def copy_group(group: int, dim: int, width: int, stride: int, depth: int) -> Any
                     store(to, values, inside)
 
             def load(address, inside):
-                text = f"{{ .reg .pred p; setp.ne.u32 p, ${words + 1}, 0; @p ld.relaxed.gpu.global{vector}.b32 {names_in}, [${words}]; }}"
+                load_it = f"@p ld.relaxed.gpu.global{vector}.b32 {names_in}, [${words}];"
+                text = f"{{ .reg .pred p; setp.ne.u32 p, ${words + 1}, 0; {load_it} }}"
                 got = _asm(builder, kind, text, ",".join(["=r"] * words) + ",l,r,~{memory}", [address, inside])
                 return [builder.extract_value(got, i) for i in range(words)] if words > 1 else [got]
 
