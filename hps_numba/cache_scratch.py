@@ -15,6 +15,7 @@ import numpy as np
 
 from hps_numba.cache_layout import (
     BUCKET_BYTES,
+    FIRST_BATCH,
     SCRATCH_ABSENT_LIST,
     SCRATCH_BATCH,
     SCRATCH_BUCKETS,
@@ -29,6 +30,7 @@ from hps_numba.cache_layout import (
     SCRATCH_STAGE_STRIDE,
     SCRATCH_TOUCHED_LIST,
     SCRATCH_WORDS,
+    UNUSED_BUCKET,
 )
 from hps_numba.cache_place import Memory, Place
 from hps_numba.errors import ClosedError
@@ -38,8 +40,6 @@ __all__ = ["Scratch", "ScratchPool", "ScratchShape"]
 
 _ALIGNMENT = 256
 _LEAST_BATCH = 256
-_UNUSED_BUCKET = 0x7F  # in every byte of a bucket; positions of batches from the first on are smaller, as they count down
-_FIRST_BATCH = 1 << 32
 _PER_THREAD = 2  # the handle of a stream that is another one in each thread
 _Stream = tuple[int, int]
 
@@ -101,7 +101,7 @@ class Scratch:
         header = self._header(memory.address, parts)
         if SCRATCH_BUCKETS in parts:
             start, size_of = int(header[SCRATCH_BUCKETS // 8]), parts[SCRATCH_BUCKETS]
-            self._place.fill(start, _UNUSED_BUCKET, size_of, stream)
+            self._place.fill(start, UNUSED_BUCKET, size_of, stream)
         self._place.to_place(memory.address, header, stream)  # waits for the filling too
         self.spoil()
         self._memory, self._limit, self.lists_absent, self.bytes = memory, limit, absent, size
@@ -110,7 +110,7 @@ class Scratch:
 
     def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
         header = np.zeros(SCRATCH_BYTES // 8, np.int64)
-        header[SCRATCH_BATCH // 8] = _FIRST_BATCH
+        header[SCRATCH_BATCH // 8] = FIRST_BATCH
         header[SCRATCH_STAGE_STRIDE // 8] = 4 * self._shape.dim
         header[SCRATCH_MASK // 8] = parts.get(SCRATCH_BUCKETS, BUCKET_BYTES) // BUCKET_BYTES - 1
         header[SCRATCH_COUNTS_MASK // 8] = parts.get(SCRATCH_COUNTS, 16) // 16 - 1
@@ -171,7 +171,9 @@ class ScratchPool:
 
     def renew(self) -> None:
         """Begin with none, as a forked child has to: another thread may have been at work with one."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0
         self._all: list[Scratch] = []
         self._idle: list[Scratch] = []  # that which was not used for longest comes first
 
@@ -182,19 +184,31 @@ class ScratchPool:
             ClosedError: the pool was closed.
         """
         user = _user_of(stream)
-        with self._changed:
-            while (scratch := self._choose(user)) is None:
-                self._changed.wait()
-        try:
-            scratch.begin(stream, user)
-        except BaseException:
-            self._put(scratch)
-            raise
+        with self._lock:
+            scratch = self._choose(user)
+            while scratch is None:
+                self._wait()
+                scratch = self._choose(user)
+        if scratch.user != user:
+            try:
+                scratch.begin(stream, user)
+            except BaseException:
+                self._put(scratch)
+                raise
         return scratch
+
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._waiting -= 1
 
     def _choose(self, user: _Stream) -> Scratch | None:
         if self._closed:
             raise ClosedError(f"{self._name}: the cache is closed")
+        if self._idle and self._idle[-1].user == user:
+            return self._idle.pop()
         for i, scratch in enumerate(self._idle):
             if scratch.user == user:
                 return self._idle.pop(i)
@@ -213,9 +227,10 @@ class ScratchPool:
             self._put(scratch)
 
     def _put(self, scratch: Scratch) -> None:
-        with self._changed:
+        with self._lock:
             self._idle.append(scratch)
-            self._changed.notify()
+            if self._waiting:
+                self._changed.notify_all()
 
     @property
     def bytes(self) -> int:
@@ -229,7 +244,7 @@ class ScratchPool:
             self._closed = True
             self._changed.notify_all()
             while len(self._idle) < len(self._all):
-                self._changed.wait()
+                self._wait()
         for scratch in self._all:
             scratch.release(stream)
 

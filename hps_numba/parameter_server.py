@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hps_numba.errors import (
     ClosedError,
     ConfigError,
     DeviceError,
+    HpsError,
     KeyDtypeError,
     ModelFileError,
     TierUnavailable,
@@ -245,30 +245,33 @@ class HPS:
         else:
             rows = out
             address, finish, keep = as_device_output(out, shape, table.output_type, batch.device, larger=larger, stream=handle)
-        with self._still_deployed(deployment):
+        try:
             table.lookup_cached(cache, batch, address, handle)
+        except ClosedError as problem:
+            reason = self._why_closed(deployment, problem)
+            raise reason from (problem.__cause__ if reason is problem else problem)
         if finish is not None:
             finish()
         del keep
         return rows
 
-    @contextmanager
-    def _still_deployed(self, deployment: Deployment) -> Iterator[None]:
-        """Say who is closed: the server, or a model that was unloaded meanwhile."""
-        try:
-            yield
-        except ClosedError as problem:
-            self._check_open()
-            if self._models.get(deployment.name) is deployment:
-                raise
-            raise UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup") from problem
+    def _why_closed(self, deployment: Deployment, problem: ClosedError) -> HpsError:
+        """Who is closed: the server, or a model that was unloaded meanwhile."""
+        if self._closed:
+            return ClosedError("the server is closed")
+        if self._models.get(deployment.name) is deployment:
+            return problem
+        return UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup")
 
     def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
         """Look up into ``rows``, which may be of another dtype than float32."""
         flat = rows.reshape(-1, table.spec.dim)
         wide = flat if rows.dtype == np.float32 else np.empty(flat.shape, np.float32)
-        with self._still_deployed(deployment):
+        try:
             table.lookup(keys, wide)
+        except ClosedError as problem:
+            reason = self._why_closed(deployment, problem)
+            raise reason from (problem.__cause__ if reason is problem else problem)
         if wide is not flat:
             flat[:] = wide
 
