@@ -82,3 +82,7 @@ BUCKET_POSITIONS = 8
 POSITION_BITS = 24
 MAX_BATCH = 1 << POSITION_BITS
 BATCH_MASK = (1 << 39) - 1
+# These belong together. A bucket begins with UNUSED_BUCKET in every byte; positions of a batch from FIRST_BATCH on are smaller
+# than that, as they count down, so that they displace it. Those of a batch 0 would be larger: it would enter nothing.
+UNUSED_BUCKET = 0x7F
+FIRST_BATCH = 1 << 32

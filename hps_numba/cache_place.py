@@ -6,17 +6,15 @@ On the CPU there are no streams: work is done when a call returns, and streams a
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from hps_numba import devices
-from hps_numba.kernels.build import KernelSpec, for_host
+from hps_numba.kernels.build import HostKernel, KernelSpec, for_host
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.memory import HostRegion, PinnedHostAllocator
 
@@ -138,15 +136,11 @@ class _Borrowed:
 
 
 class _HostKernel:
-    def __init__(self, spec: KernelSpec) -> None:
-        self._run = for_host(spec)
+    def __init__(self, run: HostKernel) -> None:
+        self._run = run
 
     def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
         self._run(*args)
-
-
-_host_kernels: dict[KernelSpec, _HostKernel] = {}
-_building = threading.Lock()
 
 
 class HostPlace:
@@ -169,13 +163,8 @@ class HostPlace:
     allocate_pinned = allocate
 
     def kernel(self, spec: KernelSpec) -> Kernel:
-        """Compiled on its first call; what does not matter on a CPU makes no other kernel."""
-        spec = replace(spec, lanes=1, group=1, depth=1, registers=0, out_vector=False)
-        with _building:
-            kernel = _host_kernels.get(spec)
-            if kernel is None:
-                kernel = _host_kernels[spec] = _HostKernel(spec)
-            return kernel
+        """Loaded or compiled on its first call."""
+        return _HostKernel(for_host(spec))
 
     def blocks(self, tiles: int) -> int:
         """One."""

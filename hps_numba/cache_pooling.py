@@ -88,20 +88,17 @@ class CachePooling(CacheLookup):
         shape = ("pool_kernel", key_form, out_type, aligned)
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
-            with self._place.relaxed():
-                kernel = self._kernels[shape] = self._place.kernel(
-                    KernelSpec(
-                        name="pool_kernel",
-                        dim=self.dim,
-                        policy=load_policy("fifo") if self.fixed else self.policy,
-                        fixed=self.fixed,
-                        row_type=self.row_type,
-                        out_type=out_type,
-                        key_form=key_form,
-                        out_vector=aligned,
-                        lanes=8,
-                    )
-                )
+            spec = KernelSpec(
+                name="pool_kernel",
+                dim=self.dim,
+                policy=load_policy("fifo") if self.fixed else self.policy,
+                fixed=self.fixed,
+                row_type=self.row_type,
+                out_type=out_type,
+                key_form=key_form,
+                out_vector=aligned,
+            )
+            kernel = self._kernels[shape] = self._place.kernel(spec)
         return kernel
 
     def pool_arrays(
@@ -136,7 +133,7 @@ class CachePooling(CacheLookup):
         if offsets.dtype not in (np.int64, np.int32) or offsets.ndim != 1 or len(offsets) == 0:
             raise ConfigError(f"{self.name}: offsets are {offsets.dtype}{list(offsets.shape)}, wanted int64[bags + 1]")
         if offsets[0] != 0 or offsets[-1] != n:
-            raise ConfigError(f"{self.name}: offsets go from {offsets[0]} to {offsets[-1]}, wanted 0 to {n}, the number of keys")
+            raise ConfigError(f"{self.name}: offsets go from {offsets[0]} to {offsets[-1]}, wanted 0 to {n}, as many as keys")
         falls = np.flatnonzero(offsets[1:] < offsets[:-1])
         if len(falls):
             raise ConfigError(f"{self.name}: offset {falls[0] + 1} is less than the one before, wanted ascending ones")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import pytest
-from naive import rows_of
+from naive import EXTREME_64, rows_of
 
+from hps_numba import cache_pooling
 from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES
+from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH, SCRATCH_ABSENT
 from hps_numba.cache_place import HostPlace
+from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.build import KernelSpec, bindings, ptx_of
 from hps_numba.kernels.cache_pool import (
     COMBINERS,
@@ -34,19 +38,20 @@ PADDING = 5
 DIMS = (1, 3, 16, 17, 128)
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
 KNOWN = 40  # keys of the store; batches ask for 0 to 59
+FORMS = {"int32": np.int32, "uint32": np.uint32}
 
 
 class Batch:
     """Bags over known, unknown and padding keys: empty ones first, last and between, and keys that come again."""
 
-    def __init__(self, seed: int, bags: int = 23, longest: int = 9) -> None:
+    def __init__(self, seed: int, bags: int = 23, longest: int = 9, universe: Any = 60) -> None:
         rng = np.random.default_rng(seed)
         lengths = rng.integers(0, longest + 1, bags)
         lengths[[0, bags // 2, -1]] = 0
         if bags > 4:
             lengths[3] = 4 * longest
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.keys = rng.integers(0, 60, self.offsets[-1]).astype(np.int64)
+        self.keys = rng.choice(universe, self.offsets[-1]).astype(np.int64)
         self.weights = (rng.normal(size=len(self.keys)) + 3).astype(np.float32)
 
     @property
@@ -94,18 +99,23 @@ class PlainPlace(HostPlace):
 
 
 class Table:
-    """A store of the keys 0 to 39, and a cache that holds 20 of them at most."""
+    """A store of some keys (0 to 39), and a cache of 20 rows; ``stored=False``: no store, and 15 keys in the cache."""
 
-    def __init__(self, where: str, dim: int, *, policy: str = "lru", **options: Any) -> None:
+    def __init__(
+        self, where: str, dim: int, *, known: Any = range(KNOWN), stored: bool = True, policy: str = "lru", **options: Any
+    ) -> None:
         device = 0 if where == "gpu" else None
+        self.known = np.asarray(known, np.int64) if stored else np.arange(15)
         self.store = HostStore(dim, allocator=PlainHostAllocator() if device is None else PinnedHostAllocator())
-        self.store.upsert(np.arange(KNOWN), signed_rows(np.arange(KNOWN), dim))
-        self.cache = EmbeddingCache(
-            dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=self.store, **options
-        )
+        self.store.upsert(self.known, signed_rows(self.known, dim))
+        store = self.store if stored else None
+        self.cache = EmbeddingCache(dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=store, **options)
         if where == "plain":
             self.cache._place = PlainPlace()
-        self.cache.warm()
+        if stored:
+            self.cache.warm()
+        else:
+            self.cache.insert(self.known, signed_rows(self.known, dim))
 
     def close(self) -> None:
         self.cache.close()
@@ -115,44 +125,33 @@ class Table:
         """The rows that a lookup would now answer with: as the cache has them, else as the store has, else the default."""
         rows, missing = self.cache.query(keys)
         behind = signed_rows(keys, self.cache.dim)
-        behind[(keys < 0) | (keys >= KNOWN)] = DEFAULT
+        behind[~np.isin(keys, self.known)] = DEFAULT
         rows[missing] = behind[missing]
         return rows
 
     def pool(self, batch: Batch, combiner: str, weights: np.ndarray | None = None, **how: Any) -> np.ndarray:
-        """Run the kernel as a pooled lookup does, and insert what it lists."""
-        cache = self.cache
-        options, out_type, key_form = how.get("options", 0), how.get("out_type", "float32"), how.get("key_form", "int64")
-        run, shift = how.get("run", 3), how.get("shift", 0)
-        spec = KernelSpec(
-            name="pool_kernel",
-            dim=cache.dim,
-            policy=load_policy("fifo") if cache.fixed else cache.policy,
-            fixed=cache.fixed,
-            row_type=cache.row_type,
-            out_type=out_type,
-            key_form=key_form,
-            out_vector=shift == 0,
-        )
-        scratch, stream, n = cache._own, cache._stream, len(batch.keys)
-        out = np.full((batch.bags, cache.dim), 99, np.float32 if out_type == "float32" else np.uint16)
+        """A pooled lookup by addresses; ``shift``: bytes by which the answer is off its alignment."""
+        cache, options, shift = self.cache, how.pop("options", 0), how.pop("shift", 0)
+        out = np.full((batch.bags, cache.dim), 99, np.float32 if how.get("out_type", "float32") == "float32" else np.uint16)
         offsets = batch.offsets.astype(np.int32 if options & OFFSETS32 else np.int64)
         offsets = offsets[:-1] if options & OPEN_END else offsets
-        given = [batch.keys.astype(key_form), offsets] + ([weights] if weights is not None else [])
-        with cache._controlled(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room, cache._reading():
-            scratch.reserve(max(n, 1), False, stream)
-            cache._place.kernel(spec).launch(
-                pool_blocks(batch.bags, cache.dim, run),
-                stream,
-                *(cache._lines, cache._rows, cache.sets, cache._state, places[0], n, places[1], batch.bags, run),
-                *(places[2] if weights is not None else 0, room + shift, COMBINERS[combiner], np.float32(DEFAULT)),
-                *(options, PADDING, scratch.address),
-                threads=THREADS,
+        keys = batch.keys.astype(FORMS.get(how.get("key_form", "int64"), np.int64))
+        given = [keys, offsets] + ([weights] if weights is not None else [])
+        with cache.place.current(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room:
+            cache.pool(
+                *(places[0], len(keys), places[1], batch.bags, room + shift, cache._stream),
+                combiner=combiner,
+                weights=places[2] if weights is not None else 0,
+                options=options,
+                padding=PADDING,
+                **how,
             )
-            if not cache.fixed:
-                cache._finish(scratch, n, scratch.stage, 4 * cache.dim, max(1, 4 * n // cache.capacity), stream)
-            cache._place.to_host(out, room + shift, stream)
+            cache.place.to_host(out, room + shift, cache._stream)
         return out
+
+    def lookup(self, keys: np.ndarray) -> np.ndarray:
+        """The rows of a lookup that is not pooled."""
+        return self.cache.lookup_arrays(keys)
 
     def guards(self) -> tuple[int, int]:
         """Counts of the guards entered and left."""
@@ -185,6 +184,18 @@ def assert_pools(table: Table, batch: Batch, combiner: str, weights: np.ndarray 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True)
+def bags_in_a_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Sets how many bags a tile takes at a time: 3, as batches of tests would else have 1; None: as the cache chooses."""
+    chosen = cache_pooling.pool_run
+
+    def choose(run: int | None) -> None:
+        monkeypatch.setattr(cache_pooling, "pool_run", chosen if run is None else lambda bags, n, dim: run)
+
+    choose(3)
+    return choose
+
+
 @pytest.fixture
 def open_table() -> Iterator[Any]:
     tables: list[Table] = []
@@ -198,12 +209,16 @@ def open_table() -> Iterator[Any]:
         table.close()
 
 
-def pools_every_way(table: Table, bags: int, longest: int) -> None:
-    for seed, combiner in enumerate(COMBINERS):
-        batch = Batch(seed, bags, longest)
+def pools_batch(table: Table, batch: Batch, *combiners: str) -> None:
+    for combiner in combiners or COMBINERS:
         assert_pools(table, batch, combiner)
         if combiner != "max":
             assert_pools(table, batch, combiner, batch.weights)
+
+
+def pools_every_way(table: Table, bags: int, longest: int) -> None:
+    for seed, combiner in enumerate(COMBINERS):
+        pools_batch(table, Batch(seed, bags, longest), combiner)
 
 
 @pytest.mark.parametrize("row_type", STORED)
@@ -256,11 +271,12 @@ def test_forms_of_offsets(open_table: Any, where: str, options: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-@pytest.mark.parametrize("run", [1, 2, 7, 32, 1000])
-def test_any_run_of_bags_gives_the_same(open_table: Any, where: str, run: int) -> None:
-    table, batch = open_table(where, 3), Batch(5, 70, 3)
+@pytest.mark.parametrize("run", [1, 2, 7, 32, 1000, None])
+def test_any_run_of_bags_gives_the_same(open_table: Any, bags_in_a_run: Any, where: str, run: int | None) -> None:
+    bags_in_a_run(run)
+    table, batch = open_table(where, 3), Batch(5, 50_000 if run is None and where == "gpu" else 70, 3)
     wanted = naive_pool(batch, table.rows_for(batch.keys), "sqrtn")
-    assert_same(table.pool(batch, "sqrtn", run=run), wanted)
+    assert_same(table.pool(batch, "sqrtn"), wanted)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
@@ -308,10 +324,7 @@ def test_the_cache_is_left_as_by_a_lookup(open_table: Any, where: str, policy: s
     for seed in range(4):
         batch = Batch(seed)
         pooled.pool(batch, "sum")
-        cache, n = looked_up.cache, len(batch.keys)
-        with cache._copies(batch.keys) as (keys,):
-            cache.lookup(keys, n, 0, cache._stream)
-            cache.place.synchronize(cache._stream)
+        looked_up.lookup(batch.keys)
         assert pooled.cache.entries() == looked_up.cache.entries()
         assert pooled.cache.counters() == looked_up.cache.counters()
     assert pooled.cache.counters().inserted > 0 and pooled.cache.counters().absent > 0
@@ -327,6 +340,9 @@ def test_a_fixed_cache_of_a_part_of_the_table(open_table: Any, where: str) -> No
     assert 0 < table.cache.counters().misses < len(batch.keys)
 
 
+# -- keys, and where their rows are -----------------------------------------------------------
+
+
 @pytest.mark.parametrize("where", ["plain", GPU])
 def test_int32_keys(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 3), Batch(11)
@@ -335,10 +351,261 @@ def test_int32_keys(open_table: Any, where: str) -> None:
     assert_same(table.pool(batch, "sum", key_form="int32"), wanted)
 
 
-def test_nothing_to_pool(open_table: Any) -> None:
-    table, batch = open_table("plain", 3), Batch(12)
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_a_wide_key_is_nowhere_where_keys_are_narrow(open_table: Any, where: str) -> None:
+    table, batch = open_table(where, 3, known=[-3, 2**32 - 1, 2**32, *range(9)]), Batch(13, universe=[-3, 2**32, 2**32 - 1, 4])
+    rows = table.rows_for(batch.keys)
+    rows[(batch.keys < 0) | (batch.keys >= 2**32)] = DEFAULT
+    assert_same(table.pool(batch, "sum", key_form="narrow64"), naive_pool(batch, rows, "sum"))
+
+
+@pytest.mark.parametrize("where", ["plain", "cpu", GPU])
+def test_extreme_keys_are_keys_like_any_others(open_table: Any, where: str) -> None:
+    known = [*EXTREME_64[::2], *range(-30, -2)]
+    table, batch = open_table(where, 16, known=known), Batch(14, 40, universe=[*known, *EXTREME_64, -(2**63) + 1, -100])
+    pools_batch(table, batch)
+    assert set(table.cache.dump().tolist()) <= set(known)
+
+
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_unknown_keys_have_the_default_row_and_are_never_cached(open_table: Any, where: str) -> None:
+    table, batch = open_table(where, 4), Batch(15, universe=[1000, -1000, 2**40])
+    before = table.cache.entries()
+    lengths = np.diff(batch.offsets).astype(np.float32)
+    wanted = np.repeat((lengths * np.float32(DEFAULT))[:, None], 4, axis=1) + np.float32(0)  # no -0
+    assert_same(table.pool(batch, "sum"), wanted)
+    assert_same(table.pool(batch, "max"), np.where(wanted == 0, wanted, np.float32(DEFAULT)))
+    assert table.cache.entries() == before
+    assert table.cache.counters().absent == 2 * len(batch.keys)
+
+
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_without_a_store_only_what_was_inserted_is_found(open_table: Any, where: str) -> None:
+    table, batch = open_table(where, 6, stored=False), Batch(16, universe=30)
+    held = sorted(table.cache.dump().tolist())
+    pools_batch(table, batch)
+    assert sorted(table.cache.dump().tolist()) == held == list(range(15))
+
+
+@pytest.mark.parametrize("row_type", ["float32", "int8"])
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_pooled_rows_are_those_of_a_lookup_added_in_order(open_table: Any, where: str, row_type: str) -> None:
+    pooled, looked_up = (open_table(where, 17, row_type=row_type) for _ in range(2))
+    for seed, combiner in enumerate(("sum", "mean", "sqrtn", "max")):
+        batch = Batch(seed, 30, universe=45)
+        weights = batch.weights if combiner in ("sum", "sqrtn") else None
+        wanted = naive_pool(batch, looked_up.lookup(batch.keys), combiner, weights=weights)
+        assert_same(pooled.pool(batch, combiner, weights), wanted)
+        assert pooled.cache.entries() == looked_up.cache.entries()
+
+
+# -- calls ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_arrays(open_table: Any, where: str) -> None:
+    table, batch = open_table(where, 16), Batch(17)
+    rows = table.lookup(batch.keys)
+    assert_same(table.cache.pool_arrays(batch.keys, batch.offsets), naive_pool(batch, rows, "sum"))
+    weighted = table.cache.pool_arrays(batch.keys, batch.offsets.astype(np.int32), batch.weights, "mean")
+    assert_same(weighted, naive_pool(batch, rows, "mean", weights=batch.weights))
+    assert table.cache.pool_arrays(batch.keys[:0], np.zeros(1, np.int64)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("where", ["plain", GPU])
+def test_bags_without_any_key(open_table: Any, where: str) -> None:
+    table = open_table(where, 3)
+    held = table.cache.entries()
+    pooled = table.cache.pool_arrays(np.empty(0, np.int64), np.zeros(6, np.int64), combiner="max")
+    assert_same(pooled, np.zeros((5, 3), np.float32))
+    batch = Batch(12)
     batch.keys, batch.offsets = batch.keys[:0], np.zeros(4, np.int64)
-    assert (table.pool(batch, "max") == 0).all()
+    assert (table.pool(batch, "mean", options=EMPTY_DEFAULT) == DEFAULT).all()
+    assert table.cache.entries() == held
+
+
+def test_no_bags_at_all_start_nothing(open_table: Any) -> None:
+    cache = open_table("plain", 3).cache
+    cache.pool(0, 0, 0, 0, 0, 0)
+    assert cache.counters().calls == 0
+
+
+def test_bad_calls(open_table: Any) -> None:
+    table, batch = open_table("plain", 3), Batch(18)
+    cache, n = table.cache, len(batch.keys)
+    with pytest.raises(ConfigError, match="combiner 'median', wanted one of sum, mean, sqrtn, max"):
+        table.pool(batch, "median")
+    with pytest.raises(ConfigError, match="key_form is 'int8'"):
+        table.pool(batch, "sum", key_form="int8")
+    with pytest.raises(CapacityError, match=f"of {MAX_BATCH + 1} keys, wanted at most {MAX_BATCH}"):
+        cache.pool(0, MAX_BATCH + 1, 0, 1, 0, 0)
+    with pytest.raises(KeyDtypeError, match="keys are float64"):
+        cache.pool_arrays(np.zeros(3), np.array([0, 3]))
+    for offsets, message in (
+        (np.array([0.0, n]), "offsets are float64"),
+        (np.array([], np.int64), r"wanted int64\[bags \+ 1\]"),
+        (np.array([1, n]), f"from 1 to {n}, wanted 0 to {n}"),
+        (np.array([0, n + 1]), f"from 0 to {n + 1}, wanted 0 to {n}"),
+        (np.array([0, 5, 4, n]), "offset 2 is less"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cache.pool_arrays(batch.keys, offsets)
+    for weights in (batch.weights[1:], batch.weights.astype(np.float64)):
+        with pytest.raises(ConfigError, match=f"wanted float32\\[{n}\\]"):
+            cache.pool_arrays(batch.keys, batch.offsets, weights)
+    assert cache.counters().calls == 0
+
+
+def test_after_close(open_table: Any) -> None:
+    cache = open_table("plain", 3).cache
+    cache.close()
+    with pytest.raises(ClosedError, match="closed"):
+        cache.pool_arrays(np.arange(3), np.array([0, 3]))
+    with pytest.raises(ClosedError, match="closed"):
+        cache.pool(0, 1, 0, 1, 0, 0)
+
+
+def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, batch = open_table("plain", 3), Batch(19)
+    table.cache.clear()
+
+    def fails(*args: Any) -> None:
+        raise CapacityError("between two kernels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table.cache, "_finish", fails)
+        for _ in range(3):
+            with pytest.raises(CapacityError, match="between"):
+                table.pool(batch, "sum")
+    assert table.cache.resident() == 0
+    assert_pools(table, batch, "sum")
+    assert table.cache.resident() > 0
+
+
+def test_a_list_of_absent_keys_does_not_grow_over_calls(open_table: Any) -> None:
+    table, batch = open_table("plain", 3), Batch(20, universe=[100, 200])
+    keys, listed = batch.keys, np.empty(1 + len(batch.keys), np.int64)
+    for _ in range(3):
+        table.cache.lookup(keys.ctypes.data, len(keys), 0, 0, absent_list=listed.ctypes.data)
+        assert listed[0] == len(keys) and np.sort(listed[1:]).tolist() == list(range(len(keys)))
+        for _ in range(3):
+            table.pool(batch, "sum")
+            assert table.cache._words(table.cache._pool._all[0].address + SCRATCH_ABSENT, 1)[0] == len(keys)
+
+
+def test_a_captured_call_keeps_its_scratch(open_table: Any) -> None:
+    table, batch = open_table("plain", 3), Batch(21)
+    table.pool(batch, "sum")
+    before = table.cache.bytes
+    for calls in (1, 2):
+        assert_same(table.pool(batch, "sum", capturing=True), naive_pool(batch, table.rows_for(batch.keys), "sum"))
+        captured = (table.cache.bytes - before) / calls
+    assert captured > len(batch.keys) * 4 * 3 and table.cache.bytes == before + 2 * captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_captured_pooled_lookup_is_replayed_while_the_table_changes(open_table: Any, policy: str) -> None:
+    torch = pytest.importorskip("torch")
+    dim, bags, n = 32, 500, 4000
+    table = open_table("gpu", dim, known=range(3000), policy=policy, set_count=150)
+    rng = np.random.default_rng(22)
+    keys = torch.zeros(n, dtype=torch.int64, device="cuda")
+    offsets = torch.zeros(bags + 1, dtype=torch.int64, device="cuda")
+    weights = torch.zeros(n, device="cuda")
+    out = torch.empty((bags, dim), device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    arguments = (keys.data_ptr(), n, offsets.data_ptr(), bags, out.data_ptr(), stream.cuda_stream)
+    with torch.cuda.graph(graph, stream=stream):
+        table.cache.pool(*arguments, combiner="mean", weights=weights.data_ptr(), capturing=True)
+    stamp = 0
+    for replay in range(60):
+        if replay % 10 == 5:
+            stamp += 1
+            table.store.upsert(table.known, rows_of(table.known, dim, stamp))
+            table.cache.update(table.known)
+        batch = Batch(replay, 10, 5)
+        batch.keys = rng.integers(0, 4000, n)
+        batch.offsets = np.sort(np.concatenate([[0, n], rng.integers(0, n, bags - 1)]))
+        batch.weights = (rng.random(n) + 0.5).astype(np.float32)
+        rows = np.empty((n, dim), np.float32)
+        table.store.lookup(batch.keys, rows, DEFAULT)
+        keys.copy_(torch.from_numpy(batch.keys))
+        offsets.copy_(torch.from_numpy(batch.offsets))
+        weights.copy_(torch.from_numpy(batch.weights))
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(out.cpu().numpy(), naive_pool(batch, rows, "mean", weights=batch.weights))
+    counts = table.cache.counters()
+    assert counts.calls == 60 and counts.inserted > 0 and counts.evicted > 0 and counts.absent > 0
+    del graph
+
+
+# -- threads ----------------------------------------------------------------------------------
+
+
+class Versions:
+    """A table whose rows tell their version, a writer of it and threads that pool bags of one key."""
+
+    def __init__(self, table: Table, seconds: float) -> None:
+        self.table, self.cache, self.keys = table, table.cache, table.known
+        self.write(0)
+        self.told = 0  # the version that the cache was told of
+        self.problems: list[str] = []
+        self.answers = 0
+        self.end = time.monotonic() + seconds
+
+    def write(self, version: int) -> None:
+        self.table.store.upsert(self.keys, rows_of(self.keys, self.cache.dim, version))
+        self.cache.update(self.keys)
+        self.told = version
+
+    def pool(self) -> None:
+        rng = np.random.default_rng()
+        while time.monotonic() < self.end and not self.problems:
+            asked, least = rng.choice(self.keys, 50), self.told
+            rows = self.cache.pool_arrays(asked, np.arange(51))
+            versions = np.log2(rows[:, 0] / rows_of(asked, self.cache.dim)[:, 0])
+            first = rows_of(asked, self.cache.dim)
+            whole = (rows == first * np.exp2(versions)[:, None]).all() and (versions == np.round(versions)).all()
+            if not whole or versions.min() < least or versions.max() > 100:
+                self.problems.append(f"{versions} after {least}, whole: {whole}")
+            self.answers += 1
+
+    def write_all(self) -> None:
+        while time.monotonic() < self.end and not self.problems and self.told < 100:
+            self.write(self.told + 1)
+            if self.told % 7 == 0:
+                self.cache.erase(self.keys[::3])
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("cpu", "dynamic"),
+        pytest.param("gpu", "dynamic", marks=pytest.mark.gpu),
+        pytest.param("gpu", "static", marks=pytest.mark.gpu),
+    ],
+)
+def test_pooled_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(open_table: Any, where: str, kind: str) -> None:
+    table = open_table(where, 16, kind=kind, buffers=2, known=range(KNOWN if kind == "dynamic" else 20))
+    table.cache.pool_arrays(table.known[:1], np.arange(2))  # kernels are compiled before the clock starts
+    table.cache.update(table.known)
+    table.cache.erase(table.known[:1])
+    versions = Versions(table, 1.5)
+    threads = [threading.Thread(target=versions.pool) for _ in range(3)] + [threading.Thread(target=versions.write_all)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert versions.problems == []
+    assert versions.told > 3 and versions.answers > 3
+    last = rows_of(table.known, 16, versions.told)
+    assert_same(table.cache.pool_arrays(table.known, np.arange(len(last) + 1), combiner="mean"), last)
+
+
+# -- launch, and what is built ----------------------------------------------------------------
 
 
 def test_the_grid_covers_all_bags() -> None:
@@ -352,8 +619,9 @@ def test_the_grid_covers_all_bags() -> None:
                 assert pool_blocks(bags, dim, run) * THREADS // lanes * run >= bags
 
 
-@pytest.mark.parametrize("chip", [(7, 5), (9, 0)])
-@pytest.mark.parametrize("dim, row_type, out_type", [(128, "float32", "float32"), (17, "int8", "float16")])
+@pytest.mark.parametrize(
+    ("chip", "dim", "row_type", "out_type"), [((7, 5), 128, "float32", "float32"), ((9, 0), 17, "int8", "float16")]
+)
 def test_compiles_and_links(chip: tuple[int, int], dim: int, row_type: str, out_type: str) -> None:
     pytest.importorskip("numba_cuda")
     core = pytest.importorskip("cuda.core")

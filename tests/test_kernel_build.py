@@ -272,7 +272,8 @@ def test_one_kernel_a_process_for_the_cpu():
         assert for_host(replace(SPEC, **change)) is not got[0]
 
 
-def test_a_kernel_for_the_cpu_is_compiled_once_by_threads_that_call_it_together(monkeypatch):
+def test_a_kernel_for_the_cpu_is_compiled_once_by_threads_that_call_it_together(monkeypatch, tmp_path):
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))
     compiled = []
     real = build._compile_for_host
     monkeypatch.setattr(build, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
@@ -318,9 +319,10 @@ def nowhere(place):
     return place.is_no_attribute
 
 
-def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch):
+def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch, tmp_path):
     from hps_numba.kernels import cache_change
 
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))  # no file has the kernel as it was
     monkeypatch.setattr(cache_change, "lock_set", nowhere)
     message = r"^clear_kernel\(policy=lru, dim=5, .*\) does not compile for the CPU: [^\n]+$"
     with pytest.raises(DeviceError, match=message):

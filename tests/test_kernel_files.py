@@ -183,6 +183,34 @@ def test_code_of_another_user_is_not_run(place, compiler, caplog, monkeypatch):
     assert "belongs to user" in warnings(caplog)[0]
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_could_have_written_is_not_run(place, compiler, caplog, mode):
+    launch.cubin_of(SPEC, CHIP)
+    (file,) = place.iterdir()
+    file.chmod(mode)
+    for _ in range(2):
+        assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol")
+    assert len(compiler) == 2 and stat.S_IMODE(file.stat().st_mode) == 0o600
+    (warning,) = warnings(caplog)
+    assert "cannot be read, compiled anew" in warning and f"mode {mode:o}" in warning
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+def test_a_file_of_another_user_in_the_folder_is_not_run(place, compiler, caplog, monkeypatch):
+    launch.cubin_of(SPEC, CHIP)
+    real = os.fstat
+
+    def of_the_next_user(opened):
+        status = list(real(opened))
+        status[stat.ST_UID] += 1
+        return os.stat_result(status)
+
+    monkeypatch.setattr(kernel_files.os, "fstat", of_the_next_user)
+    launch.cubin_of(SPEC, CHIP)
+    assert len(compiler) == 2 and f"user {os.getuid() + 1}" in warnings(caplog)[0]
+
+
 # -- not required -----------------------------------------------------------------------------------
 
 

@@ -168,8 +168,8 @@ class SimulatedCache:
         for word, size in parts.items():
             self.scratch[word // 8] = address(self.zeros(size))
             if word == layout.SCRATCH_BUCKETS:
-                self.kept[-1][:] = 0x7F
-        self.scratch[layout.SCRATCH_BATCH // 8] = 1 << 32  # positions count down from here, below what buckets begin with
+                self.kept[-1][:] = layout.UNUSED_BUCKET
+        self.scratch[layout.SCRATCH_BATCH // 8] = layout.FIRST_BATCH
         self.scratch[layout.SCRATCH_STAGE_STRIDE // 8] = 4 * DIM
         self.scratch[layout.SCRATCH_MASK // 8] = buckets - 1
         self.scratch[layout.SCRATCH_COUNTS_MASK // 8] = 2 * MOST - 1
@@ -267,8 +267,8 @@ def rows_for(keys: Any, stamp: int) -> np.ndarray:
 def check(policy: Policy, blocks: int, threads: int) -> int:
     """All kernels against the oracle; returns how many batches agreed."""
     rng = np.random.default_rng(5)
-    known = np.concatenate([rng.choice(2**62, 23, replace=False), [0, 2**63 - 1]]).astype(np.int64)
-    universe = np.concatenate([known, rng.choice(2**62, 5)]).astype(np.int64)
+    known = np.concatenate([rng.choice(2**62, 21, replace=False) - 2**61, [0, -1, 2**63 - 1, -(2**63)]]).astype(np.int64)
+    universe = np.concatenate([known, rng.choice(2**62, 5) - 2**61]).astype(np.int64)
     rows = {int(key): row for key, row in zip(known, rows_for(known, 1))}
     host = HostIndex(rows)
     cache = SimulatedCache(policy, blocks, threads, host)

@@ -114,11 +114,9 @@ def pool_calls(machine: Machine, cache: Any, weights: torch.Tensor, bags: int, h
     return calls
 
 
-def pool_call(
-    cache: Any, combiner: str, keys: Sequence[torch.Tensor], offsets: torch.Tensor, bags: int, out: torch.Tensor
-) -> Call:
+def pool_call(cache: Any, combiner: str, keys: Sequence[torch.Tensor], offsets: torch.Tensor, out: torch.Tensor) -> Call:
     """``EmbeddingCache.pool`` by addresses."""
-    at, n = [some.data_ptr() for some in keys], len(keys[0])
+    at, n, bags = [some.data_ptr() for some in keys], len(keys[0]), len(out)
     offsets_at, out_at = offsets.data_ptr(), out.data_ptr()
 
     def call(turn: int, stream: int) -> None:

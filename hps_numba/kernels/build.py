@@ -7,10 +7,14 @@ constant to the compiler, and branches on it vanish.
 *Why copies and not arguments.* Problem: widths, types and policies must be known to the compiler, but kernels that were made
 by functions returning functions hide what they use and cannot be read or tested in plain Python. Choice: kernels are ordinary
 functions of ordinary modules, whose globals are replaced. Turned down: text templates, and closures.
+
+*Why numba's own disk cache is not used.* It finds code by the file and line of a function, which all copies of it share, so
+that it would take one for another or find none. The machine code of host kernels is kept by ``kernel_files`` instead.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import threading
@@ -20,6 +24,7 @@ from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 from hps_numba.errors import ConfigError, DeviceError, HpsError, PolicyError
+from hps_numba.kernels import kernel_files
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
 __all__ = ["KERNELS", "KEY_FORMS", "HostKernel", "KernelSource", "KernelSpec", "bind", "bindings", "for_host", "ptx_of"]
@@ -188,7 +193,9 @@ def bindings(
 
 
 class HostKernel:
-    """A kernel for the CPU: called with the arguments of its source, compiled on the first call, run without the GIL.
+    """A kernel for the CPU: called with the arguments of its source, run without the GIL.
+
+    On the first call it comes from the cache folder, else it is compiled and put there.
 
     **Threads:** call from any thread.
 
@@ -199,19 +206,20 @@ class HostKernel:
     def __init__(self, spec: KernelSpec) -> None:
         self._spec = spec
         self._compiling = threading.Lock()
-        self._compiled: Any = None
+        self._entry: Any = None
+        self._owner: Any = None  # lives as long as its code may run
 
     def __call__(self, *args: Any) -> None:
-        (self._compiled or self._compile())(*args)
+        (self._entry or self._compile())(*args)
 
     def _compile(self) -> Any:
         with self._compiling:
-            if self._compiled is None:
+            if self._entry is None:
                 try:
-                    self._compiled = _compile_for_host(self._spec)
+                    self._entry, self._owner = _entry_point(self._spec)
                 except Exception as problem:
                     raise _refused(self._spec, "the CPU", problem, _compile_scalar) from problem
-        return self._compiled
+        return self._entry
 
 
 _host_kernels: dict[tuple[Any, ...], HostKernel] = {}
@@ -221,7 +229,7 @@ _registering = threading.Lock()
 def for_host(spec: KernelSpec) -> HostKernel:
     """The kernel of a spec for the CPU: one a process, whatever ``lanes``, ``group``, ``depth``, ``registers`` and
     ``out_vector``, which mean nothing there.   **Threads:** any."""
-    key = (spec.name, spec.dim, spec.policy.digest, spec.fixed, spec.row_type, spec.out_type, spec.key_form)
+    key = _host_key(spec)
     with _registering:
         kernel = _host_kernels.get(key)
         if kernel is None:
@@ -229,17 +237,61 @@ def for_host(spec: KernelSpec) -> HostKernel:
         return kernel
 
 
+def _host_key(spec: KernelSpec) -> tuple[Any, ...]:
+    return spec.name, spec.dim, spec.policy.digest, spec.fixed, spec.row_type, spec.out_type, spec.key_form
+
+
+def _entry_point(spec: KernelSpec) -> tuple[Any, Any]:
+    """``(function, owner of its code)`` for the kernel of a spec: from the cache folder, else compiled and put there."""
+    from numba.core.registry import cpu_target
+
+    target = cpu_target.target_context
+    name = kernel_files.name_of(spec.name, _made_for_host(spec, target.codegen().magic_tuple()), ".object")
+    result = kernel_files.find_result(name, target)
+    if result is not None:
+        return result.entry_point, result
+    dispatcher = _compile_for_host(spec)
+    (result,) = dispatcher.overloads.values()
+    kernel_files.keep_result(name, result)
+    return result.entry_point, dispatcher
+
+
+def _made_for_host(spec: KernelSpec, processor: Any) -> str:
+    """All that the code depends on besides the sources; ``processor``: its name and features, as numba sees them."""
+    import llvmlite
+    import numba
+
+    config = numba.config
+    options = [str(config.OPT), config.DEBUGINFO_DEFAULT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE]
+    return repr((_host_key(spec), numba.__version__, llvmlite.__version__, options, processor))
+
+
 def _compile_for_host(spec: KernelSpec) -> Any:
+    """numba's dispatcher for the kernel of a spec, compiled for the types of its arguments.
+
+    The linker of numba knows functions of a process by their names, and of two with one name it takes the first; numbers that
+    numba adds begin anew in each process. So functions bear the digest of what they are bound to.
+    """
     import numba
 
     from hps_numba.kernels.lanes_host import NAMES
 
+    tag = hashlib.sha256(repr(_host_key(spec)).encode()).hexdigest()[:16]
+
     def wrap(function: FunctionType) -> Any:
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(nogil=True, error_model="numpy")(_tagged(function, tag))
 
     arguments = tuple(numba.int64 if kind == "q" else numba.float32 for kind in spec.source.kinds)
-    function = bind(spec.function, {**spec.for_one_lane, **NAMES}, wrap)
+    function = _tagged(bind(spec.function, {**spec.for_one_lane, **NAMES}, wrap), tag)
     return numba.njit(numba.void(*arguments), nogil=True, error_model="numpy")(function)
+
+
+def _tagged(function: FunctionType, tag: str) -> FunctionType:
+    """A function that ``bind`` made, under a name of its own, in a module that every process can import."""
+    function.__qualname__ = f"{function.__qualname__}_{tag}"
+    if not function.__module__.startswith("hps_numba."):  # of a user's policy
+        function.__module__ = function.__globals__["__name__"] = __name__
+    return function
 
 
 def _compile_scalar(function: FunctionType) -> None:

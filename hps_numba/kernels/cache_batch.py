@@ -141,7 +141,7 @@ def count_key(scratch, key, position, batch):
     mask = ld64(scratch + SCRATCH_COUNTS_MASK)
     keys = ld64(scratch + SCRATCH_KEYS)
     tag = (batch & BATCH_MASK) << POSITION_BITS
-    entry = np.int64(index_hash(np.uint64(key)) >> np.uint64(20)) & mask
+    entry = np.int64(index_hash(np.uint64(np.int64(key))) >> np.uint64(20)) & mask
     while True:
         place = table + 16 * entry
         word = ld64(place)
@@ -163,7 +163,7 @@ def counted(scratch, key, batch):
         return 1
     mask = ld64(scratch + SCRATCH_COUNTS_MASK)
     keys = ld64(scratch + SCRATCH_KEYS)
-    entry = np.int64(index_hash(np.uint64(key)) >> np.uint64(20)) & mask
+    entry = np.int64(index_hash(np.uint64(np.int64(key))) >> np.uint64(20)) & mask
     while True:
         word = ld64(table + 16 * entry)
         if word >> POSITION_BITS != batch & BATCH_MASK:

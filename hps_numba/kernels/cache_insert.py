@@ -121,7 +121,7 @@ def find_in_host_by_tile(descriptor, key):
     block = ld64(descriptor + DESC_BLOCK)
     count = ld64(descriptor + DESC_LINES)
     first = block + META_BYTES
-    hashed = index_hash(np.uint64(key)) >> np.uint64(32)
+    hashed = index_hash(np.uint64(np.int64(key))) >> np.uint64(32)
     line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
     end = first + count * LINE_BYTES
     while True:
@@ -224,9 +224,7 @@ def insert_kernel(lines, rows, state, source, stride, scratch, advance):
                 if value >= oldest + (1 << POSITION_BITS):
                     break
                 position = value - oldest
-                entered = insert_newcomer(
-                    lines, rows, state, scratch, place, position, source, stride, now, batch, entered
-                )
+                entered = insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered)
             unlock_set(place)
             number += grid_tiles()
         if is_first_lane():

@@ -29,13 +29,13 @@ ROW_STRIDE = 4
 
 def set_of(lines, sets, key):
     """Address of the home set of a key."""
-    hashed = index_hash(np.uint64(key))
+    hashed = index_hash(np.uint64(np.int64(key)))
     return lines + np.int64(((hashed >> np.uint64(32)) * np.uint64(sets)) >> np.uint64(32)) * SET_BYTES
 
 
 def home_line_of(key):
     """Byte of the home line of a key in its set."""
-    return np.int64(index_hash(np.uint64(key)) & np.uint64(1)) * LINE_BYTES
+    return np.int64(index_hash(np.uint64(np.int64(key))) & np.uint64(1)) * LINE_BYTES
 
 
 def next_set(lines, sets, place):
@@ -97,7 +97,7 @@ def find_in_host(descriptor, key, wanted):
     block = ld64(descriptor + DESC_BLOCK)
     count = ld64(descriptor + DESC_LINES)
     first = block + META_BYTES
-    hashed = index_hash(np.uint64(key)) >> np.uint64(32)
+    hashed = index_hash(np.uint64(np.int64(key))) >> np.uint64(32)
     line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
     end = first + count * LINE_BYTES
     found = np.int64(EMPTY)
