@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.cache_layout import MAX_BATCH, SCRATCH_ABSENT
+from hps_numba.cache_layout import MAX_BATCH
 from hps_numba.cache_memory import CacheLookup
 from hps_numba.cache_place import Kernel
 from hps_numba.cache_scratch import Scratch
@@ -77,8 +77,6 @@ class CachePooling(CacheLookup):
         self, scratch: Scratch, kernel: Kernel, n: int, blocks: int, args: tuple[int | np.float32, ...], stream: int
     ) -> None:
         scratch.reserve(max(n, 1), False, self._stream)
-        if scratch.lists_absent:
-            self._place.fill(scratch.address + SCRATCH_ABSENT, 0, 8, stream)
         cache = (self._lines, self._rows, self.sets, self._state)
         kernel.launch(blocks, stream, *cache, *args, scratch.address, threads=THREADS)
         if n and not self.fixed:

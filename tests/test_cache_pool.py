@@ -14,7 +14,7 @@ from naive import EXTREME_64, rows_of
 
 from hps_numba import cache_pooling
 from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH, SCRATCH_ABSENT
+from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH
 from hps_numba.cache_place import HostPlace
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.build import KernelSpec, bindings, ptx_of
@@ -480,17 +480,6 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, 
     assert table.cache.resident() == 0
     assert_pools(table, batch, "sum")
     assert table.cache.resident() > 0
-
-
-def test_a_list_of_absent_keys_does_not_grow_over_calls(open_table: Any) -> None:
-    table, batch = open_table("plain", 3), Batch(20, universe=[100, 200])
-    keys, listed = batch.keys, np.empty(1 + len(batch.keys), np.int64)
-    for _ in range(3):
-        table.cache.lookup(keys.ctypes.data, len(keys), 0, 0, absent_list=listed.ctypes.data)
-        assert listed[0] == len(keys) and np.sort(listed[1:]).tolist() == list(range(len(keys)))
-        for _ in range(3):
-            table.pool(batch, "sum")
-            assert table.cache._words(table.cache._pool._all[0].address + SCRATCH_ABSENT, 1)[0] == len(keys)
 
 
 def test_a_captured_call_keeps_its_scratch(open_table: Any) -> None:

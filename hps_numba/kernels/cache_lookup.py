@@ -88,7 +88,7 @@ def policy_touch(score, now, count):
 
 def load_key(keys, i):
     """``(key, legal)``: the key at position ``i``; one that is not legal is nowhere."""
-    if KEY_FORM == INT64 or KEY_FORM == NARROW64:
+    if KEY_FORM in (INT64, NARROW64):
         key = ld64(keys + 8 * i)
         return key, KEY_FORM == INT64 or 0 <= key <= 0xFFFFFFFF
     key = ld32(keys + 4 * i)
@@ -235,7 +235,10 @@ def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
 
 
 def serve_group(lines, sets, state, key, base, out, default, scratch, missing):
-    """Serve the lanes of a warp that are in ``missing`` (bits), as many at a time as it has tiles.   **Writes:** as ``serve``."""
+    """Serve the lanes of a warp that are in ``missing`` (bits), as many at a time as it has tiles.
+
+    **Writes:** as ``serve``.
+    """
     out_of_line()
     stripe = warp_number()
     if is_warp_leader():

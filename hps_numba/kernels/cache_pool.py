@@ -20,8 +20,6 @@ from hps_numba.cache_layout import (
     LOCK,
     META_AT,
     SCORES_AT,
-    SCRATCH_ABSENT,
-    SCRATCH_ABSENT_LIST,
     SCRATCH_ASSUME,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
@@ -52,7 +50,6 @@ from hps_numba.kernels.lanes import (
     lowest_bit,
     out_of_line,
     st32,
-    st64,
     sync_warp,
     tile_in_warp,
     tiles_in_warp,
@@ -269,13 +266,8 @@ def find_behind(lines, sets, state, key, i, scratch, wanted):
             stage += ld64(scratch + SCRATCH_STAGE_STRIDE) * i
             copy_from_host(np.int64(0), stage, found)
             found = stage
-    if is_first_lane() and wanted:
-        if (present or ld64(scratch + SCRATCH_ASSUME) != 0) and not FIXED:
-            list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
-        elif not present:
-            absent_list = ld64(scratch + SCRATCH_ABSENT_LIST)
-            if absent_list != 0:
-                st64(absent_list + 8 * add64(scratch + SCRATCH_ABSENT, 1), i)
+    if is_first_lane() and wanted and not FIXED and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
+        list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
     sync_warp()
     return found
 
