@@ -387,7 +387,7 @@ class HPS:
             ModelFileError: the file cannot be written.   TierError: not a ``.bin`` file.
         """
         table = self._table(model_name, table_id)
-        return self._fastest().dump(table.spec.tag, path)
+        return self._fastest(table).dump(table.spec.tag, path)
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
         """Insert the rows of a ``.bin`` file in every tier; returns their number.
@@ -397,15 +397,16 @@ class HPS:
             TierError: keys of another width, or not a ``.bin`` file; otherwise as ``insert``.
         """
         table = self._table(model_name, table_id)
-        dump = self._fastest().open_dump(path)
+        dump = self._fastest(table).open_dump(path)
         if dump.pairs and dump.dim != table.spec.dim:
             raise ModelFileError(f"{path}: rows of width {dump.dim}, table {table.spec.tag} wants {table.spec.dim}")
         for keys, rows in dump.chunks(self.config.volatile_db.max_batch_size):
             table.insert(keys, rows)
         return dump.pairs
 
-    def _fastest(self) -> Tier:
-        tier = self._host if self._host is not None else next(iter(self._slower.tiers), None)
+    def _fastest(self, table: TableSession) -> Tier:
+        host = self._host or (self._host_of_fixed if table.store is not None else None)
+        tier = host if host is not None else next(iter(self._slower.tiers), None)
         if tier is None:
             raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
         return tier

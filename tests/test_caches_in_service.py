@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -926,3 +927,19 @@ def test_gpu_a_part_of_the_devices_serves(workshop: Workshop) -> None:  # G38
     assert_same_bits(Service(workshop, 1).lookup(server, range(50)), rows_of(range(50), DIM))
     with pytest.raises(DeviceError, match=r"deployed on \[1\], not on 0"):
         Service(workshop, 0).lookup(server, [1])
+
+
+def test_staged_reads_of_misses_are_not_there_and_said_so(on_cpu: Service, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        server = on_cpu.open((KEYS, DIM), miss_path="staged")
+    assert "miss_path: 'staged': this version reads missing rows in place" in caplog.text
+    assert server.lookup(on_cpu.keys(KEYS[:3]), "m", 0).shape == (3, DIM)
+
+
+def test_a_static_table_without_a_database_is_dumped_and_loaded(on_cpu: Service, tmp_path: Path) -> None:
+    server = on_cpu.open((KEYS, DIM), volatile={"type": "disabled"}, embedding_cache_type="static")
+    assert server.dump(tmp_path / "table.bin", "m", 0) == len(KEYS)
+    before = server.lookup(on_cpu.keys(KEYS), "m", 0)
+    server.update(KEYS[:5], np.zeros((5, DIM), np.float32), "m", 0)
+    assert server.load_dump(tmp_path / "table.bin", "m", 0) == len(KEYS)
+    assert np.array_equal(server.lookup(on_cpu.keys(KEYS), "m", 0), before)

@@ -19,7 +19,7 @@ import torch
 __all__ = ["BATCHES", "IN_A_GRAPH", "Call", "Cpu", "Gpu", "Machine", "copy_rate", "host_copy_rate", "machine_of"]
 
 Call = Callable[[int, int], Any]
-BATCHES = 8  # fresh batches, taken in turn
+BATCHES = 31  # fresh batches, taken in turn: more than the ticks after which LRU renews a stamp, and no multiple of them
 IN_A_GRAPH = 20  # calls captured in one graph, each on a buffer of its own
 WARMUPS = 3
 _WALL_CALLS = 200

@@ -174,10 +174,16 @@ def counted(scratch, key, batch):
 
 
 def finish_batch(state, scratch, batch, advance):
-    """The last block to end leaves scratch as the next batch wants it.   **Writes:** scratch, clock."""
-    fence()
+    """The last block to end leaves scratch as the next batch wants it.   **Writes:** scratch, clock.
+
+    One fence a block, by its leader after all have met: most blocks of most batches have nothing to do, and a fence by every
+    warp would be all that they cost.
+    """
     sync_block()
-    if is_block_leader() and add64(scratch + SCRATCH_TICKET, 1) == grid_blocks() - 1:
+    if not is_block_leader():
+        return
+    fence()
+    if add64(scratch + SCRATCH_TICKET, 1) == grid_blocks() - 1:
         st64(scratch + SCRATCH_TICKET, 0)
         st64(scratch + SCRATCH_LISTED, 0)
         st64(scratch + SCRATCH_TOUCHED, 0)
