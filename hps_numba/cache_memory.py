@@ -113,6 +113,7 @@ class CacheLookup:
         self._rows = self._take(self.capacity * row_bytes, "rows", pinned=pagelock and self.fixed)
         self._state = self._take(STATE_BYTES, "state")
         self._apart = self._take(STATE_BYTES, "state of queries")  # the same clock, but no host store
+        self._parts = (self._lines, self._rows, self.sets, self._state)  # as kernels take them
         self.bytes_of_rows = self.capacity * row_bytes
         if self._counted:
             self._place.store_word(self._state + STATE_PENDING, self._take(4 * self.capacity, "hits"), self._stream)
@@ -272,43 +273,50 @@ class CacheLookup:
     def _batches(
         self, scratch: Scratch, keys: int, n: int, out: int, stream: int, key_form: str, out_type: str, absent_list: int
     ) -> None:
+        built = (key_form, out_type, out % 16 == 0)
+        if n <= MAX_BATCH and not absent_list and not scratch.lists_absent:  # nearly every lookup
+            if n > scratch.limit:
+                scratch.reserve(n, False, self._stream)
+            self._batch(scratch, keys, n, out, stream, built)
+            return
         scratch.reserve(min(n, MAX_BATCH), bool(absent_list), self._stream)
         key_bytes, out_bytes = KEY_BYTES[key_form], self.dim * ELEMENT_BYTES[out_type]
-        built = (key_form, out_type, out % 16 == 0)
         for start in range(0, n, MAX_BATCH):
-            size = min(MAX_BATCH, n - start)
             if scratch.lists_absent:
                 self._place.fill(scratch.address + SCRATCH_ABSENT, 0, 8, stream)
             to = out and out + start * out_bytes
-            self._rows_to(to, keys + start * key_bytes, size, scratch.address, stream, built)
-            if not self.fixed:
-                advance = max(1, 4 * size // self.capacity)
-                self._finish(scratch, size, scratch.stage, 4 * self.dim, advance, stream)
+            self._batch(scratch, keys + start * key_bytes, min(MAX_BATCH, n - start), to, stream, built)
         if absent_list:
             self._place.copy(absent_list, scratch.address + SCRATCH_ABSENT, 8, stream)
             self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
 
+    def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
+        self._rows_to(out, keys, n, scratch.address, stream, built)
+        if not self.fixed:
+            moves = 4 * n // self.capacity
+            self._finish(scratch, n, scratch.stage, 4 * self.dim, moves if moves > 1 else 1, stream)
+
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """The kernels that write the answer of a batch: one, or two for a large batch (``hits_kernel`` says why)."""
-        place, cache = self._place, (self._lines, self._rows, self.sets, self._state, keys)
+        place = self._place
         if n < LARGE_BATCH or not out or place.ordinal is None:
             kernel, group = self._lookup_kernel("lookup_kernel", *built)
             blocks = place.lookup_blocks(n, group)
-            kernel.launch(blocks, stream, *cache, n, out, self._default, scratch, threads=LOOKUP_THREADS)
+            kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
             return
         kernel, group = self._lookup_kernel("hits_kernel", *built)
-        kernel.launch(place.lookup_blocks(n, group), stream, *cache, n, out, scratch, threads=LOOKUP_THREADS)
+        kernel.launch(place.lookup_blocks(n, group), stream, *self._parts, keys, n, out, scratch, threads=LOOKUP_THREADS)
         kernel, _ = self._lookup_kernel("rest_kernel", *built)
-        kernel.launch(place.blocks(n), stream, *cache, out, self._default, scratch)
+        kernel.launch(place.blocks(n), stream, *self._parts, keys, out, self._default, scratch)
 
     def _finish(self, scratch: Scratch, n: int, source: int, stride: int, advance: int, stream: int) -> None:
         """Touch what a batch hit, if the policy counts, and insert its newcomers with the rows at ``source``."""
         if self._counted:
             self._launch("touch_kernel", n, stream, self._lines, self.sets, self._state, scratch.address)
-        tiles = min(n, self.sets)
-        self._launch(
-            "insert_kernel", tiles, stream, self._lines, self._rows, self._state, source, stride, scratch.address, advance
-        )
+        lines, rows, sets, state = self._parts
+        kernel = self._kernels.get("insert_kernel") or self._kernel("insert_kernel")
+        blocks = self._place.blocks(n if n < sets else sets)
+        kernel.launch(blocks, stream, lines, rows, state, source, stride, scratch.address, advance)
 
     def close(self) -> None:
         """Wait for the lookups at work and give all memory back. No graph that captured a lookup may run any more."""

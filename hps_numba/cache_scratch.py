@@ -78,7 +78,7 @@ class Scratch:
         self._place, self._shape, self._name = place, shape, name
         self._memory: Memory | None = None
         self._left: list[tuple[int, Memory]] = []  # memory that was outgrown, until its event has passed
-        self._limit = 0
+        self.limit = 0
         self._event: int | None = None
         self.user: _Stream | None = None  # the stream that had it last
         self.lists_absent = False
@@ -90,10 +90,10 @@ class Scratch:
         Raises:
             CapacityError: there is no memory; the scratch is as it was.
         """
-        if n <= self._limit and (self.lists_absent or not absent):
+        if n <= self.limit and (self.lists_absent or not absent):
             return
         self._drop_left()
-        limit = max(self._limit, _power_of_two(max(n, _LEAST_BATCH)))
+        limit = max(self.limit, _power_of_two(max(n, _LEAST_BATCH)))
         absent = absent or self.lists_absent
         parts = self._shape.parts(limit, absent)
         size = _up(SCRATCH_BYTES) + sum(_up(part) for part in parts.values())
@@ -104,7 +104,7 @@ class Scratch:
             self._place.fill(start, UNUSED_BUCKET, size_of, stream)
         self._place.to_place(memory.address, header, stream)  # waits for the filling too
         self.spoil()
-        self._memory, self._limit, self.lists_absent, self.bytes = memory, limit, absent, size
+        self._memory, self.limit, self.lists_absent, self.bytes = memory, limit, absent, size
         self.address, self.stage = memory.address, int(header[SCRATCH_STAGE // 8])
         self.absent_list = int(header[SCRATCH_ABSENT_LIST // 8])
 
@@ -125,7 +125,7 @@ class Scratch:
         if self._memory is not None:
             event, self._event = self._event, None
             self._left.append((event or 0, self._memory))
-        self._memory, self._limit, self.bytes = None, 0, 0
+        self._memory, self.limit, self.bytes = None, 0, 0
 
     def _drop_left(self) -> None:
         for entry in [entry for entry in self._left if entry[0] == 0 or self._place.event_done(entry[0])]:
