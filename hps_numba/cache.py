@@ -155,8 +155,7 @@ class EmbeddingCache(CachePooling):
             for start in range(0, len(keys), MAX_BATCH):
                 n = min(MAX_BATCH, len(keys) - start)
                 self._lookup_apart(key_address + 8 * start, n, 0, assume=1)
-                advance = max(1, 4 * n // self.capacity)
-                self._finish(self._own, n, row_address + stride * start, stride, advance, self._stream)
+                self._finish(self._own, n, row_address + stride * start, stride, self._ticks(n), self._stream)
             self._place.synchronize(self._stream)
 
     def _lookup_apart(self, keys: int, n: int, out: int, *, assume: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,14 +145,8 @@ class CacheLookup:
 
     # -- kernels ----------------------------------------------------------------------------------------------------------
 
-    def _lookup_spec(self, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
-        """How a kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
-
-        Narrow rows: a warp takes many keys, so that its lanes copy rows side by side; wide rows keep it busy with few. The
-        kernel for hits alone is held to 40 registers where rows are narrow: more warps hide more of the time of memory.
-        """
-        row_bytes = 4 * self.dim
-        hits = name == "hits_kernel"
+    def _answer_spec(self, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
+        """A kernel that writes answers of this cache; in a fixed one nothing is touched, whatever the policy."""
         return KernelSpec(
             name=name,
             dim=self.dim,
@@ -161,6 +156,18 @@ class CacheLookup:
             out_type=out_type,
             key_form=key_form,
             out_vector=aligned,
+        )
+
+    def _lookup_spec(self, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
+        """How a kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
+
+        Narrow rows: a warp takes many keys, so that its lanes copy rows side by side; wide rows keep it busy with few. The
+        kernel for hits alone is held to 40 registers where rows are narrow: more warps hide more of the time of memory.
+        """
+        row_bytes = 4 * self.dim
+        hits = name == "hits_kernel"
+        return replace(
+            self._answer_spec(name, key_form, out_type, aligned),
             lanes=4 if row_bytes <= 128 else 8,
             group=(32 if row_bytes <= 64 else 16 if row_bytes <= 256 else 8) if hits else 8,
             depth=8 if hits else 4,
@@ -293,8 +300,11 @@ class CacheLookup:
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
         self._rows_to(out, keys, n, scratch.address, stream, built)
         if not self.fixed:
-            moves = 4 * n // self.capacity
-            self._finish(scratch, n, scratch.stage, 4 * self.dim, moves if moves > 1 else 1, stream)
+            self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
+
+    def _ticks(self, n: int) -> int:
+        """By how much a batch moves the clock of the policy: more for one that is large beside the cache."""
+        return max(1, 4 * n // self.capacity)
 
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """The kernels that write the answer of a batch: one, or two for a large batch (``hits_kernel`` says why)."""

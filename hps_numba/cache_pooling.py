@@ -9,9 +9,7 @@ from hps_numba.cache_memory import CacheLookup
 from hps_numba.cache_place import Kernel
 from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ConfigError
-from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.cache_pool import COMBINERS, THREADS, pool_blocks, pool_run
-from hps_numba.kernels.policies._policy import load_policy
 
 __all__ = ["CachePooling"]
 
@@ -77,25 +75,15 @@ class CachePooling(CacheLookup):
         self, scratch: Scratch, kernel: Kernel, n: int, blocks: int, args: tuple[int | np.float32, ...], stream: int
     ) -> None:
         scratch.reserve(max(n, 1), False, self._stream)
-        cache = (self._lines, self._rows, self.sets, self._state)
-        kernel.launch(blocks, stream, *cache, *args, scratch.address, threads=THREADS)
+        kernel.launch(blocks, stream, *self._parts, *args, scratch.address, threads=THREADS)
         if n and not self.fixed:
-            self._finish(scratch, n, scratch.stage, 4 * self.dim, max(1, 4 * n // self.capacity), stream)
+            self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
 
     def _pool_kernel(self, key_form: str, out_type: str, aligned: bool) -> Kernel:
         shape = ("pool_kernel", key_form, out_type, aligned)
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
-            spec = KernelSpec(
-                name="pool_kernel",
-                dim=self.dim,
-                policy=load_policy("fifo") if self.fixed else self.policy,
-                fixed=self.fixed,
-                row_type=self.row_type,
-                out_type=out_type,
-                key_form=key_form,
-                out_vector=aligned,
-            )
+            spec = self._answer_spec("pool_kernel", key_form, out_type, aligned)
             kernel = self._kernels[shape] = self._place.kernel(spec)
         return kernel
 

@@ -134,8 +134,8 @@ def plan_table(
     fills_host = fills_host and keeps_rows
     host_rows = _host_rows(config.volatile_db, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
-    places = _cache_places(config, spec)
     model = next(model for model in config.models if model.model == spec.model)
+    places = _cache_places(config, model.deployed_device_list)
     shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
@@ -152,9 +152,8 @@ def plan_table(
     )
 
 
-def _cache_places(config: ServerConfig, spec: TableSpec) -> tuple[int, ...] | None:
+def _cache_places(config: ServerConfig, listed: tuple[int, ...]) -> tuple[int, ...] | None:
     """The devices with a cache of a table; none of them if it is in host memory, and None if there is no cache."""
-    listed = next(model.deployed_device_list for model in config.models if model.model == spec.model)
     if listed and devices.device_count():
         return listed
     return () if config.cache_on_cpu and not devices.device_count() else None

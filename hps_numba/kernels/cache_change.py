@@ -6,6 +6,8 @@ that stands further on. So updates and erasures follow the chain to its end.
 
 from __future__ import annotations
 
+import numpy as np
+
 from hps_numba.cache_layout import (
     BUSY,
     CHAIN,
@@ -30,7 +32,7 @@ from hps_numba.kernels.cache_search import (
     has_chain,
     home_line_of,
     next_set,
-    row_of,
+    row_at,
     set_of,
 )
 from hps_numba.kernels.lanes import (
@@ -52,6 +54,12 @@ __all__ = ["clear_kernel", "dump_kernel", "erase_kernel", "refresh_kernel", "upd
 HOST_STRIDE = 4
 
 
+def row_in_host(descriptor, key):
+    """Address of the row of a key in the host store, or 0, by a tile."""
+    slot = (find_in_host_by_tile(descriptor, key) & SLOT_MASK) - FIRST_SLOT
+    return ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE if slot >= 0 else np.int64(0)
+
+
 def renew_row(state, key, line, way, row, drop):
     """Bring the row of a way from the host store again; a key that is gone there is dropped, or keeps its row.
 
@@ -60,12 +68,12 @@ def renew_row(state, key, line, way, row, drop):
     descriptor = ld64(state + STATE_HOST)
     if descriptor == 0:
         return
-    slot = (find_in_host_by_tile(descriptor, key) & SLOT_MASK) - FIRST_SLOT
-    if slot < 0 and drop == 0:
+    source = row_in_host(descriptor, key)
+    if source == 0 and drop == 0:
         return
     begin_change(line)
-    if slot >= 0:
-        store_in_cache(row, ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE)
+    if source != 0:
+        store_in_cache(row, source)
         end_change(line, 0, 0)
     else:
         end_change(line, 0, 1 << way)
@@ -81,10 +89,10 @@ def renew_line(lines, rows, state, line, drop):
     gone = 0
     for way in range(WAYS_PER_LINE):
         if (taken >> way) & 1:
-            slot = (find_in_host_by_tile(descriptor, ld64(line + 8 * way)) & SLOT_MASK) - FIRST_SLOT
-            if slot >= 0:
-                row = row_of(lines, rows, line, way, ld32(line + SCORES_AT + 4 * way))
-                store_in_cache(row, ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE)
+            source = row_in_host(descriptor, ld64(line + 8 * way))
+            if source != 0:
+                row = row_at(lines, rows, line + 8 * way, ld32(line + SCORES_AT + 4 * way))
+                store_in_cache(row, source)
             elif drop != 0:
                 gone |= 1 << way
     end_change(line, 0, gone)
@@ -115,7 +123,7 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
             lock_set(place)
             line, way, _meta, score = find_in_set(place, home, key)
             if way >= 0:
-                row = row_of(lines, rows, line, way, score)
+                row = row_at(lines, rows, line + 8 * way, score)
                 if source == 0:
                     renew_row(state, key, line, way, row, drop)
                 else:

@@ -9,8 +9,6 @@ from hps_numba.cache_layout import (
     BUCKET_BYTES,
     BUCKET_POSITIONS,
     BUSY,
-    DESC_BLOCK,
-    DESC_LINES,
     DESC_ROWS,
     LINE_BYTES,
     LINES_PER_SET,
@@ -41,10 +39,10 @@ from hps_numba.kernels.cache_search import (
     find_in_set,
     guard_enter,
     guard_leave,
+    home_in_host,
     home_line_of,
-    row_of,
+    row_at,
 )
-from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.lanes import (
     add64,
     cas32,
@@ -63,7 +61,6 @@ from hps_numba.kernels.lanes import (
     tiles_in_warp,
     warp_number,
 )
-from hps_numba.layout import META_BYTES
 
 __all__ = ["begin_change", "end_change", "find_in_host_by_tile", "insert_kernel", "lock_set", "unlock_set"]
 
@@ -118,12 +115,7 @@ def end_change(line, set_bits, clear_bits):
 
 def find_in_host_by_tile(descriptor, key):
     """Index word of a key in the host store, by a tile for itself (``find_in_host`` is for whole warps): a line at a time."""
-    block = ld64(descriptor + DESC_BLOCK)
-    count = ld64(descriptor + DESC_LINES)
-    first = block + META_BYTES
-    hashed = index_hash(np.uint64(np.int64(key))) >> np.uint64(32)
-    line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
-    end = first + count * LINE_BYTES
+    line, first, end = home_in_host(descriptor, key)
     while True:
         word, settled = probe_host_line(line, key, True)
         if settled:
@@ -184,7 +176,7 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     count = counted(scratch, key, batch) if COUNTED else 1
     line, way, evicts = choose_way(place, home, entered)
     begin_change(line)
-    store_in_cache(row_of(lines, rows, line, way, 0), source + position * stride)
+    store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
     if is_first_lane():
         st64(line + 8 * way, key)
         st32(line + SCORES_AT + 4 * way, np.int64(policy_first(now, count)) & UINT32_MASK)

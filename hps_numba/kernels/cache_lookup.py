@@ -135,6 +135,34 @@ def has_after_all(lines, sets, key):
     return find_entry(lines, sets, key)[0] != 0
 
 
+def find_settled(lines, sets, key):
+    """``(entry, tags)`` of a key as soon as no writer is at work on it, entry 0 if the cache lacks it."""
+    while has_after_all(lines, sets, key):
+        entry, tags = find_entry(lines, sets, key)
+        if entry != 0 and (tags & BUSY) == 0:
+            return entry, tags
+    return np.int64(0), np.int64(0)
+
+
+def is_changed(entry, tags, key):
+    """The line of ``entry`` is no longer as it was when the key was found there."""
+    return ld64(entry) != key or (ld32((entry & ~63) + META_AT) | LOCK) != ((tags & 0xFFFFFFFF) | LOCK)
+
+
+def touch(lines, state, scratch, entry, tags, now):
+    """Count a hit.   **Writes:** score, or scratch."""
+    if not FIXED:
+        line = entry & ~63
+        way = (entry & 63) >> 3
+        if COUNTED:
+            touch_later(state, scratch, (line - lines) // LINE_BYTES * WAYS_PER_LINE + way)
+        else:
+            score = (tags >> 32) & 0xFFFFFFFF
+            fresh = np.int64(policy_touch(score, now, 1)) & 0xFFFFFFFF
+            if fresh != score:
+                st32(line + SCORES_AT + 4 * way, fresh)
+
+
 def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
     """Copy the rows of the keys of a warp's lanes from the cache; which lanes' were there, with no writer at work on them.
 
@@ -150,18 +178,9 @@ def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
         copy_rows(target, row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0))
     if entry == 0:
         return False
-    line = entry & ~63
-    if ld64(entry) != key or (ld32(line + META_AT) | LOCK) != ((tags & 0xFFFFFFFF) | LOCK):
+    if is_changed(entry, tags, key):
         return False
-    if not FIXED:
-        way = (entry & 63) >> 3
-        if COUNTED:
-            touch_later(state, scratch, (line - lines) // LINE_BYTES * WAYS_PER_LINE + way)
-        else:
-            score = (tags >> 32) & 0xFFFFFFFF
-            fresh = np.int64(policy_touch(score, now, 1)) & 0xFFFFFFFF
-            if fresh != score:
-                st32(line + SCORES_AT + 4 * way, fresh)
+    touch(lines, state, scratch, entry, tags, now)
     return True
 
 
@@ -331,11 +350,10 @@ def copy_after_all(lines, rows, sets, key, target):
     """
     out_of_line()
     while True:
-        if not has_after_all(lines, sets, key):
+        entry, tags = find_settled(lines, sets, key)
+        if entry == 0:
             return False
-        entry, tags = find_entry(lines, sets, key)
-        if entry != 0 and (tags & BUSY) == 0:
-            copy_from_cache(target, row_at(lines, rows, entry, tags >> 32))
-            fence()
-            if ld64(entry) == key and (ld32((entry & ~63) + META_AT) | LOCK) == ((tags & 0xFFFFFFFF) | LOCK):
-                return True
+        copy_from_cache(target, row_at(lines, rows, entry, tags >> 32))
+        fence()
+        if not is_changed(entry, tags, key):
+            return True

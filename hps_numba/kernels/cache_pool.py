@@ -16,10 +16,6 @@ import numpy as np
 from hps_numba.cache_layout import (
     BUSY,
     DESC_ROWS,
-    LINE_BYTES,
-    LOCK,
-    META_AT,
-    SCORES_AT,
     SCRATCH_ASSUME,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
@@ -27,10 +23,9 @@ from hps_numba.cache_layout import (
     STATE_HOST,
     STATE_KEYS,
     STATE_NOW,
-    WAYS_PER_LINE,
 )
-from hps_numba.kernels.cache_batch import list_newcomer, touch_later
-from hps_numba.kernels.cache_lookup import count_misses, find_entry, has_after_all, load_key
+from hps_numba.kernels.cache_batch import list_newcomer
+from hps_numba.kernels.cache_lookup import count_misses, find_entry, find_settled, is_changed, load_key, touch
 from hps_numba.kernels.cache_rows import copy_from_host, element_of_row, put_answer, scale_of_row
 from hps_numba.kernels.cache_search import find_in_host, guard_enter, guard_leave, row_at, set_of
 from hps_numba.kernels.lanes import (
@@ -49,7 +44,6 @@ from hps_numba.kernels.lanes import (
     ld64,
     lowest_bit,
     out_of_line,
-    st32,
     sync_warp,
     tile_in_warp,
     tiles_in_warp,
@@ -85,16 +79,11 @@ _MOST_BLOCKS = 1 << 20
 _ROWS_OF_RUN = 16  # a run is so long that a tile has so many rows to walk through, if bags are short
 
 # bound when built
-FIXED = COUNTED = False
+FIXED = False
 DIM = LANES = 1
 OUT_STRIDE = HOST_STRIDE = 4
 POOL_LANES = POOL_TILES = POOL_DEPTH = 1  # lanes that share a bag, such tiles in a warp, rows in flight (1 or 4)
 POOL_MANY = False  # 4 rows are in flight: a GPU
-
-
-def policy_touch(score, now, count):
-    """The policy's, bound when built."""
-    return score
 
 
 # -- launch ---------------------------------------------------------------------
@@ -214,34 +203,6 @@ def root_rounded(a):
 
 
 # -- one key a lane ---------------------------------------------------------------------
-
-
-def is_changed(entry, tags, key):
-    """The line of ``entry`` is no longer as it was when the key was found there."""
-    return ld64(entry) != key or (ld32((entry & ~63) + META_AT) | LOCK) != ((tags & 0xFFFFFFFF) | LOCK)
-
-
-def touch(lines, state, scratch, entry, tags, now):
-    """Count a hit.   **Writes:** score, or scratch."""
-    if not FIXED:
-        line = entry & ~63
-        way = (entry & 63) >> 3
-        if COUNTED:
-            touch_later(state, scratch, (line - lines) // LINE_BYTES * WAYS_PER_LINE + way)
-        else:
-            score = (tags >> 32) & 0xFFFFFFFF
-            fresh = np.int64(policy_touch(score, now, 1)) & 0xFFFFFFFF
-            if fresh != score:
-                st32(line + SCORES_AT + 4 * way, fresh)
-
-
-def find_settled(lines, sets, key):
-    """``(entry, tags)`` of a key as soon as no writer is at work on it, entry 0 if the cache lacks it."""
-    while has_after_all(lines, sets, key):
-        entry, tags = find_entry(lines, sets, key)
-        if entry != 0 and (tags & BUSY) == 0:
-            return entry, tags
-    return np.int64(0), np.int64(0)
 
 
 def find_behind(lines, sets, state, key, i, scratch, wanted):

@@ -20,7 +20,17 @@ from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.lanes import add32, any_in_warp, fence, ld32, ld64, probe_host_line, probe_line
 from hps_numba.layout import EMPTY, META_BYTES
 
-__all__ = ["find_in_host", "find_in_set", "guard_enter", "guard_leave", "home_line_of", "next_set", "row_of", "set_of"]
+__all__ = [
+    "find_in_host",
+    "find_in_set",
+    "guard_enter",
+    "guard_leave",
+    "home_in_host",
+    "home_line_of",
+    "next_set",
+    "row_at",
+    "set_of",
+]
 
 #: bound when built: the cache is fixed (static, uvm), scores are row numbers
 FIXED = False
@@ -42,13 +52,6 @@ def next_set(lines, sets, place):
     """Address of the set after the one at ``place``; the first follows the last."""
     after = place + SET_BYTES
     return lines if after == lines + sets * SET_BYTES else after
-
-
-def row_of(lines, rows, line, way, score):
-    """Address of the row of a way."""
-    if FIXED:
-        return rows + score * ROW_STRIDE
-    return rows + ((line - lines) // LINE_BYTES * WAYS_PER_LINE + way) * ROW_STRIDE
 
 
 def row_at(lines, rows, entry, score):
@@ -87,6 +90,15 @@ def guard_leave(state, stripe):
     add32(state + GUARD_LEFT + 4 * (stripe % GUARD_STRIPES), 1)
 
 
+def home_in_host(descriptor, key):
+    """``(line, first, end)``: where the search for a key starts in the host store's index, its first line, and its end."""
+    count = ld64(descriptor + DESC_LINES)
+    first = ld64(descriptor + DESC_BLOCK) + META_BYTES
+    hashed = index_hash(np.uint64(np.int64(key))) >> np.uint64(32)
+    line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
+    return line, first, first + count * LINE_BYTES
+
+
 def find_in_host(descriptor, key, wanted):
     """Index word of a key in the host store, EMPTY if it has none; inside a guard, by all tiles of a warp together.
 
@@ -94,12 +106,7 @@ def find_in_host(descriptor, key, wanted):
         descriptor: of the index in force, see ``cache_layout``; its entries do not change while it is read.
         wanted: this tile searches.
     """
-    block = ld64(descriptor + DESC_BLOCK)
-    count = ld64(descriptor + DESC_LINES)
-    first = block + META_BYTES
-    hashed = index_hash(np.uint64(np.int64(key))) >> np.uint64(32)
-    line = first + np.int64((hashed * np.uint64(count)) >> np.uint64(32)) * LINE_BYTES
-    end = first + count * LINE_BYTES
+    line, first, end = home_in_host(descriptor, key)
     found = np.int64(EMPTY)
     searching = wanted
     while any_in_warp(searching):
