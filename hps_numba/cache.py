@@ -56,6 +56,7 @@ from hps_numba.kernels.policies._policy import load_policy
 __all__ = ["KEY_BYTES", "CacheCounters", "CacheEntry", "EmbeddingCache", "index_sets"]
 
 log = logging.getLogger(__name__)
+_WARMING_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class EmbeddingCache(CachePooling):
         place.fill(self._apart + STATE_HOST, 0, 8, stream)
         place.fill(self._own.address + SCRATCH_ABSENT, 0, 8, stream)
         place.store_word(self._own.address + SCRATCH_ASSUME, assume, stream)
-        kernel, group = self._lookup_kernel("lookup_kernel", "int64", "float32", True)
+        kernel, group = self._lookup_kernel("int64", "float32", True, n < LARGE_BATCH)
         args = (self._lines, self._rows, self.sets, self._apart, keys, n, out, np.float32(0), self._own.address)
         kernel.launch(place.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
 
@@ -309,7 +310,7 @@ class EmbeddingCache(CachePooling):
         log.debug("%s: %d of %d keys placed", self.name, placed, len(keys))
 
     def _warm_by_lookup(self, keys: np.ndarray) -> None:
-        step = max(WAYS, min(self.sets, LARGE_BATCH))  # few newcomers a set in each batch
+        step = max(WAYS, min(self.sets, _WARMING_BATCH))  # few newcomers a set in each batch
         keys = np.random.default_rng(0).permutation(keys)  # the store lists them by hash, and so by set
         for start in range(0, min(len(keys), self.capacity), step):
             some = keys[start : min(start + step, self.capacity)]

@@ -71,9 +71,7 @@ STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
     SCRATCH_TOUCHED,  # ways touched by a policy that needs counts
     SCRATCH_TOUCHED_LIST,  # address of int64 [n]: their rows
     SCRATCH_COUNTS_MASK,  # number of the counts - 1
-    SCRATCH_REST,  # positions that ``hits_kernel`` left to ``rest_kernel``
-    SCRATCH_REST_LIST,  # address of int64 [n]: those positions
-) = (8 * i for i in range(19))
+) = (8 * i for i in range(17))
 SCRATCH_BYTES = 192
 
 # bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending

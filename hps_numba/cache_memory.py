@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 KINDS = ("dynamic", "static", "uvm")
 KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
-LARGE_BATCH = 8192
+LARGE_BATCH = 16_384  # from here on each lane of a warp searches for a key, below a tile does
 STATE_WORDS = 9
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
@@ -158,28 +158,26 @@ class CacheLookup:
             out_vector=aligned,
         )
 
-    def _lookup_spec(self, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
-        """How a kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
+    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
+        """How the kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
 
-        Narrow rows: a warp takes many keys, so that its lanes copy rows side by side; wide rows keep it busy with few. The
-        kernel for hits alone is held to 40 registers where rows are narrow: more warps hide more of the time of memory.
+        The limits of registers are those that the way of a hit needs. Without them the functions for misses, which stand out of
+        line, would set the number for the whole kernel, and a third of the warps would fit.
         """
-        row_bytes = 4 * self.dim
-        hits = name == "hits_kernel"
-        return replace(
-            self._answer_spec(name, key_form, out_type, aligned),
-            lanes=4 if row_bytes <= 128 else 8,
-            group=(32 if row_bytes <= 64 else 16 if row_bytes <= 256 else 8) if hits else 8,
-            depth=8 if hits else 4,
-            registers=40 if hits and row_bytes <= 128 else 0,
-        )
+        spec = self._answer_spec("lookup_kernel", key_form, out_type, aligned)
+        plain = self.row_type == out_type == "float32"
+        if small:
+            return replace(spec, lanes=8, group=4, depth=8, by_tile=True, registers=40 if plain else 64)
+        if 4 * self.dim <= 128:
+            return replace(spec, lanes=4, group=32, depth=8, registers=56 if plain else 64)
+        return replace(spec, lanes=8, group=8, depth=8, registers=64)
 
-    def _lookup_kernel(self, name: str, key_form: str, out_type: str, aligned: bool) -> tuple[Kernel, int]:
-        """A kernel of the lookup, and how many keys a warp of it takes."""
-        shape = (name, key_form, out_type, aligned)
+    def _lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
+        """The kernel of the lookup, and how many keys a warp of it takes."""
+        shape = (key_form, out_type, aligned, small)
         found: tuple[Kernel, int] | None = self._kernels.get(shape)
         if found is None:
-            spec = self._lookup_spec(name, key_form, out_type, aligned)
+            spec = self._lookup_spec(*shape)
             found = self._kernels[shape] = self._place.kernel(spec), spec.group
         return found
 
@@ -307,17 +305,10 @@ class CacheLookup:
         return max(1, 4 * n // self.capacity)
 
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
-        """The kernels that write the answer of a batch: one, or two for a large batch (``hits_kernel`` says why)."""
-        place = self._place
-        if n < LARGE_BATCH or not out or place.ordinal is None:
-            kernel, group = self._lookup_kernel("lookup_kernel", *built)
-            blocks = place.lookup_blocks(n, group)
-            kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
-            return
-        kernel, group = self._lookup_kernel("hits_kernel", *built)
-        kernel.launch(place.lookup_blocks(n, group), stream, *self._parts, keys, n, out, scratch, threads=LOOKUP_THREADS)
-        kernel, _ = self._lookup_kernel("rest_kernel", *built)
-        kernel.launch(place.blocks(n), stream, *self._parts, keys, out, self._default, scratch)
+        """Write the answer of a batch, and list what is to be inserted."""
+        kernel, group = self._lookup_kernel(*built, n < LARGE_BATCH)
+        blocks = self._place.lookup_blocks(n, group)
+        kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 
     def _finish(self, scratch: Scratch, n: int, source: int, stride: int, advance: int, stream: int) -> None:
         """Touch what a batch hit, if the policy counts, and insert its newcomers with the rows at ``source``."""

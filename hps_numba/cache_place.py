@@ -23,7 +23,6 @@ __all__ = ["LOOKUP_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Pl
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
 LOOKUP_THREADS, _OTHER_THREADS = 128, 256
-_MOST_LOOKUP_BLOCKS = 1 << 20
 
 
 class Memory(Protocol):
@@ -108,7 +107,7 @@ class DevicePlace:
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """A warp for each group of keys."""
-        return min(-(-(-(-n // group) * 32) // LOOKUP_THREADS), _MOST_LOOKUP_BLOCKS)
+        return -(-(-(-n // group) * 32) // LOOKUP_THREADS)
 
     def close(self) -> None:
         """Give back what the place itself holds."""

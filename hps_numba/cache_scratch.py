@@ -25,7 +25,6 @@ from hps_numba.cache_layout import (
     SCRATCH_KEYS,
     SCRATCH_LIST,
     SCRATCH_MASK,
-    SCRATCH_REST_LIST,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     SCRATCH_TOUCHED_LIST,
@@ -55,7 +54,7 @@ class ScratchShape:
 
     def parts(self, n: int, absent: bool) -> dict[int, int]:
         """Bytes by the word of the header that leads to them, for batches of ``n`` keys."""
-        parts = {SCRATCH_REST_LIST: 8 * n}
+        parts: dict[int, int] = {}
         if self.lists:
             buckets = _power_of_two(min(2 * n, 2 * self.sets))
             parts |= {SCRATCH_BUCKETS: BUCKET_BYTES * buckets, SCRATCH_LIST: 8 * buckets}

@@ -21,7 +21,7 @@ import pytest
 
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
 from hps_numba.kernels import build, lanes, lanes_host, launch
-from hps_numba.kernels.build import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of
+from hps_numba.kernels.build import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, starts_early
 from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
 from hps_numba.kernels.row_elements import TYPE_NUMBERS
 
@@ -121,9 +121,27 @@ def test_pairs_are_all_there_in_few_cases():
 
 @needs_compiler
 def test_the_number_of_registers_is_kept_to():
-    ptx = ptx_of(replace(SPEC, name="hits_kernel", dim=128), (9, 0))
+    ptx = ptx_of(replace(SPEC, dim=128), (9, 0))
     free, tight = launch.link(ptx, (9, 0)), launch.link(ptx, (9, 0), registers=24)
     assert free != tight
+
+
+@needs_compiler
+def test_a_kernel_waits_for_the_one_before_it_where_the_chip_can_start_it_early():
+    early, late = (ptx_of(SPEC, chip) for chip in ((9, 0), (8, 9)))
+    assert "griddepcontrol.wait" in early and "griddepcontrol" not in late
+    assert starts_early(SPEC, (9, 0)) and not starts_early(SPEC, (8, 9))
+    assert not starts_early(replace(SPEC, name="dump_kernel"), (9, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("by_tile", [False, True])
+def test_the_way_of_a_hit_writes_nothing_to_memory_of_its_own(by_tile):
+    """numba clears memory for results of functions out of line: such a store must not stand where every thread passes."""
+    ptx = ptx_of(replace(SPEC, dim=32, by_tile=by_tile, group=4 if by_tile else 32), (9, 0))
+    kernel = ptx[ptx.index(".visible .entry") :]
+    beginning = kernel[: re.search(r"^\$L__BB", kernel, re.MULTILINE).start()]
+    assert "ld.param" in beginning and "st.local" in kernel and "st.local" not in beginning
 
 
 @needs_compiler
@@ -135,7 +153,7 @@ def test_a_kernel_of_a_user_policy_is_another_kernel():
         def touch(score, now, count):
             return -now
 
-    ours, theirs = (ptx_of(replace(SPEC, name="hits_kernel", policy=policy), (9, 0)) for policy in (LRU, as_policy(Newest)))
+    ours, theirs = (ptx_of(replace(SPEC, policy=policy), (9, 0)) for policy in (LRU, as_policy(Newest)))
     assert ours != theirs
 
 
@@ -143,10 +161,11 @@ def test_a_kernel_of_a_user_policy_is_another_kernel():
 
 #: stand-ins of ``lanes`` that are right for a tile of one lane as they are, wherever they run
 RIGHT_FOR_ONE_LANE = {
-    *("all_in_tile", "any_in_warp", "count_in_warp", "from_first_lane", "from_lane", "grid_blocks", "grid_tiles", "grid_warps"),
-    *("is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane", "lane_in_warp", "max_in_tile"),
-    *("out_of_line", "probe_alone", "probe_host_line", "probe_line", "sync_block", "sync_tile", "sync_warp", "tile_in_warp"),
-    *("tile_number", "tiles_in_warp", "votes_of_warp", "warp_number"),
+    *("after_former", "all_in_tile", "any_in_warp", "count_in_warp", "from_first_lane", "from_lane", "grid_blocks"),
+    *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
+    *("lane_in_warp", "max_in_tile", "out_of_line", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
+    *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),
+    *("votes_of_warp", "warp_number"),
 }
 
 
@@ -184,9 +203,8 @@ def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
     from hps_numba.kernels import lanes_cuda
 
     spec = replace(SPEC, lanes=lanes_of_tile)
-    bound = lanes_cuda.names(
-        lanes=lanes_of_tile, uniform=True, out_vector=True, constants=spec.constants, device=lambda function: function
-    )
+    how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "early": True}
+    bound = lanes_cuda.names(**how, constants=spec.constants, device=lambda function: function)
     assert set(lanes.__all__) <= set(bound)
 
 
@@ -267,7 +285,7 @@ def test_one_kernel_a_process_for_the_cpu():
     for thread in threads:
         thread.join()
     assert len(got) == 4 and len(set(map(id, got))) == 1
-    changes = ({"name": "hits_kernel"}, {"dim": 4}, {"fixed": True}, {"row_type": "int8"}, {"out_type": "float16"})
+    changes = ({"name": "insert_kernel"}, {"dim": 4}, {"fixed": True}, {"row_type": "int8"}, {"out_type": "float16"})
     for change in (*changes, {"key_form": "int32"}, {"policy": load_policy("fifo")}):
         assert for_host(replace(SPEC, **change)) is not got[0]
 

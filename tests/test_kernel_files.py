@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -341,30 +342,36 @@ class Result(int):
 @pytest.fixture
 def driver(monkeypatch):
     """A driver that notes launches: (blocks, threads, stream, values read as the device would)."""
-    launches = []
+    launches, starts = [], []
     fine = Result(0)
 
-    def cu_launch(function, bx, by, bz, tx, ty, tz, shared, stream, pointers, extra):
-        assert (function, by, bz, ty, tz, shared, extra) == (78, 1, 1, 1, 1, 0, 0)
-        if bx == 0:
-            return (Result(1),)
+    def cu_launch(config, function, pointers, extra):
+        *shape, shared, stream, attributes, count = struct.unpack("@7I4xQQI4x", ctypes.string_at(config, 56))[:10]
+        blocks, threads = shape[0], shape[3]
+        assert (shape[1:3], shape[4:], shared, function, extra) == ([1, 1], [1, 1], 0, 78, None)
+        early = count == 1 and struct.unpack("@I4xi", ctypes.string_at(attributes, 12)) == (6, 1)
+        assert early or (attributes, count) == (0, 0)
+        if blocks == 0:
+            return 1
         addresses = (ctypes.c_void_p * 3).from_address(pointers)
         kinds = (ctypes.c_int64, ctypes.c_float, ctypes.c_int64)
-        launches.append((bx, tx, stream, *(kind.from_address(at).value for kind, at in zip(kinds, addresses))))
-        return (fine,)
+        launches.append((blocks, threads, stream, *(kind.from_address(at).value for kind, at in zip(kinds, addresses))))
+        starts.append(early)
+        return 0
 
     made = SimpleNamespace(
         cuLibraryLoadData=lambda code, *rest: (Result(code == b"bad"), 77),
         cuLibraryGetKernel=lambda library, symbol: (fine, 78),
         cuKernelGetFunction=lambda kernel: (fine, 79),
         cuFuncGetAttribute=lambda what, function: (fine, 40),
-        CUfunction=int,
         CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_NUM_REGS=4),
-        cuLaunchKernel=cu_launch,
+        CUresult=Result,
         launches=launches,
+        starts=starts,
     )
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", made)
     monkeypatch.setattr(launch.importlib, "import_module", lambda name: made)
+    monkeypatch.setattr(launch, "_launch_function", lambda: cu_launch)
     return made
 
 
@@ -377,6 +384,12 @@ def test_a_launch_passes_values_as_they_are(driver):
         (4, launch.THREADS, 12, -5, 0.5, 7),
     ]
     assert kernel.registers == 40
+
+
+def test_a_kernel_that_may_start_early_says_so(driver):
+    launch.LoadedKernel(CUBIN, "symbol", "qfq", early=True).launch(1, 0, 1, 1.0, 1)
+    launch.LoadedKernel(CUBIN, "symbol", "qfq").launch(1, 0, 1, 1.0, 1)
+    assert driver.starts == [True, False]
 
 
 def test_threads_do_not_share_the_memory_of_arguments(driver):

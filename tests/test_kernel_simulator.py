@@ -163,7 +163,6 @@ class SimulatedCache:
             layout.SCRATCH_ABSENT_LIST: 8 * MOST,
             layout.SCRATCH_COUNTS: 16 * 2 * MOST,
             layout.SCRATCH_TOUCHED_LIST: 8 * MOST,
-            layout.SCRATCH_REST_LIST: 8 * MOST,
         }
         for word, size in parts.items():
             self.scratch[word // 8] = address(self.zeros(size))
@@ -198,20 +197,6 @@ class SimulatedCache:
         self.reading_host(True)
         out = np.full((len(keys), DIM), 99, np.float32)
         self.look_up(keys, address(out), now)
-        self.finish(int(self.scratch[layout.SCRATCH_STAGE // 8]), 4 * DIM)
-        return out
-
-    def lookup_in_parts(self, keys: np.ndarray, now: int) -> np.ndarray:
-        """``lookup`` by the two kernels for large batches."""
-        self.reading_host(True)
-        self.state[layout.STATE_NOW // 8] = now
-        out = np.full((len(keys), DIM), 99, np.float32)
-        rows, state, scratch = address(self.rows), address(self.state), address(self.scratch)
-        wide = -(-len(keys) // self.grid[1]), self.grid[1]  # a warp for each key, without strides
-        hits = bindings(KernelSpec(name="hits_kernel", dim=DIM, policy=self.policy), lambda function: function, GRID)
-        simulate(hits, *wide, self.lines, rows, SETS, state, address(keys), len(keys), address(out), scratch)
-        rest = (self.lines, rows, SETS, state, address(keys), address(out), np.float32(DEFAULT), scratch)
-        self.run("rest_kernel", *rest)
         self.finish(int(self.scratch[layout.SCRATCH_STAGE // 8]), 4 * DIM)
         return out
 
@@ -285,8 +270,7 @@ def check(policy: Policy, blocks: int, threads: int) -> int:
     for step in range(6):
         now = 100 + 20 * step
         batch = rng.choice(universe, int(rng.integers(1, 25)))
-        look_up = cache.lookup_in_parts if step % 3 == 2 else cache.lookup
-        assert look_up(batch, now).tolist() == oracle.lookup(batch, now).tolist()
+        assert cache.lookup(batch, now).tolist() == oracle.lookup(batch, now).tolist()
         compare()
         some = rng.choice(universe, 4, replace=False)
         given = rows_for(some, step + 2)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from gather import PlainGather
-from measure import IN_A_GRAPH, Call, Machine, copy_rate
+from measure import BATCHES, IN_A_GRAPH, Call, Machine, copy_rate
 from run import Run, compact, median, parser_of, ratio_cells, verdict
 from table import check, fill_store, keys_of, resident_cache, rows_of
 
@@ -127,7 +127,7 @@ def measure(run: Run, table: Table, sizes: tuple[int, ...], take: Callable[[Call
     """Medians of every contender for every batch size, with a line of progress each."""
     figures: Figures = {}
     for n in sizes:
-        batches = Batches(table.machine, table.sizes.rows, n, table.dim, IN_A_GRAPH)
+        batches = Batches(table.machine, table.sizes.rows, n, table.dim, BATCHES)
         calls = table.contenders(batches)
         table.check(calls, batches)
         for name, call in calls.items():
@@ -210,7 +210,7 @@ def server_times(run: Run, dim: int, sizes: Sizes) -> Figures:
     weights = weights.to(machine.device)
     with server:
         for n in sizes.wall_batches:
-            batches = Batches(machine, rows, n, dim, IN_A_GRAPH)
+            batches = Batches(machine, rows, n, dim, BATCHES)
             calls = server_calls(server, batches, weights)
             for name, call in calls.items():
                 answer = call(0, machine.stream())

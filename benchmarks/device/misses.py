@@ -158,7 +158,7 @@ def measure_bus(run: Run, table: Table) -> Bus:
     gather(numbers[0], rows, out, machine.stream())
     machine.wait()
     check("plain gather of host memory", out, numbers[0], dim)
-    gather_us = statistics.median(machine.times(lambda turn, stream: gather(numbers[turn], rows, out, stream), 7))
+    gather_us = statistics.median(machine.times(lambda turn, stream: gather(numbers[turn], rows, out, stream), 7, 8))
     miss_us, rate = table.time(table.few, n, 0.0)
     bus = Bus(host_copy_rate(machine, table.sizes.copy_bytes), n * 4 * dim / gather_us / 1e3, n / gather_us, n / miss_us)
     run.say(

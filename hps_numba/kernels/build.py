@@ -27,7 +27,18 @@ from hps_numba.errors import ConfigError, DeviceError, HpsError, PolicyError
 from hps_numba.kernels import kernel_files
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
-__all__ = ["KERNELS", "KEY_FORMS", "HostKernel", "KernelSource", "KernelSpec", "bind", "bindings", "for_host", "ptx_of"]
+__all__ = [
+    "KERNELS",
+    "KEY_FORMS",
+    "HostKernel",
+    "KernelSource",
+    "KernelSpec",
+    "bind",
+    "bindings",
+    "for_host",
+    "ptx_of",
+    "starts_early",
+]
 
 #: how keys lie in the caller's memory, in the order of the numbers that ``cache_lookup`` gives them
 KEY_FORMS = ("int64", "int32", "uint32", "narrow64")
@@ -41,15 +52,14 @@ class KernelSource(NamedTuple):
     module: str
     kinds: str  # of its arguments: q int64, f float32
     whole_warps: bool  # all tiles of a warp take every branch with lane operations together
+    early: bool = False  # begins with ``lanes.after_former``
 
 
 KERNELS = {
-    "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True),
-    "hits_kernel": KernelSource("cache_lookup", "qqqqqqqq", True),
-    "rest_kernel": KernelSource("cache_lookup", "qqqqqqfq", True),
-    "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True),
-    "touch_kernel": KernelSource("cache_batch", "qqqq", False),
-    "insert_kernel": KernelSource("cache_insert", "qqqqqqq", False),
+    "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
+    "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True, early=True),
+    "touch_kernel": KernelSource("cache_batch", "qqqq", False, early=True),
+    "insert_kernel": KernelSource("cache_insert", "qqqqqqq", False, early=True),
     "update_kernel": KernelSource("cache_change", "qqqqqqqqq", False),
     "erase_kernel": KernelSource("cache_change", "qqqqq", False),
     "refresh_kernel": KernelSource("cache_change", "qqqqqq", False),
@@ -75,6 +85,7 @@ class KernelSpec:
         lanes: in a tile, 4 or 8 (GPU only).
         group: keys that a warp looks up at a time (GPU only).
         depth: loads of a lane in flight while rows are copied (GPU only).
+        by_tile: a tile takes a key, not a lane; ``group`` is the number of tiles in a warp (GPU only).
         registers: most registers of a thread, 0: as the compiler likes (GPU only).
 
     Raises:
@@ -93,6 +104,7 @@ class KernelSpec:
     group: int = 32
     depth: int = 8
     registers: int = 0
+    by_tile: bool = False
 
     def __post_init__(self) -> None:
         for field, known in (("name", KERNELS), ("row_type", TYPE_NUMBERS), ("out_type", _OUT_TYPES), ("key_form", KEY_FORMS)):
@@ -124,6 +136,8 @@ class KernelSpec:
             "DIM": self.dim,
             "LANES": self.lanes,
             "GROUP": self.group,
+            "ONE_GROUP": True,
+            "BY_TILE": self.by_tile,
             "DEPTH": self.depth,
             "FIXED": self.fixed,
             "COUNTED": self.policy.needs_count and not self.fixed,
@@ -141,7 +155,7 @@ class KernelSpec:
     @property
     def for_one_lane(self) -> dict[str, Any]:
         """``constants`` for a tile of one lane."""
-        return {**self.constants, "LANES": 1, "GROUP": 1}
+        return {**self.constants, "LANES": 1, "GROUP": 1, "ONE_GROUP": False, "BY_TILE": False}
 
 
 # -- binding ------------------------------------------------------------------------------------
@@ -227,8 +241,8 @@ _registering = threading.Lock()
 
 
 def for_host(spec: KernelSpec) -> HostKernel:
-    """The kernel of a spec for the CPU: one a process, whatever ``lanes``, ``group``, ``depth``, ``registers`` and
-    ``out_vector``, which mean nothing there.   **Threads:** any."""
+    """The kernel of a spec for the CPU: one a process, whatever ``lanes``, ``group``, ``depth``, ``registers``,
+    ``by_tile`` and ``out_vector``, which mean nothing there.   **Threads:** any."""
     key = _host_key(spec)
     with _registering:
         kernel = _host_kernels.get(key)
@@ -332,6 +346,14 @@ def ptx_of(spec: KernelSpec, capability: tuple[int, int]) -> str:
         raise _refused(spec, f"sm_{capability[0]}{capability[1]}", problem, compile_scalar) from problem
 
 
+def starts_early(spec: KernelSpec, capability: tuple[int, int]) -> bool:
+    """The kernel is started while the one before it on the stream still runs, and waits for its end by itself.
+
+    So the time to start a kernel passes meanwhile (programmatic dependent launch; CUDA C++ Programming Guide). From Hopper on.
+    """
+    return capability >= (9, 0) and spec.source.early
+
+
 def _device_function(function: FunctionType) -> Any:
     from hps_numba.kernels.numba_cuda import cuda
 
@@ -347,6 +369,7 @@ def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
         lanes=spec.lanes,
         uniform=spec.source.whole_warps,
         out_vector=spec.out_vector,
+        early=starts_early(spec, capability),
         constants=constants,
         device=_device_function,
     )

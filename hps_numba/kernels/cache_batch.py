@@ -19,8 +19,6 @@ from hps_numba.cache_layout import (
     SCRATCH_LIST,
     SCRATCH_LISTED,
     SCRATCH_MASK,
-    SCRATCH_REST,
-    SCRATCH_REST_LIST,
     SCRATCH_TICKET,
     SCRATCH_TOUCHED,
     SCRATCH_TOUCHED_LIST,
@@ -35,17 +33,14 @@ from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.lanes import (
     add32,
     add64,
-    bits_set,
+    after_former,
     cas32,
     cas64,
     fence,
-    from_lane,
     grid_blocks,
     grid_tiles,
     is_block_leader,
     is_first_lane,
-    is_warp_leader,
-    lane_in_warp,
     ld32,
     ld64,
     max64,
@@ -54,12 +49,12 @@ from hps_numba.kernels.lanes import (
     st64,
     sync_block,
     tile_in_warp,
+    tile_number,
     tiles_in_warp,
-    votes_of_warp,
     warp_number,
 )
 
-__all__ = ["counted", "finish_batch", "list_newcomer", "list_rest", "touch_kernel", "touch_later"]
+__all__ = ["counted", "finish_batch", "list_newcomer", "touch_kernel", "touch_later"]
 
 COUNTED = False  # bound when built
 
@@ -74,19 +69,6 @@ def touch_later(state, scratch, slot):
     if add32(ld64(state + STATE_PENDING) + 4 * slot, 1) == 0:
         number = add64(scratch + SCRATCH_TOUCHED, 1)
         st64(ld64(scratch + SCRATCH_TOUCHED_LIST) + 8 * number, slot)
-
-
-def list_rest(scratch, position, wanted):
-    """Append positions to the list of the rest, a warp at a time.   **Writes:** scratch."""
-    votes = votes_of_warp(wanted)
-    if votes != 0:
-        first = np.int64(0)
-        if is_warp_leader():
-            first = add64(scratch + SCRATCH_REST, bits_set(votes))
-        first = from_lane(first, np.int64(0))
-        if wanted:
-            below = votes & ((1 << lane_in_warp()) - 1)
-            st64(ld64(scratch + SCRATCH_REST_LIST) + 8 * (first + bits_set(below)), position)
 
 
 def list_newcomer(scratch, place, lines, key, position, word, content):
@@ -173,21 +155,24 @@ def counted(scratch, key, batch):
         entry = (entry + 1) & mask
 
 
-def finish_batch(state, scratch, batch, advance):
+def finish_batch(state, scratch, batch, listed, advance):
     """The last block to end leaves scratch as the next batch wants it.   **Writes:** scratch, clock.
 
-    One fence a block, by its leader after all have met: most blocks of most batches have nothing to do, and a fence by every
-    warp would be all that they cost.
+    Only blocks that had some of the ``listed`` sets count, or the first if there were none: most blocks of most batches have
+    nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met.
     """
+    tiles = grid_tiles() // grid_blocks()
+    blocks = min(grid_blocks(), max(1, (listed + tiles - 1) // tiles))
+    if tile_number() // tiles >= blocks:
+        return
     sync_block()
     if not is_block_leader():
         return
     fence()
-    if add64(scratch + SCRATCH_TICKET, 1) == grid_blocks() - 1:
+    if blocks == 1 or add64(scratch + SCRATCH_TICKET, 1) == blocks - 1:
         st64(scratch + SCRATCH_TICKET, 0)
         st64(scratch + SCRATCH_LISTED, 0)
         st64(scratch + SCRATCH_TOUCHED, 0)
-        st64(scratch + SCRATCH_REST, 0)
         st64(scratch + SCRATCH_BATCH, batch + 1)
         add64(state + STATE_NOW, advance)
         fence()
@@ -198,6 +183,7 @@ def touch_kernel(lines, sets, state, scratch):
 
     For policies that need counts; between the lookup and the insertion of a batch.
     """
+    after_former()
     now = ld64(state + STATE_NOW)
     pending = ld64(state + STATE_PENDING)
     touched = ld64(scratch + SCRATCH_TOUCHED)

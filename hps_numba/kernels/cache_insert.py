@@ -45,6 +45,7 @@ from hps_numba.kernels.cache_search import (
 )
 from hps_numba.kernels.lanes import (
     add64,
+    after_former,
     cas32,
     fence,
     from_first_lane,
@@ -196,6 +197,7 @@ def insert_kernel(lines, rows, state, source, stride, scratch, advance):
 
     **Writes:** lines, rows, counters, scratch.
     """
+    after_former()
     now = ld64(state + STATE_NOW)
     batch = ld64(scratch + SCRATCH_BATCH)
     listed = ld64(scratch + SCRATCH_LISTED)
@@ -221,4 +223,4 @@ def insert_kernel(lines, rows, state, source, stride, scratch, advance):
             number += grid_tiles()
         if is_first_lane():
             guard_leave(state, stripe)
-    finish_batch(state, scratch, batch, advance)
+    finish_batch(state, scratch, batch, listed, advance)

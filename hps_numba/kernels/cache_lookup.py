@@ -16,9 +16,6 @@ from hps_numba.cache_layout import (
     SCRATCH_ABSENT,
     SCRATCH_ABSENT_LIST,
     SCRATCH_ASSUME,
-    SCRATCH_BATCH,
-    SCRATCH_REST,
-    SCRATCH_REST_LIST,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
@@ -30,8 +27,8 @@ from hps_numba.cache_layout import (
     STRIPES_AT,
     WAYS_PER_LINE,
 )
-from hps_numba.kernels.cache_batch import finish_batch, list_newcomer, list_rest, touch_later
-from hps_numba.kernels.cache_rows import copy_from_cache, copy_from_host, copy_rows, fill_answer, fill_rows
+from hps_numba.kernels.cache_batch import list_newcomer, touch_later
+from hps_numba.kernels.cache_rows import copy_from_cache, copy_from_host, copy_rows, fill_answer
 from hps_numba.kernels.cache_search import (
     find_in_host,
     guard_enter,
@@ -43,11 +40,9 @@ from hps_numba.kernels.cache_search import (
 )
 from hps_numba.kernels.lanes import (
     add64,
-    any_in_warp,
+    after_former,
     count_in_warp,
     fence,
-    from_lane,
-    grid_tiles,
     grid_warps,
     is_first_lane,
     is_grid_leader,
@@ -58,17 +53,19 @@ from hps_numba.kernels.lanes import (
     lowest_bit,
     out_of_line,
     probe_alone,
+    probe_both,
     st32,
     st64,
     sync_warp,
     tile_in_warp,
     tiles_in_warp,
+    tiles_of,
     votes_of_warp,
     warp_number,
 )
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 
-__all__ = ["hits_kernel", "lookup_kernel", "rest_kernel"]
+__all__ = ["lookup_kernel"]
 
 # bound when built
 FIXED = COUNTED = False
@@ -76,6 +73,8 @@ KEY_FORM = 0
 OUT_STRIDE = 4
 HOST_STRIDE = 4
 GROUP = 1  # keys that a warp looks up at a time
+BY_TILE = False  # a tile takes a key, and reads both lines of its set at once: sooner done, more to read
+ONE_GROUP = False  # there are as many warps as groups of keys
 
 #: how keys lie in the caller's memory: int64; int32 sign-extended; uint32; int64 of which only 0..2**32-1 are keys
 INT64, INT32, UINT32, NARROW64 = range(4)
@@ -101,14 +100,21 @@ def find_entry(lines, sets, key):
     """``(entry, tags)`` of a key in the cache, by one lane: the address of its key and score << 32 | meta; entry 0 if none."""
     place = set_of(lines, sets, key)
     home = home_line_of(key)
-    entry, tags = probe_alone(place + home, key)
-    if entry == 0:
-        entry, tags = probe_alone(place + LINE_BYTES - home, key)
-        if entry == 0 and (tags & CHAIN) != 0:
-            line = find_further(lines, sets, place, key)
-            if line != 0:
-                entry, tags = probe_alone(line, key)
+    if BY_TILE:
+        entry, tags = probe_both(place + home, place + LINE_BYTES - home, key)
+    else:
+        entry, tags = probe_alone(place + home, key)
+        if entry == 0:
+            entry, tags = probe_alone(place + LINE_BYTES - home, key)
+    if entry == 0 and (tags & CHAIN) != 0:
+        entry, tags = look_further(lines, sets, place, key)
     return entry, tags
+
+
+def look_further(lines, sets, place, key):
+    """``find_entry`` in the sets after the home set."""
+    line = find_further(lines, sets, place, key)
+    return probe_alone(line, key) if line != 0 else (np.int64(0), np.int64(0))
 
 
 def find_further(lines, sets, place, key):
@@ -146,7 +152,8 @@ def find_settled(lines, sets, key):
 
 def is_changed(entry, tags, key):
     """The line of ``entry`` is no longer as it was when the key was found there."""
-    return ld64(entry) != key or (ld32((entry & ~63) + META_AT) | LOCK) != ((tags & 0xFFFFFFFF) | LOCK)
+    there, meta = ld64(entry), ld32((entry & ~63) + META_AT)  # both on their way before either is looked at
+    return (there != key) | ((meta | LOCK) != ((tags & 0xFFFFFFFF) | LOCK))
 
 
 def touch(lines, state, scratch, entry, tags, now):
@@ -164,23 +171,29 @@ def touch(lines, state, scratch, entry, tags, now):
 
 
 def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
-    """Copy the rows of the keys of a warp's lanes from the cache; which lanes' were there, with no writer at work on them.
+    """Copy rows from the cache; whether the key of this lane, or of its tile, was there with no writer at work on it.
 
-    ``target``: of the row of the warp's first lane, or 0. Each lane searches for its key, all copy the rows together, then
-    each looks whether its line is as it was.   **Writes:** target, scores.
+    BY_TILE: a tile searches for its key and copies its row to ``target``. Else each lane searches for a key of its own, and all
+    lanes of a warp copy the rows together, ``target`` being that of the first lane. A ``target`` of 0 is left out. Then the
+    lines are looked at again.   **Writes:** target, scores.
     """
     entry, tags = np.int64(0), np.int64(0)
-    if wanted:
+    if BY_TILE or wanted:  # lanes of a tile search together
         entry, tags = find_entry(lines, sets, key)
-        if tags & BUSY:
+        if (tags & BUSY) != 0 or not wanted:
             entry = np.int64(0)
+    row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
     if target != 0:
-        copy_rows(target, row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0))
+        if not BY_TILE:
+            copy_rows(target, row)
+        elif row != 0:
+            copy_from_cache(target, row)
     if entry == 0:
         return False
     if is_changed(entry, tags, key):
         return False
-    touch(lines, state, scratch, entry, tags, now)
+    if not BY_TILE or is_first_lane():
+        touch(lines, state, scratch, entry, tags, now)
     return True
 
 
@@ -219,7 +232,9 @@ def serve(lines, sets, state, key, i, target, default, scratch, wanted):
 def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
     """Write the row of each key to ``out``: from the cache, else from the host store, else ``default``.
 
-    Each lane searches the cache for one key; what it lacks is served by tiles, one key each.
+    Small batches: a tile takes a key (BY_TILE), which is soonest done. Large ones: each lane searches for one key and a warp
+    copies the rows of its lanes together, with the fewest instructions. What is left to do for keys that the cache lacks stands
+    out of line: it takes many registers, and with few of them more warps hide the time that memory takes.
 
     Args (int64, addresses in memory of the device unless said otherwise):
         lines, rows, sets: the cache.   state: of the cache.   keys: of ``n`` keys (KEY_FORM).
@@ -227,53 +242,61 @@ def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
 
     **Writes:** out, scores, scratch, counters.
     """
+    after_former()
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)
         add64(state + STATE_CALLS, 1)
     base = warp_number() * GROUP
     while base < n:
-        i = base + lane_in_warp()
-        active = (lane_in_warp() < GROUP) & (i < n)
-        key, legal = load_key(keys, i if active else base)
-        target = out + base * OUT_STRIDE if out != 0 else np.int64(0)
-        pending = active & legal
-        missing = np.int64(1)
-        again = True
-        while again:
-            pending = pending & (not try_cache(lines, rows, sets, state, key, target, now, scratch, pending))
-            missing = votes_of_warp(pending)
-            again = False
-            if missing != 0 and ld64(state + STATE_HOST) == 0:  # nobody else has the rows that a writer is at work on
-                again = any_in_warp(pending and has_after_all(lines, sets, key))
+        number = tile_in_warp() if BY_TILE else lane_in_warp()
+        active = (number < GROUP) & (base + number < n)
+        key, legal = np.int64(0), False
+        if active:
+            key, legal = load_key(keys, base + number)
+        target = out + (base + number if BY_TILE else base) * OUT_STRIDE if out != 0 else np.int64(0)
+        found = try_cache(lines, rows, sets, state, key, target, now, scratch, active & legal)
+        missing = votes_of_warp(active & (not found))
+        if BY_TILE and missing != 0:
+            missing = tiles_of(missing)
         if missing != 0:
-            serve_group(lines, sets, state, key, base, out, default, scratch, missing)
-        if any_in_warp(active & (not legal)) and out != 0:
-            fill_rows(target, default, active & (not legal))
+            serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing)
+        if ONE_GROUP:
+            break
         base += grid_warps() * GROUP
 
 
-def serve_group(lines, sets, state, key, base, out, default, scratch, missing):
-    """Serve the lanes of a warp that are in ``missing`` (bits), as many at a time as it has tiles.
+def serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing):
+    """``serve_group``.   **Writes:** as it does."""
+    serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing)
 
-    **Writes:** as ``serve``.
+
+def serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing):
+    """Serve the keys of a warp that are in ``missing`` (bits, from position ``base``), as many at a time as it has tiles.
+
+    **Writes:** as ``serve``, counters.
     """
     out_of_line()
     stripe = warp_number()
     if is_warp_leader():
         guard_enter(state, stripe)
     sync_warp()
-    absent = np.int64(0)
     total = np.int64(0)
+    absent = np.int64(0)
     while missing != 0:
         mine = missing
         for _ in range(tile_in_warp()):
             mine &= mine - 1
         wanted = mine != 0
-        place = lowest_bit(mine) if wanted else np.int64(0)
-        wanted_key = from_lane(key, place)
-        target = out + (base + place) * OUT_STRIDE if out != 0 else np.int64(0)
-        present = serve(lines, sets, state, wanted_key, base + place, target, default, scratch, wanted)
+        position = base + (lowest_bit(mine) if wanted else np.int64(0))
+        key, legal = load_key(keys, position)
+        target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
+        if wanted and not legal and out != 0:
+            fill_answer(target, default)
+        wanted = wanted & legal
+        if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
+            wanted = not copy_after_all(lines, rows, sets, key, target)
+        present = serve(lines, sets, state, key, position, target, default, scratch, wanted)
         total += count_in_warp(wanted)
         absent += count_in_warp(wanted & (not present))
         for _ in range(tiles_in_warp()):
@@ -281,58 +304,6 @@ def serve_group(lines, sets, state, key, base, out, default, scratch, missing):
     if is_warp_leader():
         guard_leave(state, stripe)
         count_misses(state, stripe, total, absent)
-
-
-def hits_kernel(lines, rows, sets, state, keys, n, out, scratch):
-    """Copy the rows of the keys that the cache has to ``out``; list the positions of all others.
-
-    The part of ``lookup_kernel`` that is worth most, without the part that takes most registers: with few registers many warps
-    hide the time that memory takes. For large batches, followed by ``rest_kernel``.   **Writes:** out, scores, scratch.
-    """
-    base = warp_number() * GROUP
-    active = (lane_in_warp() < GROUP) & (base + lane_in_warp() < n)
-    now = ld64(state + STATE_NOW)
-    if is_grid_leader():
-        add64(state + STATE_KEYS, n)
-        add64(state + STATE_CALLS, 1)
-    key, legal = np.int64(0), False
-    if active:
-        key, legal = load_key(keys, base + lane_in_warp())
-    found = try_cache(lines, rows, sets, state, key, out + base * OUT_STRIDE, now, scratch, active & legal)
-    list_rest(scratch, base + lane_in_warp(), active & (not found))
-
-
-def rest_kernel(lines, rows, sets, state, keys, out, default, scratch):
-    """Serve the positions that ``hits_kernel`` listed, a tile each.   **Writes:** out, scratch, counters."""
-    rest = ld64(scratch + SCRATCH_REST)
-    first = warp_number() * tiles_in_warp()
-    if first < rest:
-        stripe = warp_number()
-        if is_warp_leader():
-            guard_enter(state, stripe)
-        sync_warp()
-        served = np.int64(0)
-        absent = np.int64(0)
-        while first < rest:
-            number = first + tile_in_warp()
-            wanted = number < rest
-            position = ld64(ld64(scratch + SCRATCH_REST_LIST) + 8 * (number if wanted else first))
-            key, legal = load_key(keys, position)
-            target = out + position * OUT_STRIDE
-            if wanted and not legal:
-                fill_answer(target, default)
-            wanted = wanted & legal
-            if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
-                wanted = not copy_after_all(lines, rows, sets, key, target)
-            present = serve(lines, sets, state, key, position, target, default, scratch, wanted)
-            served += count_in_warp(wanted)
-            absent += count_in_warp(wanted & (not present))
-            first += grid_tiles()
-        if is_warp_leader():
-            guard_leave(state, stripe)
-            count_misses(state, stripe, served, absent)
-    if FIXED:
-        finish_batch(state, scratch, ld64(scratch + SCRATCH_BATCH), 0)
 
 
 def count_misses(state, stripe, missing, absent):
@@ -353,7 +324,8 @@ def copy_after_all(lines, rows, sets, key, target):
         entry, tags = find_settled(lines, sets, key)
         if entry == 0:
             return False
-        copy_from_cache(target, row_at(lines, rows, entry, tags >> 32))
+        if target != 0:
+            copy_from_cache(target, row_at(lines, rows, entry, tags >> 32))
         fence()
         if not is_changed(entry, tags, key):
             return True

@@ -30,6 +30,7 @@ from hps_numba.kernels.cache_rows import copy_from_host, element_of_row, put_ans
 from hps_numba.kernels.cache_search import find_in_host, guard_enter, guard_leave, row_at, set_of
 from hps_numba.kernels.lanes import (
     add64,
+    after_former,
     any_in_warp,
     bits_float,
     bits_set,
@@ -377,6 +378,7 @@ def pool_kernel(
 
     **Writes:** out, scores, scratch, counters, guard.
     """
+    after_former()
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)

@@ -22,6 +22,7 @@ from hps_numba.layout import EMPTY, ENTRIES_PER_LINE, ENTRY_BYTES
 __all__ = [
     "add32",
     "add64",
+    "after_former",
     "all_in_tile",
     "any_in_warp",
     "bits_float",
@@ -53,6 +54,7 @@ __all__ = [
     "min64",
     "out_of_line",
     "probe_alone",
+    "probe_both",
     "probe_host_line",
     "probe_line",
     "st8",
@@ -65,6 +67,7 @@ __all__ = [
     "tile_in_warp",
     "tile_number",
     "tiles_in_warp",
+    "tiles_of",
     "votes_of_warp",
     "warp_number",
 ]
@@ -212,6 +215,11 @@ def votes_of_warp(condition):
     return 1 if condition else 0
 
 
+def tiles_of(votes):
+    """Bit t: the lanes of tile t voted for it, all or none of each tile."""
+    return votes
+
+
 def bits_set(bits):
     """Number of bits that are set."""
     return int(bits).bit_count()
@@ -305,8 +313,16 @@ def sync_tile():
     """Lanes of a tile wait for each other; what they stored is seen by all of them."""
 
 
+def after_former():
+    """Wait until the work before this kernel on its stream is done: nothing else may come before this in a kernel."""
+
+
 def out_of_line():
-    """Keep the function that calls this out of its callers, so that what is rare takes no registers from what is not."""
+    """Keep the function that calls this out of its callers, so that what is rare takes no registers from what is not.
+
+    Such a function is called from one that does little else: numba clears memory for its result where the calling function
+    begins, so that each thread would write to memory on the way that is not rare.
+    """
 
 
 def sync_block():
@@ -329,6 +345,15 @@ def probe_alone(line, key):
     """``(entry, tags)`` of a key in a line, by one lane: the address of the key or 0, and score << 32 | meta."""
     way, meta, score = probe_line(line, key)
     return (line + 8 * way if way >= 0 else 0), score << 32 | meta
+
+
+def probe_both(line, other, key):
+    """``probe_alone`` of two lines by a tile, both read at once; the meta is that of the line with the key, else of ``other``.
+
+    All tiles of a warp together.
+    """
+    entry, tags = probe_alone(line, key)
+    return (entry, tags) if entry != 0 else probe_alone(other, key)
 
 
 def probe_host_line(line, key, wanted):

@@ -167,6 +167,21 @@ def _vote(typingctx, mask, condition):
     return _INT(_INT, types.boolean), codegen
 
 
+def _nothing_or(text: str) -> Any:
+    """An instruction without operands, or none."""
+
+    @intrinsic
+    def instruction(typingctx):
+        def codegen(context, builder, signature, args):
+            if text:
+                _asm(builder, _VOID, text, "~{memory}", [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return instruction
+
+
 @intrinsic
 def _out_of_line(typingctx):
     def codegen(context, builder, signature, args):
@@ -331,7 +346,13 @@ def copy_group(group: int, dim: int, width: int, stride: int, depth: int) -> Any
 
 
 def names(
-    *, lanes: int, uniform: bool, out_vector: bool, constants: dict[str, Any], device: Callable[..., Any]
+    *,
+    lanes: int,
+    uniform: bool,
+    out_vector: bool,
+    early: bool,
+    constants: dict[str, Any],
+    device: Callable[..., Any],
 ) -> dict[str, Any]:
     """What takes the place of the functions of ``lanes`` (and of ``cache_rows`` where rows are float32) for one kernel.
 
@@ -339,6 +360,7 @@ def names(
         lanes: in a tile, 4 or 8.
         uniform: all tiles of a warp take every branch with lane operations together, else each tile for itself.
         out_vector: answers are 16-byte aligned.
+        early: the kernel may be started before the work that it follows has ended (``launch.STARTS_EARLY``).
         constants: DIM and the types of rows.
         device: makes a device function.
     """
@@ -456,6 +478,29 @@ def names(
         return line + 8 * zeros(hits) if hits != 0 else 0, score << 32 | meta
 
     @device
+    def probe_both(line, other, key):
+        """By a tile of 8 lanes, a word of each line a lane."""
+        word, second = load_word(line + 8 * lane()), load_word(other + 8 * lane())
+        is_key = lane() < 5
+        hit = of_tile(vote(mask(), is_key & (word == key)))
+        hit_second = of_tile(vote(mask(), is_key & (second == key)))
+        meta = shuffle(mask(), word >> 32, 7, LANES)
+        meta_second = shuffle(mask(), second >> 32, 7, LANES)
+        hit &= meta
+        if hit == 0:
+            line, word, hit, meta = other, second, hit_second & meta_second, meta_second
+        way = zeros(hit) if hit != 0 else 0
+        score = shuffle(mask(), word >> 32 if way & 1 else word, 5 + (way >> 1), LANES)
+        return line + 8 * way if hit != 0 else 0, score << 32 | meta
+
+    @device
+    def tiles_of(votes):
+        tiles = 0
+        for tile in range(TILES):
+            tiles |= ((votes >> (LANES * tile)) & 1) << tile
+        return tiles
+
+    @device
     def all_in_tile(condition):
         return of_tile(vote(mask(), condition)) == TILE_BITS
 
@@ -550,6 +595,8 @@ def names(
         "from_lane": from_lane,
         "sync_warp": sync_warp,
         "probe_alone": probe_alone,
+        "probe_both": probe_both,
+        "tiles_of": tiles_of,
         "is_first_lane": is_first_lane,
         "is_warp_leader": is_warp_leader,
         "is_block_leader": is_block_leader,
@@ -585,6 +632,7 @@ def names(
         "min64": _atomic("atom.relaxed.gpu.global.min.s64"),
         "max64": _atomic("atom.relaxed.gpu.global.max.s64"),
         "fence": _fence,
+        "after_former": _nothing_or("griddepcontrol.wait; griddepcontrol.launch_dependents;" if early else ""),
         "out_of_line": _out_of_line,
         "float_bits": _float_bits,
         "bits_float": _bits_float,

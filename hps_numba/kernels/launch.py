@@ -14,17 +14,23 @@ import ctypes
 import importlib
 import re
 import struct
+import sys
 import threading
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from hps_numba.errors import DeviceError
 from hps_numba.kernels import kernel_files
-from hps_numba.kernels.build import KernelSpec, ptx_of
+from hps_numba.kernels.build import KernelSpec, ptx_of, starts_early
 
 __all__ = ["LoadedKernel", "cubin_of", "link", "load"]
 
 THREADS = 256
+# CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
+_CONFIG = "@7I4xQQI4x"
+# CUlaunchAttribute: a number, padding to 8 bytes, a value of 64 bytes
+_EARLY = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1))  # programmatic stream serialization: allowed
 _loading = threading.RLock()
 _loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
 
@@ -34,22 +40,24 @@ class LoadedKernel:
 
     Args:
         cubin: machine code.   symbol: of the kernel in it.   kinds: of its arguments, q (int64) and f (float32).
+        early: it may be started while the kernel before it on the stream still runs (``build.starts_early``).
 
     Raises:
         DeviceError: the driver refuses the code.
     """
 
-    def __init__(self, cubin: bytes, symbol: str, kinds: str) -> None:
+    def __init__(self, cubin: bytes, symbol: str, kinds: str, *, early: bool = False) -> None:
         self._driver = driver = importlib.import_module("cuda.bindings.driver")
         self._symbol = symbol
         self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), symbol)
         self.handle = _check(driver.cuLibraryGetKernel(self._library, symbol.encode()), symbol)
         # now and not at the first launch, which may stand in a graph capture, where nothing can be loaded
         self._in_context = _check(driver.cuKernelGetFunction(self.handle), symbol)
-        self._function = driver.CUfunction(int(self.handle))
-        self._launch = driver.cuLaunchKernel
-        layout = struct.Struct(kinds)
-        self._bytes, self._offsets, self._pack_into = layout.size, _offsets(kinds), layout.pack_into
+        self._function = int(self.handle)
+        self._launch = _launch_function()
+        self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
+        self._layout = struct.Struct(_CONFIG + kinds)
+        self._offsets = _offsets(_CONFIG, kinds)
         self._threads = threading.local()
 
     def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> None:
@@ -62,22 +70,24 @@ class LoadedKernel:
             struct.error: number or kinds of the arguments are not those of the kernel.
         """
         try:
-            buffer, pointers = self._threads.arguments
+            pack, buffer, config, pointers = self._threads.arguments
         except AttributeError:
-            buffer, pointers = self._make_arguments()
-        self._pack_into(buffer, 0, *args)
-        status = self._launch(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, 0)[0]
+            pack, buffer, config, pointers = self._make_arguments()
+        pack(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        status = self._launch(config, self._function, pointers, None)
         if status:
-            raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {status.name}")
+            name = self._driver.CUresult(status).name
+            raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {name}")
 
-    def _make_arguments(self) -> tuple[Any, int]:
-        """Memory of this thread for the values of arguments, and the address of a list of their addresses."""
-        buffer = ctypes.create_string_buffer(self._bytes)
+    def _make_arguments(self) -> tuple[Any, Any, int, int]:
+        """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
+        buffer = ctypes.create_string_buffer(self._layout.size)
         start = ctypes.addressof(buffer)
         pointers = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
         self._threads.pointers = pointers
-        self._threads.arguments = buffer, ctypes.addressof(pointers)
-        return buffer, ctypes.addressof(pointers)
+        self._threads.arguments = self._layout.pack_into, buffer, start, ctypes.addressof(pointers)
+        answer: tuple[Any, Any, int, int] = self._threads.arguments
+        return answer
 
     @property
     def registers(self) -> int:
@@ -86,9 +96,20 @@ class LoadedKernel:
         return int(_check(self._driver.cuFuncGetAttribute(what, self._in_context), self._symbol))
 
 
-def _offsets(kinds: str) -> list[int]:
+def _offsets(before: str, kinds: str) -> list[int]:
     """Where each value stands in memory packed by ``struct``, which aligns as C does."""
-    return [struct.calcsize(kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+    return [struct.calcsize(before + kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+
+
+@cache
+def _launch_function() -> Any:
+    """``cuLaunchKernelEx``, called with addresses alone; other threads run Python meanwhile."""
+    importlib.import_module("cuda.bindings.driver").cuInit(0)  # the driver's library is in the process from here on
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    function = library.cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p,) * 4
+    function.restype = ctypes.c_int
+    return function
 
 
 def _check(answer: tuple[Any, ...], symbol: str) -> Any:
@@ -110,7 +131,9 @@ def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKe
         with _loading:
             kernel = _loaded.get(key)
             if kernel is None:
-                kernel = _loaded[key] = LoadedKernel(*cubin_of(spec, capability), spec.source.kinds)
+                cubin, symbol = cubin_of(spec, capability)
+                early = starts_early(spec, capability)
+                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.kinds, early=early)
     return kernel
 
 
