@@ -222,10 +222,15 @@ class Stress:
         words[:, 2] = words[:, 3:].sum(1, dtype=np.int64).astype(np.int32) ^ numbers.astype(np.int32)
         return words.view(np.float32)
 
+    def goes_on(self) -> bool:
+        """For the time that was asked for, and on a busy machine until there was something to see."""
+        seen = self.batches >= 64 and self.committed.sum() >= 400
+        return not self.problems and (time.monotonic() < self.end or (not seen and time.monotonic() < self.end + 120))
+
     def read(self, seed: int) -> None:
         random, torch = np.random.default_rng(seed), self.torch
         streams = [torch.cuda.Stream() for _ in range(8)]
-        while time.monotonic() < self.end and not self.problems:
+        while self.goes_on():
             started = []
             for stream in streams:
                 n = int(np.exp(random.uniform(0, np.log(60_000))))
@@ -249,7 +254,7 @@ class Stress:
 
     def write(self, seed: int, share: np.ndarray) -> None:
         random = np.random.default_rng(seed)
-        while time.monotonic() < self.end and not self.problems:
+        while self.goes_on():
             some = np.unique(random.choice(share, 200))
             versions = self.committed[some] + 1
             self.store.upsert(self.keys[some], self.rows(some, versions))
@@ -277,7 +282,7 @@ def test_threads_and_streams_beside_writers_see_whole_fresh_rows() -> None:
     for thread in threads:
         thread.join()
     assert not stress.problems, stress.problems[:3]
-    assert stress.batches >= 64 and stress.committed.sum() >= 400  # each thread came round, beside several writes
+    assert stress.batches >= 64 and stress.committed.sum() >= 400
     counts = stress.cache.counters()
     assert counts.inserted > 1000 and counts.evicted > 0
     stress.cache.close()

@@ -161,7 +161,17 @@ def test_a_kernel_of_a_user_policy_is_another_kernel():
 
 #: stand-ins of ``lanes`` that are right for a tile of one lane as they are, wherever they run
 RIGHT_FOR_ONE_LANE = {
-    *("after_former", "all_in_tile", "any_in_warp", "count_in_warp", "from_first_lane", "from_lane", "grid_blocks"),
+    *(
+        "after_former",
+        "all_in_tile",
+        "any_in_warp",
+        "block_number",
+        "block_tiles",
+        "count_in_warp",
+        "from_first_lane",
+        "from_lane",
+        "grid_blocks",
+    ),
     *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
     *("lane_in_warp", "max_in_tile", "out_of_line", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
     *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),

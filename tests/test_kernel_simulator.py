@@ -48,6 +48,14 @@ def blocks_in_grid():
     return HERE.blocks
 
 
+def block_in_grid():
+    return HERE.number // (HERE.grid // HERE.blocks)
+
+
+def threads_in_block():
+    return HERE.grid // HERE.blocks
+
+
 def is_first_in_grid():
     return HERE.number == 0
 
@@ -66,6 +74,8 @@ GRID = {
     "grid_tiles": threads_in_grid,
     "grid_warps": threads_in_grid,
     "grid_blocks": blocks_in_grid,
+    "block_number": block_in_grid,
+    "block_tiles": threads_in_block,
     "is_grid_leader": is_first_in_grid,
     "is_block_leader": is_first_in_block,
     "sync_block": wait_for_block,

@@ -34,6 +34,8 @@ from hps_numba.kernels.lanes import (
     add32,
     add64,
     after_former,
+    block_number,
+    block_tiles,
     cas32,
     cas64,
     fence,
@@ -49,7 +51,6 @@ from hps_numba.kernels.lanes import (
     st64,
     sync_block,
     tile_in_warp,
-    tile_number,
     tiles_in_warp,
     warp_number,
 )
@@ -161,14 +162,13 @@ def finish_batch(state, scratch, batch, listed, advance):
     Only blocks that had some of the ``listed`` sets count, or the first if there were none: most blocks of most batches have
     nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met.
     """
-    tiles = grid_tiles() // grid_blocks()
-    blocks = min(grid_blocks(), max(1, (listed + tiles - 1) // tiles))
-    if tile_number() // tiles >= blocks:
+    if block_number() > 0 and block_number() * block_tiles() >= listed:
         return
     sync_block()
     if not is_block_leader():
         return
     fence()
+    blocks = min(grid_blocks(), (listed + block_tiles() - 1) // block_tiles()) if listed > 0 else 1
     if blocks == 1 or add64(scratch + SCRATCH_TICKET, 1) == blocks - 1:
         st64(scratch + SCRATCH_TICKET, 0)
         st64(scratch + SCRATCH_LISTED, 0)

@@ -27,6 +27,8 @@ __all__ = [
     "any_in_warp",
     "bits_float",
     "bits_set",
+    "block_number",
+    "block_tiles",
     "cas32",
     "cas64",
     "count_in_warp",
@@ -261,6 +263,16 @@ def tile_number():
 
 def grid_tiles():
     """Tiles in the grid."""
+    return 1
+
+
+def block_number():
+    """Number of this block in the grid."""
+    return 0
+
+
+def block_tiles():
+    """Tiles in a block."""
     return 1
 
 

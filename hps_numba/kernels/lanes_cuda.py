@@ -366,6 +366,7 @@ def names(
     """
     LANES, TILES, FULL = lanes, WARP // lanes, 0xFFFFFFFF
     TILE_BITS = (1 << lanes) - 1
+    SHIFT = lanes.bit_length() - 1  # shifts and masks: division that rounds as Python's does takes ten instructions
     shuffle, vote, zeros = _shuffle, _vote, _trailing_zeros
     load_pair, load_word, load_host_word = (
         _load2("ld.relaxed.gpu.global.v2.b64"),
@@ -377,11 +378,11 @@ def names(
 
     @device
     def lane():
-        return cuda.threadIdx.x % LANES
+        return cuda.threadIdx.x & (LANES - 1)
 
     @device
     def tile_in_warp():
-        return (cuda.threadIdx.x % 32) // LANES
+        return (cuda.threadIdx.x & 31) >> SHIFT
 
     @device
     def mask():
@@ -393,11 +394,11 @@ def names(
 
     @device
     def is_first_lane():
-        return cuda.threadIdx.x % LANES == 0
+        return cuda.threadIdx.x & (LANES - 1) == 0
 
     @device
     def is_warp_leader():
-        return cuda.threadIdx.x % 32 == 0
+        return cuda.threadIdx.x & 31 == 0
 
     @device
     def is_block_leader():
@@ -413,15 +414,23 @@ def names(
 
     @device
     def warp_number():
-        return (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // 32
+        return (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5
 
     @device
     def tile_number():
-        return (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // LANES
+        return (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> SHIFT
 
     @device
     def grid_tiles():
-        return cuda.gridDim.x * cuda.blockDim.x // LANES
+        return cuda.gridDim.x * cuda.blockDim.x >> SHIFT
+
+    @device
+    def block_number():
+        return cuda.blockIdx.x
+
+    @device
+    def block_tiles():
+        return cuda.blockDim.x >> SHIFT
 
     @device
     def grid_blocks():
@@ -433,11 +442,11 @@ def names(
 
     @device
     def lane_in_warp():
-        return cuda.threadIdx.x % 32
+        return cuda.threadIdx.x & 31
 
     @device
     def grid_warps():
-        return cuda.gridDim.x * cuda.blockDim.x // 32
+        return cuda.gridDim.x * cuda.blockDim.x >> 5
 
     @device
     def votes_of_warp(condition):
@@ -506,7 +515,7 @@ def names(
 
     @device
     def count_in_warp(condition):
-        return cuda.popc(vote(FULL, condition)) // LANES
+        return cuda.popc(vote(FULL, condition)) >> SHIFT
 
     @device
     def from_first_lane(value):
@@ -607,6 +616,8 @@ def names(
         "warp_number": warp_number,
         "grid_tiles": grid_tiles,
         "grid_blocks": grid_blocks,
+        "block_number": block_number,
+        "block_tiles": block_tiles,
         "any_in_warp": any_in_warp,
         "all_in_tile": all_in_tile,
         "count_in_warp": count_in_warp,
@@ -659,7 +670,7 @@ def _float32_rows(
 
     @device
     def copy_rows(target, source):
-        rows_to_answers(target, source, lane_in_warp())
+        rows_to_answers(target, source, cuda.threadIdx.x % WARP)
 
     @device
     def copy_from_cache(target, source):
