@@ -7,13 +7,13 @@ works through the ranges itself, and takes back what nobody started.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from queue import SimpleQueue
 
 from hps_numba.forks import renew_after_fork
 
@@ -36,7 +36,12 @@ def available_cores() -> int:
 
 
 class _Pool:
-    """The executor of this process, made on first use and made anew in a forked child."""
+    """The idle threads of this process, started on first use and started anew in a forked child.
+
+    Not an executor of the standard library: those lock in Python code, and an interrupt (Ctrl-C) between two of its lines
+    leaves a lock taken for ever, for which the end of the process then waits. A ``SimpleQueue`` and a bare thread have no
+    such line.
+    """
 
     def __init__(self) -> None:
         self.threads = available_cores()
@@ -45,16 +50,24 @@ class _Pool:
 
     def renew(self) -> None:
         """Start with no thread."""
-        self.executor: ThreadPoolExecutor | None = None
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.started = 0
 
-    def submit(self, function: Callable[[], Any]) -> Future[Any] | None:
-        """Start ``function`` on a thread; None where no thread can be had any more (limits, end of the interpreter)."""
-        try:
-            if self.executor is None:
-                self.executor = ThreadPoolExecutor(max(1, self.threads - 1), "hps_numba")
-            return self.executor.submit(function)
-        except RuntimeError:
-            return None
+    def submit(self, job: Callable[[], None]) -> None:
+        """Let a thread call ``job``, which must not raise, sooner or later; never, where no thread can be had."""
+        if self.started < max(1, self.threads - 1):
+            try:
+                _thread.start_new_thread(_work_off, (self._jobs,))
+                self.started += 1
+            except RuntimeError:  # a limit of the system, or the interpreter ends
+                if not self.started:
+                    return
+        self._jobs.put(job)
+
+
+def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
 
 
 _pool = _Pool()
@@ -103,19 +116,17 @@ def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, 
             busy.discard(me)
 
     threads = _pool.threads if threads is None else threads
-    others: list[Future[Any] | None] = []
-    done = False
+    asked = done = False
     while not done:
         try:
-            if not others and not failures:
+            if not asked:
+                asked = True
                 for _ in range(min(threads, len(ranges)) - 1):
-                    others.append(_pool.submit(work))
+                    _pool.submit(work)  # one that comes too late finds nothing to do
                 work()
             if failures:
                 waiting.clear()
-            for other in others:
-                if other is not None:
-                    other.cancel()  # one that comes too late finds nothing to do
+            busy.discard(threading.get_ident())  # an interrupt may have kept ``work`` from it
             patience = time.monotonic() + _AWAKE_SECONDS
             while busy:
                 if time.monotonic() < patience:
