@@ -167,10 +167,10 @@ class CacheLookup:
         spec = self._answer_spec("lookup_kernel", key_form, out_type, aligned)
         plain = self.row_type == out_type == "float32"
         if small:
-            return replace(spec, lanes=8, group=4, depth=8, by_tile=True, registers=40 if plain else 64)
+            return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if plain else 64)
         if 4 * self.dim <= 128:
-            return replace(spec, lanes=4, group=32, depth=8, registers=56 if plain else 64)
-        return replace(spec, lanes=8, group=8, depth=8, registers=64)
+            return replace(spec, lanes=4, group=32, registers=56 if plain else 64)
+        return replace(spec, lanes=8, group=8, registers=64)
 
     def _lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """The kernel of the lookup, and how many keys a warp of it takes."""

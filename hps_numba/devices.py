@@ -19,6 +19,7 @@ work on them under ``current`` of that device. Streams 0, 1 and 2 are the defaul
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -50,6 +51,7 @@ __all__ = [
     "destroy_stream",
     "device_count",
     "device_info",
+    "driver_library",
     "event_done",
     "fill",
     "free_bytes",
@@ -196,6 +198,15 @@ def why_no_device() -> str:
     """One line that says why ``device_count`` is 0; empty if it is not."""
     _cuda.ask()
     return _cuda.why
+
+
+def driver_library() -> ctypes.CDLL:
+    """The driver's own library, for calls that ``cuda.bindings`` would make slower or may not be there for.
+
+    Raises:
+        OSError: there is none.
+    """
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def check_device(ordinal: int) -> None:

@@ -135,6 +135,22 @@ def test_a_kernel_waits_for_the_one_before_it_where_the_chip_can_start_it_early(
 
 
 @needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_kernel_for_small_batches_compiles_and_links_for_every_chip(chip):
+    """It is no case of the pairs: a tile takes a key with 8 lanes and 4 keys a warp only."""
+    row_type = list(TYPE_NUMBERS)[CHIPS.index(chip) % len(TYPE_NUMBERS)]
+    policy = load_policy(("lru", "lfu", "fifo")[CHIPS.index(chip) % 3])
+    spec = replace(SPEC, dim=32, policy=policy, row_type=row_type, by_tile=True, lanes=8, group=4, registers=64)
+    assert machine_of(launch.link(ptx_of(spec, chip), chip, spec.registers)) == 10 * chip[0] + chip[1]
+
+
+@pytest.mark.parametrize(("lanes_of_tile", "group"), [(4, 8), (8, 32), (4, 4)])
+def test_a_tile_that_takes_a_key_has_eight_lanes(lanes_of_tile, group):
+    with pytest.raises(ConfigError, match=f"by_tile with lanes={lanes_of_tile}, group={group}, wanted 8 and 4"):
+        ptx_of(replace(SPEC, by_tile=True, lanes=lanes_of_tile, group=group), (9, 0))
+
+
+@needs_compiler
 @pytest.mark.parametrize("by_tile", [False, True])
 def test_the_way_of_a_hit_writes_nothing_to_memory_of_its_own(by_tile):
     """numba clears memory for results of functions out of line: such a store must not stand where every thread passes."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from gather import PlainGather
-from measure import WARMUPS, host_copy_rate
+from measure import WARMUPS, Call, host_copy_rate
 from run import Run, compact, median, parser_of, print_table, verdict
 from table import add_rows, check, keys_of, new_cache, new_store
 
@@ -158,7 +158,8 @@ def measure_bus(run: Run, table: Table) -> Bus:
     gather(numbers[0], rows, out, machine.stream())
     machine.wait()
     check("plain gather of host memory", out, numbers[0], dim)
-    gather_us = statistics.median(machine.times(lambda turn, stream: gather(numbers[turn], rows, out, stream), 7, 8))
+    call: Call = lambda turn, stream: gather(numbers[turn], rows, out, stream)  # noqa: E731
+    gather_us = statistics.median(machine.times(call, 7, len(numbers)))
     miss_us, rate = table.time(table.few, n, 0.0)
     bus = Bus(host_copy_rate(machine, table.sizes.copy_bytes), n * 4 * dim / gather_us / 1e3, n / gather_us, n / miss_us)
     run.say(

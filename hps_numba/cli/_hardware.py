@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hps_numba.devices import driver_library
 from hps_numba.memory import available_bytes, total_bytes
 from hps_numba.threads import available_cores
 
@@ -97,8 +98,7 @@ def driver_cuda() -> tuple[int, int] | None:
     """What ``cuDriverGetVersion`` of the driver's library says; the call starts nothing on a GPU."""
     version = ctypes.c_int(0)
     try:
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        failed = library.cuDriverGetVersion(ctypes.byref(version))
+        failed = driver_library().cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return None
     return None if failed else (version.value // 1000, version.value % 1000 // 10)

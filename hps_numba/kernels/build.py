@@ -85,8 +85,8 @@ class KernelSpec:
         lanes: in a tile, 4 or 8 (GPU only).
         group: keys that a warp looks up at a time (GPU only).
         depth: loads of a lane in flight while rows are copied (GPU only).
-        by_tile: a tile takes a key, not a lane; ``group`` is the number of tiles in a warp (GPU only).
         registers: most registers of a thread, 0: as the compiler likes (GPU only).
+        by_tile: a tile takes a key, not a lane; of 8 lanes, so that ``group`` is 4 (GPU only).
 
     Raises:
         ConfigError: a value that no kernel can be built for.
@@ -327,6 +327,8 @@ def ptx_of(spec: KernelSpec, capability: tuple[int, int]) -> str:
     """
     if spec.lanes not in _LANES:
         raise ConfigError(f"kernel {spec.name!r}: lanes is {spec.lanes}, wanted 4 or 8 on a GPU")
+    if spec.by_tile and (spec.lanes, spec.group) != (8, 4):
+        raise ConfigError(f"kernel {spec.name!r}: by_tile with lanes={spec.lanes}, group={spec.group}, wanted 8 and 4")
     try:
         from hps_numba.kernels.numba_cuda import compile_ptx
     except ImportError as problem:

@@ -100,12 +100,19 @@ def find_entry(lines, sets, key):
     """``(entry, tags)`` of a key in the cache, by one lane: the address of its key and score << 32 | meta; entry 0 if none."""
     place = set_of(lines, sets, key)
     home = home_line_of(key)
-    if BY_TILE:
-        entry, tags = probe_both(place + home, place + LINE_BYTES - home, key)
-    else:
-        entry, tags = probe_alone(place + home, key)
-        if entry == 0:
-            entry, tags = probe_alone(place + LINE_BYTES - home, key)
+    entry, tags = probe_alone(place + home, key)
+    if entry == 0:
+        entry, tags = probe_alone(place + LINE_BYTES - home, key)
+    if entry == 0 and (tags & CHAIN) != 0:
+        entry, tags = look_further(lines, sets, place, key)
+    return entry, tags
+
+
+def find_by_tile(lines, sets, key):
+    """``find_entry`` by a tile, all tiles of a warp together."""
+    place = set_of(lines, sets, key)
+    home = home_line_of(key)
+    entry, tags = probe_both(place + home, place + LINE_BYTES - home, key)
     if entry == 0 and (tags & CHAIN) != 0:
         entry, tags = look_further(lines, sets, place, key)
     return entry, tags
@@ -178,10 +185,12 @@ def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
     lines are looked at again.   **Writes:** target, scores.
     """
     entry, tags = np.int64(0), np.int64(0)
-    if BY_TILE or wanted:  # lanes of a tile search together
+    if BY_TILE:
+        entry, tags = find_by_tile(lines, sets, key)
+    elif wanted:
         entry, tags = find_entry(lines, sets, key)
-        if (tags & BUSY) != 0 or not wanted:
-            entry = np.int64(0)
+    if (tags & BUSY) != 0 or not wanted:
+        entry = np.int64(0)
     row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
     if target != 0:
         if not BY_TILE:

@@ -16,7 +16,6 @@ from hps_numba.kernels.lanes import (
     float_bits,
     from_lane,
     lane,
-    lane_in_warp,
     ld8,
     ld16,
     ld32,
@@ -49,7 +48,6 @@ __all__ = [
     "copy_rows",
     "element_of_row",
     "fill_answer",
-    "fill_rows",
     "put_answer",
     "scale_of_row",
     "store_in_cache",
@@ -106,14 +104,6 @@ def copy_rows(target, source):
         row = from_lane(source, number)
         if row != 0:
             copy_from_cache(target + number * OUT_STRIDE, row)
-
-
-def fill_rows(target, default, wanted):
-    """``fill_answer`` for those lanes of a warp that want it; ``target`` is that of the first.   **Writes:** target."""
-    if wanted:
-        bits = float_bits(default)
-        for element in range(DIM):
-            put_answer(target + lane_in_warp() * OUT_STRIDE, element, bits)
 
 
 def copy_from_host(target, stage, source):

@@ -14,12 +14,12 @@ import ctypes
 import importlib
 import re
 import struct
-import sys
 import threading
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from hps_numba.devices import driver_library
 from hps_numba.errors import DeviceError
 from hps_numba.kernels import kernel_files
 from hps_numba.kernels.build import KernelSpec, ptx_of, starts_early
@@ -56,7 +56,8 @@ class LoadedKernel:
         self._function = int(self.handle)
         self._launch = _launch_function()
         self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
-        self._layout = struct.Struct(_CONFIG + kinds)
+        layout = struct.Struct(_CONFIG + kinds)
+        self._bytes, self._pack_into = layout.size, layout.pack_into
         self._offsets = _offsets(_CONFIG, kinds)
         self._threads = threading.local()
 
@@ -70,24 +71,23 @@ class LoadedKernel:
             struct.error: number or kinds of the arguments are not those of the kernel.
         """
         try:
-            pack, buffer, config, pointers = self._threads.arguments
+            buffer, config, pointers = self._threads.arguments
         except AttributeError:
-            pack, buffer, config, pointers = self._make_arguments()
-        pack(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+            buffer, config, pointers = self._make_arguments()
+        self._pack_into(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
         status = self._launch(config, self._function, pointers, None)
         if status:
             name = self._driver.CUresult(status).name
             raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {name}")
 
-    def _make_arguments(self) -> tuple[Any, Any, int, int]:
+    def _make_arguments(self) -> tuple[Any, int, int]:
         """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
-        buffer = ctypes.create_string_buffer(self._layout.size)
+        buffer = ctypes.create_string_buffer(self._bytes)
         start = ctypes.addressof(buffer)
         pointers = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
         self._threads.pointers = pointers
-        self._threads.arguments = self._layout.pack_into, buffer, start, ctypes.addressof(pointers)
-        answer: tuple[Any, Any, int, int] = self._threads.arguments
-        return answer
+        self._threads.arguments = arguments = buffer, start, ctypes.addressof(pointers)
+        return arguments
 
     @property
     def registers(self) -> int:
@@ -104,9 +104,7 @@ def _offsets(before: str, kinds: str) -> list[int]:
 @cache
 def _launch_function() -> Any:
     """``cuLaunchKernelEx``, called with addresses alone; other threads run Python meanwhile."""
-    importlib.import_module("cuda.bindings.driver").cuInit(0)  # the driver's library is in the process from here on
-    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    function = library.cuLaunchKernelEx
+    function = driver_library().cuLaunchKernelEx
     function.argtypes = (ctypes.c_void_p,) * 4
     function.restype = ctypes.c_int
     return function
