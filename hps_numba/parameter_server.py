@@ -28,6 +28,7 @@ from hps_numba.errors import (
     HpsError,
     KeyDtypeError,
     ModelFileError,
+    OutputError,
     TierUnavailable,
     UnknownModelError,
 )
@@ -41,6 +42,7 @@ from hps_numba.progress import rows_progress
 from hps_numba.refresh import RefreshTimer
 from hps_numba.session import TableSession
 from hps_numba.stats import TableStats
+from hps_numba.storage.host_pooling import Bags
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
@@ -274,6 +276,57 @@ class HPS:
             raise reason from (problem.__cause__ if reason is problem else problem)
         if wide is not flat:
             flat[:] = wide
+
+    def lookup_pooled(
+        self,
+        keys: Any,
+        offsets: Any,
+        model_name: str,
+        table_id: int | str,
+        device_id: int = 0,
+        *,
+        weights: Any = None,
+        combiner: str = "sum",
+        max_norm: float | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The rows of each bag of keys, combined to one row in the pass that reads them (spec 2.3).
+
+        Args:
+            keys: integers ``[n]``, as for ``lookup``; those in the memory of a GPU are copied to the host.
+            offsets: integers ``[bags + 1]``: where each bag begins, and the end of the last; ascending from 0 to ``n``.
+            weights: numbers ``[n]``, or None: all are 1.
+            combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 where
+                the divisor is 0); ``max``, whatever the weights.
+            max_norm: rows are clipped to this Euclidean norm before they are weighted, or None.
+            out: NumPy float32 ``[bags, dim]``, contiguous, to write to and return.
+
+        Returns:
+            NumPy float32 ``[bags, dim]``: sums in float32 in the order of keys. A bag without keys gets 0; a key that no tier
+            has counts with the table's default value.
+
+        Raises:
+            As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; OutputError for ``weights`` and
+            ``out``.
+        """
+        deployment = self._deployment(model_name, device_id)
+        table = deployment.table(table_id)
+        flat = as_keys(keys, wide=self._wide).flat
+        starts = as_keys(offsets, wide=True, place="offsets").flat
+        if weights is not None:
+            weights = as_rows(weights, (len(flat),), place="weights")
+        bags = Bags(flat, starts, weights, combiner, None if max_norm is None else float(max_norm))
+        shape = (len(bags), table.spec.dim)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
+        try:
+            table.lookup_pooled(bags, out)
+        except ClosedError as problem:
+            reason = self._why_closed(deployment, problem)
+            raise reason from (problem.__cause__ if reason is problem else problem)
+        return out
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
         """The rows of several tables of one model, all of the same version of the model.

@@ -35,6 +35,7 @@ from hps_numba.layout import (
     COUNTER_UNANSWERED,
 )
 from hps_numba.stats import Counters, TableStats
+from hps_numba.storage.host_pooling import Bags, Missing, pool_bags
 from hps_numba.storage.host_store import HostStore
 from hps_numba.storage.table_content import address_of
 from hps_numba.table_caches import TableCaches
@@ -146,6 +147,31 @@ class TableSession:
             self._fetch(keys, np.arange(len(keys)), out, self._writes)
         else:
             self._counters.add(COUNTER_ABSENT, len(keys))
+
+    def lookup_pooled(self, bags: Bags, out: np.ndarray) -> None:
+        """Write the pooled row of each bag to ``out``, from host memory and what is behind it.
+
+        Args:
+            out: float32 ``[bags, dim]``, contiguous; a bag without keys gets 0.
+        """
+        n, default = len(bags.keys), self.spec.default_value
+        missing = Missing(n) if self._slower else None
+        writes = self._writes
+        counters = self._counters.address
+        if self.store is not None:
+            missed = self.store.pool(bags, out, default, counters=counters, missing=missing)
+        else:
+            missed = pool_bags(0, None, bags, out, default, counters=counters, missing=missing)
+        if missing is None:
+            self._counters.add(COUNTER_ABSENT, missed)
+        elif missed:
+            wanted, rows, found, inverse = self._fetch_rows(bags.keys[missing.positions])
+            missing.answer(rows, inverse)
+            if self.store is not None:
+                self.store.pool(bags, out, default, missing=missing)
+            else:
+                pool_bags(0, None, bags, out, default, missing=missing)
+            self._keep_later(wanted[found], rows[found], writes)
 
     # -- through a cache ---------------------------------------------------------------------
 

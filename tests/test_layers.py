@@ -31,6 +31,7 @@ ROWS = [
     {"kernels"},
     {"storage.formats", "storage.epochs"},
     {"storage.model_files", "storage.bin_dump", "storage.table_content"},
+    {"storage.host_pooling"},
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
@@ -219,12 +220,13 @@ SHOWN = {
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
     "kernels.host_lookup": {"storage"},
+    "kernels.host_pool": {"storage"},
     "kernels.host_scan": {"storage"},
     "kernels.host_write": {"storage"},
     "kernels.build": CACHE,
     "kernels.launch": CACHE,
     "kernels.cache_image": {"cache"},
-    "kernels.cache_pool": {"cache_pooling"},
+    "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
     "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
     "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept

@@ -42,7 +42,7 @@ from hps_numba.layout import (
     RECENCY_NONE,
 )
 
-__all__ = ["host_addresses", "host_contains", "host_lookup"]
+__all__ = ["find_words", "host_addresses", "host_contains", "host_lookup"]
 
 # keys between asking for a cache line and using it: by measurement, flat from 8 to 32
 _AHEAD = 16
@@ -51,7 +51,7 @@ _BATCH = 1024
 
 
 @host_function
-def _find_words(block, keys, n, words, late):
+def find_words(block, keys, n, words, late):
     """Put the index words of ``n`` keys in ``words``.   **Writes:** words, late.
 
     A key that its home line does not settle (the line is full, one key in twenty) waits in ``late`` until the others are done,
@@ -140,7 +140,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
     missing = 0
     for first in range(start, stop, _BATCH):
         n = min(_BATCH, stop - first)
-        _find_words(block, keys + 8 * first, n, words, late)
+        find_words(block, keys + 8 * first, n, words, late)
         to = misses + 8 * missing if misses != 0 else 0
         missing += _copy_rows(block, words, n, first, out + first * row_bytes, default, to, now, streamed)
     if streamed:

@@ -17,6 +17,7 @@ __all__ = [
     "copy_row",
     "exchange_word",
     "fill_row",
+    "float_pointer",
     "full_fence",
     "load_word",
     "load_word_acquire",
@@ -45,6 +46,16 @@ def array_address(typingctx, array):
         return builder.ptrtoint(struct.data, _WORD)
 
     return _INT(array), codegen
+
+
+@intrinsic
+def float_pointer(typingctx, address):
+    """``address`` as ``numba.carray`` wants it, for an array of float32."""
+
+    def codegen(context, builder, signature, args):
+        return _pointer(builder, args[0], _FLOAT)
+
+    return types.CPointer(types.float32)(_INT), codegen
 
 
 @intrinsic

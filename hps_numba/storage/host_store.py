@@ -34,6 +34,7 @@ from hps_numba.layout import (
 )
 from hps_numba.memory import HostAllocator, PlainHostAllocator
 from hps_numba.storage.epochs import Epochs
+from hps_numba.storage.host_pooling import Bags, Missing, pool_bags
 from hps_numba.storage.table_content import TableContent, address_of, entries_of
 from hps_numba.threads import ranges_of, run_ranges
 
@@ -249,6 +250,25 @@ class HostStore:
         if missing < 0:
             raise self._is_closed()
         return missing
+
+    def pool(
+        self, bags: Bags, out: np.ndarray, default: float = 0.0, *, counters: int = 0, missing: Missing | None = None
+    ) -> int:
+        """Write the pooled row of each bag to ``out`` (``storage/host_pooling.py`` says what a bag is).
+
+        Args:
+            out: float32 ``[bags, dim]``, contiguous; a bag without keys gets 0.
+            default: fills the row of a key that is nowhere.   counters: as for ``lookup``.
+            missing: takes the positions of keys without a row here, and has rows for some of them.
+
+        Returns the number of keys without a row.
+        """
+        with self._epochs.reading():  # one version of the table, which stays until the last range has ended
+            snapshot = self._header.view(np.int64, (1,)).copy()
+            missed = pool_bags(address_of(snapshot), self._epochs, bags, out, default, counters=counters, missing=missing)
+        if missed < 0:
+            raise self._is_closed()
+        return missed
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
