@@ -98,8 +98,11 @@ def kind_of(array: Any) -> ArrayKind:
 
 def new_output(kind: ArrayKind, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
     """Uninitialised host rows that :func:`wrap_output` hands over without a copy where ``kind`` is on the CPU."""
-    if kind.framework not in ("tensorflow", "jax"):
-        return np.empty(shape, dtype)
+    return aligned_empty(shape, dtype) if kind.framework in ("tensorflow", "jax") else np.empty(shape, dtype)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Uninitialised memory that begins where TensorFlow and JAX take it over without a copy."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)

@@ -19,7 +19,7 @@ import numpy as np
 from hps_numba import devices as devices_module
 from hps_numba.cache import EmbeddingCache
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
-from hps_numba.config.spec import locate
+from hps_numba.config.spec import TableSpec, locate
 from hps_numba.deployment import Deployment, Policies, config_of_model, load_policies
 from hps_numba.errors import (
     ClosedError,
@@ -172,7 +172,7 @@ class HPS:
         keys: Any,
         model_name: str,
         table_id: int | str,
-        device_id: int = 0,
+        device_id: int | None = 0,
         *,
         out: Any = None,
         stream: Any = None,
@@ -185,8 +185,9 @@ class HPS:
                 wider integers that fit.
             model_name: a deployed model.
             table_id: number of the table in its model, or its name.
-            device_id: one of the model's ``deployed_device_list``; keys in the memory of a GPU are looked up on that GPU.
-            out: array of shape ``S + (dim,)`` and of the dtype of the answer, to write to and return.
+            device_id: one of the model's ``deployed_device_list``, or None: any; keys in the memory of a GPU are looked up on
+                that GPU.
+            out: array of shape ``S + (dim,)`` and of the dtype of the answer (or NumPy float32), to write to and return.
             stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current one of the keys'
                 framework. Ignored for keys in host memory, which are answered from host memory.
 
@@ -222,7 +223,8 @@ class HPS:
             rows = new_output(batch.kind, shape, table.output_dtype)
             self._answer(deployment, table, batch.flat, rows)
             return rows if batch.kind is NUMPY else wrap_output(rows, batch.kind)
-        rows, finish = as_output(out, shape, table.output_dtype)
+        plain = type(out) is np.ndarray and out.dtype == np.float32
+        rows, finish = as_output(out, shape, np.float32 if plain else table.output_dtype)
         self._answer(deployment, table, batch.flat, rows)
         finish()
         return out
@@ -283,7 +285,7 @@ class HPS:
         offsets: Any,
         model_name: str,
         table_id: int | str,
-        device_id: int = 0,
+        device_id: int | None = 0,
         *,
         weights: Any = None,
         combiner: str = "sum",
@@ -543,6 +545,19 @@ class HPS:
     def models(self) -> tuple[str, ...]:
         """Names of the deployed models."""
         return tuple(self._models)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
+    def table_spec(self, model_name: str, table_id: int | str) -> TableSpec:
+        """Name, width and default value of a table.
+
+        Raises:
+            UnknownModelError: no such model or table.   ClosedError: the server was closed.
+        """
+        return self._table(model_name, table_id).spec
 
     # -- looking at it ---------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def offsets_of(numbers: np.ndarray, bags: int) -> np.ndarray:
         ConfigError: numbers are not ascending, or not of 0 to ``bags - 1``.
     """
     offsets = np.empty(bags + 1, np.int64)
-    wrong = bag_starts(numbers, 1, len(numbers), offsets)
+    wrong = bag_starts(numbers, len(numbers), offsets)
     if wrong >= 0:
         raise ConfigError(f"row of id {wrong}: {numbers[wrong]} came, ascending numbers of 0 to {bags - 1} are wanted")
     return offsets

@@ -1,0 +1,165 @@
+"""What a layer asks for, as a line of text that a graph can keep, and the answer to it.
+
+A graph that is saved and run in another process cannot hold a server. It holds the text: the config, the tables, what is to be
+done with the rows. The text is read once a process; from then on its server and tables are known by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._servers import SERVERS, Config, Servers
+from hps_numba.interop import aligned_empty
+from hps_numba.parameter_server import HPS
+from hps_numba.storage.host_pooling import offsets_of
+
+__all__ = ["Request", "Wanted", "answer"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows of one table.
+
+    Attributes:
+        model, table, dim: of the table; ``dim`` is checked.
+        combiner: None for a row a key; else one pooled row for each row of a sparse matrix of keys: ``sum``, ``mean``,
+            ``sqrtn`` or ``max``.
+        weighted: pooled, and each key has a weight.   paired: weights come with indices, which must be those of the keys.
+        clipped: pooled, and rows are clipped to a norm first.
+        default_id: pooled, and the key that stands in a row without keys, or None: such rows are 0.
+    """
+
+    model: str
+    table: int | str
+    dim: int
+    combiner: str | None = None
+    weighted: bool = False
+    paired: bool = False
+    clipped: bool = False
+    default_id: int | None = None
+
+    @property
+    def inputs(self) -> int:
+        """How many arrays ``answer`` wants for it: keys; pooled also indices, number of rows, weights, their indices, norm."""
+        return 1 if self.combiner is None else 3 + self.weighted + self.paired + self.clipped
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows of some tables of the server of one config; ``global_batch_size`` and ``replicas`` count if it must be built."""
+
+    config: Config
+    wanted: tuple[Wanted, ...]
+    global_batch_size: int = 1
+    replicas: int = 1
+
+    @cached_property
+    def text(self) -> bytes:
+        """The request as JSON, in UTF-8.
+
+        Raises:
+            ConfigError: the config is a dict with something in it that JSON has no form for.
+        """
+        try:
+            return json.dumps(asdict(self), sort_keys=True).encode()
+        except TypeError as problem:
+            raise ConfigError(f"ps_config_file: {problem}; plain numbers, texts, lists and dicts are wanted") from problem
+
+    @classmethod
+    def of_text(cls, text: bytes) -> Request:
+        """The request that ``text`` made this of."""
+        values = json.loads(text)
+        return cls(**{**values, "wanted": tuple(Wanted(**one) for one in values["wanted"])})
+
+
+Lookup = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+class _Ready:
+    """A request with its server and a function for each table."""
+
+    def __init__(self, text: bytes, servers: Servers) -> None:
+        request = Request.of_text(text)
+        self.servers: list[HPS] = []
+        self.lookups: list[tuple[Lookup, int]] = []
+        for wanted in request.wanted:
+            server = servers.of_model(
+                request.config,
+                wanted.model,
+                global_batch_size=request.global_batch_size,
+                replicas=request.replicas,
+            )
+            spec = server.table_spec(wanted.model, wanted.table)
+            if spec.dim != wanted.dim:
+                raise ConfigError(f"emb_vec_size: {wanted.dim} came, rows of {spec.tag} have {spec.dim} elements")
+            self.servers.append(server)
+            self.lookups.append((_lookup_of(server, wanted), wanted.inputs))
+
+    @property
+    def stale(self) -> bool:
+        return any(server.closed for server in self.servers)
+
+
+_ready: dict[bytes, _Ready] = {}
+
+
+def answer(text: bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS) -> list[np.ndarray]:
+    """The rows that a request asks for.
+
+    Args:
+        text: of a ``Request``, in UTF-8.
+        arrays: for each table in turn: the keys, integers of any shape ``S``. If its rows are pooled: the keys ``[n]``; int64
+            ``[n, 2]`` with their rows and columns in a sparse matrix, by row; the number ``N`` of rows; if weighted, numbers
+            ``[n]``; if paired, the indices of the weights; if clipped, the norm.
+
+    Returns:
+        float32 ``S + (dim,)``, or ``[N, dim]``, for each table, in memory that TensorFlow takes over without a copy.
+
+    Raises:
+        As ``HPS``, ``HPS.lookup`` and ``HPS.lookup_pooled``.
+    """
+    ready = _ready.get(text)
+    if ready is None or ready.stale:
+        ready = _Ready(text, servers)
+        _ready[text] = ready
+    answers, at = [], 0
+    for lookup, inputs in ready.lookups:
+        answers.append(lookup(arrays[at : at + inputs]))
+        at += inputs
+    return answers
+
+
+def _lookup_of(server: HPS, wanted: Wanted) -> Lookup:
+    model, table, dim = wanted.model, wanted.table, wanted.dim
+
+    def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        (keys,) = arrays
+        answer: np.ndarray = server.lookup(keys, model, table, None, out=aligned_empty((*keys.shape, dim)))
+        return answer
+
+    def pooled(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        keys, indices, bags, *others = arrays
+        offsets = offsets_of(indices[:, 0], int(bags))
+        options: dict[str, Any] = {"combiner": wanted.combiner, "max_norm": float(others.pop()) if wanted.clipped else None}
+        if wanted.paired and not np.array_equal(indices, others.pop()):
+            raise ConfigError("sp_weights: its indices differ from those of sp_ids, the same ones are wanted")
+        weights = others.pop() if wanted.weighted else None
+        if weights is not None and len(weights) != len(keys):
+            raise ConfigError(f"sp_weights: {len(weights)} values came, {len(keys)} are wanted, as many as ids")
+        out = aligned_empty((len(offsets) - 1, dim))
+        server.lookup_pooled(keys, offsets, model, table, None, weights=weights, out=out, **options)
+        empty = offsets[1:] == offsets[:-1]
+        if wanted.default_id is not None and empty.any():
+            out[empty] = server.lookup_pooled(
+                np.array([wanted.default_id]), [0, 1], model, table, None, max_norm=options["max_norm"]
+            )
+        return out
+
+    return rows if wanted.combiner is None else pooled

@@ -1,0 +1,34 @@
+"""The TensorFlow front end, in place of ``import hierarchical_parameter_server as hps``::
+
+    import hps_numba.frontends.tensorflow as hps
+
+    hps.Init(global_batch_size=1024, ps_config_file="ps_config.json")
+    rows = hps.LookupLayer("model", 0, 16)(ids)
+
+Importing it is what lets a SavedModel with these layers run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hps_numba.frontends.tensorflow.export import load, split
+from hps_numba.frontends.tensorflow.initialize import Init
+from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
+from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
+
+__all__ = [
+    "Init",
+    "LookupCollection",
+    "LookupLayer",
+    "SparseLookupLayer",
+    "Table",
+    "__version__",
+    "embedding_lookup",
+    "embedding_lookup_many",
+    "embedding_lookup_sparse",
+    "load",
+    "split",
+]
+
+__version__: str = sys.modules["hps_numba"].__version__

@@ -1,0 +1,194 @@
+"""Lookups as functions, like ``tf.nn.embedding_lookup`` and ``tf.nn.embedding_lookup_sparse`` (spec 2.2, 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import tensorflow as tf
+
+from hps_numba.errors import ConfigError, KeyDtypeError
+from hps_numba.frontends._requests import Request, Wanted
+from hps_numba.frontends._servers import Config
+from hps_numba.frontends.tensorflow.initialize import replica_count
+from hps_numba.frontends.tensorflow.operator import lookup_op
+
+__all__ = ["COMBINERS", "ID_TYPES", "Table", "embedding_lookup", "embedding_lookup_many", "embedding_lookup_sparse"]
+
+ID_TYPES = (tf.int64, tf.int32, tf.uint32, tf.uint64)
+COMBINERS = ("sum", "mean", "sqrtn")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table of a deployed model.
+
+    Args:
+        model_name, table_id: a table of the config, by number or name.
+        emb_vec_size: elements of a row.
+        ps_config_file: path or content of the config; an empty one means the server that is there already.
+        global_batch_size: as for ``Init``, if this table's lookup is what builds the server.
+    """
+
+    model_name: str
+    table_id: int | str
+    emb_vec_size: int
+    ps_config_file: Config = ""
+    global_batch_size: int = 1
+    _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ps_config_file, (str, Mapping)):
+            raise ConfigError(f"ps_config_file: {type(self.ps_config_file).__name__} came, a path or a dict is wanted")
+
+    @property
+    def wanted(self) -> Wanted:
+        """A row a key of this table."""
+        return Wanted(self.model_name, self.table_id, self.emb_vec_size)
+
+    def request(self, *wanted: Wanted) -> Request:
+        """For lookups of this table's server; made once."""
+        replicas = replica_count()
+        made = self._requests.get((wanted, replicas))
+        if made is None:
+            made = Request(self.ps_config_file, wanted, self.global_batch_size, replicas)
+            self._requests[wanted, replicas] = made
+        return made
+
+
+def embedding_lookup(table: Table, ids: Any, max_norm: Any = None) -> Any:
+    """The row of each id.
+
+    Args:
+        ids: int64, int32, uint32 or uint64 tensor of any shape ``S`` (or what converts to one), or a RaggedTensor.
+        max_norm: number or scalar tensor; rows are clipped to this norm by ``tf.clip_by_norm``.
+
+    Returns:
+        float32 ``S + [emb_vec_size]``, ragged if ``ids`` are. An id that no tier has gets the table's default value.
+
+    Raises:
+        KeyDtypeError (a TypeError): ids of another type.   Otherwise as ``lookup_op``.
+    """
+    (rows,) = embedding_lookup_many([(table, ids)])
+    return _clipped(rows, max_norm)
+
+
+def embedding_lookup_many(lookups: Any) -> list[Any]:
+    """``embedding_lookup`` of several tables of one server in one call of Python.
+
+    Args:
+        lookups: (table, ids) pairs; ``ids`` may also be a SparseTensor, whose rows are then pooled by their mean.
+    """
+    pieces = [_piece(table, ids) for table, ids in lookups]
+    request = lookups[0][0].request(*(wanted for wanted, _, _, _ in pieces))
+    inputs = [tensor for _, tensors, _, _ in pieces for tensor in tensors]
+    answers = lookup_op(request, inputs, [shape for _, _, shape, _ in pieces])
+    return [answer if ragged is None else ragged.with_flat_values(answer) for answer, (_, _, _, ragged) in zip(answers, pieces)]
+
+
+def _piece(table: Table, ids: Any, combiner: str | None = None) -> tuple[Wanted, list[Any], Any, Any]:
+    """``(wanted, inputs, static shape, ids if they are ragged)`` of one table."""
+    ragged = None
+    if isinstance(ids, tf.SparseTensor):
+        wanted = replace(table.wanted, combiner=combiner or "mean")
+        _check_ids(ids, "sp_ids")
+        inputs = [ids.values, ids.indices, ids.dense_shape[0]]
+        return wanted, inputs, tf.TensorShape([ids.shape[0], table.emb_vec_size]), None
+    if isinstance(ids, tf.RaggedTensor):
+        ragged, ids = ids, ids.flat_values
+    elif not tf.is_tensor(ids):
+        ids = tf.convert_to_tensor(ids)
+    _check_ids(ids, "ids")
+    return table.wanted, [ids], ids.shape.concatenate([table.emb_vec_size]), ragged
+
+
+def _check_ids(ids: Any, place: str) -> None:
+    if ids.dtype not in ID_TYPES:
+        raise KeyDtypeError(f"{place}: {ids.dtype.name} came, one of {', '.join(kind.name for kind in ID_TYPES)} is wanted")
+
+
+def _clipped(rows: Any, max_norm: Any) -> Any:
+    if max_norm is None:
+        return rows
+    if isinstance(rows, tf.RaggedTensor):
+        return rows.with_flat_values(_clipped(rows.flat_values, max_norm))
+    return tf.clip_by_norm(rows, max_norm, axes=[-1 if rows.shape.rank is None else rows.shape.rank - 1])
+
+
+def embedding_lookup_sparse(
+    table: Table,
+    sp_ids: Any,
+    sp_weights: Any = None,
+    combiner: str | None = None,
+    max_norm: Any = None,
+    default_id: int | None = None,
+) -> Any:
+    """One row for each row of a sparse matrix of ids: their rows, combined in the pass that reads them (spec 2.3).
+
+    Args:
+        sp_ids: SparseTensor ``[N, M]`` of ids, ordered by row.
+        sp_weights: None, or a SparseTensor of numbers with the same indices. Gradients flow to it.
+        combiner: ``sum``; ``mean`` (also for None), over the sum of weights; ``sqrtn``, over the root of the sum of their
+            squares; 0 where the divisor is 0.
+        max_norm: number or scalar tensor; rows are clipped to this norm before they are weighted.
+        default_id: the id that stands, with weight 1, in rows without ids; by default such rows are 0.
+
+    Returns:
+        float32 ``[N, emb_vec_size]``.
+
+    Raises:
+        TypeError: ids or weights are no SparseTensor.   ValueError: an unknown combiner, or static shapes that differ.
+        ConfigError (a ValueError): other indices of weights, ids not ordered by row.   Otherwise as ``lookup_op``.
+    """
+    if not isinstance(sp_ids, tf.SparseTensor):
+        raise TypeError(f"sp_ids: {type(sp_ids).__name__} came, a SparseTensor is wanted")
+    if sp_weights is not None and not isinstance(sp_weights, tf.SparseTensor):
+        raise TypeError(f"sp_weights: {type(sp_weights).__name__} came, a SparseTensor or None is wanted")
+    combiner = "mean" if combiner is None else combiner
+    if combiner not in COMBINERS:
+        raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
+    wanted, inputs, shape, _ = _piece(table, sp_ids, combiner)
+    wanted = replace(wanted, default_id=None if default_id is None else int(default_id))
+    if max_norm is not None:
+        max_norm = tf.cast(max_norm, tf.float32)
+        wanted = replace(wanted, clipped=True)
+    norm = [] if max_norm is None else [max_norm]
+    if sp_weights is None:
+        (rows,) = lookup_op(table.request(wanted), [*inputs, *norm], [shape])
+        return rows
+    if not sp_weights.dtype.is_floating and not sp_weights.dtype.is_integer:
+        raise TypeError(f"sp_weights: {sp_weights.dtype.name} came, numbers are wanted")
+    sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
+    paired = sp_weights.indices is not sp_ids.indices
+    wanted = replace(wanted, weighted=True, paired=paired)
+    others = [*([sp_weights.indices] if paired else []), *norm]
+
+    @tf.custom_gradient
+    def pooled(weights: Any) -> tuple[Any, Any]:
+        (rows,) = lookup_op(table.request(wanted), [*inputs, weights, *others], [shape])
+
+        def gradient(upstream: Any) -> Any:
+            return _gradient_of_weights(table, sp_ids, weights, combiner, max_norm, rows, upstream)
+
+        return rows, gradient
+
+    return pooled(tf.cast(sp_weights.values, tf.float32))
+
+
+def _gradient_of_weights(
+    table: Table, sp_ids: Any, weights: Any, combiner: str, max_norm: Any, pooled: Any, upstream: Any
+) -> Any:
+    """Of ``sum(pooled * upstream)`` by each weight: float32 ``[n]``."""
+    bags = sp_ids.indices[:, 0]
+    toward = tf.gather(upstream, bags)
+    along = tf.reduce_sum(embedding_lookup(table, sp_ids.values, max_norm) * toward, -1)
+    if combiner == "sum":
+        return along
+    against = tf.reduce_sum(tf.gather(pooled, bags) * toward, -1)
+    rows = tf.cast(sp_ids.dense_shape[0], tf.int64)
+    if combiner == "mean":
+        divisor = tf.gather(tf.math.unsorted_segment_sum(weights, bags, rows), bags)
+        return tf.math.divide_no_nan(along - against, divisor)
+    divisor = tf.sqrt(tf.gather(tf.math.unsorted_segment_sum(weights * weights, bags, rows), bags))
+    return tf.math.divide_no_nan(along - tf.math.divide_no_nan(against * weights, divisor), divisor)

@@ -1,0 +1,96 @@
+"""The TensorFlow operator: one call of Python, under a token that is the same in every process.
+
+*Why a ``py_function``-type op.* It needs no compiled library and no tie to a build of TensorFlow. Its callback is looked up by
+a token; TensorFlow's own ``tf.py_function`` makes a new token each time, so that a graph that was saved finds nothing in
+another process. Ours is fixed and registered when this module is imported: a SavedModel serves wherever that happened. What is
+asked for travels as text (``frontends/_requests.py``), an input of the op.
+
+Eager calls do not take the op: they call Python at once, which is faster, and errors keep their type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops import script_ops  # where the callbacks of py_function are kept
+
+from hps_numba.errors import HpsError
+from hps_numba.frontends._requests import Request, answer
+from hps_numba.frontends._servers import SERVERS
+from hps_numba.interop import ArrayKind, wrap_output
+
+__all__ = ["INIT_TOKEN", "LOOKUP_TOKEN", "init_op", "lookup_op"]
+
+LOOKUP_TOKEN = "hps_numba.lookup.1"
+INIT_TOKEN = "hps_numba.init.1"
+
+_HOST = ArrayKind("tensorflow", "CPU:0")
+
+
+def _lookup(request: Any, *arrays: np.ndarray) -> list[np.ndarray]:
+    return answer(bytes(request), arrays)
+
+
+def _init(request: Any) -> bytes:
+    values = json.loads(bytes(request))
+    SERVERS.open(values["config"], global_batch_size=values["global_batch_size"], replicas=values["replicas"])
+    return b"OK"
+
+
+# the registry holds its functions weakly: this keeps them
+_CALLBACKS: dict[str, Callable[..., Any]] = {LOOKUP_TOKEN: _lookup, INIT_TOKEN: _init}
+
+
+def _register() -> None:
+    """
+    Raises:
+        HpsError: this TensorFlow keeps the callbacks of ``py_function`` in another way.
+    """
+    functions = getattr(getattr(script_ops, "_py_funcs", None), "_funcs", None)
+    if functions is None:
+        raise HpsError(f"TensorFlow {tf.__version__} keeps the callbacks of py_function elsewhere, 2.16 to 2.21 are known")
+    functions.update(_CALLBACKS)
+
+
+_register()
+
+
+def lookup_op(request: Request, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
+    """The answer to a request: float32 tensors of static ``shapes``, one a table; eager or in a graph.
+
+    Args:
+        inputs: tensors, as ``_requests.answer`` wants arrays.
+
+    Raises:
+        As ``_requests.answer`` in eager calls. In a graph a ``tf.errors.OpError`` with the same text: InvalidArgumentError for
+        ValueErrors and TypeErrors, UnknownError for most others.
+    """
+    text = request.text
+    if tf.executing_eagerly():
+        rows = answer(text, [np.asarray(tensor) for tensor in inputs])
+        return [wrap_output(one, _HOST) for one in rows]
+    # no gradient: PyFunc has none
+    answers = tf.raw_ops.PyFunc(
+        input=[tf.constant(text, tf.string), *inputs], token=LOOKUP_TOKEN, Tout=[tf.float32] * len(request.wanted)
+    )
+    for tensor, shape in zip(answers, shapes, strict=True):
+        tensor.set_shape(shape)
+    return list(answers)
+
+
+def init_op(config: Any, global_batch_size: int, replicas: int) -> Any:
+    """Open the server of a config; a scalar string tensor "OK". In a graph this happens when the tensor is computed.
+
+    Raises:
+        As ``Servers.open``, when it happens.
+    """
+    text = json.dumps({"config": config, "global_batch_size": global_batch_size, "replicas": replicas})
+    if tf.executing_eagerly():
+        return tf.constant(_init(text.encode()))
+    (ok,) = tf.raw_ops.PyFunc(input=[tf.constant(text, tf.string)], token=INIT_TOKEN, Tout=[tf.string])
+    ok.set_shape([])
+    return ok
