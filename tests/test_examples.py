@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import ROOT, environment
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+IN_CELLS = [path for path in EXAMPLES if path.read_text().startswith("# %%")]
 
 
 def needs(example: Path) -> tuple[str, ...]:
@@ -23,7 +28,8 @@ def needs(example: Path) -> tuple[str, ...]:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=240)
+    quiet = environment(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=quiet, timeout=240)
 
 
 def test_examples_exist() -> None:
@@ -47,6 +53,32 @@ def test_example_without_its_packages_says_how_to_install_them(example: Path) ->
     assert result.returncode == 1
     assert "pip install" in result.stderr and all(name in result.stderr for name in needs(example))
     assert len(result.stderr.splitlines()) == 1 and not result.stdout
+
+
+def notebook_of(example: Path) -> dict[str, Any]:
+    """An example that is written in cells, as a notebook."""
+    cells: list[dict[str, Any]] = []
+    for number, cell in enumerate(re.split(r"^# %%", example.read_text(), flags=re.MULTILINE)[1:]):
+        kind, _, text = cell.partition("\n")
+        is_text = "[markdown]" in kind
+        lines = text.strip("\n").splitlines(keepends=True)
+        if is_text:
+            lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
+        more = {} if is_text else {"execution_count": None, "outputs": []}
+        kind = "markdown" if is_text else "code"
+        cells.append({"cell_type": kind, "id": f"cell-{number}", "metadata": {}, **more, "source": lines})
+    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+@pytest.mark.parametrize("example", IN_CELLS, ids=lambda path: path.stem)
+def test_the_notebook_has_the_cells_of_the_example(example: Path) -> None:
+    """``UPDATE_NOTEBOOKS=1 pytest tests/test_examples.py`` writes them anew."""
+    notebook = ROOT / "examples" / "notebooks" / f"{example.stem}.ipynb"
+    if os.environ.get("UPDATE_NOTEBOOKS"):
+        notebook.parent.mkdir(exist_ok=True)
+        notebook.write_text(json.dumps(notebook_of(example), indent=1) + "\n")
+    assert json.loads(notebook.read_text()) == notebook_of(example)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

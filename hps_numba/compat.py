@@ -1,0 +1,78 @@
+"""Unchanged scripts of the original: its module names lead to this package.
+
+``install()``, or ``python -m hps_numba.compat script.py [arguments]``, makes these importable::
+
+    import hierarchical_parameter_server as hps            the TensorFlow front end
+    from hugectr.inference import HPS, InferenceParams      the Python API (spec 4.1)
+
+A name is loaded when it is imported, so TensorFlow is needed only by scripts that use it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import runpy
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MODULES", "install", "main"]
+
+#: what stands for which module of the original
+MODULES = {
+    "hierarchical_parameter_server": "hps_numba.frontends.tensorflow",
+    "hugectr": "",  # a package that only leads to the next
+    "hugectr.inference": "hps_numba",
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of ``MODULES``, in front of whatever else has these names."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self, is_package=name == "hugectr") if name in MODULES else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name, f"{MODULES[spec.name] or 'hps_numba'} under the name of the original.")
+        source = MODULES[spec.name]
+        if source:
+            real = importlib.import_module(source)
+            names = {name: getattr(real, name) for name in (*real.__all__, "__version__")}
+            module.__dict__.update(names, __all__=sorted(names))
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to do."""
+
+
+_finder = _Finder()
+
+
+def install() -> None:
+    """Let the names of ``MODULES`` be imported in this process; twice is as good as once.
+
+    A module of that name that was imported before stays what it is.
+    """
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a script as ``python script.py arguments`` would, with the names of the original.
+
+    Raises:
+        SystemExit: no script is named.   Otherwise what the script raises.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        raise SystemExit("usage: python -m hps_numba.compat script.py [arguments]")
+    install()
+    sys.argv = given
+    runpy.run_path(given[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
