@@ -26,12 +26,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from hps_numba.dlpack import capsule_of, device_of, is_capsule, view_of_capsule
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.used_memory import ALIGNMENT, aligned_empty
 
 __all__ = ["NUMPY", "ArrayKind", "KeyBatch", "as_keys", "as_output", "as_rows", "kind_of", "new_output", "wrap_output"]
 
 _INT64 = np.dtype(np.int64)
 _UINT32_MAX = 0xFFFF_FFFF
-_ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds, and enough for JAX to take memory over
 
 Finish = Callable[[], None]
 """What :func:`as_output` wants called once its rows are filled."""
@@ -99,15 +99,6 @@ def kind_of(array: Any) -> ArrayKind:
 def new_output(kind: ArrayKind, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
     """Uninitialised host rows that :func:`wrap_output` hands over without a copy where ``kind`` is on the CPU."""
     return aligned_empty(shape, dtype) if kind.framework in ("tensorflow", "jax") else np.empty(shape, dtype)
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-    """Uninitialised memory that begins where TensorFlow and JAX take it over without a copy."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def wrap_output(rows: NDArray[Any], kind: ArrayKind) -> Any:
@@ -406,7 +397,7 @@ def _torch_from(rows: NDArray[Any], device: Any) -> Any:
 def _tensorflow_from(rows: NDArray[Any], device: str) -> Any:
     tensorflow = sys.modules["tensorflow"]
     # a tensor over unaligned memory is accepted, and kills the process in the first op that reads it
-    if "CPU" in device and rows.size and rows.flags.carray and rows.ctypes.data % _ALIGNMENT == 0:
+    if "CPU" in device and rows.size and rows.flags.carray and rows.ctypes.data % ALIGNMENT == 0:
         return tensorflow.experimental.dlpack.from_dlpack(rows.__dlpack__())
     with tensorflow.device(device):
         return tensorflow.convert_to_tensor(rows)

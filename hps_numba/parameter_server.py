@@ -187,7 +187,7 @@ class HPS:
             table_id: number of the table in its model, or its name.
             device_id: one of the model's ``deployed_device_list``, or None: any; keys in the memory of a GPU are looked up on
                 that GPU.
-            out: array of shape ``S + (dim,)`` and of the dtype of the answer (or NumPy float32), to write to and return.
+            out: array of shape ``S + (dim,)`` and of the dtype of the answer, to write to and return.
             stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current one of the keys'
                 framework. Ignored for keys in host memory, which are answered from host memory.
 
@@ -223,8 +223,7 @@ class HPS:
             rows = new_output(batch.kind, shape, table.output_dtype)
             self._answer(deployment, table, batch.flat, rows)
             return rows if batch.kind is NUMPY else wrap_output(rows, batch.kind)
-        plain = type(out) is np.ndarray and out.dtype == np.float32
-        rows, finish = as_output(out, shape, np.float32 if plain else table.output_dtype)
+        rows, finish = as_output(out, shape, table.output_dtype)
         self._answer(deployment, table, batch.flat, rows)
         finish()
         return out
@@ -278,6 +277,23 @@ class HPS:
             raise reason from (problem.__cause__ if reason is problem else problem)
         if wide is not flat:
             flat[:] = wide
+
+    def lookup_into(self, keys: np.ndarray, model_name: str, table_id: int | str, out: np.ndarray) -> None:
+        """``lookup`` for front ends: keys and rows are NumPy's, and rows are float32 whatever the model's ``output_dtype``.
+
+        Args:
+            keys: integers of any shape ``S``.   out: float32 ``S + (dim,)``, contiguous; all of it is written.
+
+        Raises:
+            As ``lookup``; OutputError for ``out``.
+        """
+        deployment = self._deployment(model_name)
+        table = deployment.table(table_id)
+        batch = as_keys(keys, wide=self._wide)
+        shape = (*batch.shape, table.spec.dim)
+        if out.dtype != np.float32 or out.shape != shape or not out.flags.carray:
+            raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
+        self._answer(deployment, table, batch.flat, out)
 
     def lookup_pooled(
         self,

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from hps_numba.forks import renew_after_fork
 
-__all__ = ["available_cores", "ranges_of", "run_ranges"]
+__all__ = ["SPLIT_BYTES", "available_cores", "ranges_of", "run_ranges"]
 
 #: below this many bytes, about half a millisecond, a batch is not worth a second thread: to hand work over takes
 #: 30 microseconds if that thread's core is awake, and some hundred if not

@@ -82,6 +82,14 @@ def test_overhead(tmp_path: Path) -> None:
         assert {"HostStore.lookup", "TableSession.lookup", "numpy.take(out=)"} < times.keys()
 
 
+def test_tensorflow_layer(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    printed, report = run("tensorflow_layer", tmp_path)
+    assert report["quick"] is True and ("met (" in printed or "missed (" in printed)
+    assert {"layer in a graph", "HPS.lookup(out=)", "bare py_function"} <= report["layer_us"]["32"].keys()
+    assert all(time > 0 for times in report["dlrm_us"].values() for time in times.values())
+
+
 def test_every_benchmark_is_in_the_readme() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     scripts = [path for path in FOLDER.glob("*.py") if "def main" in path.read_text()]

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "hps_numba"
 ROWS = [
     {"errors", "forks"},
     {"layout", "cache_layout", "devices"},
-    {"parts", "memory", "threads", "background", "progress", "dlpack"},
+    {"parts", "memory", "threads", "background", "progress", "dlpack", "used_memory"},
     {"config", "interop"},
     {"interop_device"},
     {"kernels"},

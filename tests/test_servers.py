@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from naive import rows_of
 
-from hps_numba import ConfigError, HpsError, UnknownModelError
+from hps_numba import ConfigError, HpsError, KeyDtypeError, OutputError, UnknownModelError
 from hps_numba.frontends import _requests
 from hps_numba.frontends._requests import Request, Wanted, answer
 from hps_numba.frontends._servers import Servers
@@ -123,6 +123,18 @@ def test_rows_and_pooled_rows_in_one_answer(workshop: Any, servers: Servers) -> 
         assert array.dtype == np.float32 and array.ctypes.data % 64 == 0
 
 
+def test_many_tables_are_looked_up_by_all_threads(workshop: Any, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_requests, "SPLIT_BYTES", 1)
+    config = {"supportlonglong": True, "models": [workshop.model(*[(range(20), 4 + i) for i in range(9)])]}
+    request = Request(config, tuple(Wanted("m", i, 4 + i) for i in range(9)))
+    for _ in range(20):
+        keys = [np.arange(i, 20) for i in range(9)]
+        answers = answer(request.text, keys, servers)
+        assert all(np.array_equal(rows, rows_of(some, 4 + i)) for i, (some, rows) in enumerate(zip(keys, answers)))
+    with pytest.raises(KeyDtypeError):
+        answer(request.text, [np.arange(3)] * 8 + [np.ones(3)], servers)
+
+
 def test_a_request_follows_its_server(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop)
     text = Request(config, (Wanted("m", 0, 4),)).text
@@ -171,6 +183,17 @@ def test_rows_in_few_bits_are_served_as_float32(workshop: Any, servers: Servers)
     config = config_of(workshop, output_dtype="bfloat16")
     (rows,) = answer(Request(config, (Wanted("m", 0, 4),)).text, [np.arange(5)], servers)
     assert np.array_equal(rows, rows_of(np.arange(5), 4))
+
+
+def test_rows_into_memory_of_a_front_end(workshop: Any, servers: Servers) -> None:
+    server = servers.open(config_of(workshop, output_dtype="float16"))
+    out = np.empty((2, 3, 4), np.float32)
+    keys = np.arange(6).reshape(2, 3).astype(np.uint32)
+    server.lookup_into(keys, "m", 0, out)
+    assert np.array_equal(out, rows_of(keys, 4))
+    for wrong in (np.empty((2, 3, 5), np.float32), np.empty((2, 3, 4)), np.empty((2, 3, 8), np.float32)[..., ::2]):
+        with pytest.raises(OutputError, match=r"out: float.* came, contiguous writable float32\[2, 3, 4\]"):
+            server.lookup_into(keys, "m", 0, wrong)
 
 
 def test_a_path_in_another_folder(workshop: Any, servers: Servers, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._servers import SERVERS, Config, Servers
-from hps_numba.interop import aligned_empty
 from hps_numba.parameter_server import HPS
 from hps_numba.storage.host_pooling import offsets_of
+from hps_numba.threads import SPLIT_BYTES, run_ranges
+from hps_numba.used_memory import aligned_empty
 
 __all__ = ["Request", "Wanted", "answer"]
 
@@ -88,7 +89,10 @@ class _Ready:
     def __init__(self, text: bytes, servers: Servers) -> None:
         request = Request.of_text(text)
         self.servers: list[HPS] = []
-        self.lookups: list[tuple[Lookup, int]] = []
+        self._lookups: list[Lookup] = []
+        self._inputs: list[slice] = []
+        self._row_bytes: list[int] = []
+        at = 0
         for wanted in request.wanted:
             server = servers.of_model(
                 request.config,
@@ -100,7 +104,25 @@ class _Ready:
             if spec.dim != wanted.dim:
                 raise ConfigError(f"emb_vec_size: {wanted.dim} came, rows of {spec.tag} have {spec.dim} elements")
             self.servers.append(server)
-            self.lookups.append((_lookup_of(server, wanted), wanted.inputs))
+            self._lookups.append(_lookup_of(server, wanted))
+            self._inputs.append(slice(at, at + wanted.inputs))
+            self._row_bytes.append(4 * wanted.dim)
+            at += wanted.inputs
+
+    def answer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The rows, table by table; if there are many, by all threads."""
+        parts = [arrays[inputs] for inputs in self._inputs]
+        if len(parts) == 1 or sum(part[0].size * size for part, size in zip(parts, self._row_bytes)) < SPLIT_BYTES:
+            return [lookup(part) for lookup, part in zip(self._lookups, parts)]
+        answers: list[Any] = [None] * len(parts)
+
+        def some(start: int, stop: int) -> int:
+            for number in range(start, stop):
+                answers[number] = self._lookups[number](parts[number])
+            return stop - start
+
+        run_ranges(some, [(number, number + 1) for number in range(len(parts))])
+        return answers
 
     @property
     def stale(self) -> bool:
@@ -129,11 +151,7 @@ def answer(text: bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS
     if ready is None or ready.stale:
         ready = _Ready(text, servers)
         _ready[text] = ready
-    answers, at = [], 0
-    for lookup, inputs in ready.lookups:
-        answers.append(lookup(arrays[at : at + inputs]))
-        at += inputs
-    return answers
+    return ready.answer(arrays)
 
 
 def _lookup_of(server: HPS, wanted: Wanted) -> Lookup:
@@ -141,8 +159,9 @@ def _lookup_of(server: HPS, wanted: Wanted) -> Lookup:
 
     def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
         (keys,) = arrays
-        answer: np.ndarray = server.lookup(keys, model, table, None, out=aligned_empty((*keys.shape, dim)))
-        return answer
+        out = aligned_empty((*keys.shape, dim))
+        server.lookup_into(keys, model, table, out)
+        return out
 
     def pooled(arrays: Sequence[np.ndarray]) -> np.ndarray:
         keys, indices, bags, *others = arrays
