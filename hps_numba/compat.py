@@ -3,9 +3,10 @@
 ``install()``, or ``python -m hps_numba.compat script.py [arguments]``, makes these importable::
 
     import hierarchical_parameter_server as hps            the TensorFlow front end
+    import hps_torch                                        the Torch front end
     from hugectr.inference import HPS, InferenceParams      the Python API (spec 4.1)
 
-A name is loaded when it is imported, so TensorFlow is needed only by scripts that use it.
+A name is loaded when it is imported, so frameworks are needed only by scripts that use them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = ["MODULES", "install", "main"]
 #: what stands for which module of the original
 MODULES = {
     "hierarchical_parameter_server": "hps_numba.frontends.tensorflow",
+    "hps_torch": "hps_numba.frontends.torch",
     "hugectr": "",  # a package that only leads to the next
     "hugectr.inference": "hps_numba",
 }

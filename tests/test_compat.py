@@ -25,6 +25,23 @@ layer = hps.LookupLayer(
 print(layer.name, hps.__version__, layer(tf.constant([[1, 2]], tf.int64)).numpy().sum())
 """
 
+_TORCH = """
+import sys
+import torch
+import hps_torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = hps_torch.LookupLayer(ps_config_file=sys.argv[1], model_name="m", table_id=0, emb_vec_size=8)
+
+    def forward(self, keys):
+        return self.layer(keys)
+
+keys = torch.tensor([[1, 2]])
+print(torch.equal(torch.jit.script(Model())(keys), Model()(keys)), Model()(keys).sum().item())
+"""
+
 _NATIVE = """
 import sys
 from hugectr.inference import HPS, InferenceParams, ParameterServerConfig, VolatileDatabaseParams
@@ -46,6 +63,13 @@ def test_a_script_of_the_tensorflow_plugin(tmp_path: Path) -> None:
     rig = rig_of(tmp_path)
     printed = run_program("from hps_numba import compat; compat.main()", script(tmp_path, _TENSORFLOW), rig.path).split()
     assert printed[0] == "lookup" and np.isclose(float(printed[2]), rig.rows[1:3].sum(), rtol=1e-5)
+
+
+def test_a_script_of_the_torch_plugin(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    rig = rig_of(tmp_path)
+    equal, total = run_program("from hps_numba import compat; compat.main()", script(tmp_path, _TORCH), rig.path).split()
+    assert equal == "True" and np.isclose(float(total), rig.rows[1:3].sum(), rtol=1e-5)
 
 
 def test_a_script_of_the_python_api_needs_no_framework(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ from hps_numba.storage.host_pooling import offsets_of
 from hps_numba.threads import SPLIT_BYTES, run_ranges
 from hps_numba.used_memory import aligned_empty
 
-__all__ = ["Request", "Wanted", "answer"]
+__all__ = ["Request", "Wanted", "answer", "table_of"]
+
+
+_WANTED = {"dim": "an integer from 1 on", "table": "the number or name of a table", "default_id": "an integer or None"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class Wanted:
     paired: bool = False
     clipped: bool = False
     default_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, least in (("dim", 1), ("table", None), ("default_id", None)):
+            value = getattr(self, field)
+            if (field == "default_id" and value is None) or (field == "table" and isinstance(value, str)):
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__") or (least is not None and value < least):
+                name = {"dim": "emb_vec_size", "table": "table_id"}.get(field, field)
+                raise ConfigError(f"{name}: {value!r} came, {_WANTED[field]} is wanted")
+            object.__setattr__(self, field, value.__index__())  # NumPy's integers have no form in JSON
 
     @property
     def inputs(self) -> int:
@@ -74,7 +87,7 @@ class Request:
             raise ConfigError(f"ps_config_file: {problem}; plain numbers, texts, lists and dicts are wanted") from problem
 
     @classmethod
-    def of_text(cls, text: bytes) -> Request:
+    def of_text(cls, text: str | bytes) -> Request:
         """The request that ``text`` made this of."""
         values = json.loads(text)
         return cls(**{**values, "wanted": tuple(Wanted(**one) for one in values["wanted"])})
@@ -86,8 +99,9 @@ Lookup = Callable[[Sequence[np.ndarray]], np.ndarray]
 class _Ready:
     """A request with its server and a function for each table."""
 
-    def __init__(self, text: bytes, servers: Servers) -> None:
+    def __init__(self, text: str | bytes, servers: Servers) -> None:
         request = Request.of_text(text)
+        self.wanted = request.wanted
         self.servers: list[HPS] = []
         self._lookups: list[Lookup] = []
         self._inputs: list[slice] = []
@@ -129,14 +143,14 @@ class _Ready:
         return any(server.closed for server in self.servers)
 
 
-_ready: dict[bytes, _Ready] = {}
+_ready: dict[str | bytes, _Ready] = {}
 
 
-def answer(text: bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS) -> list[np.ndarray]:
+def answer(text: str | bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS) -> list[np.ndarray]:
     """The rows that a request asks for.
 
     Args:
-        text: of a ``Request``, in UTF-8.
+        text: of a ``Request``.
         arrays: for each table in turn: the keys, integers of any shape ``S``. If its rows are pooled: the keys ``[n]``; int64
             ``[n, 2]`` with their rows and columns in a sparse matrix, by row; the number ``N`` of rows; if weighted, numbers
             ``[n]``; if paired, the indices of the weights; if clipped, the norm.
@@ -147,11 +161,25 @@ def answer(text: bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS
     Raises:
         As ``HPS``, ``HPS.lookup`` and ``HPS.lookup_pooled``.
     """
+    return _ready_for(text, servers).answer(arrays)
+
+
+def table_of(text: str | bytes, servers: Servers = SERVERS) -> tuple[HPS, Wanted]:
+    """The server of a request, and what it wants of its first table: for keys on a GPU, which ``answer`` cannot take.
+
+    Raises:
+        As ``HPS``.
+    """
+    ready = _ready_for(text, servers)
+    return ready.servers[0], ready.wanted[0]
+
+
+def _ready_for(text: str | bytes, servers: Servers) -> _Ready:
     ready = _ready.get(text)
     if ready is None or ready.stale:
         ready = _Ready(text, servers)
         _ready[text] = ready
-    return ready.answer(arrays)
+    return ready
 
 
 def _lookup_of(server: HPS, wanted: Wanted) -> Lookup:

@@ -34,6 +34,7 @@ def replica_count() -> int:
     return int(size)
 
 
+@tf.autograph.experimental.do_not_convert
 def Init(**kwargs: Any) -> Any:
     """Build the server of a config and load its models; does nothing if this process has that server.
 

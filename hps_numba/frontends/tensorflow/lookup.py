@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,8 +40,13 @@ class Table:
     _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.ps_config_file, os.PathLike):
+            object.__setattr__(self, "ps_config_file", os.fspath(self.ps_config_file))
         if not isinstance(self.ps_config_file, (str, Mapping)):
             raise ConfigError(f"ps_config_file: {type(self.ps_config_file).__name__} came, a path or a dict is wanted")
+        wanted = self.wanted  # checked
+        object.__setattr__(self, "table_id", wanted.table)
+        object.__setattr__(self, "emb_vec_size", wanted.dim)
 
     @property
     def wanted(self) -> Wanted:
@@ -57,6 +63,7 @@ class Table:
         return made
 
 
+@tf.autograph.experimental.do_not_convert
 def embedding_lookup(table: Table, ids: Any, max_norm: Any = None) -> Any:
     """The row of each id.
 
@@ -74,6 +81,7 @@ def embedding_lookup(table: Table, ids: Any, max_norm: Any = None) -> Any:
     return _clipped(rows, max_norm)
 
 
+@tf.autograph.experimental.do_not_convert
 def embedding_lookup_many(lookups: Any) -> list[Any]:
     """``embedding_lookup`` of several tables of one server in one call of Python.
 
@@ -116,6 +124,7 @@ def _clipped(rows: Any, max_norm: Any) -> Any:
     return tf.clip_by_norm(rows, max_norm, axes=[-1 if rows.shape.rank is None else rows.shape.rank - 1])
 
 
+@tf.autograph.experimental.do_not_convert
 def embedding_lookup_sparse(
     table: Table,
     sp_ids: Any,
@@ -149,7 +158,7 @@ def embedding_lookup_sparse(
     if combiner not in COMBINERS:
         raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
     wanted, inputs, shape, _ = _piece(table, sp_ids, combiner)
-    wanted = replace(wanted, default_id=None if default_id is None else int(default_id))
+    wanted = replace(wanted, default_id=default_id)
     if max_norm is not None:
         max_norm = tf.cast(max_norm, tf.float32)
         wanted = replace(wanted, clipped=True)

@@ -1,0 +1,20 @@
+"""The Torch front end, in place of ``import hps_torch``::
+
+    from hps_numba.frontends.torch import LookupLayer
+
+    layer = LookupLayer("ps_config.json", "model", 0, 16)
+    rows = layer(keys)
+
+Importing it is what lets an exported program with this layer run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hps_numba.frontends.torch import operator
+from hps_numba.frontends.torch.layer import Init, LookupLayer, server_of
+
+__all__ = ["Init", "LookupLayer", "operator", "server_of"]
+
+__version__: str = sys.modules["hps_numba"].__version__

@@ -1,0 +1,97 @@
+"""``LookupLayer``: an embedding layer whose rows live in a server (spec 3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._requests import Request, Wanted
+from hps_numba.frontends._servers import SERVERS
+from hps_numba.parameter_server import HPS
+
+__all__ = ["Init", "LookupLayer", "server_of"]
+
+_ROW_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Build the server of a config and load its models; does nothing if this process has that server.
+
+    A layer does the same when it is first called.
+
+    Raises:
+        As ``hps_numba.HPS``.
+    """
+    server_of(ps_config_file)
+
+
+def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:
+    """The server of a config, built if this process has none: to update rows, read ``stats()`` and so on.
+
+    Raises:
+        As ``hps_numba.HPS``.
+    """
+    return SERVERS.open(_config(ps_config_file))
+
+
+def _config(source: Any) -> str | dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    raise ConfigError(f"ps_config_file: {type(source).__name__} came, a path or a dict is wanted")
+
+
+class LookupLayer(torch.nn.Module):
+    """The row of each key, as ``torch.nn.Embedding``, from a table of any size with any integers as keys.
+
+    Args:
+        ps_config_file: path of the JSON, or its content as a dict; an empty path means the server that ``Init`` made. It is
+            read when the layer is first called in a process.
+        model_name: a deployed model.
+        table_id: number of the table in its model, or its name.
+        emb_vec_size: elements of a row.
+        output_dtype: of the answer: ``torch.float32``, ``float16`` or ``bfloat16``.
+
+    Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
+    the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
+    stream. A key that no tier has gets the table's default value. Rows are frozen: the layer has no parameters and an empty
+    ``state_dict``. It can be compiled, exported, scripted, pickled and copied; none of that takes rows along.
+
+    Raises (when called):
+        KeyDtypeError: keys are no integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
+
+    **Threads:** calls.
+    """
+
+    def __init__(
+        self,
+        ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
+        model_name: str,
+        table_id: int | str,
+        emb_vec_size: int,
+        *,
+        output_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if output_dtype not in _ROW_TYPES:
+            names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
+            raise ConfigError(f"output_dtype: {str(output_dtype).removeprefix('torch.')} came, one of {names} is wanted")
+        wanted = Wanted(model_name, table_id, emb_vec_size)
+        self.request: str = Request(_config(ps_config_file), (wanted,)).text.decode()
+        self.emb_vec_size: int = wanted.dim
+        self.output_dtype = output_dtype
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """``S + [emb_vec_size]`` for keys of shape ``S``."""
+        rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        return rows.to(self.output_dtype)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        (wanted,) = Request.of_text(self.request.encode()).wanted
+        return f"{wanted.model}, {wanted.table}, {wanted.dim}, output_dtype={self.output_dtype}"

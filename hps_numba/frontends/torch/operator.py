@@ -1,0 +1,61 @@
+"""The Torch operator: opaque to compilers, so that rows are looked up when a graph runs and never baked into it.
+
+``hps_numba::lookup(Tensor keys, str request, int dim) -> Tensor``. What is asked for is a line of text
+(``frontends/_requests.py``): a graph that was compiled, exported or scripted holds that text and no server, and runs in any
+process that imported ``hps_numba.frontends.torch``.
+
+Defined by ``torch.library.Library`` and not by ``custom_op``: that takes ten microseconds more a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hps_numba.errors import KeyDtypeError
+from hps_numba.frontends._requests import answer, table_of
+
+__all__ = ["KEY_TYPES", "lookup"]
+
+KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
+
+_library = torch.library.Library("hps_numba", "DEF")
+_library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
+
+
+def _check(keys: torch.Tensor) -> None:
+    if keys.dtype not in KEY_TYPES:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in KEY_TYPES)
+        raise KeyDtypeError(f"keys: {str(keys.dtype).removeprefix('torch.')} came, one of {names} is wanted")
+
+
+def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    _check(keys)
+    (rows,) = answer(request, [keys.detach().numpy()])
+    return torch.from_numpy(rows)
+
+
+def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    _check(keys)
+    server, wanted = table_of(request)
+    rows: torch.Tensor = server.lookup(keys.detach().contiguous(), wanted.model, wanted.table, keys.device.index)
+    return rows if rows.dtype == torch.float32 else rows.float()
+
+
+_library.impl("lookup", _lookup_on_cpu, "CPU")
+_library.impl("lookup", _lookup_on_cuda, "CUDA")
+
+
+@torch.library.register_fake("hps_numba::lookup", lib=_library)
+def _shape_of_lookup(keys: torch.Tensor, request: str, dim: int) -> Any:
+    _check(keys)
+    return keys.new_empty((*keys.shape, dim), dtype=torch.float32)
+
+
+lookup = torch.ops.hps_numba.lookup.default
+"""The operator: float32 ``S + [dim]`` for keys of shape ``S``, on the device of the keys and its current stream.
+
+Raises:
+    KeyDtypeError: keys of another type.   Otherwise as ``HPS``, ``HPS.lookup``.
+"""
