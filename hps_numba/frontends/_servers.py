@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.forks import renew_after_fork
 from hps_numba.parameter_server import HPS
 
-__all__ = ["SERVERS", "Config", "Servers", "check_batch"]
+__all__ = ["SERVERS", "Config", "Servers", "check_batch", "config_of", "server_of"]
 
 log = logging.getLogger(__name__)
 
@@ -129,3 +130,25 @@ def _short(config: Config) -> str:
 
 SERVERS = Servers()
 """Those of this process."""
+
+
+def config_of(ps_config_file: Any) -> Config:
+    """What a user gave as ``ps_config_file``, as a path in text or a dict.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(ps_config_file, Mapping):
+        return dict(ps_config_file)
+    if isinstance(ps_config_file, (str, os.PathLike)):
+        return os.fspath(ps_config_file)
+    raise ConfigError(f"ps_config_file: {type(ps_config_file).__name__} came, a path or a dict is wanted")
+
+
+def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:
+    """The server of a config, built if this process has none: to update rows, read ``stats()`` and so on.
+
+    Raises:
+        As ``hps_numba.HPS``.
+    """
+    return SERVERS.open(config_of(ps_config_file))

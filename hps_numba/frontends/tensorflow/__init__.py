@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.tensorflow.export import load, split
 from hps_numba.frontends.tensorflow.initialize import Init
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
@@ -28,6 +29,7 @@ __all__ = [
     "embedding_lookup_many",
     "embedding_lookup_sparse",
     "load",
+    "server_of",
     "split",
 ]
 

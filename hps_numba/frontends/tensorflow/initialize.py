@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
+from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.tensorflow.operator import init_op
 
 __all__ = ["Init", "replica_count"]
@@ -63,7 +64,7 @@ def Init(**kwargs: Any) -> Any:
         log.warning("Init: ignored %s", ", ".join(kwargs))
     if isinstance(batch, bool) or not hasattr(batch, "__index__"):
         raise ConfigError(f"global_batch_size: {batch!r} came, an integer is wanted")
-    ok = init_op(os.fspath(config) if isinstance(config, os.PathLike) else config, batch.__index__(), replica_count())
+    ok = init_op(config_of(config), batch.__index__(), replica_count())
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return (ok,) * len(tf.distribute.get_strategy().extended.worker_devices)
     return ok

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +9,7 @@ import tensorflow as tf
 
 from hps_numba.errors import ConfigError, KeyDtypeError
 from hps_numba.frontends._requests import Request, Wanted
-from hps_numba.frontends._servers import Config
+from hps_numba.frontends._servers import Config, config_of
 from hps_numba.frontends.tensorflow.initialize import replica_count
 from hps_numba.frontends.tensorflow.operator import lookup_op
 
@@ -40,10 +38,7 @@ class Table:
     _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ps_config_file, os.PathLike):
-            object.__setattr__(self, "ps_config_file", os.fspath(self.ps_config_file))
-        if not isinstance(self.ps_config_file, (str, Mapping)):
-            raise ConfigError(f"ps_config_file: {type(self.ps_config_file).__name__} came, a path or a dict is wanted")
+        object.__setattr__(self, "ps_config_file", config_of(self.ps_config_file))
         wanted = self.wanted  # checked
         object.__setattr__(self, "table_id", wanted.table)
         object.__setattr__(self, "emb_vec_size", wanted.dim)

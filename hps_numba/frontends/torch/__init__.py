@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 
+from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch import operator
-from hps_numba.frontends.torch.layer import Init, LookupLayer, server_of
+from hps_numba.frontends.torch.layer import Init, LookupLayer
 
 __all__ = ["Init", "LookupLayer", "operator", "server_of"]
 

@@ -10,10 +10,9 @@ import torch
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted
-from hps_numba.frontends._servers import SERVERS
-from hps_numba.parameter_server import HPS
+from hps_numba.frontends._servers import config_of, server_of
 
-__all__ = ["Init", "LookupLayer", "server_of"]
+__all__ = ["Init", "LookupLayer"]
 
 _ROW_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,23 +26,6 @@ def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
         As ``hps_numba.HPS``.
     """
     server_of(ps_config_file)
-
-
-def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:
-    """The server of a config, built if this process has none: to update rows, read ``stats()`` and so on.
-
-    Raises:
-        As ``hps_numba.HPS``.
-    """
-    return SERVERS.open(_config(ps_config_file))
-
-
-def _config(source: Any) -> str | dict[str, Any]:
-    if isinstance(source, Mapping):
-        return dict(source)
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    raise ConfigError(f"ps_config_file: {type(source).__name__} came, a path or a dict is wanted")
 
 
 class LookupLayer(torch.nn.Module):
@@ -82,7 +64,7 @@ class LookupLayer(torch.nn.Module):
             names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
             raise ConfigError(f"output_dtype: {str(output_dtype).removeprefix('torch.')} came, one of {names} is wanted")
         wanted = Wanted(model_name, table_id, emb_vec_size)
-        self.request: str = Request(_config(ps_config_file), (wanted,)).text.decode()
+        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
         self.emb_vec_size: int = wanted.dim
         self.output_dtype = output_dtype
 
