@@ -14,8 +14,9 @@ import sys
 
 from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch import operator
+from hps_numba.frontends.torch.bag import HPSEmbeddingBag
 from hps_numba.frontends.torch.layer import Init, LookupLayer
 
-__all__ = ["Init", "LookupLayer", "operator", "server_of"]
+__all__ = ["HPSEmbeddingBag", "Init", "LookupLayer", "operator", "server_of"]
 
 __version__: str = sys.modules["hps_numba"].__version__

@@ -16,40 +16,45 @@ import torch
 from hps_numba.errors import KeyDtypeError
 from hps_numba.frontends._requests import answer, table_of
 
-__all__ = ["KEY_TYPES", "lookup"]
+__all__ = ["KEY_TYPES", "check_keys", "library", "lookup"]
 
 KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 
-_library = torch.library.Library("hps_numba", "DEF")
-_library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
+#: where operators of this package are defined
+library = torch.library.Library("hps_numba", "DEF")
+library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
 
 
-def _check(keys: torch.Tensor) -> None:
+def check_keys(keys: torch.Tensor) -> None:
+    """
+    Raises:
+        KeyDtypeError: keys are no integers that can be looked up.
+    """
     if keys.dtype not in KEY_TYPES:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in KEY_TYPES)
         raise KeyDtypeError(f"keys: {str(keys.dtype).removeprefix('torch.')} came, one of {names} is wanted")
 
 
 def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
-    _check(keys)
+    check_keys(keys)
     (rows,) = answer(request, [keys.detach().numpy()])
     return torch.from_numpy(rows)
 
 
 def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
-    _check(keys)
+    check_keys(keys)
     server, wanted = table_of(request)
     rows: torch.Tensor = server.lookup(keys.detach().contiguous(), wanted.model, wanted.table, keys.device.index)
     return rows if rows.dtype == torch.float32 else rows.float()
 
 
-_library.impl("lookup", _lookup_on_cpu, "CPU")
-_library.impl("lookup", _lookup_on_cuda, "CUDA")
+library.impl("lookup", _lookup_on_cpu, "CPU")
+library.impl("lookup", _lookup_on_cuda, "CUDA")
 
 
-@torch.library.register_fake("hps_numba::lookup", lib=_library)
+@torch.library.register_fake("hps_numba::lookup", lib=library)
 def _shape_of_lookup(keys: torch.Tensor, request: str, dim: int) -> Any:
-    _check(keys)
+    check_keys(keys)
     return keys.new_empty((*keys.shape, dim), dtype=torch.float32)
 
 

@@ -1,0 +1,109 @@
+"""``HPSEmbeddingBag``: pooled rows of a table in a server, called like ``torch.nn.EmbeddingBag``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._requests import Request, Wanted
+from hps_numba.frontends._servers import config_of
+from hps_numba.frontends.torch.pooling import COMBINERS, pooled
+
+__all__ = ["HPSEmbeddingBag"]
+
+
+class HPSEmbeddingBag(torch.nn.Module):
+    """One row for each bag of keys.
+
+    Args:
+        ps_config_file, model_name, table_id, emb_vec_size: as for ``LookupLayer``.
+        mode: ``sum``; ``mean``, over the sum of weights; ``max``; ``sqrtn``, over the root of the sum of squared weights.
+        max_norm: rows are clipped to this norm before they are weighted, or None. The table stays as it is.
+        padding_idx: a key that does not count, or None.
+        include_last_offset: ``offsets`` end with the number of keys.
+
+    Rows are frozen; gradients flow to ``per_sample_weights``. **Threads:** calls.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
+        model_name: str,
+        table_id: int | str,
+        emb_vec_size: int,
+        *,
+        mode: str = "mean",
+        max_norm: float | None = None,
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+    ) -> None:
+        super().__init__()
+        if mode not in COMBINERS:
+            raise ConfigError(f"mode: {mode!r} came, one of {', '.join(COMBINERS)} is wanted")
+        if max_norm is not None and not max_norm >= 0:
+            raise ConfigError(f"max_norm: {max_norm} came, None or a number from 0 on is wanted")
+        wanted = Wanted(model_name, table_id, emb_vec_size)
+        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
+        self.emb_vec_size: int = wanted.dim
+        self.mode = mode
+        self.max_norm = None if max_norm is None else float(max_norm)
+        self.padding_idx = padding_idx
+        self.include_last_offset = include_last_offset
+
+    def forward(
+        self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 ``[bags, emb_vec_size]``; a bag without keys gets 0.
+
+        Args:
+            input: keys: ``[bags, n]``, or ``[n]`` with ``offsets``.
+            offsets: int64 or int32 ``[bags]``: where each bag begins, from 0 on; with ``include_last_offset`` one more, the
+                number of keys.
+            per_sample_weights: numbers of the shape of ``input``; not for ``max``.
+
+        Raises:
+            ConfigError (a ValueError): shapes that do not fit.   Otherwise as the operator ``pooled``.
+        """
+        if per_sample_weights is not None:
+            if per_sample_weights.shape != input.shape:
+                came = list(per_sample_weights.shape)
+                raise ConfigError(f"per_sample_weights: {came} came, the shape of input, {list(input.shape)}, is wanted")
+            if self.mode == "max":
+                raise ConfigError("per_sample_weights: came with mode 'max', which has no weights")
+            per_sample_weights = per_sample_weights.reshape(-1)
+        starts = self._starts(input, offsets)
+        return pooled(
+            input.reshape(-1),
+            starts,
+            per_sample_weights,
+            self.request,
+            self.emb_vec_size,
+            self.mode,
+            self.max_norm,
+            self.padding_idx,
+        )
+
+    def _starts(self, input: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ConfigError("offsets: came with input of two dimensions, whose rows are the bags")
+            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+        if input.dim() != 1:
+            raise ConfigError(f"input: {list(input.shape)} came, one or two dimensions are wanted")
+        if offsets is None or offsets.dim() != 1:
+            raise ConfigError("offsets: integers of one dimension are wanted with input of one dimension")
+        if self.include_last_offset:
+            return offsets
+        return torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        (wanted,) = Request.of_text(self.request).wanted
+        return f"{wanted.model}, {wanted.table}, {wanted.dim}, mode={self.mode}"

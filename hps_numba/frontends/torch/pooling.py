@@ -1,0 +1,167 @@
+"""The pooled operator: one row for each bag of keys, and the gradient of the weights.
+
+``hps_numba::pooled(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm,
+int? padding) -> Tensor``. On the CPU the rows of a bag go from the table to its sum, and nowhere in between. On a GPU they are
+looked up first and combined by Torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hps_numba.frontends._requests import table_of
+from hps_numba.frontends.torch import operator
+from hps_numba.used_memory import aligned_empty
+
+__all__ = ["COMBINERS", "pool_rows", "pooled"]
+
+COMBINERS = ("sum", "mean", "max", "sqrtn")
+
+operator.library.define(
+    "pooled(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm, int? padding)"
+    " -> Tensor"
+)
+
+
+def _pooled_on_cpu(
+    keys: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+    request: str,
+    dim: int,
+    combiner: str,
+    max_norm: float | None,
+    padding: int | None,
+) -> torch.Tensor:
+    operator.check_keys(keys)
+    flat, starts = keys.detach().numpy(), offsets.detach().numpy()
+    factors = None if weights is None else weights.detach().float().numpy()
+    if padding is not None:
+        kept = flat != padding
+        starts = np.concatenate(([0], np.cumsum(kept)))[starts]
+        flat, factors = flat[kept], None if factors is None else factors[kept]
+    server, wanted = table_of(request)
+    out = aligned_empty((max(len(starts) - 1, 0), dim))
+    server.lookup_pooled(
+        flat, starts, wanted.model, wanted.table, None, weights=factors, combiner=combiner, max_norm=max_norm, out=out
+    )
+    return torch.from_numpy(out)
+
+
+def _pooled_on_cuda(
+    keys: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+    request: str,
+    dim: int,
+    combiner: str,
+    max_norm: float | None,
+    padding: int | None,
+) -> torch.Tensor:
+    rows = operator.lookup(keys, request, dim)
+    return pool_rows(rows, offsets, weights, combiner, max_norm, None if padding is None else keys.long() != padding)
+
+
+operator.library.impl("pooled", _pooled_on_cpu, "CPU")
+operator.library.impl("pooled", _pooled_on_cuda, "CUDA")
+
+
+@torch.library.register_fake("hps_numba::pooled", lib=operator.library)
+def _shape_of_pooled(keys: Any, offsets: Any, weights: Any, request: Any, dim: int, *_: Any) -> Any:
+    operator.check_keys(keys)
+    return keys.new_empty((offsets.shape[0] - 1, dim), dtype=torch.float32)
+
+
+pooled = torch.ops.hps_numba.pooled.default
+"""The operator.
+
+Args:
+    keys: ``[n]``.   offsets: int64 or int32 ``[bags + 1]``, ascending from 0 to ``n``.   weights: ``[n]``, or None.
+    combiner: one of ``COMBINERS``; means are over the sum of weights, ``sqrtn`` over the root of the sum of their squares.
+    max_norm: rows are clipped to this norm first, or None.   padding: a key that does not count, or None.
+
+Returns float32 ``[bags, dim]``; a bag without keys gets 0.
+
+Raises:
+    KeyDtypeError: keys of another type.   Otherwise as ``HPS.lookup_pooled``.
+"""
+
+
+def bags_of(offsets: torch.Tensor, n: int) -> torch.Tensor:
+    """The number of the bag of each of ``n`` keys: int64 ``[n]``."""
+    return torch.searchsorted(offsets.long(), torch.arange(n, device=offsets.device), right=True) - 1
+
+
+def clipped(rows: torch.Tensor, max_norm: float | None) -> torch.Tensor:
+    """Rows scaled down to a norm."""
+    if max_norm is None:
+        return rows
+    return rows * (max_norm / rows.norm(dim=-1, keepdim=True).clamp_min(max_norm))
+
+
+def pool_rows(
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+    combiner: str,
+    max_norm: float | None = None,
+    counted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``pooled`` of rows that were looked up: float32 ``[n, dim]``; ``counted``: bool ``[n]``, which of them count."""
+    n, bags = rows.shape[0], offsets.shape[0] - 1
+    bag = bags_of(offsets, n)
+    factors = rows.new_ones(n) if weights is None else weights.detach().float()
+    if counted is not None:
+        factors = torch.where(counted, factors, 0)
+    rows = clipped(rows, max_norm)
+    answer = rows.new_zeros((bags, rows.shape[1]))
+    if combiner == "max":
+        if counted is not None:
+            rows = torch.where(counted[:, None], rows, -torch.inf)
+        answer = answer.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
+        return torch.where(answer == -torch.inf, 0, answer)
+    answer = answer.index_add(0, bag, rows * factors[:, None])
+    divisor = _divisor(factors, bag, bags, combiner)
+    return answer if divisor is None else torch.where(divisor == 0, 0, answer / divisor)
+
+
+def _divisor(factors: torch.Tensor, bag: torch.Tensor, bags: int, combiner: str) -> torch.Tensor | None:
+    """float32 ``[bags, 1]``, or None for sums."""
+    if combiner == "sum":
+        return None
+    terms = factors if combiner == "mean" else factors * factors
+    total = factors.new_zeros(bags).index_add(0, bag, terms)
+    return (total if combiner == "mean" else total.sqrt())[:, None]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    keys, offsets, weights, *ctx.settings = inputs
+    ctx.save_for_backward(keys, offsets, weights, output)
+
+
+def _gradients(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+    """Of ``sum(output * upstream)`` by the weights; rows are frozen."""
+    keys, offsets, weights, answer = ctx.saved_tensors
+    request, dim, combiner, max_norm, padding = ctx.settings
+    if weights is None or not ctx.needs_input_grad[2]:
+        return (None,) * 8
+    factors = weights.detach().float()
+    counted = torch.ones_like(factors) if padding is None else (keys.long() != padding).float()
+    factors = factors * counted
+    bag = bags_of(offsets, keys.shape[0])
+    rows, toward = clipped(operator.lookup(keys, request, dim), max_norm), upstream[bag]
+    gradient = (rows * toward).sum(-1)
+    divisor = _divisor(factors, bag, offsets.shape[0] - 1, combiner)
+    if divisor is not None:
+        against = (answer[bag] * toward).sum(-1)
+        share = divisor[bag, 0]
+        if combiner == "sqrtn":
+            against = against * factors / share
+        gradient = torch.where(share == 0, 0, (gradient - against) / share)
+    return (None, None, (gradient * counted).to(weights.dtype), *(None,) * 5)
+
+
+torch.library.register_autograd("hps_numba::pooled", _gradients, setup_context=_remember, lib=operator.library)
