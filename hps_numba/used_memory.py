@@ -52,14 +52,17 @@ class UsedMemory:
     def renew(self) -> None:
         """Keep nothing."""
         self._kept: dict[int, deque[NDArray[np.uint8]]] = {}
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are kept now."""
+        return sum(size * len(some) for size, some in list(self._kept.items()))
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Uninitialised, aligned to ``ALIGNMENT``."""
         size = _rounded(math.prod(shape) * dtype.itemsize)
         try:
             memory = self._kept[size].pop()
-            self.bytes -= size
         except (KeyError, IndexError):
             memory = _aligned_bytes(size)
         return np.asarray(_Block(self, memory, shape, dtype))
@@ -68,7 +71,6 @@ class UsedMemory:
         """Keep memory of an array that is gone, if the bound allows it."""
         size = len(memory)
         if self.bytes + size <= self.bound:
-            self.bytes += size
             self._kept.setdefault(size, deque()).append(memory)
 
 

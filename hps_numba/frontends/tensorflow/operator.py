@@ -52,7 +52,7 @@ def _register() -> None:
     """
     functions = getattr(getattr(script_ops, "_py_funcs", None), "_funcs", None)
     if functions is None:
-        raise HpsError(f"TensorFlow {tf.__version__} keeps the callbacks of py_function elsewhere, 2.16 to 2.21 are known")
+        raise HpsError(f"TensorFlow {tf.__version__} keeps the callbacks of py_function elsewhere, 2.21 is known to work")
     functions.update(_CALLBACKS)
 
 
