@@ -1,0 +1,197 @@
+"""P2, P4, P5 at the Torch layer: ``LookupLayer`` and ``HPSEmbeddingBag`` beside Torch's own embeddings, in one run.
+
+One model of several tables of one width, all rows in the cache; keys are uniform, hashed by the layer, and batches are fresh.
+Torch looks up row numbers in a tensor of the same rows, without a hash. Times are medians: of the host's clock for an eager
+call (the device works on), of CUDA events around a call, of one of 20 calls in a CUDA graph, and of a compiled layer.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import BATCHES, Call
+from run import Run, median, parser_of, ratio_cells
+from table import check, keys_of, rows_of
+
+from hps_numba.frontends import torch as hps
+from hps_numba.frontends._servers import SERVERS
+
+EMBEDDING, LAYER, COMPILED = "F.embedding", "LookupLayer", "LookupLayer, compiled"
+BAG, ONE = "F.embedding_bag", "one table"
+Figures = dict[str, dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rows: int = 1 << 20
+    tables: int = 26
+    table_rows: int = 1 << 16
+    batches: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536, 262_144)
+    bags: tuple[int, ...] = (1024, 16_384)
+    keys_of_bag: int = 20
+    repetitions: int = 41
+
+
+QUICK = Sizes(batches=(1024, 16_384, 262_144), bags=(4096,), repetitions=15)
+TINY = replace(QUICK, rows=2000, tables=3, table_rows=200, batches=(64, 256), bags=(32,), keys_of_bag=4, repetitions=3)
+
+
+class Served:
+    """A server with one table of ``rows`` rows and some small ones, and the same rows as tensors."""
+
+    def __init__(self, run: Run, dim: int, sizes: Sizes, folder: Path) -> None:
+        self.run, self.machine, self.dim, self.sizes = run, run.machine, dim, sizes
+        counts = [sizes.rows] + [sizes.table_rows] * sizes.tables
+        files, self.tensors = [], []
+        for number, count in enumerate(counts):
+            place = folder / f"d{dim}_t{number}.model"
+            place.mkdir()
+            numbers = torch.arange(count, device=self.machine.device)
+            rows = rows_of(numbers, dim)
+            keys_of(np.arange(count)).tofile(place / "key")
+            rows.cpu().numpy().tofile(place / "emb_vector")
+            files.append(str(place))
+            self.tensors.append(rows)
+        model = {
+            "model": "m",
+            "sparse_files": files,
+            "embedding_vecsize_per_table": [dim] * len(files),
+            "maxnum_catfeature_query_per_table_per_sample": [1] * len(files),
+            "default_value_for_each_table": [0.0] * len(files),
+            "deployed_device_list": [] if self.machine.ordinal is None else [self.machine.ordinal],
+            "max_batch_size": max(sizes.batches),
+            "gpucacheper": 1.0,
+        }
+        run.say(f"D={dim}: loading {len(files)} tables")
+        self.config = {"supportlonglong": True, "models": [model]}
+        hps.Init(self.config)
+
+    def layer(self, table: int = 0) -> Any:
+        return hps.LookupLayer(self.config, "m", table, self.dim)
+
+    def batches(self, n: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Row numbers and keys of fresh batches, on the device."""
+        random = np.random.default_rng(n)
+        numbers = [random.integers(0, rows, n) for _ in range(BATCHES)]
+        device = self.machine.device
+        return [torch.from_numpy(some).to(device) for some in numbers], [
+            torch.from_numpy(keys_of(some)).to(device) for some in numbers
+        ]
+
+    def lookups(self, n: int) -> dict[str, Call]:
+        """By name: the call that looks a batch up; each checked."""
+        numbers, keys = self.batches(n, self.sizes.rows)
+        weight, layer, embedding = self.tensors[0], self.layer(), torch.nn.functional.embedding
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if self.machine.ordinal is None else "inductor")
+        calls: dict[str, Call] = {
+            EMBEDDING: lambda turn, stream: embedding(numbers[turn], weight),
+            LAYER: lambda turn, stream: layer(keys[turn]),
+            COMPILED: lambda turn, stream: compiled(keys[turn]),
+        }
+        for name, call in calls.items():
+            rows = call(0, self.machine.stream())
+            self.machine.wait()
+            check(name, rows, numbers[0], self.dim)
+        return calls
+
+    def measure_lookups(self) -> dict[str, Figures]:
+        figures: dict[str, Figures] = {"wall": {}, "events": {}, "graph": {}}
+        for n in self.sizes.batches:
+            self.run.say(f"D={self.dim}: {n:,} keys")
+            for name, call in self.lookups(n).items():
+                for how, times in (
+                    ("wall", self.machine.wall_times(call, 5)),
+                    ("events", self.machine.times(call, self.sizes.repetitions)),
+                    ("graph", None if name == COMPILED else self.machine.graph_times(call, self.sizes.repetitions)),
+                ):
+                    if times:
+                        figures[how].setdefault(name, {})[n] = median(times)
+        titles = {"wall": "eager, host's clock", "events": "eager, events", "graph": "a node of a CUDA graph"}
+        for how, some in figures.items():
+            if some:
+                ratio_cells(f"D={self.dim}, {titles[how]}", some, EMBEDDING)
+        return figures
+
+    def bags(self, mode: str, count: int) -> dict[str, Call]:
+        """By name: the call that pools ``count`` bags; both give the same rows."""
+        each, weight, theirs = self.sizes.keys_of_bag, self.tensors[0], torch.nn.functional.embedding_bag
+        flat_numbers, flat_keys = self.batches(count * each, self.sizes.rows)
+        numbers = [some.view(count, each) for some in flat_numbers]
+        keys = [some.view(count, each) for some in flat_keys]
+        ours = hps.HPSEmbeddingBag(self.config, "m", 0, self.dim, mode=mode)
+        calls: dict[str, Call] = {
+            BAG: lambda turn, stream: theirs(numbers[turn], weight, mode=mode),
+            "HPSEmbeddingBag": lambda turn, stream: ours(keys[turn]),
+        }
+        wanted, got = (call(0, self.machine.stream()) for call in calls.values())
+        if not torch.allclose(wanted, got, rtol=1e-4, atol=1e-5):
+            raise AssertionError(f"bags, {mode}, {count}: wrong rows")
+        return calls
+
+    def measure_bags(self) -> dict[str, Figures]:
+        answers: dict[str, Figures] = {}
+        for mode in ("sum", "mean"):
+            figures = answers[mode] = self._events({count: self.bags(mode, count) for count in self.sizes.bags})
+            ratio_cells(f"D={self.dim}, bags of {self.sizes.keys_of_bag} keys, {mode}, events", figures, BAG)
+        return answers
+
+    def tables(self, n: int) -> dict[str, Call]:
+        """By name: the call that looks ``n`` keys up, from one table or shared out to many."""
+        tables, embedding = self.sizes.tables, torch.nn.functional.embedding
+        layers, one = [self.layer(1 + table) for table in range(tables)], self.layer()
+        numbers, keys = self.batches(n // tables, self.sizes.table_rows)
+        _, all_keys = self.batches(n // tables * tables, self.sizes.rows)
+        calls: dict[str, Call] = {
+            ONE: lambda turn, stream: one(all_keys[turn]),
+            f"{tables} tables": lambda turn, stream: [layer(keys[turn]) for layer in layers],
+            f"{tables} x F.embedding": lambda turn, stream: [embedding(numbers[turn], some) for some in self.tensors[1:]],
+        }
+        for rows in calls[f"{tables} tables"](0, self.machine.stream()):
+            self.machine.wait()
+            check("tables", rows, numbers[0], self.dim)
+        return calls
+
+    def measure_tables(self) -> Figures:
+        """P5: a call a table, beside one table with the same total of keys."""
+        figures = self._events({n: self.tables(n) for n in self.sizes.batches if n >= 16 * self.sizes.tables})
+        ratio_cells(f"D={self.dim}, keys in all, events", figures, ONE)
+        return figures
+
+    def _events(self, cases: dict[int, dict[str, Call]]) -> Figures:
+        """Medians by CUDA events, by name and size."""
+        figures: Figures = {}
+        for n, calls in cases.items():
+            for name, call in calls.items():
+                figures.setdefault(name, {})[n] = median(self.machine.times(call, self.sizes.repetitions))
+        return figures
+
+
+def measure(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="hps_torch_layer_") as folder:
+        served = Served(run, dim, sizes, Path(folder))
+    try:
+        return {"lookups": served.measure_lookups(), "bags": served.measure_bags(), "tables": served.measure_tables()}
+    finally:
+        served.machine.wait()
+        SERVERS.close()
+
+
+def main() -> int:
+    options = parser_of("The Torch layers beside Torch's own embeddings.", (32, 128)).parse_args()
+    run = Run("LookupLayer and HPSEmbeddingBag", options)
+    sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
+    for dim in options.dims:
+        run.section(f"D={dim}", lambda dim=dim: measure(run, dim, sizes))
+    return run.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
