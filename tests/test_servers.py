@@ -110,6 +110,12 @@ def test_a_request_is_text_and_back() -> None:
         _ = Request({"models": object()}, wanted).text
 
 
+def test_a_request_of_pieces() -> None:
+    wanted = (Wanted("m", 0, 4), Wanted("m", "t", 8), Wanted("m", 2, 16))
+    head, pieces, tail = Request({"models": []}, wanted).pieces()
+    assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, wanted[1:])
+
+
 def test_rows_and_pooled_rows_in_one_answer(workshop: Any, servers: Servers) -> None:
     pooled = Wanted("m", 0, 4, combiner="sum", weighted=True, paired=True, clipped=True, default_id=5)
     request = Request(config_of(workshop), (Wanted("m", 0, 4), pooled))

@@ -349,3 +349,62 @@ def test_10_000_calls_leak_nothing(rig: Rig) -> None:
     for _ in range(10_000):
         layer(keys)
     assert resident() - before < 16 << 20
+
+
+# -- many tables, and embeddings of Torch ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_collection_asks_for_all_tables_in_one_call(served: Rig, device: str, compiled: bool) -> None:
+    layer = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "b": ("t1", 3), "c": (0, DIM)})
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    keys = {"b": torch.randint(0, ROWS, (4, 2), device=device), "a": torch.randint(0, ROWS, (5,), device=device)}
+    for features in (["b", "a"], ["a"]):
+        rows = call({feature: keys[feature] for feature in features})
+        assert list(rows) == features
+        for feature in features:
+            table = served.rows if feature == "a" else served.narrow
+            assert np.array_equal(rows[feature].cpu(), table[np.asarray(keys[feature].cpu())])
+    assert layer({}) == {} and "a: 0 [8], b: t1 [3]" in repr(layer)
+    with pytest.raises(ConfigError, match="features x came, known are a, b, c"):
+        layer({"x": keys["a"]})
+    with pytest.raises(ConfigError, match="tables: none came"):
+        hps.LookupCollection(served.path, "m", {})
+    with pytest.raises(KeyDtypeError):
+        layer({"a": keys["a"].float()})
+
+
+def test_the_operator_of_collections_passes_the_checks_of_torch(served: Rig, device: str) -> None:
+    layer = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "b": ("t1", 3)})
+    keys = [torch.tensor([1, 2], device=device), torch.tensor([[3]], device=device)]
+    torch.library.opcheck(torch.ops.hps_numba.lookup_many.default, (keys, layer.request_of(["a", "b"]), [DIM, 3]))
+
+
+@pytest.mark.parametrize("name", ["table.model", "table.h5"])
+def test_an_embedding_of_torch_becomes_a_table_and_comes_back(tmp_path: Path, name: str) -> None:
+    rig = rig_of(tmp_path)
+    embedding = torch.nn.Embedding(150_000, DIM)
+    assert hps.save_embedding(embedding, tmp_path / name) == 150_000
+    rig.config["models"][0]["sparse_files"][0] = str(tmp_path / name)
+    keys = torch.randint(0, 150_000, (100,))
+    assert torch.equal(hps.LookupLayer(rig.config, "m", 0, DIM)(keys), embedding(keys))
+    back, names = hps.load_embedding(tmp_path / name, freeze=False)
+    assert torch.equal(back.weight, embedding.weight) and torch.equal(names, torch.arange(150_000))
+    assert back.weight.requires_grad
+    SERVERS.close()
+
+
+def test_keys_of_ones_own_for_an_embedding(tmp_path: Path) -> None:
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    names = torch.tensor([7, -1, 2**62])
+    assert hps.save_embedding(weight, tmp_path / "t.model", keys=names) == 3
+    back, read = hps.load_embedding(tmp_path / "t.model")
+    assert torch.equal(read, names) and torch.equal(back.weight, weight.float()) and not back.weight.requires_grad
+    for wrong, keys, match in (
+        (torch.randn(3), None, r"embedding: \[3\] of torch.float32 came"),
+        (torch.zeros(3, 4, dtype=torch.int64), None, "embedding: .* came"),
+        ("weights", None, "embedding: str came"),
+        (weight, [1, 2], r"keys: \[2\] came, \[3\] is wanted"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            hps.save_embedding(wrong, tmp_path / "u.model", keys=keys)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from hps_numba.storage.host_pooling import offsets_of
 from hps_numba.threads import SPLIT_BYTES, run_ranges
 from hps_numba.used_memory import aligned_empty
 
-__all__ = ["Request", "Wanted", "answer", "table_of"]
+__all__ = ["Request", "Wanted", "answer", "tables_of"]
 
 
 _WANTED = {"dim": "an integer from 1 on", "table": "the number or name of a table", "default_id": "an integer or None"}
@@ -85,6 +85,11 @@ class Request:
             return json.dumps(asdict(self), sort_keys=True).encode()
         except TypeError as problem:
             raise ConfigError(f"ps_config_file: {problem}; plain numbers, texts, lists and dicts are wanted") from problem
+
+    def pieces(self) -> tuple[str, list[str], str]:
+        """``(head, a text for each of the wanted, tail)``; head, some of the texts with commas, and tail are a request."""
+        text = replace(self, wanted=()).text.decode()
+        return text[:-2], [json.dumps(asdict(one)) for one in self.wanted], text[-2:]
 
     @classmethod
     def of_text(cls, text: str | bytes) -> Request:
@@ -164,14 +169,14 @@ def answer(text: str | bytes, arrays: Sequence[np.ndarray], servers: Servers = S
     return _ready_for(text, servers).answer(arrays)
 
 
-def table_of(text: str | bytes, servers: Servers = SERVERS) -> tuple[HPS, Wanted]:
-    """The server of a request, and what it wants of its first table: for keys on a GPU, which ``answer`` cannot take.
+def tables_of(text: str | bytes, servers: Servers = SERVERS) -> list[tuple[HPS, Wanted]]:
+    """The server of each table of a request, and what is wanted of it: for keys on a GPU, which ``answer`` cannot take.
 
     Raises:
         As ``HPS``.
     """
     ready = _ready_for(text, servers)
-    return ready.servers[0], ready.wanted[0]
+    return list(zip(ready.servers, ready.wanted, strict=True))
 
 
 def _ready_for(text: str | bytes, servers: Servers) -> _Ready:

@@ -15,8 +15,19 @@ import sys
 from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.bag import HPSEmbeddingBag
+from hps_numba.frontends.torch.collection import LookupCollection
+from hps_numba.frontends.torch.convert import load_embedding, save_embedding
 from hps_numba.frontends.torch.layer import Init, LookupLayer
 
-__all__ = ["HPSEmbeddingBag", "Init", "LookupLayer", "operator", "server_of"]
+__all__ = [
+    "HPSEmbeddingBag",
+    "Init",
+    "LookupCollection",
+    "LookupLayer",
+    "load_embedding",
+    "operator",
+    "save_embedding",
+    "server_of",
+]
 
 __version__: str = sys.modules["hps_numba"].__version__

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from hps_numba.errors import KeyDtypeError
-from hps_numba.frontends._requests import answer, table_of
+from hps_numba.frontends._requests import Wanted, answer, tables_of
+from hps_numba.parameter_server import HPS
 
-__all__ = ["KEY_TYPES", "check_keys", "library", "lookup"]
+__all__ = ["KEY_TYPES", "check_keys", "library", "lookup", "rows_on_cuda"]
 
 KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 
@@ -42,8 +43,13 @@ def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
 
 
 def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    ((server, wanted),) = tables_of(request)
+    return rows_on_cuda(keys, server, wanted)
+
+
+def rows_on_cuda(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
+    """float32 rows of keys on a GPU, in the order of its current stream."""
     check_keys(keys)
-    server, wanted = table_of(request)
     rows: torch.Tensor = server.lookup(keys.detach().contiguous(), wanted.model, wanted.table, keys.device.index)
     return rows if rows.dtype == torch.float32 else rows.float()
 

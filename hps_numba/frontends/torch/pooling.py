@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hps_numba.frontends._requests import table_of
+from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.used_memory import aligned_empty
 
@@ -43,7 +43,7 @@ def _pooled_on_cpu(
         kept = flat != padding
         starts = np.concatenate(([0], np.cumsum(kept)))[starts]
         flat, factors = flat[kept], None if factors is None else factors[kept]
-    server, wanted = table_of(request)
+    ((server, wanted),) = tables_of(request)
     out = aligned_empty((max(len(starts) - 1, 0), dim))
     server.lookup_pooled(
         flat, starts, wanted.model, wanted.table, None, weights=factors, combiner=combiner, max_norm=max_norm, out=out

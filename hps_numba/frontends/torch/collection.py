@@ -1,0 +1,92 @@
+"""``LookupCollection``: many tables of one model in one call of the operator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
+from hps_numba.frontends._servers import config_of
+from hps_numba.frontends.torch import operator
+
+__all__ = ["LookupCollection"]
+
+operator.library.define("lookup_many(Tensor[] keys, str request, int[] dims) -> Tensor[]")
+
+
+def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+    for some in keys:
+        operator.check_keys(some)
+    return [torch.from_numpy(rows) for rows in answer(request, [some.detach().numpy() for some in keys])]
+
+
+def _lookup_many_on_cuda(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+    return [
+        operator.rows_on_cuda(some, server, wanted) for some, (server, wanted) in zip(keys, tables_of(request), strict=True)
+    ]
+
+
+operator.library.impl("lookup_many", _lookup_many_on_cpu, "CPU")
+operator.library.impl("lookup_many", _lookup_many_on_cuda, "CUDA")
+
+
+@torch.library.register_fake("hps_numba::lookup_many", lib=operator.library)
+def _shapes_of_lookups(keys: Any, request: str, dims: Any) -> Any:
+    return [some.new_empty((*some.shape, dim), dtype=torch.float32) for some, dim in zip(keys, dims, strict=True)]
+
+
+class LookupCollection(torch.nn.Module):
+    """The rows of several tables of one model, asked for in one call.
+
+    Args:
+        ps_config_file, model_name: as for ``LookupLayer``.
+        tables: ``{feature: (table_id, emb_vec_size)}``.
+
+    On the CPU large batches are shared out to all cores, table by table. On a GPU each table is a lookup of its own for now.
+    Rows are frozen. **Threads:** calls.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
+        model_name: str,
+        tables: Mapping[str, tuple[int | str, int]],
+    ) -> None:
+        super().__init__()
+        if not tables:
+            raise ConfigError("tables: none came, {feature: (table_id, emb_vec_size)} is wanted")
+        self._wanted = {feature: Wanted(model_name, table, dim) for feature, (table, dim) in tables.items()}
+        # joined when called, by what a compiler can follow
+        self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
+        self._texts = dict(zip(self._wanted, texts, strict=True))
+
+    def forward(self, keys: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``{feature: rows}`` for ``{feature: keys}``, of any of the features: float32 ``S + [emb_vec_size]`` each.
+
+        Raises:
+            ConfigError: a feature that is none of the collection's.   Otherwise as ``LookupLayer``.
+        """
+        features = list(keys)
+        if not features:
+            return {}
+        strangers = [feature for feature in features if feature not in self._texts]
+        if strangers:
+            raise ConfigError(f"keys: features {', '.join(strangers)} came, known are {', '.join(self._texts)}")
+        dims = [self._wanted[feature].dim for feature in features]
+        rows = torch.ops.hps_numba.lookup_many(list(keys.values()), self.request_of(features), dims)
+        return dict(zip(features, rows, strict=True))
+
+    def request_of(self, features: list[str]) -> str:
+        """What the operator is asked for some features, in this order."""
+        return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
