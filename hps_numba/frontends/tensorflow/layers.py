@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._servers import Config
+from hps_numba.frontends._servers import Config, config_of
 from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
 
 __all__ = ["LookupCollection", "LookupLayer", "SparseLookupLayer"]
@@ -71,13 +71,9 @@ class _TableLayer(_Layer):
             "table_id": self.table.table_id,
             "emb_vec_size": self.table.emb_vec_size,
             "emb_vec_dtype": self.emb_vec_dtype.name,
-            "ps_config_file": _plain(self.table.ps_config_file),
+            "ps_config_file": config_of(self.table.ps_config_file),
             "global_batch_size": self.table.global_batch_size,
         }
-
-
-def _plain(config: Config) -> Config:
-    return config if isinstance(config, str) else dict(config)
 
 
 @keras.saving.register_keras_serializable("hps_numba")
@@ -162,6 +158,6 @@ class LookupCollection(_Layer):
             "model_name": self.model_name,
             "tables": {feature: [table.table_id, table.emb_vec_size] for feature, table in self._tables.items()},
             "emb_vec_dtype": self.emb_vec_dtype.name,
-            "ps_config_file": _plain(some.ps_config_file),
+            "ps_config_file": config_of(some.ps_config_file),
             "global_batch_size": some.global_batch_size,
         }

@@ -35,18 +35,19 @@ class Table:
     emb_vec_size: int
     ps_config_file: Config = ""
     global_batch_size: int = 1
+    #: a row a key of this table
+    wanted: Wanted = field(init=False, repr=False, compare=False)
     _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ps_config_file", config_of(self.ps_config_file))
-        wanted = self.wanted  # checked
-        object.__setattr__(self, "table_id", wanted.table)
-        object.__setattr__(self, "emb_vec_size", wanted.dim)
-
-    @property
-    def wanted(self) -> Wanted:
-        """A row a key of this table."""
-        return Wanted(self.model_name, self.table_id, self.emb_vec_size)
+        wanted = Wanted(self.model_name, self.table_id, self.emb_vec_size)  # checked there, once
+        for name, value in (
+            ("ps_config_file", config_of(self.ps_config_file)),
+            ("wanted", wanted),
+            ("table_id", wanted.table),
+            ("emb_vec_size", wanted.dim),
+        ):
+            object.__setattr__(self, name, value)
 
     def request(self, *wanted: Wanted) -> Request:
         """For lookups of this table's server; made once."""
