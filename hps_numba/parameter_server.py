@@ -291,8 +291,7 @@ class HPS:
         table = deployment.table(table_id)
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
-        if out.dtype != np.float32 or out.shape != shape or not out.flags.carray:
-            raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
+        _check_rows(out, shape)
         self._answer(deployment, table, batch.flat, out)
 
     def lookup_pooled(
@@ -335,10 +334,8 @@ class HPS:
             weights = as_rows(weights, (len(flat),), place="weights")
         bags = Bags(flat, starts, weights, combiner, None if max_norm is None else float(max_norm))
         shape = (len(bags), table.spec.dim)
-        if out is None:
-            out = np.empty(shape, np.float32)
-        elif out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
+        out = np.empty(shape, np.float32) if out is None else out
+        _check_rows(out, shape)
         try:
             table.lookup_pooled(bags, out)
         except ClosedError as problem:
@@ -644,6 +641,12 @@ class HPS:
 
     def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> TableSession:
         return self._deployment(model_name, device_id).table(table_id)
+
+
+def _check_rows(out: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise OutputError unless rows can be written to ``out`` as they are."""
+    if out.dtype != np.float32 or out.shape != shape or not out.flags.carray:
+        raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
 
 
 def _on_host(rows: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -157,20 +158,14 @@ class TableSession:
         n, default = len(bags.keys), self.spec.default_value
         missing = Missing(n) if self._slower else None
         writes = self._writes
-        counters = self._counters.address
-        if self.store is not None:
-            missed = self.store.pool(bags, out, default, counters=counters, missing=missing)
-        else:
-            missed = pool_bags(0, None, bags, out, default, counters=counters, missing=missing)
+        pool = partial(pool_bags, 0, None) if self.store is None else self.store.pool
+        missed = pool(bags, out, default, counters=self._counters.address, missing=missing)
         if missing is None:
             self._counters.add(COUNTER_ABSENT, missed)
         elif missed:
             wanted, rows, found, inverse = self._fetch_rows(bags.keys[missing.positions])
             missing.answer(rows, inverse)
-            if self.store is not None:
-                self.store.pool(bags, out, default, missing=missing)
-            else:
-                pool_bags(0, None, bags, out, default, missing=missing)
+            pool(bags, out, default, missing=missing)
             self._keep_later(wanted[found], rows[found], writes)
 
     # -- through a cache ---------------------------------------------------------------------
