@@ -325,6 +325,13 @@ def test_a_collection_asks_for_all_tables_at_once(rig: Rig, mode: str, monkeypat
         hps.LookupCollection("m", {})
 
 
+def test_tables_of_two_configs_are_not_asked_at_once(rig: Rig) -> None:
+    ids = tf.constant([1], tf.int64)
+    tables = [hps.Table("m", 0, DIM, rig.path), hps.Table("m", 0, DIM, rig.config)]
+    with pytest.raises(ConfigError, match="lookups: tables of different ps_config_file"):
+        hps.embedding_lookup_many([(table, ids) for table in tables])
+
+
 # -- errors and threads ----------------------------------------------------------------------------------------
 
 

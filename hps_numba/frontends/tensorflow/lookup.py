@@ -83,7 +83,12 @@ def embedding_lookup_many(lookups: Any) -> list[Any]:
 
     Args:
         lookups: (table, ids) pairs; ``ids`` may also be a SparseTensor, whose rows are then pooled by their mean.
+
+    Raises:
+        ConfigError: tables of different configs.   Otherwise as ``embedding_lookup``.
     """
+    if any(table.ps_config_file != lookups[0][0].ps_config_file for table, _ in lookups):
+        raise ConfigError("lookups: tables of different ps_config_file came, those of one are wanted")
     pieces = [_piece(table, ids) for table, ids in lookups]
     request = lookups[0][0].request(*(wanted for wanted, _, _, _ in pieces))
     inputs = [tensor for _, tensors, _, _ in pieces for tensor in tensors]
