@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from hps_numba.cache_layout import (
     WAYS,
 )
 from hps_numba.cache_link import HostLink
-from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, place_of
+from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, place_of
 from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
@@ -30,7 +30,10 @@ from hps_numba.kernels.policies._policy import Policy, load_policy
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
 from hps_numba.storage.host_store import HostStore
 
-__all__ = ["KINDS", "CacheLookup", "index_sets"]
+if TYPE_CHECKING:
+    from hps_numba.kernels.launch import KernelsInTurn
+
+__all__ = ["KINDS", "NO_TURN", "CacheLookup", "index_sets"]
 
 log = logging.getLogger(__name__)
 KINDS = ("dynamic", "static", "uvm")
@@ -38,6 +41,7 @@ KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
 LARGE_BATCH = 16_384  # from here on each lane of a warp searches for a key, below a tile does
 STATE_WORDS = 9
+NO_TURN = (None, 1)
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
@@ -79,6 +83,7 @@ class CacheLookup:
         self._place = place_of(device)
         self._counted = policy.needs_count and not self.fixed
         self._kernels: dict[Any, Any] = {}
+        self._turns: dict[tuple[Any, ...], tuple[KernelsInTurn | None, int]] = {}
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
         self._captured: list[Scratch] = []
@@ -211,7 +216,7 @@ class CacheLookup:
         *,
         key_form: str = "int64",
         out_type: str = "float32",
-        capturing: bool = False,
+        capturing: bool | None = None,
         absent_list: int = 0,
     ) -> None:
         """Write the row of each key to ``out``, in stream order: from the cache, the host store, or the default.
@@ -221,7 +226,8 @@ class CacheLookup:
                 (int64, of which only 0 to 2**32 - 1 are keys).
             out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
             stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
-            capturing: the stream is being captured by a graph; the call gets a scratch that lives as long as the cache.
+            capturing: the stream is being captured by a graph: the call gets a scratch that lives as long as the cache. None:
+                the stream is asked.
             absent_list: address of int64 ``[1 + n]``, or 0: their number, then the positions of keys found nowhere, in no
                 order. For at most ``cache_layout.MAX_BATCH`` keys.
 
@@ -233,13 +239,62 @@ class CacheLookup:
         self._begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
+        if capturing is None and not absent_list and n <= MAX_BATCH:
+            turn, group = self._turns.get((key_form, out_type, out % 16 == 0, n < LARGE_BATCH), NO_TURN)
+            args = (*self._parts, keys, n, out, self._default)
+            if self._goes_again(turn, n, stream, self._place.lookup_blocks(n, group), LOOKUP_THREADS, args):
+                return
         with self._place.current():
             if n == 0:
                 if absent_list:
                     self._place.fill(absent_list, 0, 8, stream)
+                return
+            if capturing is None:
+                capturing = self._place.is_capturing(stream)
+            batch = (keys, n, out, stream, key_form, out_type, absent_list)
+            self._with_scratch(capturing, stream, self._batches, *batch)
+
+    def _goes_again(
+        self, turn: KernelsInTurn | None, n: int, stream: int, blocks: int, threads: int, args: tuple[Any, ...]
+    ) -> bool:
+        """Nearly every lookup on a device: like one before on this stream, no larger, and started in one step.
+
+        Args:
+            turn: the kernels, or None: not known yet.   blocks, threads, args: of the first; the scratch comes last.
+
+        False if it is not like one before, or captured; nothing was done then.
+        """
+        scratch = None if turn is None else self._pool.take_again(stream, n)
+        if turn is None or scratch is None:
+            return False
+        done = False
+        try:
+            launches: list[tuple[Any, ...]] = [(blocks, threads, (*args, scratch.address))]
+            if not self.fixed:
+                launches += self._finishing(scratch, n)
+            started = turn.start(self._place.context, stream, scratch.event, *launches)
+            done = True
+        finally:
+            if done:
+                self._pool.give_again(scratch)
             else:
-                batch = (keys, n, out, stream, key_form, out_type, absent_list)
-                self._with_scratch(capturing, stream, self._batches, *batch)
+                self._pool.give(scratch, stream, spoiled=True)
+        return started
+
+    def _finishing(self, scratch: Scratch, n: int) -> list[tuple[Any, ...]]:
+        """``_finish`` for kernels in turn: blocks, threads and arguments of each."""
+        lines, rows, sets, state = self._parts
+        insertion = (lines, rows, state, scratch.stage, 4 * self.dim, scratch.address, self._ticks(n))
+        finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), OTHER_THREADS, insertion)]
+        if self._counted:
+            finishing.insert(0, (self._place.blocks(n), OTHER_THREADS, (lines, sets, state, scratch.address)))
+        return finishing
+
+    def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel, group: int = 1) -> None:
+        """From now on lookups of this shape, which begin with this kernel, can be started in one step."""
+        if isinstance(self._place, DevicePlace) and shape not in self._turns:
+            others = [] if self.fixed else ["touch_kernel", "insert_kernel"] if self._counted else ["insert_kernel"]
+            self._turns[shape] = self._place.in_turn([kernel, *map(self._kernel, others)]), group
 
     def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
@@ -306,7 +361,9 @@ class CacheLookup:
 
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """Write the answer of a batch, and list what is to be inserted."""
-        kernel, group = self._lookup_kernel(*built, n < LARGE_BATCH)
+        shape = (*built, n < LARGE_BATCH)
+        kernel, group = self._lookup_kernel(*shape)
+        self._keep_turn(shape, kernel, group)
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 

@@ -6,10 +6,10 @@ On the CPU there are no streams: work is done when a call returns, and streams a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -18,11 +18,14 @@ from hps_numba.kernels.build import HostKernel, KernelSpec, for_host
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.memory import HostRegion, PinnedHostAllocator
 
-__all__ = ["LOOKUP_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
+if TYPE_CHECKING:
+    from hps_numba.kernels.launch import KernelsInTurn, LoadedKernel
+
+__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
-LOOKUP_THREADS, _OTHER_THREADS = 128, 256
+LOOKUP_THREADS, OTHER_THREADS = 128, 256
 
 
 class Memory(Protocol):
@@ -58,6 +61,7 @@ class DevicePlace:
         self._allocate = partial(devices.allocate, ordinal)
 
     relaxed = staticmethod(devices.relaxed_capture)
+    is_capturing = staticmethod(devices.is_capturing)
     fill = staticmethod(devices.fill)
     copy = staticmethod(devices.copy)
     to_place = staticmethod(devices.to_device)
@@ -101,9 +105,21 @@ class DevicePlace:
         with self.current(), self.relaxed():
             return load(spec, self.ordinal, self._capability)
 
+    def in_turn(self, kernels: Sequence[Kernel]) -> KernelsInTurn:
+        """Kernels of this device that are started one after the other."""
+        from hps_numba.kernels.launch import KernelsInTurn
+
+        return KernelsInTurn(cast("Sequence[LoadedKernel]", kernels))
+
+    @property
+    def context(self) -> int:
+        """Handle of the context of the device."""
+        assert self.ordinal is not None
+        return devices.context_of(self.ordinal)
+
     def blocks(self, tiles: int) -> int:
         """At most 4 blocks a multiprocessor: enough rows in flight for the bus, and few to start for nothing."""
-        return max(1, min(-(-tiles // (_OTHER_THREADS // _LANES)), self._most_blocks))
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks))
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """A warp for each group of keys."""
@@ -173,6 +189,11 @@ class HostPlace:
         """One."""
         return 1
 
+    @property
+    def context(self) -> int:
+        """There is none."""
+        return 0
+
     def current(self) -> AbstractContextManager[None]:
         """Nothing to do."""
         return _NOTHING
@@ -215,6 +236,10 @@ class HostPlace:
     def event_done(self, event: int) -> bool:
         """Work is done already."""
         return True
+
+    def is_capturing(self, stream: int) -> bool:
+        """There are no graphs."""
+        return False
 
     def close(self) -> None:
         """Nothing to do."""

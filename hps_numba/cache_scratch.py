@@ -133,6 +133,11 @@ class Scratch:
                 self._place.destroy_event(entry[0])
             entry[1].release()
 
+    @property
+    def event(self) -> int:
+        """What stands for the end of the last batch; ``user`` has one."""
+        return self._event or 0
+
     def begin(self, stream: int, user: _Stream) -> None:
         """Let the stream wait for the one that had the scratch last."""
         if self._event and self.user != user:
@@ -195,6 +200,21 @@ class ScratchPool:
                 self._put(scratch)
                 raise
         return scratch
+
+    def take_again(self, stream: int, n: int) -> Scratch | None:
+        """The scratch that this stream had last, if it is there and has room for ``n`` keys; to be given by ``give_again``."""
+        user = _user_of(stream)
+        with self._lock:
+            idle = [] if self._closed else self._idle
+            for i in range(len(idle) - 1, -1, -1):
+                scratch = idle[i]
+                if scratch.user == user and n <= scratch.limit and not scratch.lists_absent:
+                    return idle.pop(i)
+        return None
+
+    def give_again(self, scratch: Scratch) -> None:
+        """Take back what ``take_again`` lent, after its event was recorded, or if it was not used."""
+        self._put(scratch)
 
     def _wait(self) -> None:
         self._waiting += 1

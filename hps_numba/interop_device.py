@@ -38,6 +38,7 @@ from hps_numba.interop import ArrayKind, Finish
 __all__ = [
     "CudaOrigin",
     "DeviceKeys",
+    "as_device_floats",
     "as_device_keys",
     "as_device_output",
     "device_of_array",
@@ -133,6 +134,46 @@ def as_device_keys(keys: Any, *, wide: bool, place: str = "keys", stream: Any = 
         wanted = f"memory aligned to {_MISALIGNED[found.form] + 1} bytes is wanted"
         raise DeviceError(f"{place}: {type(keys).__name__} at address {found.address:#x} came, {wanted}")
     return found
+
+
+def as_device_floats(array: Any, shape: tuple[int, ...], device: int, *, place: str = "weights", stream: Any = None) -> Any:
+    """See numbers in CUDA memory as contiguous float32.
+
+    Args:
+        array: a Torch tensor or an array of CuPy.   shape: that it has to have.   device: where it has to be.   stream: as for
+            ``as_device_keys``.
+
+    Returns:
+        ``(address, keep)``; zero-copy for contiguous float32.
+
+    Raises:
+        OutputError: another shape, or no numbers.   DeviceError: not on that device.
+    """
+    came = device_of_array(array)
+    if came != device:
+        raise DeviceError(f"{place}: numbers {_place_name(came)} came, ones on cuda:{device}, as the keys, are wanted")
+    if tuple(array.shape) != shape:
+        raise OutputError(f"{place}: shape {list(array.shape)} came, {list(shape)} is wanted")
+    family = _family(type(array))
+    if family == "torch":
+        torch = sys.modules["torch"]
+        if array.is_complex():
+            raise OutputError(f"{place}: dtype {_dtype_name(array.dtype)} came, float32 is wanted")
+        with _torch_order(device, stream):
+            floats = array.detach().to(torch.float32).contiguous()
+        return floats.data_ptr(), floats
+    cupy = _cupy(place)
+    with _cupy_order(cupy, device, stream):
+        if family != "cupy":
+            array = cupy.from_dlpack(array)
+        if array.dtype.kind not in "fiub":
+            raise OutputError(f"{place}: dtype {array.dtype} came, float32 is wanted")
+        floats = cupy.ascontiguousarray(array, dtype=cupy.float32)
+    return floats.data.ptr, floats
+
+
+def _place_name(device: int | None) -> str:
+    return "in host memory" if device is None else f"on cuda:{device}"
 
 
 def new_device_output(kind: ArrayKind, shape: tuple[int, ...], dtype: str, *, stream: Any = None) -> tuple[Any, int]:

@@ -31,7 +31,7 @@ ROWS = [
     {"kernels"},
     {"storage.formats", "storage.epochs"},
     {"storage.model_files", "storage.bin_dump", "storage.table_content"},
-    {"storage.host_pooling"},
+    {"storage.host_pooling", "device_bags"},
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
@@ -226,7 +226,7 @@ SHOWN = {
     "kernels.build": CACHE,
     "kernels.launch": CACHE,
     "kernels.cache_image": {"cache"},
-    "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
+    "kernels.cache_pool": {"cache_pooling", "storage", "device_bags"},  # the combiners
     "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
     "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept

@@ -15,16 +15,18 @@ import importlib
 import re
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from hps_numba.devices import driver_library
+from hps_numba.devices import driver_addresses, driver_library
 from hps_numba.errors import DeviceError
 from hps_numba.kernels import kernel_files
 from hps_numba.kernels.build import KernelSpec, ptx_of, starts_early
+from hps_numba.kernels.driver_calls import CAPTURED, DRIVER_FUNCTIONS, start_kernels
 
-__all__ = ["LoadedKernel", "cubin_of", "link", "load"]
+__all__ = ["KernelsInTurn", "LoadedKernel", "cubin_of", "link", "load"]
 
 THREADS = 256
 # CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
@@ -70,15 +72,27 @@ class LoadedKernel:
             DeviceError: the driver refused.
             struct.error: number or kinds of the arguments are not those of the kernel.
         """
+        config, function, pointers = self.pack(blocks, stream, *args, threads=threads)
+        status = self._launch(config, function, pointers, None)
+        if status:
+            raise self.refused(status, blocks, threads)
+
+    def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> tuple[int, int, int]:
+        """What the driver's ``cuLaunchKernelEx`` takes for this launch: addresses of configuration, kernel and arguments.
+
+        They are good until this thread packs or launches this kernel again.
+        """
         try:
             buffer, config, pointers = self._threads.arguments
         except AttributeError:
             buffer, config, pointers = self._make_arguments()
         self._pack_into(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
-        status = self._launch(config, self._function, pointers, None)
-        if status:
-            name = self._driver.CUresult(status).name
-            raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {name}")
+        return config, self._function, pointers
+
+    def refused(self, status: int, blocks: int, threads: int = THREADS) -> DeviceError:
+        """The error for a launch that the driver refused."""
+        name = self._driver.CUresult(status).name
+        return DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {name}")
 
     def _make_arguments(self) -> tuple[Any, int, int]:
         """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
@@ -94,6 +108,50 @@ class LoadedKernel:
         """Registers of a thread."""
         what = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
         return int(_check(self._driver.cuFuncGetAttribute(what, self._in_context), self._symbol))
+
+
+class KernelsInTurn:
+    """Starts kernels of one device one after the other, with one step out of Python.   **Threads:** ``start`` from any."""
+
+    def __init__(self, kernels: Sequence[LoadedKernel]) -> None:
+        self._kernels = tuple(kernels)
+        self._driver = driver_addresses(DRIVER_FUNCTIONS)
+        self._functions = int(self._driver.ctypes.data)
+        self._words = struct.Struct(f"@{2 + 3 * len(self._kernels)}q")
+        self._threads = threading.local()
+
+    def start(self, context: int, stream: int, event: int, *launches: tuple[Any, ...]) -> bool:
+        """Start the kernels and record ``event``, all on a stream of ``context``, unless the stream is being captured.
+
+        Args:
+            launches: for each kernel blocks, threads of a block, and its arguments in a tuple.
+
+        Returns:
+            False: the stream is being captured by a graph, nothing was started.
+
+        Raises:
+            DeviceError: the driver refused; some of the kernels may have been started.
+        """
+        work = getattr(self._threads, "work", 0) or self._make_work(launches, stream)
+        for kernel, (blocks, threads, args) in zip(self._kernels, launches):
+            kernel.pack(blocks, stream, *args, threads=threads)
+        status = start_kernels(self._functions, work, context, stream, event, len(self._kernels))
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernels[0].refused(status, launches[0][0], launches[0][1])
+
+    def _make_work(self, launches: Sequence[tuple[Any, ...]], stream: int) -> int:
+        """Address of memory of this thread for ``start_kernels``: what it takes of each kernel stays where it is."""
+        memory = ctypes.create_string_buffer(self._words.size)
+        taken = [
+            kernel.pack(blocks, stream, *args, threads=threads)
+            for kernel, (blocks, threads, args) in zip(self._kernels, launches)
+        ]
+        self._words.pack_into(memory, 0, 0, 0, *(word for words in taken for word in words))
+        self._threads.memory, self._threads.work = memory, ctypes.addressof(memory)
+        return ctypes.addressof(memory)
 
 
 def _offsets(before: str, kinds: str) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted
 from hps_numba.frontends._servers import config_of, server_of
+from hps_numba.frontends.torch.operator import rows_of
 
 __all__ = ["Init", "LookupLayer"]
 
@@ -70,7 +71,10 @@ class LookupLayer(torch.nn.Module):
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
-        rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        if torch.jit.is_scripting():  # a script has the operator and nothing else of ours
+            rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        else:
+            rows = rows_of(keys, self.request, self.emb_vec_size)
         return rows.to(self.output_dtype)
 
     def extra_repr(self) -> str:

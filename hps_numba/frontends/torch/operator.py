@@ -9,6 +9,7 @@ Defined by ``torch.library.Library`` and not by ``custom_op``: that takes ten mi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hps_numba.errors import KeyDtypeError
 from hps_numba.frontends._requests import Wanted, answer, tables_of
 from hps_numba.parameter_server import HPS
 
-__all__ = ["KEY_TYPES", "check_keys", "library", "lookup", "rows_on_cuda"]
+__all__ = ["KEY_TYPES", "check_keys", "is_plain", "library", "lookup", "rows_of", "rows_on_cuda"]
 
 KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 
@@ -50,7 +51,7 @@ def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
 def rows_on_cuda(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
     """float32 rows of keys on a GPU, in the order of its current stream."""
     check_keys(keys)
-    rows: torch.Tensor = server.lookup(keys.detach().contiguous(), wanted.model, wanted.table, keys.device.index)
+    rows: torch.Tensor = server.lookup(keys, wanted.model, wanted.table)
     return rows if rows.dtype == torch.float32 else rows.float()
 
 
@@ -62,6 +63,32 @@ library.impl("lookup", _lookup_on_cuda, "CUDA")
 def _shape_of_lookup(keys: torch.Tensor, request: str, dim: int) -> Any:
     check_keys(keys)
     return keys.new_empty((*keys.shape, dim), dtype=torch.float32)
+
+
+def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    """What the operator gives, by the shortest way: eager calls with plain tensors need no dispatcher."""
+    if torch.compiler.is_compiling() or not is_plain(keys):
+        return lookup(keys, request, dim)
+    return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
+
+
+def is_plain(keys: torch.Tensor) -> bool:
+    """A tensor of the CPU or a GPU, and nobody watches or rewrites what is done with it: no tracer, mode or transform."""
+    if type(keys) is not torch.Tensor or not (keys.is_cuda or keys.is_cpu):
+        return False
+    return not (_modes() or _overrides() or _transform() is not None or _tracer() is not None)
+
+
+def _of_torch(place: Any, name: str) -> Callable[[], Any]:
+    """A function of Torch that tells whether somebody watches; if a version lacks it, somebody always does."""
+    function: Callable[[], Any] = getattr(place, name, lambda: 1)
+    return function
+
+
+_modes = _of_torch(torch._C, "_len_torch_dispatch_stack")
+_overrides = _of_torch(torch._C, "_len_torch_function_stack")
+_transform = _of_torch(getattr(torch._C, "_functorch", None), "peek_interpreter_stack")
+_tracer = _of_torch(torch._C, "_get_tracing_state")
 
 
 lookup = torch.ops.hps_numba.lookup.default
