@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -31,9 +31,9 @@ from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
 from hps_numba.storage.host_store import HostStore
 
 if TYPE_CHECKING:
-    from hps_numba.kernels.launch import KernelsInTurn
+    from hps_numba.kernels.launch import KernelsInTurn, PreparedLookup
 
-__all__ = ["KINDS", "NO_TURN", "CacheLookup", "index_sets"]
+__all__ = ["KINDS", "CacheLookup", "index_sets"]
 
 log = logging.getLogger(__name__)
 KINDS = ("dynamic", "static", "uvm")
@@ -41,7 +41,6 @@ KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
 LARGE_BATCH = 16_384  # from here on each lane of a warp searches for a key, below a tile does
 STATE_WORDS = 9
-NO_TURN = (None, 1)
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
@@ -83,7 +82,8 @@ class CacheLookup:
         self._place = place_of(device)
         self._counted = policy.needs_count and not self.fixed
         self._kernels: dict[Any, Any] = {}
-        self._turns: dict[tuple[Any, ...], tuple[KernelsInTurn | None, int]] = {}
+        self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}
+        self._repeats = device is not None
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
         self._captured: list[Scratch] = []
@@ -239,10 +239,9 @@ class CacheLookup:
         self._begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
-        if capturing is None and not absent_list and n <= MAX_BATCH:
-            turn, group = self._turns.get((key_form, out_type, out % 16 == 0, n < LARGE_BATCH), NO_TURN)
-            args = (*self._parts, keys, n, out, self._default)
-            if self._goes_again(turn, n, stream, self._place.lookup_blocks(n, group), LOOKUP_THREADS, args):
+        if self._repeats and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
+            shape = (key_form, out_type, out % 16 == 0, n < LARGE_BATCH)
+            if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
                 return
         with self._place.current():
             if n == 0:
@@ -254,25 +253,18 @@ class CacheLookup:
             batch = (keys, n, out, stream, key_form, out_type, absent_list)
             self._with_scratch(capturing, stream, self._batches, *batch)
 
-    def _goes_again(
-        self, turn: KernelsInTurn | None, n: int, stream: int, blocks: int, threads: int, args: tuple[Any, ...]
-    ) -> bool:
-        """Nearly every lookup on a device: like one before on this stream, no larger, and started in one step.
+    def _with_scratch_again(self, n: int, stream: int, start: Callable[..., bool], *args: Any) -> bool:
+        """Nearly every lookup on a device: as one before on this stream, no larger, and started in one step.
 
-        Args:
-            turn: the kernels, or None: not known yet.   blocks, threads, args: of the first; the scratch comes last.
-
+        ``start(scratch, *args)`` also records the event of the scratch, or returns False: the stream is captured by a graph.
         False if it is not like one before, or captured; nothing was done then.
         """
-        scratch = None if turn is None else self._pool.take_again(stream, n)
-        if turn is None or scratch is None:
+        scratch = self._pool.take_again(stream, n)
+        if scratch is None:
             return False
         done = False
         try:
-            launches: list[tuple[Any, ...]] = [(blocks, threads, (*args, scratch.address))]
-            if not self.fixed:
-                launches += self._finishing(scratch, n)
-            started = turn.start(self._place.context, stream, scratch.event, *launches)
+            started = start(scratch, *args)
             done = True
         finally:
             if done:
@@ -281,8 +273,42 @@ class CacheLookup:
                 self._pool.give(scratch, stream, spoiled=True)
         return started
 
+    def _start_prepared(
+        self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int
+    ) -> bool:
+        prepared = scratch.prepared.get(shape) or self._prepare(shape, scratch, stream)
+        return prepared is not None and prepared.start(keys, n, out)
+
+    def _prepare(self, shape: tuple[str, str, bool, bool], scratch: Scratch, stream: int) -> PreparedLookup | None:
+        """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
+        found = self._kernels.get(shape)
+        others = self._kernels_after()
+        if found is None or None in others:
+            return None
+        kernel, group = found
+        launches = [(1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, scratch.address)), *self._finishing(scratch, 1)]
+        prepared = scratch.prepared[shape] = cast("DevicePlace", self._place).prepared_lookup(
+            [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
+        )
+        return prepared
+
+    def _kernels_after(self) -> list[Kernel | None]:
+        """What a lookup is followed by; None for kernels that no lookup needed yet."""
+        if self.fixed:
+            return []
+        names = ["touch_kernel", "insert_kernel"] if self._counted else ["insert_kernel"]
+        return [self._kernels.get(name) for name in names]
+
+    def _start_in_turn(self, scratch: Scratch, turn: KernelsInTurn, n: int, stream: int, launch: tuple[Any, ...]) -> bool:
+        """``launch``: blocks, threads and arguments of the first kernel, without the scratch, which is the last."""
+        blocks, threads, args = launch
+        launches = [(blocks, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
+        return turn.start(self._place.context, stream, scratch.event, *launches)
+
     def _finishing(self, scratch: Scratch, n: int) -> list[tuple[Any, ...]]:
         """``_finish`` for kernels in turn: blocks, threads and arguments of each."""
+        if self.fixed:
+            return []
         lines, rows, sets, state = self._parts
         insertion = (lines, rows, state, scratch.stage, 4 * self.dim, scratch.address, self._ticks(n))
         finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), OTHER_THREADS, insertion)]
@@ -290,11 +316,11 @@ class CacheLookup:
             finishing.insert(0, (self._place.blocks(n), OTHER_THREADS, (lines, sets, state, scratch.address)))
         return finishing
 
-    def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel, group: int = 1) -> None:
-        """From now on lookups of this shape, which begin with this kernel, can be started in one step."""
-        if isinstance(self._place, DevicePlace) and shape not in self._turns:
-            others = [] if self.fixed else ["touch_kernel", "insert_kernel"] if self._counted else ["insert_kernel"]
-            self._turns[shape] = self._place.in_turn([kernel, *map(self._kernel, others)]), group
+    def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel) -> None:
+        """From now on pooled lookups of this shape, which begin with this kernel, can be started in one step."""
+        others = self._kernels_after()
+        if self._repeats and shape not in self._turns and None not in others:
+            self._turns[shape] = cast("DevicePlace", self._place).in_turn([kernel, *others])
 
     def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
@@ -361,9 +387,7 @@ class CacheLookup:
 
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """Write the answer of a batch, and list what is to be inserted."""
-        shape = (*built, n < LARGE_BATCH)
-        kernel, group = self._lookup_kernel(*shape)
-        self._keep_turn(shape, kernel, group)
+        kernel, group = self._lookup_kernel(*built, n < LARGE_BATCH)
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 

@@ -19,13 +19,14 @@ from hps_numba.kernels.host_epoch import publish
 from hps_numba.memory import HostRegion, PinnedHostAllocator
 
 if TYPE_CHECKING:
-    from hps_numba.kernels.launch import KernelsInTurn, LoadedKernel
+    from hps_numba.kernels.launch import KernelsInTurn, LoadedKernel, PreparedLookup
 
 __all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
 LOOKUP_THREADS, OTHER_THREADS = 128, 256
+_KEYS_OF_LOOKUP, _ADVANCE_OF_INSERTION = 4, 6  # numbers of arguments
 
 
 class Memory(Protocol):
@@ -105,7 +106,32 @@ class DevicePlace:
         with self.current(), self.relaxed():
             return load(spec, self.ordinal, self._capability)
 
-    def in_turn(self, kernels: Sequence[Kernel]) -> KernelsInTurn:
+    def prepared_lookup(
+        self,
+        kernels: Sequence[Kernel | None],
+        launches: Sequence[tuple[Any, ...]],
+        stream: int,
+        event: int,
+        *,
+        group: int,
+        sets: int,
+        capacity: int,
+    ) -> PreparedLookup:
+        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow."""
+        from hps_numba.kernels.launch import PreparedLookup
+
+        numbers = {
+            "keys_of_block": group * (LOOKUP_THREADS // 32),
+            "tiles_of_block": OTHER_THREADS // _LANES,
+            "most_blocks": self._most_blocks,
+            "sets": sets,
+            "capacity": capacity,
+        }
+        loaded = cast("Sequence[LoadedKernel]", kernels)
+        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION}
+        return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
+
+    def in_turn(self, kernels: Sequence[Kernel | None]) -> KernelsInTurn:
         """Kernels of this device that are started one after the other."""
         from hps_numba.kernels.launch import KernelsInTurn
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.cache_layout import MAX_BATCH
-from hps_numba.cache_memory import NO_TURN, CacheLookup
+from hps_numba.cache_memory import CacheLookup
 from hps_numba.cache_place import Kernel
 from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ConfigError
@@ -72,9 +72,10 @@ class CachePooling(CacheLookup):
         blocks = pool_blocks(bags, self.dim, run)
         args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
-        if capturing is None and n:
-            turn, _ = self._turns.get(shape, NO_TURN)
-            if self._goes_again(turn, n, stream, blocks, THREADS, (*self._parts, *args)):
+        turn = self._turns.get(shape)
+        if turn is not None and capturing is None and n:
+            launch = (blocks, THREADS, (*self._parts, *args))
+            if self._with_scratch_again(n, stream, self._start_in_turn, turn, n, stream, launch):
                 return
         with self._place.current():
             if capturing is None:

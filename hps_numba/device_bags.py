@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hps_numba.cache_layout import MAX_BATCH as MOST_KEYS
 from hps_numba.errors import ConfigError, DeviceError
 from hps_numba.interop_device import DeviceKeys, as_device_floats, as_device_keys, device_of_array
 from hps_numba.kernels.cache_pool import COMBINERS, OFFSETS32, OPEN_END, PADDED
 
-__all__ = ["DeviceBags", "as_device_bags", "as_key"]
+__all__ = ["MOST_KEYS", "OFFSETS32", "OPEN_END", "DeviceBags", "as_device_bags", "as_key"]
 
 
 @dataclass(frozen=True)

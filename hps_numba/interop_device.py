@@ -36,6 +36,7 @@ from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError
 from hps_numba.interop import ArrayKind, Finish
 
 __all__ = [
+    "FORMS",
     "CudaOrigin",
     "DeviceKeys",
     "as_device_floats",
@@ -48,7 +49,7 @@ __all__ = [
 
 _LEGACY_STREAM, _PER_THREAD_STREAM = 1, 2  # cudaStreamLegacy, cudaStreamPerThread; 0 means the legacy one too
 _CONVERTED = frozenset({"int8", "int16", "uint8", "uint16"})  # kernels read 32 and 64 bits only
-_FORMS = {  # by "are the server's keys 64 bits wide", then by dtype
+FORMS = {  # by "are the server's keys 64 bits wide", then by dtype
     True: {"int64": "int64", "uint64": "int64", "int32": "int32", "uint32": "uint32", **dict.fromkeys(_CONVERTED, "int32")},
     False: dict.fromkeys(["int64", "uint64"], "narrow64") | dict.fromkeys(["int32", "uint32", *_CONVERTED], "uint32"),
 }
@@ -379,7 +380,7 @@ def _cupy_stream(cupy: Any, handle: int) -> Any:
 
 
 def _form(name: str, wide: bool, keys: Any, place: str) -> str:
-    form = _FORMS[wide].get(name)
+    form = FORMS[wide].get(name)
     if form is None:
         what = "capsule" if is_capsule(keys) else type(keys).__name__
         raise KeyDtypeError(f"{place}: {what} of dtype {name} came, integers (int64, int32, uint64, ...) are wanted")

@@ -360,6 +360,24 @@ class HPS:
             self._say_who_closed(deployment, problem)
         return out
 
+    def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
+        """The cache of a table on a GPU, for callers with addresses that ask again and again; None if there is none, if
+        lookups may have to wait for slower tiers, or if answers are not float32.
+
+        Once server or model are closed it raises ClosedError; then ``lookup`` says why.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``lookup``.
+        """
+        table = self._table(model_name, table_id, device)
+        cache = table.cache_on(device)
+        return cache if table.pools_on(cache, 0) and table.output_type == "float32" else None
+
+    @property
+    def wide(self) -> bool:
+        """Keys have 64 bits (``supportlonglong``)."""
+        return self._wide
+
     def pools_where(self, device: int, model_name: str, table_id: int | str, n: int) -> bool:
         """``lookup_pooled`` serves ``n`` keys in the memory of this GPU there, unless ``max_norm`` is given.
 

@@ -54,8 +54,8 @@ class Driver:
         return self._done("record", event, stream)
 
     def start(self, kernels: int, event: int = EVENT) -> int:
-        work = np.full(2 + 3 * kernels, -1, np.int64)
-        work[2:] = np.arange(100, 100 + 3 * kernels)
+        work = np.full(driver_calls.WORK_WORDS + 3 * kernels, -1, np.int64)
+        work[driver_calls.WORK_WORDS :] = np.arange(100, 100 + 3 * kernels)
         return start_kernels(self.table.ctypes.data, work.ctypes.data, CONTEXT, STREAM, event, kernels)
 
 
@@ -111,3 +111,66 @@ def test_a_context_that_cannot_be_set_is_a_failure(driver):
     driver.current, driver.failing, driver.status = OTHER, "set", 201
     assert driver.start(2) == 201
     assert ("capturing", STREAM) not in driver.calls
+
+
+# -- a prepared lookup ---------------------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """``start_lookup`` with memory that shows what the kernels would take."""
+
+    def __init__(self, driver: Driver, *, touch: bool, insert: bool, sets: int = 1000, capacity: int = 10_000) -> None:
+        self.driver = driver
+        self.arguments = np.zeros(3, np.int64)
+        self.blocks = np.full((3, 3), 1, np.uint32)  # of the lookup, the touch and the insertion: x, y, z
+        self.blocks[:, 2] = 7  # what stands behind stays
+        self.advance = np.zeros(1, np.int64)
+        self.work = np.zeros(driver_calls.WORK_WORDS + 9, np.int64)
+        place = [int(self.blocks[i].ctypes.data) for i in range(3)]
+        words = {
+            "work": int(self.work.ctypes.data),
+            "context": CONTEXT,
+            "stream": STREAM,
+            "event": EVENT,
+            "count": 1 + touch + insert,
+            "keys": int(self.arguments.ctypes.data),
+            "blocks": place[0],
+            "keys_of_block": 16,
+            "touch_blocks": place[1] * touch,
+            "insert_blocks": place[2] * insert,
+            "advance": int(self.advance.ctypes.data) * insert,
+            "tiles_of_block": 32,
+            "most_blocks": 528,
+            "sets": sets,
+            "capacity": capacity,
+        }
+        assert set(words) == set(driver_calls.LOOKUP_WORDS)
+        self.words = np.array([words[name] for name in driver_calls.LOOKUP_WORDS], np.int64)
+
+    def start(self, n: int) -> int:
+        return driver_calls.start_lookup(self.driver.table.ctypes.data, self.words.ctypes.data, 0x1000, n, 0x2000)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000, 1 << 24])
+def test_a_prepared_lookup_starts_what_a_lookup_of_so_many_keys_starts(driver, n):
+    prepared = Prepared(driver, touch=True, insert=True)
+    assert prepared.start(n) == 0
+    assert prepared.arguments.tolist() == [0x1000, n, 0x2000]
+    # as DevicePlace.lookup_blocks(n, 4), blocks(n), blocks(min(n, sets)), and EmbeddingCache._ticks
+    wanted = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), 528)), max(1, min(-(-min(n, 1000) // 32), 528))]
+    assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in wanted]
+    assert prepared.advance[0] == max(1, 4 * n // 10_000)
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "launch", "launch", "record"]
+
+
+def test_a_prepared_lookup_of_a_fixed_cache_is_one_kernel(driver):
+    prepared = Prepared(driver, touch=False, insert=False)
+    assert prepared.start(100) == 0
+    assert prepared.blocks.tolist() == [[7, 1, 7], [1, 1, 7], [1, 1, 7]]
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "record"]
+
+
+def test_a_prepared_lookup_under_capture_starts_nothing(driver):
+    driver.capturing = 1
+    assert Prepared(driver, touch=False, insert=True).start(100) == CAPTURED
+    assert [call[0] for call in driver.calls] == ["get", "capturing"]

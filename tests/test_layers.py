@@ -216,7 +216,7 @@ CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", 
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
-    "cache_layout": {"kernels", *CACHE, "cache_shape", "session"},  # sizes of a cache and of a batch
+    "cache_layout": {"kernels", *CACHE, "cache_shape", "session", "device_bags"},  # sizes of a cache and of a batch
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
     "kernels.host_lookup": {"storage"},

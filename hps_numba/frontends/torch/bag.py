@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from hps_numba.device_bags import MOST_KEYS
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted, tables_of
 from hps_numba.frontends._servers import config_of
-from hps_numba.frontends.torch.operator import check_keys, is_plain
+from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
 from hps_numba.frontends.torch.pooling import COMBINERS, fused, pooled
 
 __all__ = ["HPSEmbeddingBag"]
@@ -96,6 +97,8 @@ class HPSEmbeddingBag(torch.nn.Module):
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return False
         check_keys(keys)
+        if keys.shape[0] <= MOST_KEYS and bound_to(self.request, keys.get_device()) is not None:
+            return True
         ((server, wanted),) = tables_of(self.request)
         return server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel())
 

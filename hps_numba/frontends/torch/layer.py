@@ -75,7 +75,7 @@ class LookupLayer(torch.nn.Module):
             rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
         else:
             rows = rows_of(keys, self.request, self.emb_vec_size)
-        return rows.to(self.output_dtype)
+        return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
