@@ -91,13 +91,13 @@ class CacheLookup:
         with self._place.current():
             self._stream = self._place.new_stream()
             self._allocate(pagelock)
-        shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
-        self._new_scratch = partial(Scratch, self._place, shape, name)
-        self._own = self._new_scratch()  # of query and insert
-        self._pool = ScratchPool(self._place, self._new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
+        self.scratch_shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
+        self.new_scratch = partial(Scratch, self._place, self.scratch_shape, name)
+        self._own = self.new_scratch()  # of query and insert
+        self._pool = ScratchPool(self._place, self.new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
         self._control = threading.RLock()
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
-        self._reading = store.reading if store is not None and device is None else nullcontext
+        self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
         renew_after_fork(self)
 
@@ -146,7 +146,7 @@ class CacheLookup:
             if self._counted:
                 pending = self._words(self._state, STATE_WORDS)[STATE_PENDING // 8]
                 self._place.fill(int(pending), 0, 4 * self.capacity, 0)
-            self._own = self._new_scratch()
+            self._own = self.new_scratch()
 
     # -- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -163,13 +163,13 @@ class CacheLookup:
             out_vector=aligned,
         )
 
-    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
+    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel") -> KernelSpec:
         """How the kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
 
         The limits of registers are those that the way of a hit needs. Without them the functions for misses, which stand out of
         line, would set the number for the whole kernel, and a third of the warps would fit.
         """
-        spec = self._answer_spec("lookup_kernel", key_form, out_type, aligned)
+        spec = self._answer_spec(name, key_form, out_type, aligned)
         plain = self.row_type == out_type == "float32"
         if small:
             return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if plain else 64)
@@ -186,16 +186,43 @@ class CacheLookup:
             found = self._kernels[shape] = self._place.kernel(spec), spec.group
         return found
 
+    # for several caches of one kin together, by ``cache_group``
+
+    @property
+    def kin(self) -> tuple[Any, ...]:
+        """Caches for which this is the same can be looked up by one kernel."""
+        policy = "" if self.fixed else self.policy.digest
+        return self._place.ordinal, self.dim, self.fixed, self.row_type, policy
+
+    def tables_lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
+        """``_lookup_kernel`` for several tables."""
+        key = ("lookup_tables_kernel", key_form, out_type, aligned, small)
+        found: tuple[Kernel, int] | None = self._kernels.get(key)
+        if found is None:
+            spec = self._lookup_spec(key_form, out_type, aligned, small, name="lookup_tables_kernel")
+            found = self._kernels[key] = self._place.kernel(spec), spec.group
+        return found
+
+    def tables_kernel(self, name: str) -> Kernel:
+        """``touch_tables_kernel`` or ``insert_tables_kernel``."""
+        return self._kernels.get(name) or self._kernel(name)
+
+    def described(self, scratch: Scratch) -> list[int]:
+        """The words of a table of a group (``cache_layout``)."""
+        lines, rows, sets, state = self._parts
+        default = int(self._default.view(np.uint32))
+        return [lines, rows, sets, state, default, scratch.address, scratch.stage, 4 * self.dim, max(1, self.capacity)]
+
     def _kernel(self, name: str) -> Kernel:
         """Any other kernel; what it does not depend on is the same for all caches, so that they share it."""
         kernel: Kernel | None = self._kernels.get(name)
         if kernel is None:
-            by_row = name in ("insert_kernel", "update_kernel", "refresh_kernel")
+            by_row = name in ("insert_kernel", "insert_tables_kernel", "update_kernel", "refresh_kernel")
             kernel = self._kernels[name] = self._place.kernel(
                 KernelSpec(
                     name=name,
                     dim=self.dim if by_row else 1,
-                    policy=self.policy if name in ("insert_kernel", "touch_kernel") else load_policy("fifo"),
+                    policy=self.policy if name.startswith(("insert_", "touch_")) else load_policy("fifo"),
                     fixed=self.fixed and by_row,
                     row_type=self.row_type if by_row else "float32",
                 )
@@ -236,7 +263,7 @@ class CacheLookup:
             CapacityError: no memory for a batch of this size, or too many keys for an absent list.
             DeviceError: the driver refused.
         """
-        self._begin()
+        self.begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         if self._repeats and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
@@ -326,20 +353,20 @@ class CacheLookup:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
         if capturing:
             with self._place.relaxed():
-                scratch = self._new_scratch()
+                scratch = self.new_scratch()
                 self._captured.append(scratch)
                 work(scratch, *args)
             return
         scratch = self._pool.take(stream)
         done = False
         try:
-            with self._reading():
+            with self.reading():
                 work(scratch, *args)
             done = True
         finally:
             self._pool.give(scratch, stream, spoiled=not done)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """What every lookup begins with: the cache is open, and its store can be followed."""
         if not self._ready:
             self._enter()
@@ -445,7 +472,12 @@ class CacheLookup:
         finally:
             memory.release()
 
-    def _keys_of(self, keys: np.ndarray) -> np.ndarray:
+    def keys_of(self, keys: np.ndarray) -> np.ndarray:
+        """Contiguous keys, int64 ``[n]``.
+
+        Raises:
+            KeyDtypeError: they are something else.
+        """
         if keys.dtype != np.int64 or keys.ndim != 1:
             raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, int64[n] is wanted")
         return np.ascontiguousarray(keys)

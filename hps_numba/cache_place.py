@@ -43,7 +43,7 @@ class Memory(Protocol):
 class Kernel(Protocol):
     """A kernel ready to be started."""
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ...) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ..., rows: int = ...) -> None:
         """Start it on a stream; does not wait."""
 
 
@@ -143,9 +143,10 @@ class DevicePlace:
         assert self.ordinal is not None
         return devices.context_of(self.ordinal)
 
-    def blocks(self, tiles: int) -> int:
-        """At most 4 blocks a multiprocessor: enough rows in flight for the bus, and few to start for nothing."""
-        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks))
+    def blocks(self, tiles: int, rows: int = 1) -> int:
+        """Of each of ``rows`` rows, together at most 4 a multiprocessor: enough rows of a table in flight for the bus, and few
+        to start for nothing."""
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """A warp for each group of keys."""
@@ -177,10 +178,13 @@ class _Borrowed:
 
 
 class _HostKernel:
-    def __init__(self, run: HostKernel) -> None:
+    def __init__(self, run: HostKernel, kinds: str) -> None:
         self._run = run
+        self._before_words = kinds.find("t")
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
+        if self._before_words >= 0:
+            args = (*args[: self._before_words], args[self._before_words :])
         self._run(*args)
 
 
@@ -205,9 +209,9 @@ class HostPlace:
 
     def kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled on its first call."""
-        return _HostKernel(for_host(spec))
+        return _HostKernel(for_host(spec), spec.source.kinds)
 
-    def blocks(self, tiles: int) -> int:
+    def blocks(self, tiles: int, rows: int = 1) -> int:
         """One."""
         return 1
 

@@ -60,7 +60,7 @@ class CachePooling(CacheLookup):
             CapacityError: too many keys, or no memory for a batch of this size.
             DeviceError: the driver refused.
         """
-        self._begin()
+        self.begin()
         number = COMBINERS.get(combiner)
         if number is None:
             raise ConfigError(f"{self.name}: combiner {combiner!r}, wanted one of {', '.join(COMBINERS)}")
@@ -117,7 +117,7 @@ class CachePooling(CacheLookup):
             ClosedError, CapacityError, DeviceError: as ``pool``.
         """
         self._check_open()
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         given = [keys, self._offsets_of(offsets, len(keys))]
         if weights is not None:
             given.append(self._weights_of(weights, len(keys)))

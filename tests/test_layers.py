@@ -40,7 +40,7 @@ ROWS = [
     {"cache_pooling"},
     {"cache_shape"},
     {"hierarchy", "cache", "stats", "plan", "synthetic"},
-    {"table_caches", "absent"},
+    {"table_caches", "absent", "cache_group"},
     {"session", "refresh", "train"},
     {"deployment"},
     {"parameter_server", "simulate"},
@@ -212,7 +212,7 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
 
 
 #: the rooms that a cache is built of
-CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling"}
+CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling", "cache_group"}
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins

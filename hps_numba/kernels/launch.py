@@ -72,8 +72,9 @@ class LoadedKernel:
         self._offsets = _offsets(_CONFIG, kinds)
         self._threads = threading.local()
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> None:
-        """Start ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not wait.
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> None:
+        """Start ``rows`` rows of ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not
+        wait.
 
         The driver takes the arguments before it returns. On stream 0 the device's context has to be current.
 
@@ -81,12 +82,12 @@ class LoadedKernel:
             DeviceError: the driver refused.
             struct.error: number or kinds of the arguments are not those of the kernel.
         """
-        config, function, pointers = self.pack(blocks, stream, *args, threads=threads)
+        config, function, pointers = self.pack(blocks, stream, *args, threads=threads, rows=rows)
         status = self._launch(config, function, pointers, None)
         if status:
             raise self.refused(status, f"in {blocks} blocks of {threads}")
 
-    def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> tuple[int, int, int]:
+    def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> tuple[int, int, int]:
         """What the driver's ``cuLaunchKernelEx`` takes for this launch: addresses of configuration, kernel and arguments.
 
         They are good until this thread packs or launches this kernel again.
@@ -95,7 +96,7 @@ class LoadedKernel:
             buffer, config, pointers = self._threads.arguments
         except AttributeError:
             buffer, config, pointers = self._make_arguments()
-        self._pack_into(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        self._pack_into(buffer, 0, blocks, rows, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
         return config, self._function, pointers
 
     def refused(self, status: int, how: str) -> DeviceError:
@@ -276,7 +277,7 @@ def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKe
             if kernel is None:
                 cubin, symbol = cubin_of(spec, capability)
                 early = starts_early(spec, capability)
-                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.kinds, early=early)
+                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, early=early)
     return kernel
 
 
