@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from hps_numba.cache import EmbeddingCache
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import TableSpec, locate
 from hps_numba.deployment import Deployment, Policies, config_of_model, load_policies
-from hps_numba.device_bags import DeviceBags, as_device_bags, as_key
+from hps_numba.device_bags import MOST_KEYS, DeviceBags, as_device_bags, as_key
 from hps_numba.errors import (
     ClosedError,
     ConfigError,
@@ -46,6 +46,7 @@ from hps_numba.stats import TableStats
 from hps_numba.storage.host_pooling import Bags, without_padding
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
+from hps_numba.table_groups import TogetherOnDevice
 
 __all__ = ["HPS"]
 
@@ -441,7 +442,7 @@ class HPS:
             if before % 2:
                 time.sleep(1e-4)  # a switch of versions takes about as long
                 continue
-            answers = [self._lookup(deployment, table, some, None, device_of_array(some)) for table, some in tables]
+            answers = self._lookup_together(deployment, tables)
             if before == deployment.switches:
                 break
         if flat:
@@ -449,6 +450,47 @@ class HPS:
         if isinstance(keys, Mapping):
             return dict(zip(keys, answers, strict=True))
         return answers
+
+    def _lookup_together(self, deployment: Deployment, tables: Sequence[tuple[TableSession, Any]]) -> list[Any]:
+        """Rows of several tables: those with keys on one GPU in as few launches as they can be."""
+        devices = [device_of_array(some) for _, some in tables]
+        device = devices[0] if len(tables) > 1 else None
+        if device is None or set(devices) != {device} or len({table.output_type for table, _ in tables}) > 1:
+            return [self._lookup(deployment, table, some, None, place) for (table, some), place in zip(tables, devices)]
+        deployment = self._deployment(deployment.name, device)
+        together = deployment.groups.on(device, [table for table, _ in tables])
+        batches = [as_device_keys(some, wide=self._wide) for _, some in tables]
+        first = batches[0]
+        alike = all(batch.form == first.form and batch.kind == first.kind for batch in batches)
+        if together is None or not alike or max(batch.n for batch in batches) > MOST_KEYS:
+            return [self._lookup(deployment, table, some, None, device) for table, some in tables]
+        shapes = [(*batch.shape, table.spec.dim) for batch, (table, _) in zip(batches, tables)]
+        out_type = tables[0][0].output_type
+        outs = [new_device_output(first.kind, shape, out_type) for shape in shapes]
+        try:
+            together.lookup(
+                [batch.address for batch in batches],
+                [batch.n for batch in batches],
+                [address for _, address in outs],
+                stream_handle(None, first.kind, device),
+                key_form=first.form,
+                out_type=out_type,
+            )
+        except ClosedError as problem:
+            self._say_who_closed(deployment, problem)
+        return [rows for rows, _ in outs]
+
+    def together_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> TogetherOnDevice | None:
+        """``cache_on`` for several tables of a model, which are then looked up in as few launches as they can be.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``lookup``.
+        """
+        deployment = self._deployment(model_name, device)
+        sessions = [deployment.table(table) for table in tables]
+        if any(session.output_type != "float32" for session in sessions):
+            return None
+        return deployment.groups.on(device, sessions)
 
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
         """As ``lookup``, from one DLPack capsule to another (spec 4.1). The capsules are not consumed.

@@ -42,6 +42,7 @@ ROWS = [
     {"hierarchy", "cache", "stats", "plan", "synthetic"},
     {"table_caches", "absent", "cache_group"},
     {"session", "refresh", "train"},
+    {"table_groups"},
     {"deployment"},
     {"parameter_server", "simulate"},
     {"frontends", "compat", ""},  # "" is hps_numba itself: what users import
@@ -216,7 +217,14 @@ CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", 
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
-    "cache_layout": {"kernels", *CACHE, "cache_shape", "session", "device_bags"},  # sizes of a cache and of a batch
+    "cache_layout": {
+        "kernels",
+        *CACHE,
+        "cache_shape",
+        "session",
+        "device_bags",
+        "table_groups",
+    },  # sizes of a cache and of a batch
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
     "kernels.host_lookup": {"storage"},

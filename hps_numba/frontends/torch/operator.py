@@ -20,6 +20,7 @@ from hps_numba.errors import ClosedError, KeyDtypeError
 from hps_numba.frontends._requests import Wanted, answer, tables_of
 from hps_numba.interop_device import FORMS
 from hps_numba.parameter_server import HPS
+from hps_numba.table_groups import TogetherOnDevice
 
 __all__ = [
     "KEY_TYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "lookup",
     "rows_of",
     "rows_on_cuda",
+    "tables_bound_to",
     "unbind",
 ]
 
@@ -105,9 +107,40 @@ def bound_to(request: str, device: int) -> Bound | None:
     return bound
 
 
+@dataclass(frozen=True, slots=True)
+class BoundTables:
+    """The caches of some tables of a model on a GPU, looked up together."""
+
+    together: TogetherOnDevice
+    forms: Mapping[torch.dtype, str]
+
+
+_bound_tables: dict[tuple[str, int], BoundTables] = {}
+
+
+def tables_bound_to(request: str, device: int) -> BoundTables | None:
+    """What a request for several tables leads to on a GPU; None where an answer takes more than the kernels of caches.
+
+    Raises:
+        As ``HPS``.
+    """
+    bound = _bound_tables.get((request, device))
+    if bound is None:
+        tables = tables_of(request)
+        server, model = tables[0][0], tables[0][1].model
+        if any(other is not server or wanted.model != model for other, wanted in tables):
+            return None
+        together = server.together_on(device, model, [wanted.table for _, wanted in tables])
+        if together is None:
+            return None
+        bound = _bound_tables[request, device] = BoundTables(together, _FORMS[server.wide])
+    return bound
+
+
 def unbind(request: str, device: int) -> None:
-    """Forget a cache that was closed."""
+    """Forget caches that were closed."""
     _bound.pop((request, device), None)
+    _bound_tables.pop((request, device), None)
 
 
 def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
