@@ -301,12 +301,10 @@ class EmbeddingCache(CachePooling):
     def _place_keys(self, lines: np.ndarray, keys: np.ndarray) -> None:
         now = int(self._words(self._state + STATE_NOW, 1)[0])
         score = 0 if self.fixed else self.policy.first(now, 1) & 0xFFFFFFFF
-        chains = self._chains and len(keys) < self.sets * WAYS  # some set has room, where every search ends
-        if self.fixed and not chains and len(keys):
-            raise CapacityError(f"{self.name}: {len(keys)} rows and {self.sets} sets, wanted more sets than are full")
-        slots = np.empty(len(keys), np.int64)
-        address, keys_at, slots_at = (array.__array_interface__["data"][0] for array in (lines, keys, slots))
-        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, chains, slots_at)
+        address, keys_at = (array.__array_interface__["data"][0] for array in (lines, keys))
+        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, self._chains)
+        if placed < len(keys) and self.kind == "static":
+            raise CapacityError(f"{self.name}: {len(keys)} rows for {self.sets} sets, which took {placed}; wanted more sets")
         log.debug("%s: %d of %d keys placed", self.name, placed, len(keys))
 
     def _warm_by_lookup(self, keys: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 ::
 
-    set (128 bytes)     two lines; a key has a home set and in it a home line, both by ``index_hash``
+    set (128 bytes)     two lines; a key has a home set and in it a home line, and another set, all by ``index_hash``
     line (64 bytes)     what one read of memory brings: 5 ways
         0..39           5 int64 keys
         40..59          5 uint32 scores; in a fixed cache (static, uvm) the number of the row instead
@@ -10,7 +10,7 @@
     rows                way w of line l: row 5 * l + w at  rows + row * row_stride
 
     meta                bits 0-4   way is taken (no key is special: occupancy lives here)
-                        bit 5      CHAIN: a key of this set may stand in the next set
+                        bit 5      CHAIN: a key with this home set may stand in its other set
                         bit 6      BUSY: a writer is changing keys or rows of this line
                         bit 7      LOCK: in the first line of a set, one writer owns both
                         bits 8-31  version, one more with each change

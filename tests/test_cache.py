@@ -14,11 +14,12 @@ from cache_oracle import CacheOracle
 from naive import EXTREME_64, assert_same_bits, rows_of
 
 from hps_numba.cache import EmbeddingCache, index_sets
-from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.cache_layout import CHAIN, GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import HostPlace
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError, OutputError
-from hps_numba.kernels.cache_search import home_line_of, set_of
+from hps_numba.kernels.cache_image import place_keys
+from hps_numba.kernels.cache_search import home_line_of, other_set_of, set_of
 from hps_numba.kernels.compile import host_function
 from hps_numba.kernels.policies._policy import load_policy
 from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
@@ -26,7 +27,7 @@ from hps_numba.storage.host_store import HostStore
 
 DEFAULT = -7.5
 DIM = 17
-_set_of, _home_line_of = host_function(set_of), host_function(home_line_of)
+_set_of, _home_line_of, _other_set_of = map(host_function, (set_of, home_line_of, other_set_of))
 
 
 class Bench:
@@ -707,3 +708,51 @@ def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
     assert block() == store._block_in_force() != first
     store.close()
     assert block() == 0
+
+
+# -- where keys stand that do not fit into their home set ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sets", "n"), [(2, 20), (3, 27), (100, 950), (1000, 9000), (1000, 9700)])
+def test_a_crowded_image_has_each_key_in_one_of_its_two_sets(sets: int, n: int) -> None:
+    keys = np.random.default_rng(sets).choice(1 << 62, n, replace=False) - (1 << 61)
+    lines = np.zeros(sets * SET_BYTES, np.uint8)
+    placed = place_keys(lines.ctypes.data, sets, keys.ctypes.data, n, 0, True, True)
+    assert placed == n
+    words = lines.view(np.int64).reshape(sets, 2, 8)
+    scores = lines.view(np.uint32).reshape(sets, 2, 16)[:, :, 10:15]
+    meta = lines.view(np.uint32).reshape(sets, 2, 16)[:, :, 15]
+    found = {}
+    for at, line, way in np.argwhere((meta[:, :, None] >> np.arange(5)) & 1):
+        key = int(words[at, line, way])
+        assert key not in found
+        found[key] = int(scores[at, line, way])
+        home, other = _set_of(0, sets, key) // SET_BYTES, _other_set_of(0, sets, key) // SET_BYTES
+        assert at in (home, other) and home != other
+        if at != home:
+            assert (meta[home] & CHAIN).all()
+    assert found == {int(key): number for number, key in enumerate(keys)}  # each with its own score
+
+
+def test_an_image_that_is_too_full_leaves_keys_out() -> None:
+    lines, keys = np.zeros(2 * SET_BYTES, np.uint8), np.arange(30)
+    assert place_keys(lines.ctypes.data, 2, keys.ctypes.data, 30, 0, True, True) == 20
+    alone = np.zeros(2 * SET_BYTES, np.uint8)
+    assert place_keys(alone.ctypes.data, 2, keys.ctypes.data, 20, 0, True, False) < 20  # home sets only, of 20 keys
+    assert not (alone.view(np.uint32).reshape(-1, 16)[:, 15] & CHAIN).any()
+
+
+def test_rows_of_a_whole_table_are_found_wherever_they_stand(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(15_900)), 16_000, whole=True, set_count=1600)  # nearly every set overflows
+    assert cache.warm() == 15_900
+    keys = np.random.default_rng(0).permutation(16_000)
+    for part in (keys[:9], keys[:3000], keys):
+        rows = cache.lookup_arrays(part)
+        assert_same_bits(rows[part < 15_900], rows_of(part[part < 15_900], DIM))
+        assert (rows[part >= 15_900] == np.float32(DEFAULT)).all()
+    assert cache.counters().misses == sum(int((part >= 15_900).sum()) for part in (keys[:9], keys[:3000], keys))
+    some = ints(range(0, 15_900, 7))
+    cache.update(some, rows_of(some, DIM, 3))
+    assert_same_bits(cache.query(some)[0], rows_of(some, DIM, 3))
+    assert cache.erase(some) == len(some)
+    assert len(cache.query(some)[1]) == len(some)

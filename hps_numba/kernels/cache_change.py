@@ -1,7 +1,7 @@
 """Change what a cache holds: update and erase keys, refresh or clear sets, list keys. Each set under its lock.
 
 A key of a set marked CHAIN may stand twice: an insertion looks at the home set only, and a lookup that met a writer lists a key
-that stands further on. So updates and erasures follow the chain to its end.
+that stands in its other set. So updates and erasures look at both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hps_numba.kernels.cache_search import (
     guard_leave,
     has_chain,
     home_line_of,
-    next_set,
+    other_set_of,
     row_at,
     set_of,
 )
@@ -118,8 +118,7 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
         key = ld64(keys + 8 * number)
         home = home_line_of(key)
         place = set_of(lines, sets, key)
-        further = True
-        while further:
+        for number_of_set in range(2):
             lock_set(place)
             line, way, _meta, score = find_in_set(place, home, key)
             if way >= 0:
@@ -132,7 +131,9 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
                     end_change(line, 0, 0)
             further = has_chain(place)
             unlock_set(place)
-            place = next_set(lines, sets, place)
+            if number_of_set == 1 or not further:
+                break
+            place = other_set_of(lines, sets, key)
         number += grid_tiles()
     if is_first_lane():
         guard_leave(state, stripe)
@@ -145,8 +146,7 @@ def erase_kernel(lines, sets, state, keys, n):
         key = ld64(keys + 8 * number)
         home = home_line_of(key)
         place = set_of(lines, sets, key)
-        further = True
-        while further:
+        for number_of_set in range(2):
             lock_set(place)
             line, way, _meta, _score = find_in_set(place, home, key)
             if way >= 0:
@@ -156,7 +156,9 @@ def erase_kernel(lines, sets, state, keys, n):
                     add64(state + STATE_COUNT, 1)
             further = has_chain(place)
             unlock_set(place)
-            place = next_set(lines, sets, place)
+            if number_of_set == 1 or not further:
+                break
+            place = other_set_of(lines, sets, key)
         number += grid_tiles()
 
 

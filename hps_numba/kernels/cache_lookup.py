@@ -9,7 +9,6 @@ from hps_numba.cache_layout import (
     CHAIN,
     DESC_ROWS,
     LINE_BYTES,
-    LINES_PER_SET,
     LOCK,
     META_AT,
     SCORES_AT,
@@ -34,13 +33,14 @@ from hps_numba.kernels.cache_search import (
     guard_enter,
     guard_leave,
     home_line_of,
-    next_set,
+    other_set_of,
     row_at,
     set_of,
 )
 from hps_numba.kernels.lanes import (
     add64,
     after_former,
+    any_in_warp,
     count_in_warp,
     fence,
     grid_warps,
@@ -104,7 +104,7 @@ def find_entry(lines, sets, key):
     if entry == 0:
         entry, tags = probe_alone(place + LINE_BYTES - home, key)
     if entry == 0 and (tags & CHAIN) != 0:
-        entry, tags = look_further(lines, sets, place, key)
+        entry, tags = look_further(lines, sets, key)
     return entry, tags
 
 
@@ -113,29 +113,29 @@ def find_by_tile(lines, sets, key):
     place = set_of(lines, sets, key)
     home = home_line_of(key)
     entry, tags = probe_both(place + home, place + LINE_BYTES - home, key)
-    if entry == 0 and (tags & CHAIN) != 0:
-        entry, tags = look_further(lines, sets, place, key)
+    further = entry == 0 and (tags & CHAIN) != 0
+    if any_in_warp(further):
+        found, found_tags = look_further_by_tile(lines, sets, key)
+        if further:
+            entry, tags = found, found_tags
     return entry, tags
 
 
-def look_further(lines, sets, place, key):
-    """``find_entry`` in the sets after the home set."""
-    line = find_further(lines, sets, place, key)
-    return probe_alone(line, key) if line != 0 else (np.int64(0), np.int64(0))
-
-
-def find_further(lines, sets, place, key):
-    """Address of the line with a key that did not fit into its home set, or 0."""
+def look_further(lines, sets, key):
+    """``find_entry`` in the other set of a key."""
     out_of_line()
-    while True:
-        place = next_set(lines, sets, place)
-        tags = np.int64(0)
-        for half in range(LINES_PER_SET):
-            entry, tags = probe_alone(place + LINE_BYTES * half, key)
-            if entry != 0:
-                return place + LINE_BYTES * half
-        if (tags & CHAIN) == 0:
-            return np.int64(0)
+    line = other_set_of(lines, sets, key) + home_line_of(key)
+    entry, tags = probe_alone(line, key)
+    if entry == 0:
+        entry, tags = probe_alone(line ^ LINE_BYTES, key)
+    return entry, tags
+
+
+def look_further_by_tile(lines, sets, key):
+    """``look_further`` by a tile, all tiles of a warp together."""
+    out_of_line()
+    line = other_set_of(lines, sets, key)
+    return probe_both(line, line + LINE_BYTES, key)
 
 
 def has_after_all(lines, sets, key):

@@ -27,7 +27,7 @@ __all__ = [
     "guard_leave",
     "home_in_host",
     "home_line_of",
-    "next_set",
+    "other_set_of",
     "row_at",
     "set_of",
 ]
@@ -48,10 +48,14 @@ def home_line_of(key):
     return np.int64(index_hash(np.uint64(np.int64(key))) & np.uint64(1)) * LINE_BYTES
 
 
-def next_set(lines, sets, place):
-    """Address of the set after the one at ``place``; the first follows the last."""
-    after = place + SET_BYTES
-    return lines if after == lines + sets * SET_BYTES else after
+def other_set_of(lines, sets, key):
+    """Address of the set where a key stands that did not fit into its home set: never the home set, of 2 or more."""
+    hashed = index_hash(np.uint64(np.int64(key)))
+    home = np.int64(((hashed >> np.uint64(32)) * np.uint64(sets)) >> np.uint64(32))
+    other = np.int64(((hashed & np.uint64(0xFFFFFFFF)) * np.uint64(sets)) >> np.uint64(32))
+    if other == home:
+        other = home + 1 if home + 1 < sets else np.int64(0)
+    return lines + other * SET_BYTES
 
 
 def row_at(lines, rows, entry, score):
@@ -74,7 +78,7 @@ def find_in_set(place, home, key):
 
 
 def has_chain(place):
-    """A key of the set at ``place`` may stand in the next one."""
+    """A key whose home set is at ``place`` may stand in its other set."""
     return (ld32(place + META_AT) & CHAIN) != 0
 
 
