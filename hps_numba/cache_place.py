@@ -54,7 +54,7 @@ class DevicePlace:
         info = devices.device_info(ordinal)
         self.ordinal: int | None = ordinal
         self._capability = info.capability
-        self._most_blocks = 4 * info.multiprocessors
+        self._most_blocks = 2 * info.multiprocessors
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
@@ -144,7 +144,7 @@ class DevicePlace:
         return devices.context_of(self.ordinal)
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
-        """Of each of ``rows`` rows, together at most 4 a multiprocessor: enough rows of a table in flight for the bus, and few
+        """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus, and few
         to start for nothing."""
         return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
 
