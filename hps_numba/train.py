@@ -216,16 +216,20 @@ class RowTrainer:
                 self._states.lookup(keys, values)
             return TrainedState(self.steps, keys, values)
 
+    def check_state(self, state: TrainedState) -> None:
+        """Raise ConfigError if ``set_state`` would."""
+        width = self.rule.width(self.spec.dim)
+        if state.keys.ndim != 1 or state.values.shape != (len(state.keys), width):
+            came, place = list(state.values.shape), f"{self.spec.tag}: {self.rule.name}"
+            raise ConfigError(f"{place}: state of shape {came} came, [{len(state.keys)}, {width}] is wanted")
+
     def set_state(self, state: TrainedState) -> None:
         """Remember what was kept, in the place of the present.
 
         Raises:
             ConfigError: it is of another rule or width.
         """
-        width = self.rule.width(self.spec.dim)
-        if state.values.shape != (len(state.keys), width):
-            came, place = list(state.values.shape), f"{self.spec.tag}: {self.rule.name}"
-            raise ConfigError(f"{place}: state of shape {came} came, [{len(state.keys)}, {width}] is wanted")
+        self.check_state(state)
         with self._lock:
             old, self._states = self._states, self._new_states()
             if self._states is not None:
@@ -252,8 +256,7 @@ def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, ini
         As ``HPS.rewrite``, and what the initializer raises.
     """
     spec = server.table_spec(model, table)
-    absent = np.unique(keys)
-    absent = absent[~server.contains(absent, model, table)]
+    absent = np.unique(keys[~server.contains(keys, model, table)])
     if not len(absent):
         return 0
 

@@ -12,6 +12,9 @@ from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
 from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator
+from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.initializers import Initializer
 
 __all__ = ["LookupCollection"]
 
@@ -39,15 +42,16 @@ def _shapes_of_lookups(keys: Any, request: str, dims: Any) -> Any:
     return [some.new_empty((*some.shape, dim), dtype=torch.float32) for some, dim in zip(keys, dims, strict=True)]
 
 
-class LookupCollection(torch.nn.Module):
+class LookupCollection(TrainableLayer):
     """The rows of several tables of one model, asked for in one call.
 
     Args:
         ps_config_file, model_name: as for ``LookupLayer``.
         tables: ``{feature: (table_id, emb_vec_size)}``.
+        trainable, initializer: as for ``LookupLayer``, for all tables.
 
     On the CPU large batches are shared out to all cores, table by table. On a GPU each table is a lookup of its own for now.
-    Rows are frozen. **Threads:** calls.
+    Rows are frozen by default. **Threads:** calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -58,6 +62,9 @@ class LookupCollection(torch.nn.Module):
         ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
         model_name: str,
         tables: Mapping[str, tuple[int | str, int]],
+        *,
+        trainable: bool = False,
+        initializer: str | Initializer | None = None,
     ) -> None:
         super().__init__()
         if not tables:
@@ -66,6 +73,7 @@ class LookupCollection(torch.nn.Module):
         # joined when called, by what a compiler can follow
         self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
         self._texts = dict(zip(self._wanted, texts, strict=True))
+        self._set_training(trainable, initializer)
 
     def forward(self, keys: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``{feature: rows}`` for ``{feature: keys}``, of any of the features: float32 ``S + [emb_vec_size]`` each.
@@ -80,13 +88,23 @@ class LookupCollection(torch.nn.Module):
         if strangers:
             raise ConfigError(f"keys: features {', '.join(strangers)} came, known are {', '.join(self._texts)}")
         dims = [self._wanted[feature].dim for feature in features]
-        rows = torch.ops.hps_numba.lookup_many(list(keys.values()), self.request_of(features), dims)
+        request = self.request_of(features)
+        if self._trains():
+            wanted = [self._created(some, request, number) for number, some in enumerate(keys.values())]
+            rows = torch.ops.hps_numba.lookup_many_trained(wanted, self._switch, request, dims)
+        else:
+            rows = torch.ops.hps_numba.lookup_many(list(keys.values()), request, dims)
         return dict(zip(features, rows, strict=True))
 
     def request_of(self, features: list[str]) -> str:
         """What the operator is asked for some features, in this order."""
         return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
 
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        return tuple(self._rows_of(self.request_of([feature])) for feature in self._texts)
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        return ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
+        tables = ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
+        return tables + self._training_repr()
