@@ -39,7 +39,7 @@ class Rows(torch.nn.Parameter):
     """The trained rows of one table of a server; every layer on that table in the process has the same.
 
     Attributes:
-        model, table, dim: of the table.
+        model, table, width: of the table; ``width`` is of a row.
 
     ``torch.nn.utils.clip_grad_norm_([*head.parameters(), layer.rows], 1.0)`` and ``GradScaler.unscale_(optimizer)`` find and
     change its ``grad``. The parameter itself has no elements, and a copy of it is itself.
@@ -49,13 +49,13 @@ class Rows(torch.nn.Parameter):
 
     model: str
     table: str
-    dim: int
+    width: int
 
-    def __new__(cls, server: HPS, model: str, table: str, dim: int) -> Rows:
-        return super().__new__(cls, torch.empty(0, dim))
+    def __new__(cls, server: HPS, model: str, table: str, width: int) -> Rows:
+        return super().__new__(cls, torch.empty(0, width))
 
-    def __init__(self, server: HPS, model: str, table: str, dim: int) -> None:
-        self.model, self.table, self.dim = model, table, dim
+    def __init__(self, server: HPS, model: str, table: str, width: int) -> None:
+        self.model, self.table, self.width = model, table, width
         self.wide: bool = server.config.supportlonglong
         self._server = weakref.ref(server)
         self._pending: list[_Part] = []
@@ -88,14 +88,14 @@ class Rows(torch.nn.Parameter):
 
     def note(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
         """Note gradients of rows: keys of any shape ``S`` and integer type, and ``S + [dim]``; nothing of them is kept."""
-        part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.dim).to(torch.float32, copy=True))
+        part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.width).to(torch.float32, copy=True))
         if part.gradients.is_cuda:
             part = part._replace(ready=torch.cuda.current_stream(part.gradients.device).record_event())
         with self._lock:
             self._pending.append(part)
             self._reduced = False
             if len(self._pending) >= _PENDING:
-                self._pending = [_summed(self._pending, self.dim)]
+                self._pending = [_summed(self._pending)]
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -115,7 +115,7 @@ class Rows(torch.nn.Parameter):
                 self._pending, self._sum, self._reduced = [], None, False
                 return
             self._gather()
-            wanted = [0 if self._sum is None else len(self._sum.keys), self.dim]
+            wanted = [0 if self._sum is None else len(self._sum.keys), self.width]
             if self._sum is None or list(gradients.shape) != wanted:
                 came = list(gradients.shape)
                 raise OutputError(f"grad of rows: {came} came, {wanted} is wanted: a row for each touched key")
@@ -129,13 +129,13 @@ class Rows(torch.nn.Parameter):
             return torch.empty(0, dtype=torch.int64) if self._sum is None else self._sum.keys
 
     def _gather(self) -> None:
-        new = _summed(self._pending, self.dim) if self._pending else None
+        new = _summed(self._pending) if self._pending else None
         if self.reduction is not None and not self._reduced and torch.distributed.is_initialized():
-            new = _of_all_processes(new, self.dim, *self.reduction)
+            new = _of_all_processes(new, self.width, *self.reduction)
             self._reduced = True
         self._pending = []
         if new is not None:
-            self._sum = new if self._sum is None else _summed([self._sum, new], self.dim)
+            self._sum = new if self._sum is None else _summed([self._sum, new])
 
     # -- a good citizen ---------------------------------------------------------------------
 
@@ -145,8 +145,8 @@ class Rows(torch.nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(f"{self!r} belongs to the server of its process; pickle the layer, or save a checkpoint")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"<Rows of {self.model}, {self.table} [{self.dim}]>"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"<Rows of {self.model}, {self.table} [{self.width}]>"
 
 
 def as_int64(keys: torch.Tensor, *, wide: bool) -> torch.Tensor:
@@ -161,7 +161,7 @@ def as_int64(keys: torch.Tensor, *, wide: bool) -> torch.Tensor:
     return flat.to(torch.int64, copy=True)
 
 
-def _summed(parts: list[_Part], dim: int) -> _Part:
+def _summed(parts: list[_Part]) -> _Part:
     """One part with each key once, ascending; gradients are added in the order of parts and positions, on every device."""
     device = parts[0].gradients.device
     for part in parts:
@@ -202,7 +202,7 @@ def _of_all_processes(own: _Part | None, dim: int, kind: str, group: Any) -> _Pa
         theirs = [torch.empty_like(padded) for _ in range(world)]
         torch.distributed.all_gather(theirs, padded, group=group)
         parts.append([some[:length].to(where) for some, length in zip(theirs, lengths, strict=True)])
-    total = _summed([_Part(*some) for some in zip(*parts, strict=True)], dim)
+    total = _summed([_Part(*some) for some in zip(*parts, strict=True)])
     return total if kind == "sum" else total._replace(gradients=total.gradients / world)
 
 
@@ -227,6 +227,8 @@ def rows_of(request: str, number: int = 0) -> Rows:
     rows = None if tables is None else tables.get(spec.tag)
     if rows is None:
         with _making:
-            rows = _known.setdefault(server, {}).get(spec.tag) or Rows(server, spec.model, spec.name, spec.dim)
-            _known[server][spec.tag] = rows
+            tables = _known.setdefault(server, {})
+            if spec.tag not in tables:
+                tables[spec.tag] = Rows(server, spec.model, spec.name, spec.dim)
+            rows = tables[spec.tag]
     return rows
