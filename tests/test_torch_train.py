@@ -22,7 +22,6 @@ torch = pytest.importorskip("torch")
 
 from hps_numba.frontends import torch as hps  # noqa: E402
 
-
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -230,7 +229,7 @@ def test_rates_follow_a_scheduler_and_groups(rig: Rig, device: str) -> None:
         schedule.step()
         moved += [float((was - layer(keys).detach()).mean()) for was, layer in zip(before, (first, second))]
     assert np.allclose(moved, [1.0, 0.5, 0.1, 0.05], atol=1e-5)
-    with pytest.raises(ConfigError, match="lr: -1.0 came, a number from 0 on"):
+    with pytest.raises(ConfigError, match=r"lr: -1\.0 came, a number from 0 on"):
         optimizer.add_param_group({"params": first.rows, "lr": -1.0})
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": first})
@@ -256,7 +255,7 @@ def test_an_optimizer_goes_on_from_its_state(rig: Rig, device: str) -> None:
     second = hps.Adam(layer, lr=0.7)
     second.load_state_dict(kept)
     assert second.param_groups[0]["lr"] == 0.1 and torch.equal(train(second, 2), wanted)
-    with pytest.raises(ConfigError, match="state of shape .* is wanted"):
+    with pytest.raises(ConfigError, match=r"state of shape .* is wanted"):
         hps.Adagrad(layer).load_state_dict(kept)
     with pytest.raises(ConfigError, match="of 1 tables came, of 2"):
         hps.Adam([layer, hps.LookupLayer(rig.path, "m", 1, 3, trainable=True)]).load_state_dict(kept)
