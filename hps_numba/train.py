@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from hps_numba.parameter_server import HPS
 from hps_numba.storage.host_store import HostStore
 from hps_numba.threads import ranges_of, run_ranges
 
-__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "TrainedState", "create_rows"]
+__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows"]
 
 _FEW = 4096  # states that are kept without asking whether their rows are still there
 
@@ -121,15 +122,6 @@ class Adam(Rule):
         return adam_rows, tuple(np.float32(value) for value in (rate, self.eps, 1 - self.beta1, 1 - self.beta2))
 
 
-@dataclass(frozen=True)
-class TrainedState:
-    """What an optimizer remembers of a table: int64 ``keys``, float32 ``values`` ``[n, width]``, and the ``steps`` so far."""
-
-    steps: int
-    keys: np.ndarray
-    values: np.ndarray
-
-
 class RowTrainer:
     """Optimizer of one table: applies rules to rows of the server, and keeps their states.
 
@@ -207,36 +199,40 @@ class RowTrainer:
 
     # -- keeping it ---------------------------------------------------------------------
 
-    def state(self) -> TrainedState:
-        """A copy of what is remembered, by ascending key."""
-        with self._lock:
-            keys = np.empty(0, np.int64) if self._states is None else np.sort(self._states.keys())
-            values = np.empty((len(keys), self.rule.width(self.spec.dim)), np.float32)
-            if self._states is not None and len(keys):
-                self._states.lookup(keys, values)
-            return TrainedState(self.steps, keys, values)
+    @property
+    def state_width(self) -> int:
+        """Elements of the state of a row."""
+        return self.rule.width(self.spec.dim)
 
-    def check_state(self, state: TrainedState) -> None:
-        """Raise ConfigError if ``set_state`` would."""
-        width = self.rule.width(self.spec.dim)
-        if state.keys.ndim != 1 or state.values.shape != (len(state.keys), width):
-            came, place = list(state.values.shape), f"{self.spec.tag}: {self.rule.name}"
-            raise ConfigError(f"{place}: state of shape {came} came, [{len(state.keys)}, {width}] is wanted")
+    def state_keys(self) -> np.ndarray:
+        """int64: the keys of the rows that have a state, ascending."""
+        return np.empty(0, np.int64) if self._states is None else np.sort(self._states.keys())
 
-    def set_state(self, state: TrainedState) -> None:
-        """Remember what was kept, in the place of the present.
+    def read_states(self, keys: np.ndarray) -> np.ndarray:
+        """float32 ``[n, state_width]``: the states of int64 keys, fresh ones where there are none."""
+        return self._states_of(keys, np.ones(len(keys), bool))
+
+    def set_states(self, steps: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Remember ``steps`` and the states of ``parts``, as ``read_states`` gave them, in the place of the present.
 
         Raises:
-            ConfigError: it is of another rule or width.
+            ConfigError: they are of another width; nothing changed.
         """
-        self.check_state(state)
+        states = self._new_states()
+        for keys, values in parts:
+            self.check_states(len(keys), values.shape)
+            if states is not None:
+                states.upsert(keys, values)
         with self._lock:
-            old, self._states = self._states, self._new_states()
-            if self._states is not None:
-                self._states.upsert(state.keys, state.values)
-            self.steps = int(state.steps)
+            old, self._states, self.steps = self._states, states, int(steps)
         if old is not None:
             old.close()
+
+    def check_states(self, n: int, shape: tuple[int, ...]) -> None:
+        """Raise ConfigError if the states of ``n`` rows cannot have this shape."""
+        if tuple(shape) != (n, self.state_width):
+            wanted, place = [n, self.state_width], f"{self.spec.tag}: {self.rule.name}"
+            raise ConfigError(f"{place}: state of shape {list(shape)} came, {wanted} is wanted")
 
     def holding(self) -> AbstractContextManager[Any]:
         """No step begins or ends inside the ``with`` block."""

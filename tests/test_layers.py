@@ -30,7 +30,7 @@ ROWS = [
     {"interop_device"},
     {"kernels"},
     {"storage.formats", "storage.epochs"},
-    {"storage.model_files", "storage.bin_dump", "storage.table_content"},
+    {"storage.model_files", "storage.checkpoint_files", "storage.bin_dump", "storage.table_content"},
     {"storage.host_pooling"},
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
@@ -46,6 +46,7 @@ ROWS = [
     {"parameter_server", "simulate"},
     {"initializers"},
     {"train"},
+    {"checkpoints"},
     {"frontends", "compat", ""},  # "" is hps_numba itself: what users import
     {"cli"},
     {"__main__"},

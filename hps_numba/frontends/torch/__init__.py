@@ -15,6 +15,7 @@ import sys
 from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.bag import HPSEmbeddingBag
+from hps_numba.frontends.torch.checkpoints import load_checkpoint, save_checkpoint
 from hps_numba.frontends.torch.collection import LookupCollection
 from hps_numba.frontends.torch.convert import load_embedding, save_embedding
 from hps_numba.frontends.torch.layer import Init, LookupLayer
@@ -31,8 +32,10 @@ __all__ = [
     "LookupCollection",
     "LookupLayer",
     "Rows",
+    "load_checkpoint",
     "load_embedding",
     "operator",
+    "save_checkpoint",
     "save_embedding",
     "server_of",
     "trained_rows",

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from hps_numba import train
@@ -119,9 +118,10 @@ class RowOptimizer(torch.optim.Optimizer):
         """Settings, and of each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
         state = {}
         for number, trainer in enumerate(self.trainers()):
-            kept = trainer.state()
-            values = {"keys": torch.from_numpy(kept.keys), "values": torch.from_numpy(kept.values)}
-            state[number] = {"steps": kept.steps, **values}
+            with trainer.holding():
+                keys = trainer.state_keys()
+                values = trainer.read_states(keys)
+                state[number] = {"steps": trainer.steps, "keys": torch.from_numpy(keys), "values": torch.from_numpy(values)}
         return {**super().state_dict(), "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,14 +134,22 @@ class RowOptimizer(torch.optim.Optimizer):
         if len(state_dict["state"]) != len(trainers):
             raise ConfigError(f"state: of {len(state_dict['state'])} tables came, of {len(trainers)} is wanted")
         states = [
-            train.TrainedState(int(one["steps"]), np.asarray(one["keys"]), np.asarray(one["values"]))
-            for _, one in sorted(state_dict["state"].items())
+            (trainer, int(kept["steps"]), kept["keys"].numpy(), kept["values"].numpy())
+            for trainer, (_, kept) in zip(trainers, sorted(state_dict["state"].items()), strict=True)
         ]
-        for trainer, state in zip(trainers, states, strict=True):
-            trainer.check_state(state)
-        super().load_state_dict({**state_dict, "state": {}})
-        for trainer, state in zip(trainers, states, strict=True):
-            trainer.set_state(state)
+        for trainer, _, keys, values in states:
+            trainer.check_states(len(keys), values.shape)
+        self.set_settings(state_dict["param_groups"])
+        for trainer, steps, keys, values in states:
+            trainer.set_states(steps, [(keys, values)])
+
+    def set_settings(self, groups: list[dict[str, Any]]) -> None:
+        """Take over the ``param_groups`` of a ``state_dict``: learning rates and so on.
+
+        Raises:
+            ValueError: other groups.
+        """
+        super().load_state_dict({"state": {}, "param_groups": groups})
 
 
 def _tables_in(params: Any) -> Iterable[Rows]:
