@@ -14,7 +14,7 @@ from hps_numba import ClosedError, ConfigError, OutputError, TierError
 from hps_numba.initializers import Normal, Uniform, Zeros, initial_rows
 from hps_numba.train import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
-DIM = 8
+DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
 RULES: list[Rule] = [Sgd(0.1), Adagrad(0.1, initial_accumulator_value=0.5), Adam(0.1)]
 
 
@@ -65,7 +65,7 @@ def test_the_settings_of_a_step_are_its_own(workshop: Workshop) -> None:
     with pytest.raises(ConfigError, match="adam came, this table is trained by sgd"):
         trainer.step(np.array([1]), np.ones((1, 2), np.float32), Adam(0.1))
     for wrong in (-1.0, float("nan"), float("inf"), "1"):
-        with pytest.raises(ConfigError, match="lr: .* came, a number from 0 on"):
+        with pytest.raises(ConfigError, match=r"lr: .* came, a number from 0 on"):
             Sgd(wrong)
 
 
