@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -210,11 +211,12 @@ with torch.no_grad():
 """
 
 
-def test_a_new_process_goes_on_where_the_old_one_was(tmp_path: Path) -> None:
+def test_a_new_process_goes_on_where_the_old_one_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     rig = rig_of(tmp_path)
     path = str(tmp_path / "c.npz")
-    run_program(_GO_ON, rig.path, "save", path, str(tmp_path / "old.npy"))
+    monkeypatch.setattr(sys, "argv", ["", rig.path, "save", path, str(tmp_path / "old.npy")])
+    exec(_GO_ON, {})
     run_program(_GO_ON, rig.path, "load", path, str(tmp_path / "new.npy"))
     old, new = np.load(tmp_path / "old.npy"), np.load(tmp_path / "new.npy")
     assert np.array_equal(old, new) and not np.allclose(old[190:ROWS], rig.rows[190:], atol=0.1)
