@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from hps_numba.errors import ConfigError
+from hps_numba.parameter_server import HPS
 from hps_numba.storage.checkpoint_files import CheckpointReader, SavedTable, open_checkpoint, write_checkpoint
 from hps_numba.train import RowTrainer
 
-__all__ = ["load_trained", "save_trained"]
+__all__ = ["load_trained", "save_trained", "set_rows"]
 
 Read = Callable[[np.ndarray], np.ndarray]
 
@@ -76,7 +77,8 @@ def load_trained(
         answer = accept(file)
         for number, trainer in enumerate(trainers):
             with trainer.holding():
-                _bring_rows(trainer, file, number)
+                spec = trainer.spec
+                set_rows(trainer.server, spec.model, spec.name, file.keys(number), file.rows(number))
                 trainer.set_states(file.tables[number]["steps"], file.states(number))
         return answer
 
@@ -93,11 +95,19 @@ def _check(file: CheckpointReader, trainers: Sequence[RowTrainer]) -> None:
         trainer.check_states(file.shape(number, "state_key")[0], file.shape(number, "state"))
 
 
-def _bring_rows(trainer: RowTrainer, file: CheckpointReader, number: int) -> None:
-    server, place = trainer.server, (trainer.spec.model, trainer.spec.name)
-    with server.held(*place) as (present, _):
-        stale = np.setdiff1d(present, file.keys(number), assume_unique=True)
+def set_rows(
+    server: HPS, model: str, table: int | str, keys: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Make ``parts``, keys and rows, the whole content of a table; ``keys`` are all of them, int64 ``[n]``.
+
+    Other writes wait; lookups go on, and may see rows of before and after.
+
+    Raises:
+        As ``HPS.insert`` and ``HPS.erase``.
+    """
+    with server.held(model, table) as (present, _):
+        stale = np.setdiff1d(present, keys)
         if len(stale):
-            server.erase(stale, *place)
-        for keys, rows in file.rows(number):
-            server.insert(keys, rows, *place)
+            server.erase(stale, model, table)
+        for some, rows in parts:
+            server.insert(some, rows, model, table)

@@ -446,7 +446,7 @@ def test_what_is_frozen_and_what_is_not(rig: Rig, device: str) -> None:
     frozen, layer = layer_of(rig, trainable=False), layer_of(rig)
     keys = torch.tensor([1, 2], device=device)
     assert not frozen(keys).requires_grad and layer(keys).requires_grad
-    assert not list(layer.parameters()) and not layer.state_dict()
+    assert not list(layer.parameters()) and list(layer.state_dict()) == ["_extra_state"]
     with torch.no_grad():
         assert not layer(keys).requires_grad
     layer.trainable = False
@@ -482,3 +482,33 @@ def test_what_does_not_fit(rig: Rig) -> None:
     with pytest.raises(ClosedError, match="rows of m, t0: the server that they were in is closed"):
         rows.server  # noqa: B018
     assert repr(rows) == "<Rows of m, t0 [8]>" and layer(torch.tensor([1])).requires_grad  # by a new server
+
+
+# -- state_dict ---------------------------------------------------------------------
+
+
+def test_a_state_dict_tells_the_tables_and_has_rows_by_choice(rig: Rig, device: str, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(layer_of(rig, trainable=False), torch.nn.Linear(DIM, 1)).to(device)
+    collection = hps.LookupCollection(rig.path, "m", {"a": (0, DIM), "b": ("t1", 3)})
+    bag = hps.HPSEmbeddingBag(rig.path, "m", 0, DIM)
+    assert not SERVERS.opened  # no row was asked for
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    kept = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert kept["0._extra_state"] == {"version": 1, "config": rig.path, "tables": [["m", 0, DIM]]}
+    model.load_state_dict(kept)
+    del kept["0._extra_state"]
+    model.load_state_dict(kept)
+    bag.load_state_dict(model[0].state_dict())
+    with pytest.raises(ConfigError, match=r"of tables \[\['m', 0, 8\]\] came, of \[\['m', 0, 8\], \['m', 't1', 3\]\]"):
+        collection.load_state_dict(model[0].state_dict())
+    with pytest.raises(ConfigError, match="version 7 came, 1 is wanted"):
+        bag.load_state_dict({"_extra_state": {"version": 7}})
+    collection.rows_in_state_dict = True
+    torch.save(collection.state_dict(), tmp_path / "rows.pt")
+    server, keys = SERVERS.open(rig.path), torch.arange(ROWS + 5, device=device)
+    before = collection({"a": keys, "b": keys})
+    server.update(np.arange(ROWS), np.zeros((ROWS, DIM)), "m", 0)
+    server.insert(np.arange(ROWS, ROWS + 5), np.zeros((5, 3)), "m", 1)
+    collection.load_state_dict(torch.load(tmp_path / "rows.pt", weights_only=True))
+    after = collection({"a": keys, "b": keys})
+    assert all(torch.equal(before[name], after[name]) for name in "ab") and not server.contains([ROWS], "m", 1).any()

@@ -114,6 +114,9 @@ class HPSEmbeddingBag(TrainableLayer):
         )
         return pooled
 
+    def _request(self) -> str:
+        return self.request
+
     @property
     def rows(self) -> Rows:
         """As of ``LookupLayer``."""

@@ -100,6 +100,9 @@ class LookupCollection(TrainableLayer):
         """What the operator is asked for some features, in this order."""
         return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
 
+    def _request(self) -> str:
+        return self.request_of(list(self._texts))
+
     @property
     def tables(self) -> tuple[Rows, ...]:
         return tuple(self._rows_of(self.request_of([feature])) for feature in self._texts)

@@ -49,8 +49,8 @@ class LookupLayer(TrainableLayer):
     Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
     stream. A key that no tier has gets the table's default value. Rows are frozen, or train by way of ``rows``; either way
-    the layer has no parameters and an empty ``state_dict``. It can be compiled, exported, scripted,
-    pickled and copied; none of that takes rows along.
+    the layer has no parameters, and its ``state_dict`` tells the table and has no rows (``rows_in_state_dict`` changes that).
+    It can be compiled, exported, scripted, pickled and copied; none of that takes rows along.
 
     Raises (when called):
         KeyDtypeError: keys are no integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
@@ -92,6 +92,9 @@ class LookupLayer(TrainableLayer):
         keys = self._created(keys, self.request)
         rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
         return rows.to(self.output_dtype)
+
+    def _request(self) -> str:
+        return self.request
 
     @property
     def rows(self) -> Rows:

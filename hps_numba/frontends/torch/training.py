@@ -18,6 +18,7 @@ from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator, pooling
 from hps_numba.frontends.torch.row_gradients import Rows, as_int64, rows_of
+from hps_numba.frontends.torch.table_layer import TableLayer
 from hps_numba.initializers import Initializer, as_initializer
 from hps_numba.train import create_rows
 
@@ -213,7 +214,7 @@ _register("hps_numba::pooled_trained", _pooled_gradient, setup_context=_remember
 # -- layers ---------------------------------------------------------------------
 
 
-class TrainableLayer(torch.nn.Module):
+class TrainableLayer(TableLayer):
     """A layer on tables of a server that may train their rows.
 
     Attributes:
