@@ -20,12 +20,13 @@ from hps_numba.config import TableSpec
 from hps_numba.errors import ConfigError
 from hps_numba.forks import renew_after_fork
 from hps_numba.initializers import Initializer, initial_rows
-from hps_numba.kernels.host_train import adagrad_rows, adam_rows, sgd_rows
+from hps_numba.kernels.host_train import adagrad_rows, adam_rows, sgd_rows, sum_rows
 from hps_numba.parameter_server import HPS
 from hps_numba.storage.host_store import HostStore
 from hps_numba.threads import ranges_of, run_ranges
+from hps_numba.used_memory import aligned_empty
 
-__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows"]
+__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows", "summed_rows"]
 
 _FEW = 4096  # states that are kept without asking whether their rows are still there
 
@@ -237,6 +238,24 @@ class RowTrainer:
     def holding(self) -> AbstractContextManager[Any]:
         """No step begins or ends inside the ``with`` block."""
         return self._lock
+
+
+def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of rows in groups: float32 ``[m, dim]``, the same bits whatever threads there are.
+
+    Args:
+        rows: float32 ``[n, dim]``, of any strides.   order: int64 ``[n]``: the rows by group.
+        starts: int64 ``[m + 1]``: where in ``order`` each group begins, and the end of the last.
+    """
+    out = aligned_empty((len(starts) - 1, rows.shape[1]))
+
+    def some(start: int, stop: int) -> int:
+        sum_rows(rows, order, starts, out, start, stop)
+        return stop - start
+
+    if len(out):
+        run_ranges(some, ranges_of(len(out), 8 * rows.shape[1] + 16))
+    return out
 
 
 def fill_new(spec: TableSpec, keys: np.ndarray, rows: np.ndarray, found: np.ndarray, initializer: Initializer | None) -> None:

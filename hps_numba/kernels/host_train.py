@@ -10,11 +10,29 @@ import numpy as np
 from hps_numba.kernels.compile import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
 
-__all__ = ["adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "uniform_rows"]
+__all__ = ["adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _11 = np.uint64(11)
 _UNIT = 1.0 / (1 << 53)
+
+
+@host_kernel
+def sum_rows(rows, order, starts, out, start, stop):
+    """``out[i]`` is the sum of ``rows[order[j]]`` for j from ``starts[i]`` to ``starts[i + 1]``, in that order.
+
+    Args:
+        rows: float32 ``[n, dim]``.   order: int64 ``[n]``.   starts: int64 ``[m + 1]``.   start, stop: of the ``m`` sums.
+
+    **Writes:** out, float32 ``[m, dim]``.
+    """
+    for i in range(start, stop):
+        for j in range(rows.shape[1]):
+            out[i, j] = rows[order[starts[i]], j]
+        for number in range(starts[i] + 1, starts[i + 1]):
+            row = order[number]
+            for j in range(rows.shape[1]):
+                out[i, j] += rows[row, j]
 
 
 @host_kernel

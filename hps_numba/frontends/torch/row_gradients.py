@@ -21,6 +21,7 @@ from hps_numba.forks import renew_after_fork
 from hps_numba.frontends._requests import tables_of
 from hps_numba.initializers import Initializer
 from hps_numba.parameter_server import HPS
+from hps_numba.train import summed_rows
 
 __all__ = ["Rows", "rows_of"]
 
@@ -88,9 +89,12 @@ class Rows(torch.nn.Parameter):
 
     def note(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
         """Note gradients of rows: keys of any shape ``S`` and integer type, and ``S + [dim]``; nothing of them is kept."""
-        part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.width).to(torch.float32, copy=True))
-        if part.gradients.is_cuda:
-            part = part._replace(ready=torch.cuda.current_stream(part.gradients.device).record_event())
+        part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.width))
+        if part.gradients.is_cuda:  # to sum them would wait for the device
+            copy = part.gradients.to(torch.float32, copy=True)
+            part = _Part(part.keys, copy, torch.cuda.current_stream(copy.device).record_event())
+        else:
+            part = _summed([part])
         with self._lock:
             self._pending.append(part)
             self._reduced = False
@@ -129,7 +133,10 @@ class Rows(torch.nn.Parameter):
             return torch.empty(0, dtype=torch.int64) if self._sum is None else self._sum.keys
 
     def _gather(self) -> None:
-        new = _summed(self._pending) if self._pending else None
+        new: _Part | None = None
+        if self._pending:
+            alone = len(self._pending) == 1 and not self._pending[0].gradients.is_cuda  # and summed already
+            new = self._pending[0] if alone else _summed(self._pending)
         if self.reduction is not None and not self._reduced and torch.distributed.is_initialized():
             new = _of_all_processes(new, self.width, *self.reduction)
             self._reduced = True
@@ -170,14 +177,23 @@ def _summed(parts: list[_Part]) -> _Part:
             stream.wait_event(part.ready)
             part.keys.record_stream(stream)
             part.gradients.record_stream(stream)
-    keys = torch.cat([part.keys.to(device) for part in parts])
-    gradients = torch.cat([part.gradients.to(device) for part in parts])
-    distinct, inverse = torch.unique(keys, return_inverse=True)
-    if not len(keys):
-        return _Part(distinct, gradients)
-    # the one sum by index in Torch that is deterministic on a GPU too
-    sums = torch.ops.aten.embedding_dense_backward(gradients, inverse, len(distinct), -1, False)
-    return _Part(distinct, sums)
+    keys = _joined([part.keys.to(device) for part in parts])
+    gradients = _joined([part.gradients.to(device, torch.float32) for part in parts])
+    ordered, order = torch.sort(keys, stable=True)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
+    distinct = ordered[begins]
+    if device.type == "cpu":
+        starts = torch.cat([begins.nonzero().flatten(), torch.tensor([len(keys)])])
+        return _Part(distinct, torch.from_numpy(summed_rows(gradients.numpy(), order.numpy(), starts.numpy())))
+    inverse = torch.empty_like(order)
+    inverse[order] = begins.cumsum(0) - 1
+    # the one sum by index in Torch that is deterministic on a GPU
+    return _Part(distinct, torch.ops.aten.embedding_dense_backward(gradients, inverse, len(distinct), -1, False))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _of_all_processes(own: _Part | None, dim: int, kind: str, group: Any) -> _Part | None:
