@@ -131,6 +131,17 @@ def test_gradients_are_those_of_an_embedding(rig: Rig, device: str) -> None:
     assert ours.rows.grad is None
 
 
+def test_gradients_that_nobody_applies_are_told_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = layer_of(rig), hps.LookupLayer(rig.path, "m", 1, 3, trainable=True)
+    hps.SGD(second)
+    for layer in (first, second, first):
+        layer(torch.tensor([1])).sum().backward()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text for text in warnings if "gradients came" in text] == [
+        "<Rows of m, t0 [8]>: gradients came, but no optimizer of hps_numba has these rows: they do not move"
+    ]
+
+
 def test_sums_are_the_same_every_time(rig: Rig, device: str) -> None:
     layer = layer_of(rig)
     keys = torch.randint(0, 20, (4000,), device=device)

@@ -87,7 +87,7 @@ class HPSEmbeddingBag(TrainableLayer):
                 raise ConfigError("per_sample_weights: came with mode 'max', which has no weights")
             per_sample_weights = per_sample_weights.reshape(-1)
         starts = self._starts(input, offsets)
-        if self._trains():
+        if self.trainable and self._trains():
             return self._forward_trained(input.reshape(-1), starts, per_sample_weights)
         return pooled(
             input.reshape(-1),

@@ -89,7 +89,7 @@ class LookupCollection(TrainableLayer):
             raise ConfigError(f"keys: features {', '.join(strangers)} came, known are {', '.join(self._texts)}")
         dims = [self._wanted[feature].dim for feature in features]
         request = self.request_of(features)
-        if self._trains():
+        if self.trainable and self._trains():
             wanted = [self._created(some, request, number) for number, some in enumerate(keys.values())]
             rows = torch.ops.hps_numba.lookup_many_trained(wanted, self._switch, request, dims)
         else:

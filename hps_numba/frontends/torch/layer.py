@@ -81,9 +81,10 @@ class LookupLayer(TrainableLayer):
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
-        if not torch.jit.is_scripting():  # noqa: SIM102, a script compiles what is behind "and"
-            if self._trains():
-                return self._forward_trained(keys)
+        if self.trainable:  # noqa: SIM102, a script compiles what is behind "and"
+            if not torch.jit.is_scripting():  # noqa: SIM102
+                if self._trains():
+                    return self._forward_trained(keys)
         rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
         return rows.to(self.output_dtype)
 

@@ -72,7 +72,7 @@ class RowOptimizer(torch.optim.Optimizer):
         rule = self._rule_of({**self.defaults, **group})
         super().add_param_group(group)
         for rows in found:
-            rows.reduction = self._reduction
+            rows.reduction, rows.unclaimed = self._reduction, False
             self._trainers[id(rows)] = train.RowTrainer(rows.server, rows.model, rows.table, rule)
 
     def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:

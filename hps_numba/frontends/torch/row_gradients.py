@@ -10,6 +10,7 @@ Turned down: a sparse ``grad`` (``clip_grad_norm_`` does not take it, and indice
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from hps_numba.parameter_server import HPS
 from hps_numba.train import summed_rows
 
 __all__ = ["Rows", "rows_of"]
+
+log = logging.getLogger(__name__)
 
 _PENDING = 8  # backwards that are noted before they are summed
 
@@ -62,6 +65,8 @@ class Rows(torch.nn.Parameter):
         self._pending: list[_Part] = []
         self._sum: _Part | None = None
         self._reduced = False
+        #: no optimizer has them, and nobody was told
+        self.unclaimed = True
         #: of rows that do not exist when their first gradient comes; None: the table's default value
         self.initializer: Initializer | None = None
         #: how gradients of the processes of ``torch.distributed`` become one, and of which group; None: each keeps its own
@@ -96,6 +101,9 @@ class Rows(torch.nn.Parameter):
         else:
             part = _summed([part])
         with self._lock:
+            if self.unclaimed:
+                self.unclaimed = False
+                log.warning("%r: gradients came, but no optimizer of hps_numba has these rows: they do not move", self)
             self._pending.append(part)
             self._reduced = False
             if len(self._pending) >= _PENDING:

@@ -255,8 +255,8 @@ class TrainableLayer(TableLayer):
         return ", trainable=True" + ("" if self.initializer is None else f", initializer={self.initializer!r}")
 
     def _trains(self) -> bool:
-        """Whether a call now is one whose backward is to reach rows; an exported program serves and does not train."""
-        return self.trainable and torch.is_grad_enabled() and not _is_exporting()
+        """Whether the backward of a call now is to reach the rows of a layer that trains; exported programs only serve."""
+        return torch.is_grad_enabled() and not _is_exporting()
 
     def _created(self, keys: torch.Tensor, request: str, number: int = 0, *, padding: int | None = None) -> torch.Tensor:
         """Keys whose rows are there, if the layer makes rows."""
