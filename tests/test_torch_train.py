@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorflow_rig import DIM, ROWS, Rig, rig_of
+from tensorflow_rig import ROWS, Rig, rig_of
 
 from hps_numba import ClosedError, ConfigError, KeyDtypeError, OutputError
 from hps_numba.frontends._servers import SERVERS
@@ -22,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 from hps_numba.frontends import torch as hps  # noqa: E402
 
+DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -35,9 +37,17 @@ def device(place: str) -> str:
     return place.split(",")[0]
 
 
+def wide_rig(folder: Path, **entry: Any) -> Rig:
+    """A rig whose first table has rows of DIM elements."""
+    made = rig_of(folder, embedding_vecsize_per_table=[DIM, 3], **entry)
+    made.rows = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
+    made.rows.tofile(folder / "t0" / "emb_vector")
+    return made
+
+
 @pytest.fixture
 def rig(tmp_path: Path, place: str) -> Iterator[Rig]:
-    made = rig_of(tmp_path, deployed_device_list=[0] if place == "cuda" else [], gpucacheper=0.1)
+    made = wide_rig(tmp_path, deployed_device_list=[0] if place == "cuda" else [], gpucacheper=0.1)
     made.config["cache_on_cpu"] = place == "cpu, cached"
     made.write()
     yield made
@@ -138,7 +148,7 @@ def test_gradients_that_nobody_applies_are_told_once(rig: Rig, caplog: pytest.Lo
         layer(torch.tensor([1])).sum().backward()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text for text in warnings if "gradients came" in text] == [
-        "<Rows of m, t0 [8]>: gradients came, but no optimizer of hps_numba has these rows: they do not move"
+        "<Rows of m, t0 [17]>: gradients came, but no optimizer of hps_numba has these rows: they do not move"
     ]
 
 
@@ -167,7 +177,7 @@ def test_keys_of_any_type(rig: Rig, device: str, kind: Any) -> None:
 
 
 def test_32_bit_keys(tmp_path: Path) -> None:
-    rig = rig_of(tmp_path)
+    rig = wide_rig(tmp_path)
     rig.config["supportlonglong"] = False
     for name in ("t0", "t1"):
         np.arange(2**32 - ROWS, 2**32, dtype=np.int64).tofile(tmp_path / name / "key")
@@ -222,7 +232,7 @@ def test_clipping_is_by_the_norm_of_rows_and_head(rig: Rig, device: str) -> None
     layer.rows.grad = layer.rows.grad * 2
     torch.nn.utils.clip_grad_value_([layer.rows], 1e-3)
     assert float(layer.rows.grad.abs().max()) <= 1.01e-3
-    with pytest.raises(OutputError, match=r"grad of rows: \[1, 8\] came, \[3, 8\] is wanted"):
+    with pytest.raises(OutputError, match=r"grad of rows: \[1, 17\] came, \[3, 17\] is wanted"):
         layer.rows.grad = torch.ones(1, DIM)
 
 
@@ -386,8 +396,13 @@ def test_collections_train_every_table(rig: Rig, device: str) -> None:
 # -- compilers, threads, copies ---------------------------------------------------------------------
 
 
+NEEDS_CXX = pytest.mark.skipif(shutil.which("c++") is None, reason="this backend needs a C++ compiler")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
-def test_compiled_models_train_alike(rig: Rig, device: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=NEEDS_CXX)])
+def test_compiled_models_train_alike(rig: Rig, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes of its own
     layer = layer_of(rig, initializer="normal")
     bag = hps.HPSEmbeddingBag(rig.path, "m", 1, 3, mode="sum", trainable=True, padding_idx=2)
 
@@ -395,7 +410,7 @@ def test_compiled_models_train_alike(rig: Rig, device: str) -> None:
         twice = layer(keys) + layer(keys)  # of which a compiler may make one
         return twice.sum() + layer(keys).square().sum() + bag(keys, None, torch.ones_like(keys).float()).sum()
 
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     keys = torch.tensor([[1, 2, 2], [700, 3, 1]], device=device)
     gradients = []
     for call in (model, compiled):
@@ -465,9 +480,41 @@ def test_what_is_frozen_and_what_is_not(rig: Rig, device: str) -> None:
     assert "trainable" not in repr(frozen)
     again = pickle.loads(pickle.dumps(layer_of(rig, initializer=Normal(0.5))))
     assert repr(again) == (
-        "LookupLayer(m, 0, 8, output_dtype=torch.float32, trainable=True, initializer=Normal(std=0.5, seed=0))"
+        "LookupLayer(m, 0, 17, output_dtype=torch.float32, trainable=True, initializer=Normal(std=0.5, seed=0))"
     )
     assert again(keys).requires_grad and again.to(device).half().rows is layer.rows
+
+
+def test_calls_that_are_made_again_in_the_backward(rig: Rig, device: str) -> None:
+    layer, head = layer_of(rig, initializer="normal"), torch.nn.Linear(DIM, 3).to(device)
+    keys = torch.tensor([1, 1, 500], device=device)
+    gradients = []
+    for call in (
+        lambda: head(layer(keys)),
+        lambda: torch.utils.checkpoint.checkpoint(lambda: head(layer(keys)), use_reentrant=False),
+    ):
+        layer.rows.grad = None
+        call().square().sum().backward()
+        gradients.append(layer.rows.grad)
+    assert torch.equal(*gradients) and layer.rows.touched.tolist() == [1, 500]
+    loss = layer(keys).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(layer.rows.grad - gradients[0], torch.tensor([[4.0], [2.0]], device=device).expand(2, DIM))
+    before = layer.rows.grad.clone()
+    torch.autograd.grad(head(layer(keys)).sum(), head.weight)  # a gradient of something else
+    assert torch.equal(layer.rows.grad, before)
+    layer(keys[:0]).sum().backward()
+    assert layer.rows.touched.tolist() == [1, 500]
+
+
+def test_other_optimizers_refuse_rows(rig: Rig) -> None:
+    layer = layer_of(rig)
+    for keys in ([1], [1, 2]):
+        layer(torch.tensor(keys)).sum().backward()
+        for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad):
+            with pytest.raises(RuntimeError):
+                kind([layer.rows], lr=0.1).step()
 
 
 def test_what_does_not_fit(rig: Rig) -> None:
@@ -492,7 +539,7 @@ def test_what_does_not_fit(rig: Rig) -> None:
         optimizer.step()
     with pytest.raises(ClosedError, match="rows of m, t0: the server that they were in is closed"):
         rows.server  # noqa: B018
-    assert repr(rows) == "<Rows of m, t0 [8]>" and layer(torch.tensor([1])).requires_grad  # by a new server
+    assert repr(rows) == "<Rows of m, t0 [17]>" and layer(torch.tensor([1])).requires_grad  # by a new server
 
 
 # -- state_dict ---------------------------------------------------------------------
@@ -510,7 +557,7 @@ def test_a_state_dict_tells_the_tables_and_has_rows_by_choice(rig: Rig, device: 
     del kept["0._extra_state"]
     model.load_state_dict(kept)
     bag.load_state_dict(model[0].state_dict())
-    with pytest.raises(ConfigError, match=r"of tables \[\['m', 0, 8\]\] came, of \[\['m', 0, 8\], \['m', 't1', 3\]\]"):
+    with pytest.raises(ConfigError, match=r"of tables \[\['m', 0, 17\]\] came, of \[\['m', 0, 17\], \['m', 't1', 3\]\]"):
         collection.load_state_dict(model[0].state_dict())
     with pytest.raises(ConfigError, match="version 7 came, 1 is wanted"):
         bag.load_state_dict({"_extra_state": {"version": 7}})

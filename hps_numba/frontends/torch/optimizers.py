@@ -92,12 +92,11 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rule = self._rule_of(group)
             for rows in group["params"]:
-                gradient = rows.grad
+                keys, gradient = rows.gathered()
                 if gradient is not None:
-                    keys = rows.touched.cpu().numpy()
                     trainer = self._trainers[id(rows)]
                     trainer.initializer = rows.initializer
-                    trainer.step(keys, gradient.to("cpu", torch.float32).numpy(), rule)
+                    trainer.step(keys.cpu().numpy(), gradient.detach().to("cpu", torch.float32).numpy(), rule)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -56,7 +56,7 @@ class Rows(torch.nn.Parameter):
     width: int
 
     def __new__(cls, server: HPS, model: str, table: str, width: int) -> Rows:
-        return super().__new__(cls, torch.empty(0, width))
+        return super().__new__(cls, torch.empty(0))  # of a shape that no other optimizer takes for that of ``grad``
 
     def __init__(self, server: HPS, model: str, table: str, width: int) -> None:
         self.model, self.table, self.width = model, table, width
@@ -97,7 +97,7 @@ class Rows(torch.nn.Parameter):
         part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.width))
         if part.gradients.is_cuda:  # to sum them would wait for the device
             copy = part.gradients.to(torch.float32, copy=True)
-            part = _Part(part.keys, copy, torch.cuda.current_stream(copy.device).record_event())
+            part = _Part(part.keys.to(copy.device), copy, torch.cuda.current_stream(copy.device).record_event())
         else:
             part = _summed([part])
         with self._lock:
@@ -116,9 +116,7 @@ class Rows(torch.nn.Parameter):
         Where an optimizer trains this table in several processes, the first to ask after a backward waits for the others, which
         must ask too.
         """
-        with self._lock:
-            self._gather()
-            return None if self._sum is None else self._sum.gradients
+        return self.gathered()[1]
 
     @grad.setter
     def grad(self, gradients: torch.Tensor | None) -> None:
@@ -136,9 +134,15 @@ class Rows(torch.nn.Parameter):
     @property
     def touched(self) -> torch.Tensor:
         """int64 ``[m]``: the keys of the rows of ``grad``, ascending; 32-bit keys without a sign."""
+        return self.gathered()[0]
+
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``touched`` and ``grad`` of one moment."""
         with self._lock:
             self._gather()
-            return torch.empty(0, dtype=torch.int64) if self._sum is None else self._sum.keys
+            if self._sum is None:
+                return torch.empty(0, dtype=torch.int64), None
+            return self._sum.keys, self._sum.gradients
 
     def _gather(self) -> None:
         new: _Part | None = None
@@ -187,6 +191,8 @@ def _summed(parts: list[_Part]) -> _Part:
             part.gradients.record_stream(stream)
     keys = _joined([part.keys.to(device) for part in parts])
     gradients = _joined([part.gradients.to(device, torch.float32) for part in parts])
+    if not len(keys):
+        return _Part(keys, gradients)
     ordered, order = torch.sort(keys, stable=True)
     begins = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
@@ -197,7 +203,8 @@ def _summed(parts: list[_Part]) -> _Part:
     inverse = torch.empty_like(order)
     inverse[order] = begins.cumsum(0) - 1
     # the one sum by index in Torch that is deterministic on a GPU
-    return _Part(distinct, torch.ops.aten.embedding_dense_backward(gradients, inverse, len(distinct), -1, False))
+    sums = torch.ops.aten.embedding_dense_backward(gradients, inverse, len(distinct), -1, False)
+    return _Part(distinct, sums, torch.cuda.current_stream(device).record_event())
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Layers whose rows train: the operators, and what a layer keeps for it.
 
 An operator for training does what the one for serving does, after it made rows for new keys if the layer has an initializer,
-and takes ``switch`` besides: a tensor without elements that needs a gradient, so that the answer does. Its backward hands keys
-and gradients to ``Rows`` by way of an opaque operator, in compiled graphs too; it is numbered, so that no compiler takes two of
-them for one.
+and takes ``switch`` besides: a 0 that needs a gradient, so that the answer does. Its backward hands keys and gradients to
+``Rows`` by way of an opaque operator, in compiled graphs too. That is numbered, so that no compiler takes two of them for one,
+and gives the 0 that is the gradient of ``switch``, so that none leaves it out (as some do where no element comes out).
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def _shape_of_created(keys: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _add_gradient(keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int) -> torch.Tensor:
     rows_of(request, number).note(keys, gradient)
-    return torch.empty(0)
+    return torch.zeros(1)
 
 
 @torch.library.register_fake("hps_numba::add_gradient", lib=operator.library)
 def _shape_of_added(*_: Any) -> torch.Tensor:
-    return torch.empty(0)
+    return torch.zeros(1)
 
 
 def _add_bag_gradient(
@@ -120,12 +120,12 @@ def _add_bag_gradient(
     if counted is not None:
         keys, toward = keys[counted], toward[counted]
     rows_of(request).note(keys, toward)
-    return torch.empty(0)
+    return torch.zeros(1)
 
 
 @torch.library.register_fake("hps_numba::add_bag_gradient", lib=operator.library)
 def _shape_of_added_bags(*_: Any) -> torch.Tensor:
-    return torch.empty(0)
+    return torch.zeros(1)
 
 
 # -- lookups that train ---------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _lookup_many_gradient(ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
         for number, (keys, gradient) in enumerate(zip(ctx.saved_tensors, gradients, strict=True))
         if gradient is not None
     ]
-    return [None] * len(gradients), torch.cat(done) if done else None, None, None
+    return [None] * len(gradients), torch.stack(done).sum(0) if done else None, None, None
 
 
 def _pooled_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -228,7 +228,7 @@ class TrainableLayer(TableLayer):
         self.initializer = as_initializer(initializer)
         if self.initializer is not None and not trainable:
             raise ConfigError("initializer: came without trainable=True; only rows that train are made for new keys")
-        self._switch = torch.zeros(0, requires_grad=True)
+        self._switch = torch.zeros(1, requires_grad=True)
         self._initializer_text = "" if self.initializer is None else _named(self.initializer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
