@@ -112,7 +112,7 @@ class EmbeddingCache(CachePooling):
     def lookup_arrays(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]``, written to ``out`` if given."""
         self._check_open()
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         out = np.empty((len(keys), self.dim), np.float32) if out is None else out
         if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
             raise OutputError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
@@ -126,7 +126,7 @@ class EmbeddingCache(CachePooling):
 
         Keys that it has are touched; the rows of others are 0, and nothing is inserted or counted (spec 6.3, Query).
         """
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         rows, missing = np.zeros((len(keys), self.dim), np.float32), []
         with self._controlled(), self._copies(keys) as (address,), self._room(rows.nbytes) as room:
             for start in range(0, len(keys), MAX_BATCH):
@@ -149,7 +149,7 @@ class EmbeddingCache(CachePooling):
         The store is not asked: rows that may change meanwhile belong in the store, and come from there by ``lookup``.
         """
         self._check_dynamic("insert")
-        keys, rows = self._keys_of(keys), self._rows_of(keys, rows)
+        keys, rows = self.keys_of(keys), self._rows_of(keys, rows)
         stride = 4 * self.dim
         with self._controlled(), self._copies(keys, rows) as (key_address, row_address):
             self._used = True
@@ -194,7 +194,7 @@ class EmbeddingCache(CachePooling):
             rows: float32 ``[n, dim]``, the last of equal keys wins; None: as the store has them, and keys that it has no
                 more are dropped.
         """
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         if rows is None:
             with self._controlled(), self._copies(keys) as (address,):
                 self._update(address, len(keys), 0)
@@ -210,7 +210,7 @@ class EmbeddingCache(CachePooling):
 
     def erase(self, keys: np.ndarray) -> int:
         """Drop those keys that the cache has; returns how many. Done when this returns."""
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         with self._controlled(), self._copies(keys) as (address,):
             self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
             self._change("erase_kernel", len(keys), self._lines, self.sets, self._state, address, len(keys))
@@ -232,7 +232,7 @@ class EmbeddingCache(CachePooling):
     def _change(self, kernel: str, n: int, *args: int) -> None:
         """Run a kernel that reads the store, and wait for it."""
         if n:
-            with self._reading():
+            with self.reading():
                 self._launch(kernel, n, self._stream, *args)
                 self._place.synchronize(self._stream)
 

@@ -84,3 +84,19 @@ BATCH_MASK = (1 << 39) - 1
 # than that, as they count down, so that they displace it. Those of a batch 0 would be larger: it would enter nothing.
 UNUSED_BUCKET = 0x7F
 FIRST_BATCH = 1 << 32
+
+# table of a group, in the memory of its device: what the kernels for several tables take of each
+(
+    TABLE_LINES,
+    TABLE_ROWS,
+    TABLE_SETS,
+    TABLE_STATE,
+    TABLE_DEFAULT,  # bits of a float32
+    TABLE_SCRATCH,
+    TABLE_STAGE,
+    TABLE_STAGE_STRIDE,
+    TABLE_CAPACITY,
+) = (8 * i for i in range(9))
+TABLE_BYTES = 128
+MAX_TABLES = 32  # of a launch
+TABLE_WORDS = 3  # that vary from call to call and are arguments of the kernels: keys, n, out

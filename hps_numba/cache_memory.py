@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from hps_numba.cache_layout import (
     WAYS,
 )
 from hps_numba.cache_link import HostLink
-from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, place_of
+from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, place_of
 from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
@@ -29,6 +29,9 @@ from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.policies._policy import Policy, load_policy
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
 from hps_numba.storage.host_store import HostStore
+
+if TYPE_CHECKING:
+    from hps_numba.kernels.launch import KernelsInTurn, PreparedLookup
 
 __all__ = ["KINDS", "CacheLookup", "index_sets"]
 
@@ -79,6 +82,8 @@ class CacheLookup:
         self._place = place_of(device)
         self._counted = policy.needs_count and not self.fixed
         self._kernels: dict[Any, Any] = {}
+        self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}
+        self._repeats = device is not None
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
         self._captured: list[Scratch] = []
@@ -86,13 +91,13 @@ class CacheLookup:
         with self._place.current():
             self._stream = self._place.new_stream()
             self._allocate(pagelock)
-        shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
-        self._new_scratch = partial(Scratch, self._place, shape, name)
-        self._own = self._new_scratch()  # of query and insert
-        self._pool = ScratchPool(self._place, self._new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
+        self.scratch_shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
+        self.new_scratch = partial(Scratch, self._place, self.scratch_shape, name)
+        self._own = self.new_scratch()  # of query and insert
+        self._pool = ScratchPool(self._place, self.new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
         self._control = threading.RLock()
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
-        self._reading = store.reading if store is not None and device is None else nullcontext
+        self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
         renew_after_fork(self)
 
@@ -141,7 +146,7 @@ class CacheLookup:
             if self._counted:
                 pending = self._words(self._state, STATE_WORDS)[STATE_PENDING // 8]
                 self._place.fill(int(pending), 0, 4 * self.capacity, 0)
-            self._own = self._new_scratch()
+            self._own = self.new_scratch()
 
     # -- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -158,13 +163,13 @@ class CacheLookup:
             out_vector=aligned,
         )
 
-    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
+    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel") -> KernelSpec:
         """How the kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
 
         The limits of registers are those that the way of a hit needs. Without them the functions for misses, which stand out of
         line, would set the number for the whole kernel, and a third of the warps would fit.
         """
-        spec = self._answer_spec("lookup_kernel", key_form, out_type, aligned)
+        spec = self._answer_spec(name, key_form, out_type, aligned)
         plain = self.row_type == out_type == "float32"
         if small:
             return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if plain else 64)
@@ -181,16 +186,43 @@ class CacheLookup:
             found = self._kernels[shape] = self._place.kernel(spec), spec.group
         return found
 
+    # for several caches of one kin together, by ``cache_group``
+
+    @property
+    def kin(self) -> tuple[Any, ...]:
+        """Caches for which this is the same can be looked up by one kernel."""
+        policy = "" if self.fixed else self.policy.digest
+        return self._place.ordinal, self.dim, self.fixed, self.row_type, policy
+
+    def tables_lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
+        """``_lookup_kernel`` for several tables."""
+        key = ("lookup_tables_kernel", key_form, out_type, aligned, small)
+        found: tuple[Kernel, int] | None = self._kernels.get(key)
+        if found is None:
+            spec = self._lookup_spec(key_form, out_type, aligned, small, name="lookup_tables_kernel")
+            found = self._kernels[key] = self._place.kernel(spec), spec.group
+        return found
+
+    def tables_kernel(self, name: str) -> Kernel:
+        """``touch_tables_kernel`` or ``insert_tables_kernel``."""
+        return self._kernels.get(name) or self._kernel(name)
+
+    def described(self, scratch: Scratch) -> list[int]:
+        """The words of a table of a group (``cache_layout``)."""
+        lines, rows, sets, state = self._parts
+        default = int(self._default.view(np.uint32))
+        return [lines, rows, sets, state, default, scratch.address, scratch.stage, 4 * self.dim, max(1, self.capacity)]
+
     def _kernel(self, name: str) -> Kernel:
         """Any other kernel; what it does not depend on is the same for all caches, so that they share it."""
         kernel: Kernel | None = self._kernels.get(name)
         if kernel is None:
-            by_row = name in ("insert_kernel", "update_kernel", "refresh_kernel")
+            by_row = name in ("insert_kernel", "insert_tables_kernel", "update_kernel", "refresh_kernel")
             kernel = self._kernels[name] = self._place.kernel(
                 KernelSpec(
                     name=name,
                     dim=self.dim if by_row else 1,
-                    policy=self.policy if name in ("insert_kernel", "touch_kernel") else load_policy("fifo"),
+                    policy=self.policy if name.startswith(("insert_", "touch_")) else load_policy("fifo"),
                     fixed=self.fixed and by_row,
                     row_type=self.row_type if by_row else "float32",
                 )
@@ -211,7 +243,7 @@ class CacheLookup:
         *,
         key_form: str = "int64",
         out_type: str = "float32",
-        capturing: bool = False,
+        capturing: bool | None = None,
         absent_list: int = 0,
     ) -> None:
         """Write the row of each key to ``out``, in stream order: from the cache, the host store, or the default.
@@ -221,7 +253,8 @@ class CacheLookup:
                 (int64, of which only 0 to 2**32 - 1 are keys).
             out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
             stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
-            capturing: the stream is being captured by a graph; the call gets a scratch that lives as long as the cache.
+            capturing: the stream is being captured by a graph: the call gets a scratch that lives as long as the cache. None:
+                the stream is asked.
             absent_list: address of int64 ``[1 + n]``, or 0: their number, then the positions of keys found nowhere, in no
                 order. For at most ``cache_layout.MAX_BATCH`` keys.
 
@@ -230,35 +263,110 @@ class CacheLookup:
             CapacityError: no memory for a batch of this size, or too many keys for an absent list.
             DeviceError: the driver refused.
         """
-        self._begin()
+        self.begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
+        if self._repeats and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
+            shape = (key_form, out_type, out % 16 == 0, n < LARGE_BATCH)
+            if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
+                return
         with self._place.current():
             if n == 0:
                 if absent_list:
                     self._place.fill(absent_list, 0, 8, stream)
+                return
+            if capturing is None:
+                capturing = self._place.is_capturing(stream)
+            batch = (keys, n, out, stream, key_form, out_type, absent_list)
+            self._with_scratch(capturing, stream, self._batches, *batch)
+
+    def _with_scratch_again(self, n: int, stream: int, start: Callable[..., bool], *args: Any) -> bool:
+        """Nearly every lookup on a device: as one before on this stream, no larger, and started in one step.
+
+        ``start(scratch, *args)`` also records the event of the scratch, or returns False: the stream is captured by a graph.
+        False if it is not like one before, or captured; nothing was done then.
+        """
+        scratch = self._pool.take_again(stream, n)
+        if scratch is None:
+            return False
+        done = False
+        try:
+            started = start(scratch, *args)
+            done = True
+        finally:
+            if done:
+                self._pool.give_again(scratch)
             else:
-                batch = (keys, n, out, stream, key_form, out_type, absent_list)
-                self._with_scratch(capturing, stream, self._batches, *batch)
+                self._pool.give(scratch, stream, spoiled=True)
+        return started
+
+    def _start_prepared(
+        self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int
+    ) -> bool:
+        prepared = scratch.prepared.get(shape) or self._prepare(shape, scratch, stream)
+        return prepared is not None and prepared.start(keys, n, out)
+
+    def _prepare(self, shape: tuple[str, str, bool, bool], scratch: Scratch, stream: int) -> PreparedLookup | None:
+        """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
+        found = self._kernels.get(shape)
+        others = self._kernels_after()
+        if found is None or None in others:
+            return None
+        kernel, group = found
+        launches = [(1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, scratch.address)), *self._finishing(scratch, 1)]
+        prepared = scratch.prepared[shape] = cast("DevicePlace", self._place).prepared_lookup(
+            [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
+        )
+        return prepared
+
+    def _kernels_after(self) -> list[Kernel | None]:
+        """What a lookup is followed by; None for kernels that no lookup needed yet."""
+        if self.fixed:
+            return []
+        names = ["touch_kernel", "insert_kernel"] if self._counted else ["insert_kernel"]
+        return [self._kernels.get(name) for name in names]
+
+    def _start_in_turn(self, scratch: Scratch, turn: KernelsInTurn, n: int, stream: int, launch: tuple[Any, ...]) -> bool:
+        """``launch``: blocks, threads and arguments of the first kernel, without the scratch, which is the last."""
+        blocks, threads, args = launch
+        launches = [(blocks, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
+        return turn.start(self._place.context, stream, scratch.event, *launches)
+
+    def _finishing(self, scratch: Scratch, n: int) -> list[tuple[Any, ...]]:
+        """``_finish`` for kernels in turn: blocks, threads and arguments of each."""
+        if self.fixed:
+            return []
+        lines, rows, sets, state = self._parts
+        insertion = (lines, rows, state, scratch.stage, 4 * self.dim, scratch.address, self._ticks(n))
+        finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), OTHER_THREADS, insertion)]
+        if self._counted:
+            finishing.insert(0, (self._place.blocks(n), OTHER_THREADS, (lines, sets, state, scratch.address)))
+        return finishing
+
+    def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel) -> None:
+        """From now on pooled lookups of this shape, which begin with this kernel, can be started in one step."""
+        others = self._kernels_after()
+        if self._repeats and shape not in self._turns and None not in others:
+            self._turns[shape] = cast("DevicePlace", self._place).in_turn([kernel, *others])
 
     def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
         if capturing:
             with self._place.relaxed():
-                scratch = self._new_scratch()
+                scratch = self.new_scratch()
                 self._captured.append(scratch)
                 work(scratch, *args)
             return
         scratch = self._pool.take(stream)
         done = False
         try:
-            with self._reading():
+            with self.reading():
                 work(scratch, *args)
             done = True
         finally:
             self._pool.give(scratch, stream, spoiled=not done)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """What every lookup begins with: the cache is open, and its store can be followed."""
         if not self._ready:
             self._enter()
@@ -364,7 +472,12 @@ class CacheLookup:
         finally:
             memory.release()
 
-    def _keys_of(self, keys: np.ndarray) -> np.ndarray:
+    def keys_of(self, keys: np.ndarray) -> np.ndarray:
+        """Contiguous keys, int64 ``[n]``.
+
+        Raises:
+            KeyDtypeError: they are something else.
+        """
         if keys.dtype != np.int64 or keys.ndim != 1:
             raise KeyDtypeError(f"{self.name}: keys are {keys.dtype}{list(keys.shape)}, int64[n] is wanted")
         return np.ascontiguousarray(keys)

@@ -6,10 +6,10 @@ On the CPU there are no streams: work is done when a call returns, and streams a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -18,11 +18,15 @@ from hps_numba.kernels.build import HostKernel, KernelSpec, for_host
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.memory import HostRegion, PinnedHostAllocator
 
-__all__ = ["LOOKUP_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
+if TYPE_CHECKING:
+    from hps_numba.kernels.launch import KernelsInTurn, LoadedKernel, PreparedLookup
+
+__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
-LOOKUP_THREADS, _OTHER_THREADS = 128, 256
+LOOKUP_THREADS, OTHER_THREADS = 128, 256
+_KEYS_OF_LOOKUP, _ADVANCE_OF_INSERTION = 4, 6  # numbers of arguments
 
 
 class Memory(Protocol):
@@ -39,7 +43,7 @@ class Memory(Protocol):
 class Kernel(Protocol):
     """A kernel ready to be started."""
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ...) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ..., rows: int = ...) -> None:
         """Start it on a stream; does not wait."""
 
 
@@ -58,6 +62,7 @@ class DevicePlace:
         self._allocate = partial(devices.allocate, ordinal)
 
     relaxed = staticmethod(devices.relaxed_capture)
+    is_capturing = staticmethod(devices.is_capturing)
     fill = staticmethod(devices.fill)
     copy = staticmethod(devices.copy)
     to_place = staticmethod(devices.to_device)
@@ -101,9 +106,47 @@ class DevicePlace:
         with self.current(), self.relaxed():
             return load(spec, self.ordinal, self._capability)
 
-    def blocks(self, tiles: int) -> int:
-        """At most 4 blocks a multiprocessor: enough rows in flight for the bus, and few to start for nothing."""
-        return max(1, min(-(-tiles // (_OTHER_THREADS // _LANES)), self._most_blocks))
+    def prepared_lookup(
+        self,
+        kernels: Sequence[Kernel | None],
+        launches: Sequence[tuple[Any, ...]],
+        stream: int,
+        event: int,
+        *,
+        group: int,
+        sets: int,
+        capacity: int,
+    ) -> PreparedLookup:
+        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow."""
+        from hps_numba.kernels.launch import PreparedLookup
+
+        numbers = {
+            "keys_of_block": group * (LOOKUP_THREADS // 32),
+            "tiles_of_block": OTHER_THREADS // _LANES,
+            "most_blocks": self._most_blocks,
+            "sets": sets,
+            "capacity": capacity,
+        }
+        loaded = cast("Sequence[LoadedKernel]", kernels)
+        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION}
+        return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
+
+    def in_turn(self, kernels: Sequence[Kernel | None]) -> KernelsInTurn:
+        """Kernels of this device that are started one after the other."""
+        from hps_numba.kernels.launch import KernelsInTurn
+
+        return KernelsInTurn(cast("Sequence[LoadedKernel]", kernels))
+
+    @property
+    def context(self) -> int:
+        """Handle of the context of the device."""
+        assert self.ordinal is not None
+        return devices.context_of(self.ordinal)
+
+    def blocks(self, tiles: int, rows: int = 1) -> int:
+        """Of each of ``rows`` rows, together at most 4 a multiprocessor: enough rows of a table in flight for the bus, and few
+        to start for nothing."""
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """A warp for each group of keys."""
@@ -135,10 +178,13 @@ class _Borrowed:
 
 
 class _HostKernel:
-    def __init__(self, run: HostKernel) -> None:
+    def __init__(self, run: HostKernel, kinds: str) -> None:
         self._run = run
+        self._before_words = kinds.find("t")
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
+        if self._before_words >= 0:
+            args = (*args[: self._before_words], args[self._before_words :])
         self._run(*args)
 
 
@@ -163,15 +209,20 @@ class HostPlace:
 
     def kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled on its first call."""
-        return _HostKernel(for_host(spec))
+        return _HostKernel(for_host(spec), spec.source.kinds)
 
-    def blocks(self, tiles: int) -> int:
+    def blocks(self, tiles: int, rows: int = 1) -> int:
         """One."""
         return 1
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """One."""
         return 1
+
+    @property
+    def context(self) -> int:
+        """There is none."""
+        return 0
 
     def current(self) -> AbstractContextManager[None]:
         """Nothing to do."""
@@ -215,6 +266,10 @@ class HostPlace:
     def event_done(self, event: int) -> bool:
         """Work is done already."""
         return True
+
+    def is_capturing(self, stream: int) -> bool:
+        """There are no graphs."""
+        return False
 
     def close(self) -> None:
         """Nothing to do."""

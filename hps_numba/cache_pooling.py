@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class CachePooling(CacheLookup):
         padding: int = 0,
         key_form: str = "int64",
         out_type: str = "float32",
-        capturing: bool = False,
+        capturing: bool | None = None,
     ) -> None:
         """Write the pooled row of each bag to ``out``, in stream order: of rows as ``lookup`` finds them (spec 2.3).
 
@@ -51,7 +52,7 @@ class CachePooling(CacheLookup):
             options: bits of ``kernels.cache_pool``: ``PADDED``, skip keys equal to ``padding``; ``EMPTY_DEFAULT``, bags
                 without keys get the default; ``OFFSETS32``, offsets are int32; ``OPEN_END``, without the last, which is ``n``.
             padding: the key that ``PADDED`` skips.
-            capturing: the stream is being captured by a graph; the call gets a scratch that lives as long as the cache.
+            capturing: as for ``lookup``.
 
         Raises:
             ClosedError: the cache was closed.
@@ -59,7 +60,7 @@ class CachePooling(CacheLookup):
             CapacityError: too many keys, or no memory for a batch of this size.
             DeviceError: the driver refused.
         """
-        self._begin()
+        self.begin()
         number = COMBINERS.get(combiner)
         if number is None:
             raise ConfigError(f"{self.name}: combiner {combiner!r}, wanted one of {', '.join(COMBINERS)}")
@@ -68,10 +69,20 @@ class CachePooling(CacheLookup):
         if bags == 0:
             return
         run = pool_run(bags, n, self.dim)
+        blocks = pool_blocks(bags, self.dim, run)
+        args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
+        shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
+        turn = self._turns.get(shape)
+        if turn is not None and capturing is None and n:
+            launch = (blocks, THREADS, (*self._parts, *args))
+            if self._with_scratch_again(n, stream, self._start_in_turn, turn, n, stream, launch):
+                return
         with self._place.current():
-            kernel = self._pool_kernel(key_form, out_type, out % 16 == 0)
-            args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
-            self._with_scratch(capturing, stream, self._pool_batch, kernel, n, pool_blocks(bags, self.dim, run), args, stream)
+            if capturing is None:
+                capturing = self._place.is_capturing(stream)
+            kernel = self._pool_kernel(*shape)
+            self._with_scratch(capturing, stream, self._pool_batch, kernel, n, blocks, args, stream)
+            self._keep_turn(shape, kernel)
 
     def _pool_batch(
         self, scratch: Scratch, kernel: Kernel, n: int, blocks: int, args: tuple[int | np.float32, ...], stream: int
@@ -81,12 +92,11 @@ class CachePooling(CacheLookup):
         if n and not self.fixed:
             self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
 
-    def _pool_kernel(self, key_form: str, out_type: str, aligned: bool) -> Kernel:
-        shape = ("pool_kernel", key_form, out_type, aligned)
+    def _pool_kernel(self, *shape: Any) -> Kernel:
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
             # 128: measured on an H200; what it would take by itself leaves room for a warp less of each scheduler
-            spec = replace(self._answer_spec("pool_kernel", key_form, out_type, aligned), registers=128)
+            spec = replace(self._answer_spec(*shape), registers=128)
             kernel = self._kernels[shape] = self._place.kernel(spec)
         return kernel
 
@@ -107,7 +117,7 @@ class CachePooling(CacheLookup):
             ClosedError, CapacityError, DeviceError: as ``pool``.
         """
         self._check_open()
-        keys = self._keys_of(keys)
+        keys = self.keys_of(keys)
         given = [keys, self._offsets_of(offsets, len(keys))]
         if weights is not None:
             given.append(self._weights_of(weights, len(keys)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +82,7 @@ class Scratch:
         self._event: int | None = None
         self.user: _Stream | None = None  # the stream that had it last
         self.lists_absent = False
+        self.prepared: dict[Any, Any] = {}  # what was made for this memory, this event and the stream of ``user``
         self.address = self.stage = self.absent_list = self.bytes = 0
 
     def reserve(self, n: int, absent: bool, stream: int) -> None:
@@ -125,6 +127,7 @@ class Scratch:
             event, self._event = self._event, None
             self._left.append((event or 0, self._memory))
         self._memory, self.limit, self.bytes = None, 0, 0
+        self.prepared.clear()
 
     def _drop_left(self) -> None:
         for entry in [entry for entry in self._left if entry[0] == 0 or self._place.event_done(entry[0])]:
@@ -132,6 +135,11 @@ class Scratch:
             if entry[0]:
                 self._place.destroy_event(entry[0])
             entry[1].release()
+
+    @property
+    def event(self) -> int:
+        """What stands for the end of the last batch; ``user`` has one."""
+        return self._event or 0
 
     def begin(self, stream: int, user: _Stream) -> None:
         """Let the stream wait for the one that had the scratch last."""
@@ -143,7 +151,9 @@ class Scratch:
         if self._event is None:
             self._event = self._place.new_event()
         self._place.record(self._event, stream)
-        self.user = user
+        if self.user != user:
+            self.user = user
+            self.prepared.clear()
 
     def release(self, stream: int) -> None:
         """Give the memory back after all work with it; ``stream`` is used for the wait."""
@@ -195,6 +205,21 @@ class ScratchPool:
                 self._put(scratch)
                 raise
         return scratch
+
+    def take_again(self, stream: int, n: int) -> Scratch | None:
+        """The scratch that this stream had last, if it is there and has room for ``n`` keys; to be given by ``give_again``."""
+        user = _user_of(stream)
+        with self._lock:
+            idle = [] if self._closed else self._idle
+            for i in range(len(idle) - 1, -1, -1):
+                scratch = idle[i]
+                if scratch.user == user and n <= scratch.limit and not scratch.lists_absent:
+                    return idle.pop(i)
+        return None
+
+    def give_again(self, scratch: Scratch) -> None:
+        """Take back what ``take_again`` lent, after its event was recorded, or if it was not used."""
+        self._put(scratch)
 
     def _wait(self) -> None:
         self._waiting += 1

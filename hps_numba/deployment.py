@@ -25,6 +25,7 @@ from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 from hps_numba.table_caches import TableCaches
+from hps_numba.table_groups import TableGroups
 
 __all__ = ["Deployment", "Policies", "Progress", "config_of_model", "load_policies"]
 
@@ -107,6 +108,8 @@ class Deployment:
             self.tables = tuple(self._session(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
+        #: of tables that are looked up together on a device
+        self.groups = TableGroups(model.num_of_worker_buffer_in_pool)
         #: even while one version of all tables is in force, odd while they are being switched
         self.switches = 0
 
@@ -236,6 +239,7 @@ class Deployment:
             for table in self.tables:
                 if table.caches is not None:
                     closing.callback(table.caches.close)
+            closing.callback(self.groups.close)
             closing.callback(self._jobs.close)
 
     def close(self, *, erase: bool = False) -> None:

@@ -25,7 +25,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,12 +45,14 @@ __all__ = [
     "DriverDeviceAllocator",
     "allocate",
     "check_device",
+    "context_of",
     "copy",
     "current",
     "destroy_event",
     "destroy_stream",
     "device_count",
     "device_info",
+    "driver_addresses",
     "driver_library",
     "event_done",
     "fill",
@@ -209,6 +211,29 @@ def driver_library() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+def driver_addresses(names: Sequence[str]) -> np.ndarray:
+    """Addresses of functions of the driver, int64, for calls out of compiled code.
+
+    Raises:
+        DeviceError: the driver has no such function.
+    """
+    library = driver_library()
+    try:
+        functions = [getattr(library, name) for name in names]
+    except AttributeError as problem:
+        raise DeviceError(f"the CUDA driver is too old: {problem}") from problem
+    return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], np.int64)
+
+
+def context_of(ordinal: int) -> int:
+    """Handle of the device's primary context.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    return _cuda.contexts.get(ordinal) or _cuda.retain(ordinal)
+
+
 def check_device(ordinal: int) -> None:
     """Raise ``DeviceError`` unless the device is there."""
     count = device_count()
@@ -284,7 +309,7 @@ def current(ordinal: int) -> AbstractContextManager[None]:
     Raises:
         DeviceError: no such device.
     """
-    wanted = _cuda.contexts.get(ordinal) or _cuda.retain(ordinal)
+    wanted = context_of(ordinal)
     status, previous = _cuda.driver.cuCtxGetCurrent()
     if status:
         raise _failure("cuCtxGetCurrent", status)

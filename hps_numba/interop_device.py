@@ -36,8 +36,10 @@ from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError
 from hps_numba.interop import ArrayKind, Finish
 
 __all__ = [
+    "FORMS",
     "CudaOrigin",
     "DeviceKeys",
+    "as_device_floats",
     "as_device_keys",
     "as_device_output",
     "device_of_array",
@@ -47,7 +49,7 @@ __all__ = [
 
 _LEGACY_STREAM, _PER_THREAD_STREAM = 1, 2  # cudaStreamLegacy, cudaStreamPerThread; 0 means the legacy one too
 _CONVERTED = frozenset({"int8", "int16", "uint8", "uint16"})  # kernels read 32 and 64 bits only
-_FORMS = {  # by "are the server's keys 64 bits wide", then by dtype
+FORMS = {  # by "are the server's keys 64 bits wide", then by dtype
     True: {"int64": "int64", "uint64": "int64", "int32": "int32", "uint32": "uint32", **dict.fromkeys(_CONVERTED, "int32")},
     False: dict.fromkeys(["int64", "uint64"], "narrow64") | dict.fromkeys(["int32", "uint32", *_CONVERTED], "uint32"),
 }
@@ -133,6 +135,46 @@ def as_device_keys(keys: Any, *, wide: bool, place: str = "keys", stream: Any = 
         wanted = f"memory aligned to {_MISALIGNED[found.form] + 1} bytes is wanted"
         raise DeviceError(f"{place}: {type(keys).__name__} at address {found.address:#x} came, {wanted}")
     return found
+
+
+def as_device_floats(array: Any, shape: tuple[int, ...], device: int, *, place: str = "weights", stream: Any = None) -> Any:
+    """See numbers in CUDA memory as contiguous float32.
+
+    Args:
+        array: a Torch tensor or an array of CuPy.   shape: that it has to have.   device: where it has to be.   stream: as for
+            ``as_device_keys``.
+
+    Returns:
+        ``(address, keep)``; zero-copy for contiguous float32.
+
+    Raises:
+        OutputError: another shape, or no numbers.   DeviceError: not on that device.
+    """
+    came = device_of_array(array)
+    if came != device:
+        raise DeviceError(f"{place}: numbers {_place_name(came)} came, ones on cuda:{device}, as the keys, are wanted")
+    if tuple(array.shape) != shape:
+        raise OutputError(f"{place}: shape {list(array.shape)} came, {list(shape)} is wanted")
+    family = _family(type(array))
+    if family == "torch":
+        torch = sys.modules["torch"]
+        if array.is_complex():
+            raise OutputError(f"{place}: dtype {_dtype_name(array.dtype)} came, float32 is wanted")
+        with _torch_order(device, stream):
+            floats = array.detach().to(torch.float32).contiguous()
+        return floats.data_ptr(), floats
+    cupy = _cupy(place)
+    with _cupy_order(cupy, device, stream):
+        if family != "cupy":
+            array = cupy.from_dlpack(array)
+        if array.dtype.kind not in "fiub":
+            raise OutputError(f"{place}: dtype {array.dtype} came, float32 is wanted")
+        floats = cupy.ascontiguousarray(array, dtype=cupy.float32)
+    return floats.data.ptr, floats
+
+
+def _place_name(device: int | None) -> str:
+    return "in host memory" if device is None else f"on cuda:{device}"
 
 
 def new_device_output(kind: ArrayKind, shape: tuple[int, ...], dtype: str, *, stream: Any = None) -> tuple[Any, int]:
@@ -338,7 +380,7 @@ def _cupy_stream(cupy: Any, handle: int) -> Any:
 
 
 def _form(name: str, wide: bool, keys: Any, place: str) -> str:
-    form = _FORMS[wide].get(name)
+    form = FORMS[wide].get(name)
     if form is None:
         what = "capsule" if is_capsule(keys) else type(keys).__name__
         raise KeyDtypeError(f"{place}: {what} of dtype {name} came, integers (int64, int32, uint64, ...) are wanted")

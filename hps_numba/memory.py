@@ -108,8 +108,8 @@ class HostRegion:
         self._map = self._bytes = None
         self.address = 0
 
-    def __del__(self) -> None:
-        if getattr(self, "_map", None) is not None:
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "_map", None) is not None and not ends():  # with the process the memory goes too
             self._allocator.on_release(self)
             self._allocator.add(-self.committed, -self.limit)
 

@@ -8,12 +8,13 @@ Keys in host memory: ``HPS.lookup`` -> ``TableSession.lookup`` (session.py) -> `
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,11 +23,11 @@ from hps_numba.cache import EmbeddingCache
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import TableSpec, locate
 from hps_numba.deployment import Deployment, Policies, config_of_model, load_policies
+from hps_numba.device_bags import MOST_KEYS, DeviceBags, as_device_bags, as_key
 from hps_numba.errors import (
     ClosedError,
     ConfigError,
     DeviceError,
-    HpsError,
     KeyDtypeError,
     ModelFileError,
     OutputError,
@@ -43,9 +44,10 @@ from hps_numba.progress import rows_progress
 from hps_numba.refresh import RefreshTimer
 from hps_numba.session import Change, TableSession
 from hps_numba.stats import TableStats
-from hps_numba.storage.host_pooling import Bags
+from hps_numba.storage.host_pooling import Bags, without_padding
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
+from hps_numba.table_groups import TogetherOnDevice
 
 __all__ = ["HPS"]
 
@@ -252,20 +254,19 @@ class HPS:
         try:
             table.lookup_cached(cache, batch, address, handle)
         except ClosedError as problem:
-            reason = self._why_closed(deployment, problem)
-            raise reason from (problem.__cause__ if reason is problem else problem)
+            self._say_who_closed(deployment, problem)
         if finish is not None:
             finish()
         del keep
         return rows
 
-    def _why_closed(self, deployment: Deployment, problem: ClosedError) -> HpsError:
-        """Who is closed: the server, or a model that was unloaded meanwhile."""
+    def _say_who_closed(self, deployment: Deployment, problem: ClosedError) -> NoReturn:
+        """Raise what a caller is to know: the server was closed, or a model was unloaded meanwhile."""
         if self._closed:
-            return ClosedError("the server is closed")
+            raise ClosedError("the server is closed") from problem
         if self._models.get(deployment.name) is deployment:
-            return problem
-        return UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup")
+            raise problem
+        raise UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup") from problem
 
     def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
         """Look up into ``rows``, which may be of another dtype than float32."""
@@ -274,8 +275,7 @@ class HPS:
         try:
             table.lookup(keys, wide)
         except ClosedError as problem:
-            reason = self._why_closed(deployment, problem)
-            raise reason from (problem.__cause__ if reason is problem else problem)
+            self._say_who_closed(deployment, problem)
         if wide is not flat:
             flat[:] = wide
 
@@ -306,43 +306,109 @@ class HPS:
         weights: Any = None,
         combiner: str = "sum",
         max_norm: float | None = None,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
+        padding: int | None = None,
+        open_end: bool = False,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
         """The rows of each bag of keys, combined to one row in the pass that reads them (spec 2.3).
 
         Args:
-            keys: integers ``[n]``, as for ``lookup``; those in the memory of a GPU are copied to the host.
+            keys: integers ``[n]``, as for ``lookup``.
             offsets: integers ``[bags + 1]``: where each bag begins, and the end of the last; ascending from 0 to ``n``.
             weights: numbers ``[n]``, or None: all are 1.
             combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 where
                 the divisor is 0); ``max``, whatever the weights.
             max_norm: rows are clipped to this Euclidean norm before they are weighted, or None.
-            out: NumPy float32 ``[bags, dim]``, contiguous, to write to and return.
+            padding: a key that does not count, or None.
+            open_end: ``offsets`` are without the last, ``[bags]``.
+            out: ``[bags, dim]``, contiguous, to write to and return: NumPy float32, or as for ``lookup`` on a GPU.
+            stream: as for ``lookup``.
 
         Returns:
             NumPy float32 ``[bags, dim]``: sums in float32 in the order of keys. A bag without keys gets 0; a key that no tier
             has counts with the table's default value.
 
+        Keys in the memory of a GPU that has a cache of the table are served there, with offsets and weights that are there
+        too: an array of the keys' framework, of the model's ``output_dtype``, in stream order; offsets are then not checked.
+        Tables with slower tiers, and ``max_norm``, take keys to the host.
+
         Raises:
             As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; OutputError for ``weights`` and
             ``out``.
         """
-        deployment = self._deployment(model_name, device_id)
+        device = None if type(keys) is np.ndarray else device_of_array(keys)
+        deployment = self._deployment(model_name, device_id if device is None else device)
         table = deployment.table(table_id)
+        cache = None if device is None else table.cache_on(device)
+        if cache is not None and max_norm is None and table.pools_on(cache, math.prod(keys.shape)):
+            bags = as_device_bags(keys, offsets, weights, combiner, padding, wide=self._wide, open_end=open_end, stream=stream)
+            return self._pool_on_device(deployment, table, cache, bags, out, stream)
         flat = as_keys(keys, wide=self._wide).flat
         starts = as_keys(offsets, wide=True, place="offsets").flat
         if weights is not None:
             weights = as_rows(weights, (len(flat),), place="weights")
-        bags = Bags(flat, starts, weights, combiner, None if max_norm is None else float(max_norm))
-        shape = (len(bags), table.spec.dim)
+        if open_end:
+            starts = np.append(starts, len(flat))
+        if padding is not None:
+            flat, starts, weights = without_padding(flat, starts, weights, as_key(padding, wide=self._wide))
+        host_bags = Bags(flat, starts, weights, combiner, None if max_norm is None else float(max_norm))
+        shape = (len(host_bags), table.spec.dim)
         out = np.empty(shape, np.float32) if out is None else out
         _check_rows(out, shape)
         try:
-            table.lookup_pooled(bags, out)
+            table.lookup_pooled(host_bags, out)
         except ClosedError as problem:
-            reason = self._why_closed(deployment, problem)
-            raise reason from (problem.__cause__ if reason is problem else problem)
+            self._say_who_closed(deployment, problem)
         return out
+
+    def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
+        """The cache of a table on a GPU, for callers with addresses that ask again and again; None if there is none, if
+        lookups may have to wait for slower tiers, or if answers are not float32.
+
+        Once server or model are closed it raises ClosedError; then ``lookup`` says why.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``lookup``.
+        """
+        table = self._table(model_name, table_id, device)
+        cache = table.cache_on(device)
+        return cache if table.pools_on(cache, 0) and table.output_type == "float32" else None
+
+    @property
+    def wide(self) -> bool:
+        """Keys have 64 bits (``supportlonglong``)."""
+        return self._wide
+
+    def pools_where(self, device: int, model_name: str, table_id: int | str, n: int) -> bool:
+        """``lookup_pooled`` serves ``n`` keys in the memory of this GPU there, unless ``max_norm`` is given.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``lookup``.
+        """
+        table = self._table(model_name, table_id, device)
+        return table.pools_on(table.cache_on(device), n)
+
+    def _pool_on_device(
+        self, deployment: Deployment, table: TableSession, cache: EmbeddingCache, bags: DeviceBags, out: Any, stream: Any
+    ) -> Any:
+        kind = bags.keys.kind
+        handle = stream_handle(stream, kind, bags.keys.device)
+        shape = (bags.count, table.spec.dim)
+        if out is None:
+            rows, address = new_device_output(kind, shape, table.output_type, stream=stream)
+            finish, keep = None, rows
+        else:
+            rows = out
+            address, finish, keep = as_device_output(out, shape, table.output_type, bags.keys.device, stream=handle)
+        try:
+            table.pool_cached(cache, bags, address, handle)
+        except ClosedError as problem:
+            self._say_who_closed(deployment, problem)
+        if finish is not None:
+            finish()
+        del keep
+        return rows
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
         """The rows of several tables of one model, all of the same version of the model.
@@ -377,7 +443,7 @@ class HPS:
             if before % 2:
                 time.sleep(1e-4)  # a switch of versions takes about as long
                 continue
-            answers = [self._lookup(deployment, table, some, None, device_of_array(some)) for table, some in tables]
+            answers = self._lookup_together(deployment, tables)
             if before == deployment.switches:
                 break
         if flat:
@@ -385,6 +451,47 @@ class HPS:
         if isinstance(keys, Mapping):
             return dict(zip(keys, answers, strict=True))
         return answers
+
+    def _lookup_together(self, deployment: Deployment, tables: Sequence[tuple[TableSession, Any]]) -> list[Any]:
+        """Rows of several tables: those with keys on one GPU in as few launches as they can be."""
+        devices = [device_of_array(some) for _, some in tables]
+        device = devices[0] if len(tables) > 1 else None
+        if device is None or set(devices) != {device} or len({table.output_type for table, _ in tables}) > 1:
+            return [self._lookup(deployment, table, some, None, place) for (table, some), place in zip(tables, devices)]
+        deployment = self._deployment(deployment.name, device)
+        together = deployment.groups.on(device, [table for table, _ in tables])
+        batches = [as_device_keys(some, wide=self._wide) for _, some in tables]
+        first = batches[0]
+        alike = all(batch.form == first.form and batch.kind == first.kind for batch in batches)
+        if together is None or not alike or max(batch.n for batch in batches) > MOST_KEYS:
+            return [self._lookup(deployment, table, some, None, device) for table, some in tables]
+        shapes = [(*batch.shape, table.spec.dim) for batch, (table, _) in zip(batches, tables)]
+        out_type = tables[0][0].output_type
+        outs = [new_device_output(first.kind, shape, out_type) for shape in shapes]
+        try:
+            together.lookup(
+                [batch.address for batch in batches],
+                [batch.n for batch in batches],
+                [address for _, address in outs],
+                stream_handle(None, first.kind, device),
+                key_form=first.form,
+                out_type=out_type,
+            )
+        except ClosedError as problem:
+            self._say_who_closed(deployment, problem)
+        return [rows for rows, _ in outs]
+
+    def together_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> TogetherOnDevice | None:
+        """``cache_on`` for several tables of a model, which are then looked up in as few launches as they can be.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``lookup``.
+        """
+        deployment = self._deployment(model_name, device)
+        sessions = [deployment.table(table) for table in tables]
+        if any(session.output_type != "float32" for session in sessions):
+            return None
+        return deployment.groups.on(device, sessions)
 
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
         """As ``lookup``, from one DLPack capsule to another (spec 4.1). The capsules are not consumed.

@@ -19,6 +19,7 @@ from hps_numba.absent import AbsentKeys
 from hps_numba.cache import KEY_BYTES, EmbeddingCache
 from hps_numba.cache_layout import MAX_BATCH
 from hps_numba.config import TableSpec
+from hps_numba.device_bags import DeviceBags
 from hps_numba.devices import is_capturing
 from hps_numba.errors import DeviceError, OutputError, TierError, TierUnavailable
 from hps_numba.forks import renew_after_fork
@@ -190,15 +191,39 @@ class TableSession:
             DeviceError: the stream is captured by a graph, which cannot wait for slower tiers.
         """
         out_type = "float32" if cache.device is None else self.output_type
-        capturing = cache.device is not None and is_capturing(stream)
         if not self._slower:
-            cache.lookup(keys.address, keys.n, out, stream, key_form=keys.form, out_type=out_type, capturing=capturing)
+            cache.lookup(keys.address, keys.n, out, stream, key_form=keys.form, out_type=out_type)
             return
-        if capturing:
+        if cache.device is not None and is_capturing(stream):
             raise DeviceError(f"{self.spec.tag}: a graph cannot capture lookups of a table with slower tiers: they may wait")
         for start in range(0, keys.n, MAX_BATCH):
             part = _part(keys, start)
             self._lookup_behind(cache, part, out + start * self.spec.dim * ELEMENT_BYTES[out_type], stream, out_type)
+
+    def pools_on(self, cache: EmbeddingCache | None, n: int) -> bool:
+        """``pool_cached`` can take ``n`` keys: there is a cache, and nothing behind host memory has to be waited for."""
+        return cache is not None and not self._slower and n <= MAX_BATCH
+
+    def pool_cached(self, cache: EmbeddingCache, bags: DeviceBags, out: int, stream: int) -> None:
+        """Write the pooled row of each bag to ``out``, in the order of a stream of the cache's device.
+
+        Args:
+            bags: where the cache lives.   out: address of rows of ``output_type`` on a device.
+        """
+        cache.pool(
+            bags.keys.address,
+            bags.keys.n,
+            bags.offsets,
+            bags.count,
+            out,
+            stream,
+            combiner=bags.combiner,
+            weights=bags.weights,
+            options=bags.options,
+            padding=bags.padding,
+            key_form=bags.keys.form,
+            out_type="float32" if cache.device is None else self.output_type,
+        )
 
     def _lookup_behind(self, cache: EmbeddingCache, keys: DeviceKeys, out: int, stream: int, out_type: str) -> None:
         writes = self._writes

@@ -28,6 +28,7 @@ from hps_numba import devices
 from hps_numba.cache import EmbeddingCache
 from hps_numba.config import PersistentDatabaseConfig
 from hps_numba.errors import DeviceError, PolicyError, TierError, UnknownModelError
+from hps_numba.kernels.launch import PreparedLookup
 from hps_numba.storage.host_store import HostStore
 
 DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
@@ -542,6 +543,7 @@ def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyP
     for _ in range(5):  # more often than there are buffers
         with monkeypatch.context() as broken:
             broken.setattr(EmbeddingCache, "_finish", fail)
+            broken.setattr(PreparedLookup, "start", fail)
             with pytest.raises(DeviceError, match="on purpose"):
                 service.lookup(server, keys)
         assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))

@@ -31,7 +31,7 @@ ROWS = [
     {"kernels"},
     {"storage.formats", "storage.epochs"},
     {"storage.model_files", "storage.checkpoint_files", "storage.bin_dump", "storage.table_content"},
-    {"storage.host_pooling"},
+    {"storage.host_pooling", "device_bags"},
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
@@ -40,8 +40,9 @@ ROWS = [
     {"cache_pooling"},
     {"cache_shape"},
     {"hierarchy", "cache", "stats", "plan", "synthetic"},
-    {"table_caches", "absent"},
+    {"table_caches", "absent", "cache_group"},
     {"session", "refresh"},
+    {"table_groups"},
     {"deployment"},
     {"parameter_server", "simulate"},
     {"initializers"},
@@ -215,11 +216,18 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
 
 
 #: the rooms that a cache is built of
-CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling"}
+CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling", "cache_group"}
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
-    "cache_layout": {"kernels", *CACHE, "cache_shape", "session"},  # sizes of a cache and of a batch
+    "cache_layout": {
+        "kernels",
+        *CACHE,
+        "cache_shape",
+        "session",
+        "device_bags",
+        "table_groups",
+    },  # sizes of a cache and of a batch
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
     "kernels.host_lookup": {"storage"},
@@ -230,7 +238,7 @@ SHOWN = {
     "kernels.build": CACHE,
     "kernels.launch": CACHE,
     "kernels.cache_image": {"cache"},
-    "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
+    "kernels.cache_pool": {"cache_pooling", "storage", "device_bags"},  # the combiners
     "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
     "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept

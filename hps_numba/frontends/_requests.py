@@ -127,6 +127,7 @@ class _Ready:
             self._inputs.append(slice(at, at + wanted.inputs))
             self._row_bytes.append(4 * wanted.dim)
             at += wanted.inputs
+        self.tables = list(zip(self.servers, self.wanted, strict=True))
 
     def answer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The rows, table by table; if there are many, by all threads."""
@@ -145,7 +146,7 @@ class _Ready:
 
     @property
     def stale(self) -> bool:
-        return any(server.closed for server in self.servers)
+        return True in [server.closed for server in self.servers]  # a small lookup would notice any()
 
 
 _ready: dict[str | bytes, _Ready] = {}
@@ -175,8 +176,7 @@ def tables_of(text: str | bytes, servers: Servers = SERVERS) -> list[tuple[HPS, 
     Raises:
         As ``HPS``.
     """
-    ready = _ready_for(text, servers)
-    return list(zip(ready.servers, ready.wanted, strict=True))
+    return _ready_for(text, servers).tables
 
 
 def _ready_for(text: str | bytes, servers: Servers) -> _Ready:

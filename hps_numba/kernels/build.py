@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
+from hps_numba.cache_layout import MAX_TABLES, TABLE_WORDS
 from hps_numba.errors import ConfigError, DeviceError, HpsError, PolicyError
 from hps_numba.kernels import kernel_files
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
@@ -50,9 +51,14 @@ class KernelSource(NamedTuple):
     """Where a kernel stands in ``hps_numba.kernels``, and what its source says of it."""
 
     module: str
-    kinds: str  # of its arguments: q int64, f float32
+    kinds: str  # of its arguments: q int64, f float32, t the words of MAX_TABLES tables
     whole_warps: bool  # all tiles of a warp take every branch with lane operations together
     early: bool = False  # begins with ``lanes.after_former``
+
+    @property
+    def scalars(self) -> str:
+        """``kinds`` as a launch gives them: each word of the tables is an argument."""
+        return self.kinds.replace("t", "q" * (MAX_TABLES * TABLE_WORDS))
 
 
 KERNELS = {
@@ -60,6 +66,9 @@ KERNELS = {
     "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True, early=True),
     "touch_kernel": KernelSource("cache_batch", "qqqq", False, early=True),
     "insert_kernel": KernelSource("cache_insert", "qqqqqqq", False, early=True),
+    "lookup_tables_kernel": KernelSource("cache_tables", "qqt", True, early=True),
+    "touch_tables_kernel": KernelSource("cache_tables", "qq", False, early=True),
+    "insert_tables_kernel": KernelSource("cache_tables", "qqt", False, early=True),
     "update_kernel": KernelSource("cache_change", "qqqqqqqqq", False),
     "erase_kernel": KernelSource("cache_change", "qqqqq", False),
     "refresh_kernel": KernelSource("cache_change", "qqqqqq", False),
@@ -295,7 +304,7 @@ def _compile_for_host(spec: KernelSpec) -> Any:
     def wrap(function: FunctionType) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(_tagged(function, tag))
 
-    arguments = tuple(numba.int64 if kind == "q" else numba.float32 for kind in spec.source.kinds)
+    arguments = _argument_types(spec, numba.types)
     function = _tagged(bind(spec.function, {**spec.for_one_lane, **NAMES}, wrap), tag)
     return numba.njit(numba.void(*arguments), nogil=True, error_model="numpy")(function)
 
@@ -306,6 +315,12 @@ def _tagged(function: FunctionType, tag: str) -> FunctionType:
     if not function.__module__.startswith("hps_numba."):  # of a user's policy
         function.__module__ = function.__globals__["__name__"] = __name__
     return function
+
+
+def _argument_types(spec: KernelSpec, types: Any) -> tuple[Any, ...]:
+    """numba's types of the arguments of a kernel, by the names that ``types`` has."""
+    kinds = {"q": types.int64, "f": types.float32, "t": types.UniTuple(types.int64, MAX_TABLES * TABLE_WORDS)}
+    return tuple(kinds[kind] for kind in spec.source.kinds)
 
 
 def _compile_scalar(function: FunctionType) -> None:
@@ -376,7 +391,7 @@ def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
         device=_device_function,
     )
     function = bind(spec.function, {**constants, **target}, _device_function)
-    signature = tuple(types.int64 if kind == "q" else types.float32 for kind in spec.source.kinds)
+    signature = _argument_types(spec, types)
     return compile_ptx(function, signature, capability)
 
 

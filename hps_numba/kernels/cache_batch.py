@@ -55,7 +55,7 @@ from hps_numba.kernels.lanes import (
     warp_number,
 )
 
-__all__ = ["counted", "finish_batch", "list_newcomer", "touch_kernel", "touch_later"]
+__all__ = ["counted", "finish_batch", "list_newcomer", "touch_batch", "touch_kernel", "touch_later"]
 
 COUNTED = False  # bound when built
 
@@ -184,6 +184,11 @@ def touch_kernel(lines, sets, state, scratch):
     For policies that need counts; between the lookup and the insertion of a batch.
     """
     after_former()
+    touch_batch(lines, state, scratch)
+
+
+def touch_batch(lines, state, scratch):
+    """``touch_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     pending = ld64(state + STATE_PENDING)
     touched = ld64(scratch + SCRATCH_TOUCHED)

@@ -63,7 +63,7 @@ from hps_numba.kernels.lanes import (
     warp_number,
 )
 
-__all__ = ["begin_change", "end_change", "find_in_host_by_tile", "insert_kernel", "lock_set", "unlock_set"]
+__all__ = ["begin_change", "end_change", "find_in_host_by_tile", "insert_batch", "insert_kernel", "lock_set", "unlock_set"]
 
 # bound when built
 COUNTED = False
@@ -198,6 +198,11 @@ def insert_kernel(lines, rows, state, source, stride, scratch, advance):
     **Writes:** lines, rows, counters, scratch.
     """
     after_former()
+    insert_batch(lines, rows, state, source, stride, scratch, advance)
+
+
+def insert_batch(lines, rows, state, source, stride, scratch, advance):
+    """``insert_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     batch = ld64(scratch + SCRATCH_BATCH)
     listed = ld64(scratch + SCRATCH_LISTED)

@@ -65,7 +65,7 @@ from hps_numba.kernels.lanes import (
 )
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 
-__all__ = ["lookup_kernel"]
+__all__ = ["answer_batch", "lookup_kernel"]
 
 # bound when built
 FIXED = COUNTED = False
@@ -252,6 +252,11 @@ def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
     **Writes:** out, scores, scratch, counters.
     """
     after_former()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+
+
+def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
+    """``lookup_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)

@@ -37,6 +37,8 @@ __all__ = [
     "from_first_lane",
     "from_lane",
     "grid_blocks",
+    "grid_row",
+    "grid_rows",
     "grid_tiles",
     "grid_warps",
     "is_block_leader",
@@ -281,8 +283,18 @@ def grid_blocks():
     return 1
 
 
+def grid_row():
+    """Number of this row of blocks in the grid; blocks, warps and tiles are counted within their row."""
+    return 0
+
+
+def grid_rows():
+    """Rows of blocks in the grid."""
+    return 1
+
+
 def is_grid_leader():
-    """This lane is the first of the grid."""
+    """This lane is the first of its row of the grid."""
     return True
 
 

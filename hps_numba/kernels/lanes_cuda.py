@@ -428,6 +428,14 @@ def names(
         return cuda.gridDim.x
 
     @device
+    def grid_row():
+        return cuda.blockIdx.y
+
+    @device
+    def grid_rows():
+        return cuda.gridDim.y
+
+    @device
     def any_in_warp(condition):
         return vote(FULL, condition) != 0
 
@@ -607,6 +615,8 @@ def names(
         "warp_number": warp_number,
         "grid_tiles": grid_tiles,
         "grid_blocks": grid_blocks,
+        "grid_row": grid_row,
+        "grid_rows": grid_rows,
         "block_number": block_number,
         "block_tiles": block_tiles,
         "any_in_warp": any_in_warp,

@@ -15,16 +15,27 @@ import importlib
 import re
 import struct
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from hps_numba.devices import driver_library
+import numpy as np
+
+from hps_numba.devices import driver_addresses, driver_library
 from hps_numba.errors import DeviceError
 from hps_numba.kernels import kernel_files
 from hps_numba.kernels.build import KernelSpec, ptx_of, starts_early
+from hps_numba.kernels.driver_calls import (
+    CAPTURED,
+    DRIVER_FUNCTIONS,
+    LOOKUP_WORDS,
+    WORK_WORDS,
+    start_kernels,
+    start_lookup,
+)
 
-__all__ = ["LoadedKernel", "cubin_of", "link", "load"]
+__all__ = ["KernelsInTurn", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
 
 THREADS = 256
 # CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
@@ -61,8 +72,9 @@ class LoadedKernel:
         self._offsets = _offsets(_CONFIG, kinds)
         self._threads = threading.local()
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> None:
-        """Start ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not wait.
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> None:
+        """Start ``rows`` rows of ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not
+        wait.
 
         The driver takes the arguments before it returns. On stream 0 the device's context has to be current.
 
@@ -70,24 +82,38 @@ class LoadedKernel:
             DeviceError: the driver refused.
             struct.error: number or kinds of the arguments are not those of the kernel.
         """
+        config, function, pointers = self.pack(blocks, stream, *args, threads=threads, rows=rows)
+        status = self._launch(config, function, pointers, None)
+        if status:
+            raise self.refused(status, f"in {blocks} blocks of {threads}")
+
+    def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> tuple[int, int, int]:
+        """What the driver's ``cuLaunchKernelEx`` takes for this launch: addresses of configuration, kernel and arguments.
+
+        They are good until this thread packs or launches this kernel again.
+        """
         try:
             buffer, config, pointers = self._threads.arguments
         except AttributeError:
             buffer, config, pointers = self._make_arguments()
-        self._pack_into(buffer, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
-        status = self._launch(config, self._function, pointers, None)
-        if status:
-            name = self._driver.CUresult(status).name
-            raise DeviceError(f"launch of {self._symbol} in {blocks} blocks of {threads}: the driver says {name}")
+        self._pack_into(buffer, 0, blocks, rows, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        return config, self._function, pointers
+
+    def refused(self, status: int, how: str) -> DeviceError:
+        """The error for a launch that the driver refused."""
+        return DeviceError(f"launch of {self._symbol} {how}: the driver says {self._driver.CUresult(status).name}")
 
     def _make_arguments(self) -> tuple[Any, int, int]:
         """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
-        buffer = ctypes.create_string_buffer(self._bytes)
-        start = ctypes.addressof(buffer)
-        pointers = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
-        self._threads.pointers = pointers
-        self._threads.arguments = arguments = buffer, start, ctypes.addressof(pointers)
+        self._threads.memory = memory = _ArgumentMemory(self._bytes, self._offsets)
+        self._threads.arguments = arguments = memory.bytes, memory.config, memory.pointers
         return arguments
+
+    def pack_apart(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> tuple[_ArgumentMemory, int]:
+        """``pack`` into memory of its own, and the handle of the kernel."""
+        memory = _ArgumentMemory(self._bytes, self._offsets)
+        self._pack_into(memory.bytes, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        return memory, self._function
 
     @property
     def registers(self) -> int:
@@ -96,9 +122,129 @@ class LoadedKernel:
         return int(_check(self._driver.cuFuncGetAttribute(what, self._in_context), self._symbol))
 
 
+class _ArgumentMemory:
+    """Memory for the shape of a launch and the values of its arguments, and the list of their addresses."""
+
+    def __init__(self, size: int, offsets: Sequence[int]) -> None:
+        self.bytes = ctypes.create_string_buffer(size)
+        self.config = start = ctypes.addressof(self.bytes)
+        self.arguments = [start + offset for offset in offsets]
+        self._pointers = (ctypes.c_void_p * len(offsets))(*self.arguments)
+        self.pointers = ctypes.addressof(self._pointers)
+
+
+class PreparedLookup:
+    """A lookup of a cache on a stream, with one scratch, that is started again and again.   **Threads:** one at a time.
+
+    Args:
+        kernels: of the lookup, then of what follows it.
+        launches: for each kernel blocks, threads of a block, and its arguments; those that vary have any values.
+        context, stream, event: as for ``KernelsInTurn.start``.
+        keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
+            last, if there are others than the first.
+        numbers: the other ``LOOKUP_WORDS``.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[LoadedKernel],
+        launches: Sequence[tuple[Any, ...]],
+        context: int,
+        stream: int,
+        event: int,
+        *,
+        keys_at: int,
+        advance_at: int,
+        numbers: Mapping[str, int],
+    ) -> None:
+        self._kernel = kernels[0]
+        self._functions = int(_driver_table().ctypes.data)
+        taken = [
+            kernel.pack_apart(blocks, stream, *args, threads=threads)
+            for kernel, (blocks, threads, args) in zip(kernels, launches, strict=True)
+        ]
+        memories = [memory for memory, _ in taken]
+        work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
+        work[WORK_WORDS:] = [word for memory, function in taken for word in (memory.config, function, memory.pointers)]
+        first, last, several = memories[0], memories[-1], len(memories) > 1
+        words = {
+            "work": int(work.ctypes.data),
+            "context": context,
+            "stream": stream,
+            "event": event,
+            "count": len(memories),
+            "keys": first.arguments[keys_at],
+            "blocks": first.config,
+            "touch_blocks": memories[1].config if len(memories) > 2 else 0,
+            "insert_blocks": last.config if several else 0,
+            "advance": last.arguments[advance_at] if several else 0,
+            **numbers,
+        }
+        lookup = np.array([words[name] for name in LOOKUP_WORDS], np.int64)
+        self._lookup = int(lookup.ctypes.data)
+        self._keep = memories, work, lookup
+
+    def start(self, keys: int, n: int, out: int) -> bool:
+        """Start it for ``n`` keys, 1 or more; returns and raises as ``KernelsInTurn.start``."""
+        status = start_lookup(self._functions, self._lookup, keys, n, out)
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernel.refused(status, f"for {n} keys")
+
+
+class KernelsInTurn:
+    """Starts kernels of one device one after the other, with one step out of Python.   **Threads:** ``start`` from any."""
+
+    def __init__(self, kernels: Sequence[LoadedKernel]) -> None:
+        self._kernels = tuple(kernels)
+        self._functions = int(_driver_table().ctypes.data)
+        self._words = struct.Struct(f"@{WORK_WORDS + 3 * len(self._kernels)}q")
+        self._threads = threading.local()
+
+    def start(self, context: int, stream: int, event: int, *launches: tuple[Any, ...]) -> bool:
+        """Start the kernels and record ``event``, all on a stream of ``context``, unless the stream is being captured.
+
+        Args:
+            launches: for each kernel blocks, threads of a block, and its arguments in a tuple.
+
+        Returns:
+            False: the stream is being captured by a graph, nothing was started.
+
+        Raises:
+            DeviceError: the driver refused; some of the kernels may have been started.
+        """
+        work = getattr(self._threads, "work", 0) or self._make_work(launches, stream)
+        for kernel, (blocks, threads, args) in zip(self._kernels, launches):
+            kernel.pack(blocks, stream, *args, threads=threads)
+        status = start_kernels(self._functions, work, context, stream, event, len(self._kernels))
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernels[0].refused(status, "in {} blocks of {}".format(*launches[0]))
+
+    def _make_work(self, launches: Sequence[tuple[Any, ...]], stream: int) -> int:
+        """Address of memory of this thread for ``start_kernels``: what it takes of each kernel stays where it is."""
+        memory = ctypes.create_string_buffer(self._words.size)
+        taken = [
+            kernel.pack(blocks, stream, *args, threads=threads)
+            for kernel, (blocks, threads, args) in zip(self._kernels, launches)
+        ]
+        self._words.pack_into(memory, 0, *[0] * WORK_WORDS, *(word for words in taken for word in words))
+        self._threads.memory, self._threads.work = memory, ctypes.addressof(memory)
+        return ctypes.addressof(memory)
+
+
 def _offsets(before: str, kinds: str) -> list[int]:
     """Where each value stands in memory packed by ``struct``, which aligns as C does."""
     return [struct.calcsize(before + kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+
+
+@cache
+def _driver_table() -> np.ndarray:
+    return driver_addresses(DRIVER_FUNCTIONS)
 
 
 @cache
@@ -131,7 +277,7 @@ def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKe
             if kernel is None:
                 cubin, symbol = cubin_of(spec, capability)
                 early = starts_early(spec, capability)
-                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.kinds, early=early)
+                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, early=early)
     return kernel
 
 

@@ -18,7 +18,7 @@ from hps_numba.storage.epochs import Epochs
 from hps_numba.storage.table_content import address_of
 from hps_numba.threads import ranges_of, run_ranges
 
-__all__ = ["Bags", "Missing", "offsets_of", "pool_bags"]
+__all__ = ["Bags", "Missing", "offsets_of", "pool_bags", "without_padding"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,21 @@ def offsets_of(numbers: np.ndarray, bags: int) -> np.ndarray:
     if wrong >= 0:
         raise ConfigError(f"row of id {wrong}: {numbers[wrong]} came, ascending numbers of 0 to {bags - 1} are wanted")
     return offsets
+
+
+def without_padding(
+    keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None, padding: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Keys, offsets and weights of bags without the keys that equal ``padding``: as given, int64 ``[n]`` and ``[bags + 1]``.
+
+    Raises:
+        ConfigError: an offset is not of 0 to ``n``.
+    """
+    kept = keys != padding
+    if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= len(keys)):
+        raise ConfigError(f"offsets: from {offsets.min()} to {offsets.max()}, wanted from 0 to {len(keys)}, as many as keys")
+    starts = np.concatenate(([0], np.cumsum(kept)))[offsets]
+    return keys[kept], starts, None if weights is None else weights[kept]
 
 
 class Missing:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from hps_numba.device_bags import MOST_KEYS
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, Wanted
+from hps_numba.frontends._requests import Request, Wanted, tables_of
 from hps_numba.frontends._servers import config_of
-from hps_numba.frontends.torch.pooling import COMBINERS, pooled
+from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
+from hps_numba.frontends.torch.pooling import COMBINERS, fused, pooled
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
 from hps_numba.initializers import Initializer
@@ -86,21 +88,21 @@ class HPSEmbeddingBag(TrainableLayer):
             if self.mode == "max":
                 raise ConfigError("per_sample_weights: came with mode 'max', which has no weights")
             per_sample_weights = per_sample_weights.reshape(-1)
-        starts = self._starts(input, offsets)
+        starts, open_end = self._starts(input, offsets)
+        keys = input.reshape(-1)
         if self.trainable and self._trains():
-            return self._forward_trained(input.reshape(-1), starts, per_sample_weights)
+            if open_end:
+                starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
+            return self._trained(keys, starts, per_sample_weights)
+        if not torch.compiler.is_compiling() and self._goes_straight(keys, per_sample_weights):
+            return fused(keys, starts, per_sample_weights, self.request, self.mode, self.padding_idx, open_end=open_end)
+        if open_end:
+            starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
         return pooled(
-            input.reshape(-1),
-            starts,
-            per_sample_weights,
-            self.request,
-            self.emb_vec_size,
-            self.mode,
-            self.max_norm,
-            self.padding_idx,
+            keys, starts, per_sample_weights, self.request, self.emb_vec_size, self.mode, self.max_norm, self.padding_idx
         )
 
-    def _forward_trained(self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _trained(self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         pooled: torch.Tensor = torch.ops.hps_numba.pooled_trained(
             self._created(keys, self.request, padding=self.padding_idx),
             starts,
@@ -126,18 +128,29 @@ class HPSEmbeddingBag(TrainableLayer):
     def tables(self) -> tuple[Rows, ...]:
         return (self.rows,)
 
-    def _starts(self, input: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    def _goes_straight(self, keys: torch.Tensor, weights: torch.Tensor | None) -> bool:
+        """An eager call that a kernel answers and no gradient comes back to: without the dispatcher."""
+        if self.max_norm is not None or not is_plain(keys) or not keys.is_cuda:
+            return False
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            return False
+        check_keys(keys)
+        if keys.shape[0] <= MOST_KEYS and bound_to(self.request, keys.get_device()) is not None:
+            return True
+        ((server, wanted),) = tables_of(self.request)
+        return server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel())
+
+    def _starts(self, input: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+        """Where bags begin, and whether the end of the last is left out."""
         if input.dim() == 2:
             if offsets is not None:
                 raise ConfigError("offsets: came with input of two dimensions, whose rows are the bags")
-            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1], False
         if input.dim() != 1:
             raise ConfigError(f"input: {list(input.shape)} came, one or two dimensions are wanted")
         if offsets is None or offsets.dim() != 1:
             raise ConfigError("offsets: integers of one dimension are wanted with input of one dimension")
-        if self.include_last_offset:
-            return offsets
-        return torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
+        return offsets, not self.include_last_offset
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hps_numba.errors import ConfigError
+from hps_numba.device_bags import MOST_KEYS
+from hps_numba.errors import ClosedError, ConfigError
 from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
 from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator
@@ -27,10 +28,52 @@ def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int])
     return [torch.from_numpy(rows) for rows in answer(request, [some.detach().numpy() for some in keys])]
 
 
-def _lookup_many_on_cuda(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+def _lookup_many_on_cuda(
+    keys: list[torch.Tensor], request: str, dims: list[int], *, in_one: bool = False
+) -> list[torch.Tensor]:
+    """``in_one``: the answers may be parts of one tensor, which is sooner made."""
+    for some in keys:
+        operator.check_keys(some)
+    device, dtype = keys[0].get_device(), keys[0].dtype
+    bound = operator.tables_bound_to(request, device)
+    form = None if bound is None else bound.forms.get(dtype)
+    alike = all(some.dtype == dtype and some.get_device() == device and some.is_contiguous() for some in keys)
+    counts = [some.numel() for some in keys]
+    if bound is not None and form is not None and alike and max(counts) <= MOST_KEYS:
+        make = _parts_of_one if in_one else _one_by_one
+        rows = make(keys, counts, dims)
+        try:
+            bound.together.lookup(
+                [some.data_ptr() for some in keys],
+                counts,
+                [some.data_ptr() for some in rows],
+                operator.current_stream(device),
+                key_form=form,
+            )
+        except ClosedError:
+            operator.unbind(request, device)
+        else:
+            return rows
     return [
         operator.rows_on_cuda(some, server, wanted) for some, (server, wanted) in zip(keys, tables_of(request), strict=True)
     ]
+
+
+def _one_by_one(keys: list[torch.Tensor], counts: list[int], dims: list[int]) -> list[torch.Tensor]:
+    device = keys[0].device
+    return [torch.empty((*some.shape, dim), dtype=torch.float32, device=device) for some, dim in zip(keys, dims)]
+
+
+def _parts_of_one(keys: list[torch.Tensor], counts: list[int], dims: list[int]) -> list[torch.Tensor]:
+    sizes = [-(-n * dim // _ALIGNED) * _ALIGNED for n, dim in zip(counts, dims)]
+    parts = torch.empty(sum(sizes), dtype=torch.float32, device=keys[0].device).split(sizes)
+    return [
+        (part if part.shape[0] == n * dim else part[: n * dim]).view(*some.shape, dim)
+        for part, some, n, dim in zip(parts, keys, counts, dims)
+    ]
+
+
+_ALIGNED = 4  # elements: kernels write 16 bytes at a time
 
 
 operator.library.impl("lookup_many", _lookup_many_on_cpu, "CPU")
@@ -50,8 +93,9 @@ class LookupCollection(TrainableLayer):
         tables: ``{feature: (table_id, emb_vec_size)}``.
         trainable, initializer: as for ``LookupLayer``, for all tables.
 
-    On the CPU large batches are shared out to all cores, table by table. On a GPU each table is a lookup of its own for now.
-    Rows are frozen by default. **Threads:** calls.
+    On the CPU large batches are shared out to all cores, table by table. On a GPU tables of one width and kind are looked up by
+    one kernel, up to 32 of them; the answers to an eager call are parts of one tensor. Rows are frozen by
+    default. **Threads:** calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -88,12 +132,15 @@ class LookupCollection(TrainableLayer):
         if strangers:
             raise ConfigError(f"keys: features {', '.join(strangers)} came, known are {', '.join(self._texts)}")
         dims = [self._wanted[feature].dim for feature in features]
+        given = list(keys.values())
         request = self.request_of(features)
         if self.trainable and self._trains():
-            wanted = [self._created(some, request, number) for number, some in enumerate(keys.values())]
-            rows = torch.ops.hps_numba.lookup_many_trained(wanted, self._switch, request, dims)
+            given = [self._created(some, request, number) for number, some in enumerate(given)]
+            rows = torch.ops.hps_numba.lookup_many_trained(given, self._switch, request, dims)
+        elif not torch.compiler.is_compiling() and all(operator.is_plain(some) and some.is_cuda for some in given):
+            rows = _lookup_many_on_cuda(given, request, dims, in_one=True)
         else:
-            rows = torch.ops.hps_numba.lookup_many(list(keys.values()), request, dims)
+            rows = torch.ops.hps_numba.lookup_many(given, request, dims)
         return dict(zip(features, rows, strict=True))
 
     def request_of(self, features: list[str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted
 from hps_numba.frontends._servers import config_of, server_of
+from hps_numba.frontends.torch.operator import rows_of
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
 from hps_numba.initializers import Initializer
@@ -81,18 +82,18 @@ class LookupLayer(TrainableLayer):
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
-        if self.trainable:  # noqa: SIM102, a script compiles what is behind "and"
-            if not torch.jit.is_scripting():  # noqa: SIM102
-                if self._trains():
-                    return self._forward_trained(keys)
-        rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
-        return rows.to(self.output_dtype)
+        if torch.jit.is_scripting():  # a script has the operator and nothing else of ours
+            rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        elif self.trainable and self._trains():
+            rows = self._trained(keys)
+        else:
+            rows = rows_of(keys, self.request, self.emb_vec_size)
+        return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
 
-    @torch.jit.unused
-    def _forward_trained(self, keys: torch.Tensor) -> torch.Tensor:
+    def _trained(self, keys: torch.Tensor) -> torch.Tensor:
         keys = self._created(keys, self.request)
         rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
-        return rows.to(self.output_dtype)
+        return rows
 
     def _request(self) -> str:
         return self.request

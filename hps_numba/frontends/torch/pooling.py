@@ -1,22 +1,23 @@
 """The pooled operator: one row for each bag of keys, and the gradient of the weights.
 
 ``hps_numba::pooled(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm,
-int? padding) -> Tensor``. On the CPU the rows of a bag go from the table to its sum, and nowhere in between. On a GPU they are
-looked up first and combined by Torch.
+int? padding) -> Tensor``. The rows of a bag go from the table to its sum, and nowhere in between; on a GPU too, unless
+``max_norm`` is given or the table has slower tiers: then they are looked up first and combined by Torch.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
+from hps_numba.device_bags import OFFSETS32, OPEN_END
+from hps_numba.errors import ClosedError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.used_memory import aligned_empty
 
-__all__ = ["COMBINERS", "pool_rows", "pooled"]
+__all__ = ["COMBINERS", "fused", "pool_rows", "pooled"]
 
 COMBINERS = ("sum", "mean", "max", "sqrtn")
 
@@ -37,16 +38,20 @@ def _pooled_on_cpu(
     padding: int | None,
 ) -> torch.Tensor:
     operator.check_keys(keys)
-    flat, starts = keys.detach().numpy(), offsets.detach().numpy()
     factors = None if weights is None else weights.detach().float().numpy()
-    if padding is not None:
-        kept = flat != padding
-        starts = np.concatenate(([0], np.cumsum(kept)))[starts]
-        flat, factors = flat[kept], None if factors is None else factors[kept]
     ((server, wanted),) = tables_of(request)
-    out = aligned_empty((max(len(starts) - 1, 0), dim))
+    out = aligned_empty((max(offsets.shape[0] - 1, 0), dim))
     server.lookup_pooled(
-        flat, starts, wanted.model, wanted.table, None, weights=factors, combiner=combiner, max_norm=max_norm, out=out
+        keys.detach().numpy(),
+        offsets.detach().numpy(),
+        wanted.model,
+        wanted.table,
+        None,
+        weights=factors,
+        combiner=combiner,
+        max_norm=max_norm,
+        padding=padding,
+        out=out,
     )
     return torch.from_numpy(out)
 
@@ -61,8 +66,57 @@ def _pooled_on_cuda(
     max_norm: float | None,
     padding: int | None,
 ) -> torch.Tensor:
+    operator.check_keys(keys)
+    ((server, wanted),) = tables_of(request)
+    if max_norm is None and server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel()):
+        return fused(keys, offsets, weights, request, combiner, padding)
     rows = operator.lookup(keys, request, dim)
     return pool_rows(rows, offsets, weights, combiner, max_norm, None if padding is None else keys.long() != padding)
+
+
+def fused(
+    keys: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+    request: str,
+    combiner: str,
+    padding: int | None,
+    *,
+    open_end: bool = False,
+) -> torch.Tensor:
+    """``pooled`` in one kernel, from the cache of the table on the GPU of the keys; ``open_end``: offsets without the last."""
+    device, bags = keys.get_device(), offsets.shape[0] - (not open_end)
+    bound = operator.bound_to(request, device)
+    plain = keys.is_contiguous() and offsets.is_contiguous() and offsets.dtype in _OFFSETS and offsets.get_device() == device
+    form = None if bound is None else bound.forms.get(keys.dtype)
+    if bound is not None and form is not None and plain and padding is None and bags >= 0:
+        factors = None if weights is None else weights.detach().to(keys.device, torch.float32).contiguous()
+        rows = torch.empty((bags, bound.cache.dim), dtype=torch.float32, device=keys.device)
+        try:
+            bound.cache.pool(
+                keys.data_ptr(),
+                keys.shape[0],
+                offsets.data_ptr(),
+                bags,
+                rows.data_ptr(),
+                operator.current_stream(device),
+                combiner=combiner,
+                weights=0 if factors is None else factors.data_ptr(),
+                options=_OFFSETS[offsets.dtype] | (OPEN_END if open_end else 0),
+                key_form=form,
+            )
+        except ClosedError:
+            operator.unbind(request, device)
+        else:
+            return rows
+    ((server, wanted),) = tables_of(request)
+    answer: torch.Tensor = server.lookup_pooled(
+        keys, offsets, wanted.model, wanted.table, weights=weights, combiner=combiner, padding=padding, open_end=open_end
+    )
+    return answer if answer.dtype == torch.float32 else answer.float()
+
+
+_OFFSETS = {torch.int64: 0, torch.int32: OFFSETS32}
 
 
 operator.library.impl("pooled", _pooled_on_cpu, "CPU")

@@ -24,7 +24,7 @@ from hps_numba.initializers import Initializer
 from hps_numba.parameter_server import HPS
 from hps_numba.train import summed_rows
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "parameter_of"]
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ _known: weakref.WeakKeyDictionary[HPS, dict[str, Rows]] = weakref.WeakKeyDiction
 _making = threading.Lock()
 
 
-def rows_of(request: str, number: int = 0) -> Rows:
+def parameter_of(request: str, number: int = 0) -> Rows:
     """The trained rows of one of the tables of a request (``frontends/_requests.py``).
 
     Raises:

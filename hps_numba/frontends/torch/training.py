@@ -17,7 +17,7 @@ import torch
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator, pooling
-from hps_numba.frontends.torch.row_gradients import Rows, as_int64, rows_of
+from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
 from hps_numba.frontends.torch.table_layer import TableLayer
 from hps_numba.initializers import Initializer, as_initializer
 from hps_numba.train import create_rows
@@ -71,7 +71,7 @@ def _shape_of_created(keys: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _add_gradient(keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int) -> torch.Tensor:
-    rows_of(request, number).note(keys, gradient)
+    parameter_of(request, number).note(keys, gradient)
     return torch.zeros(1)
 
 
@@ -119,7 +119,7 @@ def _add_bag_gradient(
         toward = torch.where(norm > max_norm, (toward - along) * (max_norm / norm), toward)
     if counted is not None:
         keys, toward = keys[counted], toward[counted]
-    rows_of(request).note(keys, toward)
+    parameter_of(request).note(keys, toward)
     return torch.zeros(1)
 
 
@@ -242,7 +242,7 @@ class TrainableLayer(TableLayer):
         raise NotImplementedError
 
     def _rows_of(self, request: str) -> Rows:
-        rows = rows_of(request)
+        rows = parameter_of(request)
         if self.initializer is not None:
             if rows.initializer not in (None, self.initializer):
                 raise ConfigError(f"initializer: {self.initializer!r} came, another layer gave {rows!r} {rows.initializer!r}")

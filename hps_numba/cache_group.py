@@ -1,0 +1,221 @@
+"""Several caches of one place and one width, looked up together: one launch for all tables, one for what they insert.
+
+A model with 26 tables would start 52 kernels, and the time to start them is most of the time of a small batch. What each cache
+and its scratch hold is written to the device when a scratch is made; keys, their numbers and the places of answers are
+arguments of the kernels (``kernels/cache_tables.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+
+from hps_numba.cache import EmbeddingCache
+from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES, TABLE_BYTES, TABLE_WORDS
+from hps_numba.cache_memory import LARGE_BATCH
+from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, Place
+from hps_numba.cache_scratch import Scratch, ScratchPool
+from hps_numba.errors import CapacityError, ConfigError
+
+__all__ = ["CacheGroup"]
+
+
+class CacheGroup:
+    """Caches that are looked up together.
+
+    Args:
+        caches: 1 to ``MAX_TABLES`` of one ``EmbeddingCache.kin``, each once.
+        buffers: most lookups of the group that run at a time; each takes as much memory as one of each cache.
+
+    Raises:
+        ConfigError: caches that do not go together.
+
+    Close it before the caches. **Threads:** ``lookup`` from any.
+    """
+
+    def __init__(self, caches: Sequence[EmbeddingCache], *, buffers: int = 1) -> None:
+        if not 1 <= len(caches) <= MAX_TABLES or len(set(caches)) < len(caches):
+            raise ConfigError(f"a group of {len(caches)} caches, wanted 1 to {MAX_TABLES} different ones")
+        if len({cache.kin for cache in caches}) > 1:
+            raise ConfigError(f"a group of caches of several kinds: {', '.join(cache.name for cache in caches)}")
+        self._caches = tuple(caches)
+        first = self._caches[0]
+        self.name = f"{first.name} and {len(caches) - 1} more"
+        self._place = first.place
+        self._fixed, self._counted, self._dim = first.fixed, first.policy.needs_count and not first.fixed, first.dim
+        self._sets = max(cache.sets for cache in caches)
+        self._captured: list[_GroupScratch] = []
+        self._capturing = threading.Lock()
+        with self._place.current():
+            self._stream = self._place.new_stream()
+        self._new_scratch = partial(_GroupScratch, self._place, self._caches, self.name)
+        self._pool = ScratchPool(self._place, self._new_scratch, buffers, self.name)
+
+    @property
+    def caches(self) -> tuple[EmbeddingCache, ...]:
+        """In the order of the arguments of ``lookup``."""
+        return self._caches
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers of batches so far."""
+        return self._pool.bytes + sum(scratch.bytes for scratch in self._captured)
+
+    def lookup(
+        self,
+        keys: Sequence[int],
+        counts: Sequence[int],
+        outs: Sequence[int],
+        stream: int,
+        *,
+        key_form: str = "int64",
+        out_type: str = "float32",
+    ) -> None:
+        """``EmbeddingCache.lookup`` for each cache: the same answers, and the same content of the caches afterwards.
+
+        Args:
+            keys, counts, outs: for each cache the address of its keys, their number (0 or more, at most ``MAX_BATCH``), and the
+                address of its answer, where the caches live.
+            stream, key_form, out_type: as for ``EmbeddingCache.lookup``.
+
+        Raises:
+            ClosedError: a cache or the group was closed.   CapacityError: no memory for batches of this size, or too many keys.
+            DeviceError: the driver refused.
+        """
+        for cache in self._caches:
+            cache.begin()
+        most = max(counts)
+        if most > MAX_BATCH:
+            raise CapacityError(f"{self.name}: {most} keys of one table in a lookup of several, wanted at most {MAX_BATCH}")
+        if most == 0:
+            return
+        words: list[int] = [0] * (MAX_TABLES * TABLE_WORDS)
+        end = TABLE_WORDS * len(counts)
+        words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
+        aligned = all(out % 16 == 0 for out in outs)
+        first = self._caches[0]
+        with self._place.current():
+            kernel, group = first.tables_lookup_kernel(key_form, out_type, aligned, sum(counts) < LARGE_BATCH)
+            batch = (kernel, group, most, words, stream)
+            if self._place.is_capturing(stream):
+                with self._place.relaxed():
+                    scratch = self._new_scratch()
+                    with self._capturing:
+                        self._captured.append(scratch)
+                    self._batch(scratch, *batch)
+                return
+            scratch = self._take(stream)
+            done = False
+            try:
+                with ExitStack() as stores:
+                    for cache in self._caches if self._place.ordinal is None else ():
+                        stores.enter_context(cache.reading())
+                    self._batch(scratch, *batch)
+                done = True
+            finally:
+                self._pool.give(scratch, stream, spoiled=not done)
+
+    def lookup_arrays(self, keys: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]`` for each cache. Done when this returns.
+
+        Raises:
+            KeyDtypeError: keys are no int64 ``[n]``.   Otherwise as ``lookup``.
+        """
+        given = [cache.keys_of(some) for cache, some in zip(self._caches, keys, strict=True)]
+        outs = [np.empty((len(some), self._dim), np.float32) for some in given]
+        with ExitStack() as held:
+            held.enter_context(self._place.current())
+            copies = [self._place.copy_of(some, self._stream) for some in given]
+            rooms = [self._place.allocate(max(1, out.nbytes), f"{self.name}: results of a call") for out in outs]
+            for memory in (*copies, *rooms):
+                held.callback(memory.release)
+            counts = [len(some) for some in given]
+            self.lookup([copy.address for copy in copies], counts, [room.address for room in rooms], self._stream)
+            for out, room in zip(outs, rooms):
+                self._place.to_host(out, room.address, self._stream)
+        return outs
+
+    def _take(self, stream: int) -> _GroupScratch:
+        scratch = self._pool.take(stream)
+        assert isinstance(scratch, _GroupScratch)
+        return scratch
+
+    def _batch(self, scratch: _GroupScratch, kernel: Kernel, group: int, most: int, words: list[int], stream: int) -> None:
+        scratch.reserve(most, False, self._stream)
+        count, tables = len(self._caches), scratch.address
+        blocks = self._place.lookup_blocks(most, group)
+        kernel.launch(blocks, stream, tables, count, *words, threads=LOOKUP_THREADS, rows=count)
+        if self._fixed:
+            return
+        first = self._caches[0]
+        if self._counted:
+            kernel = first.tables_kernel("touch_tables_kernel")
+            kernel.launch(self._place.blocks(most, count), stream, tables, count, rows=count)
+        blocks = self._place.blocks(min(most, self._sets), count)
+        first.tables_kernel("insert_tables_kernel").launch(blocks, stream, tables, count, *words, rows=count)
+
+    def close(self) -> None:
+        """Wait for the lookups at work and give the memory back. No graph that captured a lookup may run any more."""
+        with self._place.current():
+            self._pool.close(self._stream)
+            for scratch in self._captured:
+                scratch.release(self._stream)
+            self._captured.clear()
+            self._place.destroy_stream(self._stream)
+
+
+class _GroupScratch(Scratch):
+    """A scratch of each cache, and at ``address`` the description of all tables.   **Threads:** one at a time."""
+
+    def __init__(self, place: Place, caches: Sequence[EmbeddingCache], name: str) -> None:
+        super().__init__(place, caches[0].scratch_shape, name)
+        self._caches = caches
+        self._parts = [cache.new_scratch() for cache in caches]
+        self._tables: Memory | None = None
+
+    def reserve(self, n: int, absent: bool, stream: int) -> None:
+        """Have room for ``n`` keys of each table; ``stream`` is free to be waited for."""
+        if n <= self.limit:
+            return
+        self._settle(stream)
+        for part in self._parts:
+            part.reserve(n, absent, stream)
+        if self._tables is None:
+            self._tables = self._place.allocate(TABLE_BYTES * len(self._parts), f"{self._name}: tables of a group")
+        descriptions = np.zeros((len(self._parts), TABLE_BYTES // 8), np.int64)
+        for description, cache, part in zip(descriptions, self._caches, self._parts):
+            words = cache.described(part)
+            description[: len(words)] = words
+        self._place.to_place(self._tables.address, descriptions.reshape(-1), stream)
+        self.address, self.limit = self._tables.address, min(part.limit for part in self._parts)
+        self.bytes = TABLE_BYTES * len(self._parts) + sum(part.bytes for part in self._parts)
+
+    def _settle(self, stream: int) -> None:
+        """Wait for the work that was done with it: growing is rare, and what it had is given back at once."""
+        if self._event is not None:
+            self._place.wait(stream, self._event)
+            self._place.synchronize(stream)
+
+    def spoil(self) -> None:
+        """Begin anew with the next ``reserve``: a batch stopped in its midst."""
+        self.limit = self.bytes = 0
+        for part in self._parts:
+            part.spoil()
+
+    def release(self, stream: int) -> None:
+        """Give the memory back after all work with it; ``stream`` is used for the wait."""
+        self._settle(stream)
+        self._place.synchronize(stream)
+        for part in self._parts:
+            part.release(stream)
+        if self._tables is not None:
+            self._tables.release()
+            self._tables = None
+        if self._event is not None:
+            self._place.destroy_event(self._event)
+            self._event = None
+        self.limit = self.bytes = 0

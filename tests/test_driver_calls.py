@@ -1,0 +1,176 @@
+"""Kernels started in one step out of Python, with a driver made of Python functions."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from hps_numba.kernels import driver_calls
+from hps_numba.kernels.driver_calls import CAPTURED, DRIVER_FUNCTIONS, start_kernels
+
+CONTEXT, OTHER, STREAM, EVENT = 0x7F00_0000_1000, 0x7F00_0000_2000, 0x7F00_0000_3000, 0x7F00_0000_4000
+_POINTER = ctypes.c_void_p
+
+
+class Driver:
+    """Does as the driver's functions do, notes the calls, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.current, self.capturing, self.failing, self.status = CONTEXT, 0, "", 0
+        self._functions = {
+            "cuCtxGetCurrent": ctypes.CFUNCTYPE(ctypes.c_int, _POINTER)(self._get),
+            "cuCtxSetCurrent": ctypes.CFUNCTYPE(ctypes.c_int, _POINTER)(self._set),
+            "cuStreamIsCapturing": ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER)(self._is_capturing),
+            "cuLaunchKernelEx": ctypes.CFUNCTYPE(ctypes.c_int, *[_POINTER] * 4)(self._launch),
+            "cuEventRecord": ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER)(self._record),
+        }
+        addresses = [ctypes.cast(self._functions[name], _POINTER).value for name in DRIVER_FUNCTIONS]
+        self.table = np.array(addresses, np.int64)
+
+    def _done(self, *call: object) -> int:
+        self.calls.append(call)
+        return self.status if call[0] == self.failing else 0
+
+    def _get(self, place: int) -> int:
+        ctypes.c_uint64.from_address(place).value = self.current
+        return self._done("get")
+
+    def _set(self, context: int) -> int:
+        self.current = context
+        return self._done("set", context)
+
+    def _is_capturing(self, stream: int, place: int) -> int:
+        ctypes.c_int.from_address(place).value = self.capturing
+        return self._done("capturing", stream)
+
+    def _launch(self, config: int, function: int, arguments: int, extra: int | None) -> int:
+        assert extra is None
+        return self._done("launch", config, function, arguments)
+
+    def _record(self, event: int, stream: int) -> int:
+        return self._done("record", event, stream)
+
+    def start(self, kernels: int, event: int = EVENT) -> int:
+        work = np.full(driver_calls.WORK_WORDS + 3 * kernels, -1, np.int64)
+        work[driver_calls.WORK_WORDS :] = np.arange(100, 100 + 3 * kernels)
+        return start_kernels(self.table.ctypes.data, work.ctypes.data, CONTEXT, STREAM, event, kernels)
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+ASKED = [("get",), ("capturing", STREAM)]
+LAUNCHED = [("launch", 100, 101, 102), ("launch", 103, 104, 105)]
+
+
+def test_kernels_are_launched_in_order_and_then_the_event_is_recorded(driver):
+    assert driver.start(2) == 0
+    assert driver.calls == [*ASKED, *LAUNCHED, ("record", EVENT, STREAM)]
+
+
+def test_without_an_event_none_is_recorded(driver):
+    assert driver.start(1, driver_calls.NO_EVENT) == 0
+    assert driver.calls == [*ASKED, LAUNCHED[0]]
+
+
+def test_a_stream_that_is_captured_gets_nothing(driver):
+    driver.capturing = 1
+    assert driver.start(2) == CAPTURED
+    assert driver.calls == ASKED
+
+
+@pytest.mark.parametrize("capturing", [0, 1])
+def test_the_context_is_made_current_and_the_one_before_comes_back(driver, capturing):
+    driver.current, driver.capturing = OTHER, capturing
+    assert driver.start(1) == (CAPTURED if capturing else 0)
+    assert driver.calls[1] == ("set", CONTEXT)
+    assert driver.calls[-1] == ("set", OTHER)
+    assert driver.current == OTHER
+
+
+@pytest.mark.parametrize(("call", "calls"), [("get", 1), ("capturing", 2), ("launch", 3), ("record", 5)])
+def test_the_first_failure_ends_it_and_its_status_comes_back(driver, call, calls):
+    driver.failing, driver.status = call, 906
+    assert driver.start(2) == 906
+    assert len(driver.calls) == calls
+    assert driver.calls[-1][0] == call
+
+
+def test_after_a_failure_the_context_before_comes_back(driver):
+    driver.current, driver.failing, driver.status = OTHER, "launch", 719
+    assert driver.start(2) == 719
+    assert driver.current == OTHER
+
+
+def test_a_context_that_cannot_be_set_is_a_failure(driver):
+    driver.current, driver.failing, driver.status = OTHER, "set", 201
+    assert driver.start(2) == 201
+    assert ("capturing", STREAM) not in driver.calls
+
+
+# -- a prepared lookup ---------------------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """``start_lookup`` with memory that shows what the kernels would take."""
+
+    def __init__(self, driver: Driver, *, touch: bool, insert: bool, sets: int = 1000, capacity: int = 10_000) -> None:
+        self.driver = driver
+        self.arguments = np.zeros(3, np.int64)
+        self.blocks = np.full((3, 3), 1, np.uint32)  # of the lookup, the touch and the insertion: x, y, z
+        self.blocks[:, 2] = 7  # what stands behind stays
+        self.advance = np.zeros(1, np.int64)
+        self.work = np.zeros(driver_calls.WORK_WORDS + 9, np.int64)
+        place = [int(self.blocks[i].ctypes.data) for i in range(3)]
+        words = {
+            "work": int(self.work.ctypes.data),
+            "context": CONTEXT,
+            "stream": STREAM,
+            "event": EVENT,
+            "count": 1 + touch + insert,
+            "keys": int(self.arguments.ctypes.data),
+            "blocks": place[0],
+            "keys_of_block": 16,
+            "touch_blocks": place[1] * touch,
+            "insert_blocks": place[2] * insert,
+            "advance": int(self.advance.ctypes.data) * insert,
+            "tiles_of_block": 32,
+            "most_blocks": 528,
+            "sets": sets,
+            "capacity": capacity,
+        }
+        assert set(words) == set(driver_calls.LOOKUP_WORDS)
+        self.words = np.array([words[name] for name in driver_calls.LOOKUP_WORDS], np.int64)
+
+    def start(self, n: int) -> int:
+        return driver_calls.start_lookup(self.driver.table.ctypes.data, self.words.ctypes.data, 0x1000, n, 0x2000)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000, 1 << 24])
+def test_a_prepared_lookup_starts_what_a_lookup_of_so_many_keys_starts(driver, n):
+    prepared = Prepared(driver, touch=True, insert=True)
+    assert prepared.start(n) == 0
+    assert prepared.arguments.tolist() == [0x1000, n, 0x2000]
+    # as DevicePlace.lookup_blocks(n, 4), blocks(n), blocks(min(n, sets)), and EmbeddingCache._ticks
+    wanted = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), 528)), max(1, min(-(-min(n, 1000) // 32), 528))]
+    assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in wanted]
+    assert prepared.advance[0] == max(1, 4 * n // 10_000)
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "launch", "launch", "record"]
+
+
+def test_a_prepared_lookup_of_a_fixed_cache_is_one_kernel(driver):
+    prepared = Prepared(driver, touch=False, insert=False)
+    assert prepared.start(100) == 0
+    assert prepared.blocks.tolist() == [[7, 1, 7], [1, 1, 7], [1, 1, 7]]
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "record"]
+
+
+def test_a_prepared_lookup_under_capture_starts_nothing(driver):
+    driver.capturing = 1
+    assert Prepared(driver, touch=False, insert=True).start(100) == CAPTURED
+    assert [call[0] for call in driver.calls] == ["get", "capturing"]
