@@ -2,7 +2,7 @@
 
 A step is a write like any other: the rows are read past the caches, changed, and written to every tier by
 ``HPS.rewrite``, which reaches every cache before it returns. What an optimizer remembers of a row (its state) is a row of a
-host store of its own, by the same key. A row that is new, or that was erased since, starts with a fresh state.
+host store of its own, by the same key. A row that does not exist when its gradient comes starts with a fresh state.
 """
 
 from __future__ import annotations
