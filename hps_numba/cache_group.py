@@ -11,15 +11,19 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES, TABLE_BYTES, TABLE_WORDS
 from hps_numba.cache_memory import LARGE_BATCH
-from hps_numba.cache_place import LOOKUP_THREADS, Kernel, Memory, Place
+from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, Place
 from hps_numba.cache_scratch import Scratch, ScratchPool
-from hps_numba.errors import CapacityError, ConfigError
+from hps_numba.errors import CapacityError, ClosedError, ConfigError
+
+if TYPE_CHECKING:
+    from hps_numba.kernels.launch import KernelsInTurn
 
 __all__ = ["CacheGroup"]
 
@@ -49,7 +53,9 @@ class CacheGroup:
         self._fixed, self._counted, self._dim = first.fixed, first.policy.needs_count and not first.fixed, first.dim
         self._sets = max(cache.sets for cache in caches)
         self._captured: list[_GroupScratch] = []
+        self._turns: dict[tuple[str, str, bool, bool], tuple[KernelsInTurn, int]] = {}
         self._capturing = threading.Lock()
+        self._closed = False
         with self._place.current():
             self._stream = self._place.new_stream()
         self._new_scratch = partial(_GroupScratch, self._place, self._caches, self.name)
@@ -86,8 +92,7 @@ class CacheGroup:
             ClosedError: a cache or the group was closed.   CapacityError: no memory for batches of this size, or too many keys.
             DeviceError: the driver refused.
         """
-        for cache in self._caches:
-            cache.begin()
+        self._begin()
         most = max(counts)
         if most > MAX_BATCH:
             raise CapacityError(f"{self.name}: {most} keys of one table in a lookup of several, wanted at most {MAX_BATCH}")
@@ -97,27 +102,73 @@ class CacheGroup:
         end = TABLE_WORDS * len(counts)
         words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
         aligned = all(out % 16 == 0 for out in outs)
-        first = self._caches[0]
+        shape = (key_form, out_type, aligned, sum(counts) < LARGE_BATCH)
+        if self._again(shape, most, words, stream):
+            return
         with self._place.current():
-            kernel, group = first.tables_lookup_kernel(key_form, out_type, aligned, sum(counts) < LARGE_BATCH)
-            batch = (kernel, group, most, words, stream)
+            kernels, group = self._kernels(*shape)
             if self._place.is_capturing(stream):
                 with self._place.relaxed():
-                    scratch = self._new_scratch()
+                    kept = self._new_scratch()
                     with self._capturing:
-                        self._captured.append(scratch)
-                    self._batch(scratch, *batch)
+                        self._captured.append(kept)
+                    self._batch(kept, kernels, group, most, words, stream)
                 return
-            scratch = self._take(stream)
+            scratch = self._pool.take(stream)
             done = False
             try:
                 with ExitStack() as stores:
                     for cache in self._caches if self._place.ordinal is None else ():
                         stores.enter_context(cache.reading())
-                    self._batch(scratch, *batch)
+                    self._batch(scratch, kernels, group, most, words, stream)
                 done = True
             finally:
                 self._pool.give(scratch, stream, spoiled=not done)
+            if isinstance(self._place, DevicePlace) and shape not in self._turns:
+                self._turns[shape] = self._place.in_turn(kernels), group
+
+    def _again(self, shape: tuple[str, str, bool, bool], most: int, words: list[int], stream: int) -> bool:
+        """As ``CacheLookup._with_scratch_again``."""
+        turn, group = self._turns.get(shape, (None, 1))
+        scratch = None if turn is None else self._pool.take_again(stream, most)
+        if turn is None or scratch is None:
+            return False
+        done = False
+        try:
+            launches = self._launches(scratch, group, most, words)
+            started = turn.start(self._place.context, stream, scratch.event, *launches)
+            done = True
+        finally:
+            if done:
+                self._pool.give_again(scratch)
+            else:
+                self._pool.give(scratch, stream, spoiled=True)
+        return started
+
+    def _kernels(self, *shape: Any) -> tuple[list[Kernel], int]:
+        """The kernels of a lookup in their order, and how many keys a warp of the first takes."""
+        first = self._caches[0]
+        kernel, group = first.tables_lookup_kernel(*shape)
+        names = [] if self._fixed else ["insert_tables_kernel"]
+        if self._counted:
+            names.insert(0, "touch_tables_kernel")
+        return [kernel, *map(first.tables_kernel, names)], group
+
+    def _launches(self, scratch: Scratch, group: int, most: int, words: list[int]) -> list[tuple[Any, ...]]:
+        """Blocks, rows, threads and arguments of each kernel."""
+        place, count, tables = self._place, len(self._caches), scratch.address
+        launches = [(place.lookup_blocks(most, group), count, LOOKUP_THREADS, (tables, count, *words))]
+        if self._counted:
+            launches.append((place.blocks(most, count), count, OTHER_THREADS, (tables, count)))
+        if not self._fixed:
+            blocks = place.blocks(min(most, self._sets), count)
+            launches.append((blocks, count, OTHER_THREADS, (tables, count, *words)))
+        return launches
+
+    def _batch(self, scratch: Scratch, kernels: Sequence[Kernel], group: int, most: int, words: list[int], stream: int) -> None:
+        scratch.reserve(most, False, self._stream)
+        for kernel, (blocks, rows, threads, args) in zip(kernels, self._launches(scratch, group, most, words), strict=True):
+            kernel.launch(blocks, stream, *args, threads=threads, rows=rows)
 
     def lookup_arrays(self, keys: Sequence[np.ndarray]) -> list[np.ndarray]:
         """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]`` for each cache. Done when this returns.
@@ -125,6 +176,7 @@ class CacheGroup:
         Raises:
             KeyDtypeError: keys are no int64 ``[n]``.   Otherwise as ``lookup``.
         """
+        self._begin()
         given = [cache.keys_of(some) for cache, some in zip(self._caches, keys, strict=True)]
         outs = [np.empty((len(some), self._dim), np.float32) for some in given]
         with ExitStack() as held:
@@ -139,27 +191,18 @@ class CacheGroup:
                 self._place.to_host(out, room.address, self._stream)
         return outs
 
-    def _take(self, stream: int) -> _GroupScratch:
-        scratch = self._pool.take(stream)
-        assert isinstance(scratch, _GroupScratch)
-        return scratch
-
-    def _batch(self, scratch: _GroupScratch, kernel: Kernel, group: int, most: int, words: list[int], stream: int) -> None:
-        scratch.reserve(most, False, self._stream)
-        count, tables = len(self._caches), scratch.address
-        blocks = self._place.lookup_blocks(most, group)
-        kernel.launch(blocks, stream, tables, count, *words, threads=LOOKUP_THREADS, rows=count)
-        if self._fixed:
-            return
-        first = self._caches[0]
-        if self._counted:
-            kernel = first.tables_kernel("touch_tables_kernel")
-            kernel.launch(self._place.blocks(most, count), stream, tables, count, rows=count)
-        blocks = self._place.blocks(min(most, self._sets), count)
-        first.tables_kernel("insert_tables_kernel").launch(blocks, stream, tables, count, *words, rows=count)
+    def _begin(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: the group of caches is closed")
+        for cache in self._caches:
+            cache.begin()
 
     def close(self) -> None:
         """Wait for the lookups at work and give the memory back. No graph that captured a lookup may run any more."""
+        with self._capturing:
+            if self._closed:
+                return
+            self._closed = True
         with self._place.current():
             self._pool.close(self._stream)
             for scratch in self._captured:

@@ -313,7 +313,10 @@ class CacheLookup:
         if found is None or None in others:
             return None
         kernel, group = found
-        launches = [(1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, scratch.address)), *self._finishing(scratch, 1)]
+        launches = [
+            (1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, scratch.address)),
+            *self._finishing(scratch, 1),
+        ]
         prepared = scratch.prepared[shape] = cast("DevicePlace", self._place).prepared_lookup(
             [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
         )
@@ -329,18 +332,18 @@ class CacheLookup:
     def _start_in_turn(self, scratch: Scratch, turn: KernelsInTurn, n: int, stream: int, launch: tuple[Any, ...]) -> bool:
         """``launch``: blocks, threads and arguments of the first kernel, without the scratch, which is the last."""
         blocks, threads, args = launch
-        launches = [(blocks, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
+        launches = [(blocks, 1, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
         return turn.start(self._place.context, stream, scratch.event, *launches)
 
     def _finishing(self, scratch: Scratch, n: int) -> list[tuple[Any, ...]]:
-        """``_finish`` for kernels in turn: blocks, threads and arguments of each."""
+        """``_finish`` for kernels in turn: blocks, rows, threads and arguments of each."""
         if self.fixed:
             return []
         lines, rows, sets, state = self._parts
         insertion = (lines, rows, state, scratch.stage, 4 * self.dim, scratch.address, self._ticks(n))
-        finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), OTHER_THREADS, insertion)]
+        finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), 1, OTHER_THREADS, insertion)]
         if self._counted:
-            finishing.insert(0, (self._place.blocks(n), OTHER_THREADS, (lines, sets, state, scratch.address)))
+            finishing.insert(0, (self._place.blocks(n), 1, OTHER_THREADS, (lines, sets, state, scratch.address)))
         return finishing
 
     def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel) -> None:

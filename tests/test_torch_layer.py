@@ -375,6 +375,52 @@ def test_a_collection_asks_for_all_tables_in_one_call(served: Rig, device: str, 
         layer({"a": keys["a"].float()})
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_collection_takes_one_tensor_for_all_tables(served: Rig, device: str, compiled: bool) -> None:
+    layer = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "c": (0, DIM)})
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    for shape in ((2, 5), (2, 3, 4), (2,), (2, 0)):
+        keys = torch.randint(0, ROWS, shape, device=device)
+        rows = call(keys)
+        assert rows.shape == (*shape, DIM) and rows.device == keys.device
+        assert np.array_equal(rows.cpu(), served.rows[np.asarray(keys.cpu())])
+    turned = torch.randint(0, ROWS, (5, 2), device=device).t()
+    assert np.array_equal(layer(turned).cpu(), served.rows[np.asarray(turned.cpu())])
+    with pytest.raises(ConfigError, match=r"\[3, 5\] came, \[2, ...\] is wanted"):
+        layer(torch.zeros(3, 5, dtype=torch.int64, device=device))
+    mixed = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "b": ("t1", 3)})
+    with pytest.raises(ConfigError, match="one tensor came for rows of"):
+        mixed(torch.zeros(2, 5, dtype=torch.int64, device=device))
+
+
+class Jagged:
+    """As torchrec's ``KeyedJaggedTensor`` describes itself."""
+
+    def __init__(self, features: dict[str, torch.Tensor]) -> None:
+        self._features = features
+
+    def keys(self) -> list[str]:
+        return list(self._features)
+
+    def values(self) -> torch.Tensor:
+        return torch.cat(list(self._features.values()))
+
+    def offset_per_key(self) -> list[int]:
+        return [0, *np.cumsum([len(some) for some in self._features.values()]).tolist()]
+
+
+def test_a_collection_takes_jagged_features(served: Rig, device: str) -> None:
+    layer = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "b": ("t1", 3), "c": (0, DIM)})
+    features = {name: torch.randint(0, ROWS, (n,), device=device) for name, n in (("c", 4), ("b", 0), ("a", 7))}
+    rows = layer(Jagged(features))
+    assert list(rows) == ["c", "b", "a"]
+    for name, keys in features.items():
+        table = served.narrow if name == "b" else served.rows
+        assert np.array_equal(rows[name].cpu(), table[np.asarray(keys.cpu())])
+    with pytest.raises(ConfigError, match="features x came"):
+        layer(Jagged({"x": features["a"]}))
+
+
 def test_the_operator_of_collections_passes_the_checks_of_torch(served: Rig, device: str) -> None:
     layer = hps.LookupCollection(served.path, "m", {"a": (0, DIM), "b": ("t1", 3)})
     keys = [torch.tensor([1, 2], device=device), torch.tensor([[3]], device=device)]

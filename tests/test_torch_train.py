@@ -387,6 +387,10 @@ def test_collections_train_every_table(rig: Rig, device: str) -> None:
     after = layer({"a": keys, "b": keys})
     assert np.allclose(after["a"].detach().cpu(), [rig.rows[5] - 3, rig.rows[5] - 3, [-1] * DIM], atol=1e-5)
     assert np.allclose(after["b"].detach().cpu(), [rig.narrow[5] - 2, rig.narrow[5] - 2, [-1] * 3], atol=1e-5)
+    alike = hps.LookupCollection(rig.path, "m", {"a": (0, DIM), "c": (0, DIM)}, trainable=True)
+    alike.tables[0].grad = None
+    alike(torch.stack([keys, keys])).sum().backward()  # one tensor for all features
+    assert layer.tables[0].grad[:, 0].tolist() == [4, 2]
     rows = layer({"a": keys, "b": keys})
     before = layer.tables[0].grad.clone()
     rows["b"].sum().backward()  # the other table has no part in it

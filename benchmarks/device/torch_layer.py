@@ -22,7 +22,8 @@ from table import check, keys_of, rows_of
 from hps_numba.frontends import torch as hps
 from hps_numba.frontends._servers import SERVERS
 
-EMBEDDING, LAYER, COMPILED = "F.embedding", "LookupLayer", "LookupLayer, compiled"
+EMBEDDING, MODULE = "F.embedding", "nn.Embedding"
+LAYER, COMPILED = "LookupLayer", "LookupLayer, compiled"
 BAG, ONE = "F.embedding_bag", "one table"
 Figures = dict[str, dict[int, float]]
 
@@ -90,9 +91,11 @@ class Served:
         """By name: the call that looks a batch up; each checked."""
         numbers, keys = self.batches(n, self.sizes.rows)
         weight, layer, embedding = self.tensors[0], self.layer(), torch.nn.functional.embedding
+        module = torch.nn.Embedding.from_pretrained(weight)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if self.machine.ordinal is None else "inductor")
         calls: dict[str, Call] = {
             EMBEDDING: lambda turn, stream: embedding(numbers[turn], weight),
+            MODULE: lambda turn, stream: module(numbers[turn]),
             LAYER: lambda turn, stream: layer(keys[turn]),
             COMPILED: lambda turn, stream: compiled(keys[turn]),
         }
@@ -146,17 +149,23 @@ class Served:
     def tables(self, n: int) -> dict[str, Call]:
         """By name: the call that looks ``n`` keys up, from one table or shared out to many."""
         tables, embedding = self.sizes.tables, torch.nn.functional.embedding
-        layers, one = [self.layer(1 + table) for table in range(tables)], self.layer()
+        collection = hps.LookupCollection(self.config, "m", {f"t{table}": (1 + table, self.dim) for table in range(tables)})
+        one = self.layer()
         numbers, keys = self.batches(n // tables, self.sizes.table_rows)
         _, all_keys = self.batches(n // tables * tables, self.sizes.rows)
+        features = [{f"t{table}": some.clone() for table in range(tables)} for some in keys]
+        stacked = [torch.stack(list(some.values())) for some in features]
         calls: dict[str, Call] = {
             ONE: lambda turn, stream: one(all_keys[turn]),
-            f"{tables} tables": lambda turn, stream: [layer(keys[turn]) for layer in layers],
+            f"{tables} tables, a dict": lambda turn, stream: list(collection(features[turn]).values()),
+            f"{tables} tables, a tensor": lambda turn, stream: list(collection(stacked[turn])),
             f"{tables} x F.embedding": lambda turn, stream: [embedding(numbers[turn], some) for some in self.tensors[1:]],
         }
-        for rows in calls[f"{tables} tables"](0, self.machine.stream()):
-            self.machine.wait()
-            check("tables", rows, numbers[0], self.dim)
+        for name in list(calls)[1:]:
+            for rows in calls[name](0, self.machine.stream()):
+                self.machine.wait()
+                check(name, rows, numbers[0], self.dim)
+        calls[f"{tables} tables, a tensor"] = lambda turn, stream: collection(stacked[turn])
         return calls
 
     def measure_tables(self) -> Figures:

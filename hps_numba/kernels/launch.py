@@ -138,7 +138,7 @@ class PreparedLookup:
 
     Args:
         kernels: of the lookup, then of what follows it.
-        launches: for each kernel blocks, threads of a block, and its arguments; those that vary have any values.
+        launches: as ``KernelsInTurn.start`` takes them, one row each; arguments that vary have any values.
         context, stream, event: as for ``KernelsInTurn.start``.
         keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
             last, if there are others than the first.
@@ -161,7 +161,7 @@ class PreparedLookup:
         self._functions = int(_driver_table().ctypes.data)
         taken = [
             kernel.pack_apart(blocks, stream, *args, threads=threads)
-            for kernel, (blocks, threads, args) in zip(kernels, launches, strict=True)
+            for kernel, (blocks, _, threads, args) in zip(kernels, launches, strict=True)
         ]
         memories = [memory for memory, _ in taken]
         work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
@@ -207,7 +207,7 @@ class KernelsInTurn:
         """Start the kernels and record ``event``, all on a stream of ``context``, unless the stream is being captured.
 
         Args:
-            launches: for each kernel blocks, threads of a block, and its arguments in a tuple.
+            launches: for each kernel blocks, rows of so many blocks, threads of a block, and its arguments in a tuple.
 
         Returns:
             False: the stream is being captured by a graph, nothing was started.
@@ -216,21 +216,21 @@ class KernelsInTurn:
             DeviceError: the driver refused; some of the kernels may have been started.
         """
         work = getattr(self._threads, "work", 0) or self._make_work(launches, stream)
-        for kernel, (blocks, threads, args) in zip(self._kernels, launches):
-            kernel.pack(blocks, stream, *args, threads=threads)
+        for kernel, (blocks, rows, threads, args) in zip(self._kernels, launches):
+            kernel.pack(blocks, stream, *args, threads=threads, rows=rows)
         status = start_kernels(self._functions, work, context, stream, event, len(self._kernels))
         if status == 0:
             return True
         if status == CAPTURED:
             return False
-        raise self._kernels[0].refused(status, "in {} blocks of {}".format(*launches[0]))
+        raise self._kernels[0].refused(status, "in {} x {} blocks of {}".format(*launches[0]))
 
     def _make_work(self, launches: Sequence[tuple[Any, ...]], stream: int) -> int:
         """Address of memory of this thread for ``start_kernels``: what it takes of each kernel stays where it is."""
         memory = ctypes.create_string_buffer(self._words.size)
         taken = [
-            kernel.pack(blocks, stream, *args, threads=threads)
-            for kernel, (blocks, threads, args) in zip(self._kernels, launches)
+            kernel.pack(blocks, stream, *args, threads=threads, rows=rows)
+            for kernel, (blocks, rows, threads, args) in zip(self._kernels, launches)
         ]
         self._words.pack_into(memory, 0, *[0] * WORK_WORDS, *(word for words in taken for word in words))
         self._threads.memory, self._threads.work = memory, ctypes.addressof(memory)

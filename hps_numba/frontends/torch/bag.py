@@ -116,7 +116,7 @@ class HPSEmbeddingBag(TrainableLayer):
         )
         return pooled
 
-    def _request(self) -> str:
+    def _request_for_all(self) -> str:
         return self.request
 
     @property

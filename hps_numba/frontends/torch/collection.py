@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,6 +58,35 @@ def _lookup_many_on_cuda(
     return [
         operator.rows_on_cuda(some, server, wanted) for some, (server, wanted) in zip(keys, tables_of(request), strict=True)
     ]
+
+
+def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor | None:
+    """Rows of keys ``[tables, ...]`` on a GPU; None where that takes more than the kernels of caches."""
+    device = keys.get_device()
+    bound = operator.tables_bound_to(request, device)
+    form = None if bound is None else bound.forms.get(keys.dtype)
+    tables = keys.shape[0]
+    n = keys.numel() // tables
+    if bound is None or form is None or not keys.is_contiguous() or n > MOST_KEYS:
+        return None
+    rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
+    first, to = keys.data_ptr(), rows.data_ptr()
+    step, stride = n * keys.element_size(), 4 * dim * n
+    addresses = [first + step * i for i in range(tables)]
+    outs = [to + stride * i for i in range(tables)]
+    try:
+        bound.together.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
+    except ClosedError:
+        operator.unbind(request, device)
+        return None
+    return rows
+
+
+def jagged(batch: Any) -> dict[str, torch.Tensor]:
+    """``{feature: its values}`` of a batch of jagged features, which is only described by its methods."""
+    ends = [int(end) for end in batch.offset_per_key()]
+    values = batch.values()
+    return {feature: values[start:end] for feature, (start, end) in zip(batch.keys(), pairwise(ends), strict=True)}
 
 
 def _one_by_one(keys: list[torch.Tensor], counts: list[int], dims: list[int]) -> list[torch.Tensor]:
@@ -117,14 +147,28 @@ class LookupCollection(TrainableLayer):
         # joined when called, by what a compiler can follow
         self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
         self._texts = dict(zip(self._wanted, texts, strict=True))
+        self._request = self.request_of(list(self._wanted))
         self._set_training(trainable, initializer)
 
-    def forward(self, keys: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``{feature: rows}`` for ``{feature: keys}``, of any of the features: float32 ``S + [emb_vec_size]`` each.
+    def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
+        """The rows of keys.
+
+        Args:
+            keys: ``{feature: keys}``, of any of the features. Or one tensor ``[features, ...]`` with the keys of all of
+                them, in the order of ``tables``, whose rows must have one width. Or a batch of jagged features with the methods
+                ``keys``, ``values`` and ``offset_per_key``, such as torchrec's ``KeyedJaggedTensor``.
+
+        Returns:
+            float32: ``{feature: rows}`` with ``S + [emb_vec_size]`` each; for a tensor, ``[features, ..., emb_vec_size]``; for
+            jagged features, ``{feature: rows of its values}``.
 
         Raises:
-            ConfigError: a feature that is none of the collection's.   Otherwise as ``LookupLayer``.
+            ConfigError: a feature that is none of the collection's, or another number of them.   Otherwise as ``LookupLayer``.
         """
+        if isinstance(keys, torch.Tensor):
+            return self._stacked(keys)
+        if hasattr(keys, "offset_per_key"):
+            keys = jagged(keys)
         features = list(keys)
         if not features:
             return {}
@@ -135,20 +179,38 @@ class LookupCollection(TrainableLayer):
         given = list(keys.values())
         request = self.request_of(features)
         if self.trainable and self._trains():
-            given = [self._created(some, request, number) for number, some in enumerate(given)]
-            rows = torch.ops.hps_numba.lookup_many_trained(given, self._switch, request, dims)
+            rows = self._trained(given, request, dims)
         elif not torch.compiler.is_compiling() and all(operator.is_plain(some) and some.is_cuda for some in given):
             rows = _lookup_many_on_cuda(given, request, dims, in_one=True)
         else:
             rows = torch.ops.hps_numba.lookup_many(given, request, dims)
         return dict(zip(features, rows, strict=True))
 
+    def _stacked(self, keys: torch.Tensor) -> torch.Tensor:
+        dims = [wanted.dim for wanted in self._wanted.values()]
+        if keys.dim() == 0 or keys.shape[0] != len(dims):
+            raise ConfigError(f"keys: {list(keys.shape)} came, [{len(dims)}, ...] is wanted, a row for each feature")
+        if len(set(dims)) > 1:
+            raise ConfigError(f"keys: one tensor came for rows of {sorted(set(dims))} elements, {{feature: keys}} is wanted")
+        if self.trainable and self._trains():
+            return torch.stack(self._trained(list(keys.unbind(0)), self._request, dims))
+        if not torch.compiler.is_compiling() and operator.is_plain(keys) and keys.is_cuda:
+            rows = _lookup_stacked(keys, self._request, dims[0])
+            if rows is not None:
+                return rows
+        return torch.stack(torch.ops.hps_numba.lookup_many(list(keys.unbind(0)), self._request, dims))
+
+    def _trained(self, keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+        keys = [self._created(some, request, number) for number, some in enumerate(keys)]
+        rows: list[torch.Tensor] = torch.ops.hps_numba.lookup_many_trained(keys, self._switch, request, dims)
+        return rows
+
     def request_of(self, features: list[str]) -> str:
         """What the operator is asked for some features, in this order."""
         return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
 
-    def _request(self) -> str:
-        return self.request_of(list(self._texts))
+    def _request_for_all(self) -> str:
+        return self._request
 
     @property
     def tables(self) -> tuple[Rows, ...]:

@@ -95,7 +95,7 @@ class LookupLayer(TrainableLayer):
         rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
         return rows
 
-    def _request(self) -> str:
+    def _request_for_all(self) -> str:
         return self.request
 
     @property

@@ -28,13 +28,13 @@ class TableLayer(torch.nn.Module):
 
     rows_in_state_dict = False
 
-    def _request(self) -> str:
+    def _request_for_all(self) -> str:
         """The request (``frontends/_requests.py``) for all tables of the layer."""
         raise NotImplementedError
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict`` has of the layer."""
-        text = self._request()
+        text = self._request_for_all()
         request = Request.of_text(text)
         state: dict[str, Any] = {"version": _VERSION, "config": request.config, "tables": _names(request)}
         if self.rows_in_state_dict:
@@ -50,7 +50,7 @@ class TableLayer(torch.nn.Module):
         Raises:
             ConfigError: of other tables, or of a later version.   Otherwise as ``HPS.insert``.
         """
-        text = self._request()
+        text = self._request_for_all()
         if state.get("version") != _VERSION:
             raise ConfigError(f"state_dict: version {state.get('version')!r} came, {_VERSION} is wanted")
         wanted = _names(Request.of_text(text))
