@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.plan import Plan, make_plan, plan_of
 from hps_numba.progress import rows_progress
 from hps_numba.refresh import RefreshTimer
-from hps_numba.session import TableSession
+from hps_numba.session import Change, TableSession
 from hps_numba.stats import TableStats
 from hps_numba.storage.host_pooling import Bags, without_padding
 from hps_numba.storage.tiers._tier import Tier
@@ -539,6 +540,36 @@ class HPS:
         """Write the rows of those keys that exist; returns how many of ``keys`` did. Otherwise as ``insert``."""
         table = self._table(model_name, table_id)
         return table.update(*self._keys_and_rows(keys, rows, table))
+
+    def rewrite(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
+        """Write what a function makes of the rows of some keys, with no other write to the table between.
+
+        Args:
+            keys: distinct integers, n in all.
+            change: from their rows, NumPy float32 ``[n, dim]`` (the table's default value where there is none) and bool
+                ``[n]``, which exist, to new rows ``[n, dim]``. It may write to what it gets, and must not change the table.
+
+        Returns how many keys were new.
+
+        Raises:
+            As ``insert``; TierError if a slower tier cannot tell what it has.   What ``change`` raises; nothing is written.
+        """
+        table = self._table(model_name, table_id)
+        flat = as_keys(keys, wide=self._wide).flat
+        return table.rewrite(flat, lambda rows, found: as_rows(change(rows, found), (len(flat), table.spec.dim)))
+
+    @contextmanager
+    def held(self, model_name: str, table_id: int | str) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
+        """All keys of a table, and a function that reads rows of some of them; writes to it wait until the block ends.
+
+        Gives int64 ``[n]``, ascending, and a function from int64 keys ``[m]`` to float32 ``[m, dim]``.
+
+        Raises:
+            As ``lookup``; TierError if a slower tier cannot tell what it has.
+        """
+        table = self._table(model_name, table_id)
+        with table.changing():
+            yield table.keys(), lambda some: table.read(some)[0]
 
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """Remove the rows of the keys from every tier; returns how many distinct keys had one."""

@@ -42,10 +42,12 @@ from hps_numba.storage.host_store import HostStore
 from hps_numba.storage.table_content import address_of
 from hps_numba.table_caches import TableCaches
 
-__all__ = ["TableSession"]
+__all__ = ["Change", "TableSession"]
 
 Background = Callable[[Callable[[], None]], bool]
 """Runs a job later; False if it never will."""
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From float32 rows ``[n, dim]``, its own to write to, and bool ``[n]``, which of them exist, to new rows."""
 
 
 class TableSession:
@@ -441,6 +443,46 @@ class TableSession:
             rest = ~found
             found[rest] = self._slower.contains(self.spec.tag, keys[rest])
         return found
+
+    # -- reading to write ---------------------------------------------------------------------
+
+    def read(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(rows, found)`` of int64 keys, past the caches: float32 ``[n, dim]``, the default where bool ``[n]`` is off.
+
+        Raises:
+            TierError: a slower tier failed: whether it has a row cannot be told.
+        """
+        rows = np.full((len(keys), self.spec.dim), self.spec.default_value, np.float32)
+        found = np.zeros(len(keys), bool)
+        if self.store is not None and len(keys):
+            misses = np.empty(len(keys), np.int64)
+            missing = self.store.lookup(keys, rows, self.spec.default_value, misses)
+            found[:] = True
+            found[misses[:missing]] = False
+        behind = np.flatnonzero(~found)
+        if self._slower and len(behind):
+            wanted, inverse = np.unique(keys[behind], return_inverse=True)
+            there, theirs = self._present(wanted)
+            here = there[inverse]
+            rows[behind[here]] = theirs[inverse[here]]
+            found[behind] = here
+        return rows, found
+
+    def rewrite(self, keys: np.ndarray, change: Change) -> int:
+        """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write between.
+
+        Returns how many keys were new.   Raises as ``read`` and ``insert``.
+        """
+        self._check_writable()
+        with self._write_lock:
+            return self.insert(keys, np.ascontiguousarray(change(*self.read(keys)), np.float32))
+
+    def keys(self) -> np.ndarray:
+        """int64: all keys with a row in some tier, ascending."""
+        parts = [] if self.store is None else [self.store.keys()]
+        for tier in self._slower.tiers:
+            parts += [some for some, _ in tier.scan(self.spec.tag)]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
     def adopt(self, content: HostStore | None) -> None:
         """Put a loaded version of the table in the place of the present one."""

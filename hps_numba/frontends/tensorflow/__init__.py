@@ -17,8 +17,12 @@ from hps_numba.frontends.tensorflow.export import load, split
 from hps_numba.frontends.tensorflow.initialize import Init
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
 from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
+from hps_numba.frontends.tensorflow.training import SGD, Adagrad, Adam, load_checkpoint, save_checkpoint
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
     "Init",
     "LookupCollection",
     "LookupLayer",
@@ -29,6 +33,8 @@ __all__ = [
     "embedding_lookup_many",
     "embedding_lookup_sparse",
     "load",
+    "load_checkpoint",
+    "save_checkpoint",
     "server_of",
     "split",
 ]

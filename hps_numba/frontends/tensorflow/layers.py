@@ -9,8 +9,23 @@ import keras
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
+from hps_numba.frontends._row_training import NotedRows
 from hps_numba.frontends._servers import Config, config_of
-from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
+from hps_numba.frontends.tensorflow.lookup import (
+    Table,
+    clipped,
+    embedding_lookup,
+    embedding_lookup_many,
+    embedding_lookup_sparse,
+)
+from hps_numba.frontends.tensorflow.training import (
+    config_of_initializer,
+    initializer_of,
+    named,
+    table_rows,
+    trained_lookup,
+    trained_lookup_sparse,
+)
 
 __all__ = ["LookupCollection", "LookupLayer", "SparseLookupLayer"]
 
@@ -18,15 +33,35 @@ _ROW_TYPES = (tf.float32, tf.float16, tf.bfloat16)
 
 
 class _Layer(keras.layers.Layer):
-    """What all layers share: no weights, ids left as they are, rows in the dtype that is wanted."""
+    """What all layers share: ids left as they are, rows in the dtype that is wanted; no weights but the switch of rows that
+    train."""
 
-    def __init__(self, emb_vec_dtype: Any, **kwargs: Any) -> None:
+    def __init__(self, emb_vec_dtype: Any, train_rows: bool, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
+        self.train_rows = bool(train_rows)
+        self.initializer = initializer_of(initializer)
+        if self.initializer is not None and not self.train_rows:
+            raise ConfigError("initializer: came without train_rows=True; only rows that train are made for new ids")
+        if self.train_rows:
+            self.switch = self.add_weight(shape=(), initializer="zeros", dtype="float32", name="switch")
         self.supports_jit = False
         self.emb_vec_dtype = tf.as_dtype(emb_vec_dtype)
         if self.emb_vec_dtype not in _ROW_TYPES:
             names = ", ".join(kind.name for kind in _ROW_TYPES)
             raise ConfigError(f"emb_vec_dtype: {self.emb_vec_dtype.name} came, one of {names} is wanted")
+
+    def _trains(self, training: bool | None) -> bool:
+        return self.train_rows and bool(training) and self.trainable
+
+    def _rows(self, table: Table, ids: Any, training: bool | None, max_norm: Any = None) -> Any:
+        if self._trains(training):
+            return clipped(trained_lookup(table, ids, self.switch, named(self.initializer)), max_norm)
+        return embedding_lookup(table, ids, max_norm)
+
+    def _training_config(self) -> dict[str, Any]:
+        if not self.train_rows:
+            return {}
+        return {"train_rows": True, "initializer": config_of_initializer(self.initializer)}
 
     def _finished(self, rows: Any) -> Any:
         """In ``emb_vec_dtype``, or where that is float32 in the layer's ``compute_dtype`` (mixed precision)."""
@@ -45,9 +80,12 @@ class _TableLayer(_Layer):
         ps_config_file: path of the JSON, or its content as a dict; with an empty one ``Init`` comes first. It is read when the
             layer is first called, so the file may change after a model was saved.
         global_batch_size: as for ``Init``.
-        kwargs: of ``keras.layers.Layer``.
+        train_rows: calls with ``training=True`` note gradients of rows, for an optimizer of ours (``training.py``).
+        initializer: of trained rows that do not exist, made in such calls: ``zeros``, ``normal``, ``uniform``, a function
+            (``hps_numba/initializers.py``), or None: such ids get the table's default value, and a row with their gradient.
+        kwargs: of ``keras.layers.Layer``; its ``trainable`` freezes rows that train.
 
-    Rows are frozen: the layer has no weights. **Threads:** calls.
+    Rows are frozen by default: the layer has no weights. **Threads:** calls.
     """
 
     def __init__(
@@ -58,10 +96,17 @@ class _TableLayer(_Layer):
         emb_vec_dtype: Any = tf.float32,
         ps_config_file: Config = "",
         global_batch_size: int = 1,
+        *,
+        train_rows: bool = False,
+        initializer: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(emb_vec_dtype, **kwargs)
+        super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
         self.table = Table(model_name, table_id, emb_vec_size, ps_config_file, global_batch_size)
+
+    def trained_tables(self) -> list[NotedRows]:
+        """What optimizers of ours train; builds the server if this process has none."""
+        return [table_rows(self.table, self.initializer)] if self.train_rows else []
 
     def get_config(self) -> dict[str, Any]:
         """What ``from_config`` makes an equal layer of."""
@@ -73,6 +118,7 @@ class _TableLayer(_Layer):
             "emb_vec_dtype": self.emb_vec_dtype.name,
             "ps_config_file": config_of(self.table.ps_config_file),
             "global_batch_size": self.table.global_batch_size,
+            **self._training_config(),
         }
 
 
@@ -82,9 +128,9 @@ class LookupLayer(_TableLayer):
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
-    def call(self, ids: Any, max_norm: Any = None) -> Any:
+    def call(self, ids: Any, max_norm: Any = None, training: bool | None = None) -> Any:
         """float32 ``S + [emb_vec_size]`` for ids of shape ``S``, ragged for a RaggedTensor; see ``embedding_lookup``."""
-        return self._finished(embedding_lookup(self.table, ids, max_norm))
+        return self._finished(self._rows(self.table, ids, training, max_norm))
 
 
 @keras.saving.register_keras_serializable("hps_numba")
@@ -101,8 +147,12 @@ class SparseLookupLayer(_TableLayer):
         combiner: str | None = None,
         max_norm: Any = None,
         default_id: int | None = None,
+        training: bool | None = None,
     ) -> Any:
         """float32 ``[N, emb_vec_size]``; see ``embedding_lookup_sparse``. ``name`` is ignored, as in the original."""
+        if self._trains(training):
+            how = (sp_weights, combiner, max_norm, default_id, self.switch, named(self.initializer))
+            return self._finished(trained_lookup_sparse(self.table, sp_ids, *how))
         return self._finished(embedding_lookup_sparse(self.table, sp_ids, sp_weights, combiner, max_norm, default_id))
 
 
@@ -113,9 +163,10 @@ class LookupCollection(_Layer):
     Args:
         model_name: a deployed model.
         tables: ``{feature: (table_id, emb_vec_size)}``.
-        emb_vec_dtype, ps_config_file, global_batch_size, kwargs: as for ``LookupLayer``.
+        emb_vec_dtype, ps_config_file, global_batch_size, train_rows, initializer, kwargs: as for ``LookupLayer``; calls that
+            train ask one table after the other.
 
-    Rows are frozen. **Threads:** calls.
+    Rows are frozen by default. **Threads:** calls.
     """
 
     def __init__(
@@ -125,9 +176,12 @@ class LookupCollection(_Layer):
         emb_vec_dtype: Any = tf.float32,
         ps_config_file: Config = "",
         global_batch_size: int = 1,
+        *,
+        train_rows: bool = False,
+        initializer: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(emb_vec_dtype, **kwargs)
+        super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
         if not tables:
             raise ConfigError("tables: none came, {feature: (table_id, emb_vec_size)} is wanted")
         self.model_name = model_name
@@ -136,7 +190,11 @@ class LookupCollection(_Layer):
             for feature, (table_id, size) in tables.items()
         }
 
-    def call(self, ids: Mapping[str, Any]) -> dict[str, Any]:
+    def trained_tables(self) -> list[NotedRows]:
+        """As of ``LookupLayer``."""
+        return [table_rows(table, self.initializer) for table in self._tables.values()] if self.train_rows else []
+
+    def call(self, ids: Mapping[str, Any], training: bool | None = None) -> dict[str, Any]:
         """``{feature: rows}`` for ``{feature: ids}``, of any of the features.
 
         Ids are dense or ragged (a row each), or a SparseTensor (the mean of each row of it).
@@ -147,6 +205,8 @@ class LookupCollection(_Layer):
         strangers = [feature for feature in ids if feature not in self._tables]
         if strangers:
             raise ConfigError(f"ids: features {', '.join(strangers)} came, known are {', '.join(self._tables)}")
+        if self._trains(training):
+            return {feature: self._finished(self._trained(self._tables[feature], some)) for feature, some in ids.items()}
         rows = embedding_lookup_many([(self._tables[feature], some) for feature, some in ids.items()]) if ids else []
         return {feature: self._finished(some) for feature, some in zip(ids, rows)}
 
@@ -160,4 +220,11 @@ class LookupCollection(_Layer):
             "emb_vec_dtype": self.emb_vec_dtype.name,
             "ps_config_file": config_of(some.ps_config_file),
             "global_batch_size": some.global_batch_size,
+            **self._training_config(),
         }
+
+    def _trained(self, table: Table, ids: Any) -> Any:
+        initializer = named(self.initializer)
+        if isinstance(ids, tf.SparseTensor):
+            return trained_lookup_sparse(table, ids, None, None, None, None, self.switch, initializer)
+        return trained_lookup(table, ids, self.switch, initializer)

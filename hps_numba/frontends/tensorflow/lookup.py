@@ -13,7 +13,16 @@ from hps_numba.frontends._servers import Config, config_of
 from hps_numba.frontends.tensorflow.initialize import replica_count
 from hps_numba.frontends.tensorflow.operator import lookup_op
 
-__all__ = ["COMBINERS", "ID_TYPES", "Table", "embedding_lookup", "embedding_lookup_many", "embedding_lookup_sparse"]
+__all__ = [
+    "COMBINERS",
+    "ID_TYPES",
+    "Table",
+    "check_sparse",
+    "clipped",
+    "embedding_lookup",
+    "embedding_lookup_many",
+    "embedding_lookup_sparse",
+]
 
 ID_TYPES = (tf.int64, tf.int32, tf.uint32, tf.uint64)
 COMBINERS = ("sum", "mean", "sqrtn")
@@ -74,7 +83,7 @@ def embedding_lookup(table: Table, ids: Any, max_norm: Any = None) -> Any:
         KeyDtypeError (a TypeError): ids of another type.   Otherwise as ``lookup_op``.
     """
     (rows,) = embedding_lookup_many([(table, ids)])
-    return _clipped(rows, max_norm)
+    return clipped(rows, max_norm)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -117,12 +126,25 @@ def _check_ids(ids: Any, place: str) -> None:
         raise KeyDtypeError(f"{place}: {ids.dtype.name} came, one of {', '.join(kind.name for kind in ID_TYPES)} is wanted")
 
 
-def _clipped(rows: Any, max_norm: Any) -> Any:
+def clipped(rows: Any, max_norm: Any) -> Any:
+    """Rows, ragged or not, clipped to a norm, or as they are for None."""
     if max_norm is None:
         return rows
     if isinstance(rows, tf.RaggedTensor):
-        return rows.with_flat_values(_clipped(rows.flat_values, max_norm))
+        return rows.with_flat_values(clipped(rows.flat_values, max_norm))
     return tf.clip_by_norm(rows, max_norm, axes=[-1 if rows.shape.rank is None else rows.shape.rank - 1])
+
+
+def check_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> str:
+    """The combiner. Raises as ``embedding_lookup_sparse``."""
+    if not isinstance(sp_ids, tf.SparseTensor):
+        raise TypeError(f"sp_ids: {type(sp_ids).__name__} came, a SparseTensor is wanted")
+    if sp_weights is not None and not isinstance(sp_weights, tf.SparseTensor):
+        raise TypeError(f"sp_weights: {type(sp_weights).__name__} came, a SparseTensor or None is wanted")
+    combiner = "mean" if combiner is None else combiner
+    if combiner not in COMBINERS:
+        raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
+    return combiner
 
 
 @tf.autograph.experimental.do_not_convert
@@ -151,13 +173,7 @@ def embedding_lookup_sparse(
         TypeError: ids or weights are no SparseTensor.   ValueError: an unknown combiner, or static shapes that differ.
         ConfigError (a ValueError): other indices of weights, ids not ordered by row.   Otherwise as ``lookup_op``.
     """
-    if not isinstance(sp_ids, tf.SparseTensor):
-        raise TypeError(f"sp_ids: {type(sp_ids).__name__} came, a SparseTensor is wanted")
-    if sp_weights is not None and not isinstance(sp_weights, tf.SparseTensor):
-        raise TypeError(f"sp_weights: {type(sp_weights).__name__} came, a SparseTensor or None is wanted")
-    combiner = "mean" if combiner is None else combiner
-    if combiner not in COMBINERS:
-        raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
+    combiner = check_sparse(sp_ids, sp_weights, combiner)
     wanted, inputs, shape, _ = _piece(table, sp_ids, combiner)
     wanted = replace(wanted, default_id=default_id)
     if max_norm is not None:

@@ -23,7 +23,7 @@ from hps_numba.frontends._requests import Request, answer
 from hps_numba.frontends._servers import SERVERS
 from hps_numba.interop import ArrayKind, wrap_output
 
-__all__ = ["INIT_TOKEN", "LOOKUP_TOKEN", "init_op", "lookup_op"]
+__all__ = ["INIT_TOKEN", "LOOKUP_TOKEN", "init_op", "lookup_op", "python_op"]
 
 LOOKUP_TOKEN = "hps_numba.lookup.1"
 INIT_TOKEN = "hps_numba.init.1"
@@ -57,6 +57,20 @@ def _register() -> None:
 
 
 _register()
+
+
+def python_op(token: str, function: Callable[..., np.ndarray]) -> Callable[[Sequence[Any], Any], Any]:
+    """An op of one output that calls ``function`` with NumPy's arrays (texts as bytes), by a token as the lookup has one."""
+    _CALLBACKS[token] = function
+    _register()
+
+    def call(inputs: Sequence[Any], dtype: Any) -> Any:
+        if tf.executing_eagerly():
+            return tf.convert_to_tensor(function(*[tensor.numpy() for tensor in inputs]), dtype)
+        (answer,) = tf.raw_ops.PyFunc(input=list(inputs), token=token, Tout=[dtype])
+        return answer
+
+    return call
 
 
 def lookup_op(request: Request, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:

@@ -14,11 +14,14 @@ from hps_numba.frontends._requests import Request, Wanted, tables_of
 from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
 from hps_numba.frontends.torch.pooling import COMBINERS, fused, pooled
+from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.initializers import Initializer
 
 __all__ = ["HPSEmbeddingBag"]
 
 
-class HPSEmbeddingBag(torch.nn.Module):
+class HPSEmbeddingBag(TrainableLayer):
     """One row for each bag of keys.
 
     Args:
@@ -27,8 +30,10 @@ class HPSEmbeddingBag(torch.nn.Module):
         max_norm: rows are clipped to this norm before they are weighted, or None. The table stays as it is.
         padding_idx: a key that does not count, or None.
         include_last_offset: ``offsets`` end with the number of keys.
+        trainable, initializer: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row; where several
+            rows are the largest, they share it.
 
-    Rows are frozen; gradients flow to ``per_sample_weights``. **Threads:** calls.
+    Rows are frozen by default; gradients flow to ``per_sample_weights``. **Threads:** calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -45,6 +50,8 @@ class HPSEmbeddingBag(torch.nn.Module):
         max_norm: float | None = None,
         padding_idx: int | None = None,
         include_last_offset: bool = False,
+        trainable: bool = False,
+        initializer: str | Initializer | None = None,
     ) -> None:
         super().__init__()
         if mode not in COMBINERS:
@@ -58,6 +65,7 @@ class HPSEmbeddingBag(torch.nn.Module):
         self.max_norm = None if max_norm is None else float(max_norm)
         self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
+        self._set_training(trainable, initializer)
 
     def forward(
         self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
@@ -82,6 +90,10 @@ class HPSEmbeddingBag(torch.nn.Module):
             per_sample_weights = per_sample_weights.reshape(-1)
         starts, open_end = self._starts(input, offsets)
         keys = input.reshape(-1)
+        if self.trainable and self._trains():
+            if open_end:
+                starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
+            return self._trained(keys, starts, per_sample_weights)
         if not torch.compiler.is_compiling() and self._goes_straight(keys, per_sample_weights):
             return fused(keys, starts, per_sample_weights, self.request, self.mode, self.padding_idx, open_end=open_end)
         if open_end:
@@ -89,6 +101,32 @@ class HPSEmbeddingBag(torch.nn.Module):
         return pooled(
             keys, starts, per_sample_weights, self.request, self.emb_vec_size, self.mode, self.max_norm, self.padding_idx
         )
+
+    def _trained(self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        pooled: torch.Tensor = torch.ops.hps_numba.pooled_trained(
+            self._created(keys, self.request, padding=self.padding_idx),
+            starts,
+            weights,
+            self.request,
+            self.emb_vec_size,
+            self.mode,
+            self.max_norm,
+            self.padding_idx,
+            self._switch,
+        )
+        return pooled
+
+    def _request_for_all(self) -> str:
+        return self.request
+
+    @property
+    def rows(self) -> Rows:
+        """As of ``LookupLayer``."""
+        return self._rows_of(self.request)
+
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        return (self.rows,)
 
     def _goes_straight(self, keys: torch.Tensor, weights: torch.Tensor | None) -> bool:
         """An eager call that a kernel answers and no gradient comes back to: without the dispatcher."""
@@ -117,4 +155,4 @@ class HPSEmbeddingBag(torch.nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         (wanted,) = Request.of_text(self.request).wanted
-        return f"{wanted.model}, {wanted.table}, {wanted.dim}, mode={self.mode}"
+        return f"{wanted.model}, {wanted.table}, {wanted.dim}, mode={self.mode}{self._training_repr()}"

@@ -14,6 +14,9 @@ from hps_numba.errors import ClosedError, ConfigError
 from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
 from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator
+from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.initializers import Initializer
 
 __all__ = ["LookupCollection"]
 
@@ -112,15 +115,17 @@ def _shapes_of_lookups(keys: Any, request: str, dims: Any) -> Any:
     return [some.new_empty((*some.shape, dim), dtype=torch.float32) for some, dim in zip(keys, dims, strict=True)]
 
 
-class LookupCollection(torch.nn.Module):
+class LookupCollection(TrainableLayer):
     """The rows of several tables of one model, asked for in one call.
 
     Args:
         ps_config_file, model_name: as for ``LookupLayer``.
         tables: ``{feature: (table_id, emb_vec_size)}``.
+        trainable, initializer: as for ``LookupLayer``, for all tables.
 
     On the CPU large batches are shared out to all cores, table by table. On a GPU tables of one width and kind are looked up by
-    one kernel, up to 32 of them; the answers to an eager call are parts of one tensor. Rows are frozen. **Threads:** calls.
+    one kernel, up to 32 of them; the answers to an eager call are parts of one tensor. Rows are frozen by
+    default. **Threads:** calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -131,6 +136,9 @@ class LookupCollection(torch.nn.Module):
         ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
         model_name: str,
         tables: Mapping[str, tuple[int | str, int]],
+        *,
+        trainable: bool = False,
+        initializer: str | Initializer | None = None,
     ) -> None:
         super().__init__()
         if not tables:
@@ -140,6 +148,7 @@ class LookupCollection(torch.nn.Module):
         self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
         self._texts = dict(zip(self._wanted, texts, strict=True))
         self._request = self.request_of(list(self._wanted))
+        self._set_training(trainable, initializer)
 
     def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
         """The rows of keys.
@@ -169,7 +178,9 @@ class LookupCollection(torch.nn.Module):
         dims = [self._wanted[feature].dim for feature in features]
         given = list(keys.values())
         request = self.request_of(features)
-        if not torch.compiler.is_compiling() and all(operator.is_plain(some) and some.is_cuda for some in given):
+        if self.trainable and self._trains():
+            rows = self._trained(given, request, dims)
+        elif not torch.compiler.is_compiling() and all(operator.is_plain(some) and some.is_cuda for some in given):
             rows = _lookup_many_on_cuda(given, request, dims, in_one=True)
         else:
             rows = torch.ops.hps_numba.lookup_many(given, request, dims)
@@ -181,16 +192,31 @@ class LookupCollection(torch.nn.Module):
             raise ConfigError(f"keys: {list(keys.shape)} came, [{len(dims)}, ...] is wanted, a row for each feature")
         if len(set(dims)) > 1:
             raise ConfigError(f"keys: one tensor came for rows of {sorted(set(dims))} elements, {{feature: keys}} is wanted")
+        if self.trainable and self._trains():
+            return torch.stack(self._trained(list(keys.unbind(0)), self._request, dims))
         if not torch.compiler.is_compiling() and operator.is_plain(keys) and keys.is_cuda:
             rows = _lookup_stacked(keys, self._request, dims[0])
             if rows is not None:
                 return rows
         return torch.stack(torch.ops.hps_numba.lookup_many(list(keys.unbind(0)), self._request, dims))
 
+    def _trained(self, keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+        keys = [self._created(some, request, number) for number, some in enumerate(keys)]
+        rows: list[torch.Tensor] = torch.ops.hps_numba.lookup_many_trained(keys, self._switch, request, dims)
+        return rows
+
     def request_of(self, features: list[str]) -> str:
         """What the operator is asked for some features, in this order."""
         return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
 
+    def _request_for_all(self) -> str:
+        return self._request
+
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        return tuple(self._rows_of(self.request_of([feature])) for feature in self._texts)
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        return ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
+        tables = ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
+        return tables + self._training_repr()

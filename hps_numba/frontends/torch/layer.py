@@ -12,6 +12,9 @@ from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted
 from hps_numba.frontends._servers import config_of, server_of
 from hps_numba.frontends.torch.operator import rows_of
+from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.initializers import Initializer
 
 __all__ = ["Init", "LookupLayer"]
 
@@ -29,7 +32,7 @@ def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
     server_of(ps_config_file)
 
 
-class LookupLayer(torch.nn.Module):
+class LookupLayer(TrainableLayer):
     """The row of each key, as ``torch.nn.Embedding``, from a table of any size with any integers as keys.
 
     Args:
@@ -39,11 +42,16 @@ class LookupLayer(torch.nn.Module):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         output_dtype: of the answer: ``torch.float32``, ``float16`` or ``bfloat16``.
+        trainable: rows train: backwards note their gradients for an optimizer of ours (``frontends/torch/optimizers.py``).
+        initializer: of trained rows that do not exist, made when they are first looked up with gradients on: ``zeros``,
+            ``normal``, ``uniform``, a function (``hps_numba/initializers.py``), or None: such keys get the table's default
+            value, and a row with their first gradient. Keys on a GPU are copied to the host for it.
 
     Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
-    stream. A key that no tier has gets the table's default value. Rows are frozen: the layer has no parameters and an empty
-    ``state_dict``. It can be compiled, exported, scripted, pickled and copied; none of that takes rows along.
+    stream. A key that no tier has gets the table's default value. Rows are frozen, or train by way of ``rows``; either way
+    the layer has no parameters, and its ``state_dict`` tells the table and has no rows (``rows_in_state_dict`` changes that).
+    It can be compiled, exported, scripted, pickled and copied; none of that takes rows along.
 
     Raises (when called):
         KeyDtypeError: keys are no integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
@@ -59,6 +67,8 @@ class LookupLayer(torch.nn.Module):
         emb_vec_size: int,
         *,
         output_dtype: torch.dtype = torch.float32,
+        trainable: bool = False,
+        initializer: str | Initializer | None = None,
     ) -> None:
         super().__init__()
         if output_dtype not in _ROW_TYPES:
@@ -68,16 +78,36 @@ class LookupLayer(torch.nn.Module):
         self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
         self.emb_vec_size: int = wanted.dim
         self.output_dtype = output_dtype
+        self._set_training(trainable, initializer)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
         if torch.jit.is_scripting():  # a script has the operator and nothing else of ours
             rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        elif self.trainable and self._trains():
+            rows = self._trained(keys)
         else:
             rows = rows_of(keys, self.request, self.emb_vec_size)
         return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
 
+    def _trained(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = self._created(keys, self.request)
+        rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
+        return rows
+
+    def _request_for_all(self) -> str:
+        return self.request
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the table as a parameter for an optimizer of ours, ``grad`` included; builds the server if need be."""
+        return self._rows_of(self.request)
+
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        return (self.rows,)
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         (wanted,) = Request.of_text(self.request.encode()).wanted
-        return f"{wanted.model}, {wanted.table}, {wanted.dim}, output_dtype={self.output_dtype}"
+        return f"{wanted.model}, {wanted.table}, {wanted.dim}, output_dtype={self.output_dtype}{self._training_repr()}"

@@ -1,0 +1,126 @@
+"""Training of rows for frameworks that hand gradients over as NumPy's arrays: what was noted of a table, and who applies it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hps_numba import train
+from hps_numba.errors import ConfigError
+from hps_numba.forks import renew_after_fork
+from hps_numba.initializers import Initializer
+from hps_numba.interop import as_keys
+from hps_numba.parameter_server import HPS
+
+__all__ = ["NotedRows", "RowOptimizer", "noted_rows"]
+
+
+class NotedRows:
+    """Gradients of the rows of one table, noted until an optimizer takes them.
+
+    **Threads:** every method.
+    """
+
+    def __init__(self, server: HPS, model: str, table: str, dim: int) -> None:
+        self.model, self.table, self.dim = model, table, dim
+        self.wide: bool = server.config.supportlonglong
+        self.server = weakref.ref(server)
+        self.initializer: Initializer | None = None
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """A new lock, as a forked child needs it."""
+        self._lock = threading.Lock()
+
+    def note(self, keys: np.ndarray, gradients: np.ndarray) -> None:
+        """Keys of any shape ``S`` and float32 ``S + (dim,)``; nothing of them is kept."""
+        flat = as_keys(keys, wide=self.wide).flat
+        part = _summed(flat, np.ascontiguousarray(gradients, np.float32).reshape(len(flat), self.dim))
+        with self._lock:
+            self._parts.append(part)
+
+    def take(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Distinct keys, ascending, and the sums of their gradients in the order in which they came; then there are none."""
+        with self._lock:
+            parts, self._parts = self._parts, []
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return _summed(np.concatenate([keys for keys, _ in parts]), np.concatenate([rows for _, rows in parts]))
+
+
+def _summed(keys: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    begins = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if len(keys) else np.empty(0, np.int64)
+    return ordered[begins], train.summed_rows(gradients, order, np.append(begins, len(keys)))
+
+
+_known: weakref.WeakKeyDictionary[HPS, dict[str, NotedRows]] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def noted_rows(server: HPS, model: str, table: int | str) -> NotedRows:
+    """Those of a table of a server.
+
+    Raises:
+        UnknownModelError: no such table.
+    """
+    spec = server.table_spec(model, table)
+    with _making:
+        tables = _known.setdefault(server, {})
+        if spec.tag not in tables:
+            tables[spec.tag] = NotedRows(server, spec.model, spec.name, spec.dim)
+        return tables[spec.tag]
+
+
+class RowOptimizer:
+    """Lets the rows of some tables follow the gradients that were noted.
+
+    Args:
+        tables: their noted gradients.
+        rule: made anew for each step from the settings, which may change between steps: ``optimizer.lr = 0.1``.
+
+    **Threads:** steps take turns; gradients are noted meanwhile.
+    """
+
+    def __init__(self, tables: Sequence[NotedRows], rule: Callable[..., train.Rule], **settings: float) -> None:
+        if not tables:
+            raise ConfigError("no trained rows came, layers of trainable=True, or models with such, are wanted")
+        self._rule, self._names = rule, tuple(settings)
+        self.__dict__.update(settings)
+        self.tables = tuple(tables)
+        made = rule(**settings)
+        self.trainers: list[train.RowTrainer] = []
+        for rows in tables:
+            server = rows.server()
+            assert server is not None  # whoever found the rows held it
+            self.trainers.append(train.RowTrainer(server, rows.model, rows.table, made))
+
+    def step(self) -> None:
+        """Apply what was noted since the last step; every lookup that starts after the return sees it.
+
+        Raises:
+            As ``HPS.insert``.
+        """
+        rule = self._rule(**{name: float(getattr(self, name)) for name in self._names})
+        for rows, trainer in zip(self.tables, self.trainers, strict=True):
+            taken = rows.take()
+            if taken is not None:
+                trainer.initializer = rows.initializer
+                trainer.step(*taken, rule)
+
+    def zero_grad(self) -> None:
+        """Forget what was noted."""
+        for rows in self.tables:
+            rows.take()
+
+    def __repr__(self) -> str:
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self._names}
+        tables = ", ".join(f"{rows.model}.{rows.table}" for rows in self.tables)
+        return f"{type(self).__name__}({tables}; {', '.join(f'{name}={value}' for name, value in settings.items())})"

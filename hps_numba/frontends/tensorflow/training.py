@@ -1,0 +1,243 @@
+"""Train rows from TensorFlow: lookups with a gradient, and optimizers that apply it.
+
+A lookup that trains takes ``switch`` besides, a number that is 0 and that a tape watches. The gradient of rows goes to Python
+by the same kind of op as the lookup, under a token of its own; that gives the 0 that is the gradient of ``switch``, so that no
+graph leaves it out.
+
+::
+
+    layer = hps.LookupLayer("model", 0, 16, ps_config_file="ps_config.json", train_rows=True, initializer="normal")
+    model = keras.Sequential([keras.Input([3], dtype="int64"), layer, keras.layers.Flatten(), keras.layers.Dense(1)])
+    rows = hps.Adagrad(model, lr=0.05)
+    model.fit(ids, labels, callbacks=[rows.callback()])    # or rows.step() after each batch of a loop of one's own
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hps_numba import train
+from hps_numba.checkpoints import load_trained, save_trained
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._requests import tables_of
+from hps_numba.frontends._row_training import NotedRows, RowOptimizer, noted_rows
+from hps_numba.frontends.tensorflow.lookup import Table, check_sparse, clipped, embedding_lookup
+from hps_numba.frontends.tensorflow.operator import python_op
+from hps_numba.initializers import Initializer, Normal, Uniform, Zeros, as_initializer
+from hps_numba.interop import as_keys
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "config_of_initializer",
+    "initializer_of",
+    "load_checkpoint",
+    "named",
+    "save_checkpoint",
+    "table_rows",
+    "trained_lookup",
+    "trained_lookup_sparse",
+]
+
+_initializers: dict[str, Initializer] = {}
+
+
+def named(initializer: Initializer | None) -> str:
+    """A text for an initializer, by which the ops of this process find it; empty for None."""
+    if initializer is None:
+        return ""
+    _initializers[repr(initializer)] = initializer
+    return repr(initializer)
+
+
+_CLASSES = {kind.__name__: kind for kind in (Normal, Uniform, Zeros)}
+
+
+def initializer_of(given: Any) -> Initializer | None:
+    """What a user or a saved config gave.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(given, Mapping) and given.get("class") in _CLASSES:
+        made: Initializer = _CLASSES[given["class"]](**{name: value for name, value in given.items() if name != "class"})
+        return made
+    return as_initializer(given)
+
+
+def config_of_initializer(initializer: Initializer | None) -> dict[str, Any] | None:
+    """What a saved config keeps.
+
+    Raises:
+        ConfigError: of a function of one's own nothing can be kept.
+    """
+    if initializer is None:
+        return None
+    if type(initializer).__name__ not in _CLASSES:
+        raise ConfigError(f"initializer: {initializer!r} cannot be saved with a model, one of {', '.join(_CLASSES)} can")
+    return {"class": type(initializer).__name__, **vars(initializer)}
+
+
+def _create(request: Any, initializer: Any, keys: Any) -> np.ndarray:
+    ((server, wanted),) = tables_of(bytes(request))
+    flat = as_keys(keys, wide=server.config.supportlonglong).flat
+    train.create_rows(server, wanted.model, wanted.table, flat, _initializers[bytes(initializer).decode()])
+    return np.asarray(keys)
+
+
+def _note(request: Any, keys: Any, gradients: Any) -> np.ndarray:
+    ((server, wanted),) = tables_of(bytes(request))
+    noted_rows(server, wanted.model, wanted.table).note(np.asarray(keys), np.asarray(gradients))
+    return np.zeros((), np.float32)
+
+
+_create_op = python_op("hps_numba.create_rows.1", _create)
+_note_op = python_op("hps_numba.note_gradient.1", _note)
+
+
+def table_rows(table: Table, initializer: Initializer | None = None) -> NotedRows:
+    """What was noted of a table; builds its server if this process has none.
+
+    Raises:
+        As ``HPS``.   ConfigError: another layer gave the table another initializer.
+    """
+    ((server, wanted),) = tables_of(table.request(table.wanted).text)
+    rows = noted_rows(server, wanted.model, wanted.table)
+    if initializer is not None:
+        if rows.initializer not in (None, initializer):
+            raise ConfigError(f"initializer: {initializer!r} came, another layer gave {rows.initializer!r}")
+        rows.initializer = initializer
+    return rows
+
+
+@tf.autograph.experimental.do_not_convert
+def trained_lookup(table: Table, ids: Any, switch: Any, initializer: str = "") -> Any:
+    """``embedding_lookup`` whose gradient is noted for an optimizer.
+
+    Args:
+        ids: a tensor, or a RaggedTensor.   switch: float32 scalar, 0, that a tape watches.
+        initializer: ``named``; ids without a row get one from it first. Empty: they get the table's default value.
+    """
+    if isinstance(ids, tf.RaggedTensor):
+        return ids.with_flat_values(trained_lookup(table, ids.flat_values, switch, initializer))
+    ids = tf.convert_to_tensor(ids)
+    request = tf.constant(table.request(table.wanted).text, tf.string)
+    if initializer:
+        shape = ids.shape
+        ids = _create_op([request, tf.constant(initializer, tf.string), ids], ids.dtype)
+        ids.set_shape(shape)
+
+    @tf.custom_gradient
+    def looked(switch: Any) -> tuple[Any, Any]:
+        def gradient(upstream: Any) -> Any:
+            zero = _note_op([request, ids, tf.convert_to_tensor(upstream)], tf.float32)
+            zero.set_shape([])
+            return zero
+
+        return embedding_lookup(table, ids), gradient
+
+    return looked(tf.convert_to_tensor(switch))
+
+
+@tf.autograph.experimental.do_not_convert
+def trained_lookup_sparse(
+    table: Table,
+    sp_ids: Any,
+    sp_weights: Any,
+    combiner: str | None,
+    max_norm: Any,
+    default_id: int | None,
+    switch: Any,
+    initializer: str = "",
+) -> Any:
+    """``embedding_lookup_sparse`` whose gradient is noted: rows are looked up one by one, and combined by TensorFlow.
+
+    Raises:
+        As ``embedding_lookup_sparse``.
+    """
+    combiner = check_sparse(sp_ids, sp_weights, combiner)
+    weights = tf.ones_like(sp_ids.values, tf.float32) if sp_weights is None else tf.cast(sp_weights.values, tf.float32)
+    if default_id is not None:
+        sp_weights = tf.sparse.fill_empty_rows(tf.SparseTensor(sp_ids.indices, weights, sp_ids.dense_shape), 1.0)[0]
+        sp_ids, weights = tf.sparse.fill_empty_rows(sp_ids, tf.cast(default_id, sp_ids.dtype))[0], sp_weights.values
+    rows = clipped(trained_lookup(table, sp_ids.values, switch, initializer), max_norm)
+    bags, count = sp_ids.indices[:, 0], sp_ids.dense_shape[0]
+    total = tf.math.unsorted_segment_sum(rows * weights[:, None], bags, count)
+    total.set_shape([sp_ids.shape[0], table.emb_vec_size])
+    if combiner == "sum":
+        return total
+    squares = tf.math.unsorted_segment_sum(weights if combiner == "mean" else weights * weights, bags, count)
+    return tf.math.divide_no_nan(total, (squares if combiner == "mean" else tf.sqrt(squares))[:, None])
+
+
+# -- optimizers ---------------------------------------------------------------------
+
+
+def _tables_in(layers: Any) -> Iterator[NotedRows]:
+    if isinstance(layers, keras.layers.Layer):
+        own = getattr(layers, "trained_tables", None)
+        if own is not None:
+            yield from own()
+        for layer in layers._flatten_layers(include_self=False, recursive=False):
+            yield from _tables_in(layer)
+    elif isinstance(layers, Iterable):
+        for layer in layers:
+            yield from _tables_in(layer)
+    else:
+        raise ConfigError(f"layers: {type(layers).__name__} came, Keras layers or models are wanted")
+
+
+class _Optimizer(RowOptimizer):
+    def __init__(self, layers: Any, rule: Any, **settings: float) -> None:
+        super().__init__(list({id(rows): rows for rows in _tables_in(layers)}.values()), rule, **settings)
+
+    def callback(self) -> Any:
+        """A Keras callback that makes a step after each batch of ``fit`` (each execution, if those have several batches)."""
+        return keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: self.step())
+
+
+class SGD(_Optimizer):
+    """``row -= lr * gradient``, for the trained tables of layers or models."""
+
+    def __init__(self, layers: Any, lr: float = 0.01) -> None:
+        super().__init__(layers, train.Sgd, lr=lr)
+
+
+class Adagrad(_Optimizer):
+    """Row-wise Adagrad: one number is kept a row, the sum of the mean squares of its gradients."""
+
+    def __init__(self, layers: Any, lr: float = 0.01, *, eps: float = 1e-10, initial_accumulator_value: float = 0.0) -> None:
+        super().__init__(layers, train.Adagrad, lr=lr, eps=eps, initial_accumulator_value=initial_accumulator_value)
+
+
+class Adam(_Optimizer):
+    """Lazy Adam: only rows that have a gradient move, and only their means are renewed."""
+
+    def __init__(self, layers: Any, lr: float = 0.001, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        super().__init__(layers, train.Adam, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
+
+
+def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:
+    """Write the rows of an optimizer's tables and its state to one file, whole or not there; returns how many rows.
+
+    Raises:
+        ModelFileError: it cannot be written.   Otherwise as ``HPS.held``.
+    """
+    return save_trained(path, optimizer.trainers)
+
+
+def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> None:
+    """Bring tables and optimizer to what a checkpoint holds; rows that it lacks leave the tables, noted gradients go.
+
+    Raises:
+        ModelFileError: missing or damaged.   ConfigError: of other tables or another optimizer.   Otherwise as ``HPS.insert``.
+    """
+    load_trained(path, optimizer.trainers)
+    optimizer.zero_grad()

@@ -1,0 +1,73 @@
+"""Checkpoints of a Torch model with trained rows: rows, their optimizer and the dense part, in one file, whole or not there."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import torch
+
+from hps_numba.checkpoints import load_trained, save_trained
+from hps_numba.frontends.torch.optimizers import RowOptimizer
+from hps_numba.storage.checkpoint_files import CheckpointReader
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_SETTINGS, _DENSE = "param_groups.pt", "dense.pt"
+
+
+def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, dense: Any = None) -> int:
+    """Write the rows of all tables of an optimizer, and its state, in the place of the file at ``path``; returns how many rows.
+
+    A crash at any moment leaves the old file whole. Lookups go on meanwhile; steps wait. With several processes, one saves.
+
+    Args:
+        path: of a file, ``.npz`` by custom: ``np.load`` reads it.
+        dense: anything that ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back, kept with the rows that it
+            belongs to: ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
+
+    Raises:
+        ModelFileError: it cannot be written.   Otherwise as ``HPS.held``.
+    """
+
+    def extra() -> dict[str, bytes]:
+        return {_SETTINGS: _packed(_settings_of(optimizer)), _DENSE: _packed(dense)}
+
+    return save_trained(path, optimizer.trainers(), extra)
+
+
+def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> Any:
+    """Bring the tables of an optimizer and its state to what a checkpoint holds; returns ``dense``, on the CPU.
+
+    The optimizer is made first, of the same kind and on the same tables in the same order. Rows that are not in the file leave
+    the tables, and gradients are forgotten. With several processes, each loads.
+
+    Raises:
+        ModelFileError: missing or damaged; nothing changed.
+        ConfigError (a ValueError): of other tables or another optimizer; nothing changed.   Otherwise as ``HPS.insert``.
+    """
+
+    def accept(file: CheckpointReader) -> Any:
+        dense = _unpacked(file.extra(_DENSE))
+        optimizer.set_settings(_unpacked(file.extra(_SETTINGS)))
+        return dense
+
+    dense = load_trained(path, optimizer.trainers(), accept)
+    optimizer.zero_grad()
+    return dense
+
+
+def _settings_of(optimizer: RowOptimizer) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    return groups
+
+
+def _packed(thing: Any) -> bytes:
+    memory = io.BytesIO()
+    torch.save(thing, memory)
+    return memory.getvalue()
+
+
+def _unpacked(content: bytes | None) -> Any:
+    return None if content is None else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,220 @@
+"""Optimizers of rows: ``torch.optim.Optimizer``s, so that loss scalers and schedulers of learning rates take them as they are.
+
+::
+
+    layer = LookupLayer("ps_config.json", "model", 0, 16, trainable=True, initializer="normal")
+    model = torch.nn.Sequential(layer, head)
+    rows = Adagrad(model, lr=0.05)                     # the trained tables of the model
+    dense = torch.optim.Adam(model.parameters())       # all the rest: rows are no parameters of the model
+
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([*model.parameters(), *trained_rows(model)], 1.0)   # after scaler.unscale_(rows), if scaled
+    rows.step(); dense.step()
+    rows.zero_grad(); dense.zero_grad()
+
+A step writes the rows to every tier and every cache of the server before it returns. With several processes
+(``torch.distributed``) each has its own server, and gradients of all processes are averaged, as DistributedDataParallel does
+with those of the dense part: every process must step, clip and unscale alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from hps_numba import train
+from hps_numba.errors import ConfigError
+from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.training import trained_rows
+
+__all__ = ["SGD", "Adagrad", "Adam", "RowOptimizer"]
+
+Params = torch.nn.Module | Rows | Iterable[Any]
+"""Modules (their trained tables), tables, or groups of these: ``{"params": ..., "lr": ...}``."""
+
+_REDUCTIONS = ("mean", "sum", None)
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """What the optimizers of rows share.
+
+    Args:
+        params: a module, or an iterable of modules and ``Rows``, or of groups ``{"params": ..., "lr": ...}``.
+        defaults: settings of groups that do not have their own.
+        reduction: of gradients of several processes: ``mean``, ``sum``, or None: every process keeps its own.
+        process_group: of ``torch.distributed``; None is all processes.
+
+    Raises:
+        ConfigError (a ValueError): a setting is wrong, or nothing trains.
+
+    **Threads:** backwards go on beside a step; calls of one optimizer take turns.
+    """
+
+    _rule: ClassVar[Callable[..., train.Rule]]
+
+    def __init__(self, params: Params, defaults: dict[str, Any], *, reduction: str | None, process_group: Any) -> None:
+        if reduction not in _REDUCTIONS:
+            raise ConfigError(f"reduction: {reduction!r} came, one of 'mean', 'sum' or None is wanted")
+        self._reduction = None if reduction is None else (reduction, process_group)
+        self._trainers: dict[int, train.RowTrainer] = {}
+        self._rule_of({**defaults})
+        groups: list[Any] = list(params) if isinstance(params, Iterable) and not isinstance(params, torch.Tensor) else [params]
+        super().__init__(groups if groups and isinstance(groups[0], dict) else [{"params": groups}], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group more: ``{"params": a module, Rows, or several of them, "lr": ...}``."""
+        found = list(_tables_in(param_group["params"]))
+        if not found:
+            raise ConfigError("params: no trained rows came, modules with layers of trainable=True, or their rows are wanted")
+        group = {**param_group, "params": found}
+        rule = self._rule_of({**self.defaults, **group})
+        super().add_param_group(group)
+        for rows in found:
+            rows.reduction, rows.unclaimed = self._reduction, False
+            self._trainers[id(rows)] = train.RowTrainer(rows.server, rows.model, rows.table, rule)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let every row that has a gradient follow it; returns what ``closure``, which computes the loss anew, gave.
+
+        Raises:
+            As ``HPS.insert``; tables before the one that failed have made their step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rule = self._rule_of(group)
+            for rows in group["params"]:
+                keys, gradient = rows.gathered()
+                if gradient is not None:
+                    trainer = self._trainers[id(rows)]
+                    trainer.initializer = rows.initializer
+                    trainer.step(keys.cpu().numpy(), gradient.detach().to("cpu", torch.float32).numpy(), rule)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; rows without one stay as they are, so there are no zeros in their place."""
+        for rows in self._tables():
+            rows.grad = None
+
+    def _tables(self) -> list[Rows]:
+        return [rows for group in self.param_groups for rows in group["params"]]
+
+    def trainers(self) -> list[train.RowTrainer]:
+        """Of each table, in the order of groups."""
+        return [self._trainers[id(rows)] for rows in self._tables()]
+
+    # -- keeping it ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, and of each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
+        state = {}
+        for number, trainer in enumerate(self.trainers()):
+            with trainer.holding():
+                keys = trainer.state_keys()
+                values = trainer.read_states(keys)
+                state[number] = {"steps": trainer.steps, "keys": torch.from_numpy(keys), "values": torch.from_numpy(values)}
+        return {**super().state_dict(), "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, tables in the same order.
+
+        Raises:
+            ConfigError: it is of other tables or another optimizer.   ValueError: other groups.
+        """
+        trainers = self.trainers()
+        if len(state_dict["state"]) != len(trainers):
+            raise ConfigError(f"state: of {len(state_dict['state'])} tables came, of {len(trainers)} is wanted")
+        states = [
+            (trainer, int(kept["steps"]), kept["keys"].numpy(), kept["values"].numpy())
+            for trainer, (_, kept) in zip(trainers, sorted(state_dict["state"].items()), strict=True)
+        ]
+        for trainer, _, keys, values in states:
+            trainer.check_states(len(keys), values.shape)
+        self.set_settings(state_dict["param_groups"])
+        for trainer, steps, keys, values in states:
+            trainer.set_states(steps, [(keys, values)])
+
+    def set_settings(self, groups: list[dict[str, Any]]) -> None:
+        """Take over the ``param_groups`` of a ``state_dict``: learning rates and so on.
+
+        Raises:
+            ValueError: other groups.
+        """
+        super().load_state_dict({"state": {}, "param_groups": groups})
+
+
+def _tables_in(params: Any) -> Iterable[Rows]:
+    if isinstance(params, torch.nn.Module):
+        yield from trained_rows(params)
+    elif isinstance(params, Rows):
+        yield params
+    elif isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
+        raise ConfigError(f"params: {type(params).__name__} came, modules or their trained rows are wanted")
+    else:
+        for one in params:
+            yield from _tables_in(one)
+
+
+class SGD(RowOptimizer):
+    """``row -= lr * gradient``, as ``torch.optim.SGD`` without momentum."""
+
+    def __init__(self, params: Params, lr: float = 1e-3, *, reduction: str | None = "mean", process_group: Any = None) -> None:
+        super().__init__(params, {"lr": lr}, reduction=reduction, process_group=process_group)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+        return train.Sgd(float(group["lr"]))
+
+
+class Adagrad(RowOptimizer):
+    """Row-wise Adagrad: one number is kept a row, ``G``, the sum of the mean squares of its gradients.
+
+    ``G += mean(gradient ** 2)``, then ``row -= lr * gradient / (sqrt(G) + eps)``: ``1 / dim`` of the memory of
+    ``torch.optim.Adagrad``, which keeps a number an element.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        *,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        reduction: str | None = "mean",
+        process_group: Any = None,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "initial_accumulator_value": initial_accumulator_value}
+        super().__init__(params, defaults, reduction=reduction, process_group=process_group)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+        return train.Adagrad(float(group["lr"]), float(group["eps"]), float(group["initial_accumulator_value"]))
+
+
+class Adam(RowOptimizer):
+    """Adam as ``torch.optim.SparseAdam``: only rows that have a gradient move, and only their means are renewed.
+
+    The correction of the bias counts the steps of the table, not those of a row.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        reduction: str | None = "mean",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, reduction=reduction, process_group=process_group)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+        beta1, beta2 = group["betas"]
+        return train.Adam(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))

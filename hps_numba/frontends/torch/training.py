@@ -1,0 +1,284 @@
+"""Layers whose rows train: the operators, and what a layer keeps for it.
+
+An operator for training does what the one for serving does, after it made rows for new keys if the layer has an initializer,
+and takes ``switch`` besides: a 0 that needs a gradient, so that the answer does. Its backward hands keys and gradients to
+``Rows`` by way of an opaque operator, in compiled graphs too. That is numbered, so that no compiler takes two of them for one,
+and gives the 0 that is the gradient of ``switch``, so that none leaves it out (as some do where no element comes out).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._requests import tables_of
+from hps_numba.frontends.torch import operator, pooling
+from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
+from hps_numba.frontends.torch.table_layer import TableLayer
+from hps_numba.initializers import Initializer, as_initializer
+from hps_numba.train import create_rows
+
+__all__ = ["TrainableLayer", "trained_rows"]
+
+_define = operator.library.define
+_define("create_rows(Tensor keys, str request, int number, str initializer, int? padding) -> Tensor")
+_define("add_gradient(Tensor keys, Tensor gradient, str request, int number, int site) -> Tensor")
+_define(
+    "add_bag_gradient(Tensor keys, Tensor offsets, Tensor? weights, Tensor gradient, str request, int dim, str combiner,"
+    " float? max_norm, int? padding, int site) -> Tensor"
+)
+_define("lookup_trained(Tensor keys, Tensor switch, str request, int dim) -> Tensor")
+_define("lookup_many_trained(Tensor[] keys, Tensor switch, str request, int[] dims) -> Tensor[]")
+_define(
+    "pooled_trained(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm,"
+    " int? padding, Tensor switch) -> Tensor"
+)
+
+_sites = itertools.count()  # a new one for each backward that is run or compiled
+
+# -- rows for new keys ---------------------------------------------------------------------
+
+_initializers: dict[str, Initializer] = {}
+
+
+def _named(initializer: Initializer) -> str:
+    """A text for an initializer, by which the operators of this process find it."""
+    name = repr(initializer)
+    _initializers[name] = initializer
+    return name
+
+
+def _create_rows(keys: torch.Tensor, request: str, number: int, initializer: str, padding: int | None) -> torch.Tensor:
+    operator.check_keys(keys)
+    server, wanted = tables_of(request)[number]
+    flat = as_int64(keys, wide=server.config.supportlonglong).cpu().numpy()
+    if padding is not None:
+        flat = flat[flat != padding]
+    create_rows(server, wanted.model, wanted.table, flat, _initializers[initializer])
+    return keys.clone()
+
+
+@torch.library.register_fake("hps_numba::create_rows", lib=operator.library)
+def _shape_of_created(keys: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(keys)
+
+
+# -- gradients of rows ---------------------------------------------------------------------
+
+
+def _add_gradient(keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int) -> torch.Tensor:
+    parameter_of(request, number).note(keys, gradient)
+    return torch.zeros(1)
+
+
+@torch.library.register_fake("hps_numba::add_gradient", lib=operator.library)
+def _shape_of_added(*_: Any) -> torch.Tensor:
+    return torch.zeros(1)
+
+
+def _add_bag_gradient(
+    keys: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+    gradient: torch.Tensor,
+    request: str,
+    dim: int,
+    combiner: str,
+    max_norm: float | None,
+    padding: int | None,
+    site: int,
+) -> torch.Tensor:
+    n, bags = keys.shape[0], offsets.shape[0] - 1
+    bag = pooling.bags_of(offsets, n)
+    counted = None if padding is None else keys.long() != padding
+    needs_rows = combiner == "max" or max_norm is not None
+    rows = operator.lookup(keys, request, dim) if needs_rows else gradient.new_empty(0)
+    toward = gradient.float()[bag]
+    if combiner == "max":
+        largest = pooling.pool_rows(rows, offsets, None, "max", max_norm, counted)[bag]
+        chosen = pooling.clipped(rows, max_norm) == largest
+        if counted is not None:
+            chosen &= counted[:, None]
+        shared = gradient.new_zeros((bags, dim)).index_add(0, bag, chosen.to(gradient.dtype))
+        toward = torch.where(chosen, toward / shared[bag], 0)
+    else:
+        factors = toward.new_ones(n) if weights is None else weights.detach().float()
+        if counted is not None:
+            factors = torch.where(counted, factors, 0)
+        divisor = pooling._divisor(factors, bag, bags, combiner)
+        toward = toward * factors[:, None]
+        if divisor is not None:
+            toward = torch.where(divisor[bag] == 0, 0, toward / divisor[bag])
+    if max_norm is not None:  # of a row that is clipped, the part of the gradient along it does not count
+        norm = rows.norm(dim=-1, keepdim=True)
+        along = rows * ((rows * toward).sum(-1, keepdim=True) / norm.square())
+        toward = torch.where(norm > max_norm, (toward - along) * (max_norm / norm), toward)
+    if counted is not None:
+        keys, toward = keys[counted], toward[counted]
+    parameter_of(request).note(keys, toward)
+    return torch.zeros(1)
+
+
+@torch.library.register_fake("hps_numba::add_bag_gradient", lib=operator.library)
+def _shape_of_added_bags(*_: Any) -> torch.Tensor:
+    return torch.zeros(1)
+
+
+# -- lookups that train ---------------------------------------------------------------------
+
+
+def _lookup_trained(keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    return operator.lookup(keys, request, dim)
+
+
+def _lookup_many_trained(keys: list[torch.Tensor], switch: torch.Tensor, request: str, dims: list[int]) -> list[torch.Tensor]:
+    rows: list[torch.Tensor] = torch.ops.hps_numba.lookup_many(keys, request, dims)
+    return rows
+
+
+def _pooled_trained(keys: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, *settings: Any) -> torch.Tensor:
+    *settings, _ = settings  # type: ignore[assignment]
+    return pooling.pooled(keys, offsets, None if weights is None else weights.detach(), *settings)
+
+
+for _name, _function in (
+    ("create_rows", _create_rows),
+    ("add_gradient", _add_gradient),
+    ("add_bag_gradient", _add_bag_gradient),
+    ("lookup_trained", _lookup_trained),
+    ("lookup_many_trained", _lookup_many_trained),
+    ("pooled_trained", _pooled_trained),
+):
+    for _device in ("CPU", "CUDA"):
+        operator.library.impl(_name, _function, _device)
+
+
+@torch.library.register_fake("hps_numba::lookup_trained", lib=operator.library)
+def _shape_of_lookup(keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    operator.check_keys(keys)
+    return keys.new_empty((*keys.shape, dim), dtype=torch.float32)
+
+
+@torch.library.register_fake("hps_numba::lookup_many_trained", lib=operator.library)
+def _shapes_of_lookups(keys: Any, switch: Any, request: str, dims: Any) -> Any:
+    return [some.new_empty((*some.shape, dim), dtype=torch.float32) for some, dim in zip(keys, dims, strict=True)]
+
+
+@torch.library.register_fake("hps_numba::pooled_trained", lib=operator.library)
+def _shape_of_pooled(keys: Any, offsets: Any, weights: Any, request: Any, dim: int, *_: Any) -> Any:
+    operator.check_keys(keys)
+    return keys.new_empty((offsets.shape[0] - 1, dim), dtype=torch.float32)
+
+
+def _remember_lookup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    keys, _, ctx.request, _ = inputs
+    ctx.save_for_backward(*(keys if isinstance(keys, (list, tuple)) else [keys]))
+
+
+def _lookup_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    (keys,) = ctx.saved_tensors
+    return None, torch.ops.hps_numba.add_gradient(keys, gradient, ctx.request, 0, next(_sites)), None, None
+
+
+def _lookup_many_gradient(ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
+    done = [
+        torch.ops.hps_numba.add_gradient(keys, gradient, ctx.request, number, next(_sites))
+        for number, (keys, gradient) in enumerate(zip(ctx.saved_tensors, gradients, strict=True))
+        if gradient is not None
+    ]
+    return [None] * len(gradients), torch.stack(done).sum(0) if done else None, None, None
+
+
+def _pooled_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    keys, offsets, weights, _ = ctx.saved_tensors
+    of_serving = pooling._gradients(ctx, gradient)
+    done = torch.ops.hps_numba.add_bag_gradient(keys, offsets, weights, gradient, *ctx.settings, next(_sites))
+    return *of_serving, done
+
+
+def _remember_pooled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    keys, offsets, weights, *ctx.settings, _ = inputs  # as the backward of the operator for serving knows them
+    ctx.save_for_backward(keys, offsets, weights, output)
+
+
+_register = torch.library.register_autograd
+_register("hps_numba::lookup_trained", _lookup_gradient, setup_context=_remember_lookup, lib=operator.library)
+_register("hps_numba::lookup_many_trained", _lookup_many_gradient, setup_context=_remember_lookup, lib=operator.library)
+_register("hps_numba::pooled_trained", _pooled_gradient, setup_context=_remember_pooled, lib=operator.library)
+
+
+# -- layers ---------------------------------------------------------------------
+
+
+class TrainableLayer(TableLayer):
+    """A layer on tables of a server that may train their rows.
+
+    Attributes:
+        trainable: backwards note gradients of rows. It may be changed at any time.
+    """
+
+    __jit_unused_properties__ = ("tables", "rows")
+
+    def _set_training(self, trainable: bool, initializer: str | Initializer | None) -> None:
+        self.trainable: bool = bool(trainable)
+        self.initializer = as_initializer(initializer)
+        if self.initializer is not None and not trainable:
+            raise ConfigError("initializer: came without trainable=True; only rows that train are made for new keys")
+        self._switch = torch.zeros(1, requires_grad=True)
+        self._initializer_text = "" if self.initializer is None else _named(self.initializer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.initializer is not None:
+            self._initializer_text = _named(self.initializer)
+
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        """The tables of the layer, as parameters for an optimizer of ours; builds the server if this process has none."""
+        raise NotImplementedError
+
+    def _rows_of(self, request: str) -> Rows:
+        rows = parameter_of(request)
+        if self.initializer is not None:
+            if rows.initializer not in (None, self.initializer):
+                raise ConfigError(f"initializer: {self.initializer!r} came, another layer gave {rows!r} {rows.initializer!r}")
+            rows.initializer = self.initializer
+        return rows
+
+    def _training_repr(self) -> str:
+        if not self.trainable:
+            return ""
+        return ", trainable=True" + ("" if self.initializer is None else f", initializer={self.initializer!r}")
+
+    def _trains(self) -> bool:
+        """Whether the backward of a call now is to reach the rows of a layer that trains; exported programs only serve."""
+        return torch.is_grad_enabled() and not _is_exporting()
+
+    def _created(self, keys: torch.Tensor, request: str, number: int = 0, *, padding: int | None = None) -> torch.Tensor:
+        """Keys whose rows are there, if the layer makes rows."""
+        if not self._initializer_text:
+            return keys
+        text = self._initializer_text
+        created: torch.Tensor = torch.ops.hps_numba.create_rows(keys, request, number, text, padding)
+        return created
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def trained_rows(*modules: torch.nn.Module) -> Iterator[Rows]:
+    """The trained tables of all layers in some modules, each once: as parameters for an optimizer of ours, and for clipping.
+
+    Raises:
+        As ``HPS``, where a server must be built.
+    """
+    seen: dict[int, Rows] = {}
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, TrainableLayer) and layer.trainable:
+                seen |= {id(rows): rows for rows in layer.tables}
+    yield from seen.values()
