@@ -33,14 +33,12 @@ def _lookup_many_on_cuda(
     keys: list[torch.Tensor], request: str, dims: list[int], *, in_one: bool = False
 ) -> list[torch.Tensor]:
     """``in_one``: the answers may be parts of one tensor, which is sooner made."""
-    for some in keys:
-        operator.check_keys(some)
     device, dtype = keys[0].get_device(), keys[0].dtype
+    operator.check_keys(keys[0])
     bound = operator.tables_bound_to(request, device)
     form = None if bound is None else bound.forms.get(dtype)
-    alike = all(some.dtype == dtype and some.get_device() == device and some.is_contiguous() for some in keys)
     counts = [some.numel() for some in keys]
-    if bound is not None and form is not None and alike and max(counts) <= MOST_KEYS:
+    if bound is not None and form is not None and max(counts) <= MOST_KEYS and _are_alike(keys, dtype, device):
         make = _parts_of_one if in_one else _one_by_one
         rows = make(keys, counts, dims)
         try:
@@ -58,6 +56,10 @@ def _lookup_many_on_cuda(
     return [
         operator.rows_on_cuda(some, server, wanted) for some, (server, wanted) in zip(keys, tables_of(request), strict=True)
     ]
+
+
+def _are_alike(keys: list[torch.Tensor], dtype: torch.dtype, device: int) -> bool:
+    return all(some.dtype == dtype and some.get_device() == device and some.is_contiguous() for some in keys)
 
 
 def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor | None:
@@ -180,7 +182,7 @@ class LookupCollection(TrainableLayer):
         request = self.request_of(features)
         if self.trainable and self._trains():
             rows = self._trained(given, request, dims)
-        elif not torch.compiler.is_compiling() and all(operator.is_plain(some) and some.is_cuda for some in given):
+        elif not torch.compiler.is_compiling() and operator.are_plain(given) and given[0].is_cuda:
             rows = _lookup_many_on_cuda(given, request, dims, in_one=True)
         else:
             rows = torch.ops.hps_numba.lookup_many(given, request, dims)

@@ -24,6 +24,7 @@ from hps_numba.table_groups import TogetherOnDevice
 
 __all__ = [
     "KEY_TYPES",
+    "are_plain",
     "bound_to",
     "check_keys",
     "current_stream",
@@ -163,7 +164,17 @@ def is_plain(keys: torch.Tensor) -> bool:
     """A tensor of the CPU or a GPU, and nobody watches or rewrites what is done with it: no tracer, mode or transform."""
     if type(keys) is not torch.Tensor or not (keys.is_cuda or keys.is_cpu):
         return False
-    return not (_modes() or _overrides() or _transform() is not None or _tracer() is not None)
+    return not _is_watched()
+
+
+def are_plain(several: list[torch.Tensor]) -> bool:
+    """``is_plain`` for tensors of one place."""
+    kind = torch.Tensor
+    return is_plain(several[0]) and all(type(some) is kind for some in several)
+
+
+def _is_watched() -> bool:
+    return bool(_modes() or _overrides() or _transform() is not None or _tracer() is not None)
 
 
 def _of_torch(place: Any, name: str) -> Callable[[], Any]:
