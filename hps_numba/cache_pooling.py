@@ -50,7 +50,8 @@ class CachePooling(CacheLookup):
                 the divisor is 0); ``max``, whatever the weights.
             weights: address of float32 ``[n]``, or 0: all are 1.
             options: bits of ``kernels.cache_pool``: ``PADDED``, skip keys equal to ``padding``; ``EMPTY_DEFAULT``, bags
-                without keys get the default; ``OFFSETS32``, offsets are int32; ``OPEN_END``, without the last, which is ``n``.
+                without keys get the default; ``OFFSETS32``, offsets are int32; ``OPEN_END``, without the last, which is ``n``;
+                ``EQUAL``, every bag has as many keys, and ``offsets`` is their number.
             padding: the key that ``PADDED`` skips.
             capturing: as for ``lookup``.
 

@@ -8,9 +8,9 @@ from typing import Any
 from hps_numba.cache_layout import MAX_BATCH as MOST_KEYS
 from hps_numba.errors import ConfigError, DeviceError
 from hps_numba.interop_device import DeviceKeys, as_device_floats, as_device_keys, device_of_array
-from hps_numba.kernels.cache_pool import COMBINERS, OFFSETS32, OPEN_END, PADDED
+from hps_numba.kernels.cache_pool import COMBINERS, EQUAL, OFFSETS32, OPEN_END, PADDED
 
-__all__ = ["MOST_KEYS", "OFFSETS32", "OPEN_END", "DeviceBags", "as_device_bags", "as_key"]
+__all__ = ["EQUAL", "MOST_KEYS", "OFFSETS32", "OPEN_END", "DeviceBags", "as_device_bags", "as_key"]
 
 
 @dataclass(frozen=True)

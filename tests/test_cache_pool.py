@@ -21,6 +21,7 @@ from hps_numba.kernels.build import KernelSpec, bindings, ptx_of
 from hps_numba.kernels.cache_pool import (
     COMBINERS,
     EMPTY_DEFAULT,
+    EQUAL,
     OFFSETS32,
     OPEN_END,
     PADDED,
@@ -260,6 +261,24 @@ def test_padding_is_skipped_and_empty_bags_may_get_the_default(open_table: Any, 
     assert_same(table.pool(batch, "mean", batch.weights, options=PADDED | EMPTY_DEFAULT), wanted)
     assert (wanted[3] == DEFAULT).all() and (wanted[0] == DEFAULT).all()
     assert (table.pool(batch, "max", options=PADDED)[3] == 0).all()
+
+
+@pytest.mark.parametrize("where", ["plain", "cpu", GPU])
+@pytest.mark.parametrize("each", [0, 1, 5, 37])
+def test_bags_of_equal_length_need_no_offsets(open_table: Any, where: str, each: int) -> None:
+    table, bags = open_table(where, 16), 4 if where == "plain" else 200
+    batch = Batch(each, bags, 1)
+    batch.offsets = np.arange(bags + 1) * each
+    batch.keys = np.resize(batch.keys, bags * each) if len(batch.keys) else np.arange(bags * each)
+    place = table.cache.place
+    for combiner in COMBINERS:
+        wanted = table.pool(batch, combiner)
+        out = np.full_like(wanted, 99)
+        with place.current(), table.cache._copies(batch.keys) as (keys,), table.cache._room(out.nbytes) as room:
+            stream = table.cache._stream
+            table.cache.pool(keys, len(batch.keys), each, bags, room, stream, combiner=combiner, options=EQUAL)
+            place.to_host(out, room, stream)
+        assert_same(out, wanted)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])

@@ -56,6 +56,7 @@ from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 __all__ = [
     "COMBINERS",
     "EMPTY_DEFAULT",
+    "EQUAL",
     "OFFSETS32",
     "OPEN_END",
     "PADDED",
@@ -69,8 +70,9 @@ __all__ = [
 SUM, MEAN, SQRTN, MAX = range(4)
 COMBINERS = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN, "max": MAX}
 
-#: options: skip keys equal to ``padding``; empty bags get the default; offsets are int32; the last offset is left out
-PADDED, EMPTY_DEFAULT, OFFSETS32, OPEN_END = 1, 2, 4, 8
+#: options: skip keys equal to ``padding``; empty bags get the default; offsets are int32; the last offset is left out; all bags
+#: have as many keys, and the argument ``offsets`` says how many
+PADDED, EMPTY_DEFAULT, OFFSETS32, OPEN_END, EQUAL = 1, 2, 4, 8, 16
 
 NOWHERE = 1  # in place of the address of a row: the default
 ONE_BITS = 0x3F800000  # of the float32 1
@@ -276,6 +278,8 @@ def settle_missing(lines, sets, state, key, position, scratch, wanted, guarded):
 
 def bag_start(offsets, bag, bags, n, options):
     """Position of the first key of a bag, within 0..n; that of bag ``bags`` is the end of the last one."""
+    if options & EQUAL:
+        return min(bag * offsets, np.int64(n))
     if bag == bags and options & OPEN_END:
         return np.int64(n)
     if options & OFFSETS32:
@@ -372,6 +376,7 @@ def pool_kernel(
     Args (int64, addresses in memory of the device unless said otherwise):
         lines, rows, sets: the cache.   state: of the cache.   keys: of ``n`` keys (KEY_FORM).
         offsets: of ``bags`` + 1 int64 (``options``: int32, or without the last, which is ``n``), ascending: where bags begin.
+            EQUAL: the number of keys of each bag.
         run: bags that a tile takes at a time.   weights: of ``n`` float32, or 0.   combiner: SUM, MEAN, SQRTN or MAX.
         out: of ``bags`` rows, OUT_STRIDE bytes apart.   default: float32.   padding: key to skip, if ``options`` say so.
         scratch: of this batch; positions are those of ``keys``.

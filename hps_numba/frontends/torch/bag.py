@@ -13,7 +13,7 @@ from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted, tables_of
 from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
-from hps_numba.frontends.torch.pooling import COMBINERS, fused, pooled
+from hps_numba.frontends.torch.pooling import COMBINERS, fused, fused_rows, pooled
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
 from hps_numba.initializers import Initializer
@@ -88,13 +88,19 @@ class HPSEmbeddingBag(TrainableLayer):
             if self.mode == "max":
                 raise ConfigError("per_sample_weights: came with mode 'max', which has no weights")
             per_sample_weights = per_sample_weights.reshape(-1)
+        trains, weights = self.trainable and self._trains(), per_sample_weights
+        straight = not trains and not torch.compiler.is_compiling() and self._goes_straight(input, weights)
+        if straight and input.dim() == 2 and offsets is None and self.padding_idx is None:
+            rows = fused_rows(input, weights, self.request, self.mode)
+            if rows is not None:
+                return rows
         starts, open_end = self._starts(input, offsets)
         keys = input.reshape(-1)
-        if self.trainable and self._trains():
+        if trains:
             if open_end:
                 starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
             return self._trained(keys, starts, per_sample_weights)
-        if not torch.compiler.is_compiling() and self._goes_straight(keys, per_sample_weights):
+        if straight:
             return fused(keys, starts, per_sample_weights, self.request, self.mode, self.padding_idx, open_end=open_end)
         if open_end:
             starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
@@ -135,7 +141,7 @@ class HPSEmbeddingBag(TrainableLayer):
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return False
         check_keys(keys)
-        if keys.shape[0] <= MOST_KEYS and bound_to(self.request, keys.get_device()) is not None:
+        if keys.numel() <= MOST_KEYS and bound_to(self.request, keys.get_device()) is not None:
             return True
         ((server, wanted),) = tables_of(self.request)
         return server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel())

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from hps_numba.device_bags import OFFSETS32, OPEN_END
+from hps_numba.device_bags import EQUAL, OFFSETS32, OPEN_END
 from hps_numba.errors import ClosedError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.used_memory import aligned_empty
 
-__all__ = ["COMBINERS", "fused", "pool_rows", "pooled"]
+__all__ = ["COMBINERS", "fused", "fused_rows", "pool_rows", "pooled"]
 
 COMBINERS = ("sum", "mean", "max", "sqrtn")
 
@@ -85,35 +85,60 @@ def fused(
     open_end: bool = False,
 ) -> torch.Tensor:
     """``pooled`` in one kernel, from the cache of the table on the GPU of the keys; ``open_end``: offsets without the last."""
-    device, bags = keys.get_device(), offsets.shape[0] - (not open_end)
-    bound = operator.bound_to(request, device)
-    plain = keys.is_contiguous() and offsets.is_contiguous() and offsets.dtype in _OFFSETS and offsets.get_device() == device
-    form = None if bound is None else bound.forms.get(keys.dtype)
-    if bound is not None and form is not None and plain and padding is None and bags >= 0:
-        factors = None if weights is None else weights.detach().to(keys.device, torch.float32).contiguous()
-        rows = torch.empty((bags, bound.cache.dim), dtype=torch.float32, device=keys.device)
-        try:
-            bound.cache.pool(
-                keys.data_ptr(),
-                keys.shape[0],
-                offsets.data_ptr(),
-                bags,
-                rows.data_ptr(),
-                operator.current_stream(device),
-                combiner=combiner,
-                weights=0 if factors is None else factors.data_ptr(),
-                options=_OFFSETS[offsets.dtype] | (OPEN_END if open_end else 0),
-                key_form=form,
-            )
-        except ClosedError:
-            operator.unbind(request, device)
-        else:
+    bags = offsets.shape[0] - (not open_end)
+    plain = offsets.is_contiguous() and offsets.dtype in _OFFSETS and offsets.get_device() == keys.get_device()
+    if plain and padding is None and bags >= 0:
+        options = _OFFSETS[offsets.dtype] | (OPEN_END if open_end else 0)
+        rows = _pooled_by_address(keys, offsets.data_ptr(), bags, options, weights, request, combiner)
+        if rows is not None:
             return rows
     ((server, wanted),) = tables_of(request)
     answer: torch.Tensor = server.lookup_pooled(
         keys, offsets, wanted.model, wanted.table, weights=weights, combiner=combiner, padding=padding, open_end=open_end
     )
     return answer if answer.dtype == torch.float32 else answer.float()
+
+
+def fused_rows(keys: torch.Tensor, weights: torch.Tensor | None, request: str, combiner: str) -> torch.Tensor | None:
+    """``fused`` for bags that are the rows of keys ``[bags, n]``; None where that takes more than the kernels of a cache."""
+    if not keys.is_contiguous():
+        return None
+    return _pooled_by_address(keys, keys.shape[1], keys.shape[0], EQUAL, weights, request, combiner)
+
+
+def _pooled_by_address(
+    keys: torch.Tensor,
+    offsets: int,
+    bags: int,
+    options: int,
+    weights: torch.Tensor | None,
+    request: str,
+    combiner: str,
+) -> torch.Tensor | None:
+    device = keys.get_device()
+    bound = operator.bound_to(request, device)
+    form = None if bound is None else bound.forms.get(keys.dtype)
+    if bound is None or form is None or not keys.is_contiguous():
+        return None
+    factors = None if weights is None else weights.detach().to(keys.device, torch.float32).contiguous()
+    rows = torch.empty((bags, bound.cache.dim), dtype=torch.float32, device=keys.device)
+    try:
+        bound.cache.pool(
+            keys.data_ptr(),
+            keys.numel(),
+            offsets,
+            bags,
+            rows.data_ptr(),
+            operator.current_stream(device),
+            combiner=combiner,
+            weights=0 if factors is None else factors.data_ptr(),
+            options=options,
+            key_form=form,
+        )
+    except ClosedError:
+        operator.unbind(request, device)
+        return None
+    return rows
 
 
 _OFFSETS = {torch.int64: 0, torch.int32: OFFSETS32}
