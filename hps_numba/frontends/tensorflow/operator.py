@@ -21,6 +21,7 @@ from tensorflow.python.ops import script_ops  # where the callbacks of py_functi
 from hps_numba.errors import HpsError
 from hps_numba.frontends._requests import Request, answer
 from hps_numba.frontends._servers import SERVERS
+from hps_numba.frontends.tensorflow.on_gpu import rows_on_gpu
 from hps_numba.interop import ArrayKind, wrap_output
 
 __all__ = ["INIT_TOKEN", "LOOKUP_TOKEN", "init_op", "lookup_op", "python_op"]
@@ -85,6 +86,9 @@ def lookup_op(request: Request, inputs: Sequence[Any], shapes: Sequence[Any]) ->
     """
     text = request.text
     if tf.executing_eagerly():
+        on_gpu = rows_on_gpu(request, inputs)
+        if on_gpu is not None:
+            return on_gpu
         rows = answer(text, [np.asarray(tensor) for tensor in inputs])
         return [wrap_output(one, _HOST) for one in rows]
     # no gradient: PyFunc has none
