@@ -361,10 +361,81 @@ BAD = {
     "coroutine": (HEAD + TOUCH + "    async def first(now, count): return now", r"first .*wanted first\(now, count\)"),
     "a function": ("def Bad(now, count): return now", "is a function, wanted a class with first and touch"),
     "an instance": (HEAD + FIRST + TOUCH + "Bad = Bad()", "is a Bad, wanted a class"),
-    "admit": (HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return True", "this version does not know admit"),
-    "victim": (HEAD + FIRST + TOUCH + "    def victim(scores, state): return 0", "this version does not know victim"),
-    "state": (HEAD + FIRST + TOUCH + "    state = 4", "this version does not know state"),
-    "slip": (HEAD + FIRST + TOUCH + "    need_count = True", "'need_count' is unknown, wanted first, touch or needs_count"),
+    "admit": (
+        HEAD + FIRST + TOUCH + "    def admit(key, sketch): return True",
+        r"admit \(.*own\.py:4\): parameters are \(key, sketch\), wanted admit\(key, count, sketch\)",
+    ),
+    "admit score": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return sketch[0]",
+        r"admit \(.*own\.py:4\): admit\(0, 1, \(0, 0\)\) is 0, wanted True or False",
+    ),
+    "admit index": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return sketch[2] > 0",
+        r"admit\(0, 1, \(0, 0\)\) raised IndexError: .*, wanted True or False",
+    ),
+    "admit disagrees": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return (key << 40) >> 40 > 5",
+        r"admit\(\d+, 1, \(0, 0\)\) is True, but compiled False, wanted the same with int64 arithmetic",
+    ),
+    "victim": (
+        HEAD + FIRST + TOUCH + "    def victim(state, scores): return 0",
+        r"parameters are \(state, scores\), wanted victim\(scores, state\) or victim\(scores, state, now\)",
+    ),
+    "victim way": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): return len(scores)",
+        r"victim \(.*own\.py:4\): victim\(\[.*\], \[\]\) is 10, wanted the number of a way, an integer in 0..9",
+    ),
+    "victim none": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): scores[0] = 1",
+        r"\) is None, wanted the number of a way",
+    ),
+    "victim index": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): return scores[10]",
+        r"victim\(.*\) raised IndexError: list index out of range, wanted the number of a way",
+    ),
+    "victim state": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state):\n        state[0] += 1\n        return 0",
+        r"victim\(.*\) raised IndexError",
+    ),
+    "victim leaves": (
+        HEAD + FIRST + TOUCH + "    state = 2\n    def victim(scores, state):\n        state[1] = 2 > 1\n        return 0",
+        r"leaves True in state, wanted integers",
+    ),
+    "victim disagrees": (
+        HEAD + FIRST + TOUCH + "    state = 1\n    def victim(scores, state):\n        state[0] = (scores[0] << 40) >> 40\n"
+        "        return 0",
+        r"is 0 with scores .* and state .*, but compiled 0 with scores .*, wanted the same",
+    ),
+    "victim compile": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state):\n        best = 0\n        if scores[0] < 0:\n"
+        "            best = (0, 1)\n        return best",
+        r"victim \(.*own\.py:\d+\): does not compile for the CPU: Cannot unify",
+    ),
+    "state": (HEAD + FIRST + TOUCH + "    state = 4", "state is 4, but there is no victim"),
+    "much state": (
+        HEAD + FIRST + TOUCH + "    state = 17\n    def victim(scores, state): return 0",
+        "state is 17, wanted a number of uint32 a set, 0 to 16",
+    ),
+    "keys twice": (
+        HEAD + TOUCH + "    def first(now, count, key, more): return now",
+        r"wanted first\(now, count\) or first\(now, count, key\)",
+    ),
+    "empty tuple": (
+        "KEYS = ()\n" + HEAD + TOUCH + "    def first(now, count): return len(KEYS)",
+        r"first \(.*own\.py:4\): 'KEYS' has 0 elements, wanted 1 to 4096",
+    ),
+    "wide tuple": (
+        "KEYS = (1, 2**63)\n" + HEAD + TOUCH + "    def first(now, count): return KEYS[0]",
+        "'KEYS' has 9223372036854775808 in it, wanted integers of 64 bits",
+    ),
+    "mixed tuple": (
+        "KEYS = (1, 'x')\n" + HEAD + TOUCH + "    def first(now, count): return KEYS[0]",
+        "'KEYS' has 'x' in it, wanted integers",
+    ),
+    "slip": (
+        HEAD + FIRST + TOUCH + "    need_count = True",
+        "'need_count' is unknown, wanted first, touch, admit, victim, needs_count or state",
+    ),
     "needs_count": (HEAD + FIRST + TOUCH + "    needs_count = 1", "needs_count is 1, wanted True or False"),
     "bool": (HEAD + TOUCH + "    def first(now, count): return now > 3", r"first\(0, 1\) is False, wanted an integer"),
     "float": (
@@ -403,7 +474,7 @@ BAD = {
     ),
     "float constant": (
         "RATE = 0.5\n" + HEAD + TOUCH + "    def first(now, count):\n        return int(now * RATE)",
-        r"first \(.*own\.py:5\): uses the float 'RATE', wanted integers and plain functions only",
+        r"first \(.*own\.py:5\): uses the float 'RATE', wanted integers, tuples of integers and plain functions only",
     ),
     "bool constant": ("ON = True\n" + HEAD + TOUCH + "    def first(now, count): return now + ON", "uses the bool 'ON'"),
     "array": (
@@ -414,7 +485,7 @@ BAD = {
     "undefined": (HEAD + TOUCH + "    def first(now, count): return now + later", "uses 'later', which is not defined"),
     "builtin used": (
         HEAD + TOUCH + "    def first(now, count): return len(str(now))",
-        "uses 'len', which is not .*one of abs, int",
+        "uses 'str', which is not .*one of abs, int, len",
     ),
     "closure": (
         "def made(step):\n    class Bad:\n        def first(now, count): return now + step\n"
@@ -435,7 +506,7 @@ BAD = {
     ),
     "compile": (
         HEAD + TOUCH + "    def first(now, count):\n        x = now if now >= 0 else (now, count)\n        return x",
-        r"first \(.*own\.py:3\): does not compile: Cannot unify",
+        r"first \(.*own\.py:3\): does not compile for the CPU: Cannot unify",
     ),
     "disagree": (
         HEAD + TOUCH + "    def first(now, count):\n        return (now << 40) >> 40",
@@ -443,7 +514,7 @@ BAD = {
     ),
     "too wide": (
         "BIG = 2**64\n" + HEAD + TOUCH + "    def first(now, count):\n        return now + BIG",
-        r"first \(.*own\.py:4\): does not compile: .*too large",
+        r"first \(.*own\.py:4\): does not compile for the CPU: .*too large",
     ),
     "counts": (
         HEAD + FIRST + "    def touch(score, now, count): return score + count",
