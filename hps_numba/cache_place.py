@@ -101,6 +101,8 @@ class DevicePlace:
         with self.current(), self.relaxed():
             return load(spec, self.ordinal, self._capability)
 
+    ready_kernel = kernel
+
     def blocks(self, tiles: int) -> int:
         """At most 4 blocks a multiprocessor: enough rows in flight for the bus, and few to start for nothing."""
         return max(1, min(-(-tiles // (_OTHER_THREADS // _LANES)), self._most_blocks))
@@ -164,6 +166,11 @@ class HostPlace:
     def kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled on its first call."""
         return _HostKernel(for_host(spec))
+
+    def ready_kernel(self, spec: KernelSpec) -> Kernel:
+        """Loaded or compiled now."""
+        for_host(spec).ready()
+        return self.kernel(spec)
 
     def blocks(self, tiles: int) -> int:
         """One."""

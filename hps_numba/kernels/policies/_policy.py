@@ -167,11 +167,11 @@ def _policy_of(kind: Any, name: str, *, compiled: bool) -> Policy:
         return kind
     _check_attributes(kind, name)
     constants: Mapping[str, Any] = getattr(kind, "_constants", {})
-    functions = {
-        label: isolated(name, function, constants)
-        for label in _PARAMETERS
-        if (function := _function(name, kind, label)) is not None
-    }
+    functions: dict[str, FunctionType] = {}
+    for label in _PARAMETERS:
+        function = _function(name, kind, label)
+        if function is not None:
+            functions[label] = isolated(name, function, constants)
     needs_count, state = getattr(kind, "needs_count", False), getattr(kind, "state", 0)
     digest = _digest(functions, needs_count, state)
     if digest not in _functions:
