@@ -166,7 +166,7 @@ class CacheLookup:
         return KernelSpec(
             name=name,
             dim=self.dim,
-            policy=load_policy("fifo") if self.fixed else self.policy,
+            policy=load_policy("fifo") if self.fixed else self.policy.for_hits,
             fixed=self.fixed,
             row_type=self.row_type,
             out_type=out_type,

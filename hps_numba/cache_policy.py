@@ -87,8 +87,8 @@ class CachePolicy(CachePooling):
             spec = self._plain_spec(key)
             return self._place.ready_kernel(replace(spec, policy=policy) if spec.policy is self.policy else spec)
         if key[0] == "pool_kernel":
-            return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=policy))
-        spec = replace(self._lookup_spec(*key), policy=policy)
+            return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=policy.for_hits))
+        spec = replace(self._lookup_spec(*key), policy=policy.for_hits)
         return self._place.ready_kernel(spec), spec.group
 
     def _rescore(self) -> None:

@@ -113,6 +113,14 @@ class Policy:
         """The functions that it has, by name."""
         return {label: function for label in _PARAMETERS if (function := getattr(self, label)) is not None}
 
+    @property
+    def for_hits(self) -> Policy:
+        """What kernels that only touch rows know of it: policies that touch alike share them."""
+        if self.needs_count:  # a kernel of its own touches
+            return load_policy("lfu")
+        functions = {"first": load_policy("fifo").first, "touch": self.touch}
+        return Policy(self.name, **functions, needs_count=False, digest=_digest(functions, False, 0))
+
 
 def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = None) -> Policy:
     """The policy called ``name``: built-in (by file name), ``package.module:NAME``, or ``file.py:NAME`` of the user's.
@@ -204,7 +212,7 @@ def _has_more(function: FunctionType, label: str) -> bool:
     return function.__code__.co_argcount > len(_PARAMETERS[label])
 
 
-def _digest(functions: Mapping[str, FunctionType], needs_count: bool, state: int) -> str:
+def _digest(functions: Mapping[str, Any], needs_count: bool, state: int) -> str:
     python = sys.implementation.cache_tag or sys.version
     lines = [python, f"{needs_count} {state}"]
     for label, function in functions.items():

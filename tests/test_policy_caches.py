@@ -1,0 +1,195 @@
+"""Every policy in a cache: the kernels on the CPU and (marker gpu) on a device do what plain Python does, to the last score."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_oracle import CacheOracle
+from naive import assert_same_bits, rows_of
+from test_cache import DEFAULT, OPERATIONS, Bench, Pair, bench, cpu_bench, entries_in, ints, place_in  # noqa: F401
+
+from hps_numba import parts
+from hps_numba.cache import EmbeddingCache
+from hps_numba.kernels.cache_sketch import sketch_places
+from hps_numba.kernels.compile import host_function
+from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies.pinned import pinned
+
+FOLDER = "hps_numba.kernels.policies"
+NAMES = parts.names(FOLDER)
+#: these are tried with more operations and widths in test_cache.py
+SIMPLE = ("fifo", "lfu", "lru")
+PINS = (0, 3, 5, 11, 12, 40, -1, 2**63 - 1)
+
+
+class Everything:
+    """All that a policy may have, in one."""
+
+    needs_count = True
+    state = 3
+
+    def first(now, count, key):
+        return 4 * now + (key & 3) + 16 * min(count, 5)
+
+    def touch(score, now, count):
+        return score + 1000 * count
+
+    def victim(scores, state, now):
+        best = 0
+        for way in range(len(scores)):
+            if (scores[way] ^ state[1]) & 0xFF < (scores[best] ^ state[1]) & 0xFF:
+                best = way
+        state[0] += 1
+        state[1] = now + state[0]
+        state[2] ^= scores[best]
+        scores[(best + 1) % len(scores)] = state[2] + best
+        return best
+
+    def admit(key, count, sketch):
+        return sketch[0] + count > sketch[1] or key & 1 == 0
+
+
+def policy_for(name: str) -> Policy:
+    """A policy by its file; pinned with keys of the tests, as it has none by itself."""
+    if name == "everything":
+        return as_policy(Everything)
+    return as_policy(pinned(PINS, "lru")) if name == "pinned" else load_policy(name)
+
+
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name not in SIMPLE), "everything"])
+def test_any_operations_leave_what_plain_python_leaves(bench: Bench, name: str) -> None:  # noqa: F811
+    pair = Pair(bench, policy_for(name), 1, seed=NAMES.index(name) if name in NAMES else 99)
+    for _ in range(120):
+        getattr(pair, pair.rng.choice(OPERATIONS))()
+        pair.check()
+    assert pair.oracle.evictions > 20
+    assert (pair.oracle.refused > 5) == (pair.cache.policy.admit is not None)
+    if pair.oracle.sketch is not None:
+        assert pair.oracle.sketch.requests > 3 * pair.oracle.sketch.period  # it has forgotten
+
+
+# -- one trace ----------------------------------------------------------------------------------
+
+SETS, BATCH = 40, 50
+
+
+def zipf_trace(requests: int, keys: int, seed: int = 7) -> np.ndarray:
+    """Keys by a power law of exponent 1, with a scan over rare ones now and then."""
+    rng = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, keys + 1)
+    trace = rng.choice(keys, requests, p=shares / shares.sum())
+    for start in range(requests // 10, requests, requests // 4):
+        trace[start : start + requests // 40] = keys + np.arange(requests // 40)
+    return trace.astype(np.int64) * 7919 - keys
+
+
+@pytest.mark.parametrize("name", [*NAMES, "everything"])
+def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: Bench, name: str) -> None:  # noqa: F811
+    trace = zipf_trace(10_000, 3000)
+    store = bench.store(np.unique(trace), 1)
+    cache = bench.cache(store, policy=policy_for(name), set_count=SETS)
+    host = {int(key): row for key, row in zip(np.unique(trace), rows_of(np.unique(trace), 1), strict=True)}
+    oracle = CacheOracle(SETS, cache.policy, 1, DEFAULT, place_in(SETS), host, counters_of=host_function(sketch_places))
+    now = 0
+    for start in range(0, len(trace), BATCH):
+        batch = trace[start : start + BATCH]
+        assert_same_bits(cache.lookup_arrays(batch), oracle.lookup(batch, now))
+        now += max(1, 4 * len(batch) // cache.capacity)
+    counts = cache.counters()
+    assert (counts.keys, counts.misses) == (len(trace), oracle.misses)
+    assert (counts.evicted, counts.refused) == (oracle.evictions, oracle.refused)
+    assert [tuple(entry) for entry in cache.entries()] == entries_in(oracle, SETS)
+    assert 0.2 < oracle.hits / len(trace) < 0.8
+
+
+TEN_LINES = """
+class Hyperbolic:
+    needs_count = True
+
+    def first(now, count):
+        return (now << 12) % 2**32 + min(count, 4095)
+
+    def touch(score, now, count):
+        return score - score % 4096 + min(score % 4096 + count, 4095)
+"""
+
+
+@pytest.fixture
+def own_policy(tmp_path: Path) -> Policy:
+    (tmp_path / "my_policy.py").write_text(TEN_LINES)
+    return load_policy("my_policy.py:Hyperbolic", allow_code=True, folder=tmp_path)
+
+
+def test_a_policy_from_a_file_acts_in_the_cache_as_in_plain_python(bench: Bench, own_policy: Policy) -> None:  # noqa: F811
+    pair = Pair(bench, own_policy, 1, seed=3)
+    for _ in range(60):
+        pair.lookup()
+        pair.check()
+    assert pair.oracle.evictions > 20
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [*NAMES, "own", "everything"])
+def test_a_million_requests_on_a_device_are_those_on_the_cpu(name: str, own_policy: Policy) -> None:
+    """The twin is plain Python's, as the tests above show on shorter traces."""
+    policy = own_policy if name == "own" else policy_for(name)
+    trace = zipf_trace(1_000_000, 200_000)
+    keys = np.unique(trace)
+    both: list[tuple[Any, ...]] = []
+    for device in (0, None):
+        made = Bench(device)
+        store = made.store(keys, 4)
+        cache = EmbeddingCache(4, 20_000, device=device, policy=policy, store=store, default=DEFAULT)
+        start = time.perf_counter()
+        answers = [cache.lookup_arrays(trace[first : first + 5000]) for first in range(0, len(trace), 5000)]
+        seconds = time.perf_counter() - start
+        assert_same_bits(np.concatenate(answers), rows_of(trace, 4))
+        both.append((cache.counters(), cache.entries()))
+        assert seconds < 600
+        cache.close()
+        made.close()
+    assert both[0] == both[1]
+    counts = both[0][0]
+    assert counts.keys == 1_000_000 and counts.evicted > 10_000
+
+
+# -- what they are for ----------------------------------------------------------------------------
+
+
+def missed(made: Bench, policy: Policy, trace: np.ndarray) -> int:
+    cache = made.cache(made.store(np.unique(trace), 1), policy=policy, set_count=SETS)
+    for start in range(0, len(trace), BATCH):
+        cache.lookup_arrays(trace[start : start + BATCH])
+    return cache.counters().misses
+
+
+def test_admission_keeps_a_scan_out(cpu_bench: Bench) -> None:  # noqa: F811
+    trace = zipf_trace(10_000, 3000)
+    misses = {name: missed(cpu_bench, load_policy(name), trace) for name in ("lru", "tinylfu", "sieve", "s3fifo", "random")}
+    assert misses["tinylfu"] < misses["lru"] and misses["sieve"] < misses["lru"] and misses["s3fifo"] < misses["lru"]
+    assert misses["lru"] < misses["random"]
+
+
+def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None:  # noqa: F811
+    keys = ints([*range(4000), -1, 2**63 - 1])
+    policy = policy_for("pinned")
+    cache = bench.cache(bench.store(keys, 1), policy=policy, set_count=20)
+    cache.lookup_arrays(ints(PINS))
+    for start in range(0, len(keys), 100):
+        cache.lookup_arrays(keys[start : start + 100])
+    assert {entry.key for entry in cache.entries() if entry.score == 2**32 - 1} == set(PINS)
+    warm = bench.cache(bench.store(keys[:100], 1), 200, policy=policy, whole=True)
+    assert warm.warm() == 100
+    assert {entry.key for entry in warm.entries() if entry.score == 2**32 - 1} == set(PINS[:6])
+
+
+def test_what_a_policy_remembers_is_counted_in_the_bytes(cpu_bench: Bench) -> None:  # noqa: F811
+    sizes = {name: cpu_bench.cache(None, 1000, policy=name).bytes for name in ("lru", "lfu", "sieve", "tinylfu")}
+    assert sizes["sieve"] - sizes["lru"] == 4 * 2 * 100
+    assert sizes["tinylfu"] - sizes["lru"] == 8 * 1024
+    assert sizes["lfu"] - sizes["lru"] == 4 * 1000
