@@ -26,8 +26,23 @@ class PolicyChange(NamedTuple):
         self.memory.release()
 
 
+def _insertion_by(policy: Policy) -> list[str]:
+    """Kernels that depend on the policy and follow a lookup."""
+    return ["insert_kernel", *(["touch_kernel"] if policy.needs_count else [])]
+
+
 class CachePolicy(CachePooling):
     """Changes of the policy."""
+
+    def compile_policy(self) -> None:
+        """Compile what insertion by the policy needs now, rather than with the first lookup that misses.
+
+        Raises:
+            PolicyError: a function of the policy does not compile here.
+        """
+        if not self.fixed:
+            with self._place.current():
+                self._kernels |= {name: self._kernel_for(self.policy, name) for name in _insertion_by(self.policy)}
 
     def set_policy(self, policy: Policy) -> None:
         """Let another policy decide from now on who leaves; done when this returns.
@@ -75,7 +90,7 @@ class CachePolicy(CachePooling):
 
     def _kernels_for(self, policy: Policy) -> dict[Any, Any]:
         """Kernels for a policy: those that insertion needs, and all that this cache has used so far."""
-        wanted = ["insert_kernel", "rescore_kernel", *(["touch_kernel"] if policy.needs_count else [])]
+        wanted = ["rescore_kernel", *_insertion_by(policy)]
         used = [key for key in list(self._kernels) if key not in wanted]
         return {key: self._kernel_for(policy, key) for key in (*wanted, *used)}
 

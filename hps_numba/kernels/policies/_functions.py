@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -58,7 +59,8 @@ def does_not_compile(name: str, function: Callable[..., Any], target: str, probl
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     causes = [line for line in lines if not line.startswith("Failed in ")]
     cause = (causes or lines or [type(problem).__name__])[0]
-    named = re.findall(rf'File "{re.escape(function.__code__.co_filename)}", line (\d+)', text)
+    file = re.escape(Path(function.__code__.co_filename).name)  # numba gives its way from the working directory
+    named = re.findall(rf'File "(?:[^"]*/)?{file}", line (\d+)', text)
     line = int(named[-1]) if named else None
     return broken(name, function, f"does not compile for {target}: {cause}", line)
 
@@ -168,10 +170,11 @@ def for_compiler(function: FunctionType) -> FunctionType:
 
     The function itself if it uses no tuple, and the same copy with every call.
     """
-    scope = {used: _compilable(value) for used, value in function.__globals__.items()}
-    if all(value is function.__globals__[used] for used, value in scope.items()):
+    known = function.__globals__
+    used = {name: _compilable(known[name]) for name in function.__code__.co_names if name in known}
+    if all(value is known[name] for name, value in used.items()):
         return function
-    return FunctionType(function.__code__, scope, function.__name__)
+    return FunctionType(function.__code__, {**known, **used}, function.__name__)
 
 
 def _compilable(value: Any) -> Any:

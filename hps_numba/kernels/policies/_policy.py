@@ -118,8 +118,8 @@ class Policy:
         """What kernels that only touch rows know of it: policies that touch alike share them."""
         if self.needs_count:  # a kernel of its own touches
             return load_policy("lfu")
-        functions = {"first": load_policy("fifo").first, "touch": self.touch}
-        return Policy(self.name, **functions, needs_count=False, digest=_digest(functions, False, 0))
+        first = load_policy("fifo").first
+        return Policy(self.name, first, self.touch, False, _digest({"first": first, "touch": self.touch}, False, 0))
 
 
 def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = None) -> Policy:
@@ -161,9 +161,12 @@ def policy_with(kind: type, **constants: Any) -> type:
     """
     if not isinstance(kind, type):
         raise PolicyError(f"policy_with: {kind!r} came, a class is wanted")
-    attributes = {name: constants.pop(name) for name in ("needs_count", "state") if name in constants}
-    body = {**attributes, "_constants": {**getattr(kind, "_constants", {}), **constants}}
-    return type(kind.__name__, (kind,), {**body, "__doc__": kind.__doc__, "__module__": kind.__module__})
+    body: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    for name in ("needs_count", "state"):
+        if name in constants:
+            body[name] = constants.pop(name)
+    body["_constants"] = {**getattr(kind, "_constants", {}), **constants}
+    return type(kind.__name__, (kind,), body)
 
 
 _functions: dict[str, dict[str, FunctionType]] = {}  # by digest, so that kernels made of them are found again
@@ -180,7 +183,8 @@ def _policy_of(kind: Any, name: str, *, compiled: bool) -> Policy:
         function = _function(name, kind, label)
         if function is not None:
             functions[label] = isolated(name, function, constants)
-    needs_count, state = getattr(kind, "needs_count", False), getattr(kind, "state", 0)
+    needs_count: bool = getattr(kind, "needs_count", False)
+    state: int = getattr(kind, "state", 0)
     digest = _digest(functions, needs_count, state)
     if digest not in _functions:
         check_plain(_made(name, functions, needs_count, state, digest))
@@ -256,7 +260,7 @@ def _function(name: str, kind: type, label: str) -> FunctionType | None:
         )
     code = function.__code__
     given = code.co_varnames[: code.co_argcount]
-    known = (_PARAMETERS[label], (*_PARAMETERS[label], _MORE[label])) if label in _MORE else (_PARAMETERS[label],)
+    known = [_PARAMETERS[label], *([(*_PARAMETERS[label], _MORE[label])] if label in _MORE else [])]
     if given not in known or not is_simple(function):
         raise broken(name, function, f"parameters are {inspect.signature(function)}, wanted {_wanted(label)}")
     return function

@@ -35,15 +35,16 @@ class Sieve:
         return score | 1
 
     def victim(scores, state):
-        for _ in range(2 * len(scores) + 2):
+        for _ in range(2 * len(scores)):
             way = next_way(scores, state[0], state[1])
             if way < 0:
-                state[0] = 0
-                state[1] = 0
-                continue
+                way = next_way(scores, 0, 0)
             visited = scores[way] & 1
             state[0] = scores[way] >> 1
             state[1] = way + 1
+            if next_way(scores, state[0], state[1]) < 0:  # from the newest row back to the oldest, not to newcomers
+                state[0] = 0
+                state[1] = 0
             scores[way] -= visited
             if visited == 0:
                 return way
