@@ -586,7 +586,7 @@ BAD = {
     ),
     "compile": (
         HEAD + TOUCH + "    def first(now, count):\n        x = now if now >= 0 else (now, count)\n        return x",
-        r"first \(.*own\.py:3\): does not compile for the CPU: Cannot unify",
+        r"first \(.*own\.py:4\): does not compile for the CPU: Cannot unify",
     ),
     "disagree": (
         HEAD + TOUCH + "    def first(now, count):\n        return (now << 40) >> 40",
@@ -594,7 +594,7 @@ BAD = {
     ),
     "too wide": (
         "BIG = 2**64\n" + HEAD + TOUCH + "    def first(now, count):\n        return now + BIG",
-        r"first \(.*own\.py:4\): does not compile for the CPU: .*too large",
+        r"first \(.*own\.py:5\): does not compile for the CPU: .*too large",
     ),
     "counts": (
         HEAD + FIRST + "    def touch(score, now, count): return score + count",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hps_numba.cache_layout import WAYS
@@ -29,9 +31,16 @@ def check_plain(policy: Policy) -> None:
 
 
 def check_compiled(policy: Policy) -> None:
-    """Raise PolicyError if a function does not compile for the CPU, or says something else than in plain Python."""
+    """Raise PolicyError if a function does not compile for the CPU, or says something else than in plain Python.
+
+    A policy that is sound is remembered in the cache folder, so that the next process need not compile its functions again.
+    """
+    from hps_numba.kernels import kernel_files
     from hps_numba.kernels.compile import host_function
 
+    sound = kernel_files.name_of("policy", f"{policy.digest} {_digest_of_this()}", ".object")
+    if kernel_files.find(sound) is not None:
+        return
     for label, probes in _probes(policy).items():
         function = getattr(policy, label)
         try:
@@ -44,6 +53,12 @@ def check_compiled(policy: Policy) -> None:
             if not _is_same(answer, plain):
                 what = f"{_call(label, probe)} is {_told(label, plain)}, but compiled {_told(label, answer)}"
                 raise broken(policy.name, function, f"{what}, wanted the same with int64 arithmetic")
+    kernel_files.keep(sound, b"", "sound")
+
+
+def _digest_of_this() -> str:
+    """Of the text of the checks."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 # -- questions --------------------------------------------------------------------------------
