@@ -166,7 +166,7 @@ class CacheOracle:
             if considered[number] <= self.lines * self.ways and self.find(key) is None:
                 at = self._way_for(key, entered, now)
                 if self.occupied[at]:
-                    if not self._is_admitted(key, counts[key], int(self.keys[at])):
+                    if not self._is_admitted(key, counts[key], int(self.keys[at]), int(self.scores[at])):
                         self.refused += 1
                         continue
                     self.evictions += 1
@@ -177,7 +177,9 @@ class CacheOracle:
                 self.scores[at] = self._stored(self.policy.first(*asked))
                 entered.add(at)
 
-    def _is_admitted(self, key: int, count: int, leaves: int) -> bool:
+    def _is_admitted(self, key: int, count: int, leaves: int, score: int) -> bool:
+        if self.policy.takes_key and score == 2**32 - 1:
+            return False
         if self.policy.admit is None:
             return True
         assert self.sketch is not None

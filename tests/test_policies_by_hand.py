@@ -134,6 +134,15 @@ def test_requests_are_counted_before_newcomers_are_judged_and_forgotten_by_halve
     assert cache.sketch(9) == 15
 
 
+def test_rows_with_the_largest_score_stay_even_if_a_batch_fills_all_other_ways() -> None:
+    cache = one_set(as_policy(pinned([1, 2])), 3)
+    cache.lookup([1], 1)
+    cache.lookup([3, 4, 5], 2)  # 4 and 5 find room, or the place of 3: no row of this batch leaves for 5
+    assert [entry.key for entry in cache.dump(0, 1)] == [1, 3, 4] and cache.refused == 1
+    cache.lookup([2, 6, 7], 3)
+    assert [entry.key for entry in cache.dump(0, 1)] == [1, 2, 6] and cache.refused == 2
+
+
 # -- against textbooks ----------------------------------------------------------------------------
 
 WAYS = 5

@@ -15,38 +15,25 @@ from conftest import Workshop
 from naive import assert_same_bits, rows_of
 from test_cache import Bench, Pair, bench, cpu_bench, ints  # noqa: F401
 from test_caches_in_service import Service, on_cpu, service  # noqa: F401
+from test_docs import block_with
 from test_host_kernel_files import end, start
-from test_policy_caches import Everything, policy_for
+from test_policy_caches import policy_for
 
 import hps_numba
 from hps_numba.cache import EmbeddingCache
 from hps_numba.errors import ClosedError, ConfigError, PolicyError, UnknownModelError
 from hps_numba.kernels.cache_sketch import sketch_places
 from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies._policy import Policy, load_policy
 
-DECAY = """
-HALF = 4
-
-def faded(score, now):
-    return max(score // 2, 1) if now % HALF == 0 else score
-
-class Decay:
-    needs_count = True
-
-    def first(now, count):
-        return count
-
-    def touch(score, now, count):
-        return min(faded(score, now) + count, 2**32 - 1)
-"""
+DECAY = block_with("policies.md", "# my_policy.py")
 
 
 class Newest:
-    """The most recent leaves."""
+    """In, and never touched: its kernels are those of fifo, but not its name."""
 
     def first(now, count):
-        return 2**32 - 1 - now
+        return now
 
     def touch(score, now, count):
         return score
@@ -192,7 +179,7 @@ def test_a_graph_is_replayed_while_policies_change() -> None:
     torch = pytest.importorskip("torch")
     made = Bench(0)
     keys = np.arange(3000)
-    cache = EmbeddingCache(4, 500, device=0, policy=policy_for("everything"), store=made.store(keys, 4), default=-7.5)
+    cache = EmbeddingCache(4, 500, device=0, policy=policy_for("SecondChance"), store=made.store(keys, 4), default=-7.5)
     stream = torch.cuda.Stream()
     asked = torch.zeros(256, dtype=torch.int64, device="cuda")
     out = torch.empty((256, 4), device="cuda")
@@ -205,7 +192,7 @@ def test_a_graph_is_replayed_while_policies_change() -> None:
     rng = np.random.default_rng(2)
     for step in range(200):
         if step % 20 == 10:
-            cache.set_policy(policy_for(("lru", "sieve", "tinylfu", "lfu", "everything")[step // 20 % 5]))
+            cache.set_policy(policy_for(("lru", "sieve", "tinylfu", "lfu", "SecondChance")[step // 20 % 5]))
         batch = rng.integers(0, 3000, 256)
         asked.copy_(torch.from_numpy(batch))
         torch.cuda.synchronize()
@@ -244,7 +231,7 @@ def test_policies_from_a_file_and_a_module_one_a_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "my_policy.py").write_text(DECAY)
-    (tmp_path / "policies_of_mine.py").write_text(DECAY.replace("HALF = 4", "HALF = 1000"))
+    (tmp_path / "policies_of_mine.py").write_text(DECAY.replace("HALF_LIFE = 512", "HALF_LIFE = 64"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = ["my_policy.py:Decay", "policies_of_mine:Decay"]
@@ -271,7 +258,7 @@ def test_a_policy_of_ones_own_that_is_edited_and_set_again(
     before = cache_of(server, service).policy
     assert server.set_policy("my_policy.py:Decay", "m", 0) == "my_policy.py:Decay"
     assert cache_of(server, service).policy == before
-    (tmp_path / "my_policy.py").write_text(DECAY.replace("HALF = 4", "HALF = 1000"))
+    (tmp_path / "my_policy.py").write_text(DECAY.replace("HALF_LIFE = 512", "HALF_LIFE = 64"))
     server.set_policy("my_policy.py:Decay", "m", 0)
     assert cache_of(server, service).policy.digest != before.digest
     assert cache_of(server, service, 1).policy == before
@@ -339,31 +326,7 @@ def test_static_caches_have_no_policy(on_cpu: Service) -> None:  # noqa: F811
 
 # -- the next process -----------------------------------------------------------------------------
 
-EVERYTHING = """
-KEYS = (3, 5, 8)
-
-def is_one(key):
-    for i in range(len(KEYS)):
-        if KEYS[i] == key:
-            return 1
-    return 0
-
-class Mine:
-    state = 2
-
-    def first(now, count, key):
-        return now + is_one(key)
-
-    def touch(score, now, count):
-        return now
-
-    def victim(scores, state):
-        state[0] += 1
-        return (state[0] + state[1]) % len(scores)
-
-    def admit(key, count, sketch):
-        return sketch[0] >= sketch[1]
-"""
+EVERYTHING = block_with("policies.md", "class SecondChance").partition("\n\n\nserver")[0]
 
 USED = """
 import json, sys
@@ -386,8 +349,9 @@ print(json.dumps({"compiled": len(seen.buffer), "right": bool(right), "evicted":
 def test_a_policy_in_a_file_compiles_nothing_in_a_second_process(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(EVERYTHING)
-    first, second = (end(start(USED, f"{file}:Mine")) for _ in range(2))  # in the folder of the user, as other tests
+    first, second = (end(start(USED, f"{file}:SecondChance")) for _ in range(2))  # in the folder of the user, as other tests
     assert second["compiled"] == 0
     assert first["right"] and second["right"] and first["evicted"] == second["evicted"] > 0
+    before = load_policy(f"{file}:SecondChance", allow_code=True)
     file.write_text(EVERYTHING.replace("(3, 5, 8)", "(3, 5, 9)"))
-    assert as_policy(Everything).digest != load_policy(f"{file}:Mine", allow_code=True).digest
+    assert load_policy(f"{file}:SecondChance", allow_code=True).digest != before.digest

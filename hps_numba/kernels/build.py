@@ -163,8 +163,8 @@ class KernelSpec:
             functions["first_score"] = functions["policy_first"]
         if policy.takes_now:
             functions["leaving_way"] = functions["policy_victim"]
-        switches = {"ADMITS": policy.admit is not None, "HAS_VICTIM": policy.victim is not None, "SET_STATE": policy.state}
-        return {**switches, **functions}
+        switches = {"ADMITS": policy.admit is not None, "HAS_VICTIM": policy.victim is not None, "KEYED": policy.takes_key}
+        return {**switches, "SET_STATE": policy.state, **functions}
 
     @property
     def for_one_lane(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 # bound when built
-COUNTED = ADMITS = HAS_VICTIM = False
+COUNTED = ADMITS = HAS_VICTIM = KEYED = False
 SET_STATE = 0
 UINT32_MASK = 0xFFFFFFFF
 
@@ -258,6 +258,10 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     line, way, evicts = choose_way(place, home, entered)
     if HAS_VICTIM and evicts:
         line, way = ask_policy(lines, scratch, place, entered, now)
+    if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
+        if is_first_lane():
+            add64(state + STATE_REFUSED, 1)
+        return entered
     if ADMITS and evicts and not may_enter(state, scratch, key, count, line + 8 * way):
         return entered
     begin_change(line)

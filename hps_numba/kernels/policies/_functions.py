@@ -88,7 +88,7 @@ def isolated(
             function,
             f"uses {code.co_freevars[0]!r} of an enclosing function, wanted a global integer (or policy_with)",
         )
-    scope: dict[str, Any] = {"__name__": function.__module__}
+    scope: dict[str, Any] = {"__name__": function.__module__ or "policy"}  # None where code came from exec
     for step in dis.get_instructions(code):
         line = step.positions.lineno if step.positions else None
         if (fault := _fault(step)) is not None:

@@ -18,7 +18,8 @@ their namespace, there is no ``self``::
 Without ``needs_count`` a touch may be applied more than once to a row that a batch has more than once, so it has to be
 idempotent for equal ``now``. Three things more, each at its own price, which only policies that have it pay:
 
-* ``first(now, count, key)``: the score may depend on the key, an int64.
+* ``first(now, count, key)``: the score may depend on the key, an int64. Under such a policy a row with the largest score,
+  2**32 - 1, stays: where no other row could leave, the newcomer is refused.
 * ``victim(scores, state) -> way`` or ``victim(scores, state, now) -> way``: which way of a full set leaves, in the place of
   the smallest score. ``scores`` are those of the set's ways, ``len(scores)`` of them (10 in a cache; as many as there are
   slots in a fully associative simulation), numbered the same whichever key comes. ``state`` is what the policy remembers of

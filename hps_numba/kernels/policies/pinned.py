@@ -3,7 +3,7 @@
 As pages are fixed in the buffer of a database (W. Effelsberg, T. Haerder, "Principles of database buffer management", ACM
 Transactions on Database Systems 9(4), 1984). For rows that must be fast when they come, however rarely: a home page, a key
 for all unknown users. A pinned key enters like any other, when it is first asked for or by the warming. If a set has more
-pinned keys than ways, they push out each other.
+pinned keys than ways, those that came first stay.
 
 Keys are given in code: ``pinned([1, 5, 9])``, or in a file that the config names as ``my_pins.py:PINS``::
 
