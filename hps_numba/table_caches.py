@@ -174,6 +174,8 @@ class TableCaches:
             insertions=counts.inserted,
             evictions=counts.evicted,
             withdrawn=counts.withdrawn,
+            refused=counts.refused,
+            policy=cache.policy.name,
         )
 
     def close(self) -> None:

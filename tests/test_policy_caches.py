@@ -11,14 +11,18 @@ import pytest
 from cache_oracle import CacheOracle
 from naive import assert_same_bits, rows_of
 from test_cache import DEFAULT, OPERATIONS, Bench, Pair, bench, cpu_bench, entries_in, ints, place_in  # noqa: F401
+from test_cache_pool import PlainPlace
 from test_docs import block_with
 
 from hps_numba import parts
 from hps_numba.cache import EmbeddingCache
-from hps_numba.kernels.cache_sketch import sketch_places
+from hps_numba.cache_layout import SCRATCH_BYTES, SCRATCH_SKETCH, SCRATCH_SKETCH_SHIFT, SCRATCH_SKETCH_WORDS
+from hps_numba.kernels.cache_pool import PADDED
+from hps_numba.kernels.cache_sketch import MOST, estimate, sketch_places
 from hps_numba.kernels.compile import host_function
 from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
 from hps_numba.kernels.policies.pinned import pinned
+from hps_numba.storage.host_store import HostStore
 
 FOLDER = "hps_numba.kernels.policies"
 NAMES = parts.names(FOLDER)
@@ -122,6 +126,66 @@ def test_a_million_requests_on_a_device_are_those_on_the_cpu(name: str) -> None:
     assert both[0] == both[1]
     counts = both[0][0]
     assert counts.keys == 1_000_000 and counts.evicted > 10_000
+
+
+# -- what is counted ------------------------------------------------------------------------------
+
+
+def plain_cache(policy: str) -> EmbeddingCache:
+    """Of 20 ways, over keys 0 to 59; its kernels run as plain Python."""
+    store = HostStore(1)
+    store.upsert(np.arange(60), rows_of(np.arange(60), 1))
+    cache = EmbeddingCache(1, 20, device=None, policy=load_policy(policy), store=store)
+    cache._place = PlainPlace()
+    return cache
+
+
+def sketch_of(cache: EmbeddingCache) -> list[int]:
+    words = cache._policy_memory.words
+    return cache._words(words[SCRATCH_SKETCH], words[SCRATCH_SKETCH_WORDS]).tolist()
+
+
+def test_pooled_lookups_count_requests_as_lookups_do() -> None:
+    looked, pooled = plain_cache("tinylfu"), plain_cache("tinylfu")
+    rng = np.random.default_rng(8)
+    for _ in range(8):
+        keys = rng.zipf(1.3, 30) % 64
+        looked.lookup_arrays(keys)
+        pooled.pool_arrays(keys, np.array([0, 7, 7, 30]))
+        assert sketch_of(looked) == sketch_of(pooled) != [0] * 32
+    assert looked.entries() == pooled.entries()
+    assert looked.counters().refused == pooled.counters().refused > 0
+
+
+def test_padding_of_bags_is_no_request_and_neither_are_queries_and_insertions() -> None:
+    looked, pooled = plain_cache("tinylfu"), plain_cache("tinylfu")
+    keys, offsets, out = np.array([3, 5, 5, 7, 5, 9]), np.array([0, 4, 6]), np.empty((2, 1), np.float32)
+    pooled.pool(*(keys.ctypes.data, 6, offsets.ctypes.data, 2, out.ctypes.data, 0), combiner="sum", options=PADDED, padding=5)
+    looked.lookup_arrays(keys[keys != 5])
+    assert sketch_of(looked) == sketch_of(pooled) != [0] * 32
+    before = sketch_of(looked)
+    looked.query(keys)
+    looked.insert(np.array([11]), np.ones((1, 1), np.float32))
+    assert sketch_of(looked) == before
+
+
+def test_the_sketch_never_says_too_little_and_forgets() -> None:
+    cache = plain_cache("tinylfu")
+    keys = np.random.default_rng(1).integers(0, 60, 100)
+    cache.lookup_arrays(keys)
+    words = {name: cache._policy_memory.words[name] for name in (SCRATCH_SKETCH, SCRATCH_SKETCH_WORDS, SCRATCH_SKETCH_SHIFT)}
+    scratch = np.zeros(SCRATCH_BYTES // 8, np.int64)
+    for name, value in words.items():
+        scratch[name // 8] = value
+    with np.errstate(over="ignore"):
+        counted = [estimate(cache._state, scratch.ctypes.data, key) for key in range(60)]
+        exact = [int((keys == key).sum()) for key in range(60)]
+        assert all(many >= few for many, few in zip(counted, exact, strict=True))
+        assert sum(many == few for many, few in zip(counted, exact, strict=True)) > 50
+        for _ in range(6):
+            cache.lookup_arrays(np.full(256, 7))
+        counted = [estimate(cache._state, scratch.ctypes.data, key) for key in range(60)]
+    assert counted[7] == MOST and sum(counted) <= 3 * MOST
 
 
 # -- what they are for ----------------------------------------------------------------------------
