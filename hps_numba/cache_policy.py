@@ -14,6 +14,9 @@ from hps_numba.kernels.policies._policy import Policy
 __all__ = ["CachePolicy", "PolicyChange"]
 
 
+_BY_POLICY = ("insert_kernel", "touch_kernel", "rescore_kernel")
+
+
 class PolicyChange(NamedTuple):
     """All that a cache needs for another policy, compiled and allocated: what is left to do cannot fail for its sake."""
 
@@ -91,7 +94,7 @@ class CachePolicy(CachePooling):
     def _kernels_for(self, policy: Policy) -> dict[Any, Any]:
         """Kernels for a policy: those that insertion needs, and all that this cache has used so far."""
         wanted = ["rescore_kernel", *_insertion_by(policy)]
-        used = [key for key in list(self._kernels) if key not in wanted]
+        used = [key for key in list(self._kernels) if key not in _BY_POLICY]
         return {key: self._kernel_for(policy, key) for key in (*wanted, *used)}
 
     def _kernel_for(self, policy: Policy, key: Any) -> Any:
@@ -100,7 +103,7 @@ class CachePolicy(CachePooling):
             return self._kernels[key]
         if isinstance(key, str):
             spec = self._plain_spec(key)
-            return self._place.ready_kernel(replace(spec, policy=policy) if spec.policy is self.policy else spec)
+            return self._place.ready_kernel(replace(spec, policy=policy) if key in _BY_POLICY else spec)
         if key[0] == "pool_kernel":
             return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=policy.for_hits))
         spec = replace(self._lookup_spec(*key), policy=policy.for_hits)

@@ -8,7 +8,14 @@ from hps_numba.errors import HpsError
 from hps_numba.kernels.cache_sketch import sketch_shape
 from hps_numba.kernels.policies._policy import Policy
 
-__all__ = ["PolicyMemory"]
+__all__ = ["PolicyMemory", "policy_bytes"]
+
+
+def policy_bytes(policy: Policy, sets: int) -> int:
+    """Bytes that a policy takes in a cache of so many sets, counts of hits included."""
+    counts = 4 * WAYS * sets if policy.needs_count else 0
+    sketch = 8 * sketch_shape(sets * WAYS)[0] if policy.admit is not None else 0
+    return counts + 4 * policy.state * sets + sketch
 
 
 class PolicyMemory:

@@ -232,7 +232,7 @@ SHOWN = {
     "kernels.cache_image": {"cache"},
     "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
     # what a policy is, and how one is loaded; "": users write them
-    "kernels.policies._policy": {*CACHE, "table_caches", "deployment", ""},
+    "kernels.policies._policy": {*CACHE, "cache_shape", "table_caches", "deployment", ""},
     "kernels.cache_sketch": {"cache_policy_memory"},  # its size
     "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept

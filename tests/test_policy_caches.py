@@ -16,7 +16,15 @@ from test_docs import block_with
 
 from hps_numba import parts
 from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import SCRATCH_BYTES, SCRATCH_SKETCH, SCRATCH_SKETCH_SHIFT, SCRATCH_SKETCH_WORDS
+from hps_numba.cache_layout import (
+    SCRATCH_BYTES,
+    SCRATCH_SKETCH,
+    SCRATCH_SKETCH_SHIFT,
+    SCRATCH_SKETCH_WORDS,
+    SET_BYTES,
+    STATE_BYTES,
+)
+from hps_numba.cache_policy_memory import policy_bytes
 from hps_numba.kernels.cache_pool import PADDED
 from hps_numba.kernels.cache_sketch import MOST, estimate, sketch_places
 from hps_numba.kernels.compile import host_function
@@ -219,6 +227,10 @@ def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None
 
 
 def test_what_a_policy_remembers_is_counted_in_the_bytes(cpu_bench: Bench) -> None:  # noqa: F811
+    for name in NAMES:
+        cache = cpu_bench.cache(None, 1000, policy=name)
+        plain = cache.sets * SET_BYTES + cache.bytes_of_rows + 2 * STATE_BYTES
+        assert cache.bytes == plain + policy_bytes(cache.policy, cache.sets)
     sizes = {name: cpu_bench.cache(None, 1000, policy=name).bytes for name in ("lru", "lfu", "sieve", "tinylfu")}
     assert sizes["sieve"] - sizes["lru"] == 4 * 2 * 100
     assert sizes["tinylfu"] - sizes["lru"] == 8 * 1024
