@@ -23,7 +23,6 @@ from hps_numba.kernels.policies._policy import as_policy, load_policy, policy_wi
 __all__ = ["Pinned", "pinned"]
 
 MOST = 0xFFFF_FFFF
-LOW32 = 0xFFFF_FFFF
 KEYS = (0,)
 COUNT = 0
 
@@ -54,20 +53,17 @@ class Pinned:
     """The score is the largest one for pinned keys, else that of the policy for the others, which is less."""
 
     def first(now, count, key):
-        return MOST if is_pinned(key) else min(order_first(now, count) & LOW32, MOST - 1)
+        return MOST if is_pinned(key) else min(order_first(now, count) & MOST, MOST - 1)
 
     def touch(score, now, count):
-        return MOST if score == MOST else min(order_touch(score, now, count) & LOW32, MOST - 1)
+        return MOST if score == MOST else min(order_touch(score, now, count) & MOST, MOST - 1)
 
 
 def pinned(keys: Iterable[int], order: Any = "lru") -> type:
-    """A policy under which rows of ``keys`` stay, up to 4096 of them.
-
-    Args:
-        order: the policy for all other keys: a built-in name, ``module:NAME`` or a class; one that only scores.
+    """A policy under which rows of up to 4096 ``keys`` stay; of the others, ``order`` (a name or a class) says who leaves.
 
     Raises:
-        PolicyError: no such policy, or one that admits, chooses victims or looks at keys.
+        PolicyError: there is no such policy, or it does more than score.
     """
     policy = load_policy(order) if isinstance(order, str) else as_policy(order)
     if policy.admit is not None or policy.victim is not None or policy.takes_key:
