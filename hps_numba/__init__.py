@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         VolatileDatabaseParams,
         read_config,
     )
+    from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
     from hps_numba.parameter_server import HPS
     from hps_numba.plan import Plan, TablePlan, make_plan
     from hps_numba.stats import TableStats
@@ -57,15 +58,19 @@ _HOMES = {
     "ParameterServerConfig": "config",
     "PersistentDatabaseParams": "config",
     "Plan": "plan",
+    "Policy": "kernels.policies._policy",
     "TablePlan": "plan",
     "TableStats": "stats",
     "UpdateSourceParams": "config",
     "UpdateSourceType_t": "config",
     "VolatileDatabaseParams": "config",
+    "as_policy": "kernels.policies._policy",
     "convert_model": "storage.model_files",
     "generate_model": "synthetic",
+    "load_policy": "kernels.policies._policy",
     "make_plan": "plan",
     "open_model": "storage.model_files",
+    "policy_with": "kernels.policies._policy",
     "read_config": "config",
     "write_model": "storage.model_files",
 }
@@ -87,6 +92,7 @@ __all__ = [
     "ParameterServerConfig",
     "PersistentDatabaseParams",
     "Plan",
+    "Policy",
     "PolicyError",
     "TablePlan",
     "TableStats",
@@ -97,10 +103,13 @@ __all__ = [
     "UpdateSourceType_t",
     "VolatileDatabaseParams",
     "__version__",
+    "as_policy",
     "convert_model",
     "generate_model",
+    "load_policy",
     "make_plan",
     "open_model",
+    "policy_with",
     "read_config",
     "write_model",
 ]

@@ -12,8 +12,6 @@ those of the warming, all of the store or as many as fit; what is not there is a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +36,7 @@ from hps_numba.cache_layout import (
     STATE_INSERTED,
     STATE_KEYS,
     STATE_NOW,
+    STATE_REFUSED,
     STATE_WITHDRAWN,
     STRIPE_BYTES,
     STRIPES,
@@ -47,7 +46,7 @@ from hps_numba.cache_layout import (
 )
 from hps_numba.cache_memory import KEY_BYTES, LARGE_BATCH, STATE_WORDS, index_sets
 from hps_numba.cache_place import LOOKUP_THREADS, Place
-from hps_numba.cache_pooling import CachePooling
+from hps_numba.cache_policy import CachePolicy
 from hps_numba.errors import CapacityError, ConfigError, OutputError
 from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.cache_image import place_keys
@@ -61,7 +60,10 @@ _WARMING_BATCH = 8192
 
 @dataclass(frozen=True)
 class CacheCounters:
-    """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either."""
+    """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either.
+
+    ``refused``: newcomers that the policy did not admit.
+    """
 
     keys: int
     calls: int
@@ -70,6 +72,7 @@ class CacheCounters:
     inserted: int
     evicted: int
     withdrawn: int
+    refused: int
 
 
 class CacheEntry(NamedTuple):
@@ -82,7 +85,7 @@ class CacheEntry(NamedTuple):
     way: int
 
 
-class EmbeddingCache(CachePooling):
+class EmbeddingCache(CachePolicy):
     """The embedding cache of one table.
 
     Args:
@@ -292,6 +295,8 @@ class EmbeddingCache(CachePooling):
         try:
             self._place.to_place(self._lines, lines, self._stream)
             self._refresh(0, self.sets, True)
+            if self.policy.takes_key and not self.fixed:
+                self._rescore()
         except BaseException:
             self.clear()
             raise
@@ -300,7 +305,7 @@ class EmbeddingCache(CachePooling):
 
     def _place_keys(self, lines: np.ndarray, keys: np.ndarray) -> None:
         now = int(self._words(self._state + STATE_NOW, 1)[0])
-        score = 0 if self.fixed else self.policy.first(now, 1) & 0xFFFFFFFF
+        score = 0 if self.fixed or self.policy.takes_key else self.policy.first(now, 1) & 0xFFFFFFFF
         address, keys_at = (array.__array_interface__["data"][0] for array in (lines, keys))
         placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, self._chains)
         if placed < len(keys) and self.kind == "static":
@@ -331,9 +336,9 @@ class EmbeddingCache(CachePooling):
     @property
     def bytes(self) -> int:
         """Bytes of memory: index, rows, state, and the buffers of batches so far."""
-        hits = 4 * self.capacity if self._counted else 0
+        policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
         buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
-        return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + hits + buffers
+        return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
 
     def resident(self) -> int:
         """Rows that the cache holds; reads its whole index."""
@@ -355,18 +360,11 @@ class EmbeddingCache(CachePooling):
         with self._controlled():
             words = self._words(self._state, STATE_WORDS)
             stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
-        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN)
-        asked, calls, inserted, evicted, withdrawn = (int(words[at // 8]) for at in named)
-        return CacheCounters(asked, calls, int(stripes[0]), int(stripes[1]), inserted, evicted, withdrawn)
+        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN, STATE_REFUSED)
+        asked, calls, *rest = (int(words[at // 8]) for at in named)
+        return CacheCounters(asked, calls, int(stripes[0]), int(stripes[1]), *rest)
 
     # -- small things ---------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _controlled(self) -> Iterator[None]:
-        """One at a time of all that works on the stream of the cache."""
-        with self._control, self._place.current():
-            self._check_open()
-            yield
 
     def _read_lines(self) -> np.ndarray:
         lines = np.empty(self.sets * SET_BYTES, np.uint8)

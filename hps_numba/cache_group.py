@@ -57,7 +57,7 @@ class CacheGroup:
         self._capturing = threading.Lock()
         self._closed = False
         with self._place.current():
-            self._stream = self._place.new_stream()
+            self._stream: Any = self._place.new_stream()
         self._new_scratch = partial(_GroupScratch, self._place, self._caches, self.name)
         self._pool = ScratchPool(self._place, self._new_scratch, buffers, self.name)
 
@@ -112,6 +112,8 @@ class CacheGroup:
                     kept = self._new_scratch()
                     with self._capturing:
                         self._captured.append(kept)
+                    for cache in self._caches:
+                        cache.in_graphs = True
                     self._batch(kept, kernels, group, most, words, stream)
                 return
             scratch = self._pool.take(stream)
@@ -197,18 +199,26 @@ class CacheGroup:
         for cache in self._caches:
             cache.begin()
 
-    def close(self) -> None:
-        """Wait for the lookups at work and give the memory back. No graph that captured a lookup may run any more."""
+    def retire(self) -> None:
+        """Wait for the lookups at work and take no more; graphs that captured one go on."""
         with self._capturing:
             if self._closed:
                 return
             self._closed = True
         with self._place.current():
             self._pool.close(self._stream)
+
+    def close(self) -> None:
+        """``retire``, and give all memory back. No graph that captured a lookup may run any more."""
+        self.retire()
+        with self._capturing, self._place.current():
+            if self._stream is None:
+                return
             for scratch in self._captured:
                 scratch.release(self._stream)
             self._captured.clear()
             self._place.destroy_stream(self._stream)
+            self._stream = None
 
 
 class _GroupScratch(Scratch):

@@ -43,7 +43,8 @@ OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
     STATE_WITHDRAWN,  # rows that changed in the host store on their way to the cache
     STATE_COUNT,  # result of an erasure or a dump
     STATE_PENDING,  # address of uint32 [ways]: hits of this batch, for policies that need counts
-) = (8 * i for i in range(9))
+    STATE_REFUSED,  # newcomers that the policy did not admit
+) = (8 * i for i in range(10))
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
 HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
 DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_BYTES = 0, 8, 16, 32
@@ -71,7 +72,12 @@ STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
     SCRATCH_TOUCHED,  # ways touched by a policy that needs counts
     SCRATCH_TOUCHED_LIST,  # address of int64 [n]: their rows
     SCRATCH_COUNTS_MASK,  # number of the counts - 1
-) = (8 * i for i in range(17))
+    # of the policy with which the scratch was made; memory that lives as long as a graph may use the scratch
+    SCRATCH_SET_STATES,  # address of uint32 [sets, words]: what the policy remembers of each set
+    SCRATCH_SKETCH,  # address of the frequency sketch, see kernels.cache_sketch
+    SCRATCH_SKETCH_WORDS,
+    SCRATCH_SKETCH_SHIFT,
+) = (8 * i for i in range(21))
 SCRATCH_BYTES = 192
 
 # bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending

@@ -22,6 +22,7 @@ from hps_numba.cache_layout import (
 )
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, place_of
+from hps_numba.cache_policy_memory import PolicyMemory
 from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
@@ -33,14 +34,16 @@ from hps_numba.storage.host_store import HostStore
 if TYPE_CHECKING:
     from hps_numba.kernels.launch import KernelsInTurn, PreparedLookup
 
-__all__ = ["KINDS", "CacheLookup", "index_sets"]
+__all__ = ["BY_POLICY", "KINDS", "CacheLookup", "index_sets"]
 
 log = logging.getLogger(__name__)
 KINDS = ("dynamic", "static", "uvm")
 KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
+#: kernels that decide by the policy, besides those that count hits
+BY_POLICY = ("insert_kernel", "insert_tables_kernel", "touch_kernel", "touch_tables_kernel", "rescore_kernel")
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
 LARGE_BATCH = 16_384  # from here on each lane of a warp searches for a key, below a tile does
-STATE_WORDS = 9
+STATE_WORDS = 10
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
@@ -71,7 +74,7 @@ class CacheLookup:
         set_count: int | None = None,
     ) -> None:
         self._check(dim, rows, kind, row_type, buffers, store, name)
-        self.name, self.dim, self.policy, self.row_type = name, dim, policy, row_type
+        self.name, self.dim, self.row_type = name, dim, row_type
         self.fixed = kind != "dynamic"
         self.kind = kind
         self.sets = set_count or index_sets(rows, fixed=self.fixed, whole=whole)
@@ -80,20 +83,25 @@ class CacheLookup:
         self._default = np.float32(default)
         self._store = store
         self._place = place_of(device)
-        self._counted = policy.needs_count and not self.fixed
+        self._pending = 0  # address of counts of hits
         self._kernels: dict[Any, Any] = {}
-        self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}
-        self._repeats = device is not None
+        self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
+        self._repeats = False  # lookups can be started in one step
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
         self._captured: list[Scratch] = []
+        self.in_graphs = False  # a graph captured a lookup of a group with this cache
+        self._policies_of_graphs: list[PolicyMemory] = []
         self._memories: list[Memory] = []
         with self._place.current():
             self._stream = self._place.new_stream()
-            self._allocate(pagelock)
-        self.scratch_shape = ScratchShape(dim, self.sets, lists=not self.fixed, counts=self._counted)
-        self.new_scratch = partial(Scratch, self._place, self.scratch_shape, name)
-        self._own = self.new_scratch()  # of query and insert
+            try:
+                self._allocate(pagelock)
+                self._count_hits(policy)
+                self._use_policy(policy, PolicyMemory(self._place, None if self.fixed else policy, self.sets, name))
+            except BaseException:
+                self._release()
+                raise
         self._pool = ScratchPool(self._place, self.new_scratch, _FIXED_SCRATCHES if self.fixed else buffers, name)
         self._control = threading.RLock()
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
@@ -121,31 +129,44 @@ class CacheLookup:
         self._apart = self._take(STATE_BYTES, "state of queries")  # the same clock, but no host store
         self._parts = (self._lines, self._rows, self.sets, self._state)  # as kernels take them
         self.bytes_of_rows = self.capacity * row_bytes
-        if self._counted:
-            self._place.store_word(self._state + STATE_PENDING, self._take(4 * self.capacity, "hits"), self._stream)
+
+    def _count_hits(self, policy: Policy) -> None:
+        """Have memory for the counts of hits, if a policy wants them."""
+        if policy.needs_count and not self.fixed and not self._pending:
+            pending = self._take(4 * self.capacity, "hits")
+            self._place.store_word(self._state + STATE_PENDING, pending, self._stream)
+            self._pending = pending
+
+    def _use_policy(self, policy: Policy, memory: PolicyMemory) -> None:
+        """Let a policy decide who leaves, with memory made for it; nothing is at work."""
+        counted = policy.needs_count and not self.fixed
+        self.policy, self._policy_memory, self._counted, self._admits = policy, memory, counted, memory.admits
+        self.scratch_shape = ScratchShape(self.dim, self.sets, lists=not self.fixed, counts=counted, words=memory.words)
+        self.new_scratch = partial(Scratch, self._place, self.scratch_shape, self.name)
+        self._own = self.new_scratch()  # of query and insert
+        self._turns.clear()
+        self._repeats = self._place.ordinal is not None and not self._admits
 
     def _take(self, size: int, what: str, *, pinned: bool = False) -> int:
         allocate = self._place.allocate_pinned if pinned else self._place.allocate
-        try:
-            self._memories.append(allocate(max(1, size), f"{self.name}: cache: {what}"))
-        except BaseException:
-            self._release()
-            raise
+        self._memories.append(allocate(max(1, size), f"{self.name}: cache: {what}"))
         return self._memories[-1].address
 
     def _release(self) -> None:
         for memory in self._memories:
             memory.release()
         self._memories.clear()
+        for policy in self._policies_of_graphs:
+            policy.release()
 
     def renew(self) -> None:
         """In a forked child: locks are made anew; the twin begins empty, as another thread may have been changing it."""
         self._control = threading.RLock()
         if self._place.ordinal is None and not self._closed:
             self._place.fill(self._lines, 0, self.sets * SET_BYTES, 0)
-            if self._counted:
-                pending = self._words(self._state, STATE_WORDS)[STATE_PENDING // 8]
-                self._place.fill(int(pending), 0, 4 * self.capacity, 0)
+            if self._pending:
+                self._place.fill(self._pending, 0, 4 * self.capacity, 0)
+            self._policy_memory.clear(0)
             self._own = self.new_scratch()
 
     # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -155,7 +176,7 @@ class CacheLookup:
         return KernelSpec(
             name=name,
             dim=self.dim,
-            policy=load_policy("fifo") if self.fixed else self.policy,
+            policy=load_policy("fifo") if self.fixed else self.policy.for_hits,
             fixed=self.fixed,
             row_type=self.row_type,
             out_type=out_type,
@@ -192,16 +213,20 @@ class CacheLookup:
     def kin(self) -> tuple[Any, ...]:
         """Caches for which this is the same can be looked up by one kernel."""
         policy = "" if self.fixed else self.policy.digest
-        return self._place.ordinal, self.dim, self.fixed, self.row_type, policy
+        alone = id(self) if self._admits else 0  # whose lookups count requests besides
+        return self._place.ordinal, self.dim, self.fixed, self.row_type, policy, alone
 
     def tables_lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """``_lookup_kernel`` for several tables."""
         key = ("lookup_tables_kernel", key_form, out_type, aligned, small)
         found: tuple[Kernel, int] | None = self._kernels.get(key)
         if found is None:
-            spec = self._lookup_spec(key_form, out_type, aligned, small, name="lookup_tables_kernel")
+            spec = self._tables_spec(key_form, out_type, aligned, small)
             found = self._kernels[key] = self._place.kernel(spec), spec.group
         return found
+
+    def _tables_spec(self, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
+        return self._lookup_spec(key_form, out_type, aligned, small, name="lookup_tables_kernel")
 
     def tables_kernel(self, name: str) -> Kernel:
         """``touch_tables_kernel`` or ``insert_tables_kernel``."""
@@ -217,17 +242,19 @@ class CacheLookup:
         """Any other kernel; what it does not depend on is the same for all caches, so that they share it."""
         kernel: Kernel | None = self._kernels.get(name)
         if kernel is None:
-            by_row = name in ("insert_kernel", "insert_tables_kernel", "update_kernel", "refresh_kernel")
-            kernel = self._kernels[name] = self._place.kernel(
-                KernelSpec(
-                    name=name,
-                    dim=self.dim if by_row else 1,
-                    policy=self.policy if name.startswith(("insert_", "touch_")) else load_policy("fifo"),
-                    fixed=self.fixed and by_row,
-                    row_type=self.row_type if by_row else "float32",
-                )
-            )
+            kernel = self._kernels[name] = self._place.kernel(self._plain_spec(name))
         return kernel
+
+    def _plain_spec(self, name: str) -> KernelSpec:
+        by_row = name in ("insert_kernel", "insert_tables_kernel", "update_kernel", "refresh_kernel")
+        by_policy = name in BY_POLICY
+        return KernelSpec(
+            name=name,
+            dim=self.dim if by_row else 1,
+            policy=self.policy if by_policy else load_policy("fifo"),
+            fixed=self.fixed and by_row,
+            row_type=self.row_type if by_row else "float32",
+        )
 
     def _launch(self, name: str, tiles: int, stream: int, *args: int) -> None:
         self._kernel(name).launch(self._place.blocks(tiles), stream, *args)
@@ -329,8 +356,11 @@ class CacheLookup:
         names = ["touch_kernel", "insert_kernel"] if self._counted else ["insert_kernel"]
         return [self._kernels.get(name) for name in names]
 
-    def _start_in_turn(self, scratch: Scratch, turn: KernelsInTurn, n: int, stream: int, launch: tuple[Any, ...]) -> bool:
+    def _start_in_turn(self, scratch: Scratch, shape: tuple[Any, ...], n: int, stream: int, launch: tuple[Any, ...]) -> bool:
         """``launch``: blocks, threads and arguments of the first kernel, without the scratch, which is the last."""
+        turn = self._turns.get(shape)
+        if turn is None:
+            return False
         blocks, threads, args = launch
         launches = [(blocks, 1, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
         return turn.start(self._place.context, stream, scratch.event, *launches)
@@ -355,7 +385,7 @@ class CacheLookup:
     def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
         if capturing:
-            with self._place.relaxed():
+            with self._control, self._place.relaxed():  # beside a change of the policy
                 scratch = self.new_scratch()
                 self._captured.append(scratch)
                 work(scratch, *args)
@@ -381,6 +411,13 @@ class CacheLookup:
         with self._control:
             self._check_open()
             self._used = self._ready = True
+
+    @contextmanager
+    def _controlled(self) -> Iterator[None]:
+        """One at a time of all that works on the stream of the cache."""
+        with self._control, self._place.current():
+            self._check_open()
+            yield
 
     def _check_open(self) -> None:
         if self._closed:
@@ -408,6 +445,8 @@ class CacheLookup:
 
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
         self._rows_to(out, keys, n, scratch.address, stream, built)
+        if self._admits:
+            self._count_requests(scratch, keys, n, stream, built[0])
         if not self.fixed:
             self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
 
@@ -420,6 +459,18 @@ class CacheLookup:
         kernel, group = self._lookup_kernel(*built, n < LARGE_BATCH)
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
+
+    def _count_requests(
+        self, scratch: Scratch, keys: int, n: int, stream: int, key_form: str, skips: int = 0, skipped: int = 0
+    ) -> None:
+        """Count the keys of a batch in the sketch of a policy that admits; those equal to ``skipped`` not, if it ``skips``."""
+        shape = ("sketch_kernel", key_form)
+        kernel = self._kernels.get(shape)
+        if kernel is None:
+            spec = KernelSpec(name="sketch_kernel", dim=1, policy=load_policy("fifo"), key_form=key_form, group=32)
+            kernel = self._kernels[shape] = self._place.kernel(spec)
+        blocks = self._place.blocks(-(-n // 8))  # a key a lane
+        kernel.launch(blocks, stream, self._state, keys, n, int(skips != 0), skipped, scratch.address)
 
     def _finish(self, scratch: Scratch, n: int, source: int, stride: int, advance: int, stream: int) -> None:
         """Touch what a batch hit, if the policy counts, and insert its newcomers with the rows at ``source``."""
@@ -442,6 +493,7 @@ class CacheLookup:
                 scratch.release(self._stream)
             if self._link is not None:
                 self._link.close()
+            self._policy_memory.release()
             self._release()
             self._place.destroy_stream(self._stream)
         self._place.close()

@@ -106,6 +106,8 @@ class DevicePlace:
         with self.current(), self.relaxed():
             return load(spec, self.ordinal, self._capability)
 
+    ready_kernel = kernel
+
     def prepared_lookup(
         self,
         kernels: Sequence[Kernel | None],
@@ -210,6 +212,11 @@ class HostPlace:
     def kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled on its first call."""
         return _HostKernel(for_host(spec), spec.source.kinds)
+
+    def ready_kernel(self, spec: KernelSpec) -> Kernel:
+        """Loaded or compiled now."""
+        for_host(spec).ready()
+        return self.kernel(spec)
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
         """One."""

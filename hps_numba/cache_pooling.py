@@ -12,7 +12,8 @@ from hps_numba.cache_memory import CacheLookup
 from hps_numba.cache_place import Kernel
 from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ConfigError
-from hps_numba.kernels.cache_pool import COMBINERS, THREADS, pool_blocks, pool_run
+from hps_numba.kernels.build import KernelSpec
+from hps_numba.kernels.cache_pool import COMBINERS, PADDED, THREADS, pool_blocks, pool_run
 
 __all__ = ["CachePooling"]
 
@@ -73,33 +74,44 @@ class CachePooling(CacheLookup):
         blocks = pool_blocks(bags, self.dim, run)
         args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
-        turn = self._turns.get(shape)
-        if turn is not None and capturing is None and n:
+        if shape in self._turns and capturing is None and n:
             launch = (blocks, THREADS, (*self._parts, *args))
-            if self._with_scratch_again(n, stream, self._start_in_turn, turn, n, stream, launch):
+            if self._with_scratch_again(n, stream, self._start_in_turn, shape, n, stream, launch):
                 return
         with self._place.current():
             if capturing is None:
                 capturing = self._place.is_capturing(stream)
-            kernel = self._pool_kernel(*shape)
-            self._with_scratch(capturing, stream, self._pool_batch, kernel, n, blocks, args, stream)
-            self._keep_turn(shape, kernel)
+            self._with_scratch(capturing, stream, self._pool_batch, shape[1:], n, blocks, args, stream)
 
     def _pool_batch(
-        self, scratch: Scratch, kernel: Kernel, n: int, blocks: int, args: tuple[int | np.float32, ...], stream: int
+        self,
+        scratch: Scratch,
+        built: tuple[str, str, bool],
+        n: int,
+        blocks: int,
+        args: tuple[int | np.float32, ...],
+        stream: int,
     ) -> None:
         scratch.reserve(max(n, 1), False, self._stream)
+        shape = ("pool_kernel", *built)
+        kernel = self._pool_kernel(*shape)
         kernel.launch(blocks, stream, *self._parts, *args, scratch.address, threads=THREADS)
+        if n and self._admits:
+            keys, options, padding = int(args[0]), int(args[-2]), int(args[-1])
+            self._count_requests(scratch, keys, n, stream, built[0], options & PADDED, padding)
         if n and not self.fixed:
             self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
+        self._keep_turn(shape, kernel)
 
     def _pool_kernel(self, *shape: Any) -> Kernel:
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
-            # 128: measured on an H200; what it would take by itself leaves room for a warp less of each scheduler
-            spec = replace(self._answer_spec(*shape), registers=128)
-            kernel = self._kernels[shape] = self._place.kernel(spec)
+            kernel = self._kernels[shape] = self._place.kernel(self._pool_spec(*shape[1:]))
         return kernel
+
+    def _pool_spec(self, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
+        # 128: measured on an H200; what it would take by itself leaves room for a warp less of each scheduler
+        return replace(self._answer_spec("pool_kernel", key_form, out_type, aligned), registers=128)
 
     def pool_arrays(
         self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"

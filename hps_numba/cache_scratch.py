@@ -8,8 +8,9 @@ for each other only while one is starting its kernels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,16 @@ _Stream = tuple[int, int]
 
 @dataclass(frozen=True)
 class ScratchShape:
-    """What the size of a scratch depends on: ``lists`` newcomers (not in fixed caches), ``counts`` keys for the policy."""
+    """What a scratch depends on: ``lists`` newcomers (not in fixed caches), ``counts`` keys for the policy.
+
+    ``words``: more of its header, from where the memory of the policy is.
+    """
 
     dim: int
     sets: int
     lists: bool
     counts: bool
+    words: Mapping[int, int] = field(default_factory=dict)
 
     def parts(self, n: int, absent: bool) -> dict[int, int]:
         """Bytes by the word of the header that leads to them, for batches of ``n`` keys."""
@@ -115,6 +120,8 @@ class Scratch:
         header[SCRATCH_STAGE_STRIDE // 8] = 4 * self._shape.dim
         header[SCRATCH_MASK // 8] = parts.get(SCRATCH_BUCKETS, BUCKET_BYTES) // BUCKET_BYTES - 1
         header[SCRATCH_COUNTS_MASK // 8] = parts.get(SCRATCH_COUNTS, 16) // 16 - 1
+        for word, value in self._shape.words.items():
+            header[word // 8] = value
         end = start + _up(SCRATCH_BYTES)
         for word, size in parts.items():
             header[word // 8] = end
@@ -173,7 +180,9 @@ class ScratchPool:
     """At most ``limit`` scratches, made as they are needed (spec 6.5).   **Threads:** all methods."""
 
     def __init__(self, place: Place, make: Callable[[], Scratch], limit: int, name: str) -> None:
-        self._place, self._make, self._limit, self._name = place, make, limit, name
+        #: makes a scratch
+        self.make = make
+        self._place, self._limit, self._name = place, limit, name
         self._closed = False
         self.renew()
         renew_after_fork(self)
@@ -182,6 +191,7 @@ class ScratchPool:
         """Begin with none, as a forked child has to: another thread may have been at work with one."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._shut = self._closed  # nothing is lent: closed, or held
         self._waiting = 0
         self._all: list[Scratch] = []
         self._idle: list[Scratch] = []  # that which was not used for longest comes first
@@ -210,7 +220,7 @@ class ScratchPool:
         """The scratch that this stream had last, if it is there and has room for ``n`` keys; to be given by ``give_again``."""
         user = _user_of(stream)
         with self._lock:
-            idle = [] if self._closed else self._idle
+            idle = [] if self._shut else self._idle
             for i in range(len(idle) - 1, -1, -1):
                 scratch = idle[i]
                 if scratch.user == user and n <= scratch.limit and not scratch.lists_absent:
@@ -229,7 +239,9 @@ class ScratchPool:
             self._waiting -= 1
 
     def _choose(self, user: _Stream) -> Scratch | None:
-        if self._closed:
+        if self._shut:
+            if not self._closed:
+                return None
             raise ClosedError(f"{self._name}: the cache is closed")
         if self._idle and self._idle[-1].user == user:
             return self._idle.pop()
@@ -237,7 +249,7 @@ class ScratchPool:
             if scratch.user == user:
                 return self._idle.pop(i)
         if len(self._all) < self._limit:
-            self._all.append(self._make())
+            self._all.append(self.make())
             return self._all[-1]
         return self._idle.pop(0) if self._idle else None
 
@@ -256,6 +268,28 @@ class ScratchPool:
             if self._waiting:
                 self._changed.notify_all()
 
+    @contextmanager
+    def emptied(self, stream: int) -> Iterator[ScratchPool]:
+        """A block in which nobody has a scratch and all work with them is done; who wants one sleeps until it ends.
+
+        Scratches made before give their memory back, ``stream`` is used for the wait. By one thread at a time, not beside
+        ``close``.
+        """
+        with self._changed:
+            self._shut = True
+        try:
+            with self._changed:
+                while len(self._idle) < len(self._all):
+                    self._wait()
+                scratches, self._all, self._idle = self._all, [], []
+            for scratch in scratches:
+                scratch.release(stream)
+            yield self
+        finally:
+            with self._changed:
+                self._shut = self._closed
+                self._changed.notify_all()
+
     @property
     def bytes(self) -> int:
         """Bytes of all scratches."""
@@ -265,7 +299,7 @@ class ScratchPool:
     def close(self, stream: int) -> None:
         """Lend no more, wait for those that are lent and for their work, and give the memory back."""
         with self._changed:
-            self._closed = True
+            self._closed = self._shut = True
             self._changed.notify_all()
             while len(self._idle) < len(self._all):
                 self._wait()

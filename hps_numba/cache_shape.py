@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from hps_numba import parts
 from hps_numba.cache_layout import SET_BYTES, STATE_BYTES, WAYS
 from hps_numba.cache_memory import index_sets
+from hps_numba.cache_policy_memory import policy_bytes
 from hps_numba.config import ModelConfig, TableSpec
+from hps_numba.kernels.policies._policy import load_policy
 from hps_numba.kernels.row_elements import row_stride
 
 __all__ = ["CacheShape", "cache_bytes", "cache_shape"]
@@ -71,8 +74,13 @@ def _most_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
 
 
 def cache_bytes(spec: TableSpec, shape: CacheShape) -> int:
-    """Bytes of a device that a cache takes, without the buffers of batches."""
+    """Bytes of a device that a cache takes, without the buffers of batches.
+
+    Those of the policy count if it is built in: one of the user's own is code, which is not run to tell a size.
+    """
     fixed = shape.kind != "dynamic"
     sets = index_sets(shape.rows, fixed=fixed, whole=shape.whole and not fixed)
     rows = shape.rows if fixed else sets * WAYS
-    return sets * SET_BYTES + rows * row_stride(spec.dim, spec.cache_row_dtype) + 2 * STATE_BYTES
+    own = fixed or parts.is_reference(spec.cache_policy)
+    policy = 0 if own else policy_bytes(load_policy(spec.cache_policy), sets)
+    return sets * SET_BYTES + rows * row_stride(spec.dim, spec.cache_row_dtype) + 2 * STATE_BYTES + policy

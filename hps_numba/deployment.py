@@ -16,7 +16,7 @@ from hps_numba.cache_shape import cache_shape
 from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.hierarchy import TierStack
-from hps_numba.kernels.policies._policy import Policy, load_policy
+from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
 from hps_numba.plan import Plan, plan_of, plan_table
 from hps_numba.session import TableSession
 from hps_numba.storage.host_store import HostStore
@@ -185,6 +185,26 @@ class Deployment:
     def has_caches(self) -> bool:
         """Some table has a cache."""
         return any(table.caches is not None for table in self.tables)
+
+    def set_policy(self, policy: Any, table_id: int | str | None = None, *, allow_code: bool = False) -> None:
+        """Let another policy, by name or as a class, decide who leaves the caches of one table, or of all.
+
+        Raises:
+            PolicyError: there is none of that name, it is none, or it does not compile for a device.
+            ConfigError: static or uvm caches.   CapacityError: no memory for what it remembers.
+        """
+        if isinstance(policy, str):
+            wanted = load_policy(policy, allow_code=allow_code, folder=self.config.folder)
+        else:
+            wanted = as_policy(policy)
+        tables = self.tables if table_id is None else (self.table(table_id),)
+        without = [table.spec.tag for table in tables if table.caches is None]
+        if without:
+            log.warning("%s: cache policy %r without effect: there is no cache", ", ".join(without), wanted.name)
+        for table in tables:
+            if table.caches is not None:
+                with self.groups.without(table):
+                    table.caches.set_policy(wanted)
 
     def refresh(self, table_id: int | str | None = None, *, drop: bool = True) -> None:
         """Renew the caches of one table, or of all."""

@@ -477,8 +477,8 @@ class HPS:
                 key_form=first.form,
                 out_type=out_type,
             )
-        except ClosedError as problem:
-            self._say_who_closed(deployment, problem)
+        except ClosedError:  # a policy changed, and with it what goes together; or a cache was closed, which it will say itself
+            return [self._lookup(deployment, table, some, None, device) for table, some in tables]
         return [rows for rows, _ in outs]
 
     def together_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> TogetherOnDevice | None:
@@ -631,6 +631,33 @@ class HPS:
             UnknownModelError: no such model or table.   TierError: a slower tier failed.
         """
         self._deployment(model_name).refresh(table_id, drop=drop)
+
+    def set_policy(self, policy: Any = None, model_name: str = "", table_id: int | str | None = None) -> Any:
+        """Let another cache policy decide from now on who leaves the caches of a model (spec 6.3); rows stay.
+
+        Scores begin anew, as if all cached rows had come in now. Lookups go on and stay exact: they wait for the switch itself,
+        not for the compiler. Graphs that captured lookups before go on with the policy before.
+
+        Args:
+            policy: a built-in name, ``package.module:NAME``, ``file.py:NAME`` (with the server's ``allow_code``), a class as
+                ``kernels.policies._policy`` describes it, or a ``Policy``. If it is left out, a decorator for such a class is
+                returned: ``@server.set_policy(model_name="m", table_id=0)``.
+            table_id: one table, by default all.
+
+        Returns:
+            ``policy``, so that a decorated class stays what it was.
+
+        Raises:
+            PolicyError: there is no such policy, it breaks the contract, or it does not compile for a device; the policy
+                before stays.
+            ConfigError: caches of type static or uvm, which evict nothing.   CapacityError: no memory for what it remembers.
+            UnknownModelError: no such model or table.
+        """
+        if policy is None:
+            return lambda kind: self.set_policy(kind, model_name, table_id)
+        with self._changing:
+            self._deployment(model_name).set_policy(policy, table_id, allow_code=self._allow_code)
+        return policy
 
     # -- models ---------------------------------------------------------------------
 

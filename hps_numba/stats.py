@@ -34,6 +34,7 @@ class CacheStats:
         absent: keys that host memory lacked too.
         insertions: rows that entered after a lookup.   evictions: rows that left for others.
         withdrawn: rows that changed in host memory on their way into the cache, and were not shown.
+        refused: newcomers that the policy did not admit.   policy: its name.
     """
 
     device: int | None
@@ -47,6 +48,8 @@ class CacheStats:
     insertions: int
     evictions: int
     withdrawn: int
+    refused: int
+    policy: str
 
     @property
     def hits(self) -> int:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from hps_numba import parts
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_shape import CacheShape
 from hps_numba.config import ModelConfig, TableSpec
@@ -72,6 +73,8 @@ class TableCaches:
                 )
                 undo.callback(cache.close)
                 self._caches[device] = cache
+                if parts.is_reference(policy.name):  # a user's own is compiled, or refused, at the start
+                    cache.compile_policy()
             undo.pop_all()
 
     def on(self, device: int | None) -> EmbeddingCache | None:
@@ -90,6 +93,23 @@ class TableCaches:
             log.info(
                 "%s: %d of %d rows in the cache of %s", self.spec.tag, self._resident[device], cache.capacity, _place(device)
             )
+
+    def set_policy(self, policy: Policy) -> None:
+        """Let another policy decide who leaves, in every cache; done when this returns. Rows stay.
+
+        Raises:
+            ConfigError: fixed caches, which evict nothing.
+            PolicyError, CapacityError: it does not compile for a device, or its memory is not there; all caches go on with the
+                policy before.
+        """
+        with ExitStack() as undo:
+            changes = []
+            for cache in self:
+                changes.append((cache, cache.prepare_policy(policy)))
+                undo.callback(changes[-1][1].release)
+            undo.pop_all()
+        for cache, change in changes:
+            cache.adopt_policy(change)
 
     def changed(self, keys: np.ndarray) -> None:
         """Bring the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand."""
@@ -154,6 +174,8 @@ class TableCaches:
             insertions=counts.inserted,
             evictions=counts.evicted,
             withdrawn=counts.withdrawn,
+            refused=counts.refused,
+            policy=cache.policy.name,
         )
 
     def close(self) -> None:

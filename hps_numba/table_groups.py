@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_group import CacheGroup
@@ -54,6 +54,12 @@ class TogetherOnDevice:
                 (i,) = positions
                 part.lookup(keys[i], counts[i], outs[i], stream, key_form=key_form, out_type=out_type)
 
+    def retire(self) -> None:
+        """Take no more lookups; graphs that captured one go on."""
+        for part, _ in self._parts:
+            if isinstance(part, CacheGroup):
+                part.retire()
+
     def close(self) -> None:
         """Give the buffers back; the caches stay."""
         for part, _ in self._parts:
@@ -71,6 +77,7 @@ class TableGroups:
     def __init__(self, buffers: int) -> None:
         self._buffers = buffers
         self._made: dict[tuple[int, tuple[TableSession, ...]], TogetherOnDevice] = {}
+        self._retired: list[TogetherOnDevice] = []
         self._closed = False
         self.renew()
         renew_after_fork(self)
@@ -129,11 +136,25 @@ class TableGroups:
             undo.pop_all()
         return parts
 
+    @contextmanager
+    def without(self, table: TableSession) -> Iterator[None]:
+        """A block in which no table is looked up together with this one, as its caches change their kind.
+
+        Who has a ``TogetherOnDevice`` of it meets ClosedError, and asks again, which waits for the end of the block.
+        """
+        with self._lock:
+            for key in [key for key in self._made if table in key[1]]:
+                together = self._made.pop(key)
+                self._retired.append(together)
+                together.retire()
+            yield
+
     def close(self) -> None:
         """Give all buffers back after the lookups at work; no graph that captured one may run any more."""
         with self._lock:
             self._closed = True
-            made = list(self._made.values())
+            made = [*self._made.values(), *self._retired]
             self._made.clear()
+            self._retired.clear()
         for together in made:
             together.close()

@@ -7,8 +7,10 @@ ways in order: its probe order. One batch acts as follows, whatever the order in
 2. Resident keys are touched, once a key.
 3. Newcomers enter. In each set, only the first positions of the batch that missed count, as many as the set has ways; of
    these each distinct key enters once, in the order of positions: into the first empty way in its probe order, else in
-   place of the row with the smallest score, the first in its probe order of equals. Rows that entered in the same batch
-   are not replaced: at most as many enter as there are ways, so another one is always left.
+   place of the row with the smallest score, the first in its probe order of equals; or of that which the policy's victim
+   names. Rows that entered in the same batch are not replaced: at most as many enter as there are ways, so another one is
+   always left; if victim names such a row, the next way without one is taken. Before a row is replaced, the policy's admit is
+   asked, with what the sketch has counted of both keys; if it refuses, the row stays.
 """
 
 from __future__ import annotations
@@ -22,6 +24,40 @@ import numpy as np
 from hps_numba.kernels.policies._policy import Policy
 
 Way = tuple[int, int, int]  # set, line, way
+
+
+class SketchOracle:
+    """The frequency sketch: ``counters_of`` a key are incremented by its requests up to 15, and halved all together.
+
+    Args:
+        capacity: ways of the cache.   counters_of: (words, key) -> (word, four bits where counters begin).
+    """
+
+    def __init__(self, capacity: int, counters_of: Callable[[int, int], tuple[int, ...]]) -> None:
+        self.words = 1
+        while self.words < capacity:
+            self.words *= 2
+        self.period = 8 * self.words  # requests between halvings
+        self.counters_of = counters_of
+        self.counts: Counter[tuple[int, int]] = Counter()
+        self.requests = 0
+
+    def _counters(self, key: int) -> list[tuple[int, int]]:
+        word, *bits = map(int, self.counters_of(self.words, key))
+        return [(word, bit) for bit in bits]
+
+    def count(self, batch: Sequence[int]) -> None:
+        """The requests of a lookup; halvings that they bring come first."""
+        for _ in range((self.requests + len(batch)) // self.period - self.requests // self.period):
+            self.counts = Counter({counter: count // 2 for counter, count in self.counts.items()})
+        self.requests += len(batch)
+        for key in batch:
+            for counter in self._counters(key):
+                self.counts[counter] = min(15, self.counts[counter] + 1)
+
+    def __call__(self, key: int) -> int:
+        """The estimate."""
+        return min(self.counts[counter] for counter in self._counters(key))
 
 
 class Entry(NamedTuple):
@@ -42,6 +78,7 @@ class CacheOracle:
         sets: number of sets.
         place: (set, home line) of a key.
         host: the rows that a lookup finds behind the cache, by key; None if there is nothing behind it.
+        counters_of: of a key in the sketch, for policies that admit.
     """
 
     def __init__(
@@ -55,6 +92,7 @@ class CacheOracle:
         *,
         lines: int = 2,
         ways: int = 5,
+        counters_of: Callable[[int, int], tuple[int, ...]] | None = None,
     ) -> None:
         self.policy = policy
         self.default = np.float32(default)
@@ -65,6 +103,9 @@ class CacheOracle:
         self.keys = np.zeros((sets, lines, ways), np.int64)
         self.scores = np.zeros((sets, lines, ways), np.uint32)
         self.rows = np.zeros((sets, lines, ways, dim), np.float32)
+        self.states = [[0] * policy.state for _ in range(sets)]
+        self.sketch = None if policy.admit is None or counters_of is None else SketchOracle(sets * lines * ways, counters_of)
+        self.hits = self.misses = self.evictions = self.refused = 0
 
     # -- batches -----------------------------------------------------------------------------
 
@@ -75,6 +116,10 @@ class CacheOracle:
         rows, missing = self._cached(batch)
         for position in missing:
             rows[position] = host.get(batch[position], self.default)
+        self.hits += len(batch) - len(missing)
+        self.misses += len(missing)
+        if self.sketch is not None:
+            self.sketch.count(batch)
         self._touch(batch, now)
         self._admit(batch, [position for position in missing if batch[position] in host], rows, now)
         return rows
@@ -119,18 +164,47 @@ class CacheOracle:
             number = self.place(key)[0]
             considered[number] += 1
             if considered[number] <= self.lines * self.ways and self.find(key) is None:
-                at = self._way_for(key, entered)
+                at = self._way_for(key, entered, now)
+                if self.occupied[at]:
+                    if not self._is_admitted(key, counts[key], int(self.keys[at]), int(self.scores[at])):
+                        self.refused += 1
+                        continue
+                    self.evictions += 1
                 self.occupied[at] = True
                 self.keys[at] = key
                 self.rows[at] = rows[position]
-                self.scores[at] = self._stored(self.policy.first(now, self._told(counts[key])))
+                asked = (now, self._told(counts[key]), key) if self.policy.takes_key else (now, self._told(counts[key]))
+                self.scores[at] = self._stored(self.policy.first(*asked))
                 entered.add(at)
 
-    def _way_for(self, key: int, entered: set[Way]) -> Way:
+    def _is_admitted(self, key: int, count: int, leaves: int, score: int) -> bool:
+        if self.policy.takes_key and score == 2**32 - 1:
+            return False
+        if self.policy.admit is None:
+            return True
+        assert self.sketch is not None
+        return self.policy.admit(key, self._told(count), (self.sketch(key), self.sketch(leaves)))
+
+    def _named_way(self, number: int, entered: set[Way], now: int) -> Way:
+        """The way of a full set that victim names, or the next one that is none of ``entered``."""
+        assert self.policy.victim is not None
+        places = [(number, line, way) for line in range(self.lines) for way in range(self.ways)]
+        scores, state = [int(self.scores[at]) for at in places], self.states[number]
+        chosen = self.policy.victim(scores, state, now) if self.policy.takes_now else self.policy.victim(scores, state)
+        for at, score in zip(places, scores, strict=True):
+            self.scores[at] = self._stored(score)
+        state[:] = map(self._stored, state)
+        while places[chosen] in entered:
+            chosen = (chosen + 1) % len(places)
+        return places[chosen]
+
+    def _way_for(self, key: int, entered: set[Way], now: int) -> Way:
         order = self.probe_order(key)
         for at in order:
             if not self.occupied[at]:
                 return at
+        if self.policy.victim is not None:
+            return self._named_way(order[0][0], entered, now)
         return min((at for at in order if at not in entered), key=lambda at: (self.scores[at], order.index(at)))
 
     def _told(self, count: int) -> int:

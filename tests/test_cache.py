@@ -20,8 +20,9 @@ from hps_numba.cache_place import HostPlace
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError, OutputError
 from hps_numba.kernels.cache_image import place_keys
 from hps_numba.kernels.cache_search import home_line_of, other_set_of, set_of
+from hps_numba.kernels.cache_sketch import sketch_places
 from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.policies._policy import Policy, load_policy
 from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.storage.host_store import HostStore
 
@@ -44,11 +45,10 @@ class Bench:
         store.upsert(ints(keys), rows_of(ints(keys), dim, stamp))
         return store
 
-    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str = "lru", **options: Any) -> EmbeddingCache:
+    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str | Policy = "lru", **options: Any) -> EmbeddingCache:
         dim = options.pop("dim", DIM) if store is None else store.dim
-        cache = EmbeddingCache(
-            dim, rows, device=self.device, policy=load_policy(policy), default=DEFAULT, store=store, **options
-        )
+        chosen = load_policy(policy) if isinstance(policy, str) else policy
+        cache = EmbeddingCache(dim, rows, device=self.device, policy=chosen, default=DEFAULT, store=store, **options)
         self._opened.append(cache)
         return cache
 
@@ -97,7 +97,7 @@ def entries_in(oracle: CacheOracle, sets: int) -> list[tuple[int, ...]]:
 class Pair:
     """A cache over a store, and the oracle that is told the same."""
 
-    def __init__(self, bench: Bench, policy: str, dim: int, seed: int, sets: int = 3) -> None:
+    def __init__(self, bench: Bench, policy: str | Policy, dim: int, seed: int, sets: int = 3) -> None:
         self.rng = np.random.default_rng(seed)
         self.sets, self.dim = sets, dim
         self.universe = ints([*range(70), *EXTREME_64[1:]])
@@ -105,7 +105,9 @@ class Pair:
         self.store = bench.store(known, dim)
         self.cache = bench.cache(self.store, policy=policy, set_count=sets)
         host = {int(key): rows_of(key, dim) for key in known}
-        self.oracle = CacheOracle(sets, load_policy(policy), dim, DEFAULT, place_in(sets), host)
+        self.oracle = CacheOracle(
+            sets, self.cache.policy, dim, DEFAULT, place_in(sets), host, counters_of=host_function(sketch_places)
+        )
         self.host = host
         self.now = 0
 
@@ -173,6 +175,8 @@ class Pair:
 
     def check(self) -> None:
         assert [tuple(entry) for entry in self.cache.entries()] == entries_in(self.oracle, self.sets)
+        counts = self.cache.counters()
+        assert (counts.evicted, counts.refused) == (self.oracle.evictions, self.oracle.refused)
 
 
 OPERATIONS = ("lookup", "lookup", "lookup", "insert", "query", "update_from_store", "update_given", "erase", "refresh", "dump")

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hps_numba import parts
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
-from hps_numba.kernels import build, lanes, lanes_host, launch
+from hps_numba.kernels import build, cache_sketch, lanes, lanes_host, launch
 from hps_numba.kernels.build import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, starts_early
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies._functions import for_compiler
+from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
 from hps_numba.kernels.row_elements import TYPE_NUMBERS
 
 needs_compiler = pytest.mark.skipif(
@@ -31,10 +33,12 @@ needs_compiler = pytest.mark.skipif(
 )
 
 CHIPS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+POLICIES = parts.names("hps_numba.kernels.policies")
+SIMPLE = ["lru", "lfu", "fifo"]  # the others are compiled where they make a difference
 SETTINGS: dict[str, list[Any]] = {
     "name": list(KERNELS),
     "chip": CHIPS,
-    "policy": ["lru", "lfu", "fifo"],
+    "policy": POLICIES if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else SIMPLE,
     "row_type": list(TYPE_NUMBERS),
     "out_type": ["float32", "float16", "bfloat16"],
     "key_form": list(build.KEY_FORMS),
@@ -148,6 +152,46 @@ def test_the_kernel_for_small_batches_compiles_and_links_for_every_chip(chip):
 def test_a_tile_that_takes_a_key_has_eight_lanes(lanes_of_tile, group):
     with pytest.raises(ConfigError, match=f"by_tile with lanes={lanes_of_tile}, group={group}, wanted 8 and 4"):
         ptx_of(replace(SPEC, by_tile=True, lanes=lanes_of_tile, group=group), (9, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in SIMPLE])
+def test_insertion_by_every_policy_compiles_and_links_for_every_chip(name):
+    """Of a policy's functions all but touch are in this kernel, and the others have nothing else of it."""
+    number = POLICIES.index(name)
+    row_type = list(TYPE_NUMBERS)[number % len(TYPE_NUMBERS)]
+    spec = replace(SPEC, name="insert_kernel", policy=load_policy(name), row_type=row_type, lanes=(4, 8)[number % 2])
+    ptx = ptx_of(spec, CHIPS[0])
+    for chip in CHIPS:
+        assert machine_of(launch.link(ptx, chip)) == 10 * chip[0] + chip[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_function_of_every_policy_compiles_by_itself(name):
+    """As it is compiled to tell which one is at fault."""
+    policy, chip = load_policy(name), CHIPS[POLICIES.index(name) % len(CHIPS)]
+    for label, function in policy.functions.items():
+        bound = bind(for_compiler(function), {}, build._device_function)
+        assert ".target sm_{}{}".format(*chip) in compile_ptx_of(bound, build._signature_of(label, function), chip)
+
+
+def compile_ptx_of(function, signature, chip):
+    from hps_numba.kernels.numba_cuda import compile_ptx
+
+    return compile_ptx(function, signature, chip, device=True)
+
+
+@needs_compiler
+def test_a_policy_that_only_scores_costs_insertion_nothing():
+    """What victims, admission and keys take is not in the code of other policies."""
+    plain = ptx_of(replace(SPEC, name="insert_kernel"), (9, 0))
+    sieve, tinylfu = (
+        ptx_of(replace(SPEC, name="insert_kernel", policy=load_policy(name)), (9, 0)) for name in ("sieve", "tinylfu")
+    )
+    assert ".local" not in plain and ".local" in sieve  # scores and state of a set
+    places = str(cache_sketch._APART.astype(np.int64))  # where a key is counted
+    assert places in tinylfu and places not in plain and places not in sieve
 
 
 @needs_compiler
@@ -343,6 +387,9 @@ def listed(now, count):
     return [*now, "x"]
 
 
+LISTED = r"^policy 'broken', listed \(.*test_kernel_build\.py:\d+\)"
+
+
 def broken_policy() -> Policy:
     """One that got past the checks of ``as_policy``."""
     return Policy("broken", listed, LRU.touch, False, "0" * 32)
@@ -350,13 +397,58 @@ def broken_policy() -> Policy:
 
 @needs_compiler
 def test_a_policy_that_does_not_compile_for_the_gpu_is_named():
-    with pytest.raises(PolicyError, match=r"^policy 'broken': first does not compile for sm_80: [^\n]+$"):
+    with pytest.raises(PolicyError, match=rf"{LISTED}: does not compile for sm_80: [^\n]+$"):
         ptx_of(replace(SPEC, name="insert_kernel", policy=broken_policy()), (8, 0))
 
 
 def test_a_policy_that_does_not_compile_for_the_cpu_is_named():
-    with pytest.raises(PolicyError, match=r"^policy 'broken': first does not compile for the CPU: [^\n]+$"):
+    with pytest.raises(PolicyError, match=rf"{LISTED}: does not compile for the CPU: [^\n]+$"):
         for_host(replace(SPEC, name="insert_kernel", policy=broken_policy()))(*[0] * 7)
+
+
+def without_sense(scores, state):
+    best = scores[0]
+    state[0] = best.nowhere
+    return best
+
+
+def test_function_line_and_target_of_a_victim_that_does_not_compile_are_named():
+    policy = Policy("broken", LRU.first, LRU.touch, False, "1" * 32, victim=without_sense, state=1)
+    place = rf"without_sense \(.*test_kernel_build\.py:{without_sense.__code__.co_firstlineno + 2}\)"
+    with pytest.raises(PolicyError, match=rf"^policy 'broken', {place}: does not compile for the CPU: [^\n]+$"):
+        for_host(replace(SPEC, name="insert_kernel", policy=policy))(*[0] * 7)
+
+
+@needs_compiler
+def test_function_line_and_target_of_an_admission_that_does_not_compile_for_the_gpu_are_named():
+    def judge(key, count, sketch):
+        return sketch.nowhere > 0
+
+    policy = Policy("broken", LRU.first, LRU.touch, False, "2" * 32, admit=judge)
+    place = rf"judge \(.*test_kernel_build\.py:{judge.__code__.co_firstlineno + 1}\)"
+    with pytest.raises(PolicyError, match=rf"^policy 'broken', {place}: does not compile for sm_90: [^\n]+$"):
+        ptx_of(replace(SPEC, name="insert_kernel", policy=policy), (9, 0))
+
+
+DEPTH = DIM = 1
+
+
+def constant_of_the_kernels(score, now, count):
+    return score + DEPTH + DIM
+
+
+def test_names_of_a_policy_are_its_own_even_if_kernels_use_them_too():
+    class Own:
+        touch = constant_of_the_kernels
+
+        def first(now, count):
+            return constant_of_the_kernels(now, now, count)
+
+    spec = replace(SPEC, name="insert_kernel", dim=3, policy=as_policy(policy_with(Own, DEPTH=1000, DIM=100, needs_count=True)))
+    seen: list[FunctionType] = []
+    bindings(spec, lambda function: seen.append(function) or function)
+    (bound,) = [function for function in seen if function.__name__ == "constant_of_the_kernels"]
+    assert bound(1, 0, 0) == 1101
 
 
 def nowhere(place):

@@ -1,6 +1,6 @@
 """Cache kernels in numba's CUDA simulator, which has no warp functions: tiles of one lane, equal to the oracle of the cache.
 
-Run as a program, this file is what one process of the simulator does: ``test_kernel_simulator.py POLICY BLOCKS THREADS``.
+Run as a program, this file is what one process of the simulator does: ``test_kernel_simulator.py POLICY,... BLOCKS THREADS``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from cache_oracle import CacheOracle
 from processes import environment
 
 from hps_numba import cache_layout as layout
+from hps_numba import parts
 from hps_numba.cache_layout import LINE_BYTES, LINES_PER_SET, META_AT, OCCUPIED, SCORES_AT, WAYS, WAYS_PER_LINE
 from hps_numba.kernels.build import KernelSpec, bindings
+from hps_numba.kernels.cache_sketch import sketch_places, sketch_shape
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.policies._policy import Policy, load_policy
 from hps_numba.kernels.row_elements import row_stride
@@ -109,6 +111,11 @@ def place_of(key: int) -> tuple[int, int]:
     return (hash_of(key) >> 32) * SETS >> 32, hash_of(key) & 1
 
 
+def counters_of(words: int, key: int) -> tuple[int, ...]:
+    with np.errstate(over="ignore"):
+        return tuple(map(int, sketch_places(words, key)))
+
+
 class HostIndex:
     """A host store as kernels see it, written from its description in ``hps_numba.layout``."""
 
@@ -182,6 +189,11 @@ class SimulatedCache:
         self.scratch[layout.SCRATCH_STAGE_STRIDE // 8] = 4 * DIM
         self.scratch[layout.SCRATCH_MASK // 8] = buckets - 1
         self.scratch[layout.SCRATCH_COUNTS_MASK // 8] = 2 * MOST - 1
+        words, shift = sketch_shape(SETS * WAYS)
+        self.scratch[layout.SCRATCH_SET_STATES // 8] = address(self.zeros(4 * SETS * max(1, self.policy.state)))
+        self.scratch[layout.SCRATCH_SKETCH // 8] = address(self.zeros(8 * words))
+        self.scratch[layout.SCRATCH_SKETCH_WORDS // 8] = words
+        self.scratch[layout.SCRATCH_SKETCH_SHIFT // 8] = shift
 
     def run(self, name: str, *args: Any) -> None:
         kernel = bindings(KernelSpec(name=name, dim=DIM, policy=self.policy), lambda function: function, GRID)
@@ -207,6 +219,8 @@ class SimulatedCache:
         self.reading_host(True)
         out = np.full((len(keys), DIM), 99, np.float32)
         self.look_up(keys, address(out), now)
+        if self.policy.admit is not None:
+            self.run("sketch_kernel", address(self.state), address(keys), len(keys), 0, 0, address(self.scratch))
         self.finish(int(self.scratch[layout.SCRATCH_STAGE // 8]), 4 * DIM)
         return out
 
@@ -267,7 +281,7 @@ def check(policy: Policy, blocks: int, threads: int) -> int:
     rows = {int(key): row for key, row in zip(known, rows_for(known, 1))}
     host = HostIndex(rows)
     cache = SimulatedCache(policy, blocks, threads, host)
-    oracle = CacheOracle(SETS, policy, DIM, DEFAULT, place_of, rows)
+    oracle = CacheOracle(SETS, policy, DIM, DEFAULT, place_of, rows, counters_of=counters_of)
     agreed = 0
 
     def compare() -> None:
@@ -306,7 +320,15 @@ def check(policy: Policy, blocks: int, threads: int) -> int:
                 cache.refresh(0, SETS, drop)
                 oracle.refresh(0, SETS, drop)
         compare()
-    assert cache.state[layout.STATE_EVICTED // 8] > 0
+    assert cache.state[layout.STATE_EVICTED // 8] == oracle.evictions
+    assert cache.state[layout.STATE_REFUSED // 8] == oracle.refused
+    assert oracle.evictions + oracle.refused > 0
+    cache.run("rescore_kernel", cache.lines, SETS, address(cache.state))
+    for at in map(tuple, np.argwhere(oracle.occupied)):
+        oracle.scores[at] = (
+            policy.first(int(cache.state[layout.STATE_NOW // 8]), 1, *[int(oracle.keys[at])] * policy.takes_key) % 2**32
+        )
+    compare()
     cache.clear()
     oracle.clear()
     compare()
@@ -324,10 +346,24 @@ def test_kernels_in_the_simulator_do_what_the_oracle_does(policy, grid):
         text=True,
         timeout=200,
     )
-    assert (done.returncode, done.stdout) == (0, "agreed: 13\n"), done.stderr[-3000:]
+    assert (done.returncode, done.stdout) == (0, "agreed: 14\n"), done.stderr[-3000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba.cuda") is None, reason="numba's CUDA target is not installed")
+def test_kernels_of_every_other_policy_do_so_too():
+    others = [name for name in parts.names("hps_numba.kernels.policies") if name not in ("lru", "lfu", "fifo")]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__, ",".join(others), "2", "3"],
+        env=environment(NUMBA_ENABLE_CUDASIM="1"),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert (done.returncode, done.stdout) == (0, "agreed: 14\n" * len(others)), done.stderr[-3000:]
 
 
 if __name__ == "__main__":
     from numba import cuda  # the simulator puts its own in the place of a global of this name
 
-    sys.stdout.write(f"agreed: {check(load_policy(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))}\n")
+    for named in sys.argv[1].split(","):
+        sys.stdout.write(f"agreed: {check(load_policy(named), int(sys.argv[2]), int(sys.argv[3]))}\n")

@@ -35,9 +35,10 @@ ROWS = [
     {"storage.host_store"},
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
-    {"cache_scratch", "cache_link"},
+    {"cache_scratch", "cache_link", "cache_policy_memory"},
     {"cache_memory"},
     {"cache_pooling"},
+    {"cache_policy"},
     {"cache_shape"},
     {"hierarchy", "cache", "stats", "plan", "synthetic"},
     {"table_caches", "absent", "cache_group"},
@@ -216,7 +217,10 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
 
 
 #: the rooms that a cache is built of
-CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling", "cache_group"}
+CACHE = {
+    *("cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling", "cache_group"),
+    *("cache_policy", "cache_policy_memory"),
+}
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
@@ -239,7 +243,9 @@ SHOWN = {
     "kernels.launch": CACHE,
     "kernels.cache_image": {"cache"},
     "kernels.cache_pool": {"cache_pooling", "storage", "device_bags"},  # the combiners
-    "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
+    # what a policy is, and how one is loaded; "": users write them
+    "kernels.policies._policy": {*CACHE, "cache_shape", "table_caches", "deployment", ""},
+    "kernels.cache_sketch": {"cache_policy_memory"},  # its size
     "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept
 }

@@ -20,8 +20,9 @@ from processes import environment
 from hps_numba import parts
 from hps_numba.errors import PolicyError
 from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies import fifo, lfu, lru
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies import fifo, lfu, lru, pinned
+from hps_numba.kernels.policies._functions import for_compiler
+from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
 
 FOLDER = "hps_numba.kernels.policies"
 NAMES = parts.names(FOLDER)
@@ -69,6 +70,21 @@ TRACES: dict[str, list[tuple[int, int, int]]] = {
         (12, 9, 2**32 - 1),  # full
     ],
     "fifo": [(100, 1, 100), (101, 1, 100), (10**6, 1, 100), (2**40, 1, 100)],
+    "lfu_decay": [  # a half-life is 1024 ticks, a doubling 256
+        (0, 1, 0),
+        (0, 1, 256),
+        (0, 2, 512),  # two and two
+        (1024, 1, 662),  # one half-life on, 1 beside 4 / 2: fresh 256, 512 is 4 steps of 64 above it, 150 more
+        (10_240, 4, 3072),  # nothing is left of what was
+        (10_240, 3, 3270),  # 3 beside 4 of the same time: fresh 2944, 2 steps of 64 below, 198 more
+    ],
+    "random": [(5, 1, 0), (6, 1, 0)],
+    "clock": [(5, 1, 0), (6, 1, 1), (7, 1, 1)],
+    "sieve": [(5, 1, 10), (6, 1, 11), (7, 1, 11), (2**31 + 5, 1, 11)],
+    "tinylfu": [(100, 1, 100), (107, 1, 100), (108, 1, 108)],
+    "s3fifo": [(5, 1, 20), (6, 1, 21), (7, 1, 22), (7, 1, 23), (8, 4, 23)],
+    "ttl": [(0, 1, 0), (63, 1, 0), (64, 1, 1), (640, 1, 10), (65536 * 64, 1, 0)],
+    "pinned": [(100, 1, 100), (107, 1, 100), (108, 1, 108)],
 }
 
 
@@ -77,12 +93,31 @@ def test_scores_of_a_trace(name: str) -> None:
     policy = load_policy(name)
     score = None
     for now, count, wanted in TRACES[name]:
-        score = (policy.first(now, count) if score is None else policy.touch(score, now, count)) & LOW32
+        key = (7,) if policy.takes_key else ()
+        score = (policy.first(now, count, *key) if score is None else policy.touch(score, now, count)) & LOW32
         assert score == wanted, (now, count)
 
 
 def test_which_policies_count() -> None:
-    assert {name: load_policy(name).needs_count for name in TRACES} == {"lru": False, "lfu": True, "fifo": False}
+    assert {name for name in NAMES if load_policy(name).needs_count} == {"lfu", "lfu_decay", "s3fifo"}
+
+
+def test_which_policies_have_more_than_scores() -> None:
+    policies = {name: load_policy(name) for name in NAMES}
+    assert {name: policy.state for name, policy in policies.items() if policy.victim is not None} == {
+        "clock": 1,
+        "random": 1,
+        "s3fifo": 0,
+        "sieve": 2,
+        "ttl": 0,
+    }
+    assert {name for name, policy in policies.items() if policy.admit is not None} == {"tinylfu"}
+    assert {name for name, policy in policies.items() if policy.takes_key} == {"pinned"}
+    assert {name for name, policy in policies.items() if policy.takes_now} == {"s3fifo", "ttl"}
+
+
+def test_every_policy_has_a_trace_by_hand() -> None:
+    assert set(TRACES) == set(NAMES)
 
 
 def first_scores(name: str) -> list[int]:
@@ -159,12 +194,13 @@ class TestEveryPolicy:
 
     def test_plain_and_compiled_agree(self, name: str) -> None:
         policy = load_policy(name)
-        first, touch = host_function(policy.first), host_function(policy.touch)
+        first, touch = (host_function(for_compiler(function)) for function in (policy.first, policy.touch))
         source = random.Random(5)
         for _ in range(500):
             now, count = source.getrandbits(source.randint(1, 48)), source.randint(1, 2**31 - 1)
             score = (now - source.randint(0, 20)) & LOW32 if source.random() < 0.5 else source.getrandbits(32)
-            assert first(now, count) & LOW32 == policy.first(now, count) & LOW32
+            asked = (now, count, source.getrandbits(62)) if policy.takes_key else (now, count)
+            assert first(*asked) & LOW32 == policy.first(*asked) & LOW32
             assert touch(score, now, count) & LOW32 == policy.touch(score, now, count) & LOW32
 
     def test_it_names_its_source(self, name: str) -> None:
@@ -256,11 +292,11 @@ def test_a_file_runs_only_where_code_is_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lur", "'lur' is unknown, known are fifo, lfu, lru; did you mean 'lru'"),
+        ("lur", "'lur' is unknown, known are clock, fifo, lfu, lfu_decay, lru, .*; did you mean 'lru'"),
         ("_policy", "is unknown"),
         ("no_such_package.module:X", "cannot import"),
         ("hps_numba.kernels.policies.lru:XYZ", "has no 'XYZ'"),
-        (7, "7 is no name, wanted one of fifo, lfu, lru or module:NAME"),
+        (7, "7 is no name, wanted one of clock, fifo, .*ttl or module:NAME"),
         (None, "None is no name"),
     ],
 )
@@ -324,6 +360,50 @@ def test_digests_of_built_in_policies_differ() -> None:
     assert len({load_policy(name).digest for name in NAMES}) == len(NAMES)
 
 
+# -- the same with other constants ---------------------------------------------------------------
+
+
+class Stepping:
+    def first(now, count):
+        return doubled_step(now) + KEYS[1]
+
+    def touch(score, now, count):
+        return score
+
+
+KEYS = (1, 2, 3)
+STEP = 3
+
+
+def doubled_step(now):
+    return 2 * STEP * now
+
+
+def test_a_policy_with_other_constants_is_another_policy() -> None:
+    same, other = as_policy(Stepping), as_policy(policy_with(Stepping, STEP=5, KEYS=(7, 8)))
+    assert (same.first(10, 1), other.first(10, 1)) == (62, 108)
+    assert (host_function(for_compiler(same.first))(10, 1), host_function(for_compiler(other.first))(10, 1)) == (62, 108)
+    assert same.digest != other.digest
+    assert as_policy(policy_with(Stepping, STEP=3)).digest == same.digest
+    twice = as_policy(policy_with(policy_with(Stepping, STEP=5), KEYS=(1, 100)))
+    assert twice.first(10, 1) == 200
+    assert as_policy(policy_with(Stepping, needs_count=True)).needs_count
+    with pytest.raises(PolicyError, match=r"'KEYS' has 0 elements"):
+        as_policy(policy_with(Stepping, KEYS=()))
+    with pytest.raises(PolicyError, match="policy_with: 'lru' came, a class is wanted"):
+        policy_with("lru")  # type: ignore[arg-type]
+
+
+def test_pins_go_with_policies_that_score_alone() -> None:
+    for order in ("tinylfu", "sieve", "pinned"):
+        with pytest.raises(PolicyError, match=f"pinned: '{order}' does more than score rows"):
+            pinned.pinned([1], order)
+    counting = as_policy(pinned.pinned([4, 4, 2], "lfu"))
+    assert counting.needs_count
+    assert [counting.first(9, 3, key) for key in (2, 3, 4)] == [LOW32, 3, LOW32]
+    assert (counting.touch(LOW32, 9, 1), counting.touch(LOW32 - 1, 9, 5)) == (LOW32, LOW32 - 1)
+
+
 # -- bad ones -------------------------------------------------------------------------------
 
 FIRST = "    def first(now, count): return now\n"
@@ -361,10 +441,81 @@ BAD = {
     "coroutine": (HEAD + TOUCH + "    async def first(now, count): return now", r"first .*wanted first\(now, count\)"),
     "a function": ("def Bad(now, count): return now", "is a function, wanted a class with first and touch"),
     "an instance": (HEAD + FIRST + TOUCH + "Bad = Bad()", "is a Bad, wanted a class"),
-    "admit": (HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return True", "this version does not know admit"),
-    "victim": (HEAD + FIRST + TOUCH + "    def victim(scores, state): return 0", "this version does not know victim"),
-    "state": (HEAD + FIRST + TOUCH + "    state = 4", "this version does not know state"),
-    "slip": (HEAD + FIRST + TOUCH + "    need_count = True", "'need_count' is unknown, wanted first, touch or needs_count"),
+    "admit": (
+        HEAD + FIRST + TOUCH + "    def admit(key, sketch): return True",
+        r"admit \(.*own\.py:4\): parameters are \(key, sketch\), wanted admit\(key, count, sketch\)",
+    ),
+    "admit score": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return sketch[0]",
+        r"admit \(.*own\.py:4\): admit\(0, 1, \(0, 0\)\) is 0, wanted True or False",
+    ),
+    "admit index": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return sketch[2] > 0",
+        r"admit\(0, 1, \(0, 0\)\) raised IndexError: .*, wanted True or False",
+    ),
+    "admit disagrees": (
+        HEAD + FIRST + TOUCH + "    def admit(key, count, sketch): return (key << 40) >> 40 > 5",
+        r"admit\(\d+, 1, \(0, 0\)\) is True, but compiled False, wanted the same with int64 arithmetic",
+    ),
+    "victim": (
+        HEAD + FIRST + TOUCH + "    def victim(state, scores): return 0",
+        r"parameters are \(state, scores\), wanted victim\(scores, state\) or victim\(scores, state, now\)",
+    ),
+    "victim way": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): return len(scores)",
+        r"victim \(.*own\.py:4\): victim\(\[.*\], \[\]\) is 10, wanted the number of a way, an integer in 0..9",
+    ),
+    "victim none": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): scores[0] = 1",
+        r"\) is None, wanted the number of a way",
+    ),
+    "victim index": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state): return scores[10]",
+        r"victim\(.*\) raised IndexError: list index out of range, wanted the number of a way",
+    ),
+    "victim state": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state):\n        state[0] += 1\n        return 0",
+        r"victim\(.*\) raised IndexError",
+    ),
+    "victim leaves": (
+        HEAD + FIRST + TOUCH + "    state = 2\n    def victim(scores, state):\n        state[1] = 2 > 1\n        return 0",
+        r"leaves True in state, wanted integers",
+    ),
+    "victim disagrees": (
+        HEAD + FIRST + TOUCH + "    state = 1\n    def victim(scores, state):\n        state[0] = (scores[0] << 40) >> 40\n"
+        "        return 0",
+        r"is 0 with scores .* and state .*, but compiled 0 with scores .*, wanted the same",
+    ),
+    "victim compile": (
+        HEAD + FIRST + TOUCH + "    def victim(scores, state):\n        best = 0\n        if scores[0] < 0:\n"
+        "            best = (0, 1)\n        return best",
+        r"victim \(.*own\.py:\d+\): does not compile for the CPU: Cannot unify",
+    ),
+    "state": (HEAD + FIRST + TOUCH + "    state = 4", "state is 4, but there is no victim"),
+    "much state": (
+        HEAD + FIRST + TOUCH + "    state = 17\n    def victim(scores, state): return 0",
+        "state is 17, wanted a number of uint32 a set, 0 to 16",
+    ),
+    "keys twice": (
+        HEAD + TOUCH + "    def first(now, count, key, more): return now",
+        r"wanted first\(now, count\) or first\(now, count, key\)",
+    ),
+    "empty tuple": (
+        "KEYS = ()\n" + HEAD + TOUCH + "    def first(now, count): return len(KEYS)",
+        r"first \(.*own\.py:4\): 'KEYS' has 0 elements, wanted 1 to 4096",
+    ),
+    "wide tuple": (
+        "KEYS = (1, 2**63)\n" + HEAD + TOUCH + "    def first(now, count): return KEYS[0]",
+        "'KEYS' has 9223372036854775808 in it, wanted integers of 64 bits",
+    ),
+    "mixed tuple": (
+        "KEYS = (1, 'x')\n" + HEAD + TOUCH + "    def first(now, count): return KEYS[0]",
+        "'KEYS' has 'x' in it, wanted integers",
+    ),
+    "slip": (
+        HEAD + FIRST + TOUCH + "    need_count = True",
+        "'need_count' is unknown, wanted first, touch, admit, victim, needs_count or state",
+    ),
     "needs_count": (HEAD + FIRST + TOUCH + "    needs_count = 1", "needs_count is 1, wanted True or False"),
     "bool": (HEAD + TOUCH + "    def first(now, count): return now > 3", r"first\(0, 1\) is False, wanted an integer"),
     "float": (
@@ -403,7 +554,7 @@ BAD = {
     ),
     "float constant": (
         "RATE = 0.5\n" + HEAD + TOUCH + "    def first(now, count):\n        return int(now * RATE)",
-        r"first \(.*own\.py:5\): uses the float 'RATE', wanted integers and plain functions only",
+        r"first \(.*own\.py:5\): uses the float 'RATE', wanted integers, tuples of integers and plain functions only",
     ),
     "bool constant": ("ON = True\n" + HEAD + TOUCH + "    def first(now, count): return now + ON", "uses the bool 'ON'"),
     "array": (
@@ -414,7 +565,7 @@ BAD = {
     "undefined": (HEAD + TOUCH + "    def first(now, count): return now + later", "uses 'later', which is not defined"),
     "builtin used": (
         HEAD + TOUCH + "    def first(now, count): return len(str(now))",
-        "uses 'len', which is not .*one of abs, int",
+        "uses 'str', which is not .*one of abs, int, len",
     ),
     "closure": (
         "def made(step):\n    class Bad:\n        def first(now, count): return now + step\n"
@@ -435,7 +586,7 @@ BAD = {
     ),
     "compile": (
         HEAD + TOUCH + "    def first(now, count):\n        x = now if now >= 0 else (now, count)\n        return x",
-        r"first \(.*own\.py:3\): does not compile: Cannot unify",
+        r"first \(.*own\.py:4\): does not compile for the CPU: Cannot unify",
     ),
     "disagree": (
         HEAD + TOUCH + "    def first(now, count):\n        return (now << 40) >> 40",
@@ -443,7 +594,7 @@ BAD = {
     ),
     "too wide": (
         "BIG = 2**64\n" + HEAD + TOUCH + "    def first(now, count):\n        return now + BIG",
-        r"first \(.*own\.py:4\): does not compile: .*too large",
+        r"first \(.*own\.py:5\): does not compile for the CPU: .*too large",
     ),
     "counts": (
         HEAD + FIRST + "    def touch(score, now, count): return score + count",

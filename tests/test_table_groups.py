@@ -81,6 +81,29 @@ def test_a_closed_server_gives_their_memory_back(on_cpu: Service) -> None:
         deployment.groups.on(None, list(deployment.tables))  # type: ignore[arg-type]
 
 
+def test_another_policy_makes_other_groups(on_cpu: Service) -> None:
+    server = on_cpu.open((ROWS, DIM), (ROWS, DIM), (ROWS, DIM))
+    all_three, others = parts_of(server, range(3)), parts_of(server, [1, 2])
+    server.set_policy("sieve", "m", 0)
+    assert parts_of(server, range(3)).launches == 2  # the policies differ
+    assert parts_of(server, [1, 2]) is others
+    with pytest.raises(ClosedError):
+        all_three.lookup([0] * 3, [1] * 3, [0] * 3, 0)
+    server.set_policy("sieve", "m")
+    together = parts_of(server, range(3))
+    assert together.launches == 1
+    keys, outs = [np.arange(50) + table for table in range(3)], [np.empty((50, DIM), np.float32) for _ in range(3)]
+    for _ in range(2):
+        together.lookup([some.ctypes.data for some in keys], [50] * 3, [out.ctypes.data for out in outs], 0)
+        for some, out in zip(keys, outs):
+            assert_same_bits(out, rows_of(some, DIM))
+
+
+def test_policies_that_count_requests_are_looked_up_alone(on_cpu: Service) -> None:
+    server = on_cpu.open((ROWS, DIM), (ROWS, DIM), cache_policy="tinylfu")
+    assert parts_of(server, [0, 1]).launches == 2
+
+
 # -- in a server -------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +136,20 @@ def test_one_launch_for_tables_of_one_width(workshop: Any, monkeypatch: pytest.M
         assert_same_bits(rows.get(), rows_of(range(table, table + 9), DIM))
     assert not alone
     assert server._deployment("m").groups.on(0, list(server._deployment("m").tables)).launches == 1
+
+
+@pytest.mark.gpu
+def test_a_policy_changes_between_calls_of_a_layer(workshop: Any) -> None:
+    torch = pytest.importorskip("torch")
+    service = Service(workshop, 0)
+    server = service.open(*[(ROWS, DIM)] * 3, gpucacheper=0.3)
+    keys = [torch.arange(table, table + 90, device="cuda") for table in range(3)]
+    for policy in ("sieve", "lfu", "tinylfu", "lru"):
+        for _ in range(2):
+            for some, rows in zip(keys, server.lookup_many(keys, "m"), strict=True):
+                assert_same_bits(rows.cpu().numpy(), rows_of(some.cpu().numpy(), DIM))
+                assert torch.equal(server.lookup(some, "m", 0), rows)
+        server.set_policy(policy, "m")
 
 
 @pytest.mark.gpu

@@ -24,8 +24,9 @@ from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 from hps_numba.cache_layout import MAX_TABLES, TABLE_WORDS
-from hps_numba.errors import ConfigError, DeviceError, HpsError, PolicyError
+from hps_numba.errors import ConfigError, DeviceError, HpsError
 from hps_numba.kernels import kernel_files
+from hps_numba.kernels.policies._functions import does_not_compile, for_compiler
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
 __all__ = [
@@ -65,10 +66,12 @@ KERNELS = {
     "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
     "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True, early=True),
     "touch_kernel": KernelSource("cache_batch", "qqqq", False, early=True),
+    "sketch_kernel": KernelSource("cache_sketch", "qqqqqq", False, early=True),
     "insert_kernel": KernelSource("cache_insert", "qqqqqqq", False, early=True),
     "lookup_tables_kernel": KernelSource("cache_tables", "qqt", True, early=True),
     "touch_tables_kernel": KernelSource("cache_tables", "qq", False, early=True),
     "insert_tables_kernel": KernelSource("cache_tables", "qqt", False, early=True),
+    "rescore_kernel": KernelSource("cache_rescore", "qqq", False),
     "update_kernel": KernelSource("cache_change", "qqqqqqqqq", False),
     "erase_kernel": KernelSource("cache_change", "qqqqq", False),
     "refresh_kernel": KernelSource("cache_change", "qqqqqq", False),
@@ -157,9 +160,20 @@ class KernelSpec:
             "OUT_STRIDE": self.dim * ELEMENT_BYTES[self.out_type],
             "HOST_STRIDE": 4 * self.dim,
             "KEY_FORM": KEY_FORMS.index(self.key_form),
-            "policy_first": self.policy.first,
-            "policy_touch": self.policy.touch,
+            **self._of_policy,
         }
+
+    @property
+    def _of_policy(self) -> dict[str, Any]:
+        """What the kernels know of the policy. A function that takes one argument more is called without the one between."""
+        policy = self.policy
+        functions = {f"policy_{label}": for_compiler(function) for label, function in policy.functions.items()}
+        if policy.takes_key:
+            functions["first_score"] = functions["policy_first"]
+        if policy.takes_now:
+            functions["leaving_way"] = functions["policy_victim"]
+        switches = {"ADMITS": policy.admit is not None, "HAS_VICTIM": policy.victim is not None, "KEYED": policy.takes_key}
+        return {**switches, "SET_STATE": policy.state, **functions}
 
     @property
     def for_one_lane(self) -> dict[str, Any]:
@@ -173,12 +187,12 @@ class KernelSpec:
 def bind(function: FunctionType, names: dict[str, Any], wrap: Callable[[FunctionType], Any]) -> FunctionType:
     """A copy of ``function`` whose globals, and those of all plain functions it calls, are taken from ``names``.
 
-    Globals not named there stay. Each function that is called is passed through ``wrap``, once, the outermost is not.
-    Functions must not be recursive.
+    Globals not named there stay, and so do those of functions that are taken from ``names``: a policy may use any names.
+    Each function that is called is passed through ``wrap``, once, the outermost is not. Functions must not be recursive.
     """
     done: dict[FunctionType, Any] = {}
 
-    def copy(original: FunctionType) -> FunctionType:
+    def copy(original: FunctionType, names: Mapping[str, Any] = names) -> FunctionType:
         scope = dict(original.__globals__)
         for name in dict.fromkeys(_names_in(original.__code__)):
             if name not in names and name not in scope:
@@ -186,7 +200,7 @@ def bind(function: FunctionType, names: dict[str, Any], wrap: Callable[[Function
             value = names.get(name, scope.get(name))
             if isinstance(value, FunctionType):
                 if value not in done:
-                    done[value] = wrap(copy(value))
+                    done[value] = wrap(copy(value, MappingProxyType({}) if name in names else names))
                 value = done[value]
             scope[name] = value
         return FunctionType(original.__code__, scope, original.__name__, original.__defaults__)
@@ -234,6 +248,10 @@ class HostKernel:
 
     def __call__(self, *args: Any) -> None:
         (self._entry or self._compile())(*args)
+
+    def ready(self) -> None:
+        """Compile it now, if that is still to be done."""
+        self._compile()
 
     def _compile(self) -> Any:
         with self._compiling:
@@ -323,10 +341,10 @@ def _argument_types(spec: KernelSpec, types: Any) -> tuple[Any, ...]:
     return tuple(kinds[kind] for kind in spec.source.kinds)
 
 
-def _compile_scalar(function: FunctionType) -> None:
+def _compile_scalar(function: FunctionType, signature: Any) -> None:
     import numba
 
-    numba.njit(numba.int64(*[numba.int64] * function.__code__.co_argcount))(bind(function, {}, numba.njit))
+    numba.njit(signature)(bind(function, {}, numba.njit))
 
 
 # -- for a GPU ----------------------------------------------------------------------------------
@@ -351,11 +369,8 @@ def ptx_of(spec: KernelSpec, capability: tuple[int, int]) -> str:
             f"{spec.name}: numba's CUDA target does not import ({_first_line(problem)}), wanted hps-numba[cuda12] or [cuda13]"
         ) from problem
 
-    def compile_scalar(function: FunctionType) -> None:
-        from hps_numba.kernels.numba_cuda import types
-
-        bound = bind(function, {}, _device_function)
-        compile_ptx(bound, types.int64(*[types.int64] * function.__code__.co_argcount), capability, device=True)
+    def compile_scalar(function: FunctionType, signature: Any) -> None:
+        compile_ptx(bind(function, {}, _device_function), signature, capability, device=True)
 
     try:
         return _compile_for_chip(spec, capability)
@@ -398,14 +413,25 @@ def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
 # -- when a compiler refuses --------------------------------------------------------------------
 
 
-def _refused(spec: KernelSpec, where: str, problem: Exception, compile_scalar: Callable[[FunctionType], None]) -> HpsError:
+def _refused(spec: KernelSpec, where: str, problem: Exception, compile_scalar: Callable[[FunctionType, Any], None]) -> HpsError:
     """The error to raise for what a compiler said: the policy's, if its functions alone do not compile either."""
-    for label in ("first", "touch"):
+    for label, function in spec.policy.functions.items():
         try:
-            compile_scalar(getattr(spec.policy, label))
+            compile_scalar(for_compiler(function), _signature_of(label, function))
         except Exception as fault:
-            return PolicyError(f"policy {spec.policy.name!r}: {label} does not compile for {where}: {_first_line(fault)}")
+            return does_not_compile(spec.policy.name, function, where, fault)
     return DeviceError(f"{spec} does not compile for {where}: {_first_line(problem)}")
+
+
+def _signature_of(label: str, function: Callable[..., Any]) -> Any:
+    """The numba types of a function of a policy."""
+    from numba import types
+
+    word, words, pair = types.int64, types.Array(types.int64, 1, "C"), types.UniTuple(types.int64, 2)
+    if label == "admit":
+        return types.boolean(word, word, pair)
+    count = function.__code__.co_argcount
+    return word(words, words, *[word] * (count - 2)) if label == "victim" else word(*[word] * count)
 
 
 def _first_line(problem: Exception) -> str:

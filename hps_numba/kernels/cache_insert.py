@@ -22,12 +22,14 @@ from hps_numba.cache_layout import (
     SCRATCH_KEYS,
     SCRATCH_LIST,
     SCRATCH_LISTED,
+    SCRATCH_SET_STATES,
     SCRATCH_WORDS,
     SET_BYTES,
     STATE_EVICTED,
     STATE_HOST,
     STATE_INSERTED,
     STATE_NOW,
+    STATE_REFUSED,
     STATE_WITHDRAWN,
     VERSION,
     WAYS,
@@ -43,6 +45,7 @@ from hps_numba.kernels.cache_search import (
     home_line_of,
     row_at,
 )
+from hps_numba.kernels.cache_sketch import estimate
 from hps_numba.kernels.lanes import (
     add64,
     after_former,
@@ -53,6 +56,7 @@ from hps_numba.kernels.lanes import (
     is_first_lane,
     ld32,
     ld64,
+    local_words,
     probe_host_line,
     st32,
     st64,
@@ -63,16 +67,48 @@ from hps_numba.kernels.lanes import (
     warp_number,
 )
 
-__all__ = ["begin_change", "end_change", "find_in_host_by_tile", "insert_batch", "insert_kernel", "lock_set", "unlock_set"]
+__all__ = [
+    "begin_change",
+    "end_change",
+    "find_in_host_by_tile",
+    "first_score",
+    "insert_batch",
+    "insert_kernel",
+    "line_of_way",
+    "lock_set",
+    "score_of_way",
+    "unlock_set",
+]
 
 # bound when built
-COUNTED = False
+COUNTED = ADMITS = HAS_VICTIM = KEYED = False
+SET_STATE = 0
 UINT32_MASK = 0xFFFFFFFF
 
 
 def policy_first(now, count):
-    """The policy's, bound when built."""
+    """The policy's, bound when built, as are those that follow."""
     return now
+
+
+def policy_admit(key, count, sketch):
+    """Whether a newcomer may take the place of another row."""
+    return True
+
+
+def policy_victim(scores, state):
+    """The way that leaves a full set."""
+    return 0
+
+
+def first_score(now, count, key):
+    """``policy_first`` of a policy that does not look at the key."""
+    return policy_first(now, count)
+
+
+def leaving_way(scores, state, now):
+    """``policy_victim`` of a policy that does not look at the time."""
+    return policy_victim(scores, state)
 
 
 def lock_set(place):
@@ -149,6 +185,51 @@ def choose_way(place, home, entered):
     return best_line, best_way, True
 
 
+def ask_policy(lines, scratch, place, entered, now):
+    """``(line, way)`` that leaves a full set as the policy says, or the next one that is none of ``entered``.
+
+    **Writes:** scores, state of the set.
+    """
+    chosen = np.int64(0)
+    if is_first_lane():
+        scores = local_words(WAYS)
+        state = local_words(SET_STATE)
+        kept = ld64(scratch + SCRATCH_SET_STATES) + (place - lines) // SET_BYTES * (4 * SET_STATE)
+        for way in range(WAYS):
+            scores[way] = ld32(score_of_way(place, way))
+        for i in range(SET_STATE):
+            state[i] = ld32(kept + 4 * i)
+        chosen = np.int64(leaving_way(scores, state, now)) % WAYS
+        for way in range(WAYS):
+            st32(score_of_way(place, way), np.int64(scores[way]) & UINT32_MASK)
+        for i in range(SET_STATE):
+            st32(kept + 4 * i, np.int64(state[i]) & UINT32_MASK)
+    chosen = from_first_lane(chosen)
+    while (entered >> chosen) & 1:
+        chosen = (chosen + 1) % WAYS
+    return line_of_way(place, chosen), chosen % WAYS_PER_LINE
+
+
+def line_of_way(place, way):
+    """Address of the line with a way of a set, 0 to WAYS - 1."""
+    return place + way // WAYS_PER_LINE * LINE_BYTES
+
+
+def score_of_way(place, way):
+    """Address of the score of a way of a set, 0 to WAYS - 1."""
+    return line_of_way(place, way) + SCORES_AT + 4 * (way % WAYS_PER_LINE)
+
+
+def may_enter(state, scratch, key, count, entry):
+    """Whether the policy lets a key take the place of that at ``entry``.   **Writes:** counters."""
+    admitted = np.int64(0)
+    if is_first_lane():  # another batch may be counting on: one lane looks, for all
+        admitted = np.int64(policy_admit(key, count, (estimate(state, scratch, key), estimate(state, scratch, ld64(entry)))))
+        if admitted == 0:
+            add64(state + STATE_REFUSED, 1)
+    return from_first_lane(admitted) != 0
+
+
 def is_still_so(state, key, word, content):
     """The host store has the row that the lookup read; a key without a host store stands for itself."""
     if content == 0:
@@ -176,11 +257,19 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
         return entered
     count = counted(scratch, key, batch) if COUNTED else 1
     line, way, evicts = choose_way(place, home, entered)
+    if HAS_VICTIM and evicts:
+        line, way = ask_policy(lines, scratch, place, entered, now)
+    if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
+        if is_first_lane():
+            add64(state + STATE_REFUSED, 1)
+        return entered
+    if ADMITS and evicts and not may_enter(state, scratch, key, count, line + 8 * way):
+        return entered
     begin_change(line)
     store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
     if is_first_lane():
         st64(line + 8 * way, key)
-        st32(line + SCORES_AT + 4 * way, np.int64(policy_first(now, count)) & UINT32_MASK)
+        st32(line + SCORES_AT + 4 * way, np.int64(first_score(now, count, key)) & UINT32_MASK)
         add64(state + STATE_INSERTED, 1)
         if evicts:
             add64(state + STATE_EVICTED, 1)

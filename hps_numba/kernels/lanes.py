@@ -52,6 +52,7 @@ __all__ = [
     "ld32",
     "ld64",
     "ld64_host",
+    "local_words",
     "lowest_bit",
     "max64",
     "max_in_tile",
@@ -189,6 +190,11 @@ def max64(address, value):
         old = ld64(address)
         st64(address, max(old, value))
         return old
+
+
+def local_words(count):
+    """``count`` int64 that only this lane sees while the function runs, 0 to 16; what stands there is not cleared."""
+    return [0] * count
 
 
 # -- lanes: a tile of one, a warp of one tile ---------------------------------------------------------------------

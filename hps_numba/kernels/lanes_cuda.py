@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from hps_numba.kernels.lanes_cuda_pool import pool_names
-from hps_numba.kernels.numba_cuda import cuda, intrinsic, types
+from hps_numba.kernels.numba_cuda import cuda, intrinsic, make_array, populate_array, types
 
 __all__ = ["names"]
 
@@ -25,6 +25,7 @@ _64, _32, _F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _VOID = ir.VoidType()
 _INT = types.int64
 WARP = 32
+LOCAL_WORDS = 16  # room of ``local_words``
 
 
 def _asm(builder: Any, result: Any, text: str, constraints: str, args: list[Any], *, together: bool = False) -> Any:
@@ -60,6 +61,21 @@ def _store(text: str, register: str = "l") -> Any:
         return types.void(_INT, _INT), codegen
 
     return store
+
+
+@intrinsic
+def _local_words(typingctx, count):
+    kind = types.Array(_INT, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        words = cgutils.alloca_once(builder, ir.ArrayType(_64, LOCAL_WORDS))
+        array = make_array(kind)(context, builder)
+        eight = context.get_constant(types.intp, 8)
+        first = builder.bitcast(words, _64.as_pointer())
+        populate_array(array, data=first, shape=[args[0]], strides=[eight], itemsize=eight, meminfo=None)
+        return array._getvalue()
+
+    return kind(_INT), codegen
 
 
 def _narrow_store(bits: int) -> Any:
@@ -598,6 +614,7 @@ def names(
         "lane_in_warp": lane_in_warp,
         "grid_warps": grid_warps,
         "votes_of_warp": votes_of_warp,
+        "local_words": _local_words,
         "lowest_bit": zeros,
         "bits_set": bits_set,
         "from_lane": from_lane,

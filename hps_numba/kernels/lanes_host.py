@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 from hps_numba.kernels.memory_words import add_word, full_fence, load_word_acquire, store_word_release
 
-__all__ = ["NAMES"]
+__all__ = ["LOCAL_WORDS", "NAMES"]
+
+LOCAL_WORDS = 16  # room of ``local_words``
 
 _64, _32 = ir.IntType(64), ir.IntType(32)
 _INT = types.int64
@@ -106,6 +110,21 @@ def _bits_set(typingctx, bits):
     return _INT(_INT), codegen
 
 
+@intrinsic
+def _local_words(typingctx, count):
+    kind = types.Array(_INT, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        words = cgutils.alloca_once(builder, ir.ArrayType(_64, LOCAL_WORDS))
+        array = make_array(kind)(context, builder)
+        eight = context.get_constant(types.intp, 8)
+        first = builder.bitcast(words, _64.as_pointer())
+        populate_array(array, data=first, shape=[args[0]], strides=[eight], itemsize=eight, meminfo=None)
+        return array._getvalue()
+
+    return kind(_INT), codegen
+
+
 def _load(bits, signed=False):
     @intrinsic
     def load(typingctx, address):
@@ -144,6 +163,7 @@ NAMES = {
     "min64": _rmw("min"),
     "max64": _rmw("max"),
     "fence": full_fence,
+    "local_words": _local_words,
     "lowest_bit": _lowest_bit,
     "bits_set": _bits_set,
     "ld8": _load(8),

@@ -14,7 +14,12 @@ try:
 except ImportError:  # numba's own target, which has the simulator
     from numba.extending import intrinsic
 
-__all__ = ["compile_ptx", "cuda", "intrinsic", "types"]
+try:
+    from numba.cuda.np.arrayobj import make_array, populate_array
+except ImportError:
+    from numba.np.arrayobj import make_array, populate_array
+
+__all__ = ["compile_ptx", "cuda", "intrinsic", "make_array", "populate_array", "types"]
 
 _compiling = threading.RLock()
 
