@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, OWN, RESIDENT, Algorithm
+from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, RESIDENT, Algorithm
 from hps_numba.kernels.associative._lists import PREV, cut, new_links, push
 from hps_numba.kernels.compile import host_function, host_kernel
 
@@ -44,7 +44,7 @@ def step(ids, hits, counters, capacity, where, links, sizes, target):
     for i in range(len(ids)):
         key = ids[i]
         place = where[key]
-        if place == T1 or place == T2:
+        if place in (T1, T2):
             hits[i] = 1
             cut(links, key)
             sizes[place] -= 1

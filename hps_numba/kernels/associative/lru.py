@@ -1,4 +1,4 @@
-"""Least recently used (R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9(2), 1970)."""
+"""Least recently used (R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal, 1970)."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def step(ids, hits, counters, capacity, where, asked, links):
     for i in range(len(ids)):
         key = ids[i]
         place = where[key]
-        if place == SMALL or place == MAIN:
+        if place in (SMALL, MAIN):
             hits[i] = 1
             if asked[key] < MOST:
                 asked[key] += 1

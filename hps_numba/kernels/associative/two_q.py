@@ -26,7 +26,7 @@ def step(ids, hits, counters, capacity, where, links):
     for i in range(len(ids)):
         key = ids[i]
         place = where[key]
-        if place == NEW or place == MAIN:
+        if place in (NEW, MAIN):
             hits[i] = 1
             if place == MAIN:
                 cut(links, key)
