@@ -62,12 +62,12 @@ class NumberedTrace:
         """Distinct keys, of the sample if this is one."""
         return len(self.keys)
 
-    def pieces(self, *cuts: int) -> Iterator[tuple[int, np.ndarray]]:
-        """``(position, ids)`` of pieces, in order; no piece goes across one of the positions ``cuts``."""
-        edges = sorted({0, len(self.ids), *(cut for cut in cuts if 0 < cut < len(self.ids))})
-        for begin, end in zip(edges, edges[1:]):
-            for start in range(begin, end, BLOCK):
-                yield start, self.ids[start : min(start + BLOCK, end)]
+    def pieces(self, batch: int = 1, cut: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """``(position, ids)`` of pieces of whole batches, in order; ``cut``, a multiple of ``batch``, is where one begins."""
+        step = max(1, BLOCK // batch) * batch
+        for begin, end in ((0, min(cut, len(self.ids))), (cut, len(self.ids))):
+            for start in range(begin, end, step):
+                yield start, self.ids[start : min(start + step, end)]
 
     def future(self) -> np.ndarray:
         """int64 ``[n]``: position of the next request for the same key, FOREVER for the last one."""
