@@ -43,6 +43,7 @@ ROWS = [
     {"table_caches", "absent"},
     {"session", "refresh", "train"},
     {"deployment"},
+    {"simulate.traces"},
     {"parameter_server", "simulate"},
     {"frontends", "compat", ""},  # "" is hps_numba itself: what users import
     {"cli"},
@@ -57,10 +58,10 @@ AT_HOME = {
     "redis": {"storage.tiers.redis_cluster"},
     "rocksdict": {"storage.tiers.rocks_db"},
     "confluent_kafka": {"storage.updates", "refresh"},
-    "pyarrow": {"storage.formats.parquet"},
+    "pyarrow": {"storage.formats.parquet", "simulate.traces.parquet"},
     "safetensors": {"storage.formats.safetensors"},
     "h5py": {"storage.formats.hdf5"},
-    "matplotlib": {"cli"},
+    "matplotlib": {"cli", "simulate.plots"},
     "typer": {"cli"},
     "rich": {"cli", "progress"},
     "pydantic": {"config"},
@@ -216,7 +217,7 @@ CACHE = {"cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", 
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
     "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
-    "cache_layout": {"kernels", *CACHE, "cache_shape", "session"},  # sizes of a cache and of a batch
+    "cache_layout": {"kernels", *CACHE, "cache_shape", "session", "simulate.geometry"},  # sizes of a cache and of a batch
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
     "kernels.host_lookup": {"storage"},
@@ -227,8 +228,11 @@ SHOWN = {
     "kernels.launch": CACHE,
     "kernels.cache_image": {"cache"},
     "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
-    "kernels.policies._policy": {*CACHE, "table_caches", "deployment"},  # what a policy is, and how one is loaded
-    "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
+    "kernels.policies._policy": {*CACHE, "table_caches", "deployment", "simulate"},  # what a policy is, and how one is loaded
+    "kernels.associative._algorithm": {"simulate"},  # what a fully associative algorithm is
+    "kernels.associative._numbering": {"simulate"},  # dense numbers for keys
+    "kernels.associative._scored": {"simulate.contenders"},
+    "kernels.row_elements": {*CACHE, "cache_shape", "session", "simulate"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept
 }
 
@@ -269,7 +273,10 @@ def is_numba_cuda(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and ast.unparse(node) == "numba.cuda"
 
 
-@pytest.mark.parametrize("folder", ["storage.formats", "storage.tiers", "cli", "frontends", "kernels.policies"])
+@pytest.mark.parametrize(
+    "folder",
+    ["storage.formats", "storage.tiers", "cli", "frontends", "kernels.policies", "kernels.associative", "simulate.traces"],
+)
 def test_parts_of_a_folder_do_not_know_each_other(folder: str) -> None:
     aliases = {("storage.tiers.parallel_hash_map", "storage.tiers.hash_map")}  # the original's two names for one
     wrong = []

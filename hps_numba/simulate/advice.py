@@ -150,7 +150,7 @@ def _assumptions(numbered: NumberedTrace, settings: Settings) -> tuple[str, ...]
         f"calls of {settings.batch:,} keys in the order of the trace; the first {settings.warmup:,} of"
         f" {numbered.requests:,} requests warm the cache and do not count; traffic goes on like this",
         *sampled,
-        f"memory: index, rows of {settings.dim} x {settings.row_dtype} and state of one table's cache, without buffers of batches",
+        f"memory: index, state and rows of {settings.dim} x {settings.row_dtype} of one table's cache, no buffers of calls",
         *ASSUMPTIONS,
     )
 

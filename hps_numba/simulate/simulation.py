@@ -365,7 +365,8 @@ def _with_error(whole: Run, quarters: list[Run]) -> Run:
 
 def _heat(trace: NumberedTrace, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``(heat, group_keys, requests by window)``, see ``Simulation``."""
-    order = np.argsort(-trace.counts, kind="stable")
+    any_order = np.random.default_rng(0).permutation(trace.distinct)  # equally popular keys: not in the order of time
+    order = any_order[np.argsort(-trace.counts[any_order], kind="stable")]
     before = np.cumsum(trace.counts[order]) - trace.counts[order]
     groups = min(_GROUPS, trace.distinct)
     group_of = np.empty(trace.distinct, np.int64)

@@ -62,7 +62,12 @@ def formats() -> dict[str, TraceFormat]:
 
 
 def open_trace(
-    source: Any, *, format: str | None = None, column: str | int | None = None, limit: int | None = None, name: str | None = None
+    source: Any,
+    *,
+    format: str | None = None,
+    column: str | int | None = None,
+    limit: int | None = None,
+    name: str | None = None,
 ) -> Trace:
     """Open a trace.
 

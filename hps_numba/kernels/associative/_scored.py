@@ -85,4 +85,5 @@ def _scored(digest: str, first: Any, touch: Any, batch: int, advance: int) -> Al
     def compiled(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)
 
-    return Algorithm(compiled(bind(step, names, compiled)), _state)
+    function: Any = step
+    return Algorithm(compiled(bind(function, names, compiled)), _state)
