@@ -39,7 +39,7 @@ ROWS = [
     {"cache_memory"},
     {"cache_pooling"},
     {"cache_shape"},
-    {"hierarchy", "cache", "stats", "plan", "synthetic"},
+    {"hierarchy", "cache", "stats", "plan", "synthetic", "recording"},
     {"table_caches", "absent"},
     {"session", "refresh", "train"},
     {"deployment"},
@@ -230,7 +230,7 @@ SHOWN = {
     "kernels.cache_pool": {"cache_pooling", "storage"},  # the combiners
     "kernels.policies._policy": {*CACHE, "table_caches", "deployment", "simulate"},  # what a policy is, and how one is loaded
     "kernels.associative._algorithm": {"simulate"},  # what a fully associative algorithm is
-    "kernels.associative._numbering": {"simulate"},  # dense numbers for keys
+    "kernels.associative._numbering": {"simulate", "recording"},  # dense numbers for keys, samples of keys
     "kernels.associative._scored": {"simulate.contenders"},
     "kernels.row_elements": {*CACHE, "cache_shape", "session", "simulate"},  # bytes of a row
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept

@@ -111,19 +111,20 @@ def number_trace(trace: Trace, *, rate: float = 1.0, on_requests: OnRequests = l
     Raises:
         TraceError: as ``Trace.blocks``.   CapacityError: more distinct keys than a number of 31 bits counts.
     """
+    rate *= trace.rate  # the same hash: a sample of a sample
     numbering = _Numbering()
-    ids = _Requests(trace.requests if rate == 1 else None)
+    ids = _Requests(trace.requests if rate == trace.rate else None)
     threshold, requests = round(rate * (1 << HASH_BITS)), 0
     for block in trace.blocks():
         requests += len(block)
-        if rate < 1:
+        if rate < trace.rate:
             kept = np.empty(len(block), np.int64)
             kept = kept[: sample_keys(block, kept, 0, threshold)]
         else:
             kept = block
         numbering.number(kept, ids.room(len(kept)))
         on_requests(len(block))
-    return NumberedTrace(trace.name, ids.all(), numbering.keys(), requests, rate)
+    return NumberedTrace(trace.name, ids.all(), numbering.keys(), trace.whole or requests, rate)
 
 
 class _Requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from hps_numba import parts
 from hps_numba.errors import TraceError
+from hps_numba.recording import facts_beside
 from hps_numba.simulate.traces._format import BLOCK, Blocks, TraceFormat, as_int64
 
 __all__ = ["Trace", "formats", "open_trace"]
@@ -26,6 +28,8 @@ class Trace:
         name: for reports: the name of the file.
         format: ``npy``, ``csv``, ...; ``array`` for one in memory.
         requests: how many, None where only reading tells.
+        rate: share of all keys that it has, each with all its requests; below 1 for a recorded sample.
+        whole: requests of which it is a sample, None: it is none.
     """
 
     name: str
@@ -33,6 +37,8 @@ class Trace:
     requests: int | None
     _blocks: Blocks
     _limit: int | None = None
+    rate: float = 1.0
+    whole: int | None = None
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The keys, int64 ``[n]``, at most 2**20 at a time; from the beginning with each call.
@@ -92,9 +98,26 @@ def open_trace(
         raise TraceError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}, wanted a trace")
     chosen, part = _format_of(path, format)
     requests, blocks = part.open(path, None if column is None else str(column))
-    if requests is not None and limit is not None:
-        requests = min(requests, limit)
-    return Trace(name or path.name, chosen, requests, blocks, limit)
+    rate, whole = _sample_of(path, requests)
+    if requests is not None and limit is not None and limit < requests:
+        whole = None if whole is None else round(whole * limit / requests)
+        requests = limit
+    return Trace(name or path.name, chosen, requests, blocks, limit, rate, whole)
+
+
+def _sample_of(path: Path, requests: int | None) -> tuple[float, int | None]:
+    """``(rate, whole)`` of a trace that was recorded from a server; (1.0, None) of others."""
+    beside = facts_beside(path)
+    if not beside.is_file():
+        return 1.0, None
+    try:
+        facts = json.loads(beside.read_text(encoding="utf-8"))
+        rate, whole, keys = float(facts["rate"]), int(facts["requests"]), int(facts["keys"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise TraceError(f"{beside}: not the facts about a recorded trace: {type(problem).__name__}: {problem}") from None
+    if not 0 < rate <= 1 or not 0 <= keys <= whole or (requests is not None and keys != requests):
+        raise TraceError(f"{beside}: {keys:,} keys of {whole:,} requests at rate {rate}, but {path.name} has {requests:,} keys")
+    return (rate, whole) if rate < 1 else (1.0, None)
 
 
 def _format_of(path: Path, name: str | None) -> tuple[str, TraceFormat]:
