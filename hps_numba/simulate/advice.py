@@ -14,7 +14,15 @@ from hps_numba.simulate.geometry import WAYS
 from hps_numba.simulate.lookup_time import ASSUMPTIONS, lookup_seconds
 from hps_numba.simulate.numbered import NumberedTrace
 from hps_numba.simulate.results import Run
-from hps_numba.simulate.simulation import Settings, _check, _numbered, _samples, _with_error, simulate_one
+from hps_numba.simulate.simulation import (
+    Settings,
+    check_settings,
+    number_for,
+    parts_of_sample,
+    simulate_one,
+    warmup_of,
+    with_error,
+)
 from hps_numba.simulate.trace import open_trace
 from hps_numba.threads import available_cores
 
@@ -99,17 +107,15 @@ def advise(
     """
     if not 0 < target_hit_rate < 1:
         raise ConfigError(f"target_hit_rate: {target_hit_rate}, wanted a share above 0 and below 1")
-    _check("gpu", batch, warmup, sample, dim, row_dtype, 1)
+    check_settings("gpu", batch, warmup, sample, dim, row_dtype, 1)
     if policies is None:
         policies = known_names()[1]
     given = [policies] if isinstance(policies, (str, type)) or not isinstance(policies, Sequence) else policies
     chosen = [one for one in contenders(given, allow_code=allow_code) if one.policy is not None]
     if not chosen:
         raise ConfigError("policies: none that a GPU cache can run, wanted one or more cache policies")
-    numbered = _numbered(open_trace(trace), sample, progress)
-    skip = int(warmup * numbered.requests if warmup < 1 else warmup) // batch * batch
-    if skip >= numbered.requests:
-        raise ConfigError(f"warmup: {skip:,} of {numbered.requests:,} requests, wanted less than all")
+    numbered = number_for(open_trace(trace), sample, progress)
+    skip = warmup_of(warmup, numbered.requests, batch)
     settings = Settings(batch, skip, len(numbered), dim, row_dtype)
     search = _Search(numbered, settings, target_hit_rate)
     with (
@@ -185,6 +191,6 @@ class _Search:
             else:
                 low = middle
         if self._trace.rate < 1 and high * WAYS * self._trace.rate >= 4 * 64:
-            quarters = _samples(self._trace, [high * WAYS])[1:]
-            return _with_error(best, [simulate_one(one, "gpu", best.rows, part, self._settings) for part in quarters])
+            quarters = parts_of_sample(self._trace, [high * WAYS])[1:]
+            return with_error(best, [simulate_one(one, "gpu", best.rows, part, self._settings) for part in quarters])
         return best

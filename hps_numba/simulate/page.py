@@ -109,7 +109,7 @@ def _explained(simulation: Simulation) -> str:
         lines.append(
             "<b>GPU sets</b>: the cache as it runs on a GPU: sets of ten rows, and calls of"
             f" {simulation.batch:,} keys of which none comes in before all were looked up: a key that comes twice in the call"
-            " that brings it in misses twice. Sizes are rounded up to whole sets."
+            " that brings it in misses twice."
         )
     if simulation.select(geometry="associative"):
         lines.append("<b>associative</b>: one order of all rows and one request after the other, as in the literature.")

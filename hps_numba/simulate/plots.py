@@ -133,17 +133,12 @@ def _draw_curves(axes: Any, simulation: Simulation) -> None:
 
 
 def _runs_of_size(simulation: Simulation, rows: int | None) -> tuple[int, list[Run]]:
-    """The runs of one cache size; a GPU's size, in whole sets, goes with the associative one that was asked for."""
+    """The runs of one cache size, by default that in the middle."""
     sizes = simulation.sizes
-    if rows is not None and rows not in sizes:
+    rows = sizes[len(sizes) // 2] if rows is None else rows
+    if rows not in sizes:
         raise ConfigError(f"rows: {rows:,} were not simulated, wanted one of {', '.join(f'{size:,}' for size in sizes)}")
-    curves = [runs for (policy, _), runs in simulation.curves().items() if policy != "infinite"]
-    counts = max(map(len, curves))
-    number = counts // 2
-    if rows is not None:
-        number = next(i for runs in curves for i, run in enumerate(runs) if run.rows == rows)
-    chosen = [runs[min(number, len(runs) - 1)] for runs in curves]
-    return chosen[0].rows, chosen
+    return rows, [run for run in simulation.runs if run.rows == rows and run.policy != "infinite"]
 
 
 def _draw_over_time(axes: Any, simulation: Simulation, rows: int | None) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from hps_numba.cache_memory import index_sets
 from hps_numba.cache_shape import CacheShape, cache_bytes
 from hps_numba.config.spec import TableSpec
-from hps_numba.errors import ConfigError
+from hps_numba.errors import ConfigError, TraceError
 from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, RESIDENT
 from hps_numba.kernels.associative._numbering import sample_keys, tally
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
@@ -32,7 +32,19 @@ from hps_numba.simulate.sizes import DEFAULT_SIZES, rows_of
 from hps_numba.simulate.trace import Trace, open_trace
 from hps_numba.threads import available_cores
 
-__all__ = ["DEFAULT_POLICIES", "GEOMETRIES", "Settings", "run", "simulate_one"]
+__all__ = [
+    "DEFAULT_POLICIES",
+    "GEOMETRIES",
+    "Settings",
+    "check_settings",
+    "number_for",
+    "parts_of_sample",
+    "run",
+    "simulate_numbered",
+    "simulate_one",
+    "warmup_of",
+    "with_error",
+]
 
 DEFAULT_POLICIES = ("lru", "fifo", "lfu", "clock", "sieve", "s3_fifo", "arc", "w_tiny_lfu")
 GEOMETRIES = ("both", "gpu", "associative")
@@ -80,7 +92,8 @@ def run(
     Args:
         trace: a path, an integer array, or a ``Trace`` of ``open_trace``, which has more options.
         policies: one or several of: names (``contenders.known_names``), ``file.py:NAME``, ``module:NAME``, classes.
-        sizes: of the cache, see ``sizes.rows_of``: rows, shares of the distinct keys, ranges.
+        sizes: of the cache, see ``sizes.rows_of``: rows, shares of the distinct keys, ranges. Where a GPU's cache is among
+            what is simulated, all are rounded up to its whole sets, so that caches of one size are compared.
         geometry: ``gpu``: sets of ten ways and calls of ``batch`` keys, exactly as the cache does it; ``associative``: one
             order of all rows, and one request after the other; ``both``: whatever there is of each policy.
         batch: keys of a call. In ``gpu`` all of a batch are looked up before any comes in, as in a lookup; in both, what
@@ -100,9 +113,9 @@ def run(
     """
     given = [policies] if isinstance(policies, (str, type)) or not isinstance(policies, Sequence) else policies
     chosen = contenders(given, allow_code=allow_code)
-    _check(geometry, batch, warmup, sample, dim, row_dtype, windows)
+    check_settings(geometry, batch, warmup, sample, dim, row_dtype, windows)
     opened = open_trace(trace)
-    numbered = _numbered(opened, sample, progress)
+    numbered = number_for(opened, sample, progress)
     return simulate_numbered(
         numbered,
         opened.format,
@@ -120,7 +133,8 @@ def run(
     )
 
 
-def _check(geometry: str, batch: int, warmup: float, sample: float, dim: int, row_dtype: str, windows: int) -> None:
+def check_settings(geometry: str, batch: int, warmup: float, sample: float, dim: int, row_dtype: str, windows: int) -> None:
+    """Raise ConfigError if one makes no sense."""
     if geometry not in GEOMETRIES:
         raise ConfigError(f"geometry: {geometry!r}, wanted one of {', '.join(GEOMETRIES)}")
     if row_dtype not in ELEMENT_BYTES:
@@ -128,15 +142,18 @@ def _check(geometry: str, batch: int, warmup: float, sample: float, dim: int, ro
     for name, value in (("batch", batch), ("dim", dim), ("windows", windows)):
         if value < 1:
             raise ConfigError(f"{name}: {value}, wanted 1 or more")
-    if not warmup >= 0:
+    if not 0 <= warmup < 1 << 62:
         raise ConfigError(f"warmup: {warmup}, wanted a share below 1 or a number of requests")
     if not 0 < sample <= 1:
         raise ConfigError(f"sample: {sample}, wanted a share of the keys above 0 and up to 1")
 
 
-def _numbered(trace: Trace, sample: float, progress: bool | None) -> NumberedTrace:
-    from hps_numba.errors import TraceError
+def number_for(trace: Trace, sample: float, progress: bool | None) -> NumberedTrace:
+    """The trace with dense numbers, or a sample of its keys, behind a progress bar.
 
+    Raises:
+        TraceError: it cannot be read, or is empty.   ConfigError: the sample is empty.
+    """
     with rows_progress(trace.requests or 0, progress, unit="requests", doing="reading") as on_requests:
         numbered = number_trace(trace, rate=sample, on_requests=lambda n: on_requests("reading", n))
     if numbered.requests == 0:
@@ -163,14 +180,13 @@ def simulate_numbered(
     progress: bool | None = None,
 ) -> Simulation:
     """``run`` for a trace that was read before."""
-    skip = round(warmup * numbered.requests) if warmup < 1 else round(warmup)
-    skip = skip // batch * batch
-    if skip >= numbered.requests:
-        raise ConfigError(f"warmup: {skip:,} of {numbered.requests:,} requests, wanted less than all")
+    skip = warmup_of(warmup, numbered.requests, batch)
     settings = Settings(batch, skip, -(-len(numbered) // windows), dim, row_dtype)
     rows = rows_of(sizes, round(numbered.distinct / numbered.rate))
+    if geometry != "associative" and any(one.policy is not None for one in chosen):
+        rows = sorted({index_sets(size, fixed=False, whole=False) * WAYS for size in rows})  # the same in both geometries
     jobs, skipped = _jobs(chosen, rows, geometry, bounds)
-    samples = _samples(numbered, rows)
+    samples = parts_of_sample(numbered, rows)
     for part in samples:  # before threads ask for them
         part.firsts(max(1, round(batch * part.rate)))
         if any(job.contender.algorithm is not None and job.contender.algorithm.looks_ahead for job in jobs):
@@ -180,7 +196,7 @@ def simulate_numbered(
         def work(job: _Job) -> Run:
             whole, *quarters = (simulate_one(job.contender, job.geometry, job.rows, part, settings) for part in samples)
             on_requests(f"{job.contender.name}, {job.rows:,} rows", len(numbered))
-            return _with_error(whole, quarters)
+            return with_error(whole, quarters)
 
         with ThreadPoolExecutor(max(1, threads or available_cores())) as pool:
             runs = tuple(pool.map(work, jobs))
@@ -203,6 +219,18 @@ def simulate_numbered(
         runs=runs,
         skipped=skipped,
     )
+
+
+def warmup_of(warmup: float, requests: int, batch: int) -> int:
+    """Requests that do not count, whole batches, of a share or a number.
+
+    Raises:
+        ConfigError: they are all that there are.
+    """
+    skip = round(warmup * requests) if warmup < 1 else round(warmup)
+    if skip >= requests:
+        raise ConfigError(f"warmup: {skip:,} of {requests:,} requests, wanted less than all")
+    return skip // batch * batch
 
 
 @dataclass(frozen=True)
@@ -324,7 +352,7 @@ def _gpu(one: Contender, rows: int, batch: int, trace: NumberedTrace) -> tuple[_
 # -- samples ---------------------------------------------------------------------------------------
 
 
-def _samples(trace: NumberedTrace, rows: list[int]) -> list[NumberedTrace]:
+def parts_of_sample(trace: NumberedTrace, rows: list[int]) -> list[NumberedTrace]:
     """The trace; if it is a sample, also four disjoint quarters of it.
 
     Raises:
@@ -351,7 +379,7 @@ def _quarter(trace: NumberedTrace, number: int) -> NumberedTrace:
     return trace.only(chosen, (edges[number + 1] - edges[number]) / (1 << HASH_BITS))
 
 
-def _with_error(whole: Run, quarters: list[Run]) -> Run:
+def with_error(whole: Run, quarters: list[Run]) -> Run:
     """The run, with what the quarters say of its error: their spread, and how far smaller samples are off on average."""
     if not quarters:
         return whole
