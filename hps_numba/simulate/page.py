@@ -81,7 +81,7 @@ def _text(value: object) -> str:
 
 def _facts(simulation: Simulation) -> str:
     facts = [
-        ("trace", f"{simulation.trace} ({simulation.format})"),
+        ("trace", _text(f"{simulation.trace} ({simulation.format})")),
         ("calls", f"{simulation.batch:,} keys each, in the order of the trace"),
         (
             "counted",

@@ -22,7 +22,7 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
         raise TraceError(f'{path}: Parquet needs pyarrow: pip install "hps-numba[parquet]"') from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as problem:
+    except (pyarrow.ArrowException, OSError) as problem:
         raise TraceError(f"{path}: not a Parquet file: {' '.join(str(problem).split())}") from None
     schema, rows = file.schema_arrow, file.metadata.num_rows
     name = _column(path, schema.names, column)
@@ -34,7 +34,9 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
             with pyarrow.parquet.ParquetFile(path) as opened:
                 for batch in opened.iter_batches(batch_size=BLOCK, columns=[name], use_threads=False):
                     yield _keys(path, name, batch.column(0))
-        except pyarrow.ArrowException as problem:
+        except TraceError:
+            raise
+        except (pyarrow.ArrowException, OSError) as problem:
             raise TraceError(f"{path}: damaged: {' '.join(str(problem).split())}") from None
 
     return rows, blocks
