@@ -50,10 +50,10 @@ def test_json_alone(trace: Path) -> None:
 
 def test_a_policy_of_ones_own(trace: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    options = ("--size", 300, "--policy", f"{tmp_path / 'mine.py'}:Young", "--no-bounds")
+    options = ("--size", 300, "--policy", f"{tmp_path / 'mine.py'}:Fading", "--no-bounds")
     assert "runs code from a file" in hps(trace, *options).output
     result = hps(trace, *options, "--allow-code")
-    assert result.exit_code == 0 and result.output.count("\nYoung ") == 2
+    assert result.exit_code == 0 and result.output.count("\nFading ") == 2
 
 
 def test_advice(trace: Path) -> None:

@@ -28,15 +28,19 @@ from hps_numba.simulate.trace import open_trace
 from hps_numba.storage.host_store import HostStore
 
 POLICIES = parts.names("hps_numba.kernels.policies")
+#: that of ``examples/first_policy.py``, so that its kernels are compiled once
 MINE = """
-HALF = 64
+AGE, MOST = 32, 8
 
-class Young:
+
+class Fading:
+    needs_count = True
+
     def first(now, count):
-        return now // HALF + 2
+        return now // AGE + min(count, MOST)
 
     def touch(score, now, count):
-        return max(score, now // HALF + 5)
+        return min(max(score, now // AGE) + count, now // AGE + MOST)
 """
 
 
@@ -145,13 +149,13 @@ def test_default_policies_sizes_and_bounds(keys: np.ndarray) -> None:
 
 def test_a_policy_from_a_file_and_one_from_a_class(tmp_path: Path, keys: np.ndarray) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    name = f"{tmp_path / 'mine.py'}:Young"
+    name = f"{tmp_path / 'mine.py'}:Fading"
     with pytest.raises(PolicyError, match="allow_code=True"):
         run(keys, name, 300)
     from_file = run(keys, [name, "lru"], 300, allow_code=True, bounds=False)
     kind = parts.load_reference(name, allow_code=True)
     from_class = run(keys, kind, 300, bounds=False)
-    rates = {(one.geometry, one.hits) for one in from_file.select(policy="Young")}
+    rates = {(one.geometry, one.hits) for one in from_file.select(policy="Fading")}
     assert rates == {(one.geometry, one.hits) for one in from_class.runs} and len(rates) == 2
     assert from_file.select(policy="lru")[0].hits not in {hits for _, hits in rates}
 
