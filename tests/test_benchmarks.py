@@ -98,9 +98,10 @@ def test_every_benchmark_is_in_the_readme() -> None:
 
 def test_simulate(tmp_path: Path) -> None:
     printed, report = run("simulate", tmp_path)
-    assert report["quick"] is True and "--quick" in printed and "met (" in printed
+    assert report["quick"] is True and "--quick" in printed and ("met (" in printed or "missed (" in printed)
     peers, sets = report["peers"], report["sets"]
-    assert {line["algorithm"] for line in peers} >= {"lru", "lfu", "arc", "belady"} and len({line["trace"] for line in peers}) == 2
+    assert {line["algorithm"] for line in peers} >= {"lru", "lfu", "arc", "belady"}
+    assert {line["trace"] for line in peers} == {"Zipf 1.0", "Zipf with scans"}
     for line in peers:
         assert 0 < line["miss_ratio"] < 1 and line["requests_per_second"] > 0
         if "libcachesim_miss_ratio" in line and line["algorithm"] in ("lru", "fifo", "lfu", "clock", "sieve", "s3_fifo", "arc"):
