@@ -117,7 +117,7 @@ def two_q(trace: Trace, capacity: int) -> list[bool]:
     return hits
 
 
-def s3_fifo(trace: Trace, capacity: int) -> list[bool]:
+def s3fifo(trace: Trace, capacity: int) -> list[bool]:
     small: list[int] = []
     main: list[int] = []
     ghosts: list[int] = []
@@ -231,5 +231,5 @@ def infinite(trace: Trace, capacity: int) -> list[bool]:
 
 
 NAIVE: dict[str, Callable[[Trace, int], list[bool]]] = {
-    function.__name__: function for function in (lru, fifo, lfu, clock, sieve, two_q, s3_fifo, arc, belady, infinite)
+    function.__name__: function for function in (lru, fifo, lfu, clock, sieve, two_q, s3fifo, arc, belady, infinite)
 }

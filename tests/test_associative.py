@@ -65,14 +65,14 @@ BY_HAND = {
     # newcomers hold 1 of 4 rows. 1 to 4 come, 5 makes a ghost of 1, 1 comes back to the main list as 2 turns ghost; 1 stays
     "two_q": ([1, 2, 3, 4, 5, 1, 6, 7, 1], 4, "........+"),
     # the small queue has 1 of 10 rows: 1, the others overflow to the main one. 11 takes 1 to the ghosts; 1 returns to main
-    "s3_fifo": ([*range(1, 12), 1, 12, 13, 1], 10, "..............+"),
+    "s3fifo": ([*range(1, 12), 1, 12, 13, 1], 10, "..............+"),
     # 1 to T2; 3 makes a ghost of 2, 2 comes back, p is 1, 3 stays and 1 becomes a ghost of T2
     "arc": ([1, 1, 2, 3, 2, 3], 2, ".+...+"),
     # 3 comes next at 4 and 1 at 3, 2 at 5: 2 leaves; then 2 itself stays out
     "belady": ([1, 2, 3, 1, 3, 2], 2, "...++."),
     "infinite": ([5, 6, 5, 7, 6], 1, "..+.+"),
     # the window is 1 row, the main part 2: 1 and 2 move there. 3 replaces nobody, 1 and 2 were asked for more often
-    "w_tiny_lfu": ([1, 2, 1, 2, 3, 4, 1, 2, 3], 3, "..++..++."),
+    "wtinylfu": ([1, 2, 1, 2, 3, 4, 1, 2, 3], 3, "..++..++."),
 }
 
 
@@ -84,7 +84,7 @@ def test_a_trace_worked_by_hand(name: str) -> None:
 
 def test_every_algorithm_has_an_oracle_or_a_reason() -> None:
     """RANDOM depends on its generator, W-TinyLFU on the collisions of its sketch."""
-    assert set(NAMES) - set(NAIVE) == {"random", "w_tiny_lfu"}
+    assert set(NAMES) - set(NAIVE) == {"random", "wtinylfu"}
     assert set(NAMES) - set(BY_HAND) == {"random"}
 
 
@@ -137,7 +137,7 @@ def test_contract(name: str, capacity: int, skewed: NumberedTrace) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cache_as_large_as_the_keys_misses_each_once(name: str, skewed: NumberedTrace) -> None:
-    hits, _ = hits_of(algorithm_of(name), skewed, 40 * skewed.distinct if name == "w_tiny_lfu" else skewed.distinct)
+    hits, _ = hits_of(algorithm_of(name), skewed, 40 * skewed.distinct if name == "wtinylfu" else skewed.distinct)
     assert len(hits) - sum(hits) == skewed.distinct
 
 
@@ -149,9 +149,9 @@ def test_random_is_any_row_alike() -> None:
     assert share == pytest.approx(0.203, abs=0.02)  # m = 1 - exp(-2 m) of misses: 0.797
 
 
-def test_w_tiny_lfu_keeps_popular_keys_through_a_scan() -> None:
+def test_wtinylfu_keeps_popular_keys_through_a_scan() -> None:
     keys = np.concatenate([np.tile(np.arange(50), 20), np.arange(1000, 6000), np.arange(50)])
-    last = hits_of(algorithm_of("w_tiny_lfu"), numbered(keys), 100)[0][-50:]
+    last = hits_of(algorithm_of("wtinylfu"), numbered(keys), 100)[0][-50:]
     assert sum(last) >= 45 and sum(hits_of(algorithm_of("lru"), numbered(keys), 100)[0][-50:]) == 0
 
 

@@ -104,7 +104,7 @@ def test_simulate(tmp_path: Path) -> None:
     assert {line["trace"] for line in peers} == {"Zipf 1.0", "Zipf with scans"}
     for line in peers:
         assert 0 < line["miss_ratio"] < 1 and line["requests_per_second"] > 0
-        if "libcachesim_miss_ratio" in line and line["algorithm"] in ("lru", "fifo", "lfu", "clock", "sieve", "s3_fifo", "arc"):
+        if "libcachesim_miss_ratio" in line and line["algorithm"] in ("lru", "fifo", "lfu", "clock", "sieve", "s3fifo", "arc"):
             assert line["miss_ratio"] == pytest.approx(line["libcachesim_miss_ratio"], abs=1e-9)
     assert {line["policy"] for line in sets} >= {"lru", "lfu", "fifo"}
     assert all(0 < line["gpu_64"] < 1 and 0 < line["gpu_1024"] < 1 for line in sets)

@@ -111,7 +111,7 @@ class Page(HTMLParser):
 
 def test_files(trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    options = ("--size", "100,400,1500", "--policy", "lru,s3_fifo", "--warmup", 0.2, "--advise", "--target-hit-rate", 0.7)
+    options = ("--size", "100,400,1500", "--policy", "lru,s3fifo", "--warmup", 0.2, "--advise", "--target-hit-rate", 0.7)
     names = {option: tmp_path / name for option, name in (("--csv", "r.csv"), ("--json", "r.json"), ("--plot", "r.png"))}
     result = hps(trace, *options, "--html", tmp_path / "r.html", *(word for pair in names.items() for word in pair))
     assert result.exit_code == 0, result.output

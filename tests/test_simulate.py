@@ -233,7 +233,7 @@ def test_a_sample_says_how_far_off_it_is() -> None:
     """The true hit rate lies within the stated error, for nearly all of 24 runs, and the error is of use."""
     trace = skewed(300_000, 60_000, 8)
     within = []
-    for policies, geometry in ((["lru", "s3_fifo", "belady"], "associative"), (["lru", "lfu"], "gpu")):
+    for policies, geometry in ((["lru", "s3fifo", "belady"], "associative"), (["lru", "lfu"], "gpu")):
         arguments = {"geometry": geometry, "batch": 128, "bounds": False}
         whole = run(trace, policies, "4k,12k", **arguments)
         sample = run(trace, policies, "4k,12k", sample=0.15, **arguments)

@@ -9,7 +9,7 @@ Traces: Zipf 1.0 over a million keys; Zipf over 100,000 keys with scans in betwe
 the package ``libcachesim``; without it the first two tables have our figures only.
 
 *Where the algorithms are not the same.* ``belady`` may leave a newcomer out, so that no cache does better; libCacheSim's
-always takes it in. ``w_tiny_lfu`` counts every request in its sketch, as the paper says; libCacheSim's does not count hits in
+always takes it in. ``wtinylfu`` counts every request in its sketch, as the paper says; libCacheSim's does not count hits in
 the window, counts rows that leave it once more, and ages more slowly. ``random`` draws other numbers. Caches have 100 rows or
 more: below that S3-FIFO's small queue and W-TinyLFU's window have no place at libCacheSim, which then keeps nothing.
 """
@@ -35,10 +35,10 @@ from hps_numba.simulate.simulation import Settings, simulate_one
 from hps_numba.simulate.traces.oracle_general import RECORD
 
 THEIRS = {
-    "lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "clock": "Clock", "sieve": "Sieve", "s3_fifo": "S3FIFO", "arc": "ARC",
-    "two_q": "TwoQ", "belady": "Belady", "w_tiny_lfu": "WTinyLFU", "random": "Random",
+    "lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "clock": "Clock", "sieve": "Sieve", "s3fifo": "S3FIFO", "arc": "ARC",
+    "two_q": "TwoQ", "belady": "Belady", "wtinylfu": "WTinyLFU", "random": "Random",
 }  # fmt: skip
-EXACT = ("lru", "fifo", "lfu", "clock", "sieve", "s3_fifo", "arc", "two_q")
+EXACT = ("lru", "fifo", "lfu", "clock", "sieve", "s3fifo", "arc", "two_q")
 SHARES, LEAST_ROWS = (0.01, 0.1), 100
 LOSS_SHARES = (0.01, 0.05, 0.1, 0.2)
 LOSS_BATCHES = (64, 1024)

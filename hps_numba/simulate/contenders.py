@@ -18,7 +18,7 @@ __all__ = ["BOUNDS", "Contender", "contender", "contenders", "known_names"]
 _ALGORITHMS = "hps_numba.kernels.associative"
 _POLICIES = "hps_numba.kernels.policies"
 BOUNDS = ("belady", "infinite")
-_IN_SETS_ONLY = ("admit", "victim")  # what a policy may have that one global order cannot carry
+_IN_SETS_ONLY = ("admit", "victim", "takes_key")  # what a policy may have that one order of dense numbers cannot carry
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Contender:
     def is_associative(self) -> bool:
         """It can be simulated fully associative."""
         return self.algorithm is not None or (
-            self.policy is not None and all(getattr(self.policy, what, None) is None for what in _IN_SETS_ONLY)
+            self.policy is not None and not any(getattr(self.policy, what, None) for what in _IN_SETS_ONLY)
         )
 
     @property
@@ -55,7 +55,7 @@ class Contender:
         if self.algorithm is not None:
             return self.algorithm
         if self.policy is None or not self.is_associative:
-            raise PolicyError(f"policy {self.name!r}: chooses within a set, wanted geometry 'gpu'")
+            raise PolicyError(f"policy {self.name!r}: is defined within a set, wanted geometry 'gpu'")
         return scored(self.policy, batch, advance)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import MAX_BATCH, SCRATCH_ASSUME, WAYS
-from hps_numba.cache_memory import LARGE_BATCH
-from hps_numba.cache_place import LOOKUP_THREADS
+from hps_numba.cache_layout import MAX_BATCH, SCRATCH_ASSUME, SET_BYTES, STATE_BYTES, WAYS
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.policies._policy import Policy
 
@@ -35,17 +33,21 @@ class GpuGeometry(EmbeddingCache):
         self._own.reserve(batch, False, 0)
         self._place.store_word(self._own.address + SCRATCH_ASSUME, 1, 0)  # every key has a row behind the cache
         self._answers = np.empty(batch, np.float32)
-        self._zero = np.zeros(4, np.float32)
+
+    @property
+    def policy_bytes(self) -> int:
+        """Bytes that the policy needs beside index, rows and state."""
+        buffers = self._own.bytes + self._pool.bytes
+        return self.bytes - self.sets * SET_BYTES - self.bytes_of_rows - 2 * STATE_BYTES - buffers
 
     def replay(self, keys: np.ndarray, hits: np.ndarray, batch: int) -> None:
-        """Ask for int64 ``[n]`` keys in batches, and write which were there when their batch began: uint8 ``[n]``."""
+        """Ask for int64 ``[n]`` keys in batches, and write which were there when their batch began: uint8 ``[n]``.
+
+        Newcomers get the rows that the scratch of the batch has for them, which nobody wrote: they are 0.
+        """
         address = keys.__array_interface__["data"][0]
         out = self._answers.__array_interface__["data"][0]
-        zero = self._zero.__array_interface__["data"][0]
         for start in range(0, len(keys), batch):
             n = min(batch, len(keys) - start)
-            kernel, group = self._lookup_kernel("int64", "float32", True, n < LARGE_BATCH)
-            args = (*self._parts, address + 8 * start, n, out, self._default, self._own.address)
-            kernel.launch(self._place.lookup_blocks(n, group), 0, *args, threads=LOOKUP_THREADS)
+            self._batch(self._own, address + 8 * start, n, out, 0, ("int64", "float32", True))
             np.not_equal(self._answers[:n], _MISSED, out=hits[start : start + n], casting="unsafe")
-            self._finish(self._own, n, zero, 0, self._ticks(n), 0)

@@ -46,7 +46,7 @@ __all__ = [
     "with_error",
 ]
 
-DEFAULT_POLICIES = ("lru", "fifo", "lfu", "clock", "sieve", "s3_fifo", "arc", "w_tiny_lfu")
+DEFAULT_POLICIES = ("lru", "fifo", "lfu", "clock", "sieve", "s3fifo", "arc", "wtinylfu")
 GEOMETRIES = ("both", "gpu", "associative")
 _WINDOWS, _GROUPS = 100, 12
 _LEAST_SAMPLE = 64  # rows of the smallest cache of a quarter of a sample
@@ -251,7 +251,7 @@ def _jobs(chosen: list[Contender], rows: list[int], geometry: str, bounds: bool)
             if possible:
                 jobs += [_Job(one, name, size) for size in rows]
         if not any(possible for _, possible in wanted):
-            what = "needs one order of all rows" if geometry == "gpu" else "chooses within a set"
+            what = "needs one order of all rows" if geometry == "gpu" else "is defined within a set"
             skipped.append(f"{one.name}: {what}, so it is not simulated with geometry {geometry}")
     named = [one.name for one in chosen if one.is_bound]
     for one in contenders([*dict.fromkeys([*named, *(BOUNDS if bounds else ())])]) if named or bounds else []:
@@ -274,11 +274,13 @@ def simulate_one(one: Contender, geometry: str, rows: int, trace: NumberedTrace,
     batch = max(1, round(settings.batch * trace.rate))
     skip = round(settings.warmup * len(trace) / trace.requests) // batch * batch
     start = time.perf_counter()
-    capacity = scaled
+    capacity, policy_bytes = scaled, 0
     if geometry == "gpu":
         assert one.policy is not None
         capacity = index_sets(scaled, fixed=False, whole=False) * WAYS
-        step, counted = _gpu(one, scaled, batch, trace)
+        cache = GpuGeometry(scaled, one.policy, batch)
+        policy_bytes = round(cache.policy_bytes / trace.rate)
+        step, counted = _gpu(cache, batch, trace)
     else:
         step, counted = _associative(one, scaled, batch, trace)
     windows = np.zeros(-(-len(trace) // settings.window) or 1, np.int64)
@@ -310,7 +312,7 @@ def simulate_one(one: Contender, geometry: str, rows: int, trace: NumberedTrace,
         hit_rate=1 - (requests - int(totals[0])) / expected if expected else 0.0,
         error=0.0,
         row_bytes=row_stride(settings.dim, settings.row_dtype),
-        gpu_bytes=cache_bytes(spec, CacheShape("dynamic", whole, False)) if geometry == "gpu" else 0,
+        gpu_bytes=cache_bytes(spec, CacheShape("dynamic", whole, False)) + policy_bytes if geometry == "gpu" else 0,
         seconds=time.perf_counter() - start,
         by_window=windows,
     )
@@ -335,10 +337,7 @@ def _associative(one: Contender, capacity: int, batch: int, trace: NumberedTrace
     return step, lambda: counters[[RESIDENT, ADMITTED, EVICTED]]
 
 
-def _gpu(one: Contender, rows: int, batch: int, trace: NumberedTrace) -> tuple[_Step, _Counted]:
-    assert one.policy is not None
-    cache = GpuGeometry(rows, one.policy, batch)
-
+def _gpu(cache: GpuGeometry, batch: int, trace: NumberedTrace) -> tuple[_Step, _Counted]:
     def step(at: int, ids: np.ndarray, hits: np.ndarray) -> None:
         cache.replay(trace.keys[ids], hits, batch)
 
