@@ -148,14 +148,15 @@ def axes_of(result: simulate.Simulation, rows: int | None = None) -> dict[str, A
 def test_pictures_show_the_numbers(trace: Path) -> None:
     """Axes start at zero, are named with units, and every line has the values of its runs."""
     pytest.importorskip("matplotlib")
-    result = simulate.run(trace, ["lru", "sieve"], "100,400,1500", warmup=0.2, progress=False)
+    result = simulate.run(trace, ["lru", "arc"], "100,400,1500", warmup=0.2, progress=False)
     axes = axes_of(result)
     curves = axes["curves"]
     assert curves.get_ylim() == (0, 100) and curves.get_xscale() == "log"
     assert (curves.get_xlabel(), curves.get_ylabel()) == ("cache size, rows", "hits, share of requests")
+    assert [text.get_text() for text in curves.get_xticklabels()] == ["100", "400", "1.5 k"]
     lines = {line.get_label(): line for line in curves.get_lines()}
     assert set(lines) == {
-        "lru, GPU sets", "lru, associative", "sieve, associative", "belady (optimum)", "infinite cache (ceiling)",
+        "lru, GPU sets", "lru, associative", "arc, associative", "belady (optimum)", "infinite cache (ceiling)",
     }  # fmt: skip
     wanted = result.select(policy="lru", geometry="gpu")
     assert list(lines["lru, GPU sets"].get_xdata()) == [run.rows for run in wanted]
@@ -163,8 +164,8 @@ def test_pictures_show_the_numbers(trace: Path) -> None:
     assert any("first 5,120 requests not counted" in text.get_text() for text in curves.texts)
     time = axes["time"]
     assert time.get_title("left") == "Hit rate over time, cache of 400 rows" and time.get_xlim() == (0, 30_000)
-    line = next(line for line in time.get_lines() if line.get_label() == "sieve, associative")
-    (run,) = result.select(policy="sieve", rows=400)
+    line = next(line for line in time.get_lines() if line.get_label() == "arc, associative")
+    (run,) = result.select(policy="arc", rows=400)
     assert np.allclose(line.get_ydata(), 100 * run.by_window / result.windows)
     heat = axes["heat"]
     assert heat.get_xlabel() == "requests so far" and heat.get_ylabel() == "keys by popularity"

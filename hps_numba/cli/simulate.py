@@ -176,15 +176,16 @@ def _show_advice(advice: Advice, *, blank: bool) -> None:
     else:
         typer.echo(f"{advice.target:.1%} hits on {advice.trace}, at the least GPU memory: {best.policy}, {best.rows:,} rows")
         typer.echo("")
+        sampled = any(one.error for one in advice.choices)
         print_table(
-            ("policy", "rows", "GPU memory", "hits", "+-", f"a call of {advice.batch:,}"),
+            ("policy", "rows", "GPU memory", "hits", *(("+-",) if sampled else ()), f"a call of {advice.batch:,}"),
             [
                 (
                     one.policy,
                     f"{one.rows:,}",
                     f"{one.gpu_bytes / 1e6:,.2f} MB",
                     f"{one.hit_rate:.2%}",
-                    f"{one.error:.2%}" if one.error else "",
+                    *((f"{one.error:.2%}" if one.error else "",) if sampled else ()),
                     f"about {human_seconds(one.lookup_seconds)}",
                 )
                 for one in advice.choices

@@ -25,7 +25,8 @@ _MICROS = np.array(
 )
 ASSUMPTIONS = (
     "times: one NVIDIA H200, PCIe 5, float32 rows, int64 keys, 1.2 M rows in pinned host memory, one call at a time,"
-    " insertion of what missed not included; between measured points in a straight line over keys, misses and width",
+    " insertion of what missed not included; between measured points in a straight line over keys, misses and width; calls of"
+    " fewer than 1,024 keys count as such, rows of fewer than 32 floats as well",
     "rows of tables of 4 GiB and more come over the bus at 30 to 46 M rows/s, slower than here",
 )
 

@@ -117,12 +117,15 @@ def _draw_curves(axes: Any, simulation: Simulation) -> None:
             axes.fill_between(rows, np.subtract(rates, errors), np.add(rates, errors), color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
-    axes.xaxis.set_major_formatter(lambda value, _: _rows(value))
     axes.yaxis.set_major_formatter("{x:g} %")
-    distinct = simulation.distinct
-    top = axes.secondary_xaxis("top", functions=(lambda x: x / distinct * 100, lambda x: x * distinct / 100))
-    top.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    sizes = _spread(simulation.sizes)
+    axes.set_xticks(sizes, [_rows(size) for size in sizes])
+    axes.set_xticks([], minor=True)
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(sizes, [_percent(size / simulation.distinct) for size in sizes])
+    top.set_xticks([], minor=True)
     top.tick_params(colors=_GREY, labelsize=8)
+    top.spines["top"].set_visible(False)
     top.set_xlabel("cache size, share of the distinct keys", color=_GREY, fontsize=8.5)
     batches = f"GPU sets: calls of {simulation.batch:,} keys" if simulation.select(geometry="gpu") else ""
     warm = f"first {simulation.warmup:,} requests not counted" if simulation.warmup else "cold start counted"
@@ -130,6 +133,14 @@ def _draw_curves(axes: Any, simulation: Simulation) -> None:
         axes, "Hit rate by cache size", "cache size, rows", "hits, share of requests", "; ".join(filter(None, [batches, warm]))
     )
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+
+
+def _spread(sizes: list[int], most: int = 9) -> list[int]:
+    """Of sizes, at most so many, with even distances on a logarithmic axis, the first and the last among them."""
+    if len(sizes) < 2:
+        return sizes
+    wanted = np.geomspace(sizes[0], sizes[-1], min(len(sizes), most))
+    return sorted({min(sizes, key=lambda size: abs(np.log(size / place))) for place in wanted})
 
 
 def _runs_of_size(simulation: Simulation, rows: int | None) -> tuple[int, list[Run]]:
@@ -207,6 +218,10 @@ def _finish(axes: Any, title: str, x: str, y: str, note: str, *, grid: bool = Tr
     if grid:
         axes.grid(axis="y", color="#000000", alpha=0.09, linewidth=0.8)
         axes.set_axisbelow(True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def _rows(value: float) -> str:
