@@ -8,9 +8,11 @@ requests, as for a sampled simulation (``simulate.simulation``).
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -24,6 +26,7 @@ from hps_numba.kernels.associative._numbering import sample_keys
 
 __all__ = ["TraceRecording", "facts_beside"]
 
+log = logging.getLogger(__name__)
 _BUFFER = 1 << 17  # keys that wait to be written
 _HEADER = 128
 _HASH_BITS = 24
@@ -120,25 +123,37 @@ class TraceRecording:
                 self._buffer[self._waiting : self._waiting + len(some)] = some
                 self._waiting += len(some)
                 kept = kept[len(some) :]
-                if self._waiting == _BUFFER:
-                    self._write()
-            if self.keys < self._limit:
+                if self._waiting == _BUFFER and not self._written_down():
+                    break
+            if self.keys < self._limit and not self.done:
                 return
-            self._end()
+            if not self.done:
+                self.done = True
+                if self._written_down():
+                    self._file.close()
         self._on_done(self)
+
+    def _written_down(self) -> bool:
+        """Write; a disk that refuses ends the recording and not the lookup that filled the buffer."""
+        try:
+            self._write()
+        except OSError as problem:
+            log.warning("recording of %s ends: %s: %s", self._table, self.path, problem.strerror or problem)
+            self.done = True
+            with suppress(OSError):
+                self._file.close()
+            return False
+        return True
 
     def close(self) -> None:
         """End it, and write what is left. Again does nothing."""
         with self._lock:
             if self.done:
                 return
-            self._end()
+            self.done = True
+            if self._written_down():
+                self._file.close()
         self._on_done(self)
-
-    def _end(self) -> None:
-        self.done = True
-        self._write()
-        self._file.close()
 
     def _write(self) -> None:
         """Put what waits into the file, and the facts beside it."""

@@ -151,3 +151,21 @@ def test_a_forked_child_leaves_the_file_to_its_parent(server: HPS, tmp_path: Pat
         assert os.waitpid(child, 0)[1] == 0
         server.lookup([3], "m", 0)
     assert recorded(tmp_path / "t.npy") == [1, 3]
+
+
+def test_a_full_disk_ends_the_recording_and_no_lookup(
+    server: HPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = np.arange(_BUFFER)
+    recording = server.record_trace(tmp_path / "t.npy", "m", 0)
+    server.lookup(asked, "m", 0)
+
+    def refuse(self: object, *args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hps_numba.recording.TraceRecording._write", refuse)
+    assert server.lookup(asked, "m", 0).shape == (_BUFFER, 3)
+    assert recording.done and server._recordings == ()
+    assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
+    assert recorded(tmp_path / "t.npy") == asked.tolist()
+    recording.close()

@@ -236,6 +236,28 @@ def test_sizes_that_make_no_sense(sizes: Any) -> None:
         rows_of(sizes, 1000)
 
 
+def test_one_failure_stops_the_others(monkeypatch: pytest.MonkeyPatch, keys: np.ndarray) -> None:
+    """An interrupt while simulations run in threads: those at work end at their next piece, none begins."""
+    pieces: list[int] = []
+
+    def interrupted(self: GpuGeometry, *args: Any) -> None:
+        pieces.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hps_numba.simulate.numbered.BLOCK", 100)
+    monkeypatch.setattr("hps_numba.simulate.geometry.GpuGeometry.replay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(keys, "lru", "100,200,300,400,500", geometry="gpu", batch=100, threads=2)
+    assert 1 <= len(pieces) <= 4
+
+
+def test_nothing_but_the_infinite_cache(keys: np.ndarray, tmp_path: Path) -> None:
+    result = run(keys, "infinite", 300, bounds=False)
+    assert [one.policy for one in result.runs] == ["infinite"] and result.sizes == []
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        simulate.write_page(result, tmp_path / "r.html")
+
+
 # -- samples -----------------------------------------------------------------------------------------
 
 

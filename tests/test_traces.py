@@ -118,7 +118,7 @@ def test_columns_of_csv(tmp_path: Path, text: str, column: Any, wanted: list[int
     [
         ("", None, "t.csv: is empty"),
         ("key\n1\nx\n", None, "t.csv:3: 'x', wanted an integer of 64 bits"),
-        ("key\n1\n1.0\n", None, "t.csv:3: '1.0'"),
+        ("key\n1\n\n1.0\n", None, "t.csv:4: '1.0'"),
         ("key\n99999999999999999999\n", None, "t.csv:2: '99999999999999999999'"),
         ("a,key\n1,2\n1\n", None, "t.csv:3: 1 columns, wanted 2 or more"),
         ("a,b\n1,2\n", None, "t.csv: column 'key' is none of a, b"),

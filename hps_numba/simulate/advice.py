@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +11,12 @@ from hps_numba.progress import rows_progress
 from hps_numba.simulate.contenders import Contender, contenders, known_names
 from hps_numba.simulate.geometry import WAYS
 from hps_numba.simulate.lookup_time import ASSUMPTIONS, lookup_seconds
-from hps_numba.simulate.numbered import NumberedTrace
+from hps_numba.simulate.numbered import NumberedTrace, OnRequests
 from hps_numba.simulate.results import Run
 from hps_numba.simulate.simulation import (
     Settings,
     check_settings,
+    in_threads,
     number_for,
     parts_of_sample,
     simulate_one,
@@ -24,7 +24,6 @@ from hps_numba.simulate.simulation import (
     with_error,
 )
 from hps_numba.simulate.trace import open_trace
-from hps_numba.threads import available_cores
 
 __all__ = ["Advice", "Choice", "advise"]
 
@@ -118,18 +117,17 @@ def advise(
     skip = warmup_of(warmup, numbered.requests, batch)
     settings = Settings(batch, skip, len(numbered), dim, row_dtype)
     search = _Search(numbered, settings, target_hit_rate)
-    with (
-        rows_progress(len(chosen), progress if len(numbered) > 100_000 else False, unit="policies", doing="searching") as done,
-        ThreadPoolExecutor(max(1, threads or available_cores())) as pool,
-    ):
+    ceiling = search.at_rest(chosen[0]).hit_rate
+    with rows_progress(0, progress, unit="requests", doing="searching") as advance:
 
-        def work(one: Contender) -> Run | None:
-            found = search.smallest(one)
-            done(one.name, 1)
-            return found
+        def work(one: Contender, check: Callable[[], None]) -> Run | None:
+            def on_requests(n: int) -> None:
+                check()
+                advance(one.name, n)
 
-        found = list(pool.map(work, chosen))
-        ceiling = search.at_rest(chosen[0]).hit_rate
+            return search.smallest(one, on_requests)
+
+        found = in_threads(work, chosen, threads)
     choices = [_choice(run, settings) for run in found if run is not None]
     return Advice(
         trace=numbered.name,
@@ -168,16 +166,16 @@ class _Search:
         self._trace, self._settings, self._target = trace, settings, target
         trace.firsts(max(1, round(settings.batch * trace.rate)))
 
-    def _run(self, one: Contender, rows: int) -> Run:
-        return simulate_one(one, "gpu", rows, self._trace, self._settings)
+    def _run(self, one: Contender, rows: int, on_requests: OnRequests) -> Run:
+        return simulate_one(one, "gpu", rows, self._trace, self._settings, on_requests)
 
-    def at_rest(self, one: Contender) -> Run:
+    def at_rest(self, one: Contender, on_requests: OnRequests = lambda n: None) -> Run:
         """The cache that is never full."""
-        return self._run(one, _ROOM * max(1, round(self._trace.distinct / self._trace.rate)))
+        return self._run(one, _ROOM * max(1, round(self._trace.distinct / self._trace.rate)), on_requests)
 
-    def smallest(self, one: Contender) -> Run | None:
+    def smallest(self, one: Contender, on_requests: OnRequests) -> Run | None:
         """The smallest cache with the target, to ``_PRECISION`` or a set; None if there is none."""
-        best = self.at_rest(one)
+        best = self.at_rest(one, on_requests)
         if best.hit_rate < self._target:
             return None
         low, high = 0, -(-best.rows // WAYS)  # sets: too few, enough
@@ -185,7 +183,7 @@ class _Search:
         while high > low + 1 and high > least and high > low * _PRECISION:
             middle = max(least, round((max(low, 1) * high) ** 0.5))
             middle = min(max(middle, low + 1), high - 1)
-            run = self._run(one, middle * WAYS)
+            run = self._run(one, middle * WAYS, on_requests)
             if run.hit_rate >= self._target:
                 high, best = middle, run
             else:

@@ -25,7 +25,7 @@ from hps_numba.kernels.associative._numbering import (
 from hps_numba.simulate.trace import Trace
 from hps_numba.simulate.traces._format import BLOCK
 
-__all__ = ["HASH_BITS", "NumberedTrace", "number_trace"]
+__all__ = ["HASH_BITS", "NumberedTrace", "OnRequests", "number_trace"]
 
 HASH_BITS = 24  # of a key's hash, by which a sample is taken
 _SMALL_KEYS = 1 << 25  # keys below are numbered by indexing, without a hash

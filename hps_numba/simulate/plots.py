@@ -46,6 +46,7 @@ def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = N
         As ``check_plot``; ConfigError if no cache of so many rows was simulated.
     """
     check_plot(Path(path))
+    _runs_of_size(simulation, rows)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 12.5), dpi=130, layout="constrained")
@@ -60,6 +61,7 @@ def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = N
 def figures(simulation: Simulation, rows: int | None = None) -> dict[str, Any]:
     """One figure of matplotlib each: ``curves``, ``time``, ``heat``."""
     check_plot(Path("page.svg"))
+    _runs_of_size(simulation, rows)
     from matplotlib.figure import Figure
 
     drawn: dict[str, Any] = {}
@@ -146,6 +148,8 @@ def _spread(sizes: list[int], most: int = 9) -> list[int]:
 def _runs_of_size(simulation: Simulation, rows: int | None) -> tuple[int, list[Run]]:
     """The runs of one cache size, by default that in the middle."""
     sizes = simulation.sizes
+    if not sizes:
+        raise ConfigError("nothing to draw: only the infinite cache was simulated")
     rows = sizes[len(sizes) // 2] if rows is None else rows
     if rows not in sizes:
         raise ConfigError(f"rows: {rows:,} were not simulated, wanted one of {', '.join(f'{size:,}' for size in sizes)}")

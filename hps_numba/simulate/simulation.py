@@ -8,11 +8,12 @@ sample (the paper's SHARDS-adj). The error is measured: four disjoint quarters o
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ __all__ = [
     "GEOMETRIES",
     "Settings",
     "check_settings",
+    "in_threads",
     "number_for",
     "parts_of_sample",
     "run",
@@ -48,6 +50,7 @@ __all__ = [
 
 DEFAULT_POLICIES = ("lru", "fifo", "lfu", "clock", "sieve", "s3fifo", "arc", "wtinylfu")
 GEOMETRIES = ("both", "gpu", "associative")
+_Result = TypeVar("_Result")
 _WINDOWS, _GROUPS = 100, 12
 _LEAST_SAMPLE = 64  # rows of the smallest cache of a quarter of a sample
 _QUARTERS = 4
@@ -191,15 +194,19 @@ def simulate_numbered(
         part.firsts(max(1, round(batch * part.rate)))
         if any(job.contender.algorithm is not None and job.contender.algorithm.looks_ahead for job in jobs):
             part.future()
-    with rows_progress(len(jobs) * len(numbered), progress, unit="requests", doing="simulating") as on_requests:
+    with rows_progress(len(jobs) * sum(map(len, samples)), progress, unit="requests", doing="simulating") as advance:
 
-        def work(job: _Job) -> Run:
-            whole, *quarters = (simulate_one(job.contender, job.geometry, job.rows, part, settings) for part in samples)
-            on_requests(f"{job.contender.name}, {job.rows:,} rows", len(numbered))
+        def work(job: _Job, check: Callable[[], None]) -> Run:
+            def on_requests(n: int) -> None:
+                check()
+                advance(f"{job.contender.name}, {job.rows:,} rows", n)
+
+            whole, *quarters = (
+                simulate_one(job.contender, job.geometry, job.rows, part, settings, on_requests) for part in samples
+            )
             return with_error(whole, quarters)
 
-        with ThreadPoolExecutor(max(1, threads or available_cores())) as pool:
-            runs = tuple(pool.map(work, jobs))
+        runs = tuple(in_threads(work, jobs, threads))
     heat, group_keys, counts = _heat(numbered, settings.window)
     return Simulation(
         trace=numbered.name,
@@ -219,6 +226,26 @@ def simulate_numbered(
         runs=runs,
         skipped=skipped,
     )
+
+
+class _Stopped(Exception):
+    """Another simulation failed, or the user interrupted all of them."""
+
+
+def in_threads(work: Callable[[Any, Callable[[], None]], _Result], items: Sequence[Any], threads: int | None) -> list[_Result]:
+    """``work(item, check)`` of each item, several at a time; ``check`` raises once one failed or the user interrupted all."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    with ThreadPoolExecutor(max(1, threads or available_cores())) as pool:
+        try:
+            return list(pool.map(lambda item: work(item, check), items))
+        except BaseException:
+            stop.set()
+            raise
 
 
 def warmup_of(warmup: float, requests: int, batch: int) -> int:
@@ -264,11 +291,18 @@ def _jobs(chosen: list[Contender], rows: list[int], geometry: str, bounds: bool)
 # -- one cache -------------------------------------------------------------------------------------
 
 
-def simulate_one(one: Contender, geometry: str, rows: int, trace: NumberedTrace, settings: Settings) -> Run:
+def simulate_one(
+    one: Contender,
+    geometry: str,
+    rows: int,
+    trace: NumberedTrace,
+    settings: Settings,
+    on_requests: Callable[[int], object] = lambda n: None,
+) -> Run:
     """One policy in a cache of one size over a trace, or over a sample of one.
 
     Args:
-        rows: of the cache for the whole trace.
+        rows: of the cache for the whole trace.   on_requests: is told of requests as they are simulated.
     """
     scaled = max(1, round(rows * trace.rate))
     batch = max(1, round(settings.batch * trace.rate))
@@ -292,6 +326,7 @@ def simulate_one(one: Contender, geometry: str, rows: int, trace: NumberedTrace,
         mine = np.empty(len(ids), np.uint8)
         step(at, ids, mine)
         tally(mine, firsts[at : at + len(ids)], at, settings.window, skip, windows, totals)
+        on_requests(len(ids))
     resident, admitted, evicted = (int(value) for value in counted())
     requests = len(trace) - skip
     expected = trace.rate * (trace.requests - settings.warmup)

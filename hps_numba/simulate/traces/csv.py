@@ -48,7 +48,8 @@ def _open(path: Path, column: str | None) -> tuple[None, Blocks]:
                 if keys is None:
                     wrong = first_wrong(words)
                     assert wrong is not None
-                    raise TraceError(f"{path}:{line + wrong}: {words[wrong][:40]!r}, wanted an integer of 64 bits")
+                    row = [i for i, row in enumerate(some) if row][wrong]
+                    raise TraceError(f"{path}:{line + row}: {words[wrong][:40]!r}, wanted an integer of 64 bits")
                 yield keys
                 line += len(some)
 
