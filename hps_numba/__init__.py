@@ -24,10 +24,12 @@ from hps_numba.errors import (
     PolicyError,
     TierError,
     TierUnavailable,
+    TraceError,
     UnknownModelError,
 )
 
 if TYPE_CHECKING:
+    from hps_numba import simulate
     from hps_numba.config import (
         DatabaseOverflowPolicy_t,
         DatabaseType_t,
@@ -98,6 +100,7 @@ __all__ = [
     "TableStats",
     "TierError",
     "TierUnavailable",
+    "TraceError",
     "UnknownModelError",
     "UpdateSourceParams",
     "UpdateSourceType_t",
@@ -111,11 +114,14 @@ __all__ = [
     "open_model",
     "policy_with",
     "read_config",
+    "simulate",
     "write_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "simulate":
+        return importlib.import_module(f"{__name__}.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@
     ├── TierError         (OSError)        a storage tier failed
     │   └── TierUnavailable                ... because it cannot be reached or is not installed
     ├── PolicyError       (ValueError)     a cache policy is unknown or breaks its contract
+    ├── TraceError        (OSError)        a trace of keys on disk is missing, damaged or of an unknown form
     └── ClosedError       (RuntimeError)   the server was closed
 
 A message names the place, the value that came and what was wanted, in one line.
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyError",
     "TierError",
     "TierUnavailable",
+    "TraceError",
     "UnknownModelError",
 ]
 
@@ -80,6 +82,10 @@ class TierUnavailable(TierError):
 
 class PolicyError(HpsError, ValueError):
     """A cache policy is unknown, or breaks the contract of a policy."""
+
+
+class TraceError(HpsError, OSError):
+    """A trace of keys cannot be read: missing, damaged, or of an unknown form."""
 
 
 class ClosedError(HpsError, RuntimeError):

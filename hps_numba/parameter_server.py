@@ -37,10 +37,18 @@ from hps_numba.errors import (
 from hps_numba.forks import renew_after_fork
 from hps_numba.hierarchy import TierStack, open_tiers
 from hps_numba.interop import NUMPY, as_keys, as_output, as_rows, new_output, wrap_output
-from hps_numba.interop_device import as_device_keys, as_device_output, device_of_array, new_device_output, stream_handle
+from hps_numba.interop_device import (
+    DeviceKeys,
+    as_device_keys,
+    as_device_output,
+    device_of_array,
+    new_device_output,
+    stream_handle,
+)
 from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.plan import Plan, make_plan, plan_of
 from hps_numba.progress import rows_progress
+from hps_numba.recording import TraceRecording
 from hps_numba.refresh import RefreshTimer
 from hps_numba.session import Change, TableSession
 from hps_numba.stats import TableStats
@@ -85,6 +93,7 @@ class HPS:
         self._wide = self.config.supportlonglong
         self._progress = progress
         self._closed = False
+        self._recordings: tuple[tuple[TableSession, TraceRecording], ...] = ()
         self.renew()
         renew_after_fork(self)
         self._allow_code = allow_code
@@ -255,6 +264,8 @@ class HPS:
             table.lookup_cached(cache, batch, address, handle)
         except ClosedError as problem:
             self._say_who_closed(deployment, problem)
+        if self._recordings:
+            self._record_on_device(table, batch, handle)
         if finish is not None:
             finish()
         del keep
@@ -276,6 +287,8 @@ class HPS:
             table.lookup(keys, wide)
         except ClosedError as problem:
             self._say_who_closed(deployment, problem)
+        if self._recordings:
+            self._record(table, keys)
         if wide is not flat:
             flat[:] = wide
 
@@ -360,6 +373,8 @@ class HPS:
             table.lookup_pooled(host_bags, out)
         except ClosedError as problem:
             self._say_who_closed(deployment, problem)
+        if self._recordings:
+            self._record(table, flat)
         return out
 
     def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
@@ -374,6 +389,11 @@ class HPS:
         table = self._table(model_name, table_id, device)
         cache = table.cache_on(device)
         return cache if table.pools_on(cache, 0) and table.output_type == "float32" else None
+
+    @property
+    def records(self) -> bool:
+        """Keys that are looked up are being recorded (``record_trace``): who keeps a ``cache_on`` asks ``lookup`` meanwhile."""
+        return bool(self._recordings)
 
     @property
     def wide(self) -> bool:
@@ -405,6 +425,8 @@ class HPS:
             table.pool_cached(cache, bags, address, handle)
         except ClosedError as problem:
             self._say_who_closed(deployment, problem)
+        if self._recordings:
+            self._record_on_device(table, bags.keys, handle)
         if finish is not None:
             finish()
         del keep
@@ -455,7 +477,7 @@ class HPS:
     def _lookup_together(self, deployment: Deployment, tables: Sequence[tuple[TableSession, Any]]) -> list[Any]:
         """Rows of several tables: those with keys on one GPU in as few launches as they can be."""
         devices = [device_of_array(some) for _, some in tables]
-        device = devices[0] if len(tables) > 1 else None
+        device = devices[0] if len(tables) > 1 and not self._recordings else None
         if device is None or set(devices) != {device} or len({table.output_type for table, _ in tables}) > 1:
             return [self._lookup(deployment, table, some, None, place) for (table, some), place in zip(tables, devices)]
         deployment = self._deployment(deployment.name, device)
@@ -515,6 +537,58 @@ class HPS:
         rows, finish = as_output(out_tensor, shape, table.output_dtype, larger=True, place="out_tensor")
         self._answer(deployment, table, batch.flat, rows)
         finish()
+
+    # -- recording what is asked for -------------------------------------------------------
+
+    def record_trace(
+        self,
+        path: str | Path,
+        model_name: str,
+        table_id: int | str,
+        *,
+        rate: float = 1.0,
+        every: int = 1,
+        limit: int = 10_000_000,
+    ) -> TraceRecording:
+        """Record the keys that lookups of a table ask for, as a trace for ``hps_numba.simulate``.
+
+        Args:
+            path: of the trace, an ``.npy`` file of int64; facts about it go to a JSON file beside it.
+            rate: share of the keys to record, chosen by a hash, each with all its requests.
+            every: only each so-many-th call counts.
+            limit: it ends by itself after so many recorded keys, 8 bytes each.
+
+        Returns:
+            The recording, to be closed: ``with server.record_trace("trace.npy", "model", 0, rate=0.01): ...``
+
+        Cost: off, one test a lookup; on, a copy of the keys, or of those chosen, and every 131,072 of them a write. A call with
+        keys in the memory of a GPU is waited for if it counts: with ``every`` few are. Replays of a graph are not seen.
+
+        Raises:
+            UnknownModelError: no such model or table.   ConfigError: an argument makes no sense.
+            TraceError: the file cannot be written.
+        """
+        table = self._deployment(model_name).table(table_id)
+        name = f"{model_name}/{table.spec.name}"
+        made = TraceRecording(path, table=name, rate=rate, every=every, limit=limit, on_done=self._stop_recording)
+        with self._changing:
+            self._recordings = (*self._recordings, (table, made))
+        return made
+
+    def _stop_recording(self, done: TraceRecording) -> None:
+        with self._changing:
+            self._recordings = tuple(entry for entry in self._recordings if entry[1] is not done)
+
+    def _record(self, table: TableSession, keys: np.ndarray) -> None:
+        for recorded, recording in self._recordings:
+            if recorded is table:
+                recording.saw(keys)
+
+    def _record_on_device(self, table: TableSession, keys: DeviceKeys, stream: int) -> None:
+        with devices_module.current(keys.device):
+            for recorded, recording in self._recordings:
+                if recorded is table and not devices_module.is_capturing(stream):
+                    recording.saw_on_device(keys.address, keys.n, keys.form, stream)
 
     # -- changing rows ---------------------------------------------------------------------
 
@@ -769,6 +843,8 @@ class HPS:
                 return
             self._closed = True
             self._timer.close()
+            for _, recording in self._recordings:
+                recording.close()
             models, self._models = self._models, {}
             for deployment in models.values():
                 deployment.release()

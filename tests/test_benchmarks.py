@@ -94,3 +94,17 @@ def test_every_benchmark_is_in_the_readme() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     scripts = [path for path in FOLDER.glob("*.py") if "def main" in path.read_text()]
     assert scripts and all(f"](host/{path.name})" in text for path in scripts)
+
+
+def test_simulate(tmp_path: Path) -> None:
+    printed, report = run("simulate", tmp_path)
+    assert report["quick"] is True and "--quick" in printed and ("met (" in printed or "missed (" in printed)
+    peers, sets = report["peers"], report["sets"]
+    assert {line["algorithm"] for line in peers} >= {"lru", "lfu", "arc", "belady"}
+    assert {line["trace"] for line in peers} == {"Zipf 1.0", "Zipf with scans"}
+    for line in peers:
+        assert 0 < line["miss_ratio"] < 1 and line["requests_per_second"] > 0
+        if "libcachesim_miss_ratio" in line and line["algorithm"] in ("lru", "fifo", "lfu", "clock", "sieve", "s3fifo", "arc"):
+            assert line["miss_ratio"] == pytest.approx(line["libcachesim_miss_ratio"], abs=1e-9)
+    assert {line["policy"] for line in sets} >= {"lru", "lfu", "fifo"}
+    assert all(0 < line["gpu_64"] < 1 and 0 < line["gpu_1024"] < 1 for line in sets)

@@ -40,11 +40,12 @@ ROWS = [
     {"cache_pooling"},
     {"cache_policy"},
     {"cache_shape"},
-    {"hierarchy", "cache", "stats", "plan", "synthetic"},
+    {"hierarchy", "cache", "stats", "plan", "synthetic", "recording"},
     {"table_caches", "absent", "cache_group"},
     {"session", "refresh"},
     {"table_groups"},
     {"deployment"},
+    {"simulate.traces"},
     {"parameter_server", "simulate"},
     {"initializers"},
     {"train"},
@@ -62,10 +63,10 @@ AT_HOME = {
     "redis": {"storage.tiers.redis_cluster"},
     "rocksdict": {"storage.tiers.rocks_db"},
     "confluent_kafka": {"storage.updates", "refresh"},
-    "pyarrow": {"storage.formats.parquet"},
+    "pyarrow": {"storage.formats.parquet", "simulate.traces.parquet"},
     "safetensors": {"storage.formats.safetensors"},
     "h5py": {"storage.formats.hdf5"},
-    "matplotlib": {"cli"},
+    "matplotlib": {"cli", "simulate.plots"},
     "typer": {"cli"},
     "rich": {"cli", "progress"},
     "pydantic": {"config"},
@@ -231,6 +232,7 @@ SHOWN = {
         "session",
         "device_bags",
         "table_groups",
+        "simulate.geometry",
     },  # sizes of a cache and of a batch
     "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
@@ -244,9 +246,12 @@ SHOWN = {
     "kernels.cache_image": {"cache"},
     "kernels.cache_pool": {"cache_pooling", "storage", "device_bags"},  # the combiners
     # what a policy is, and how one is loaded; "": users write them
-    "kernels.policies._policy": {*CACHE, "cache_shape", "table_caches", "deployment", ""},
+    "kernels.policies._policy": {*CACHE, "cache_shape", "table_caches", "deployment", "simulate", ""},
     "kernels.cache_sketch": {"cache_policy_memory"},  # its size
-    "kernels.row_elements": {*CACHE, "cache_shape", "session"},  # bytes of a row
+    "kernels.row_elements": {*CACHE, "cache_shape", "session", "simulate"},  # bytes of a row
+    "kernels.associative._algorithm": {"simulate"},  # what a fully associative algorithm is
+    "kernels.associative._numbering": {"simulate", "recording"},  # dense numbers for keys, samples of keys
+    "kernels.associative._scored": {"simulate.contenders"},
     "kernels.compile": {"cli.doctor"},  # tells where compiled kernels are kept
 }
 
@@ -287,7 +292,10 @@ def is_numba_cuda(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and ast.unparse(node) == "numba.cuda"
 
 
-@pytest.mark.parametrize("folder", ["storage.formats", "storage.tiers", "cli", "frontends", "kernels.policies"])
+@pytest.mark.parametrize(
+    "folder",
+    ["storage.formats", "storage.tiers", "cli", "frontends", "kernels.policies", "kernels.associative", "simulate.traces"],
+)
 def test_parts_of_a_folder_do_not_know_each_other(folder: str) -> None:
     aliases = {("storage.tiers.parallel_hash_map", "storage.tiers.hash_map")}  # the original's two names for one
     wrong = []

@@ -84,6 +84,7 @@ def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
 class Bound:
     """The cache of a table on a GPU, and how its kernels read keys of each dtype."""
 
+    server: HPS
     cache: EmbeddingCache
     forms: Mapping[torch.dtype, str]
 
@@ -104,14 +105,15 @@ def bound_to(request: str, device: int) -> Bound | None:
         cache = server.cache_on(device, wanted.model, wanted.table)
         if cache is None:
             return None
-        bound = _bound[request, device] = Bound(cache, _FORMS[server.wide])
-    return bound
+        bound = _bound[request, device] = Bound(server, cache, _FORMS[server.wide])
+    return None if bound.server.records else bound
 
 
 @dataclass(frozen=True, slots=True)
 class BoundTables:
     """The caches of some tables of a model on a GPU, looked up together."""
 
+    server: HPS
     together: TogetherOnDevice
     forms: Mapping[torch.dtype, str]
 
@@ -134,8 +136,8 @@ def tables_bound_to(request: str, device: int) -> BoundTables | None:
         together = server.together_on(device, model, [wanted.table for _, wanted in tables])
         if together is None:
             return None
-        bound = _bound_tables[request, device] = BoundTables(together, _FORMS[server.wide])
-    return bound
+        bound = _bound_tables[request, device] = BoundTables(server, together, _FORMS[server.wide])
+    return None if bound.server.records else bound
 
 
 def unbind(request: str, device: int) -> None:

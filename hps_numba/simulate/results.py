@@ -1,0 +1,161 @@
+"""What a simulation found: a line a policy, geometry and cache size; as dict, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Run", "Simulation"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy in a cache of one size.
+
+    Attributes:
+        policy: its name.   geometry: ``gpu`` (sets of ways, batches) or ``associative`` (one order of all rows, one by one).
+        bound: no policy can do better in this trace: Belady's optimum, the infinite cache.
+        rows: that the cache holds; on a GPU rounded up to whole sets. Of the whole trace, also where a sample was simulated.
+        requests, hits: after the warm-up, of the keys simulated.
+        batch_keys, batch_key_hits: the same, each key once in each batch.
+        admissions, evictions: after the warm-up.   resident: rows at the end.
+        hit_rate: share of requests; of a sample, the estimate for the whole trace.
+        error: half of the 95 % interval of ``hit_rate``; 0 where nothing was sampled.
+        row_bytes: of a row.   gpu_bytes: of the cache on a GPU, without buffers of batches; 0 where it would not be there.
+        seconds: that the simulation took.   by_window: int64, hits by window of the trace, warm-up included.
+    """
+
+    policy: str
+    geometry: str
+    bound: bool
+    rows: int
+    requests: int
+    hits: int
+    batch_keys: int
+    batch_key_hits: int
+    admissions: int
+    evictions: int
+    resident: int
+    hit_rate: float
+    error: float
+    row_bytes: int
+    gpu_bytes: int
+    seconds: float
+    by_window: np.ndarray = field(repr=False)
+
+    @property
+    def misses(self) -> int:
+        """Requests that the cache did not answer."""
+        return self.requests - self.hits
+
+    @property
+    def key_hit_rate(self) -> float:
+        """Share of distinct keys of batches that were there: what a lookup sees that asks for each key once."""
+        return self.batch_key_hits / self.batch_keys if self.batch_keys else 0.0
+
+    @property
+    def bytes_from_host(self) -> int:
+        """Rows that missed: bytes over the bus."""
+        return self.misses * self.row_bytes
+
+    @property
+    def bytes_into_cache(self) -> int:
+        """Rows admitted."""
+        return self.admissions * self.row_bytes
+
+    @property
+    def bytes_from_cache(self) -> int:
+        """Rows that hit."""
+        return self.hits * self.row_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, by name; windows as a list."""
+        names = [name for name in self.__dataclass_fields__ if name != "by_window"]
+        more = ("misses", "key_hit_rate", "bytes_from_host", "bytes_into_cache", "bytes_from_cache")
+        return {**{name: getattr(self, name) for name in (*names, *more)}, "by_window": self.by_window.tolist()}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """All runs over one trace.
+
+    Attributes:
+        trace: its name.   format: of the file.
+        requests: of the whole trace.   distinct: keys in it; of a sample, estimated.
+        simulated: requests that were simulated: fewer if only a sample of the keys was.   rate: their share of the keys.
+        batch: keys of a call.   warmup: requests at the beginning that do not count.
+        dim, row_dtype: of a row.
+        window: simulated requests of a window.   windows: int64, requests by window.
+        heat: float64 ``[groups, windows]``: keys in groups, the most popular first, each with the same number of requests
+            over the whole trace; its share of the requests of a window, 1.0 if it is as large as on average.
+        group_keys: int64 ``[groups]``, keys in each group.
+        runs: one a policy, geometry and size, in the order in which they were asked for.
+        skipped: what was asked for and cannot be, in words.
+    """
+
+    trace: str
+    format: str
+    requests: int
+    distinct: int
+    simulated: int
+    rate: float
+    batch: int
+    warmup: int
+    dim: int
+    row_dtype: str
+    window: int
+    windows: np.ndarray = field(repr=False)
+    heat: np.ndarray = field(repr=False)
+    group_keys: np.ndarray = field(repr=False)
+    runs: tuple[Run, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """The cache sizes in rows, ascending."""
+        return sorted({run.rows for run in self.runs if run.policy != "infinite"})
+
+    def select(self, *, policy: str | None = None, geometry: str | None = None, rows: int | None = None) -> list[Run]:
+        """The runs that fit, by size."""
+        found = [
+            run
+            for run in self.runs
+            if policy in (None, run.policy) and geometry in (None, run.geometry) and rows in (None, run.rows)
+        ]
+        return sorted(found, key=lambda run: run.rows)
+
+    def curves(self) -> dict[tuple[str, str], list[Run]]:
+        """(policy, geometry) -> its runs by size, in the order in which they were asked for."""
+        named = dict.fromkeys((run.policy, run.geometry) for run in self.runs)
+        return {(policy, geometry): self.select(policy=policy, geometry=geometry) for policy, geometry in named}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        names = [name for name in self.__dataclass_fields__ if name not in ("runs", "windows", "heat", "group_keys", "skipped")]
+        arrays = {name: getattr(self, name).tolist() for name in ("windows", "heat", "group_keys")}
+        facts = {name: getattr(self, name) for name in names}
+        return {**facts, "skipped": list(self.skipped), "runs": [run.to_dict() for run in self.runs], **arrays}
+
+    def write_json(self, path: str | Path) -> None:
+        """Write all of it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write a line a run as CSV, with the trace's name first."""
+        lines = [{"trace": self.trace, **run.to_dict()} for run in self.runs]
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            _write_lines(file, lines)
+
+
+def _write_lines(file: Any, lines: Iterable[dict[str, Any]]) -> None:
+    lines = list(lines)
+    names = [name for name in lines[0] if name != "by_window"] if lines else []
+    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)

@@ -1,0 +1,235 @@
+"""Replacement algorithms as slow and obvious Python over lists and dicts: oracles of ``kernels/associative``.
+
+Each takes a trace and a capacity and returns one bool a request: was the key there. Lists run from the oldest to the latest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+__all__ = ["NAIVE"]
+
+Trace = Sequence[int]
+
+
+def lru(trace: Trace, capacity: int) -> list[bool]:
+    order: list[int] = []
+    hits = []
+    for key in trace:
+        hits.append(key in order)
+        if key in order:
+            order.remove(key)
+        elif len(order) == capacity:
+            order.pop(0)
+        order.append(key)
+    return hits
+
+
+def fifo(trace: Trace, capacity: int) -> list[bool]:
+    order: list[int] = []
+    hits = []
+    for key in trace:
+        hits.append(key in order)
+        if key not in order:
+            if len(order) == capacity:
+                order.pop(0)
+            order.append(key)
+    return hits
+
+
+def lfu(trace: Trace, capacity: int) -> list[bool]:
+    counts: dict[int, int] = {}
+    latest: dict[int, int] = {}
+    hits = []
+    for now, key in enumerate(trace):
+        hits.append(key in counts)
+        if key not in counts and len(counts) == capacity:
+            del counts[min(counts, key=lambda one: (counts[one], latest[one]))]
+        counts[key] = counts.get(key, 0) + 1
+        latest[key] = now
+    return hits
+
+
+def clock(trace: Trace, capacity: int) -> list[bool]:
+    """As a queue: a marked row at its head goes to the end without its mark."""
+    queue: list[int] = []
+    marked: set[int] = set()
+    hits = []
+    for key in trace:
+        hits.append(key in queue)
+        if key in queue:
+            marked.add(key)
+            continue
+        if len(queue) == capacity:
+            while queue[0] in marked:
+                marked.remove(queue[0])
+                queue.append(queue.pop(0))
+            queue.pop(0)
+        queue.append(key)
+    return hits
+
+
+def sieve(trace: Trace, capacity: int) -> list[bool]:
+    queue: list[int] = []
+    marked: set[int] = set()
+    hand: int | None = None  # a key, None: the oldest
+    hits = []
+    for key in trace:
+        hits.append(key in queue)
+        if key in queue:
+            marked.add(key)
+            continue
+        if len(queue) == capacity:
+            at = 0 if hand is None else queue.index(hand)
+            while queue[at] in marked:
+                marked.remove(queue[at])
+                at = (at + 1) % len(queue)
+            hand = queue[at + 1] if at + 1 < len(queue) else None
+            queue.pop(at)
+        queue.append(key)
+    return hits
+
+
+def two_q(trace: Trace, capacity: int) -> list[bool]:
+    news: list[int] = []
+    main: list[int] = []
+    ghosts: list[int] = []
+    hits = []
+    for key in trace:
+        hits.append(key in news or key in main)
+        if key in news:
+            continue
+        if key in main:
+            main.remove(key)
+            main.append(key)
+            continue
+        was_ghost = key in ghosts
+        if was_ghost:
+            ghosts.remove(key)
+        if len(news) + len(main) == capacity:
+            if len(news) > max(1, capacity // 4) or not main:
+                ghosts.append(news.pop(0))
+                if len(ghosts) > max(1, capacity // 2):
+                    ghosts.pop(0)
+            else:
+                main.pop(0)
+        (main if was_ghost else news).append(key)
+    return hits
+
+
+def s3fifo(trace: Trace, capacity: int) -> list[bool]:
+    small: list[int] = []
+    main: list[int] = []
+    ghosts: list[int] = []
+    asked: dict[int, int] = {}
+    most_small = max(1, capacity // 10)
+    evicted = False
+    hits = []
+    for key in trace:
+        hits.append(key in small or key in main)
+        if hits[-1]:
+            asked[key] = min(3, asked[key] + 1)
+            continue
+        was_ghost = key in ghosts
+        if was_ghost:
+            ghosts.remove(key)
+        while len(small) + len(main) == capacity:
+            if len(main) > capacity - most_small or not small:
+                victim = main.pop(0)
+                if asked[victim]:
+                    asked[victim] -= 1
+                    main.append(victim)
+                else:
+                    evicted = True
+            else:
+                victim = small.pop(0)
+                if asked[victim] >= 2:
+                    asked[victim] = 0
+                    main.append(victim)
+                else:
+                    ghosts.append(victim)
+                    if len(ghosts) > max(1, capacity * 9 // 10):
+                        ghosts.pop(0)
+                    evicted = True
+        asked[key] = 0
+        filling = not evicted and len(small) >= most_small
+        (main if was_ghost or filling else small).append(key)
+    return hits
+
+
+def arc(trace: Trace, capacity: int) -> list[bool]:
+    """By the names and cases of the paper."""
+    t1: list[int] = []
+    t2: list[int] = []
+    b1: list[int] = []
+    b2: list[int] = []
+    p = 0.0
+    hits = []
+
+    def replace(in_b2: bool) -> None:
+        if (t1 and (len(t1) > p or (in_b2 and len(t1) == p))) or not t2:
+            b1.append(t1.pop(0))
+        else:
+            b2.append(t2.pop(0))
+
+    for x in trace:
+        hits.append(x in t1 or x in t2)
+        full = len(t1) + len(t2) == capacity
+        if x in t1 or x in t2:  # case I
+            (t1 if x in t1 else t2).remove(x)
+            t2.append(x)
+        elif x in b1:  # case II
+            p = min(p + max(len(b2) / len(b1), 1), capacity)
+            b1.remove(x)
+            if full:
+                replace(False)
+            t2.append(x)
+        elif x in b2:  # case III
+            p = max(p - max(len(b1) / len(b2), 1), 0)
+            b2.remove(x)
+            if full:
+                replace(True)
+            t2.append(x)
+        else:  # case IV
+            if full and len(t1) + len(b1) == capacity:
+                if len(t1) < capacity:
+                    b1.pop(0)
+                    replace(False)
+                else:
+                    t1.pop(0)
+            elif full:
+                if len(t1) + len(t2) + len(b1) + len(b2) == 2 * capacity:
+                    b2.pop(0)
+                replace(False)
+            t1.append(x)
+    return hits
+
+
+def belady(trace: Trace, capacity: int) -> list[bool]:
+    """The row with the furthest next request leaves, or the newcomer stays out if its own is as far."""
+    there: set[int] = set()
+    hits = []
+
+    def next_use(key: int, after: int) -> float:
+        return next((at for at in range(after + 1, len(trace)) if trace[at] == key), float("inf"))
+
+    for now, key in enumerate(trace):
+        hits.append(key in there)
+        if key in there:
+            continue
+        if len(there) == capacity:
+            furthest = max(there, key=lambda one: next_use(one, now))
+            if next_use(furthest, now) <= next_use(key, now):
+                continue
+            there.remove(furthest)
+        there.add(key)
+    return hits
+
+
+def infinite(trace: Trace, capacity: int) -> list[bool]:
+    return [key in trace[:at] for at, key in enumerate(trace)]
+
+
+NAIVE: dict[str, Callable[[Trace, int], list[bool]]] = {
+    function.__name__: function for function in (lru, fifo, lfu, clock, sieve, two_q, s3fifo, arc, belady, infinite)
+}

@@ -1,0 +1,212 @@
+"""Traces: every format gives the same keys, and what is damaged or unclear is a typed error that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hps_numba import simulate
+from hps_numba.errors import TraceError
+from hps_numba.simulate.trace import formats
+from hps_numba.simulate.traces.oracle_general import RECORD
+
+KEYS = [5, -1, 2**63 - 1, 5, 0, -(2**63), 17]
+
+
+def text_of(keys: list[int]) -> str:
+    return "# a trace\n" + "\n".join(f"  {key}" for key in keys[:-1]) + f" # the last one follows\n\n{keys[-1]}"
+
+
+def save(name: str, folder: Path, keys: list[int]) -> Path:
+    """A trace in the format called ``name``."""
+    if name == "npy":
+        np.save(folder / "t.npy", np.array(keys).reshape(-1, 1))
+        return folder / "t.npy"
+    if name == "csv":
+        (folder / "t.csv").write_text("time,key,size\n" + "".join(f"1,{key},2\n" for key in keys))
+        return folder / "t.csv"
+    if name == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pyarrow.table({"x": [1] * len(keys), "key": keys}), folder / "t.parquet", row_group_size=2
+        )
+        return folder / "t.parquet"
+    if name == "oracle_general":
+        records = np.zeros(len(keys), RECORD)
+        records["object"] = np.array(keys, np.int64).view(np.uint64)
+        records.tofile(folder / "t.oracleGeneral")
+        return folder / "t.oracleGeneral"
+    assert name == "text", f"{name}: a new format wants a line here"
+    (folder / "t.txt").write_text(text_of(keys))
+    return folder / "t.txt"
+
+
+@pytest.mark.parametrize("name", formats())
+def test_every_format_gives_the_keys(name: str, tmp_path: Path) -> None:
+    path = save(name, tmp_path, KEYS)
+    trace = simulate.open_trace(path)
+    assert trace.format == name and trace.name == path.name and trace.requests in (None, len(KEYS))
+    for _ in range(2):  # from the beginning with each call
+        assert [key for block in trace.blocks() for key in block.tolist()] == KEYS
+    assert trace.keys().dtype == np.int64
+    few = simulate.open_trace(path, limit=3)
+    assert few.keys().tolist() == KEYS[:3] and few.requests in (None, 3)
+    assert simulate.open_trace(path, limit=100).keys().tolist() == KEYS
+    other = path.rename(tmp_path / "unnamed")
+    with pytest.raises(TraceError, match=r"its ending is none of \.csv"):
+        simulate.open_trace(other)
+    assert simulate.open_trace(other, format=name, name="mine").name == "mine"
+
+
+@pytest.mark.parametrize("name", formats())
+def test_every_format_is_cut_into_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("npy", "oracle_general", "text", "parquet"):
+        monkeypatch.setattr(f"hps_numba.simulate.traces.{module}.BLOCK", 4)
+    monkeypatch.setattr("hps_numba.simulate.traces.csv._ROWS", 4)
+    keys = list(range(10))
+    blocks = [block.tolist() for block in simulate.open_trace(save(name, tmp_path, keys)).blocks()]
+    assert [key for block in blocks for key in block] == keys and max(map(len, blocks)) <= 4
+
+
+@pytest.mark.parametrize("name", formats())
+def test_every_format_without_requests(name: str, tmp_path: Path) -> None:
+    path = save(name, tmp_path, KEYS)
+    if name == "npy":
+        np.save(path, np.empty(0, np.int64))
+    elif name == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"key": pyarrow.array([], pyarrow.int64())}), path)
+    else:
+        path.write_text("key\n" if name == "csv" else "")
+    with pytest.raises(TraceError, match=f"{path.name}: is empty, wanted keys"):
+        simulate.run(path, "lru", 10, progress=False)
+
+
+def test_arrays_and_traces_are_traces() -> None:
+    keys = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    trace = simulate.open_trace(keys, limit=7)
+    assert trace.keys().tolist() == list(range(7)) and simulate.open_trace(trace) is trace
+    assert simulate.open_trace(np.array([2**64 - 1], np.uint64)).keys().tolist() == [-1]
+    assert simulate.open_trace([3, 4]).keys().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "wanted"),
+    [
+        ("7\n8\n", None, [7, 8]),
+        ("id\n7\n", None, [7]),
+        ("anything\n7\n", None, [7]),
+        ("1;2\n3;4\n", "1", [2, 4]),
+        ("a\tb\n1\t2\n", "b", [2]),
+        ("user_id:token\titem_id:token\n196\t242\n", None, [242]),
+        ("user_id:token\titem_id:token\n196\t242\n", "user_id", [196]),
+        ('key,x\n"5",a\n\n6,b\n', None, [5, 6]),
+        ("key\n18446744073709551615\n", None, [-1]),
+        ("Key , other\n5,6\n", None, [5]),
+    ],
+)
+def test_columns_of_csv(tmp_path: Path, text: str, column: Any, wanted: list[int]) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    assert simulate.open_trace(tmp_path / "t.csv", column=column).keys().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [
+        ("", None, "t.csv: is empty"),
+        ("key\n1\nx\n", None, "t.csv:3: 'x', wanted an integer of 64 bits"),
+        ("key\n1\n\n1.0\n", None, "t.csv:4: '1.0'"),
+        ("key\n99999999999999999999\n", None, "t.csv:2: '99999999999999999999'"),
+        ("a,key\n1,2\n1\n", None, "t.csv:3: 1 columns, wanted 2 or more"),
+        ("a,b\n1,2\n", None, "t.csv: column 'key' is none of a, b"),
+        ("a,b\n1,2\n", "c", "t.csv: column 'c' is none of a, b"),
+        ("1,2\n", None, "t.csv: 2 columns and no header"),
+        ("1,2\n", "a", "t.csv: column 'a', but there is no header"),
+        ("1,2\n", "2", "t.csv: column 2 of 2, counted from 0"),
+        ("key\n1\0\n", None, "t.csv: not a CSV file: it has zero bytes"),
+    ],
+)
+def test_csv_that_is_damaged_or_unclear(tmp_path: Path, text: str, column: Any, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(TraceError) as failed:
+        simulate.open_trace(tmp_path / "t.csv", column=column).keys()
+    assert message in str(failed.value) and "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.npy", b"", "not an .npy file of integers"),
+        ("t.npy", b"\x93NUMPY\x01\x00garbage", "not an .npy file of integers"),
+        ("t.txt", b"1 2\n3 four\n", "t.txt:2: 'four', wanted an integer"),
+        ("t.txt", b"1\n\xff\xfe\n", "t.txt:2: "),
+        ("t.csv", b"key\n\xff\xfe\n", "not a CSV file in UTF-8"),
+        ("t.oracleGeneral", bytes(25), "25 bytes, wanted whole records of 24"),
+        ("t.oracleGeneral", b"\x28\xb5\x2f\xfd" + bytes(20), "is compressed, wanted plain oracleGeneral: zstd -d"),
+        ("t.parquet", b"PAR1 and no more", "not a Parquet file"),
+        ("t.parquet", b"", "not a Parquet file"),
+    ],
+)
+def test_files_that_are_damaged(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TraceError) as failed:
+        simulate.open_trace(tmp_path / name).keys()
+    assert message in str(failed.value) and "\n" not in str(failed.value)
+
+
+def test_npy_files_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    np.save(path, np.arange(10_000))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(TraceError, match=r"not an \.npy file"):
+        simulate.open_trace(path)
+    for array, message in (
+        (np.ones(3), "holds float64, wanted an array of integers"),
+        (np.array([None]), "not an .npy file of integers"),
+        (np.asfortranarray(np.arange(6).reshape(2, 3)), "is in Fortran order"),
+    ):
+        np.save(path, array)
+        with pytest.raises(TraceError, match=message):
+            simulate.open_trace(path)
+
+
+def test_parquet_files_of_other_things(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    for table, column, message in (
+        ({"key": [1.5]}, None, "column 'key' is double, wanted integers"),
+        ({"key": ["a"]}, None, "column 'key' is string"),
+        ({"key": [1, None]}, None, "column 'key' has 1 nulls"),
+        ({"a": [1], "b": [1]}, None, "column 'key' is none of a, b"),
+        ({"a": [1]}, "b", "column 'b' is none of a"),
+    ):
+        parquet.write_table(pyarrow.table(table), path)
+        with pytest.raises(TraceError, match=message):
+            simulate.open_trace(path, column=column).keys()
+    parquet.write_table(pyarrow.table({"only": [4]}), path)
+    assert simulate.open_trace(path).keys().tolist() == [4]
+    parquet.write_table(pyarrow.table({"key": list(range(5000))}), path, compression=None)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:200] = b"\xff" * 196
+    path.write_bytes(damaged)
+    with pytest.raises(TraceError, match=r"t\.parquet: damaged"):
+        simulate.open_trace(path).keys()
+
+
+def test_columns_where_there_are_none_and_other_misuse(tmp_path: Path) -> None:
+    for name in ("npy", "oracle_general", "text"):
+        with pytest.raises(TraceError, match="column 'key' of a"):
+            simulate.open_trace(save(name, tmp_path, KEYS), column="key")
+    with pytest.raises(TraceError, match="no such file"):
+        simulate.open_trace(tmp_path / "none.npy")
+    with pytest.raises(TraceError, match="is a directory"):
+        simulate.open_trace(tmp_path)
+    with pytest.raises(TraceError, match="limit: 0 requests"):
+        simulate.open_trace(KEYS, limit=0)
+    with pytest.raises(TraceError, match="format: 'pickle' is unknown, known are csv, npy"):
+        simulate.open_trace(tmp_path / "t.npy", format="pickle")
