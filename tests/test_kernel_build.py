@@ -232,6 +232,7 @@ RIGHT_FOR_ONE_LANE = {
         "from_lane",
         "grid_blocks",
     ),
+    *("grid_row", "grid_rows"),
     *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
     *("lane_in_warp", "max_in_tile", "out_of_line", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
     *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),
