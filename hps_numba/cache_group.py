@@ -106,16 +106,17 @@ class CacheGroup:
         if self._again(shape, most, words, stream):
             return
         with self._place.current():
-            kernels, group = self._kernels(*shape)
             if self._place.is_capturing(stream):
-                with self._place.relaxed():
+                with self._place.relaxed(), self._capturing:  # a change of a policy waits for the capture in ``retire``
+                    self._check_open()
                     kept = self._new_scratch()
-                    with self._capturing:
-                        self._captured.append(kept)
+                    self._captured.append(kept)
                     for cache in self._caches:
                         cache.in_graphs = True
+                    kernels, group = self._kernels(*shape)
                     self._batch(kept, kernels, group, most, words, stream)
                 return
+            kernels, group = self._kernels(*shape)
             scratch = self._pool.take(stream)
             done = False
             try:
@@ -193,9 +194,12 @@ class CacheGroup:
                 self._place.to_host(out, room.address, self._stream)
         return outs
 
-    def _begin(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.name}: the group of caches is closed")
+
+    def _begin(self) -> None:
+        self._check_open()
         for cache in self._caches:
             cache.begin()
 
