@@ -52,6 +52,7 @@ __all__ = [
     "destroy_stream",
     "device_count",
     "device_info",
+    "device_of_address",
     "driver_addresses",
     "driver_library",
     "event_done",
@@ -75,6 +76,7 @@ logger = logging.getLogger(__name__)
 
 # values of CUresult, the same in every version
 _OUT_OF_MEMORY, _NOT_INITIALIZED, _NO_DEVICE, _NOT_READY = 2, 3, 100, 600
+_DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _NO_DEVICES_IN_CHILD = "a child forked from a process that used CUDA serves from the CPU"
 
 
@@ -223,6 +225,26 @@ def driver_addresses(names: Sequence[str]) -> np.ndarray:
     except AttributeError as problem:
         raise DeviceError(f"the CUDA driver is too old: {problem}") from problem
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], np.int64)
+
+
+def device_of_address(address: int) -> int:
+    """Number of the device whose memory is at an address.
+
+    Asked of the library itself: by ``cuda.bindings``, up to 13.5 at least, the answer is 0 for every device
+    (NVIDIA/cuda-python, issue 2928).
+
+    Raises:
+        DeviceError: the driver knows no such memory, or there is none.
+    """
+    device = ctypes.c_int(-1)
+    try:
+        ask = driver_library().cuPointerGetAttribute
+    except (OSError, AttributeError) as problem:
+        raise DeviceError(f"no CUDA driver knows the memory at address {address:#x}: {_first_line(problem)}") from problem
+    status = ask(ctypes.byref(device), ctypes.c_int(_DEVICE_ORDINAL), ctypes.c_uint64(address))
+    if status:
+        raise DeviceError(f"the driver knows no memory at address {address:#x}: {status}")
+    return device.value
 
 
 def context_of(ordinal: int) -> int:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hps_numba.devices import device_of_address
 from hps_numba.dlpack import DeviceMemory, capsule_of, cuda_device_of, cuda_memory_of, is_capsule
 from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
 from hps_numba.interop import ArrayKind, Finish
@@ -625,13 +626,9 @@ def _foreign_device(array: Any) -> int | None:
 
 def _device_of_address(address: int) -> int:
     """The CUDA ordinal of the memory at ``address``, by the driver; for 0 (an empty array) the current device."""
-    driver = importlib.import_module("cuda.bindings.driver")
     if address:
-        status, device = driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
-        if int(status):
-            raise DeviceError(f"the driver knows no memory at address {address:#x}: {_line(status)}")
-    else:
-        status, device = driver.cuCtxGetDevice()
+        return device_of_address(address)
+    status, device = importlib.import_module("cuda.bindings.driver").cuCtxGetDevice()
     return 0 if int(status) else int(device)
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_dlpack import Forged, drop
 
+from hps_numba import devices
 from hps_numba.dlpack import cuda_device_of, cuda_memory_of
 from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
 from hps_numba.interop import NUMPY, ArrayKind
@@ -221,12 +222,13 @@ class OnlyDlpack:
 class Driver(types.ModuleType):
     """``cuda.bindings.driver``: memory of this process is on device 1, the current device is 2."""
 
-    CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     status = 0
 
-    def cuPointerGetAttribute(self, attribute: int, address: int) -> tuple[int, int]:
-        assert attribute == 9 and address
-        return self.status, 1
+    def cuPointerGetAttribute(self, place: Any, attribute: Any, address: Any) -> int:
+        """As the library itself has it: ``cuda.bindings`` gives 0 for every device."""
+        assert attribute.value == 9 and address.value
+        place._obj.value = 1
+        return self.status
 
     def cuCtxGetDevice(self) -> tuple[int, int]:
         return self.status, 2
@@ -236,6 +238,7 @@ class Driver(types.ModuleType):
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     module = Driver("cuda.bindings.driver")
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
+    monkeypatch.setattr(devices, "driver_library", lambda: module)
     return module
 
 

@@ -22,6 +22,7 @@ from hps_numba.initializers import Normal, Uniform
 torch = pytest.importorskip("torch")
 
 from hps_numba.frontends import torch as hps  # noqa: E402
+from hps_numba.frontends.torch.row_gradients import _sums_in_order  # noqa: E402
 
 DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -150,6 +151,27 @@ def test_gradients_that_nobody_applies_are_told_once(rig: Rig, caplog: pytest.Lo
     assert [text for text in warnings if "gradients came" in text] == [
         "<Rows of m, t0 [17]>: gradients came, but no optimizer of hps_numba has these rows: they do not move"
     ]
+
+
+def test_sums_in_order_add_the_rows_of_a_group_one_after_the_other() -> None:
+    rows = torch.randn(500, 3)
+    begins = torch.zeros(500, dtype=torch.bool)
+    begins[[0, 1, 40, 499]] = True
+    wanted = []
+    for start, stop in ((0, 1), (1, 40), (40, 499), (499, 500)):
+        total = rows[start]
+        for row in rows[start + 1 : stop]:
+            total = total + row
+        wanted.append(total)
+    assert torch.equal(_sums_in_order(rows, begins), torch.stack(wanted))
+
+
+def test_a_layer_trains_unless_torch_exports(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(rig)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as compilers before Torch 2.13 take it
+    assert layer(torch.tensor([1, 2])).requires_grad
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    assert not layer(torch.tensor([1, 2])).requires_grad
 
 
 def test_sums_are_the_same_every_time(rig: Rig, device: str) -> None:

@@ -200,11 +200,17 @@ def _summed(parts: list[_Part]) -> _Part:
     if device.type == "cpu":
         starts = torch.cat([begins.nonzero().flatten(), torch.tensor([len(keys)])])
         return _Part(distinct, torch.from_numpy(summed_rows(gradients.numpy(), order.numpy(), starts.numpy())))
-    inverse = torch.empty_like(order)
-    inverse[order] = begins.cumsum(0) - 1
-    # the one sum by index in Torch that is deterministic on a GPU
-    sums = torch.ops.aten.embedding_dense_backward(gradients, inverse, len(distinct), -1, False)
+    sums = _sums_in_order(gradients[order], begins)
     return _Part(distinct, sums, torch.cuda.current_stream(device).record_event())
+
+
+def _sums_in_order(rows: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+    """Sums of the groups of rows that begin where ``begins`` is true, added one after the other: the same bits every time.
+
+    On a GPU a thread goes through a group. Torch's sums by index add atomically there, or sort without keeping the order.
+    """
+    ends = torch.cat([begins.nonzero().flatten(), begins.new_full((1,), len(rows), dtype=torch.int64)])
+    return torch.segment_reduce(rows, "sum", lengths=ends.diff(), axis=0, unsafe=True)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -267,7 +267,9 @@ class TrainableLayer(TableLayer):
         return created
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+def _is_exporting() -> bool:
+    """Not by ``torch.compiler.is_exporting()``, which ``torch.compile`` takes for true before Torch 2.13."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def trained_rows(*modules: torch.nn.Module) -> Iterator[Rows]:
