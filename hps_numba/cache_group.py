@@ -239,8 +239,9 @@ class _GroupScratch(Scratch):
         if n <= self.limit:
             return
         self._settle(stream)
+        wanted, self.limit = max(n, self.limit), 0  # until all have it: what is described may be gone by then
         for part in self._parts:
-            part.reserve(n, absent, stream)
+            part.reserve(wanted, absent, stream)
         if self._tables is None:
             self._tables = self._place.allocate(TABLE_BYTES * len(self._parts), f"{self._name}: tables of a group")
         descriptions = np.zeros((len(self._parts), TABLE_BYTES // 8), np.int64)

@@ -14,6 +14,7 @@ from test_cache import DEFAULT, DIM, Bench, ints
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_group import CacheGroup
 from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES
+from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 
 
@@ -247,3 +248,24 @@ def test_memory_of_batches_is_counted_and_given_back(bench: Bench) -> None:
     assert pair.group.bytes == grown
     cache: EmbeddingCache = pair.together[0]
     assert cache.bytes <= pair.alone[0].bytes  # buffers of the group are not the cache's
+
+
+def test_a_batch_that_finds_no_memory_leaves_a_group_that_serves(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(bench, tables=3, rows=400)
+    pair.look(*[ints(range(100))] * 3)
+    calls = 0
+    reserve = Scratch.reserve
+
+    def fail_at_the_third(scratch: Scratch, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise CapacityError("on purpose")
+        reserve(scratch, *args)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Scratch, "reserve", fail_at_the_third)
+        with pytest.raises(CapacityError, match="on purpose"):
+            pair.group.lookup_arrays([ints(range(2000))] * 3)
+    for n in (50, 100, 2000, 50):
+        pair.look(*[ints(range(n))] * 3)
