@@ -93,12 +93,13 @@ def _module_of_file(path: Path, error: type[HpsError]) -> ModuleType:
         raise error(f"{path}: no such file")
     name = f"hps_numba_part_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise error(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # not by the loader: it takes compiled code that is kept beside the file for that of a file edited in the same second
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
     except Exception as problem:
         del sys.modules[name]
         raise error(f"{path}: {type(problem).__name__}: {problem}") from problem

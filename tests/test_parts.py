@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -186,3 +187,12 @@ def test_a_new_file_in_the_tiers_folder_is_a_type_of_its_own(workshop: Workshop,
     assert "dict_of_mine" in kinds
     with pytest.raises(hps_numba.ConfigError, match="dict_of_yours"):
         workshop.open(workshop.model((range(5), 4), name="n"), persistent_db={"type": "dict_of_yours"})
+
+
+def test_a_file_that_is_edited_in_the_same_second_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    for value in (11, 22, 33):  # of one size
+        file.write_text(f"VALUE = {value}\n")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert parts.load_reference(f"{file}:VALUE", allow_code=True) == value
+    assert not (tmp_path / "__pycache__").exists()
