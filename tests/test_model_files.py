@@ -340,6 +340,22 @@ def test_a_full_disk_leaves_nothing(name: str, limit: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_another_writer_takes_away_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = path_for(tmp_path, "directory")
+    write_model(path, 2, [(np.arange(3), np.zeros((3, 2), np.float32))])
+    listing = Path.iterdir
+
+    def gone(self: Path) -> Any:
+        if self == path:
+            self.rename(tmp_path / "elsewhere")
+        return listing(self)
+
+    with monkeypatch.context() as other:
+        other.setattr(Path, "iterdir", gone)
+        assert write_model(path, 2, [(np.arange(5), np.ones((5, 2), np.float32))], overwrite=True) == 5
+    assert len(contents(path)[0]) == 5
+
+
 @every_writer
 def test_writers_at_the_same_time_end_with_one_whole_model(name: str, tmp_path: Path) -> None:
     path = path_for(tmp_path, name)

@@ -136,12 +136,13 @@ def _writable() -> str:
 
 def _check_replaceable(path: Path) -> None:
     """A directory is deleted with all that is in it: refuse where there is more than a model."""
-    if path.is_dir():
-        strangers = sorted(
-            entry.name for entry in path.iterdir() if entry.is_dir() or entry.name.partition(".")[0] not in _ARRAYS
-        )
-        if strangers:
-            raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is no part of a sparse model; it will not be replaced")
+    try:
+        entries = list(path.iterdir()) if path.is_dir() else []
+    except FileNotFoundError:  # another writer is just replacing it
+        entries = []
+    strangers = sorted(entry.name for entry in entries if entry.is_dir() or entry.name.partition(".")[0] not in _ARRAYS)
+    if strangers:
+        raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is no part of a sparse model; it will not be replaced")
 
 
 def convert_model(
