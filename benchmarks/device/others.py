@@ -119,7 +119,7 @@ def pool_call(cache: Any, combiner: str, keys: Sequence[torch.Tensor], offsets: 
     at, n, bags = [some.data_ptr() for some in keys], len(keys[0]), len(out)
     offsets_at, out_at = offsets.data_ptr(), out.data_ptr()
 
-    def call(turn: int, stream: int) -> None:
+    def call(turn: int, stream: int, kept: Any = (keys, offsets, out)) -> None:  # addresses alone keep no memory
         cache.pool(at[turn], n, offsets_at, bags, out_at, stream, combiner=combiner)
 
     return call

@@ -136,6 +136,11 @@ def rows_in_flight():
     return POOL_DEPTH
 
 
+def steps_of_tile():
+    """POOL_LANES, but no constant to a compiler, as ``rows_in_flight``."""
+    return POOL_LANES
+
+
 def await_parts(first, second, third, fourth):
     """What is loaded after this is loaded after these parts."""
 
@@ -344,6 +349,123 @@ def use_row(sums, total, filled, part, behind, some_behind, weight, used, number
     return sums, total, filled | there
 
 
+def use_four(
+    sums, total, filled, bag, stop, part0, part1, part2, part3, at, number, end, have, weight, last, first, stops, base, out,
+    combiner, default, options,
+):  # fmt: skip
+    """``(sums, total, filled, bag, stop)`` with the rows at positions ``at`` to ``at + 3``, of lane ``number`` and the next.
+
+    ``have``: bits of the lanes that have a row.   ``weight``: of each lane. Mostly all four are there, no bag ends among them.
+
+    **Writes:** out.
+    """
+    sums, total, filled, bag, stop = close_bags(
+        at, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
+    )
+    busy = at < end
+    if any_in_warp(busy & (((have >> number) & 15 != 15) | (stop < at + 4))):
+        for d in range(rows_in_flight()):
+            sums, total, filled, bag, stop = close_bags(
+                at + d, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
+            )
+            part = pick_part(part0, part1, part2, part3, d)
+            sums, total, filled = use_row(
+                sums, total, filled, part, np.int64(0), False, weight, have, number + d, combiner, default
+            )
+    else:
+        factor0, factor1 = bits_float(from_lane(weight, number)), bits_float(from_lane(weight, number + 1))
+        factor2, factor3 = bits_float(from_lane(weight, number + 2)), bits_float(from_lane(weight, number + 3))
+        if busy:
+            sums = add_part(add_part(sums, part0, factor0), part1, factor1)
+            sums = add_part(add_part(sums, part2, factor2), part3, factor3)
+            if combiner == SQRTN:
+                factor0, factor1 = multiply_rounded(factor0, factor0), multiply_rounded(factor1, factor1)
+                factor2, factor3 = multiply_rounded(factor2, factor2), multiply_rounded(factor3, factor3)
+            total = add_rounded(add_rounded(add_rounded(add_rounded(total, factor0), factor1), factor2), factor3)
+            filled = True
+    return sums, total, filled, bag, stop
+
+
+def load_four(part0, part1, part2, part3, row, number):
+    """The parts of the rows that lane ``number`` and the next found."""
+    part0 = load_part(part0, from_lane(row, number))
+    part1 = load_part(part1, from_lane(row, number + 1))
+    part2 = load_part(part2, from_lane(row, number + 2))
+    part3 = load_part(part3, from_lane(row, number + 3))
+    return part0, part1, part2, part3
+
+
+def use_keys(
+    sums, total, filled, bag, stop, part0, part1, part2, part3, i, row, weight, end, last, first, stops, base, out, combiner,
+    default, options,
+):  # fmt: skip
+    """``(sums, total, filled, bag, stop)`` with the rows of the keys that the lanes of a tile found, the first at ``i``.
+
+    Whether their lines were still the same afterwards is for the caller to see.   **Writes:** out.
+    """
+    have = votes_of_warp(row != 0)
+    part0, part1, part2, part3 = load_four(part0, part1, part2, part3, row, base)
+    for j in range(0, steps_of_tile(), POOL_DEPTH):
+        if any_in_warp(i + j < end):
+            next0, next1, next2, next3 = part0, part1, part2, part3
+            if POOL_LANES > POOL_DEPTH:  # the next four are on their way while these are added
+                after = row if j + POOL_DEPTH < POOL_LANES else np.int64(0)
+                next0, next1, next2, next3 = load_four(part0, part1, part2, part3, after, base + (j + POOL_DEPTH) % POOL_LANES)
+            sums, total, filled, bag, stop = use_four(
+                sums, total, filled, bag, stop, part0, part1, part2, part3, i + j, base + j, end, have, weight, last, first,
+                stops, base, out, combiner, default, options,
+            )  # fmt: skip
+            part0, part1, part2, part3 = next0, next1, next2, next3
+    return sums, total, filled, bag, stop
+
+
+def use_with_care(
+    lines, rows, sets, state, scratch, sums, total, filled, bag, stop, part0, part1, part2, part3, i, key, entry, tags, row,
+    behind, weight, now, guarded, end, last, first, stops, base, out, combiner, default, options,
+):  # fmt: skip
+    """``(sums, total, filled, bag, stop, guarded)`` with the rows of the keys of a tile, whatever there is: rows from behind
+    the cache, maxima, and writers at work, for which each row is seen to be still the same before it is used.
+
+    Out of line, so that its many registers are not those of every pooled lookup.   **Writes:** out, scores, scratch, counters.
+    """
+    out_of_line()
+    lane = lane_in_warp() % POOL_LANES
+    for j in range(0, POOL_LANES, POOL_DEPTH):
+        if any_in_warp(i + j < end):
+            mine = (lane >= j) & (lane < j + POOL_DEPTH)
+            again = True
+            while again:
+                part0 = load_part(part0, from_lane(row, base + j))
+                if POOL_MANY:
+                    part1 = load_part(part1, from_lane(row, base + j + 1))
+                    part2 = load_part(part2, from_lane(row, base + j + 2))
+                    part3 = load_part(part3, from_lane(row, base + j + 3))
+                await_parts(part0, part1, part2, part3)
+                changed = mine & (row != 0) and is_changed(entry, tags, key)
+                again = any_in_warp(changed)
+                if again:
+                    late, late_tags, late_behind = settle_missing(
+                        lines, sets, state, key, i + lane, scratch, changed, np.int64(guarded)
+                    )
+                    guarded = True
+                    if changed:
+                        entry, tags, behind = late, late_tags, late_behind
+                        row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
+            if mine & (row != 0):
+                touch(lines, state, scratch, entry, tags, now)
+            some = any_in_warp(behind != 0)
+            used = votes_of_warp((row != 0) | (behind != 0))
+            for d in range(rows_in_flight()):
+                sums, total, filled, bag, stop = close_bags(
+                    i + j + d, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
+                )
+                part = pick_part(part0, part1, part2, part3, d)
+                sums, total, filled = use_row(
+                    sums, total, filled, part, behind, some, weight, used, base + j + d, combiner, default
+                )
+    return sums, total, filled, bag, stop, guarded
+
+
 def find_rows(lines, rows, sets, state, keys, position, end, options, padding, scratch):
     """``(key, entry, tags, row, behind, guarded)``: where each lane finds the row of the key at its position.
 
@@ -410,39 +532,24 @@ def pool_kernel(
                 lines, rows, sets, state, keys, position, end, options, padding, scratch
             )
             weight = ld32(weights + 4 * position) if (weights != 0) & (position < end) else np.int64(ONE_BITS)
-            for j in range(0, POOL_LANES, POOL_DEPTH):
-                if any_in_warp(i + j < end):
-                    mine = (lane >= j) & (lane < j + POOL_DEPTH)
-                    again = True
-                    while again:
-                        part0 = load_part(part0, from_lane(row, base + j))
-                        if POOL_MANY:
-                            part1 = load_part(part1, from_lane(row, base + j + 1))
-                            part2 = load_part(part2, from_lane(row, base + j + 2))
-                            part3 = load_part(part3, from_lane(row, base + j + 3))
-                        await_parts(part0, part1, part2, part3)
-                        changed = mine & (row != 0) and is_changed(entry, tags, key)
-                        again = any_in_warp(changed)
-                        if again:
-                            late, late_tags, late_behind = settle_missing(
-                                lines, sets, state, key, position, scratch, changed, np.int64(guarded)
-                            )
-                            guarded = True
-                            if changed:
-                                entry, tags, behind = late, late_tags, late_behind
-                                row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
-                    if mine & (row != 0):
+            settled = False
+            if POOL_MANY and combiner != MAX and not any_in_warp(behind != 0):  # nearly always
+                then, then_total, then_filled, then_bag, then_stop = use_keys(
+                    sums, total, filled, bag, stop, part0, part1, part2, part3, i, row, weight, end, last, first, stops, base,
+                    out, combiner, default, options,
+                )  # fmt: skip
+                await_parts(then, then, then, then)
+                settled = not any_in_warp(row != 0 and is_changed(entry, tags, key))
+                if settled:
+                    sums, total, filled, bag, stop = then, then_total, then_filled, then_bag, then_stop
+                    if row != 0:
                         touch(lines, state, scratch, entry, tags, now)
-                    some = any_in_warp(behind != 0)
-                    used = votes_of_warp((row != 0) | (behind != 0))
-                    for d in range(rows_in_flight()):
-                        sums, total, filled, bag, stop = close_bags(
-                            i + j + d, last, first, stops, base, out, combiner, default, options, sums, total, filled, bag, stop
-                        )
-                        part = pick_part(part0, part1, part2, part3, d)
-                        sums, total, filled = use_row(
-                            sums, total, filled, part, behind, some, weight, used, base + j + d, combiner, default
-                        )
+            if not settled:
+                sums, total, filled, bag, stop, guarded = use_with_care(
+                    lines, rows, sets, state, scratch, sums, total, filled, bag, stop, part0, part1, part2, part3, i, key,
+                    entry, tags, row, behind, weight, now, guarded, end, last, first, stops, base, out, combiner, default,
+                    options,
+                )  # fmt: skip
             if guarded:
                 sync_warp()
                 if is_warp_leader():

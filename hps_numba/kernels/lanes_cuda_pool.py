@@ -240,7 +240,15 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
 
         return _INT(), codegen
 
+    @intrinsic
+    def steps_of_tile(typingctx):
+        def codegen(context, builder, signature, args):
+            return _asm(builder, _64, f"mov.u64 $0, {shape.lanes};", "=l", [], volatile=True)
+
+        return _INT(), codegen
+
     return {
+        "steps_of_tile": steps_of_tile,
         "load_part": load_part,
         "behind_part": behind_part,
         "await_parts": await_parts,
