@@ -19,6 +19,7 @@ import numpy as np
 
 from hps_numba.cache_layout import (
     BUSY,
+    CLEARED,
     LINE_BYTES,
     LINES_PER_SET,
     MAX_BATCH,
@@ -30,6 +31,7 @@ from hps_numba.cache_layout import (
     SET_BYTES,
     STATE_BYTES,
     STATE_CALLS,
+    STATE_CHANGES,
     STATE_COUNT,
     STATE_EVICTED,
     STATE_HOST,
@@ -62,7 +64,7 @@ _WARMING_BATCH = 8192
 class CacheCounters:
     """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either.
 
-    ``refused``: newcomers that the policy did not admit.
+    ``refused``: newcomers that the policy did not admit. ``staged``: batches whose rows host threads gathered.
     """
 
     keys: int
@@ -73,6 +75,7 @@ class CacheCounters:
     evicted: int
     withdrawn: int
     refused: int
+    staged: int
 
 
 class CacheEntry(NamedTuple):
@@ -101,6 +104,8 @@ class EmbeddingCache(CachePolicy):
         buffers: most batches of a dynamic cache that run at a time (worker buffers, spec 6.5).
         pagelock: rows of a fixed cache on a device stand in pinned host memory (spec 6.9).
         set_count: number of sets, whatever ``rows`` says; for tests.
+        miss_path: how missed rows come from the store: ``direct``, ``staged``, or ``auto``, by the sizes of batch and table
+            (``cache_staging``). On the CPU ``auto`` is ``direct``.
 
     Raises:
         DeviceError: no such device.
@@ -254,6 +259,8 @@ class EmbeddingCache(CachePolicy):
     def clear(self) -> None:
         """Drop all rows. Done when this returns."""
         with self._controlled():
+            changes = int(self._words(self._state + STATE_CHANGES, 1)[0])  # nobody else counts: all changes are controlled
+            self._place.store_word(self._state + STATE_CHANGES, changes + CLEARED, self._stream)
             self._change("clear_kernel", self.sets, self._lines, self.sets)
 
     # -- warming ------------------------------------------------------------------------------------------------------------
@@ -338,6 +345,7 @@ class EmbeddingCache(CachePolicy):
         """Bytes of memory: index, rows, state, and the buffers of batches so far."""
         policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
         buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
+        buffers += 0 if self._misses is None else self._misses.bytes
         return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
 
     def resident(self) -> int:
@@ -362,7 +370,8 @@ class EmbeddingCache(CachePolicy):
             stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
         named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN, STATE_REFUSED)
         asked, calls, *rest = (int(words[at // 8]) for at in named)
-        return CacheCounters(asked, calls, int(stripes[0]), int(stripes[1]), *rest)
+        staged = 0 if self._misses is None else self._misses.batches
+        return CacheCounters(*(asked, calls, int(stripes[0]), int(stripes[1]), *rest, staged))
 
     # -- small things ---------------------------------------------------------------------------------------------------------
 
