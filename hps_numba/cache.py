@@ -2,8 +2,9 @@
 
 A lookup is a few kernels on the caller's stream and nothing else: rows come from the cache, else over the bus from the host
 store, else they are the default; a second kernel inserts what was missing. Nothing waits on the host and nothing comes back to
-Python, so a lookup can be captured by a graph. What is inserted is checked against the store under the lock of its set, and
-whoever changes the store calls ``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
+Python, so a lookup can be captured by a graph. (Large batches may be staged instead: host threads gather what is missing,
+``cache_staging``.) What is inserted is checked against the store under the lock of its set, and whoever changes the store calls
+``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
 
 *Kinds.* ``dynamic``: ways hold rows, newcomers push out others by the policy. ``static`` and ``uvm`` (fixed): the rows are
 those of the warming, all of the store or as many as fit; what is not there is answered from the host store and never inserted.

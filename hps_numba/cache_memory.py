@@ -302,7 +302,8 @@ class CacheLookup:
             keys: address of ``n`` keys where the cache lives: ``int64``; ``int32``, sign-extended; ``uint32``; ``narrow64``
                 (int64, of which only 0 to 2**32 - 1 are keys).
             out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
-            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return. A batch that
+                is staged (``cache_staging``) waits once for the stream before it returns.
             capturing: the stream is being captured by a graph: the call gets a scratch that lives as long as the cache. None:
                 the stream is asked.
             absent_list: address of int64 ``[1 + n]``, or 0: their number, then the positions of keys found nowhere, in no

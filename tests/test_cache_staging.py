@@ -286,6 +286,17 @@ def test_nothing_of_a_table_that_was_replaced_is_inserted(bench: Bench, monkeypa
     assert cache.entries() == [] and cache.counters().withdrawn == 2
 
 
+def test_direct_batches_insert_after_staged_ones_and_a_clearing(bench: Bench) -> None:
+    """What a staged batch knew of changes is not taken for what the next one of its scratch knows."""
+    _, cache, _ = old_and_new(bench)
+    cache.lookup_arrays(ints([5]))
+    cache.clear()
+    cache._staged_from = NEVER
+    cache.lookup_arrays(ints([5, 6]))
+    assert sorted(entry.key for entry in cache.entries()) == [5, 6]
+    assert (cache.counters().staged, cache.counters().withdrawn) == (1, 0)
+
+
 def test_a_row_that_changes_while_the_batch_waits_is_read_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     store, cache, renew = old_and_new(bench)
     gather, left = store.gather, [lambda: renew([5])]
