@@ -89,6 +89,8 @@ def is_staged(n: int, *, rows: int, row_bytes: int, ways: int, behind: bool) -> 
 class _Staging:
     """Memory of one staged batch at a time: its list of missed keys, and buffers for pieces of rows.
 
+    For ``n`` keys, rounded up: 16 bytes each of the device, 8 bytes each of pinned memory, and there _BUFFERS x PIECE_BYTES.
+
     **Threads:** one at a time.
     """
 

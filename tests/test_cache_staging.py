@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,10 @@ from test_caches_in_service import Service, assert_adds_up, cache_of, defaults, 
 
 from hps_numba import cache_memory, cache_staging
 from hps_numba.cache import EmbeddingCache
+from hps_numba.cache_place import HostPlace
 from hps_numba.cache_staging import NEVER, is_staged, least_staged
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
+from hps_numba.kernels.build import KernelSpec
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 from hps_numba.storage import host_store
@@ -34,6 +39,13 @@ ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.
 @pytest.fixture(params=ON_BOTH)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     made = Bench(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cpu_bench() -> Iterator[Bench]:
+    made = Bench(None)
     yield made
     made.close()
 
@@ -336,6 +348,108 @@ def test_the_table_is_replaced_between_two_pieces(bench: Bench, monkeypatch: pyt
     cache.clear()
     cache.warm()
     assert_same_bits(cache.lookup_arrays(keys), new)
+
+
+# -- the order of work ------------------------------------------------------------------------------------------
+
+
+class LatePlace(HostPlace):
+    """Memory of the process whose one stream does nothing before somebody waits for it: as late as a device may be."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Callable[[], Any]] = deque()
+        self.given = self.done = 0
+        self.marks: list[int] = [0]
+
+    def later(self, work: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self.waiting.append(partial(work, *args, **options))
+        self.given += 1
+
+    def run(self, end: int) -> None:
+        while self.done < end:
+            self.waiting.popleft()()
+            self.done += 1
+
+    def kernel(self, spec: KernelSpec) -> Any:
+        launch = super().kernel(spec).launch
+        return SimpleNamespace(launch=partial(self.later, launch))
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None:
+        self.later(super().fill, address, byte, size, stream)
+
+    def copy(self, dst: int, src: int, size: int, stream: int) -> None:
+        self.later(super().copy, dst, src, size, stream)
+
+    def to_place(self, address: int, array: np.ndarray, stream: int) -> None:
+        self.run(self.given)
+        super().to_place(address, array, stream)
+
+    def to_host(self, array: np.ndarray, address: int, stream: int) -> None:
+        self.run(self.given)
+        super().to_host(array, address, stream)
+
+    def synchronize(self, stream: int) -> None:
+        self.run(self.given)
+
+    def new_event(self) -> int:
+        self.marks.append(0)
+        return len(self.marks) - 1
+
+    def record(self, event: int, stream: int) -> None:
+        self.marks[event] = self.given
+
+    def wait_for(self, event: int) -> None:
+        self.run(self.marks[event])
+
+    def event_done(self, event: int) -> bool:
+        return self.done >= self.marks[event]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> LatePlace:
+    place = LatePlace()
+    monkeypatch.setattr(cache_memory, "place_of", lambda device: place)
+    return place
+
+
+def test_a_buffer_is_not_written_before_it_was_read(cpu_bench: Bench, late: LatePlace) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(300)), 400, policy="lfu", miss_path="staged")
+    for keys in (np.arange(200), np.arange(100, 300), np.arange(300)):  # up to 29 pieces of seven rows
+        for _ in range(2):
+            assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().staged == 6
+    resident = np.sort(cache.dump())
+    assert_same_bits(cache.query(resident)[0], rows_of(resident, DIM))
+
+
+def test_a_call_returns_when_its_work_is_given(cpu_bench: Bench, late: LatePlace) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(100)), 200, miss_path="staged")
+    keys, answers = np.arange(100), np.full((2, 100, DIM), np.nan, np.float32)
+    for out in answers:
+        cache.lookup(keys.ctypes.data, 100, out.ctypes.data, 0)
+        assert late.waiting and late.given - late.done <= 8  # three pieces, the insertion, and small things
+    late.synchronize(0)
+    for out in answers:
+        assert_same_bits(out, rows_of(keys, DIM))
+
+
+def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LatePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = cpu_bench.store(range(100))
+    cache = cpu_bench.cache(store, 200, miss_path="staged")
+    keys, out = np.arange(100), np.full((100, DIM), np.nan, np.float32)
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_staging._Staging, "sent", fail)  # the kernel was started, and no event recorded
+        with pytest.raises(KeyboardInterrupt):
+            cache.lookup(keys.ctypes.data, 100, out.ctypes.data, 0)
+    misses: Any = cache._misses
+    for rows, words in misses._idle[0]._buffers:
+        rows[:], words[:] = -1, 0
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert_same_bits(out[:7], rows_of(range(7), DIM))
 
 
 # -- failures --------------------------------------------------------------------------------------------------
