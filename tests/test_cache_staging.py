@@ -648,7 +648,7 @@ def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: py
     store.upsert(ints([500]), rows_of([500], DIM))
     assert [is_staged_with(n) for n in (49, 50, 190)] == [False, True, True]
     assert not is_staged_with(190, capturing=True)
-    with bench.cache(store, 40, miss_path="staged").place.current():
+    with cache.place.current():
         absent = cache.place.allocate(8 * 60, "list")
         assert [is_staged_with(n, absent_list=absent.address) for n in (29, 30)] == [False, True]
         absent.release()
