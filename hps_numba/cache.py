@@ -2,8 +2,9 @@
 
 A lookup is a few kernels on the caller's stream and nothing else: rows come from the cache, else over the bus from the host
 store, else they are the default; a second kernel inserts what was missing. Nothing waits on the host and nothing comes back to
-Python, so a lookup can be captured by a graph. What is inserted is checked against the store under the lock of its set, and
-whoever changes the store calls ``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
+Python, so a lookup can be captured by a graph. (Large batches may be staged instead: host threads gather what is missing,
+``cache_staging``.) What is inserted is checked against the store under the lock of its set, and whoever changes the store calls
+``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
 
 *Kinds.* ``dynamic``: ways hold rows, newcomers push out others by the policy. ``static`` and ``uvm`` (fixed): the rows are
 those of the warming, all of the store or as many as fit; what is not there is answered from the host store and never inserted.
@@ -19,6 +20,7 @@ import numpy as np
 
 from hps_numba.cache_layout import (
     BUSY,
+    CLEARED,
     LINE_BYTES,
     LINES_PER_SET,
     MAX_BATCH,
@@ -30,6 +32,7 @@ from hps_numba.cache_layout import (
     SET_BYTES,
     STATE_BYTES,
     STATE_CALLS,
+    STATE_CHANGES,
     STATE_COUNT,
     STATE_EVICTED,
     STATE_HOST,
@@ -62,7 +65,7 @@ _WARMING_BATCH = 8192
 class CacheCounters:
     """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either.
 
-    ``refused``: newcomers that the policy did not admit.
+    ``refused``: newcomers that the policy did not admit. ``staged``: batches whose rows host threads gathered.
     """
 
     keys: int
@@ -73,6 +76,7 @@ class CacheCounters:
     evicted: int
     withdrawn: int
     refused: int
+    staged: int
 
 
 class CacheEntry(NamedTuple):
@@ -101,6 +105,8 @@ class EmbeddingCache(CachePolicy):
         buffers: most batches of a dynamic cache that run at a time (worker buffers, spec 6.5).
         pagelock: rows of a fixed cache on a device stand in pinned host memory (spec 6.9).
         set_count: number of sets, whatever ``rows`` says; for tests.
+        miss_path: how missed rows come from the store: ``direct``, ``staged``, or ``auto``, by the sizes of batch and table
+            (``cache_staging``). On the CPU ``auto`` is ``direct``.
 
     Raises:
         DeviceError: no such device.
@@ -273,6 +279,8 @@ class EmbeddingCache(CachePolicy):
         """Drop all rows. Done when this returns."""
         with self._controlled():
             self._say_complete(False)
+            changes = int(self._words(self._state + STATE_CHANGES, 1)[0])  # nobody else counts: all changes are controlled
+            self._place.store_word(self._state + STATE_CHANGES, changes + CLEARED, self._stream)
             self._change("clear_kernel", self.sets, self._lines, self.sets)
 
     # -- warming ------------------------------------------------------------------------------------------------------------
@@ -357,6 +365,7 @@ class EmbeddingCache(CachePolicy):
         """Bytes of memory: index, rows, state, and the buffers of batches so far."""
         policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
         buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
+        buffers += 0 if self._misses is None else self._misses.bytes
         return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
 
     def resident(self) -> int:
@@ -381,7 +390,8 @@ class EmbeddingCache(CachePolicy):
             stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
         named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN, STATE_REFUSED)
         asked, calls, *rest = (int(words[at // 8]) for at in named)
-        return CacheCounters(asked, calls, int(stripes[0]), int(stripes[1]), *rest)
+        staged = 0 if self._misses is None else self._misses.batches
+        return CacheCounters(*(asked, calls, int(stripes[0]), int(stripes[1]), *rest, staged))
 
     # -- small things ---------------------------------------------------------------------------------------------------------
 

@@ -46,8 +46,10 @@ OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
     STATE_REFUSED,  # newcomers that the policy did not admit
     STATE_CAPACITY,  # ways of the cache
     STATE_TOLD,  # what a clock of insertions made of STATE_INSERTED: TICKS_OF_A_CACHE * rows, less what is no whole tick yet
-) = (8 * i for i in range(12))
+    STATE_CHANGES,  # from 1 on: counted up before a change of rows begins, and by CLEARED before all are dropped
+) = (8 * i for i in range(13))
 TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows come in as the cache has ways
+CLEARED = 1 << 32
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
 HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
 DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_BYTES = 0, 8, 16, 32
@@ -81,8 +83,19 @@ STATE_BYTES = NO_LISTS + 192
     SCRATCH_SKETCH,  # address of the frequency sketch, see kernels.cache_sketch
     SCRATCH_SKETCH_WORDS,
     SCRATCH_SKETCH_SHIFT,
-) = (8 * i for i in range(21))
+    SCRATCH_MISSED,  # address of the list of missed keys (``list_kernel``)
+    SCRATCH_CHANGES,  # STATE_CHANGES before any row of the batch was read, or 0: not known
+) = (8 * i for i in range(23))
 SCRATCH_BYTES = STATE_BYTES - NO_LISTS
+
+# list of the keys that a batch missed, for the host to gather their rows
+(
+    MISSED_COUNT,
+    MISSED_ENTRIES,  # address of int64 [n, 2] on the device: position in the batch, and key
+    MISSED_KEYS,  # address of int64 [n] in pinned memory of the host: the keys again
+    MISSED_SELF,  # address of these words
+) = (8 * i for i in range(4))
+MISSED_BYTES = 256
 
 # bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending
 BUCKET_BYTES = 128

@@ -19,6 +19,7 @@ from hps_numba.cache_layout import (
     SET_BYTES,
     STATE_BYTES,
     STATE_CAPACITY,
+    STATE_CHANGES,
     STATE_PENDING,
     WAYS,
 )
@@ -26,6 +27,7 @@ from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, place_of
 from hps_numba.cache_policy_memory import PolicyMemory
 from hps_numba.cache_scratch import Scratch, ScratchPool, ScratchShape
+from hps_numba.cache_staging import MISS_PATHS, NEVER, StagedMisses, least_staged
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.build import KernelSpec
@@ -46,7 +48,7 @@ BY_POLICY = ("insert_kernel", "insert_tables_kernel", "touch_kernel", "touch_tab
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
 # from here on each lane of a warp searches for a key, below a tile does: by bytes of a row, at most 128 or more
 _LARGE_BATCH, _LARGE_BATCH_OF_WIDE = 16_384, 8192
-STATE_WORDS = 12
+STATE_WORDS = 13
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
@@ -75,8 +77,11 @@ class CacheLookup:
         buffers: int = 1,
         pagelock: bool = False,
         set_count: int | None = None,
+        miss_path: str = "direct",
     ) -> None:
         self._check(dim, rows, kind, row_type, buffers, store, name)
+        if miss_path not in MISS_PATHS:
+            raise ConfigError(f"{name}: miss_path {miss_path!r}, wanted one of {', '.join(MISS_PATHS)}")
         self.name, self.dim, self.row_type = name, dim, row_type
         self.fixed = kind != "dynamic"
         self.kind = kind
@@ -114,6 +119,14 @@ class CacheLookup:
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
+        self._misses: StagedMisses | None = None
+        self._staged_from = NEVER  # keys of the smallest batch that may be staged
+        if store is not None and (miss_path == "staged" or (miss_path == "auto" and device is not None)):
+            always, fixed = miss_path == "staged", self.fixed
+            self._misses = StagedMisses(
+                self._place, self._parts, store, always=always, ways=self.capacity, fixed=fixed, default=default, name=name
+            )
+            self._staged_from = least_staged(miss_path)
         renew_after_fork(self)
 
     @staticmethod
@@ -133,6 +146,7 @@ class CacheLookup:
         self._lines = self._take(self.sets * SET_BYTES, "index")
         self._rows = self._take(self.capacity * row_bytes, "rows", pinned=pagelock and self.fixed)
         self._state = self._take(STATE_BYTES, "state")
+        self._place.store_word(self._state + STATE_CHANGES, 1, self._stream)
         self._apart = self._take(STATE_BYTES, "state of queries")  # the same clock, but no host store
         self._parts = (self._lines, self._rows, self.sets, self._state)  # as kernels take them
         self._no_lists = self._state + NO_LISTS
@@ -217,6 +231,15 @@ class CacheLookup:
             return replace(spec, lanes=4, group=16, registers=64)
         return replace(spec, lanes=8, group=8, registers=72)
 
+    def _list_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
+        """``_lookup_kernel`` that only lists what is missing."""
+        key = ("list_kernel", key_form, out_type, aligned, small)
+        found: tuple[Kernel, int] | None = self._kernels.get(key)
+        if found is None:
+            spec = self._lookup_spec(key_form, out_type, aligned, small, name="list_kernel")
+            found = self._kernels[key] = self._place.kernel(spec), spec.group
+        return found
+
     def _lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """The kernel of the lookup, and how many keys a warp of it takes."""
         shape = (key_form, out_type, aligned, small)
@@ -299,7 +322,8 @@ class CacheLookup:
             keys: address of ``n`` keys where the cache lives: ``int64``; ``int32``, sign-extended; ``uint32``; ``narrow64``
                 (int64, of which only 0 to 2**32 - 1 are keys).
             out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
-            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return. A batch that
+                is staged (``cache_staging``) waits once for the stream before it returns.
             capturing: the stream is being captured by a graph: the call gets a scratch that lives as long as the cache. None:
                 the stream is asked.
             absent_list: address of int64 ``[1 + n]``, or 0: their number, then the positions of keys found nowhere, in no
@@ -313,7 +337,8 @@ class CacheLookup:
         self.begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
-        if self._repeats and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
+        staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
+        if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             shape = (key_form, out_type, out % 16 == 0, n < self.large_batch, self.alone)
             if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
                 return
@@ -323,9 +348,16 @@ class CacheLookup:
                     self._place.fill(absent_list, 0, 8, stream)
                 return
             if capturing is None:
-                capturing = self._place.is_capturing(stream)
-            batch = (keys, n, out, stream, key_form, out_type, absent_list)
+                capturing = not staged and self._place.is_capturing(stream)
+            batch = (keys, n, out, stream, key_form, out_type, absent_list, staged)
             self._with_scratch(capturing, stream, self._batches, *batch)
+
+    def _is_staged(self, n: int, stream: int, capturing: bool | None, absent_list: int) -> bool:
+        """Host threads gather what this batch misses. Never while a graph captures it: a graph cannot wait."""
+        if self._misses is None or capturing or not self._misses.takes(n, behind=absent_list != 0):
+            return False
+        with self._place.current():
+            return capturing is not None or not self._place.is_capturing(stream)
 
     def _with_scratch_again(self, n: int, stream: int, start: Callable[..., bool], *args: Any) -> bool:
         """Nearly every lookup on a device: as one before on this stream, no larger, and started in one step.
@@ -451,13 +483,23 @@ class CacheLookup:
             raise ClosedError(f"{self.name}: the cache is closed")
 
     def _batches(
-        self, scratch: Scratch, keys: int, n: int, out: int, stream: int, key_form: str, out_type: str, absent_list: int
+        self,
+        scratch: Scratch,
+        keys: int,
+        n: int,
+        out: int,
+        stream: int,
+        key_form: str,
+        out_type: str,
+        absent_list: int,
+        staged: bool = False,
     ) -> None:
         built = (key_form, out_type, out % 16 == 0)
+        work = self._staged_batch if staged else self._batch
         if n <= MAX_BATCH and not absent_list and not scratch.lists_absent:  # nearly every lookup
             if n > scratch.limit:
                 scratch.reserve(n, False, self._stream)
-            self._batch(scratch, keys, n, out, stream, built)
+            work(scratch, keys, n, out, stream, built)
             return
         scratch.reserve(min(n, MAX_BATCH), bool(absent_list), self._stream)
         key_bytes, out_bytes = KEY_BYTES[key_form], self.dim * ELEMENT_BYTES[out_type]
@@ -465,15 +507,34 @@ class CacheLookup:
             if scratch.lists_absent:
                 self._place.fill(scratch.address + SCRATCH_ABSENT, 0, 8, stream)
             to = out and out + start * out_bytes
-            self._batch(scratch, keys + start * key_bytes, min(MAX_BATCH, n - start), to, stream, built)
+            work(scratch, keys + start * key_bytes, min(MAX_BATCH, n - start), to, stream, built)
         if absent_list:
             self._place.copy(absent_list, scratch.address + SCRATCH_ABSENT, 8, stream)
             self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
 
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
         self._rows_to(out, keys, n, scratch.address, stream, built)
+        self._end_batch(scratch, keys, n, stream, built[0])
+
+    def _staged_batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
+        assert self._misses is not None
+        list_misses = partial(self._list_misses, out, keys, n, scratch.address, stream, built)
+        try:
+            self._misses.answer(list_misses, scratch, n, out, stream, built=built[1:], counted=self._counted)
+        finally:  # also after a failure: hits that are listed for the policy would stay untouched for ever
+            self._end_batch(scratch, keys, n, stream, built[0])
+            self._misses.end(scratch, stream)
+
+    def _list_misses(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
+        """Write what the cache has, and list the rest."""
+        kernel, group = self._list_kernel(*built, n < self.large_batch)
+        blocks = self._place.lookup_blocks(n, group)
+        kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
+
+    def _end_batch(self, scratch: Scratch, keys: int, n: int, stream: int, key_form: str) -> None:
+        """What follows the answer of a batch."""
         if self._admits:
-            self._count_requests(scratch, keys, n, stream, built[0])
+            self._count_requests(scratch, keys, n, stream, key_form)
         if not self.fixed:
             self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
 
@@ -519,6 +580,8 @@ class CacheLookup:
             self._pool.close(self._stream)
             for scratch in (*self._captured, self._own):
                 scratch.release(self._stream)
+            if self._misses is not None:
+                self._misses.close()
             if self._link is not None:
                 self._link.close()
             self._policy_memory.release()

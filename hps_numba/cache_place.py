@@ -73,6 +73,7 @@ class DevicePlace:
     record = staticmethod(devices.record)
     wait = staticmethod(devices.wait)
     event_done = staticmethod(devices.event_done)
+    wait_for = staticmethod(devices.wait_for)
     destroy_event = staticmethod(devices.destroy_event)
 
     def allocate(self, size: int, purpose: str) -> Memory:
@@ -274,7 +275,7 @@ class HostPlace:
     def destroy_stream(self, stream: int) -> None:
         """Nothing to do, and so are the following."""
 
-    synchronize = destroy_event = destroy_stream
+    synchronize = destroy_event = wait_for = destroy_stream
 
     def record(self, event: int, stream: int) -> None:
         """Work is done already."""

@@ -300,8 +300,6 @@ class Deployment:
 
     def _warn_of_keys_without_effect(self) -> None:
         if self._devices:
-            if self.model.miss_path == "staged":
-                log.warning("model %s: miss_path: 'staged': this version reads missing rows in place (direct)", self.name)
             return
         keys = [key for key in _WITHOUT_EFFECT if not _is_default(self.model, key)]
         if self._slower and self.model.hit_rate_threshold < 1 and not _is_default(self.model, "hit_rate_threshold"):

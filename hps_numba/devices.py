@@ -428,6 +428,12 @@ def event_done(event: int) -> bool:
         return not status
 
 
+def wait_for(event: int) -> None:
+    """Wait until the work that the event stands for is done, if it was ever recorded; the GIL is released."""
+    with relaxed_capture():
+        _check("cuEventSynchronize", _cuda.driver.cuEventSynchronize(event)[0])
+
+
 def destroy_event(event: int) -> None:
     """Give an event back; those who wait for it still do."""
     _give_back("cuEventDestroy", event)

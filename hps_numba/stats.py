@@ -35,6 +35,7 @@ class CacheStats:
         insertions: rows that entered after a lookup.   evictions: rows that left for others.
         withdrawn: rows that changed in host memory on their way into the cache, and were not shown.
         refused: newcomers that the policy did not admit.   policy: its name.
+        staged: lookups whose missed rows were gathered by host threads (``miss_path``).
     """
 
     device: int | None
@@ -49,6 +50,7 @@ class CacheStats:
     evictions: int
     withdrawn: int
     refused: int
+    staged: int
     policy: str
 
     @property

@@ -70,6 +70,7 @@ class TableCaches:
                     name=spec.tag,
                     buffers=model.num_of_worker_buffer_in_pool,
                     pagelock=model.enable_pagelock and shape.kind == "static",
+                    miss_path=model.miss_path,
                 )
                 undo.callback(cache.close)
                 self._caches[device] = cache
@@ -175,6 +176,7 @@ class TableCaches:
             evictions=counts.evicted,
             withdrawn=counts.withdrawn,
             refused=counts.refused,
+            staged=counts.staged,
             policy=cache.policy.name,
         )
 

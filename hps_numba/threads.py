@@ -73,13 +73,13 @@ def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
 _pool = _Pool()
 
 
-def ranges_of(n: int, item_bytes: int, threads: int | None = None) -> list[tuple[int, int]]:
-    """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least SPLIT_BYTES / 2."""
+def ranges_of(n: int, item_bytes: int, threads: int | None = None, *, least: int = SPLIT_BYTES // 2) -> list[tuple[int, int]]:
+    """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least ``least`` bytes."""
     threads = _pool.threads if threads is None else threads
     total = n * item_bytes
-    if threads == 1 or total < SPLIT_BYTES:
+    if threads == 1 or total < 2 * least:
         return [(0, n)]
-    parts = max(1, min(4 * threads, total // (SPLIT_BYTES // 2)))
+    parts = max(1, min(4 * threads, total // least))
     step = -(-n // parts)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 

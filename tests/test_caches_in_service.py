@@ -931,13 +931,6 @@ def test_gpu_a_part_of_the_devices_serves(workshop: Workshop) -> None:  # G38
         Service(workshop, 0).lookup(server, [1])
 
 
-def test_staged_reads_of_misses_are_not_there_and_said_so(on_cpu: Service, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        server = on_cpu.open((KEYS, DIM), miss_path="staged")
-    assert "miss_path: 'staged': this version reads missing rows in place" in caplog.text
-    assert server.lookup(on_cpu.keys(KEYS[:3]), "m", 0).shape == (3, DIM)
-
-
 def test_a_static_table_without_a_database_is_dumped_and_loaded(on_cpu: Service, tmp_path: Path) -> None:
     server = on_cpu.open((KEYS, DIM), volatile={"type": "disabled"}, embedding_cache_type="static")
     assert server.dump(tmp_path / "table.bin", "m", 0) == len(KEYS)

@@ -36,6 +36,7 @@ ROWS = [
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
     {"cache_scratch", "cache_link", "cache_policy_memory"},
+    {"cache_staging"},
     {"cache_memory"},
     {"cache_pooling"},
     {"cache_policy"},
@@ -219,7 +220,7 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
 
 #: the rooms that a cache is built of
 CACHE = {
-    *("cache", "cache_place", "cache_scratch", "cache_link", "cache_memory", "cache_pooling", "cache_group"),
+    *("cache", "cache_place", "cache_scratch", "cache_staging", "cache_link", "cache_memory", "cache_pooling", "cache_group"),
     *("cache_policy", "cache_policy_memory"),
 }
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
@@ -234,8 +235,9 @@ SHOWN = {
         "table_groups",
         "simulate.geometry",
     },  # sizes of a cache and of a batch
-    "kernels.host_epoch": {"storage", "stats", "cache_place"},  # counts of any thread, publishing
+    "kernels.host_epoch": {"storage", "stats", "cache_place", "cache_staging"},  # counts of any thread, publishing
     "kernels.host_evict": {"storage"},
+    "kernels.host_gather": {"storage"},
     "kernels.host_lookup": {"storage"},
     "kernels.host_pool": {"storage"},
     "kernels.host_scan": {"storage"},

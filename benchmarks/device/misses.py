@@ -8,6 +8,10 @@ of kind ``uvm`` that never changes: the answer alone. The difference is what ins
 The bus is measured in the same run: a copy from pinned memory, the plain gather on the rows of the host store (no hash), and
 the lookup itself with a cache of 64 rows. The bytes of a miss are a line of the host store's index and the row; the bus time of
 a batch is its bytes over the rate of the plain gather for that table.
+
+``--paths`` measures something else: like batches by both values of ``miss_path``, ``direct`` and ``staged``, from tables of 1
+and (without ``--quick``) 8 GiB. The constants of ``hps_numba/cache_staging.py``, by which ``auto`` chooses, are to be set from
+what it prints.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from measure import WARMUPS, Call, host_copy_rate
 from run import Run, compact, median, parser_of, print_table, verdict
 from table import add_rows, check, keys_of, new_cache, new_store
 
+from hps_numba.cache_staging import is_staged
 from hps_numba.kernels.policies._policy import as_policy
 from hps_numba.layout import LINE_BYTES
 
 DIMS = (32, 128)
 P3, P3_AT = 1.25, 90.0  # at most this ratio to the larger of bus and hits, at this hit rate in per cent
 INSERTED, ALONE = "with insertion", "answer alone"
+DIRECT, STAGED = "direct", "staged"
 
 
 class NewcomersLeaveFirst:
@@ -56,6 +62,14 @@ class Sizes:
     repetitions: int = 21
     copy_bytes: int = 1 << 30
 
+    @property
+    def for_paths(self) -> Sizes:
+        """The same for ``--paths``."""
+        if self is TINY:
+            return replace(self, hit_rates=(90.0, 50.0))
+        tables = (1 << 30,) if self is QUICK else (1 << 30, 8 << 30)
+        return replace(self, table_bytes=tables, batches=(16_384, 131_072, 1_048_576), hit_rates=(90.0, 50.0))
+
 
 QUICK = Sizes(batches=(1024, 131_072, 1_048_576), hit_rates=(100.0, 90.0, 50.0), repetitions=7)
 TINY = Sizes((1 << 17,), 8, 50, 200, (64, 256), (100.0, 90.0, 50.0), 3, 1 << 16)
@@ -77,19 +91,22 @@ class Table:
         add_rows(self.machine, self.store, 0, sizes.few)
         self.few = self._fixed()
         add_rows(self.machine, self.store, sizes.few, sizes.hot)
-        self.caches = {INSERTED: self._moving(), ALONE: self._fixed()}
+        self.caches = self._caches()
         add_rows(self.machine, self.store, sizes.hot, self.rows)
         self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
 
-    def _fixed(self) -> Any:
+    def _caches(self) -> dict[str, Any]:
+        return {INSERTED: self._moving(), ALONE: self._fixed()}
+
+    def _fixed(self, **options: Any) -> Any:
         """A cache of the rows that the store has now, and of no others later."""
-        cache = new_cache(self.machine, self.store, len(self.store), kind="uvm")
+        cache = new_cache(self.machine, self.store, len(self.store), kind="uvm", **options)
         cache.warm()
         return cache
 
-    def _moving(self) -> Any:
+    def _moving(self, **options: Any) -> Any:
         """A cache that has the hot set, every row of it asked for at least once since it came in."""
-        cache = new_cache(self.machine, self.store, self.sizes.ways, policy=as_policy(NewcomersLeaveFirst))
+        cache = new_cache(self.machine, self.store, self.sizes.ways, policy=as_policy(NewcomersLeaveFirst), **options)
         for _ in range(3):
             cache.lookup_arrays(keys_of(np.arange(self.sizes.hot)))
         return cache
@@ -238,18 +255,84 @@ def measure_table(run: Run, dim: int, size: int, sizes: Sizes) -> dict[str, Any]
         table.close()
 
 
+# -- both ways of misses --------------------------------------------------------------------------
+
+
+class TableByPaths(Table):
+    """The same with caches that differ in ``miss_path``."""
+
+    def _caches(self) -> dict[str, Any]:
+        moving = {path: self._moving(miss_path=path) for path in (DIRECT, STAGED)}
+        return moving | {f"{path}, {ALONE}": self._fixed(miss_path=path) for path in (DIRECT, STAGED)}
+
+    def is_staged(self, n: int) -> bool:
+        """What ``auto`` chooses for a cache that inserts."""
+        ways = self.caches[DIRECT].capacity
+        return is_staged(n, rows=self.rows, row_bytes=4 * self.dim, ways=ways, behind=False)
+
+
+def measure_paths(run: Run, table: TableByPaths) -> list[dict[str, Any]]:
+    """All batch sizes and hit rates by both paths, and what ``auto`` would choose."""
+    cases: list[dict[str, Any]] = []
+    for n in table.sizes.batches:
+        for hit_rate in table.sizes.hit_rates:
+            case: dict[str, Any] = {"n": n, "wanted": hit_rate, "auto": STAGED if table.is_staged(n) else DIRECT}
+            for name, cache in table.caches.items():
+                staged = cache.counters().staged
+                case[name], case[f"{name}: hit rate"] = table.time(cache, n, hit_rate)
+                if (cache.counters().staged > staged) != name.startswith(STAGED):
+                    raise AssertionError(f"{name}: {cache.counters().staged - staged} batches were staged")
+            case["faster"] = min((DIRECT, STAGED), key=case.__getitem__)
+            cases.append(case)
+            run.say(
+                f"D={table.dim} {n:,} keys, {hit_rate:g} % hits: direct {compact(case[DIRECT])} us, "
+                f"staged {compact(case[STAGED])} us: {case['faster']}; auto: {case['auto']}"
+            )
+    show_paths(table, cases)
+    return cases
+
+
+def show_paths(table: Table, cases: Sequence[dict[str, Any]]) -> None:
+    """Times and missed rows by path, with insertion and without."""
+    title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB: direct beside staged"
+    head = ["keys, hits wanted", "hits", "direct us", "staged us", "direct / staged", "M misses/s", "auto", "auto is"]
+    for suffix in ("", f", {ALONE}"):
+        rows = []
+        for case in cases:
+            direct, staged = case[DIRECT + suffix], case[STAGED + suffix]
+            rate = case[f"{DIRECT + suffix}: hit rate"]
+            missed = [case["n"] * (1 - rate / 100) / time for time in (direct, staged)]
+            right = case["auto"] == (DIRECT if direct <= staged else STAGED)
+            row = [case_name(case), f"{rate:.1f} %", compact(direct), compact(staged), f"{direct / staged:.2f}"]
+            rows.append([*row, f"{missed[0]:.0f}, {missed[1]:.0f}", case["auto"], "right" if right else "WRONG"])
+        print_table(title + (suffix or f", {INSERTED}"), head, rows)
+
+
+def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[dict[str, Any]]:
+    """One width and table size."""
+    table = TableByPaths(run, dim, size, sizes)
+    try:
+        return measure_paths(run, table)
+    finally:
+        table.close()
+
+
 def main() -> int:
     parser = parser_of("Lookups part of whose rows come over the bus from the host store (P3).", DIMS)
     parser.add_argument("--large", action="store_true", help="tables of 4 and 16 GiB too (as much pinned memory)")
+    parser.add_argument("--paths", action="store_true", help="direct reads beside staged ones (miss_path), and nothing else")
     options = parser.parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
+    measured = measure_table_by_paths if options.paths else measure_table
+    if options.paths:
+        sizes = sizes.for_paths
     if options.large:
         sizes = replace(sizes, table_bytes=(*sizes.table_bytes, 4 << 30, 16 << 30))
     run = Run("Device lookups with misses (P3): medians, ratios within one run", options)
     for size in sizes.table_bytes:
         for dim in options.dims:
             name = f"D={dim}, {size / (1 << 30):.3g} GiB"
-            run.section(name, lambda dim=dim, size=size: measure_table(run, dim, size, sizes))
+            run.section(name, lambda dim=dim, size=size: measured(run, dim, size, sizes))
     return run.end()
 
 

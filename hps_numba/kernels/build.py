@@ -64,6 +64,7 @@ class KernelSource(NamedTuple):
 
 KERNELS = {
     "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
+    "list_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
     "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True, early=True),
     "touch_kernel": KernelSource("cache_batch", "qqqq", False, early=True),
     "sketch_kernel": KernelSource("cache_sketch", "qqqqqq", False, early=True),
@@ -78,6 +79,7 @@ KERNELS = {
     "clear_kernel": KernelSource("cache_change", "qq", False),
     "dump_kernel": KernelSource("cache_change", "qqqqq", False),
     "scatter_kernel": KernelSource("cache_scatter", "qqqq", False),
+    "answer_missed_kernel": KernelSource("cache_missed", "qqqqqqqqqq", False),
 }
 
 
@@ -150,6 +152,7 @@ class KernelSpec:
             "GROUP": self.group,
             "ONE_GROUP": True,
             "BY_TILE": self.by_tile,
+            "LISTS": self.name == "list_kernel",
             "DEPTH": self.depth,
             "FIXED": self.fixed,
             "COUNTED": self.policy.needs_count and not self.fixed,

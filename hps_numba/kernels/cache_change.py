@@ -18,6 +18,7 @@ from hps_numba.cache_layout import (
     OCCUPIED,
     SCORES_AT,
     SET_BYTES,
+    STATE_CHANGES,
     STATE_COUNT,
     STATE_HOST,
     VERSION,
@@ -37,6 +38,7 @@ from hps_numba.kernels.cache_search import (
 )
 from hps_numba.kernels.lanes import (
     add64,
+    fence,
     grid_tiles,
     is_first_lane,
     ld32,
@@ -52,6 +54,15 @@ __all__ = ["clear_kernel", "dump_kernel", "erase_kernel", "refresh_kernel", "upd
 
 # bound when built
 HOST_STRIDE = 4
+
+
+def announce_change(state):
+    """Say that rows are about to change, before a set is locked for it: who inserts what was read before looks again.
+
+    By a tile; ``guard_enter`` or another fence follows.   **Writes:** state.
+    """
+    if is_first_lane():
+        add64(state + STATE_CHANGES, 1)
 
 
 def row_in_host(descriptor, key):
@@ -105,12 +116,13 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
         source: address of a float32 row for each key, ``stride`` bytes apart, or 0: take them from the host store.
         drop: 1: a key that the host store has no more is dropped.
 
-    **Writes:** lines, rows.
+    **Writes:** lines, rows, state.
     """
     number = tile_number()
     if number >= n:
         return
     stripe = number
+    announce_change(state)
     if is_first_lane():
         guard_enter(state, stripe)
     sync_tile()
@@ -142,6 +154,10 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
 def erase_kernel(lines, sets, state, keys, n):
     """Drop those of ``n`` int64 keys that the cache has; their number is added to STATE_COUNT.   **Writes:** lines."""
     number = tile_number()
+    if number >= n:
+        return
+    announce_change(state)
+    fence()
     while number < n:
         key = ld64(keys + 8 * number)
         home = home_line_of(key)
@@ -168,6 +184,7 @@ def refresh_kernel(lines, rows, state, first, stop, drop):
     if number >= stop:
         return
     stripe = number
+    announce_change(state)
     if is_first_lane():
         guard_enter(state, stripe)
     sync_tile()

@@ -19,12 +19,14 @@ from hps_numba.cache_layout import (
     SCORES_AT,
     SCRATCH_BATCH,
     SCRATCH_BUCKETS,
+    SCRATCH_CHANGES,
     SCRATCH_KEYS,
     SCRATCH_LIST,
     SCRATCH_LISTED,
     SCRATCH_SET_STATES,
     SCRATCH_WORDS,
     SET_BYTES,
+    STATE_CHANGES,
     STATE_EVICTED,
     STATE_HOST,
     STATE_INSERTED,
@@ -230,10 +232,21 @@ def may_enter(state, scratch, key, count, entry):
     return from_first_lane(admitted) != 0
 
 
-def is_still_so(state, key, word, content):
-    """The host store has the row that the lookup read; a key without a host store stands for itself."""
+def is_still_so(state, scratch, key, word, content):
+    """The host store has the row that the lookup read; a key without a host store stands for itself.
+
+    The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, no
+    look over the bus is needed: who changes the store announces it, then waits for the lock, and finds what was planted.
+    """
     if content == 0:
         return True
+    before = ld64(scratch + SCRATCH_CHANGES)
+    if before != 0:
+        changes = ld64(state + STATE_CHANGES)
+        if changes == before:
+            return True
+        if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same place
+            return False
     descriptor = ld64(state + STATE_HOST)
     return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
 
@@ -251,7 +264,7 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     if find_in_set(place, home, key)[1] >= 0:
         return entered
     words = ld64(scratch + SCRATCH_WORDS) + 16 * position
-    if not is_still_so(state, key, ld64(words), ld64(words + 8)):
+    if not is_still_so(state, scratch, key, ld64(words), ld64(words + 8)):
         if is_first_lane():
             add64(state + STATE_WITHDRAWN, 1)
         return entered

@@ -16,6 +16,7 @@ from hps_numba.cache_layout import (
     SCRATCH_ABSENT_LIST,
     SCRATCH_ASSUME,
     SCRATCH_BUCKETS,
+    SCRATCH_MISSED,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
@@ -28,6 +29,7 @@ from hps_numba.cache_layout import (
     WAYS_PER_LINE,
 )
 from hps_numba.kernels.cache_batch import list_newcomer, touch_later
+from hps_numba.kernels.cache_missed import list_missed
 from hps_numba.kernels.cache_rows import copy_from_cache, copy_from_host, copy_rows, fill_answer
 from hps_numba.kernels.cache_search import (
     find_in_host,
@@ -66,7 +68,7 @@ from hps_numba.kernels.lanes import (
 )
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 
-__all__ = ["answer_batch", "lookup_kernel"]
+__all__ = ["answer_batch", "list_kernel", "lookup_kernel"]
 
 # bound when built
 FIXED = COUNTED = False
@@ -75,6 +77,7 @@ OUT_STRIDE = 4
 HOST_STRIDE = 4
 GROUP = 1  # keys that a warp looks up at a time
 BY_TILE = False  # a tile takes a key, and reads both lines of its set at once: sooner done, more to read
+LISTS = False  # keys that the cache lacks are only listed, for the host to gather their rows
 ONE_GROUP = False  # there are as many warps as groups of keys
 
 #: how keys lie in the caller's memory: int64; int32 sign-extended; uint32; int64 of which only 0..2**32-1 are keys
@@ -257,6 +260,16 @@ def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
     answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
 
 
+def list_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
+    """``lookup_kernel`` that reads no memory of the host: keys that the cache lacks are listed (LISTS) and not answered.
+
+    A kernel of its own, so that the other one has no more registers to save for it.   **Writes:** out, scores, scratch, list,
+    counters.
+    """
+    after_former()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+
+
 def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
     """``lookup_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
@@ -283,8 +296,36 @@ def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
 
 
 def serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing):
-    """``serve_group``.   **Writes:** as it does."""
-    serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing)
+    """``serve_group``, or ``list_group`` if the host gathers the rows.   **Writes:** as they do."""
+    if LISTS:
+        list_group(state, keys, base, out, default, scratch, missing)
+    else:
+        serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing)
+
+
+def list_group(state, keys, base, out, default, scratch, missing):
+    """List the keys of a warp that are in ``missing`` (bits, from position ``base``) for the host.
+
+    A position without a legal key gets the default now.   **Writes:** list, target, counters.
+    """
+    out_of_line()
+    mine = (missing >> lane_in_warp()) & 1 != 0
+    position = base + lane_in_warp()
+    key, legal = np.int64(0), False
+    if mine:
+        key, legal = load_key(keys, position)
+    total = list_missed(ld64(scratch + SCRATCH_MISSED), position, key, mine & legal)
+    if is_warp_leader() and total > 0:
+        count_misses(state, warp_number(), total, 0)
+    illegal = votes_of_warp(mine & (not legal))
+    while illegal != 0 and out != 0:
+        bits = illegal
+        for _ in range(tile_in_warp()):
+            bits &= bits - 1
+        if bits != 0:
+            fill_answer(out + (base + lowest_bit(bits)) * OUT_STRIDE, default)
+        for _ in range(tiles_in_warp()):
+            illegal &= illegal - 1
 
 
 def serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing):

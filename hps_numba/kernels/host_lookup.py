@@ -42,7 +42,7 @@ from hps_numba.layout import (
     RECENCY_NONE,
 )
 
-__all__ = ["find_words", "host_addresses", "host_contains", "host_lookup"]
+__all__ = ["copy_found_rows", "find_words", "host_addresses", "host_contains", "host_lookup"]
 
 # keys between asking for a cache line and using it: by measurement, flat from 8 to 32
 _AHEAD = 16
@@ -80,7 +80,7 @@ def find_words(block, keys, n, words, late):
 
 
 @host_function
-def _copy_rows(block, words, n, first, out, default, misses, now, streamed):
+def copy_found_rows(block, words, n, first, out, default, misses, now, streamed):
     """Copy the rows that ``words`` lead to, or the default, to ``out``; positions of missing keys count from ``first``.
 
     Returns how many are missing.   **Writes:** out, misses, recency words.
@@ -142,7 +142,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
         n = min(_BATCH, stop - first)
         find_words(block, keys + 8 * first, n, words, late)
         to = misses + 8 * missing if misses != 0 else 0
-        missing += _copy_rows(block, words, n, first, out + first * row_bytes, default, to, now, streamed)
+        missing += copy_found_rows(block, words, n, first, out + first * row_bytes, default, to, now, streamed)
     if streamed:
         full_fence()
     leave_epoch(record)

@@ -11,6 +11,7 @@ and a reader-writer lock (the original's; one insertion stops all lookups, spec 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -23,11 +24,13 @@ from hps_numba.errors import CapacityError, ClosedError, HpsError, KeyDtypeError
 from hps_numba.forks import renew_after_fork
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.kernels.host_evict import HISTOGRAM, host_evict
+from hps_numba.kernels.host_gather import host_gather
 from hps_numba.kernels.host_lookup import host_addresses, host_contains, host_lookup
 from hps_numba.kernels.host_scan import host_keys
 from hps_numba.kernels.host_write import host_erase, host_upsert
 from hps_numba.layout import (
     HEADER_BYTES,
+    META_ROWS,
     RECENCY_COUNT,
     RECENCY_NONE,
     RECENCY_TIME,
@@ -47,6 +50,8 @@ log = logging.getLogger(__name__)
 #: an answer from this size on is written past the caches: it would push out everything, itself too, and a line that is
 #: written through a cache is read from memory first
 _STREAM_BYTES = 32 << 20
+#: of a range of ``gather``: a device waits, so that a second thread is worth its while sooner
+_GATHERED_BYTES = 256 << 10
 _GRACE_SECONDS = 1.0
 _CLOSE_SECONDS = 60.0
 _NEVER = 1 << 62  # an epoch that is not over
@@ -269,6 +274,35 @@ class HostStore:
         if missed < 0:
             raise self._is_closed()
         return missed
+
+    def gather(
+        self, keys: np.ndarray, rows: np.ndarray, words: np.ndarray, default: float = 0.0, *, threads: int | None = None
+    ) -> tuple[int, int]:
+        """``lookup`` for a device: it also tells under which index words the rows were read.
+
+        Args:
+            keys: int64 ``[n]``, contiguous.
+            rows: float32 ``[n, dim]``, contiguous; all of it is written, ``default`` where there is no row.
+            words: int64 ``[n]``, contiguous; the index word of each key (``layout``).
+            threads: at most so many (default: all cores).
+
+        Returns the number of keys without a row, and the address of the rows in memory that the words belong to.
+        """
+        self._check_keys(keys)
+        with self._epochs.reading():
+            block = self._block_in_force()
+            if block == 0:
+                raise self._is_closed()
+            at = (address_of(keys), address_of(rows), address_of(words))
+            now = time.monotonic_ns()
+
+            def gather_range(start: int, stop: int) -> int:
+                missing: int = host_gather(block, at[0], start, stop, at[1], default, at[2], now, False)
+                return missing
+
+            ranges = ranges_of(len(keys), 4 * self.dim + 64, threads, least=_GATHERED_BYTES)
+            missing = sum(run_ranges(gather_range, ranges, threads))
+            return missing, ctypes.c_int64.from_address(block + META_ROWS).value
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
