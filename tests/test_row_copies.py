@@ -7,7 +7,8 @@ place of the PTX, and each lane of a warp runs by itself: what it asks of anothe
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import math
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -16,12 +17,10 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 from test_cache import Bench
-from test_row_elements import e4m3_sample, halves_and_middles, interesting
+from test_row_elements import compiled, e4m3_sample, halves_and_middles, interesting
 
-from hps_numba.kernels import cache_rows, row_elements
-from hps_numba.kernels.build import KernelSpec, bind
-from hps_numba.kernels.lanes_host import NAMES
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.cache_memory import LARGE_BATCH
+from hps_numba.kernels import row_elements
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
 copies = pytest.importorskip(
@@ -32,10 +31,9 @@ DIMS = [1, 3, 4, 8, 17, 32, 100, 128, 384]
 OUT_TYPES = ["float32", "float16", "bfloat16"]
 #: all but float32 to float32, whose copies are others
 PAIRS = [(row, out) for row in TYPE_NUMBERS for out in OUT_TYPES if (row, out) != ("float32", "float32")]
-BYTES_OF = {**ELEMENT_BYTES}
-NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+NARROW = [name for name in TYPE_NUMBERS if name != "float32"]
+UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _64, _32 = ir.IntType(64), ir.IntType(32)
-_VOID = ir.VoidType()
 
 
 # -- a CPU in the place of the PTX ---------------------------------------------------------------
@@ -140,58 +138,70 @@ def address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def aligned(size: int, fill: int) -> np.ndarray:
+def aligned(shape: tuple[int, ...], fill: int) -> np.ndarray:
     """Bytes that begin at a multiple of 16."""
-    memory = np.full(size + 64, fill, np.uint8)
-    return memory[-address(memory) % 16 :][:size]
+    size = math.prod(shape)
+    memory = np.full(size + 16, fill, np.uint8)
+    return memory[-address(memory) % 16 :][:size].reshape(shape)
 
 
 # -- rows ---------------------------------------------------------------------------------------
 
 
-@cache
-def generic(name: str, dim: int, row_type: str, out_type: str) -> Any:
-    """A function of ``cache_rows`` as the CPU twin has it."""
-    import numba
+def element_bytes(bits: np.ndarray, kind: str, scales: np.ndarray | None = None) -> np.ndarray:
+    """Float32 bits ``[rows, dim]`` as elements of a kind, by the functions of ``row_elements``: the bytes of the rows."""
+    if kind == "float32":
+        elements = bits.astype(np.int64)
+    elif scales is None:
+        elements = compiled(getattr(row_elements, f"{kind}_of"))(bits.ravel())
+    else:
+        store = compiled(row_elements.int8_of if kind == "int8" else row_elements.float8_of)
+        elements = np.concatenate([store(row, scale) for row, scale in zip(bits, scales, strict=True)])
+    return elements.reshape(bits.shape).astype(UNSIGNED[ELEMENT_BYTES[kind]]).view(np.uint8)
 
-    spec = KernelSpec(name="lookup_kernel", dim=dim, policy=load_policy("fifo"), row_type=row_type, out_type=out_type)
-    wrap = numba.njit(error_model="numpy")
-    return wrap(bind(getattr(cache_rows, name), {**spec.for_one_lane, **NAMES}, wrap))
+
+def float_bits(elements: np.ndarray, kind: str, scales: np.ndarray | None = None) -> np.ndarray:
+    """Bytes of stored elements as float32 bits ``[rows, dim]``."""
+    values = np.ascontiguousarray(elements).view(UNSIGNED[ELEMENT_BYTES[kind]])
+    if kind == "float32":
+        return values
+    if scales is None:
+        bits = compiled(getattr(row_elements, f"float_of_{kind}"))(values.ravel())
+    else:
+        read = compiled(row_elements.float_of_int8 if kind == "int8" else row_elements.float_of_float8)
+        bits = np.concatenate([read(row, scale) for row, scale in zip(values, scales, strict=True)])
+    return bits.reshape(values.shape).astype(np.uint32)
 
 
 class Rows:
-    """Float32 rows, the stored rows that the CPU twin makes of them, and its answers."""
+    """Float32 rows, the rows that a cache has of them, and its answers, element by element."""
 
     def __init__(self, values: np.ndarray, row_type: str, out_type: str) -> None:
-        self.count, self.dim = values.shape
-        self.row_type, self.out_type = row_type, out_type
-        self.stride, self.scale_at = row_stride(self.dim, row_type), scale_offset(self.dim, row_type)
-        self.out_bytes = self.dim * BYTES_OF[out_type]
-        self.source = aligned(values.nbytes, 0)
-        self.source[:] = values.view(np.uint8).ravel()
-        self.stored = self.make_stored(generic("store_in_cache", self.dim, row_type, out_type))
-
-    def make_stored(self, store: Callable[..., Any]) -> np.ndarray:
-        stored = aligned(self.count * self.stride, 0x55)
-        for i in range(self.count):
-            store(address(stored) + i * self.stride, address(self.source) + i * 4 * self.dim)
-        return stored
-
-    def answers(self) -> np.ndarray:
-        out = aligned(self.count * self.out_bytes, 0x77)
-        copy = generic("copy_from_cache", self.dim, self.row_type, self.out_type)
-        for i in range(self.count):
-            copy(address(out) + i * self.out_bytes, address(self.stored) + i * self.stride)
-        return out
+        self.count, dim = values.shape
+        self.stride, self.scale_at = row_stride(dim, row_type), scale_offset(dim, row_type)
+        self.out_bytes = dim * ELEMENT_BYTES[out_type]
+        self.source = aligned((self.count, 4 * dim), 0)
+        self.source[:] = values.view(np.uint8)
+        bits, scales = values.view(np.uint32), None
+        self.stored = aligned((self.count, self.stride), 0x55)
+        if self.scale_at:
+            largest = (bits & 0x7FFFFFFF).max(1)
+            with np.errstate(all="ignore"):
+                scales = np.array([row_elements.scale_of(int(size), row_type == "int8") for size in largest], np.float32)
+            self.stored[:, self.scale_at : self.scale_at + 4] = scales[:, None].view(np.uint8)
+        elements = element_bytes(bits, row_type, scales)
+        self.stored[:, : elements.shape[1]] = elements
+        self.answers = element_bytes(float_bits(elements, row_type, scales), out_type)
+        self.sources = address(self.source) + 4 * dim * np.arange(self.count)
+        self.places = address(self.stored) + self.stride * np.arange(self.count)
 
 
-def samples(dim: int, count: int, seed: int = 0) -> np.ndarray:
-    """Rows of all sizes of numbers, among them 0, subnormal ones and what is no number; infinity in some of the rows."""
-    rng = np.random.default_rng(seed)
-    values = rng.normal(0, 1, (count, dim)) * 2.0 ** rng.integers(-30, 20, (count, dim))
-    values = values.astype(np.float32)
+def samples(dim: int, count: int) -> np.ndarray:
+    """Rows of numbers of all sizes, among them 0, subnormal ones and what is no number."""
+    rng = np.random.default_rng(dim)
+    values = (rng.normal(0, 1, (count, dim)) * 2.0 ** rng.integers(-30, 20, (count, dim))).astype(np.float32)
     values[::3] = rng.uniform(-1, 1, values[::3].shape)
-    for special in (0.0, -0.0, 1e-40, -1e-45, 6e-8, 65520.0, np.nan):
+    for special in (0.0, -0.0, 1e-40, -1e-45, 6e-8, 65520.0, np.nan, -np.nan):
         values[rng.random(values.shape) < 0.02] = special
     return values
 
@@ -200,8 +210,6 @@ def samples(dim: int, count: int, seed: int = 0) -> np.ndarray:
 
 
 def compiled_element(name: str) -> Any:
-    from test_row_elements import compiled
-
     return compiled(getattr(row_elements, name))
 
 
@@ -235,9 +243,7 @@ SCALES = [1.0, 0.0078125, 0.037, 3.5, 1e-38, 2.0**-127, 3e38]
 @pytest.mark.parametrize("half", [0, 1])
 def test_all_16_bit_floats_are_read_as_ever(stored: str, half: int) -> None:
     kind = TYPE_NUMBERS[stored]
-    read = converter(
-        lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 2, None)[half], _32)
-    )
+    read = converter(lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 2, None)[half], _32))
     halves = np.arange(1 << 16, dtype=np.uint32)
     other = np.random.default_rng(1).permutation(halves)
     words = halves << 16 | other if half else other << 16 | halves
@@ -248,9 +254,7 @@ def test_all_16_bit_floats_are_read_as_ever(stored: str, half: int) -> None:
 @pytest.mark.parametrize("byte", range(4))
 def test_all_bytes_are_read_as_ever(stored: str, byte: int) -> None:
     kind = TYPE_NUMBERS[stored]
-    read = converter(
-        lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 4, scale)[byte], _32)
-    )
+    read = converter(lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 4, scale)[byte], _32))
     bytes_ = np.arange(256, dtype=np.uint32)
     words = np.full(256, 0x81FF7F01, np.uint32) & ~np.uint32(0xFF << (8 * byte)) | bytes_ << np.uint32(8 * byte)
     name = "float_of_int8" if stored == "int8" else "float_of_float8"
@@ -288,9 +292,7 @@ def test_floats_are_rounded_to_bytes_as_ever(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3"])
 def test_scales_are_as_ever(kind: str) -> None:
-    write = converter(
-        lambda builder, word, _scale: builder.bitcast(copies.scale_of(builder, word, TYPE_NUMBERS[kind]), _32)
-    )
+    write = converter(lambda builder, word, _scale: builder.bitcast(copies.scale_of(builder, word, TYPE_NUMBERS[kind]), _32))
     sizes = np.unique(float32_sample() & 0x7FFFFFFF)
     with np.errstate(all="ignore"):
         wanted = [row_elements.scale_of(int(size), kind == "int8").view(np.uint32) for size in sizes[::7]]
@@ -317,135 +319,118 @@ def test_elements_are_packed_from_the_lower_end() -> None:
     assert (out[3:, 1:] == 0).all() and (out[1:3, 2:] == 0).all()
 
 
-# -- copies: every element once, wide, aligned ------------------------------------------------------
+# -- copies: every element once, aligned ------------------------------------------------------------
 
 
 def table_of(rows: Any = ()) -> np.ndarray:
-    """What stands for the other lanes: their rows; then the counts of loads, stores and misaligned accesses."""
-    table = np.zeros(36, np.int64)
+    """What stands for the other lanes: their rows; then the numbers of loads, stores and misaligned accesses."""
+    table = np.zeros(35, np.int64)
     table[: len(rows)] = rows
     return table
 
 
-def accesses(pieces: int, lanes: int, width: int) -> int:
-    return pieces
+def answers_at(rows: int, size: int, out_type: str, vector: bool) -> np.ndarray:
+    """Room for answers, at a multiple of 16 or (not ``vector``) right behind one."""
+    room = aligned((rows * size + 16,), 0x77)
+    return (
+        room[: rows * size].reshape(rows, size)
+        if vector
+        else room[ELEMENT_BYTES[out_type] :][: rows * size].reshape(rows, size)
+    )
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("row_type", "out_type"), PAIRS)
-def test_a_warp_copies_the_rows_of_its_lanes(row_type: str, out_type: str, dim: int) -> None:
-    """Also where some lanes have no row, with more and fewer steps than loads in flight, and answers at any address."""
-    rows = Rows(samples(dim, 40, dim), row_type, out_type)
-    wanted = rows.answers().reshape(rows.count, -1)
-    for group, depth, vector in ((8, 8, True), (32, 3, True), (16, 16, True), (8, 4, False)):
-        piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
-
-        def write(builder: Any, target: Any, source: Any, lane: Any, piece=piece, group=group, depth=depth) -> None:  # type: ignore[no-untyped-def]
-            lane = builder.trunc(lane, _32)
-            copies.copy_group(builder, piece, group, depth, rows.scale_at, target, source, lane)
-
-        copy = run_on_cpu(write, 3, rows.scale_at)
-        numbers = np.random.default_rng(dim).permutation(rows.count)[:group]
-        sources = address(rows.stored) + numbers * rows.stride
-        sources[[1, group - 2]] = 0
-        table = table_of(sources)
-        out = aligned(32 * rows.out_bytes + 32, 0x77)
-        target = out if vector else out[BYTES_OF[out_type] :]
-        for lane in range(32):
-            copy(address(target), int(table[lane]), lane, address(table))
-        got = target[: 32 * rows.out_bytes].reshape(32, -1)
-        there = sources != 0
-        assert (got[:group][there] == wanted[numbers[there]]).all()
-        assert (got[:group][~there] == 0x77).all() and (got[group:] == 0x77).all()
-        moved = there.sum() * piece.in_row
-        loads, stores, misaligned = table[32:35]
-        assert (stores, misaligned) == (moved, 0)
-        assert loads == moved + (there.sum() if rows.scale_at else 0)
+def pairs_and_dims() -> list[tuple[str, str, int, int]]:
+    """Each pair of types with three widths, so that each row type meets all of them; and a number."""
+    return [(*pair, DIMS[(3 * i + j) % len(DIMS)], 3 * i + j) for i, pair in enumerate(PAIRS) for j in range(3)]
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("row_type", "out_type"), PAIRS)
-def test_a_tile_copies_a_row(row_type: str, out_type: str, dim: int) -> None:
-    rows = Rows(samples(dim, 12, dim), row_type, out_type)
-    wanted = rows.answers().reshape(rows.count, -1)
-    for lanes, vector in ((4, True), (8, True), (8, False)):
-        piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
+@pytest.mark.parametrize(("row_type", "out_type", "dim", "number"), pairs_and_dims())
+def test_a_warp_copies_the_rows_of_its_lanes(row_type: str, out_type: str, dim: int, number: int) -> None:
+    """And none of other lanes; where some have none, with more and fewer steps than loads in flight, answers at any address."""
+    group, depth, vector = ((8, 8, True), (32, 3, True), (16, 16, True), (8, 4, False))[number % 4]
+    rows = Rows(samples(dim, 40), row_type, out_type)
+    piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
 
-        def write(builder: Any, target: Any, source: Any, lane: Any, piece=piece, lanes=lanes) -> None:  # type: ignore[no-untyped-def]
-            scale = None
-            if rows.scale_at:
-                place = _pointer(builder, builder.add(source, ir.Constant(_64, rows.scale_at)), ir.FloatType())
-                scale = builder.load(place)
-            copies.copy_row(builder, piece, lanes, ("gpu", ""), target, source, lane, scale=scale)
+    def write(builder: Any, target: Any, source: Any, lane: Any) -> None:
+        lane = builder.trunc(lane, _32)
+        copies.copy_group(builder, piece, group, depth, rows.scale_at, target, source, lane)
 
-        copy = run_on_cpu(write, 3)
-        table = table_of()
-        out = aligned(rows.count * rows.out_bytes + 16, 0x77)
-        target = out if vector else out[BYTES_OF[out_type] :]
-        for i in range(rows.count):
-            for lane in range(lanes):
-                copy(address(target) + i * rows.out_bytes, address(rows.stored) + i * rows.stride, lane, address(table))
-        assert (target[: rows.count * rows.out_bytes].reshape(rows.count, -1) == wanted).all()
-        assert list(table[32:35]) == [rows.count * piece.in_row] * 2 + [0]
+    copy = run_on_cpu(write, 3, rows.scale_at)
+    chosen = np.random.default_rng(dim).permutation(rows.count)[:32]
+    sources = rows.places[chosen]
+    sources[[1, group - 2]] = 0
+    there = sources[:group] != 0
+    table = table_of(sources)
+    out = answers_at(32, rows.out_bytes, out_type, vector)
+    for lane in range(32):
+        copy(address(out), int(table[lane]), lane, address(table))
+    assert (out[:group][there] == rows.answers[chosen[:group][there]]).all()
+    assert (out[:group][~there] == 0x77).all() and (out[group:] == 0x77).all()
+    loads, stores, misaligned = table[32:]
+    assert (stores, misaligned) == (there.sum() * piece.in_row, 0)
+    assert loads == stores + ((sources != 0).sum() if rows.scale_at else 0)
+
+
+@pytest.mark.parametrize(("row_type", "out_type", "dim", "number"), pairs_and_dims())
+def test_a_tile_copies_a_row(row_type: str, out_type: str, dim: int, number: int) -> None:
+    lanes, vector = ((4, True), (8, True), (8, False))[number // 3 % 3]
+    rows = Rows(samples(dim, 12), row_type, out_type)
+    piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
+
+    def write(builder: Any, target: Any, source: Any, lane: Any) -> None:
+        scale = copies.scale_at(builder, source, rows.scale_at)
+        copies.copy_row(builder, piece, lanes, ("gpu", ""), target, source, lane, scale=scale)
+
+    copy, table = run_on_cpu(write, 3), table_of()
+    out = answers_at(rows.count, rows.out_bytes, out_type, vector)
+    for i in range(rows.count):
+        for lane in range(lanes):
+            copy(address(out[i]), int(rows.places[i]), lane, address(table))
+    assert (out == rows.answers).all()
+    loads, stores, misaligned = table[32:]
+    assert (stores, misaligned) == (rows.count * piece.in_row, 0)
+    assert loads == stores + (rows.count * lanes if rows.scale_at else 0)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("out_type", OUT_TYPES)
 def test_a_tile_copies_a_row_of_the_host_store_to_answer_and_stage(out_type: str, dim: int) -> None:
-    rows = Rows(samples(dim, 8, dim), "float32", out_type)
-    wanted = rows.answers().reshape(rows.count, -1) if out_type != "float32" else rows.source.reshape(rows.count, -1)
-    for lanes, vector in ((4, True), (8, False)):
-        piece = copies.Piece(dim, TYPE_NUMBERS["float32"], TYPE_NUMBERS[out_type], 16 if vector else 1)
+    rows = Rows(samples(dim, 8), "float32", out_type)
+    lanes, vector = ((4, True), (8, False))[DIMS.index(dim) % 2]
+    piece = copies.Piece(dim, TYPE_NUMBERS["float32"], TYPE_NUMBERS[out_type], 16 if vector else 1)
 
-        def write(builder: Any, target: Any, stage: Any, source: Any, lane: Any, piece=piece, lanes=lanes) -> None:  # type: ignore[no-untyped-def]
-            copies.copy_row(builder, piece, lanes, ("sys", ""), target, source, lane, second=stage)
+    def write(builder: Any, target: Any, stage: Any, source: Any, lane: Any) -> None:
+        copies.copy_row(builder, piece, lanes, ("sys", ""), target, source, lane, second=stage)
 
-        copy = run_on_cpu(write, 4)
-        table = table_of()
-        out, stage = aligned(rows.count * rows.out_bytes, 0x77), aligned(rows.source.nbytes, 0x66)
-        for i in range(rows.count):
-            answer = address(out) + i * rows.out_bytes if i != 1 else 0
-            staged = address(stage) + i * 4 * dim if i != 2 else 0
-            for lane in range(lanes):
-                copy(answer, staged, address(rows.source) + i * 4 * dim, lane, address(table))
-        out, stage = out.reshape(rows.count, -1), stage.reshape(rows.count, -1)
-        some = np.arange(rows.count) != 1
-        assert (out[some] == wanted[some]).all() and (out[1] == 0x77).all()
-        some = np.arange(rows.count) != 2
-        assert (stage[some] == rows.source.reshape(rows.count, -1)[some]).all() and (stage[2] == 0x66).all()
-        assert table[34] == 0
+    copy, table = run_on_cpu(write, 4), table_of()
+    out, stage = answers_at(rows.count, rows.out_bytes, out_type, vector), aligned(rows.source.shape, 0x66)
+    for i in range(rows.count):
+        answer, staged = (address(out[i]) if i != 1 else 0), (address(stage[i]) if i != 2 else 0)
+        for lane in range(lanes):
+            copy(answer, staged, int(rows.sources[i]), lane, address(table))
+    assert (np.delete(out, 1, 0) == np.delete(rows.answers, 1, 0)).all() and (out[1] == 0x77).all()
+    assert (np.delete(stage, 2, 0) == np.delete(rows.source, 2, 0)).all() and (stage[2] == 0x66).all()
+    assert table[34] == 0
 
 
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("row_type", [name for name in TYPE_NUMBERS if name != "float32"])
+@pytest.mark.parametrize("row_type", NARROW)
 def test_a_tile_stores_a_row_in_the_cache(row_type: str, dim: int) -> None:
-    kind = TYPE_NUMBERS[row_type]
-    values = samples(dim, 12, dim)
-    values[1], values[2, 0] = 0, np.inf if row_type in ("float16", "bfloat16") else 1e30
+    values = samples(dim, 12)
+    values[1], values[2, 0] = 0, 1e30 if scale_offset(dim, row_type) else np.inf
     rows = Rows(values, row_type, "float32")
-    piece = copies.Piece(dim, TYPE_NUMBERS["float32"], kind)
-    for lanes in (4, 8):
-
-        def largest(builder: Any, source: Any, lane: Any, lanes=lanes) -> Any:  # type: ignore[no-untyped-def]
-            return copies.largest_of(builder, piece, lanes, "sys", source, lane)
-
-        def write(builder: Any, target: Any, source: Any, lane: Any, size: Any, lanes=lanes) -> None:  # type: ignore[no-untyped-def]
-            scale = None
-            if rows.scale_at:
-                scale = copies.scale_of(builder, builder.trunc(size, _32), kind)
-                place = builder.add(target, ir.Constant(_64, rows.scale_at))
-                builder.store(scale, _pointer(builder, place, ir.FloatType()))
-            copies.copy_row(builder, piece, lanes, ("sys", "gpu"), target, source, lane, scale=scale)
-
-        find, store, table = run_on_cpu(largest, 2), run_on_cpu(write, 4), table_of()
-
-        def by_tile(target: int, source: int, lanes=lanes, find=find, store=store, table=table) -> None:  # type: ignore[no-untyped-def]
-            size = max(find(source, lane, address(table)) for lane in range(lanes)) if rows.scale_at else 0
-            for lane in range(lanes):
-                store(target, source, lane, size, address(table))
-
-        assert (rows.make_stored(by_tile) == rows.stored).all()
-        assert table[34] == 0
+    piece = copies.Piece(dim, TYPE_NUMBERS["float32"], TYPE_NUMBERS[row_type])
+    lanes = (4, 8)[DIMS.index(dim) % 2]
+    find = run_on_cpu(lambda builder, *args: copies.largest_of(builder, piece, lanes, "sys", *args), 2)
+    store = run_on_cpu(lambda builder, *args: copies.store_row(builder, piece, lanes, rows.scale_at, *args), 4)
+    stored, table = aligned(rows.stored.shape, 0x55), table_of()
+    for i in range(rows.count):
+        source = int(rows.sources[i])
+        largest = max(find(source, lane, address(table)) for lane in range(lanes))
+        for lane in range(lanes):
+            store(address(stored[i]), source, lane, largest, address(table))
+    assert (stored == rows.stored).all()
+    assert table[34] == 0
 
 
 @pytest.mark.parametrize(
@@ -466,3 +451,83 @@ def test_the_wider_access_of_a_piece_has_16_bytes_where_the_width_allows_it(
 ) -> None:
     piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type])
     assert (piece.elements, piece.in_row) == (elements, dim // elements)
+
+
+# -- on a device: the kernels against the CPU twin --------------------------------------------------
+
+
+def device_cases() -> list[tuple[str, str, int]]:
+    """Every pair of types with a width or two, or with all of them if HPS_NUMBA_ALL_KERNELS is 1."""
+    if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1":
+        return [(*pair, dim) for pair in PAIRS for dim in DIMS]
+    dims = [32, 128, 100, 8, 17, 4, 384, 1, 3]
+    cases = [(*pair, dims[i % len(dims)]) for i, pair in enumerate(PAIRS)]
+    return [*cases, ("float16", "float32", 32), ("int8", "float32", 128)]
+
+
+def hard_rows(row_type: str, dim: int) -> np.ndarray:
+    """All values of a type, middles between them, floats that rounding may get wrong, and random rows.
+
+    No infinity where rows have a scale, which would be infinite: 0 times that is no number, whose bits are the processor's.
+    """
+    sample = float32_sample()
+    every = np.arange(1 << 16, dtype=np.uint32)
+    if scale_offset(dim, row_type):
+        sample = sample[(sample & 0x7FFFFFFF) < 0x7F000000]
+        steps = np.arange(-255, 256) / 2  # int8 where the largest is 127: all of them and the middles
+        with np.errstate(all="ignore"):
+            of_e4m3 = compiled(row_elements.float_of_float8)(np.arange(256), np.float32(1.0))
+        fixed = [steps.astype(np.float32).view(np.uint32), of_e4m3.astype(np.uint32)]
+        rows = [np.tile(some, -(-dim // len(some)))[:dim] if dim >= len(some) else some for some in fixed]
+        sample = np.concatenate([*rows, sample])
+    else:
+        halves = every.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+        sample = np.concatenate([every << 16, halves, sample])
+    count = min(-(-len(sample) // dim), 20_000)
+    bits = np.resize(sample.astype(np.uint32), (count, dim))
+    rows_ = bits.view(np.float32).copy()
+    if scale_offset(dim, row_type):  # the same rows with a largest value of 127 and of 448, where all numbers are exact
+        small = np.where(np.abs(rows_) <= 127, rows_, 0)
+        small[::2, 0], small[1::2, 0] = 127.0, 448.0
+        rows_ = np.concatenate([rows_, small.astype(np.float32)])
+    return np.concatenate([rows_, samples(dim, 500)])
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("row_type", "out_type", "dim"), device_cases())
+def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: int) -> None:
+    """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""
+    values = hard_rows(row_type, dim)
+    large = np.random.default_rng(dim).integers(0, len(values), LARGE_BATCH + 321)
+    wanted: dict[Any, np.ndarray] = {}
+    for device in (None, 0):
+        bench = Bench(device)
+        try:
+            store = bench.store(dim=dim)
+            store.upsert(np.arange(len(values)), values)
+            cache = bench.cache(store, 5 * len(values), row_type=row_type)
+            size = dim * ELEMENT_BYTES[out_type]
+            for start in range(0, len(values), LARGE_BATCH // 2):
+                some = np.arange(start, min(start + LARGE_BATCH // 2, len(values)))
+                for turn in range(3):
+                    got = looked_up(cache, some, size, out_type, shift=ELEMENT_BYTES[out_type] if turn == 2 else 0)
+                    same = wanted.setdefault((start, turn), got)
+                    assert (got == same).all(), (start, turn, np.argwhere(got != same)[:5])
+            assert cache.counters().misses == len(values)
+            for shift in (0, ELEMENT_BYTES[out_type]):
+                got = looked_up(cache, large, size, out_type, shift=shift)
+                same = wanted.setdefault(("large", shift), got)
+                assert (got == same).all(), (shift, np.argwhere(got != same)[:5])
+        finally:
+            bench.close()
+
+
+def looked_up(cache: Any, keys: np.ndarray, size: int, out_type: str, shift: int) -> np.ndarray:
+    """The bytes of the answers, which stand ``shift`` bytes behind a multiple of 16 meanwhile."""
+    out = np.empty(len(keys) * size + shift, np.uint8)
+    place, stream = cache._place, cache._stream
+    with place.current(), cache._copies(keys) as (at,), cache._room(out.nbytes) as room:
+        cache.lookup(at, len(keys), room + shift, stream, out_type=out_type)
+        place.to_host(out, room, stream)
+    return out[shift:].reshape(len(keys), size)

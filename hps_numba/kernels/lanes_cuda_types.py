@@ -22,7 +22,21 @@ from numba.core import cgutils
 from hps_numba.kernels.numba_cuda import cuda, intrinsic, types
 from hps_numba.kernels.row_elements import BFLOAT16, ELEMENT_BYTES, FLOAT8_E4M3, FLOAT16, FLOAT32, INT8, TYPE_NUMBERS
 
-__all__ = ["BYTES", "Piece", "bits_of", "copy_group", "copy_row", "floats_of", "largest_of", "load", "store", "typed_rows"]
+__all__ = [
+    "BYTES",
+    "Piece",
+    "bits_of",
+    "copy_group",
+    "copy_row",
+    "floats_of",
+    "largest_of",
+    "load",
+    "scale_at",
+    "scale_of",
+    "store",
+    "store_row",
+    "typed_rows",
+]
 
 _64, _32, _16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 _INT = types.int64
@@ -323,23 +337,41 @@ def largest_of(builder: Any, piece: Piece, lanes: int, scope: str, source: Any, 
     return largest
 
 
-def copy_group(
-    builder: Any, piece: Piece, group: int, depth: int, scale_at: int, target: Any, source: Any, lane: Any
-) -> None:
+def scale_at(builder: Any, source: Any, place: int) -> Any:
+    """The scale (float32) at byte ``place`` of a stored row, None if ``place`` is 0."""
+    if not place:
+        return None
+    (bits,) = load(builder, "gpu", 4, builder.add(source, _wide(place)), _word(1))
+    return builder.bitcast(bits, _F32)
+
+
+def store_row(builder: Any, piece: Piece, lanes: int, place: int, target: Any, source: Any, lane: Any, largest: Any) -> None:
+    """Store a float32 row in the cache by a tile, and its scale at byte ``place`` if that is not 0.
+
+    ``largest``: int64, bits of its largest absolute value.
+    """
+    scale = None
+    if place:
+        scale = scale_of(builder, builder.trunc(largest, _32), piece.out)
+        store(builder, "gpu", 4, builder.add(target, _wide(place)), [builder.bitcast(scale, _32)], _word(1))
+    copy_row(builder, piece, lanes, ("sys", "gpu"), target, source, lane, scale=scale)
+
+
+def copy_group(builder: Any, piece: Piece, group: int, depth: int, place: int, target: Any, source: Any, lane: Any) -> None:
     """A warp copies the rows of its first ``group`` lanes, all lanes together.
 
     Args:
         depth: loads of a lane that are in flight before the first piece is stored.
-        scale_at: byte of the scale in a stored row, or 0. Each lane loads that of its own row.
+        place: byte of the scale in a stored row, or 0. Each lane loads that of its own row.
         target: address of the first answer; they go one after the other, so that lanes write side by side.
         source: each lane's row, or 0.   lane: in the warp, 32 bits.
     """
     size, out = piece.elements * BYTES[piece.stored], piece.elements * BYTES[piece.out]
     total = group * piece.in_row
     scale = None
-    if scale_at:
+    if place:
         has = builder.zext(builder.icmp_unsigned("!=", source, _wide(0)), _32)
-        (scale,) = load(builder, "gpu", 4, builder.add(source, _wide(scale_at)), has)
+        (scale,) = load(builder, "gpu", 4, builder.add(source, _wide(place)), has)
 
     def move(first: Any, count: int) -> None:
         """Steps ``first`` (a value) to ``first + count``."""
@@ -354,11 +386,11 @@ def copy_group(
             if total % _WARP:
                 inside = builder.and_(inside, builder.zext(builder.icmp_unsigned("<", number, _word(total)), _32))
             loaded.append((row, inside, piece.load(builder, "gpu", _at(builder, start, within, size), inside)))
-        place = builder.add(target, builder.mul(builder.zext(base, _64), _wide(out)))
+        to = builder.add(target, builder.mul(builder.zext(base, _64), _wide(out)))
         for step, (row, inside, words) in enumerate(loaded):
-            of_row = builder.bitcast(shuffled(builder, scale, row), _F32) if scale_at else None
+            of_row = builder.bitcast(shuffled(builder, scale, row), _F32) if place else None
             converted = piece.convert(builder, words, of_row)
-            piece.store(builder, "", builder.add(place, _wide(_WARP * step * out)), converted, inside)
+            piece.store(builder, "", builder.add(to, _wide(_WARP * step * out)), converted, inside)
 
     steps = -(-total // _WARP)
     whole = steps // depth
@@ -387,7 +419,7 @@ def typed_rows(
     Rows of the cache begin at multiples of 16 bytes, or of their stride where that is less (``row_elements.row_stride``);
     float32 rows of the host store, of the stage and of callers at multiples of 16 if their width is one.
     """
-    dim, group, depth, scale_at = (constants[name] for name in ("DIM", "GROUP", "DEPTH", "SCALE_AT"))
+    dim, group, depth, place = (constants[name] for name in ("DIM", "GROUP", "DEPTH", "SCALE_AT"))
     stored, out = constants["ROW_TYPE"], constants["OUT_TYPE"]
     most = 16 if out_vector else 1
     answer, host = Piece(dim, stored, out, most), Piece(dim, FLOAT32, out, most)
@@ -396,7 +428,7 @@ def typed_rows(
     def rows_to_answers(typingctx, target, source, lane):
         def codegen(context, builder, signature, args):
             target, source, lane = args
-            copy_group(builder, answer, group, depth, scale_at, target, source, builder.trunc(lane, _32))
+            copy_group(builder, answer, group, depth, place, target, source, builder.trunc(lane, _32))
             return context.get_dummy_value()
 
         return types.void(_INT, _INT, _INT), codegen
@@ -404,11 +436,7 @@ def typed_rows(
     @intrinsic
     def to_answer(typingctx, target, source, lane):
         def codegen(context, builder, signature, args):
-            scale = None
-            if scale_at:
-                (bits,) = load(builder, "gpu", 4, builder.add(args[1], _wide(scale_at)), _word(1))
-                scale = builder.bitcast(bits, _F32)
-            copy_row(builder, answer, lanes, ("gpu", ""), *args, scale=scale)
+            copy_row(builder, answer, lanes, ("gpu", ""), *args, scale=scale_at(builder, args[1], place))
             return context.get_dummy_value()
 
         return types.void(_INT, _INT, _INT), codegen
@@ -435,11 +463,11 @@ def typed_rows(
         from_host(target, stage, source, lane())
 
     copies = {"copy_rows": copy_rows, "copy_from_cache": copy_from_cache, "copy_from_host": copy_from_host}
-    return copies | _into_cache(Piece(dim, FLOAT32, stored), lanes, scale_at, lane, max_in_tile, device)
+    return copies | _into_cache(Piece(dim, FLOAT32, stored), lanes, place, lane, max_in_tile, device)
 
 
 def _into_cache(
-    piece: Piece, lanes: int, scale_at: int, lane: Any, max_in_tile: Any, device: Callable[..., Any]
+    piece: Piece, lanes: int, place: int, lane: Any, max_in_tile: Any, device: Callable[..., Any]
 ) -> dict[str, Any]:
     """``store_in_cache``: a row of the cache from float32."""
 
@@ -453,18 +481,12 @@ def _into_cache(
     @intrinsic
     def to_cache(typingctx, target, source, lane, largest):
         def codegen(context, builder, signature, args):
-            target, source, lane, largest = args
-            scale = None
-            if scale_at:
-                scale = scale_of(builder, builder.trunc(largest, _32), piece.out)
-                words = [builder.bitcast(scale, _32)]
-                store(builder, "gpu", 4, builder.add(target, _wide(scale_at)), words, _word(1))
-            copy_row(builder, piece, lanes, ("sys", "gpu"), target, source, lane, scale=scale)
+            store_row(builder, piece, lanes, place, *args)
             return context.get_dummy_value()
 
         return types.void(_INT, _INT, _INT, _INT), codegen
 
-    if scale_at:
+    if place:
 
         @device
         def store_in_cache(target, source):
