@@ -44,7 +44,7 @@ from hps_numba.cache_layout import (
     WAYS,
     WAYS_PER_LINE,
 )
-from hps_numba.cache_memory import KEY_BYTES, LARGE_BATCH, STATE_WORDS, index_sets
+from hps_numba.cache_memory import KEY_BYTES, STATE_WORDS, index_sets
 from hps_numba.cache_place import LOOKUP_THREADS, Place
 from hps_numba.cache_policy import CachePolicy
 from hps_numba.errors import CapacityError, ConfigError, OutputError
@@ -156,6 +156,7 @@ class EmbeddingCache(CachePolicy):
         stride = 4 * self.dim
         with self._controlled(), self._copies(keys, rows) as (key_address, row_address):
             self._used = True
+            self._say_complete(False)  # a row may have to leave
             for start in range(0, len(keys), MAX_BATCH):
                 n = min(MAX_BATCH, len(keys) - start)
                 self._lookup_apart(key_address + 8 * start, n, 0, assume=1)
@@ -170,7 +171,7 @@ class EmbeddingCache(CachePolicy):
         place.fill(self._apart + STATE_HOST, 0, 8, stream)
         place.fill(self._own.address + SCRATCH_ABSENT, 0, 8, stream)
         place.store_word(self._own.address + SCRATCH_ASSUME, assume, stream)
-        kernel, group = self._lookup_kernel("int64", "float32", True, n < LARGE_BATCH)
+        kernel, group = self._lookup_kernel("int64", "float32", True, n < self.large_batch)
         args = (self._lines, self._rows, self.sets, self._apart, keys, n, out, np.float32(0), self._own.address)
         kernel.launch(place.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
 
@@ -201,11 +202,27 @@ class EmbeddingCache(CachePolicy):
         if rows is None:
             with self._controlled(), self._copies(keys) as (address,):
                 self._update(address, len(keys), 0)
+                self._follow_store()
             return
         rows = self._rows_of(keys, rows)
         last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
         with self._controlled(), self._copies(keys[last], rows[last]) as (address, source):
             self._update(address, len(last), source)
+
+    def _follow_store(self) -> None:
+        """The store was changed: with more rows than before, there is one that is not here."""
+        rows = 0 if self._store is None else len(self._store)
+        if rows > self._rows_of_store:
+            self._say_complete(False)
+        self._rows_of_store = rows
+
+    def check_complete(self) -> int:
+        """See whether all rows of the store are here, which makes lookups cheaper; returns how many are. Reads the index."""
+        with self._controlled():
+            self._rows_of_store = 0 if self._store is None else len(self._store)
+            resident = self.resident()
+            self._say_complete(self._store is not None and self._store.max_rows is None and resident == self._rows_of_store)
+            return resident
 
     def _update(self, keys: int, n: int, source: int) -> None:
         args = (self._lines, self._rows, self.sets, self._state, keys, n, source, 4 * self.dim, 1)
@@ -215,6 +232,7 @@ class EmbeddingCache(CachePolicy):
         """Drop those keys that the cache has; returns how many. Done when this returns."""
         keys = self.keys_of(keys)
         with self._controlled(), self._copies(keys) as (address,):
+            self._say_complete(False)
             self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
             self._change("erase_kernel", len(keys), self._lines, self.sets, self._state, address, len(keys))
             return int(self._words(self._state + STATE_COUNT, 1)[0])
@@ -254,6 +272,7 @@ class EmbeddingCache(CachePolicy):
     def clear(self) -> None:
         """Drop all rows. Done when this returns."""
         with self._controlled():
+            self._say_complete(False)
             self._change("clear_kernel", self.sets, self._lines, self.sets)
 
     # -- warming ------------------------------------------------------------------------------------------------------------
@@ -281,7 +300,7 @@ class EmbeddingCache(CachePolicy):
                 self._warm_by_lookup(keys)
             else:
                 self._warm_at_once(keys[: self.capacity] if self._chains else keys)
-            return self.resident()
+            return self.check_complete()
 
     def _warm_at_once(self, keys: np.ndarray) -> None:
         """Place the keys in lines that no reader looks into, then let each be shown when its rows are there.

@@ -11,13 +11,12 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES, TABLE_BYTES, TABLE_WORDS
-from hps_numba.cache_memory import LARGE_BATCH
 from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, Place
 from hps_numba.cache_scratch import Scratch, ScratchPool
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
@@ -53,7 +52,7 @@ class CacheGroup:
         self._fixed, self._counted, self._dim = first.fixed, first.policy.needs_count and not first.fixed, first.dim
         self._sets = max(cache.sets for cache in caches)
         self._captured: list[_GroupScratch] = []
-        self._turns: dict[tuple[str, str, bool, bool], tuple[KernelsInTurn, int]] = {}
+        self._turns: dict[tuple[str, str, bool, bool], tuple[KernelsInTurn, KernelsInTurn, int]] = {}
         self._capturing = threading.Lock()
         self._closed = False
         with self._place.current():
@@ -102,7 +101,7 @@ class CacheGroup:
         end = TABLE_WORDS * len(counts)
         words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
         aligned = all(out % 16 == 0 for out in outs)
-        shape = (key_form, out_type, aligned, sum(counts) < LARGE_BATCH)
+        shape = (key_form, out_type, aligned, sum(counts) < self._caches[0].large_batch)
         if self._again(shape, most, words, stream):
             return
         with self._place.current():
@@ -128,17 +127,21 @@ class CacheGroup:
             finally:
                 self._pool.give(scratch, stream, spoiled=not done)
             if isinstance(self._place, DevicePlace) and shape not in self._turns:
-                self._turns[shape] = self._place.in_turn(kernels), group
+                self._turns[shape] = self._place.in_turn(kernels), self._place.in_turn(kernels[:1]), group
 
     def _again(self, shape: tuple[str, str, bool, bool], most: int, words: list[int], stream: int) -> bool:
         """As ``CacheLookup._with_scratch_again``."""
-        turn, group = self._turns.get(shape, (None, 1))
-        scratch = None if turn is None else self._pool.take_again(stream, most)
-        if turn is None or scratch is None:
+        turns = self._turns.get(shape)
+        scratch = cast("_GroupScratch | None", None if turns is None else self._pool.take_again(stream, most))
+        if turns is None or scratch is None:
             return False
+        turn, lookup_alone, group = turns
         done = False
         try:
-            launches = self._launches(scratch, group, most, words)
+            if all(cache.alone for cache in self._caches):
+                turn, launches = lookup_alone, [self._lookup(scratch.without_lists, group, most, words)]
+            else:
+                launches = self._launches(scratch, group, most, words)
             started = turn.start(self._place.context, stream, scratch.event, *launches)
             done = True
         finally:
@@ -160,13 +163,18 @@ class CacheGroup:
     def _launches(self, scratch: Scratch, group: int, most: int, words: list[int]) -> list[tuple[Any, ...]]:
         """Blocks, rows, threads and arguments of each kernel."""
         place, count, tables = self._place, len(self._caches), scratch.address
-        launches = [(place.lookup_blocks(most, group), count, LOOKUP_THREADS, (tables, count, *words))]
+        launches = [self._lookup(tables, group, most, words)]
         if self._counted:
-            launches.append((place.blocks(most, count), count, OTHER_THREADS, (tables, count)))
+            launches.append((place.blocks_after(count * most, most, count), count, OTHER_THREADS, (tables, count)))
         if not self._fixed:
-            blocks = place.blocks(min(most, self._sets), count)
+            blocks = place.blocks_after(count * most, min(most, self._sets), count)
             launches.append((blocks, count, OTHER_THREADS, (tables, count, *words)))
         return launches
+
+    def _lookup(self, tables: int, group: int, most: int, words: list[int]) -> tuple[Any, ...]:
+        """The first of ``_launches``."""
+        count = len(self._caches)
+        return self._place.lookup_blocks(most, group), count, LOOKUP_THREADS, (tables, count, *words)
 
     def _batch(self, scratch: Scratch, kernels: Sequence[Kernel], group: int, most: int, words: list[int], stream: int) -> None:
         scratch.reserve(most, False, self._stream)
@@ -226,13 +234,16 @@ class CacheGroup:
 
 
 class _GroupScratch(Scratch):
-    """A scratch of each cache, and at ``address`` the description of all tables.   **Threads:** one at a time."""
+    """A scratch of each cache, and at ``address`` the description of all tables; at ``without_lists`` one whose scratches leave
+    nothing to do.   **Threads:** one at a time.
+    """
 
     def __init__(self, place: Place, caches: Sequence[EmbeddingCache], name: str) -> None:
         super().__init__(place, caches[0].scratch_shape, name)
         self._caches = caches
         self._parts = [cache.new_scratch() for cache in caches]
         self._tables: Memory | None = None
+        self.without_lists = 0
 
     def reserve(self, n: int, absent: bool, stream: int) -> None:
         """Have room for ``n`` keys of each table; ``stream`` is free to be waited for."""
@@ -243,14 +254,20 @@ class _GroupScratch(Scratch):
         for part in self._parts:
             part.reserve(wanted, absent, stream)
         if self._tables is None:
-            self._tables = self._place.allocate(TABLE_BYTES * len(self._parts), f"{self._name}: tables of a group")
-        descriptions = np.zeros((len(self._parts), TABLE_BYTES // 8), np.int64)
-        for description, cache, part in zip(descriptions, self._caches, self._parts):
-            words = cache.described(part)
-            description[: len(words)] = words
+            self._tables = self._place.allocate(self._tables_bytes, f"{self._name}: tables of a group")
+        descriptions = np.zeros((2, len(self._parts), TABLE_BYTES // 8), np.int64)
+        for i, (cache, part) in enumerate(zip(self._caches, self._parts)):
+            for description, of_part in zip(descriptions, (part, None)):
+                words = cache.described(of_part)
+                description[i, : len(words)] = words
         self._place.to_place(self._tables.address, descriptions.reshape(-1), stream)
         self.address, self.limit = self._tables.address, min(part.limit for part in self._parts)
-        self.bytes = TABLE_BYTES * len(self._parts) + sum(part.bytes for part in self._parts)
+        self.without_lists = self.address + TABLE_BYTES * len(self._parts)
+        self.bytes = self._tables_bytes + sum(part.bytes for part in self._parts)
+
+    @property
+    def _tables_bytes(self) -> int:
+        return 2 * TABLE_BYTES * len(self._parts)
 
     def _settle(self, stream: int) -> None:
         """Wait for the work that was done with it: growing is rare, and what it had is given back at once."""

@@ -44,14 +44,18 @@ OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
     STATE_COUNT,  # result of an erasure or a dump
     STATE_PENDING,  # address of uint32 [ways]: hits of this batch, for policies that need counts
     STATE_REFUSED,  # newcomers that the policy did not admit
-) = (8 * i for i in range(10))
+    STATE_CAPACITY,  # ways of the cache
+    STATE_TOLD,  # what a clock of insertions made of STATE_INSERTED: TICKS_OF_A_CACHE * rows, less what is no whole tick yet
+) = (8 * i for i in range(12))
+TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows come in as the cache has ways
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
 HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
 DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_BYTES = 0, 8, 16, 32
 GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
 GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
 GUARD_LEFT = GUARD_ENTERED + 4 * GUARD_STRIPES
-STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
+NO_LISTS = GUARD_LEFT + 4 * GUARD_STRIPES  # the scratch of a batch that leaves nothing to do: all of it is 0
+STATE_BYTES = NO_LISTS + 192
 
 # scratch of one batch: words, the rest by address
 (
@@ -62,7 +66,7 @@ STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
     SCRATCH_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
     SCRATCH_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
     SCRATCH_STAGE_STRIDE,  # bytes from row to row there
-    SCRATCH_BUCKETS,  # address of the buckets, one a set with newcomers
+    SCRATCH_BUCKETS,  # address of the buckets, one a set with newcomers; 0: newcomers are not listed
     SCRATCH_MASK,  # number of buckets - 1
     SCRATCH_LIST,  # address of int64: numbers of the buckets in use
     SCRATCH_ABSENT,  # keys found nowhere
@@ -78,13 +82,14 @@ STATE_BYTES = GUARD_LEFT + 4 * GUARD_STRIPES
     SCRATCH_SKETCH_WORDS,
     SCRATCH_SKETCH_SHIFT,
 ) = (8 * i for i in range(21))
-SCRATCH_BYTES = 192
+SCRATCH_BYTES = STATE_BYTES - NO_LISTS
 
 # bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending
 BUCKET_BYTES = 128
 BUCKET_POSITIONS = 8
 POSITION_BITS = 24
 MAX_BATCH = 1 << POSITION_BITS
+KEYS_OF_A_BLOCK_AFTER = 1024  # of a lookup: for each block of the kernels that follow it, beyond the fewest
 BATCH_MASK = (1 << 39) - 1
 # These belong together. A bucket begins with UNUSED_BUCKET in every byte; positions of a batch from FIRST_BATCH on are smaller
 # than that, as they count down, so that they displace it. Those of a batch 0 would be larger: it would enter nothing.

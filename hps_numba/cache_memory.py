@@ -14,9 +14,11 @@ import numpy as np
 
 from hps_numba.cache_layout import (
     MAX_BATCH,
+    NO_LISTS,
     SCRATCH_ABSENT,
     SET_BYTES,
     STATE_BYTES,
+    STATE_CAPACITY,
     STATE_PENDING,
     WAYS,
 )
@@ -42,8 +44,9 @@ KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 #: kernels that decide by the policy, besides those that count hits
 BY_POLICY = ("insert_kernel", "insert_tables_kernel", "touch_kernel", "touch_tables_kernel", "rescore_kernel")
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
-LARGE_BATCH = 16_384  # from here on each lane of a warp searches for a key, below a tile does
-STATE_WORDS = 10
+# from here on each lane of a warp searches for a key, below a tile does: by bytes of a row, at most 128 or more
+_LARGE_BATCH, _LARGE_BATCH_OF_WIDE = 16_384, 8192
+STATE_WORDS = 12
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
@@ -77,6 +80,7 @@ class CacheLookup:
         self.name, self.dim, self.row_type = name, dim, row_type
         self.fixed = kind != "dynamic"
         self.kind = kind
+        self.large_batch = _LARGE_BATCH if 4 * dim <= 128 else _LARGE_BATCH_OF_WIDE
         self.sets = set_count or index_sets(rows, fixed=self.fixed, whole=whole)
         self.capacity = rows if self.fixed else self.sets * WAYS
         self._chains = whole or self.fixed
@@ -87,6 +91,9 @@ class CacheLookup:
         self._kernels: dict[Any, Any] = {}
         self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
         self._repeats = False  # lookups can be started in one step
+        self._complete = False  # every row of the store is here
+        self._rows_of_store = 0  # when that was last looked at
+        self.alone = False  # lookups are one kernel: there is nothing that an insertion would do
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
         self._captured: list[Scratch] = []
@@ -128,6 +135,8 @@ class CacheLookup:
         self._state = self._take(STATE_BYTES, "state")
         self._apart = self._take(STATE_BYTES, "state of queries")  # the same clock, but no host store
         self._parts = (self._lines, self._rows, self.sets, self._state)  # as kernels take them
+        self._no_lists = self._state + NO_LISTS
+        self._place.store_word(self._state + STATE_CAPACITY, max(1, self.capacity), self._stream)
         self.bytes_of_rows = self.capacity * row_bytes
 
     def _count_hits(self, policy: Policy) -> None:
@@ -146,6 +155,16 @@ class CacheLookup:
         self._own = self.new_scratch()  # of query and insert
         self._turns.clear()
         self._repeats = self._place.ordinal is not None and not self._admits
+        self._say_complete(self._complete)
+
+    def _say_complete(self, complete: bool) -> None:
+        """Whether the cache has a row for every key of its store. Wrong for a while, it costs time and no row is wrong.
+
+        Then a lookup has nothing to insert and, if the clock of the policy stands still meanwhile, leaves nothing to do: it is
+        one kernel. The rows of keys that the store has nevertheless come from there, again and again.
+        """
+        self._complete = complete
+        self.alone = complete and not self._counted and not self._admits and self.policy.clock == "insertions"
 
     def _take(self, size: int, what: str, *, pinned: bool = False) -> int:
         allocate = self._place.allocate_pinned if pinned else self._place.allocate
@@ -185,7 +204,7 @@ class CacheLookup:
         )
 
     def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel") -> KernelSpec:
-        """How the kernel of the lookup is built, from what was measured on an H200 (``benchmarks/device/lookup.py``).
+        """How the kernel of the lookup is built, from what was measured (``benchmarks/device/lookup.py``).
 
         The limits of registers are those that the way of a hit needs. Without them the functions for misses, which stand out of
         line, would set the number for the whole kernel, and a third of the warps would fit.
@@ -196,8 +215,8 @@ class CacheLookup:
         if small:
             return replace(spec, lanes=8, group=4, by_tile=True, registers=40)
         if 4 * self.dim <= 128:
-            return replace(spec, lanes=4, group=32, registers=56)
-        return replace(spec, lanes=8, group=8, registers=64)
+            return replace(spec, lanes=4, group=16, registers=64)
+        return replace(spec, lanes=8, group=8, registers=72)
 
     def _typed_spec(self, spec: KernelSpec, small: bool) -> KernelSpec:
         """``_lookup_spec`` where rows or answers are not float32.
@@ -246,11 +265,12 @@ class CacheLookup:
         """``touch_tables_kernel`` or ``insert_tables_kernel``."""
         return self._kernels.get(name) or self._kernel(name)
 
-    def described(self, scratch: Scratch) -> list[int]:
-        """The words of a table of a group (``cache_layout``)."""
+    def described(self, scratch: Scratch | None) -> list[int]:
+        """The words of a table of a group (``cache_layout``); without a scratch, for a batch that leaves nothing to do."""
         lines, rows, sets, state = self._parts
         default = int(self._default.view(np.uint32))
-        return [lines, rows, sets, state, default, scratch.address, scratch.stage, 4 * self.dim, max(1, self.capacity)]
+        leaves, stage = (self._no_lists, 0) if scratch is None else (scratch.address, scratch.stage)
+        return [lines, rows, sets, state, default, leaves, stage, 4 * self.dim, max(1, self.capacity)]
 
     def _kernel(self, name: str) -> Kernel:
         """Any other kernel; what it does not depend on is the same for all caches, so that they share it."""
@@ -308,7 +328,7 @@ class CacheLookup:
         if absent_list and n > MAX_BATCH:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         if self._repeats and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
-            shape = (key_form, out_type, out % 16 == 0, n < LARGE_BATCH)
+            shape = (key_form, out_type, out % 16 == 0, n < self.large_batch, self.alone)
             if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
                 return
         with self._place.current():
@@ -342,22 +362,23 @@ class CacheLookup:
         return started
 
     def _start_prepared(
-        self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int
+        self, scratch: Scratch, shape: tuple[str, str, bool, bool, bool], keys: int, n: int, out: int, stream: int
     ) -> bool:
         prepared = scratch.prepared.get(shape) or self._prepare(shape, scratch, stream)
         return prepared is not None and prepared.start(keys, n, out)
 
-    def _prepare(self, shape: tuple[str, str, bool, bool], scratch: Scratch, stream: int) -> PreparedLookup | None:
-        """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
-        found = self._kernels.get(shape)
-        others = self._kernels_after()
+    def _prepare(self, shape: tuple[str, str, bool, bool, bool], scratch: Scratch, stream: int) -> PreparedLookup | None:
+        """Lookups of this shape on the stream that has the scratch, if their kernels are there; the last says if ``alone``."""
+        *built, alone = shape
+        found = self._kernels.get(tuple(built))
+        others = [] if alone else self._kernels_after()
         if found is None or None in others:
             return None
         kernel, group = found
-        launches = [
-            (1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, scratch.address)),
-            *self._finishing(scratch, 1),
-        ]
+        leaves = self._no_lists if alone else scratch.address
+        launches = [(1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, leaves))]
+        if not alone:
+            launches += self._finishing(scratch, 1)
         prepared = scratch.prepared[shape] = cast("DevicePlace", self._place).prepared_lookup(
             [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
         )
@@ -372,11 +393,15 @@ class CacheLookup:
 
     def _start_in_turn(self, scratch: Scratch, shape: tuple[Any, ...], n: int, stream: int, launch: tuple[Any, ...]) -> bool:
         """``launch``: blocks, threads and arguments of the first kernel, without the scratch, which is the last."""
-        turn = self._turns.get(shape)
+        alone = self.alone
+        turn = self._turns.get((*shape, alone))
         if turn is None:
             return False
         blocks, threads, args = launch
-        launches = [(blocks, 1, threads, (*args, scratch.address)), *self._finishing(scratch, n)]
+        leaves = self._no_lists if alone else scratch.address
+        launches = [(blocks, 1, threads, (*args, leaves))]
+        if not alone:
+            launches += self._finishing(scratch, n)
         return turn.start(self._place.context, stream, scratch.event, *launches)
 
     def _finishing(self, scratch: Scratch, n: int) -> list[tuple[Any, ...]]:
@@ -385,16 +410,18 @@ class CacheLookup:
             return []
         lines, rows, sets, state = self._parts
         insertion = (lines, rows, state, scratch.stage, 4 * self.dim, scratch.address, self._ticks(n))
-        finishing: list[tuple[Any, ...]] = [(self._place.blocks(n if n < sets else sets), 1, OTHER_THREADS, insertion)]
+        finishing: list[tuple[Any, ...]] = [(self._place.blocks_after(n, n if n < sets else sets), 1, OTHER_THREADS, insertion)]
         if self._counted:
-            finishing.insert(0, (self._place.blocks(n), 1, OTHER_THREADS, (lines, sets, state, scratch.address)))
+            finishing.insert(0, (self._place.blocks_after(n, n), 1, OTHER_THREADS, (lines, sets, state, scratch.address)))
         return finishing
 
     def _keep_turn(self, shape: tuple[Any, ...], kernel: Kernel) -> None:
         """From now on pooled lookups of this shape, which begin with this kernel, can be started in one step."""
         others = self._kernels_after()
-        if self._repeats and shape not in self._turns and None not in others:
-            self._turns[shape] = cast("DevicePlace", self._place).in_turn([kernel, *others])
+        if self._repeats and (*shape, False) not in self._turns and None not in others:
+            place = cast("DevicePlace", self._place)
+            self._turns[*shape, True] = place.in_turn([kernel])
+            self._turns[*shape, False] = place.in_turn([kernel, *others])
 
     def _with_scratch(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
         """Call ``work(scratch, *args)``: with one of the pool, or with one for good if a graph is to use it again."""
@@ -470,7 +497,7 @@ class CacheLookup:
 
     def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """Write the answer of a batch, and list what is to be inserted."""
-        kernel, group = self._lookup_kernel(*built, n < LARGE_BATCH)
+        kernel, group = self._lookup_kernel(*built, n < self.large_batch)
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 
@@ -489,10 +516,11 @@ class CacheLookup:
     def _finish(self, scratch: Scratch, n: int, source: int, stride: int, advance: int, stream: int) -> None:
         """Touch what a batch hit, if the policy counts, and insert its newcomers with the rows at ``source``."""
         if self._counted:
-            self._launch("touch_kernel", n, stream, self._lines, self.sets, self._state, scratch.address)
+            touch, blocks = self._kernel("touch_kernel"), self._place.blocks_after(n, n)
+            touch.launch(blocks, stream, self._lines, self.sets, self._state, scratch.address)
         lines, rows, sets, state = self._parts
         kernel = self._kernels.get("insert_kernel") or self._kernel("insert_kernel")
-        blocks = self._place.blocks(n if n < sets else sets)
+        blocks = self._place.blocks_after(n, n if n < sets else sets)
         kernel.launch(blocks, stream, lines, rows, state, source, stride, scratch.address, advance)
 
     def close(self) -> None:

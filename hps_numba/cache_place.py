@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from hps_numba import devices
+from hps_numba.cache_layout import KEYS_OF_A_BLOCK_AFTER
 from hps_numba.kernels.build import HostKernel, KernelSpec, for_host
 from hps_numba.kernels.host_epoch import publish
 from hps_numba.memory import HostRegion, PinnedHostAllocator
@@ -54,7 +55,7 @@ class DevicePlace:
         info = devices.device_info(ordinal)
         self.ordinal: int | None = ordinal
         self._capability = info.capability
-        self._most_blocks = 2 * info.multiprocessors
+        self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
@@ -126,6 +127,7 @@ class DevicePlace:
             "keys_of_block": group * (LOOKUP_THREADS // 32),
             "tiles_of_block": OTHER_THREADS // _LANES,
             "most_blocks": self._most_blocks,
+            "few_blocks": self._few_blocks,
             "sets": sets,
             "capacity": capacity,
         }
@@ -146,9 +148,14 @@ class DevicePlace:
         return devices.context_of(self.ordinal)
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
-        """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus, and few
-        to start for nothing."""
+        """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus."""
         return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
+
+    def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
+        """``blocks`` of a kernel that follows a lookup of ``n`` keys and mostly finds nothing to do: fewer, unless ``n`` is
+        large, as starting them takes its time."""
+        most = min(self._most_blocks, max(self._few_blocks, n // KEYS_OF_A_BLOCK_AFTER))
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), most // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:
         """A warp for each group of keys."""
@@ -219,6 +226,10 @@ class HostPlace:
         return self.kernel(spec)
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
+        """One."""
+        return 1
+
+    def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
         """One."""
         return 1
 

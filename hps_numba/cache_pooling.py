@@ -74,7 +74,7 @@ class CachePooling(CacheLookup):
         blocks = pool_blocks(bags, self.dim, run)
         args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
-        if shape in self._turns and capturing is None and n:
+        if self._turns and capturing is None and n:
             launch = (blocks, THREADS, (*self._parts, *args))
             if self._with_scratch_again(n, stream, self._start_in_turn, shape, n, stream, launch):
                 return

@@ -139,7 +139,7 @@ class TableCaches:
             step = max(1, math.ceil(cache.sets * (self._share or 1.0)))
             for first in range(0, cache.sets, step):
                 self._refresh_sets(cache, first, min(first + step, cache.sets), fetch, drop=drop)
-            self._resident[device] = cache.resident()
+            self._resident[device] = cache.check_complete()
 
     def _refresh_sets(self, cache: EmbeddingCache, first: int, stop: int, fetch: Fetch | None, *, drop: bool) -> None:
         if self._store is not None:

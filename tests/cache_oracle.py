@@ -106,6 +106,7 @@ class CacheOracle:
         self.states = [[0] * policy.state for _ in range(sets)]
         self.sketch = None if policy.admit is None or counters_of is None else SketchOracle(sets * lines * ways, counters_of)
         self.hits = self.misses = self.evictions = self.refused = 0
+        self.inserted = self._told_insertions = 0
 
     # -- batches -----------------------------------------------------------------------------
 
@@ -137,6 +138,15 @@ class CacheOracle:
         missing = [position for position, key in enumerate(batch) if self.find(key) is None]
         self._touch(batch, now)
         self._admit(batch, missing, np.asarray(rows, np.float32), now)
+
+    def time_after(self, now: int, n: int) -> int:
+        """The time after a batch of ``n`` keys that began at ``now``, by the clock of the policy."""
+        capacity = self.occupied.size
+        if self.policy.clock == "calls":
+            return now + (max(1, 4 * n // capacity) if n else 0)
+        ticks = (64 * self.inserted - self._told_insertions) // capacity
+        self._told_insertions += ticks * capacity
+        return now + ticks
 
     def _cached(self, batch: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         rows = np.full((len(batch), self.rows.shape[-1]), self.default, np.float32)
@@ -170,6 +180,7 @@ class CacheOracle:
                         self.refused += 1
                         continue
                     self.evictions += 1
+                self.inserted += 1
                 self.occupied[at] = True
                 self.keys[at] = key
                 self.rows[at] = rows[position]

@@ -115,8 +115,7 @@ class Pair:
         return self.rng.choice(self.universe, int(self.rng.integers(0, most + 1)))
 
     def advance(self, n: int) -> None:
-        if n:
-            self.now += max(1, 4 * n // self.cache.capacity)
+        self.now = self.oracle.time_after(self.now, n)
 
     def lookup(self) -> None:
         keys = self.some(60)

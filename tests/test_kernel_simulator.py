@@ -157,6 +157,7 @@ class SimulatedCache:
         self.rows = np.zeros((SETS * WAYS, STRIDE // 4), np.float32)
         self.state = self.zeros(layout.STATE_BYTES).view(np.int64)
         self.state[layout.STATE_PENDING // 8] = address(self.zeros(4 * SETS * WAYS))
+        self.state[layout.STATE_CAPACITY // 8] = SETS * WAYS
         self.scratch = self.zeros(layout.SCRATCH_BYTES).view(np.int64)
         self.fill_scratch()
         ring = layout.HOST_RING

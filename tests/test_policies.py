@@ -50,15 +50,15 @@ TRACES: dict[str, list[tuple[int, int, int]]] = {
     "lru": [
         (100, 1, 100),
         (101, 1, 100),
-        (107, 1, 100),  # 7 ticks old: not yet
-        (108, 1, 108),  # 8 ticks old
-        (108, 1, 108),
+        (103, 1, 100),  # 3 ticks old: not yet
+        (104, 1, 104),  # 4 ticks old
+        (104, 1, 104),
         (2**32 - 1, 1, 2**32 - 1),
-        (2**32 + 6, 1, 2**32 - 1),  # 7 ticks later, the clock has wrapped
-        (2**32 + 7, 1, 7),
-        (2**32 + 14, 1, 7),  # 7 ticks later
-        (2**33 + 14, 1, 7),  # 2**32 ticks more look like none
-        (2**33 + 15, 1, 15),
+        (2**32 + 2, 1, 2**32 - 1),  # 3 ticks later, the clock has wrapped
+        (2**32 + 3, 1, 3),
+        (2**32 + 6, 1, 3),  # 3 ticks later
+        (2**33 + 6, 1, 3),  # 2**32 ticks more look like none
+        (2**33 + 7, 1, 7),
     ],
     "lfu": [
         (5, 1, 1),
@@ -81,10 +81,10 @@ TRACES: dict[str, list[tuple[int, int, int]]] = {
     "random": [(5, 1, 0), (6, 1, 0)],
     "clock": [(5, 1, 0), (6, 1, 1), (7, 1, 1)],
     "sieve": [(5, 1, 10), (6, 1, 11), (7, 1, 11), (2**31 + 5, 1, 11)],
-    "tinylfu": [(100, 1, 100), (107, 1, 100), (108, 1, 108)],
+    "tinylfu": [(100, 1, 100), (103, 1, 100), (104, 1, 104)],
     "s3fifo": [(5, 1, 20), (6, 1, 21), (7, 1, 22), (7, 1, 23), (8, 4, 23)],
     "ttl": [(0, 1, 0), (63, 1, 0), (64, 1, 1), (640, 1, 10), (65536 * 64, 1, 0)],
-    "pinned": [(100, 1, 100), (107, 1, 100), (108, 1, 108)],
+    "pinned": [(100, 1, 100), (103, 1, 100), (104, 1, 104)],
 }
 
 
@@ -514,7 +514,7 @@ BAD = {
     ),
     "slip": (
         HEAD + FIRST + TOUCH + "    need_count = True",
-        "'need_count' is unknown, wanted first, touch, admit, victim, needs_count or state",
+        "'need_count' is unknown, wanted first, touch, admit, victim, clock, needs_count or state",
     ),
     "needs_count": (HEAD + FIRST + TOUCH + "    needs_count = 1", "needs_count is 1, wanted True or False"),
     "bool": (HEAD + TOUCH + "    def first(now, count): return now > 3", r"first\(0, 1\) is False, wanted an integer"),

@@ -91,7 +91,7 @@ def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: B
     for start in range(0, len(trace), BATCH):
         batch = trace[start : start + BATCH]
         assert_same_bits(cache.lookup_arrays(batch), oracle.lookup(batch, now))
-        now += max(1, 4 * len(batch) // cache.capacity)
+        now = oracle.time_after(now, len(batch))
     counts = cache.counters()
     assert (counts.keys, counts.misses) == (len(trace), oracle.misses)
     assert (counts.evicted, counts.refused) == (oracle.evictions, oracle.refused)

@@ -19,7 +19,6 @@ from llvmlite import binding, ir
 from test_cache import Bench
 from test_row_elements import compiled, e4m3_sample, halves_and_middles, interesting
 
-from hps_numba.cache_memory import LARGE_BATCH
 from hps_numba.kernels import row_elements
 from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
@@ -499,7 +498,7 @@ def hard_rows(row_type: str, dim: int) -> np.ndarray:
 def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: int) -> None:
     """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""
     values = hard_rows(row_type, dim)
-    large = np.random.default_rng(dim).integers(0, len(values), LARGE_BATCH + 321)
+    large = np.random.default_rng(dim).integers(0, len(values), 20_321)
     wanted: dict[Any, np.ndarray] = {}
     for device in (None, 0):
         bench = Bench(device)
@@ -507,14 +506,15 @@ def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: 
             store = bench.store(dim=dim)
             store.upsert(np.arange(len(values)), values)
             cache = bench.cache(store, 5 * len(values), row_type=row_type)
-            size = dim * ELEMENT_BYTES[out_type]
-            for start in range(0, len(values), LARGE_BATCH // 2):
-                some = np.arange(start, min(start + LARGE_BATCH // 2, len(values)))
+            size, small = dim * ELEMENT_BYTES[out_type], cache.large_batch // 2
+            for start in range(0, len(values), small):
+                some = np.arange(start, min(start + small, len(values)))
                 for turn in range(3):
                     got = looked_up(cache, some, size, out_type, shift=ELEMENT_BYTES[out_type] if turn == 2 else 0)
                     same = wanted.setdefault((start, turn), got)
                     assert (got == same).all(), (start, turn, np.argwhere(got != same)[:5])
             assert cache.counters().misses == len(values)
+            assert len(large) >= cache.large_batch
             for shift in (0, ELEMENT_BYTES[out_type]):
                 got = looked_up(cache, large, size, out_type, shift=shift)
                 same = wanted.setdefault(("large", shift), got)

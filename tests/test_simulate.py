@@ -106,7 +106,7 @@ def test_the_gpu_geometry_says_of_each_request_what_the_oracle_says() -> None:
         batch = trace[start : start + 16]
         assert [oracle.find(int(key)) is not None for key in batch] == hits[start : start + 16].astype(bool).tolist()
         oracle.lookup(batch, now)
-        now += max(1, 4 * len(batch) // 30)
+        now = oracle.time_after(now, len(batch))
 
 
 def test_runs_agree_with_the_cache_and_with_counting_by_hand(keys: np.ndarray) -> None:

@@ -153,6 +153,7 @@ class KernelSpec:
             "DEPTH": self.depth,
             "FIXED": self.fixed,
             "COUNTED": self.policy.needs_count and not self.fixed,
+            "BY_INSERTIONS": self.policy.clock == "insertions",
             "ROW_TYPE": TYPE_NUMBERS[self.row_type],
             "OUT_TYPE": TYPE_NUMBERS[self.out_type],
             "SCALE_AT": scale_offset(self.dim, self.row_type),

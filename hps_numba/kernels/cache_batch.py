@@ -24,8 +24,12 @@ from hps_numba.cache_layout import (
     SCRATCH_TOUCHED_LIST,
     SCRATCH_WORDS,
     SET_BYTES,
+    STATE_CAPACITY,
+    STATE_INSERTED,
     STATE_NOW,
     STATE_PENDING,
+    STATE_TOLD,
+    TICKS_OF_A_CACHE,
     WAYS,
     WAYS_PER_LINE,
 )
@@ -57,7 +61,9 @@ from hps_numba.kernels.lanes import (
 
 __all__ = ["counted", "finish_batch", "list_newcomer", "touch_batch", "touch_kernel", "touch_later"]
 
-COUNTED = False  # bound when built
+# bound when built
+COUNTED = False
+BY_INSERTIONS = False  # the clock of the policy
 
 
 def policy_touch(score, now, count):
@@ -160,8 +166,11 @@ def finish_batch(state, scratch, batch, listed, advance):
     """The last block to end leaves scratch as the next batch wants it.   **Writes:** scratch, clock.
 
     Only blocks that had some of the ``listed`` sets count, or the first if there were none: most blocks of most batches have
-    nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met.
+    nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met. After a batch
+    that listed nothing there is nothing to do at all if the clock stands still.
     """
+    if BY_INSERTIONS and not COUNTED and listed == 0:
+        return
     if block_number() > 0 and block_number() * block_tiles() >= listed:
         return
     sync_block()
@@ -174,8 +183,20 @@ def finish_batch(state, scratch, batch, listed, advance):
         st64(scratch + SCRATCH_LISTED, 0)
         st64(scratch + SCRATCH_TOUCHED, 0)
         st64(scratch + SCRATCH_BATCH, batch + 1)
-        add64(state + STATE_NOW, advance)
+        move_clock(state, advance)
         fence()
+
+
+def move_clock(state, advance):
+    """``advance`` ticks on, or as many as rows came in since (BY_INSERTIONS).   **Writes:** clock."""
+    if not BY_INSERTIONS:
+        add64(state + STATE_NOW, advance)
+        return
+    told = ld64(state + STATE_TOLD)
+    capacity = ld64(state + STATE_CAPACITY)
+    ticks = (TICKS_OF_A_CACHE * ld64(state + STATE_INSERTED) - told) // capacity
+    if ticks > 0 and cas64(state + STATE_TOLD, told, told + ticks * capacity) == told:  # else a batch of another stream does it
+        add64(state + STATE_NOW, ticks)
 
 
 def touch_kernel(lines, sets, state, scratch):

@@ -15,6 +15,7 @@ from hps_numba.cache_layout import (
     SCRATCH_ABSENT,
     SCRATCH_ABSENT_LIST,
     SCRATCH_ASSUME,
+    SCRATCH_BUCKETS,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
@@ -228,7 +229,8 @@ def serve(lines, sets, state, key, i, target, default, scratch, wanted):
     elif wanted and target != 0:
         fill_answer(target, default)
     if is_first_lane() and wanted:
-        if (present or ld64(scratch + SCRATCH_ASSUME) != 0) and not FIXED:
+        lists = (not FIXED) and ld64(scratch + SCRATCH_BUCKETS) != 0
+        if lists and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
             list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
         elif not present:
             absent_list = ld64(scratch + SCRATCH_ABSENT_LIST)

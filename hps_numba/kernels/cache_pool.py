@@ -17,6 +17,7 @@ from hps_numba.cache_layout import (
     BUSY,
     DESC_ROWS,
     SCRATCH_ASSUME,
+    SCRATCH_BUCKETS,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
@@ -230,7 +231,8 @@ def find_behind(lines, sets, state, key, i, scratch, wanted):
             stage += ld64(scratch + SCRATCH_STAGE_STRIDE) * i
             copy_from_host(np.int64(0), stage, found)
             found = stage
-    if is_first_lane() and wanted and not FIXED and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
+    lists = (not FIXED) and ld64(scratch + SCRATCH_BUCKETS) != 0
+    if lists and is_first_lane() and wanted and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
         list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
     sync_warp()
     return found

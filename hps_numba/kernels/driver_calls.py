@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hps_numba.cache_layout import KEYS_OF_A_BLOCK_AFTER
 from hps_numba.kernels.compile import host_kernel
 from hps_numba.kernels.memory_words import load_word, store_word
 
@@ -49,6 +50,7 @@ LOOKUP_WORDS = (
     "advance",  # address of its argument
     "tiles_of_block",  # of both
     "most_blocks",
+    "few_blocks",
     "sets",
     "capacity",
 )
@@ -66,6 +68,7 @@ LOOKUP_WORDS = (
     _ADVANCE,
     _TILES_OF_BLOCK,
     _MOST_BLOCKS,
+    _FEW_BLOCKS,
     _SETS,
     _CAPACITY,
 ) = (8 * i for i in range(len(LOOKUP_WORDS)))
@@ -154,6 +157,7 @@ def start_lookup(driver, lookup, keys, n, out):
     keys_of_block = load_word(lookup + _KEYS_OF_BLOCK)
     store_word(load_word(lookup + _BLOCKS), (n + keys_of_block - 1) // keys_of_block | _ONE_ROW)
     tiles, most, sets = load_word(lookup + _TILES_OF_BLOCK), load_word(lookup + _MOST_BLOCKS), load_word(lookup + _SETS)
+    most = min(most, max(load_word(lookup + _FEW_BLOCKS), n // KEYS_OF_A_BLOCK_AFTER))
     touch_blocks, insert_blocks = load_word(lookup + _TOUCH_BLOCKS), load_word(lookup + _INSERT_BLOCKS)
     if touch_blocks != 0:
         store_word(touch_blocks, min((n + tiles - 1) // tiles, most) | _ONE_ROW)

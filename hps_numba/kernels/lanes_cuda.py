@@ -381,7 +381,7 @@ def names(
         _load("ld.relaxed.gpu.global.b64"),
         _load("ld.relaxed.sys.global.b64"),
     )
-    line_pair = _load2("ld.global.L2::128B.v2.b64")  # the other line of the set comes along
+    line_pair = _load2("ld.global.v2.b64")
     load_host_pair = _load2("ld.relaxed.sys.global.v2.b64")
 
     @device

@@ -1,7 +1,7 @@
 """Any cache policy that scores slots, fully associative: the resident row with the smallest score leaves, whatever its set.
 
 Of equal scores, the row that came in first leaves. Time runs as it does for a cache in batches: it moves on after each
-``batch`` requests, by as many ticks as there. Requests are told one by one, so ``count`` is 1.
+``batch`` requests, by as many ticks as there, or with the rows that came in. Requests are told one by one, so ``count`` is 1.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from typing import Any
 import numba
 import numpy as np
 
+from hps_numba.cache_layout import TICKS_OF_A_CACHE
 from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, OWN, RESIDENT, Algorithm
 from hps_numba.kernels.associative._heap import NOT_IN_HEAP, sift_down, sift_up
 from hps_numba.kernels.build import bind
 
 __all__ = ["scored"]
 
-POSITION = OWN
+POSITION, NOW = OWN, OWN + 1
 _ORDER = 31  # bits below the score: which row came in first
-BATCH, ADVANCE = 1, 1  # bound when built
+# bound when built
+BATCH, ADVANCE = 1, 1
+BY_INSERTIONS = False  # the clock of the policy
 
 
 def policy_first(now, count):
@@ -37,7 +40,12 @@ def step(ids, hits, counters, capacity, heap, place, key_of):
     """**Writes:** as ``_algorithm`` says."""
     for i in range(len(ids)):
         key = ids[i]
-        now = np.int64(counters[POSITION] // BATCH * ADVANCE)
+        if counters[POSITION] % BATCH == 0:
+            if BY_INSERTIONS:
+                counters[NOW] = TICKS_OF_A_CACHE * counters[ADMITTED] // capacity
+            else:
+                counters[NOW] = counters[POSITION] // BATCH * ADVANCE
+        now = np.int64(counters[NOW])
         counters[POSITION] += 1
         at = np.int64(place[key])
         if at != NOT_IN_HEAP:
@@ -75,12 +83,12 @@ def _state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
 
 def scored(policy: Any, batch: int, advance: int) -> Algorithm:
     """The algorithm of a ``Policy``; compiled when it first runs, once a policy and a pace of time."""
-    return _scored(policy.digest, policy.first, policy.touch, batch, advance)
+    return _scored(policy.digest, policy.first, policy.touch, policy.clock == "insertions", batch, advance)
 
 
 @functools.lru_cache(maxsize=64)
-def _scored(digest: str, first: Any, touch: Any, batch: int, advance: int) -> Algorithm:
-    names = {"policy_first": first, "policy_touch": touch, "BATCH": batch, "ADVANCE": advance}
+def _scored(digest: str, first: Any, touch: Any, by_insertions: bool, batch: int, advance: int) -> Algorithm:
+    names = {"policy_first": first, "policy_touch": touch, "BATCH": batch, "ADVANCE": advance, "BY_INSERTIONS": by_insertions}
 
     def compiled(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)

@@ -11,7 +11,9 @@ their namespace, there is no ``self``::
         def touch(score, now, count):
             return -now
 
-* ``now``: time in ticks, 0 <= now < 2**48; the same for all keys of a call, larger in each later call.
+* ``now``: time in ticks, 0 <= now < 2**48; the same for all keys of a call, larger in each later call. With the class attribute
+  ``clock = "insertions"`` it is the number of rows that came in so far, 64 ticks for as many as the cache has ways: it stands
+  still while nothing comes in, and a cache that holds its whole table then needs no second kernel a lookup.
 * ``count``: 1. With the class attribute ``needs_count = True``: how often the batch has the key, 1 <= count < 2**31.
 * ``score``: 0 <= score < 2**32. What a function returns is kept modulo 2**32.
 
@@ -76,7 +78,8 @@ _PARAMETERS = {
 #: a parameter that a function may have besides, at the end
 _MORE = {"first": "key", "victim": "now"}
 _NEEDED = ("first", "touch")
-_KNOWN = (*_PARAMETERS, "needs_count", "state")
+_CLOCKS = ("calls", "insertions")
+_KNOWN = (*_PARAMETERS, "clock", "needs_count", "state")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Policy:
             In plain Python, scores and state are lists, compiled they are int64 arrays.
         state: uint32 that victim keeps of each set.
         takes_key, takes_now: the functions have these parameters.
+        clock: what ``now`` counts: ``calls`` or ``insertions``.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Policy:
     state: int = 0
     takes_key: bool = False
     takes_now: bool = False
+    clock: str = "calls"
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:
@@ -120,7 +125,7 @@ class Policy:
         if self.needs_count:  # a kernel of its own touches
             return load_policy("lfu")
         first = load_policy("fifo").first
-        return Policy(self.name, first, self.touch, False, _digest({"first": first, "touch": self.touch}, False, 0))
+        return Policy(self.name, first, self.touch, False, _digest({"first": first, "touch": self.touch}, False, 0, "calls"))
 
 
 def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = None) -> Policy:
@@ -155,7 +160,7 @@ def policy_with(kind: type, **constants: Any) -> type:
     """A class like ``kind`` whose functions, and those that they call, see other values of the globals in ``constants``.
 
     So one file serves for policies that differ in a number, a tuple of keys or another policy's function:
-    ``policy_with(Decay, HALF_LIFE=100)``. ``needs_count`` and ``state`` among the constants are those of the class.
+    ``policy_with(Decay, HALF_LIFE=100)``. ``clock``, ``needs_count`` and ``state`` among the constants are those of the class.
 
     Raises:
         PolicyError: ``kind`` is no class. What the constants may be is checked when the result is loaded.
@@ -163,7 +168,7 @@ def policy_with(kind: type, **constants: Any) -> type:
     if not isinstance(kind, type):
         raise PolicyError(f"policy_with: {kind!r} came, a class is wanted")
     body: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    for name in ("needs_count", "state"):
+    for name in ("clock", "needs_count", "state"):
         if name in constants:
             body[name] = constants.pop(name)
     body["_constants"] = {**getattr(kind, "_constants", {}), **constants}
@@ -186,18 +191,19 @@ def _policy_of(kind: Any, name: str, *, compiled: bool) -> Policy:
             functions[label] = isolated(name, function, constants)
     needs_count: bool = getattr(kind, "needs_count", False)
     state: int = getattr(kind, "state", 0)
-    digest = _digest(functions, needs_count, state)
+    clock: str = getattr(kind, "clock", "calls")
+    digest = _digest(functions, needs_count, state, clock)
     if digest not in _functions:
-        check_plain(_made(name, functions, needs_count, state, digest))
+        check_plain(_made(name, functions, needs_count, state, clock, digest))
         _functions.setdefault(digest, functions)
-    policy = _made(name, _functions[digest], needs_count, state, digest)
+    policy = _made(name, _functions[digest], needs_count, state, clock, digest)
     if compiled and digest not in _compiled:
         check_compiled(policy)
         _compiled.add(digest)
     return policy
 
 
-def _made(name: str, functions: Mapping[str, FunctionType], needs_count: bool, state: int, digest: str) -> Policy:
+def _made(name: str, functions: Mapping[str, FunctionType], needs_count: bool, state: int, clock: str, digest: str) -> Policy:
     takes_key, takes_now = (label in functions and _has_more(functions[label], label) for label in _MORE)
     return Policy(
         name,
@@ -210,6 +216,7 @@ def _made(name: str, functions: Mapping[str, FunctionType], needs_count: bool, s
         state,
         takes_key,
         takes_now,
+        clock,
     )
 
 
@@ -217,9 +224,9 @@ def _has_more(function: FunctionType, label: str) -> bool:
     return function.__code__.co_argcount > len(_PARAMETERS[label])
 
 
-def _digest(functions: Mapping[str, Any], needs_count: bool, state: int) -> str:
+def _digest(functions: Mapping[str, Any], needs_count: bool, state: int, clock: str) -> str:
     python = sys.implementation.cache_tag or sys.version
-    lines = [python, f"{needs_count} {state}"]
+    lines = [python, f"{needs_count} {state} {clock}"]
     for label, function in functions.items():
         lines += [label, *described(function)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
@@ -242,6 +249,9 @@ def _check_attributes(kind: Any, name: str) -> None:
     needs_count = getattr(kind, "needs_count", False)
     if not isinstance(needs_count, bool):
         raise PolicyError(f"policy {name!r}: needs_count is {needs_count!r}, wanted True or False")
+    clock = getattr(kind, "clock", "calls")
+    if clock not in _CLOCKS:
+        raise PolicyError(f"policy {name!r}: clock is {clock!r}, wanted {' or '.join(map(repr, _CLOCKS))}")
     state = getattr(kind, "state", 0)
     if type(state) is not int or not 0 <= state <= MOST_STATE:
         raise PolicyError(f"policy {name!r}: state is {state!r}, wanted a number of uint32 a set, 0 to {MOST_STATE}")

@@ -70,7 +70,9 @@ def pinned(keys: Iterable[int], order: Any = "lru") -> type:
         raise PolicyError(f"pinned: {policy.name!r} does more than score rows, wanted one with first and touch alone")
     known = tuple(sorted({int(key) for key in keys}))
     functions = {"order_first": policy.first, "order_touch": policy.touch}
-    return policy_with(Pinned, KEYS=known or (0,), COUNT=len(known), needs_count=policy.needs_count, **functions)
+    return policy_with(
+        Pinned, KEYS=known or (0,), COUNT=len(known), clock=policy.clock, needs_count=policy.needs_count, **functions
+    )
 
 
 PART = pinned(())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 __all__ = ["TinyLFU"]
 
-SLACK = 8
+SLACK = 4
 LOW32 = 0xFFFF_FFFF
 
 
 class TinyLFU:
     """The score is the time of the last request, up to ``SLACK`` ticks late, modulo 2**32."""
+
+    clock = "insertions"
 
     def first(now, count):
         return now
