@@ -219,17 +219,16 @@ class CacheLookup:
         return replace(spec, lanes=8, group=8, registers=72)
 
     def _typed_spec(self, spec: KernelSpec, small: bool) -> KernelSpec:
-        """``_lookup_spec`` where rows or answers are not float32.
+        """``_lookup_spec`` where rows or answers are not float32; ``benchmarks/device/shapes.py`` tries other values.
 
-        What a lane has in flight of narrow rows takes half of the registers or less. Groups are so large that 8 loads of a lane
-        are all of them, or half of 8 for answers of 16 bits (``benchmarks/device/shapes.py`` tries others).
+        What lanes have in flight of narrow rows takes half of the registers or less, if it is 4 elements or more a load.
         """
         if small:
             return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if self.dim <= 128 else 64)
-        wide = self.row_type == "float32" or self.dim > 128 or self.dim % 4 != 0 or not spec.out_vector
+        narrow = self.row_type != "float32" and self.dim % 4 == 0 and self.dim <= 128 and spec.out_vector
         if self.dim <= 32:
-            return replace(spec, lanes=4, group=32, registers=64 if wide else 48)
-        return replace(spec, lanes=8, group=16 if self.dim <= 64 else 8, registers=64 if wide else 48)
+            return replace(spec, lanes=4, group=16, registers=48 if narrow else 64)
+        return replace(spec, lanes=8, group=8, registers=48 if narrow else 72)
 
     def _lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """The kernel of the lookup, and how many keys a warp of it takes."""

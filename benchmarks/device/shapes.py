@@ -32,7 +32,7 @@ class Sizes:
     ways: int = 4_194_300
     keys: int = 1_048_576
     repetitions: int = 21
-    registers: tuple[int, ...] = (40, 48, 56, 64)
+    registers: tuple[int, ...] = (40, 48, 56, 64, 72)
     depths: tuple[int, ...] = (8, 16)
 
 
@@ -54,7 +54,7 @@ def shapes_of(built: Shape, sizes: Sizes) -> Iterator[Shape]:
     yield built
     groups = sorted({max(8, built.group // 2), built.group, min(32, built.group * 2)})
     for group, depth, registers in itertools.product(groups, sizes.depths, sizes.registers):
-        shape = Shape(4 if group == 32 else built.lanes, group, depth, registers)
+        shape = Shape(built.lanes, group, depth, registers)
         if shape != built:
             yield shape
 

@@ -119,12 +119,16 @@ def opaque(builder: Any, number: int) -> Any:
 # -- elements -----------------------------------------------------------------------------------
 
 
-def floats_of(builder: Any, stored: int, words: Sequence[Any], count: int, scale: Any) -> list[Any]:
-    """The float32 that ``count`` stored elements stand for; ``scale`` (float32) if the type has one."""
+def floats_of(builder: Any, stored: int, words: Sequence[Any], count: int, scale: Any, *, any_nan: bool = False) -> list[Any]:
+    """The float32 that ``count`` stored elements stand for; ``scale`` (float32) if the type has one.
+
+    ``any_nan``: what is no number may be any, as where it is added to others; that takes fewer registers.
+    """
     if stored == FLOAT32:
         return [builder.bitcast(word, _F32) for word in words]
     if BYTES[stored] == 2:
-        float_of = _float_of_float16 if stored == FLOAT16 else _float_of_bfloat16
+        float16 = _float_of_number if any_nan else _float_of_float16
+        float_of = float16 if stored == FLOAT16 else _float_of_bfloat16
         return [float_of(builder, words[i // 2], i % 2) for i in range(count)]
     if stored == INT8:
         words = [builder.xor(word, _word(0x80808080)) for word in words]
@@ -141,6 +145,12 @@ def _float_of_float16(builder: Any, word: Any, half: int) -> Any:
     size = builder.bitcast(builder.and_(bits, _word(0x7FFFFFFF)), _F32)
     beyond = builder.fcmp_ordered(">=", size, _float(65536.0))
     return builder.bitcast(builder.select(beyond, builder.or_(bits, _word(0x7F800000)), bits), _F32)
+
+
+def _float_of_number(builder: Any, word: Any, half: int) -> Any:
+    """By the instruction that there is: from a float16 that is no number it makes one with bits of its own."""
+    bits = builder.trunc(builder.lshr(word, _word(16)) if half else word, _16)
+    return builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32)
 
 
 def _float_of_bfloat16(builder: Any, word: Any, half: int) -> Any:
