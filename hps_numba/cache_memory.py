@@ -224,12 +224,25 @@ class CacheLookup:
         line, would set the number for the whole kernel, and a third of the warps would fit.
         """
         spec = self._answer_spec(name, key_form, out_type, aligned)
-        plain = self.row_type == out_type == "float32"
+        if not self.row_type == out_type == "float32":
+            return self._typed_spec(spec, small)
         if small:
-            return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if plain else 64)
+            return replace(spec, lanes=8, group=4, by_tile=True, registers=40)
         if 4 * self.dim <= 128:
             return replace(spec, lanes=4, group=16, registers=64)
         return replace(spec, lanes=8, group=8, registers=72)
+
+    def _typed_spec(self, spec: KernelSpec, small: bool) -> KernelSpec:
+        """``_lookup_spec`` where rows or answers are not float32; ``benchmarks/device/shapes.py`` tries other values.
+
+        What lanes have in flight of narrow rows takes half of the registers or less, if it is 4 elements or more a load.
+        """
+        if small:
+            return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if self.dim <= 128 else 64)
+        narrow = self.row_type != "float32" and self.dim % 4 == 0 and self.dim <= 128 and spec.out_vector
+        if self.dim <= 32:
+            return replace(spec, lanes=4, group=16, registers=48 if narrow else 64)
+        return replace(spec, lanes=8, group=8, registers=48 if narrow else 72)
 
     def _list_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """``_lookup_kernel`` that only lists what is missing."""

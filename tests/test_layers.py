@@ -284,7 +284,7 @@ def test_kernels_reach_the_driver_and_the_compiler_through_one_file_each() -> No
     assert not [str(one) for one, target in inner_imports() if target == "kernels.launch" and one.at_import]
 
 
-LANES_OF_CUDA = ("kernels.lanes_cuda", "kernels.lanes_cuda_pool")
+LANES_OF_CUDA = ("kernels.lanes_cuda", "kernels.lanes_cuda_pool", "kernels.lanes_cuda_types")
 
 
 def is_numba_cuda(node: ast.AST) -> bool:

@@ -3,7 +3,7 @@
 * Pooled (P4): sums of bags beside a kernel that reads each row once by its number and writes each sum once, and
   ``F.embedding_bag``.
 * Tables (P5): ``HPS.lookup_many`` of 26 tables beside ``HPS.lookup`` of one with as many keys in total.
-* Row types: float32 answers from rows that the cache keeps as float16, bfloat16, int8 or float8, beside the plain gather.
+* Row types: answers in float32 and float16 from rows that the cache keeps in each type, beside float32 rows and answers.
 * Graphs: lookups with misses captured in a CUDA graph, replayed with fresh keys, every row of every replay compared.
 """
 
@@ -32,7 +32,7 @@ DIMS = (32, 128)
 SECTIONS = ("pooled", "tables", "row types", "graphs")
 P4, P5 = 1.25, 1.3
 TABLES = 26  # as in DLRM
-CEILING, GATHER = "plain pooling", "plain gather"
+CEILING, GATHER, FLOAT32 = "plain pooling", "plain gather", "float32 to float32"
 #: largest error of an element over that of the largest element of its row
 TOLERANCES = {"float32": 0.0, "float16": 1e-3, "bfloat16": 6e-3, "int8": 6e-3, "float8_e4m3": 0.07}
 
@@ -50,13 +50,14 @@ class Sizes:
     graph_batches: tuple[int, ...] = (1024, 16_384, 131_072)
     repetitions: int = 31
     replays: int = 12
-    row_types: tuple[str, ...] = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
+    row_types: tuple[str, ...] = tuple(TOLERANCES)
+    answers: tuple[str, ...] = ("float32", "float16")
     misses: misses.Sizes = field(default_factory=misses.Sizes)
 
 
 QUICK = Sizes(
     rows=1_000_000, ways=1_350_000, bags=((1024, 8), (16_384, 64)), table_rows=10_000, table_keys=(64, 4096),
-    batches=(1_048_576,), graph_batches=(1024, 131_072), repetitions=11, replays=6, row_types=("float32", "float16", "int8"),
+    batches=(1_048_576,), graph_batches=(1024, 131_072), repetitions=11, replays=6,
     misses=replace(misses.QUICK, table_bytes=(1 << 28,)),
 )  # fmt: skip
 TINY = Sizes(
@@ -224,37 +225,44 @@ def table_calls(server: Any, machine: Machine, dim: int, sizes: Sizes, n: int) -
 
 
 def row_types(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
-    """All hits, by the type in which the cache keeps its rows; answers are float32."""
+    """All hits, by the type in which the cache keeps its rows and that of answers, beside float32 for both."""
     machine = run.machine
     store = fill_store(machine, sizes.rows, dim)
     weights = rows_of(torch.arange(sizes.rows, device=machine.device), dim)
     gather = PlainGather(machine, dim)
     figures: dict[str, dict[int, float]] = {}
     batches = {n: Batches(machine, sizes.rows, n, dim, BATCHES) for n in sizes.batches}
-    for n, some in batches.items():
-        call: Call = lambda turn, stream, some=some: gather(some.numbers[turn], weights, some.out, stream)  # noqa: E731
-        figures.setdefault(GATHER, {})[n] = median(machine.times(call, sizes.repetitions))
     for row_type in sizes.row_types:
         cache = resident_cache(machine, store, sizes.ways, row_type=row_type)
         try:
-            figures[row_type] = {n: one_type(machine, cache, some, sizes) for n, some in batches.items()}
+            for answer in sizes.answers:
+                name = f"{row_type} to {answer}"
+                figures[name] = {n: one_type(machine, cache, some, answer, sizes) for n, some in batches.items()}
+                run.say(f"D={dim} {name}, us: {', '.join(f'{n:,} keys {compact(time)}' for n, time in figures[name].items())}")
         finally:
             machine.wait()
             cache.close()
-        run.say(f"D={dim} {row_type}, us: {', '.join(f'{n:,} keys {compact(time)}' for n, time in figures[row_type].items())}")
+    for n, some in batches.items():
+        call: Call = lambda turn, stream, some=some: gather(some.numbers[turn], weights, some.out, stream)  # noqa: E731
+        figures.setdefault(GATHER, {})[n] = median(machine.times(call, sizes.repetitions))
     store.close()
-    ratio_cells(f"D={dim}: rows stored as", figures, GATHER)
+    ratio_cells(f"D={dim}: rows stored as one type, answered in another", figures, FLOAT32)
     return figures
 
 
-def one_type(machine: Machine, cache: Any, batches: Batches, sizes: Sizes) -> float:
+def one_type(machine: Machine, cache: Any, batches: Batches, answer: str, sizes: Sizes) -> float:
     """Median microseconds of a lookup, after one that was checked."""
-    keys, n, out = [some.data_ptr() for some in batches.keys], batches.n, batches.out
-    batches.out.fill_(float("nan"))
-    cache.lookup(keys[0], n, out.data_ptr(), machine.stream())
+    keys, n = [some.data_ptr() for some in batches.keys], batches.n
+    out = torch.full((n, cache.dim), float("nan"), dtype=getattr(torch, answer), device=machine.device)
+
+    def call(turn: int, stream: int) -> None:
+        cache.lookup(keys[turn], n, out.data_ptr(), stream, out_type=answer)
+
+    call(0, machine.stream())
     machine.wait()
-    check(cache.row_type, out, batches.numbers[0], cache.dim, tolerance=TOLERANCES[cache.row_type])
-    return median(machine.times(lambda turn, stream: cache.lookup(keys[turn], n, out.data_ptr(), stream), sizes.repetitions))
+    tolerance = max(TOLERANCES[cache.row_type], TOLERANCES[answer])
+    check(f"{cache.row_type} to {answer}", out, batches.numbers[0], cache.dim, tolerance=tolerance)
+    return median(machine.times(call, sizes.repetitions))
 
 
 # -- graphs -------------------------------------------------------------------------------------------------------------------

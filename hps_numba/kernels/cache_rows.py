@@ -1,7 +1,7 @@
 """Rows on their way: from the cache to the answer, from the host store to answer and stage, from the stage to the cache.
 
-Every lane of a tile moves its share of the elements. These are the versions for any width and any type; ``lanes_cuda`` has
-faster ones for float32.
+Every lane of a tile moves its share of the elements. These are the versions for any lanes; a GPU has faster ones, for float32
+in ``lanes_cuda``, for other types in ``lanes_cuda_types``.
 
 Constants bound when a kernel is built (``build.py``): DIM, LANES, ROW_TYPE (how the cache stores rows), OUT_TYPE (of answers),
 SCALE_AT (byte of the scale in a stored row, or 0).

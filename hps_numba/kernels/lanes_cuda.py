@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from hps_numba.kernels.lanes_cuda_pool import pool_names
+from hps_numba.kernels.lanes_cuda_types import typed_rows
 from hps_numba.kernels.numba_cuda import cuda, intrinsic, make_array, populate_array, types
 
 __all__ = ["names"]
@@ -361,7 +362,7 @@ def names(
     constants: dict[str, Any],
     device: Callable[..., Any],
 ) -> dict[str, Any]:
-    """What takes the place of the functions of ``lanes`` (and of ``cache_rows`` where rows are float32) for one kernel.
+    """What takes the place of the functions of ``lanes`` and of the copies in ``cache_rows`` for one kernel.
 
     Args:
         lanes: in a tile, 4 or 8.
@@ -670,6 +671,8 @@ def names(
         bound |= _float32_rows(
             lanes, constants["GROUP"], constants["DEPTH"], constants["DIM"], out_vector, lane, lane_in_warp, device
         )
+    elif "ROW_TYPE" in constants:
+        bound |= typed_rows(constants, lanes, out_vector, lane, max_in_tile, device)
     if "DIM" in constants:
         bound |= pool_names(constants, out_vector)
     return bound

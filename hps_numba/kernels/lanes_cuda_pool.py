@@ -12,45 +12,20 @@ from typing import Any
 from llvmlite import ir
 
 from hps_numba.kernels.cache_pool import pool_lanes
+from hps_numba.kernels.lanes_cuda_types import BYTES, bits_of, floats_of, load, store
 from hps_numba.kernels.numba_cuda import intrinsic, types
-from hps_numba.kernels.row_elements import BFLOAT16, ELEMENT_BYTES, FLOAT16, FLOAT32, INT8, TYPE_NUMBERS
+from hps_numba.kernels.row_elements import FLOAT32
 
 __all__ = ["pool_names"]
 
-_64, _32, _16, _8, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.FloatType()
+_64, _32, _F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _INT, _FLOAT = types.int64, types.float32
-_BYTES = {TYPE_NUMBERS[name]: size for name, size in ELEMENT_BYTES.items()}
-_REGISTERS = {4: ("r", _32), 2: ("h", _16), 1: ("h", _16)}  # by bytes of an access: PTX has no registers of a byte
 _IN_FLIGHT = 4
 
 
 def _asm(builder: Any, result: Any, text: str, constraints: str, args: list[Any], *, volatile: bool) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=volatile), args)
-
-
-def _load(builder: Any, scope: str, size: int, address: Any, inside: Any) -> list[Any]:
-    """``size`` bytes: 32-bit words, or one narrower value; anything if not ``inside``."""
-    words = max(1, size // 4)
-    register, kind = _REGISTERS[min(size, 4)]
-    vector = {1: "", 2: ".v2", 4: ".v4"}[words]
-    into = "{" + ", ".join(f"${i}" for i in range(words)) + "}" if words > 1 else "$0"
-    form = f"{vector}.b32" if size >= 4 else f".u{8 * size}"
-    text = f"{{ .reg .pred p; setp.ne.u32 p, ${words + 1}, 0; @p ld.relaxed.{scope}.global{form} {into}, [${words}]; }}"
-    result = ir.LiteralStructType([kind] * words) if words > 1 else kind
-    constraints = ",".join([f"={register}"] * words) + ",l,r,~{memory}"
-    got = _asm(builder, result, text, constraints, [address, inside], volatile=True)
-    return [builder.extract_value(got, i) for i in range(words)] if words > 1 else [got]
-
-
-def _store(builder: Any, values: list[Any], address: Any, inside: Any) -> None:
-    register = "r" if values[0].type == _32 else "h"
-    vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
-    names = "{" + ", ".join(f"${i + 1}" for i in range(len(values))) + "}" if len(values) > 1 else "$1"
-    form = f"{vector}.b{values[0].type.width}"
-    text = f"{{ .reg .pred p; setp.ne.u32 p, ${len(values) + 1}, 0; @p st.global{form} [$0], {names}; }}"
-    constraints = "l," + ",".join([register] * len(values)) + ",r,~{memory}"
-    _asm(builder, ir.VoidType(), text, constraints, [address, *values, inside], volatile=True)
 
 
 def _float(builder: Any, operation: str, *args: Any) -> Any:
@@ -62,42 +37,6 @@ def _float(builder: Any, operation: str, *args: Any) -> Any:
 
 def _constant(value: float) -> Any:
     return ir.Constant(_F32, value)
-
-
-def _float_of(builder: Any, stored: int, bits: Any, scale: Any) -> Any:
-    """The float32 that the bits of a stored element stand for, as in ``row_elements``."""
-    if stored == FLOAT32:
-        return builder.bitcast(bits, _F32)
-    if stored == FLOAT16:
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32)
-    if stored == BFLOAT16:
-        return builder.bitcast(builder.shl(builder.zext(bits, _32), ir.Constant(_32, 16)), _F32)
-    if stored == INT8:
-        return _float(builder, "mul", builder.sitofp(bits, _F32), scale)
-    byte = builder.zext(bits, _32)
-    low = builder.and_(byte, ir.Constant(_32, 0x7F))
-    size = builder.bitcast(builder.shl(low, ir.Constant(_32, 20)), _F32)
-    size = _float(builder, "mul", _float(builder, "mul", size, _constant(2.0**120)), scale)
-    sign = builder.shl(builder.and_(byte, ir.Constant(_32, 0x80)), ir.Constant(_32, 24))
-    value = builder.or_(builder.bitcast(size, _32), sign)
-    nan = builder.icmp_unsigned("==", low, ir.Constant(_32, 0x7F))
-    return builder.bitcast(builder.select(nan, ir.Constant(_32, 0x7FC00000), value), _F32)
-
-
-def _narrow(builder: Any, value: Any, kind: int) -> Any:
-    """Bits of an element of an answer, as in ``row_elements``."""
-    bits = builder.bitcast(value, _32)
-    if kind == FLOAT32:
-        return bits
-    nan = builder.fcmp_unordered("uno", value, value)
-    high = builder.lshr(bits, ir.Constant(_32, 16))
-    if kind == FLOAT16:
-        half = _asm(builder, _16, "cvt.rn.f16.f32 $0, $1;", "=h,f", [value], volatile=False)
-        sign = builder.trunc(builder.and_(high, ir.Constant(_32, 0x8000)), _16)
-        return builder.select(nan, builder.or_(sign, ir.Constant(_16, 0x7E00)), half)
-    odd = builder.and_(high, ir.Constant(_32, 1))
-    rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_32, 0x7FFF)), odd), ir.Constant(_32, 16))
-    return builder.trunc(builder.select(nan, builder.or_(high, ir.Constant(_32, 0x40)), rounded), _16)
 
 
 class _Shape:
@@ -126,38 +65,23 @@ class _Shape:
 
     def load(self, builder: Any, scope: str, stored: int, source: Any, wanted: Any, scale: Any) -> list[Any]:
         """The part of a row, as float32 values."""
-        size = _BYTES[stored]
+        size = BYTES[stored]
         values = []
         for element, inside in self.places(builder, wanted):
             address = builder.add(source, builder.mul(element, ir.Constant(_64, size)))
-            loaded = _load(builder, scope, size * self.together, address, inside)
-            values += [_float_of(builder, stored, bits, scale) for bits in self.pieces(builder, loaded, size)]
+            loaded = load(builder, scope, size * self.together, address, inside)
+            values += floats_of(builder, stored, loaded, self.together, scale, any_nan=True)
         return values
-
-    def pieces(self, builder: Any, loaded: list[Any], size: int) -> list[Any]:
-        """Bits of single elements from what one access brought."""
-        kind = {4: _32, 2: _16, 1: _8}[size]
-        if self.together == 1:
-            return [loaded[0] if loaded[0].type == kind else builder.trunc(loaded[0], kind)]
-        each = 4 // size
-        return [
-            builder.trunc(builder.lshr(word, ir.Constant(_32, 8 * size * i)), kind) if each > 1 else word
-            for word in loaded
-            for i in range(each)
-        ]
 
     def store(self, builder: Any, out: int, vector: bool, target: Any, values: list[Any]) -> None:
         """Write the elements of an answer that lie inside the row."""
-        size = _BYTES[out]
-        bits = [_narrow(builder, value, out) for value in values]
+        size, together = BYTES[out], self.together if vector else 1
         for number, (element, inside) in enumerate(self.places(builder, ir.Constant(ir.IntType(1), 1))):
             address = builder.add(target, builder.mul(element, ir.Constant(_64, size)))
-            some = bits[number * self.together : (number + 1) * self.together]
-            if vector and self.together == 4:
-                _store(builder, some if size == 4 else [_pair(builder, *some[:2]), _pair(builder, *some[2:])], address, inside)
-                continue
-            for i, value in enumerate(some):
-                _store(builder, [value], builder.add(address, ir.Constant(_64, size * i)), inside)
+            for i in range(0, self.together, together):
+                first = number * self.together + i
+                words = bits_of(builder, out, values[first : first + together])
+                store(builder, "", size * together, builder.add(address, ir.Constant(_64, size * i)), words, inside)
 
     def unpack(self, builder: Any, part: Any) -> list[Any]:
         """The values of a part."""
@@ -171,10 +95,6 @@ class _Shape:
         return part
 
 
-def _pair(builder: Any, low: Any, high: Any) -> Any:
-    return builder.or_(builder.zext(low, _32), builder.shl(builder.zext(high, _32), ir.Constant(_32, 16)))
-
-
 def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
     def is_above(builder, source, least):
         return builder.icmp_unsigned(">", source, ir.Constant(_64, least))
@@ -186,7 +106,7 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
             scale = None
             if scale_at:
                 address = builder.add(args[1], ir.Constant(_64, scale_at))
-                (bits,) = _load(builder, "gpu", 4, address, builder.zext(wanted, _32))
+                (bits,) = load(builder, "gpu", 4, address, builder.zext(wanted, _32))
                 scale = builder.bitcast(bits, _F32)
             return shape.pack(builder, shape.load(builder, "gpu", stored, args[1], wanted, scale))
 
