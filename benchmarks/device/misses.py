@@ -42,6 +42,8 @@ DIRECT, STAGED = "direct", "staged"
 class NewcomersLeaveFirst:
     """Rows that were never asked for again are below all others; those follow by recency."""
 
+    clock = "insertions"
+
     def first(now, count):  # type: ignore[no-untyped-def]
         return 0
 
