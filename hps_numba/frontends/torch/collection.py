@@ -42,7 +42,7 @@ def _lookup_many_on_cuda(
         make = _parts_of_one if in_one else _one_by_one
         rows = make(keys, counts, dims)
         try:
-            bound.together.lookup(
+            bound.cache.lookup(
                 [some.data_ptr() for some in keys],
                 counts,
                 [some.data_ptr() for some in rows],
@@ -77,7 +77,7 @@ def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor 
     addresses = [first + step * i for i in range(tables)]
     outs = [to + stride * i for i in range(tables)]
     try:
-        bound.together.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
+        bound.cache.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
     except ClosedError:
         operator.unbind(request, device)
         return None
