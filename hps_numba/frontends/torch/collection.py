@@ -17,6 +17,7 @@ from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
 from hps_numba.initializers import Initializer
+from hps_numba.threads import SPLIT_BYTES
 
 __all__ = ["LookupCollection"]
 
@@ -24,6 +25,8 @@ operator.library.define("lookup_many(Tensor[] keys, str request, int[] dims) -> 
 
 
 def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+    if 4 * sum(some.numel() * dim for some, dim in zip(keys, dims, strict=True)) < SPLIT_BYTES:  # nothing is shared out
+        return [operator.rows_on_cpu(some, *table) for some, table in zip(keys, tables_of(request), strict=True)]
     for some in keys:
         operator.check_keys(some)
     return [torch.from_numpy(rows) for rows in answer(request, [some.detach().numpy() for some in keys])]

@@ -37,6 +37,7 @@ __all__ = [
     "library",
     "lookup",
     "rows_of",
+    "rows_on_cpu",
     "rows_on_cuda",
     "tables_bound_to",
     "unbind",
@@ -48,7 +49,7 @@ KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 library = torch.library.Library("hps_numba", "DEF")
 library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
 
-_SOON_MADE = 1 << 14  # elements: memory of that size is the heap's, so that Torch's own is made sooner than ours is found
+_SOON_MADE = 1 << 14  # elements: memory of that size is the heap's, and Torch's own is made sooner than ours is found
 
 
 def check_keys(keys: torch.Tensor) -> None:
@@ -69,13 +70,18 @@ def _table_of(request: str, dim: int) -> tuple[HPS, Wanted]:
 
 
 def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    return rows_on_cpu(keys, *_table_of(request, dim))
+
+
+def rows_on_cpu(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
+    """float32 rows of keys on the CPU."""
     check_keys(keys)
-    server, wanted = _table_of(request, dim)
-    if keys.numel() * dim <= _SOON_MADE:
-        rows = torch.empty((*keys.shape, dim), dtype=torch.float32)
+    shape = (*keys.shape, wanted.dim)
+    if keys.numel() * wanted.dim <= _SOON_MADE:
+        rows = torch.empty(shape, dtype=torch.float32)
         server.lookup_into(keys.numpy(), wanted.model, wanted.table, rows.numpy())
         return rows
-    memory = aligned_empty((*keys.shape, dim))
+    memory = aligned_empty(shape)
     server.lookup_into(keys.numpy(), wanted.model, wanted.table, memory)
     return torch.from_numpy(memory)
 
