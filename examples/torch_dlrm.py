@@ -32,6 +32,7 @@ from hps_numba.frontends import torch as hps
 torch.manual_seed(0)
 TABLES, ROWS, DIM, BATCHES = 26, 10_000, 32, (64, 1024)
 device = "cuda" if torch.cuda.is_available() else "cpu"
+print("runs on", torch.cuda.get_device_name() if device == "cuda" else "the CPU")
 folder = Path(tempfile.mkdtemp())
 names = [f"feature{number}" for number in range(TABLES)]
 for number, name in enumerate(names):

@@ -31,6 +31,7 @@ from hps_numba.frontends import torch as hps
 torch.manual_seed(0)
 ROWS, DIM, SLOTS = 50_000, 16, 3
 device = "cuda" if torch.cuda.is_available() else "cpu"
+print("runs on", torch.cuda.get_device_name() if device == "cuda" else "the CPU")
 folder = Path(tempfile.mkdtemp())
 hps_numba.generate_model(folder / "table.model", ROWS, DIM)
 config = {

@@ -29,6 +29,7 @@ from hps_numba.frontends import torch as hps
 
 ROWS, DIM, SLOTS = 20_000, 16, 4
 device = "cuda" if torch.cuda.is_available() else "cpu"
+print("runs on", torch.cuda.get_device_name() if device == "cuda" else "the CPU")
 folder = Path(tempfile.mkdtemp())
 hps_numba.generate_model(folder / "table.model", ROWS, DIM)
 config = {
@@ -54,7 +55,7 @@ layer = hps.LookupLayer(config, "demo", table_id=0, emb_vec_size=DIM)
 model = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(SLOTS * DIM, 1)).to(device)
 weight = torch.from_numpy(np.fromfile(folder / "table.model" / "emb_vector", np.float32).reshape(ROWS, DIM)).to(device)
 keys = torch.randint(0, ROWS, (256, SLOTS), device=device)
-print(model[0], "on", device)
+print(model[0])
 assert torch.equal(layer(keys), torch.nn.functional.embedding(keys, weight))
 
 # %% [markdown]

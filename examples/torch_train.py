@@ -30,6 +30,7 @@ from hps_numba.frontends import torch as hps
 torch.manual_seed(0)
 DIM, EVENTS, BATCH = 8, 40_000, 500
 device = "cuda" if torch.cuda.is_available() else "cpu"
+print("runs on", torch.cuda.get_device_name() if device == "cuda" else "the CPU")
 folder = Path(tempfile.mkdtemp())
 for name in ("user", "item"):  # ten rows of an older model; all others are made while training
     hps_numba.generate_model(folder / f"{name}.model", 10, DIM)

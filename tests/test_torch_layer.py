@@ -146,6 +146,13 @@ def test_the_operator_passes_the_checks_of_torch(served: Rig, device: str) -> No
         torch.library.opcheck(torch.ops.hps_numba.lookup.default, (keys, layer.request, DIM))
 
 
+def test_the_operator_wants_the_width_of_its_request(served: Rig, device: str) -> None:
+    keys = torch.tensor([1, 2], device=device)
+    for dim in (DIM - 1, DIM + 1):
+        with pytest.raises(ConfigError, match=f"dim: {dim} came, {DIM} is wanted"):
+            torch.ops.hps_numba.lookup(keys, layer_of(served).request, dim)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_a_compiled_layer_is_one_graph_and_bakes_no_rows(served: Rig, device: str) -> None:
     model = torch.nn.Sequential(layer_of(served), torch.nn.Flatten(), torch.nn.Linear(3 * DIM, 2)).to(device)
@@ -208,6 +215,25 @@ def test_scripts_fork_and_wait(served: Rig, device: str) -> None:
         rows = two(keys).cpu()
         assert np.array_equal(rows[..., :DIM], rows_of(served, keys))
         assert np.array_equal(rows[..., DIM:], served.narrow[np.asarray(keys.cpu())])
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="this Torch has no rules for vmap of operators")
+@pytest.mark.parametrize("trainable", [False, True])
+def test_vmap_takes_a_batch_of_keys_as_one_call(served: Rig, device: str, trainable: bool) -> None:
+    layer = layer_of(served, trainable=trainable, initializer="zeros" if trainable else None)
+    keys = torch.randint(0, ROWS, (4, 3, 2), device=device)
+    for place in range(3):
+        rows = torch.vmap(layer, in_dims=place)(keys)
+        moved = keys.movedim(place, 0)
+        assert rows.shape == (*moved.shape, DIM) and np.array_equal(rows.detach().cpu(), rows_of(served, moved))
+        assert rows.requires_grad == trainable
+    twice = torch.vmap(torch.vmap(layer), in_dims=1, out_dims=1)(keys)
+    assert np.array_equal(twice.detach().cpu(), rows_of(served, keys))
+    if trainable:
+        rows.sum().backward()
+        touched, counts = torch.unique(keys.cpu(), return_counts=True)
+        assert torch.equal(layer.rows.touched.cpu(), touched)
+        assert torch.equal(layer.rows.grad.cpu(), counts[:, None].float().expand(-1, DIM))
 
 
 def test_autocast_leaves_rows_alone(served: Rig, device: str) -> None:

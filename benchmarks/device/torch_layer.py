@@ -2,7 +2,8 @@
 
 One model of several tables of one width, all rows in the cache; keys are uniform, hashed by the layer, and batches are fresh.
 Torch looks up row numbers in a tensor of the same rows, without a hash. Times are medians: of the host's clock for an eager
-call (the device works on), of CUDA events around a call, of one of 20 calls in a CUDA graph, and of a compiled layer.
+call (the device works on), of CUDA events around a call, and of one of 20 calls in a CUDA graph. Compiled calls stand beside a
+compiled ``F.embedding``, and an operator in Python that looks nothing up: what Torch takes for any of them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ from table import check, keys_of, rows_of
 from hps_numba.frontends import torch as hps
 from hps_numba.frontends._servers import SERVERS
 
-EMBEDDING, MODULE = "F.embedding", "nn.Embedding"
-LAYER, COMPILED = "LookupLayer", "LookupLayer, compiled"
+EMBEDDING, MODULE, LAYER = "F.embedding", "nn.Embedding", "LookupLayer"
+COMPILED = THEIRS, NOTHING, OURS = "F.embedding, compiled", "an operator without work, compiled", "LookupLayer, compiled"
 BAG, ONE = "F.embedding_bag", "one table"
 Figures = dict[str, dict[int, float]]
+
+library = torch.library.Library("hps_numba_benchmark", "DEF")
+library.define("nothing(Tensor keys, str request, int dim) -> Tensor")
+
+
+def _nothing(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    return torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
+
+
+library.impl("nothing", _nothing, "CompositeExplicitAutograd")
+torch.library.register_fake("hps_numba_benchmark::nothing", _nothing, lib=library)
 
 
 @dataclass(frozen=True)
@@ -88,21 +100,29 @@ class Served:
         ]
 
     def lookups(self, n: int) -> dict[str, Call]:
-        """By name: the call that looks a batch up; each checked."""
+        """By name: the call that looks a batch up; each checked if it does."""
         numbers, keys = self.batches(n, self.sizes.rows)
         weight, layer, embedding = self.tensors[0], self.layer(), torch.nn.functional.embedding
         module = torch.nn.Embedding.from_pretrained(weight)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if self.machine.ordinal is None else "inductor")
+        request, dim, nothing = layer.request, self.dim, torch.ops.hps_numba_benchmark.nothing.default
+        torch.compiler.reset()  # or the second size is compiled for every size
+        theirs, without_work, ours = (
+            torch.compile(function, fullgraph=True, backend="aot_eager" if self.machine.ordinal is None else "inductor")
+            for function in (lambda rows: embedding(rows, weight), lambda some: nothing(some, request, dim), layer)
+        )
         calls: dict[str, Call] = {
             EMBEDDING: lambda turn, stream: embedding(numbers[turn], weight),
             MODULE: lambda turn, stream: module(numbers[turn]),
             LAYER: lambda turn, stream: layer(keys[turn]),
-            COMPILED: lambda turn, stream: compiled(keys[turn]),
+            THEIRS: lambda turn, stream: theirs(numbers[turn]),
+            NOTHING: lambda turn, stream: without_work(keys[turn]),
+            OURS: lambda turn, stream: ours(keys[turn]),
         }
         for name, call in calls.items():
             rows = call(0, self.machine.stream())
             self.machine.wait()
-            check(name, rows, numbers[0], self.dim)
+            if name != NOTHING:
+                check(name, rows, numbers[0], self.dim)
         return calls
 
     def measure_lookups(self) -> dict[str, Figures]:
@@ -113,14 +133,19 @@ class Served:
                 for how, times in (
                     ("wall", self.machine.wall_times(call, 5)),
                     ("events", self.machine.times(call, self.sizes.repetitions)),
-                    ("graph", None if name == COMPILED else self.machine.graph_times(call, self.sizes.repetitions)),
+                    ("graph", None if name in COMPILED else self.machine.graph_times(call, self.sizes.repetitions)),
                 ):
                     if times:
                         figures[how].setdefault(name, {})[n] = median(times)
         titles = {"wall": "eager, host's clock", "events": "eager, events", "graph": "a node of a CUDA graph"}
         for how, some in figures.items():
             if some:
-                ratio_cells(f"D={self.dim}, {titles[how]}", some, EMBEDDING)
+                ratio_cells(
+                    f"D={self.dim}, {titles[how]}", {name: some[name] for name in some if name not in COMPILED}, EMBEDDING
+                )
+                compiled = {name: some[name] for name in COMPILED if name in some}
+                if compiled:
+                    ratio_cells(f"D={self.dim}, {titles[how].replace('eager', 'compiled')}", compiled, THEIRS)
         return figures
 
     def bags(self, mode: str, count: int) -> dict[str, Call]:

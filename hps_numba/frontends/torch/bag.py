@@ -10,18 +10,16 @@ import torch
 
 from hps_numba.device_bags import MOST_KEYS
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, Wanted, tables_of
-from hps_numba.frontends._servers import config_of
+from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
 from hps_numba.frontends.torch.pooling import COMBINERS, fused, fused_rows, pooled
-from hps_numba.frontends.torch.row_gradients import Rows
-from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.frontends.torch.training import OneTableLayer
 from hps_numba.initializers import Initializer
 
 __all__ = ["HPSEmbeddingBag"]
 
 
-class HPSEmbeddingBag(TrainableLayer):
+class HPSEmbeddingBag(OneTableLayer):
     """One row for each bag of keys.
 
     Args:
@@ -53,19 +51,15 @@ class HPSEmbeddingBag(TrainableLayer):
         trainable: bool = False,
         initializer: str | Initializer | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
         if mode not in COMBINERS:
             raise ConfigError(f"mode: {mode!r} came, one of {', '.join(COMBINERS)} is wanted")
         if max_norm is not None and not max_norm >= 0:
             raise ConfigError(f"max_norm: {max_norm} came, None or a number from 0 on is wanted")
-        wanted = Wanted(model_name, table_id, emb_vec_size)
-        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
-        self.emb_vec_size: int = wanted.dim
         self.mode = mode
         self.max_norm = None if max_norm is None else float(max_norm)
         self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
-        self._set_training(trainable, initializer)
 
     def forward(
         self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
@@ -96,17 +90,13 @@ class HPSEmbeddingBag(TrainableLayer):
                 return rows
         starts, open_end = self._starts(input, offsets)
         keys = input.reshape(-1)
-        if trains:
-            if open_end:
-                starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
-            return self._trained(keys, starts, per_sample_weights)
         if straight:
-            return fused(keys, starts, per_sample_weights, self.request, self.mode, self.padding_idx, open_end=open_end)
+            return fused(keys, starts, weights, self.request, self.mode, self.padding_idx, open_end=open_end)
         if open_end:
             starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
-        return pooled(
-            keys, starts, per_sample_weights, self.request, self.emb_vec_size, self.mode, self.max_norm, self.padding_idx
-        )
+        if trains:
+            return self._trained(keys, starts, weights)
+        return pooled(keys, starts, weights, self.request, self.emb_vec_size, self.mode, self.max_norm, self.padding_idx)
 
     def _trained(self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         pooled: torch.Tensor = torch.ops.hps_numba.pooled_trained(
@@ -121,18 +111,6 @@ class HPSEmbeddingBag(TrainableLayer):
             self._switch,
         )
         return pooled
-
-    def _request_for_all(self) -> str:
-        return self.request
-
-    @property
-    def rows(self) -> Rows:
-        """As of ``LookupLayer``."""
-        return self._rows_of(self.request)
-
-    @property
-    def tables(self) -> tuple[Rows, ...]:
-        return (self.rows,)
 
     def _goes_straight(self, keys: torch.Tensor, weights: torch.Tensor | None) -> bool:
         """An eager call that a kernel answers and no gradient comes back to: without the dispatcher."""
@@ -158,7 +136,5 @@ class HPSEmbeddingBag(TrainableLayer):
             raise ConfigError("offsets: integers of one dimension are wanted with input of one dimension")
         return offsets, not self.include_last_offset
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows."""
-        (wanted,) = Request.of_text(self.request).wanted
-        return f"{wanted.model}, {wanted.table}, {wanted.dim}, mode={self.mode}{self._training_repr()}"
+    def _settings_repr(self) -> str:
+        return f"mode={self.mode}"

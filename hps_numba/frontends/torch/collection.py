@@ -17,6 +17,7 @@ from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
 from hps_numba.initializers import Initializer
+from hps_numba.threads import SPLIT_BYTES
 
 __all__ = ["LookupCollection"]
 
@@ -24,6 +25,8 @@ operator.library.define("lookup_many(Tensor[] keys, str request, int[] dims) -> 
 
 
 def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
+    if 4 * sum(some.numel() * dim for some, dim in zip(keys, dims, strict=True)) < SPLIT_BYTES:  # nothing is shared out
+        return [operator.rows_on_cpu(some, *table) for some, table in zip(keys, tables_of(request), strict=True)]
     for some in keys:
         operator.check_keys(some)
     return [torch.from_numpy(rows) for rows in answer(request, [some.detach().numpy() for some in keys])]
@@ -42,7 +45,7 @@ def _lookup_many_on_cuda(
         make = _parts_of_one if in_one else _one_by_one
         rows = make(keys, counts, dims)
         try:
-            bound.together.lookup(
+            bound.cache.lookup(
                 [some.data_ptr() for some in keys],
                 counts,
                 [some.data_ptr() for some in rows],
@@ -77,7 +80,7 @@ def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor 
     addresses = [first + step * i for i in range(tables)]
     outs = [to + stride * i for i in range(tables)]
     try:
-        bound.together.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
+        bound.cache.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
     except ClosedError:
         operator.unbind(request, device)
         return None

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, Wanted
-from hps_numba.frontends._servers import config_of, server_of
+from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch.operator import rows_of
-from hps_numba.frontends.torch.row_gradients import Rows
-from hps_numba.frontends.torch.training import TrainableLayer
+from hps_numba.frontends.torch.training import OneTableLayer
 from hps_numba.initializers import Initializer
 
 __all__ = ["Init", "LookupLayer"]
@@ -32,7 +30,7 @@ def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
     server_of(ps_config_file)
 
 
-class LookupLayer(TrainableLayer):
+class LookupLayer(OneTableLayer):
     """The row of each key, as ``torch.nn.Embedding``, from a table of any size with any integers as keys.
 
     Args:
@@ -51,7 +49,7 @@ class LookupLayer(TrainableLayer):
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
     stream. A key that no tier has gets the table's default value. Rows are frozen, or train by way of ``rows``; either way
     the layer has no parameters, and its ``state_dict`` tells the table and has no rows (``rows_in_state_dict`` changes that).
-    It can be compiled, exported, scripted, pickled and copied; none of that takes rows along.
+    It can be compiled, exported, scripted, pickled and copied, and ``torch.vmap`` takes it; none of that takes rows along.
 
     Raises (when called):
         KeyDtypeError: keys are no integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
@@ -70,15 +68,11 @@ class LookupLayer(TrainableLayer):
         trainable: bool = False,
         initializer: str | Initializer | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
         if output_dtype not in _ROW_TYPES:
             names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
             raise ConfigError(f"output_dtype: {str(output_dtype).removeprefix('torch.')} came, one of {names} is wanted")
-        wanted = Wanted(model_name, table_id, emb_vec_size)
-        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
-        self.emb_vec_size: int = wanted.dim
         self.output_dtype = output_dtype
-        self._set_training(trainable, initializer)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
@@ -95,19 +89,5 @@ class LookupLayer(TrainableLayer):
         rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
         return rows
 
-    def _request_for_all(self) -> str:
-        return self.request
-
-    @property
-    def rows(self) -> Rows:
-        """The rows of the table as a parameter for an optimizer of ours, ``grad`` included; builds the server if need be."""
-        return self._rows_of(self.request)
-
-    @property
-    def tables(self) -> tuple[Rows, ...]:
-        return (self.rows,)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows."""
-        (wanted,) = Request.of_text(self.request.encode()).wanted
-        return f"{wanted.model}, {wanted.table}, {wanted.dim}, output_dtype={self.output_dtype}{self._training_repr()}"
+    def _settings_repr(self) -> str:
+        return f"output_dtype={self.output_dtype}"

@@ -4,23 +4,27 @@
 (``frontends/_requests.py``): a graph that was compiled, exported or scripted holds that text and no server, and runs in any
 process that imported ``hps_numba.frontends.torch``.
 
-Defined by ``torch.library.Library`` and not by ``custom_op``: that takes ten microseconds more a call.
+Defined by ``torch.library.Library`` and not by ``custom_op``: that takes ten microseconds more a call. There is no variant with
+``out``, which compilers would call with memory of their own (since Torch 2.13): on the CPU that is new pages every time, and
+large answers take three times as long. What runs in a compiled graph takes half as long again as in an eager call, the caches
+of the processor being full of Torch: so the ways below are short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from hps_numba.cache import EmbeddingCache
-from hps_numba.errors import ClosedError, KeyDtypeError
-from hps_numba.frontends._requests import Wanted, answer, tables_of
+from hps_numba.errors import ClosedError, ConfigError, KeyDtypeError
+from hps_numba.frontends._requests import Wanted, tables_of
 from hps_numba.interop_device import FORMS
 from hps_numba.parameter_server import HPS
 from hps_numba.table_groups import TogetherOnDevice
+from hps_numba.used_memory import aligned_empty
 
 __all__ = [
     "KEY_TYPES",
@@ -28,10 +32,12 @@ __all__ = [
     "bound_to",
     "check_keys",
     "current_stream",
+    "follow_vmap",
     "is_plain",
     "library",
     "lookup",
     "rows_of",
+    "rows_on_cpu",
     "rows_on_cuda",
     "tables_bound_to",
     "unbind",
@@ -42,6 +48,8 @@ KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 #: where operators of this package are defined
 library = torch.library.Library("hps_numba", "DEF")
 library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
+
+_SOON_MADE = 1 << 14  # elements: memory of that size is the heap's, and Torch's own is made sooner than ours is found
 
 
 def check_keys(keys: torch.Tensor) -> None:
@@ -54,10 +62,28 @@ def check_keys(keys: torch.Tensor) -> None:
         raise KeyDtypeError(f"keys: {str(keys.dtype).removeprefix('torch.')} came, one of {names} is wanted")
 
 
+def _table_of(request: str, dim: int) -> tuple[HPS, Wanted]:
+    ((server, wanted),) = tables_of(request)
+    if wanted.dim != dim:
+        raise ConfigError(f"dim: {dim} came, {wanted.dim} is wanted, as the request says")
+    return server, wanted
+
+
 def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    return rows_on_cpu(keys, *_table_of(request, dim))
+
+
+def rows_on_cpu(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
+    """float32 rows of keys on the CPU."""
     check_keys(keys)
-    (rows,) = answer(request, [keys.detach().numpy()])
-    return torch.from_numpy(rows)
+    shape = (*keys.shape, wanted.dim)
+    if keys.numel() * wanted.dim <= _SOON_MADE:
+        rows = torch.empty(shape, dtype=torch.float32)
+        server.lookup_into(keys.numpy(), wanted.model, wanted.table, rows.numpy())
+        return rows
+    memory = aligned_empty(shape)
+    server.lookup_into(keys.numpy(), wanted.model, wanted.table, memory)
+    return torch.from_numpy(memory)
 
 
 def rows_on_cuda(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
@@ -80,64 +106,65 @@ def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
 
 
+OnDevice = TypeVar("OnDevice", EmbeddingCache, TogetherOnDevice)
+
+
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """The cache of a table on a GPU, and how its kernels read keys of each dtype."""
+class Bound(Generic[OnDevice]):
+    """What answers a request on a GPU: the cache of a table, or those of several; and how kernels read keys of each dtype."""
 
     server: HPS
-    cache: EmbeddingCache
+    cache: OnDevice
     forms: Mapping[torch.dtype, str]
 
 
-_bound: dict[tuple[str, int], Bound] = {}
+_At = tuple[str, int]  # a request and the number of a GPU
+_bound: dict[_At, Bound[EmbeddingCache]] = {}
+_bound_tables: dict[_At, Bound[TogetherOnDevice]] = {}
 _FORMS = {wide: {kind: FORMS[wide][str(kind).removeprefix("torch.")] for kind in KEY_TYPES} for wide in (False, True)}
 
 
-def bound_to(request: str, device: int) -> Bound | None:
+def bound_to(request: str, device: int) -> Bound[EmbeddingCache] | None:
     """What a request for one table leads to on a GPU; None where an answer takes more than the kernels of a cache.
 
     Raises:
         As ``HPS``.
     """
-    bound = _bound.get((request, device))
-    if bound is None:
-        ((server, wanted),) = tables_of(request)
-        cache = server.cache_on(device, wanted.model, wanted.table)
-        if cache is None:
-            return None
-        bound = _bound[request, device] = Bound(server, cache, _FORMS[server.wide])
-    return None if bound.server.records else bound
+    bound = _bound.get((request, device)) or _bind(_bound, (request, device), _cache_on)
+    return None if bound is None or bound.server.records else bound
 
 
-@dataclass(frozen=True, slots=True)
-class BoundTables:
-    """The caches of some tables of a model on a GPU, looked up together."""
-
-    server: HPS
-    together: TogetherOnDevice
-    forms: Mapping[torch.dtype, str]
+def tables_bound_to(request: str, device: int) -> Bound[TogetherOnDevice] | None:
+    """``bound_to`` of a request for several tables, which are looked up together."""
+    bound = _bound_tables.get((request, device)) or _bind(_bound_tables, (request, device), _together_on)
+    return None if bound is None or bound.server.records else bound
 
 
-_bound_tables: dict[tuple[str, int], BoundTables] = {}
+def _bind(
+    known: dict[_At, Bound[OnDevice]],
+    at: _At,
+    cache_on: Callable[[int, list[tuple[HPS, Wanted]]], OnDevice | None],
+) -> Bound[OnDevice] | None:
+    request, device = at
+    tables = tables_of(request)
+    cache = cache_on(device, tables)
+    if cache is None:
+        return None
+    server = tables[0][0]
+    bound = known[at] = Bound(server, cache, _FORMS[server.wide])
+    return bound
 
 
-def tables_bound_to(request: str, device: int) -> BoundTables | None:
-    """What a request for several tables leads to on a GPU; None where an answer takes more than the kernels of caches.
+def _cache_on(device: int, tables: list[tuple[HPS, Wanted]]) -> EmbeddingCache | None:
+    ((server, wanted),) = tables
+    return server.cache_on(device, wanted.model, wanted.table)
 
-    Raises:
-        As ``HPS``.
-    """
-    bound = _bound_tables.get((request, device))
-    if bound is None:
-        tables = tables_of(request)
-        server, model = tables[0][0], tables[0][1].model
-        if any(other is not server or wanted.model != model for other, wanted in tables):
-            return None
-        together = server.together_on(device, model, [wanted.table for _, wanted in tables])
-        if together is None:
-            return None
-        bound = _bound_tables[request, device] = BoundTables(server, together, _FORMS[server.wide])
-    return None if bound.server.records else bound
+
+def _together_on(device: int, tables: list[tuple[HPS, Wanted]]) -> TogetherOnDevice | None:
+    server, model = tables[0][0], tables[0][1].model
+    if any(other is not server or wanted.model != model for other, wanted in tables):
+        return None
+    return server.together_on(device, model, [wanted.table for _, wanted in tables])
 
 
 def unbind(request: str, device: int) -> None:
@@ -150,7 +177,7 @@ def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     device = keys.get_device()
     bound = bound_to(request, device)
     form = None if bound is None else bound.forms.get(keys.dtype)
-    if bound is not None and form is not None and keys.is_contiguous():
+    if bound is not None and form is not None and keys.is_contiguous() and bound.cache.dim == dim:
         rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
         try:
             bound.cache.lookup(keys.data_ptr(), keys.numel(), rows.data_ptr(), current_stream(device), key_form=form)
@@ -158,8 +185,20 @@ def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
             unbind(request, device)  # and let the server say who was closed, or a new one answer
         else:
             return rows
-    ((server, wanted),) = tables_of(request)
-    return rows_on_cuda(keys, server, wanted)
+    return rows_on_cuda(keys, *_table_of(request, dim))
+
+
+def follow_vmap(name: str) -> None:
+    """Let ``torch.vmap`` take an operator whose first argument are keys of any shape: a batch of keys is one dimension more."""
+    register = getattr(torch.library, "register_vmap", None)  # since Torch 2.5
+    if register is None:
+        return
+    operator = getattr(torch.ops.hps_numba, name).default
+
+    def follow(info: Any, places: tuple[Any, ...], keys: torch.Tensor, *others: Any) -> tuple[torch.Tensor, int]:
+        return operator(keys.movedim(places[0], 0), *others), 0
+
+    register(f"hps_numba::{name}", follow, lib=library)
 
 
 def is_plain(keys: torch.Tensor) -> bool:
@@ -199,9 +238,11 @@ _tracer = _of_torch(torch._C, "_get_tracing_state")
 
 library.impl("lookup", _lookup_on_cpu, "CPU")
 library.impl("lookup", _lookup_on_cuda, "CUDA")
+follow_vmap("lookup")
 lookup = torch.ops.hps_numba.lookup.default
 """The operator: float32 ``S + [dim]`` for keys of shape ``S``, on the device of the keys and its current stream.
 
 Raises:
-    KeyDtypeError: keys of another type.   Otherwise as ``HPS``, ``HPS.lookup``.
+    KeyDtypeError: keys of another type.   ConfigError: ``dim`` is not that of the request.   Otherwise as ``HPS``,
+    ``HPS.lookup``.
 """

@@ -9,20 +9,22 @@ and gives the 0 that is the gradient of ``switch``, so that none leaves it out (
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import tables_of
+from hps_numba.frontends._requests import Request, Wanted, tables_of
+from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator, pooling
 from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
 from hps_numba.frontends.torch.table_layer import TableLayer
 from hps_numba.initializers import Initializer, as_initializer
 from hps_numba.train import create_rows
 
-__all__ = ["TrainableLayer", "trained_rows"]
+__all__ = ["OneTableLayer", "TrainableLayer", "trained_rows"]
 
 _define = operator.library.define
 _define("create_rows(Tensor keys, str request, int number, str initializer, int? padding) -> Tensor")
@@ -132,7 +134,7 @@ def _shape_of_added_bags(*_: Any) -> torch.Tensor:
 
 
 def _lookup_trained(keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int) -> torch.Tensor:
-    return operator.lookup(keys, request, dim)
+    return operator.rows_of(keys, request, dim)
 
 
 def _lookup_many_trained(keys: list[torch.Tensor], switch: torch.Tensor, request: str, dims: list[int]) -> list[torch.Tensor]:
@@ -155,6 +157,8 @@ for _name, _function in (
 ):
     for _device in ("CPU", "CUDA"):
         operator.library.impl(_name, _function, _device)
+for _name in ("create_rows", "lookup_trained"):
+    operator.follow_vmap(_name)
 
 
 @torch.library.register_fake("hps_numba::lookup_trained", lib=operator.library)
@@ -265,6 +269,50 @@ class TrainableLayer(TableLayer):
         text = self._initializer_text
         created: torch.Tensor = torch.ops.hps_numba.create_rows(keys, request, number, text, padding)
         return created
+
+
+class OneTableLayer(TrainableLayer):
+    """A layer on one table.
+
+    Attributes:
+        request: what its operator is asked for (``frontends/_requests.py``).   emb_vec_size: elements of a row.
+    """
+
+    def __init__(
+        self,
+        ps_config_file: str | os.PathLike[str] | Mapping[str, Any],
+        model_name: str,
+        table_id: int | str,
+        emb_vec_size: int,
+        trainable: bool,
+        initializer: str | Initializer | None,
+    ) -> None:
+        super().__init__()
+        wanted = Wanted(model_name, table_id, emb_vec_size)
+        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
+        self.emb_vec_size: int = wanted.dim
+        self._set_training(trainable, initializer)
+
+    def _request_for_all(self) -> str:
+        return self.request
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the table as a parameter for an optimizer of ours, ``grad`` included; builds the server if need be."""
+        return self._rows_of(self.request)
+
+    @property
+    def tables(self) -> tuple[Rows, ...]:
+        return (self.rows,)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        (wanted,) = Request.of_text(self.request).wanted
+        return f"{wanted.model}, {wanted.table}, {wanted.dim}, {self._settings_repr()}{self._training_repr()}"
+
+    def _settings_repr(self) -> str:
+        """The setting by which the layer differs from others on the table."""
+        raise NotImplementedError
 
 
 def _is_exporting() -> bool:
