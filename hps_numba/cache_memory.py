@@ -233,16 +233,13 @@ class CacheLookup:
         return replace(spec, lanes=8, group=8, registers=72)
 
     def _typed_spec(self, spec: KernelSpec, small: bool) -> KernelSpec:
-        """``_lookup_spec`` where rows or answers are not float32; ``benchmarks/device/shapes.py`` tries other values.
-
-        What lanes have in flight of narrow rows takes half of the registers or less, if it is 4 elements or more a load.
-        """
+        """``_lookup_spec`` where rows or answers are not float32; ``benchmarks/device/shapes.py`` tries other values."""
         if small:
             return replace(spec, lanes=8, group=4, by_tile=True, registers=40 if self.dim <= 128 else 64)
-        narrow = self.row_type != "float32" and self.dim % 4 == 0 and self.dim <= 128 and spec.out_vector
         if self.dim <= 32:
-            return replace(spec, lanes=4, group=16, registers=48 if narrow else 64)
-        return replace(spec, lanes=8, group=8, registers=48 if narrow else 72)
+            narrow = self.row_type != "float32" and self.dim % 4 == 0 and spec.out_vector
+            return replace(spec, lanes=4, group=32 if narrow else 16, registers=64)
+        return replace(spec, lanes=8, group=8, registers=72)
 
     def _list_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """``_lookup_kernel`` that only lists what is missing."""

@@ -54,13 +54,16 @@ __all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "least_staged"]
 MISS_PATHS = ("direct", "staged", "auto")
 NEVER = sys.maxsize
 
-# What ``auto`` goes by, to be set from ``benchmarks/device/misses.py --paths``, which measures both ways side by side.
+# What ``auto`` goes by, from ``benchmarks/device/misses.py --paths``, which measures both ways side by side. On an H100 whose
+# 64 cores had other work, direct reads of a table of 1 GiB were 2.2 to 11 times as fast in every case: gathering waits for the
+# slowest of its threads, which a busy host makes slow. Larger tables and a quiet host are still to be measured; until then
+# ``auto`` is direct, and who has idle cores asks for ``staged``.
 #: keys of a batch from which on a wait and a hand-over to threads cost less than they save
 STAGED_KEYS = 65_536
 #: the same where slower tiers stand behind host memory, for whose sake the lookup waits anyway
 STAGED_KEYS_BEHIND = 32_768
 #: bytes of the rows of a table from which on
-STAGED_TABLE_BYTES = 1 << 30
+STAGED_TABLE_BYTES = NEVER
 
 #: bytes of rows that are gathered at a time: few enough to stay in the cache of the host, and to begin soon
 PIECE_BYTES = 16 << 20
