@@ -100,7 +100,7 @@ class CacheGroup:
         words: list[int] = [0] * (MAX_TABLES * TABLE_WORDS)
         end = TABLE_WORDS * len(counts)
         words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
-        aligned = all(out % 16 == 0 for out in outs)
+        aligned = not any(map((15).__and__, outs))
         shape = (key_form, out_type, aligned, sum(counts) < self._caches[0].large_batch)
         if self._again(shape, most, words, stream):
             return

@@ -600,9 +600,11 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 # -- what auto chooses --------------------------------------------------------------------------------------
 
 
-def test_auto_goes_by_sizes() -> None:
-    many, large = cache_staging.STAGED_KEYS, cache_staging.STAGED_TABLE_BYTES
+def test_auto_goes_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, large = cache_staging.STAGED_KEYS, 1 << 30
     table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "behind": False}
+    assert not is_staged(many, **table)  # as it stands, none is
+    monkeypatch.setattr(cache_staging, "STAGED_TABLE_BYTES", large)
     assert is_staged(many, **table)
     assert not is_staged(many - 1, **table)
     assert not is_staged(many, **{**table, "rows": large // 128 - 1})
