@@ -52,7 +52,7 @@ from hps_numba.cache_place import LOOKUP_THREADS, Place
 from hps_numba.cache_policy import CachePolicy
 from hps_numba.errors import CapacityError, ConfigError, OutputError
 from hps_numba.kernels.build import KernelSpec
-from hps_numba.kernels.cache_image import place_keys
+from hps_numba.kernels.cache_image import keys_twice, place_keys
 from hps_numba.kernels.policies._policy import load_policy
 
 __all__ = ["KEY_BYTES", "CacheCounters", "CacheEntry", "EmbeddingCache", "index_sets"]
@@ -216,18 +216,26 @@ class EmbeddingCache(CachePolicy):
             self._update(address, len(last), source)
 
     def _follow_store(self) -> None:
-        """The store was changed: with more rows than before, there is one that is not here."""
-        rows = 0 if self._store is None else len(self._store)
-        if rows > self._rows_of_store:
+        """The store was changed: a key more, or a row evicted meanwhile, and not all rows are here."""
+        if self._complete and self._seen != self._see():
             self._say_complete(False)
-        self._rows_of_store = rows
+
+    def _see(self) -> tuple[int, int]:
+        """Keys that came into the store so far, and rows that were evicted here."""
+        return 0 if self._store is None else self._store.added, int(self._words(self._state + STATE_EVICTED, 1)[0])
 
     def check_complete(self) -> int:
         """See whether all rows of the store are here, which makes lookups cheaper; returns how many are. Reads the index."""
         with self._controlled():
-            self._rows_of_store = 0 if self._store is None else len(self._store)
-            resident = self.resident()
-            self._say_complete(self._store is not None and self._store.max_rows is None and resident == self._rows_of_store)
+            seen = self._see()
+            rows = -1 if self._store is None or self._store.max_rows is not None else len(self._store)
+            lines = self._read_lines()
+            resident = int(np.bitwise_count(self._metas(lines) & OCCUPIED).sum())
+            complete = resident == rows
+            if complete and not self.fixed:
+                complete = keys_twice(lines.__array_interface__["data"][0], self.sets) == 0
+            self._seen = seen
+            self._say_complete(complete)
             return resident
 
     def _update(self, keys: int, n: int, source: int) -> None:

@@ -97,7 +97,7 @@ class CacheLookup:
         self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
         self._repeats = False  # lookups can be started in one step
         self._complete = False  # every row of the store is here
-        self._rows_of_store = 0  # when that was last looked at
+        self._seen = 0, 0  # keys that had come into the store, and rows evicted here, when that was last looked at
         self.alone = False  # lookups are one kernel: there is nothing that an insertion would do
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
         self._used = self._closed = False
@@ -349,7 +349,7 @@ class CacheLookup:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
         if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
-            shape = (key_form, out_type, out % 16 == 0, n < self.large_batch, self.alone)
+            shape = (key_form, out_type, out % 16 == 0, n < self.large_batch)
             if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
                 return
         with self._place.current():
@@ -390,15 +390,15 @@ class CacheLookup:
         return started
 
     def _start_prepared(
-        self, scratch: Scratch, shape: tuple[str, str, bool, bool, bool], keys: int, n: int, out: int, stream: int
+        self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int
     ) -> bool:
-        prepared = scratch.prepared.get(shape) or self._prepare(shape, scratch, stream)
+        alone = self.alone  # now that no other policy can come in force
+        prepared = scratch.prepared.get((shape, alone)) or self._prepare(shape, alone, scratch, stream)
         return prepared is not None and prepared.start(keys, n, out)
 
-    def _prepare(self, shape: tuple[str, str, bool, bool, bool], scratch: Scratch, stream: int) -> PreparedLookup | None:
-        """Lookups of this shape on the stream that has the scratch, if their kernels are there; the last says if ``alone``."""
-        *built, alone = shape
-        found = self._kernels.get(tuple(built))
+    def _prepare(self, shape: tuple[str, str, bool, bool], alone: bool, scratch: Scratch, stream: int) -> PreparedLookup | None:
+        """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
+        found = self._kernels.get(shape)
         others = [] if alone else self._kernels_after()
         if found is None or None in others:
             return None
@@ -407,7 +407,7 @@ class CacheLookup:
         launches = [(1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, leaves))]
         if not alone:
             launches += self._finishing(scratch, 1)
-        prepared = scratch.prepared[shape] = cast("DevicePlace", self._place).prepared_lookup(
+        prepared = scratch.prepared[shape, alone] = cast("DevicePlace", self._place).prepared_lookup(
             [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
         )
         return prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from hps_numba.cache_layout import STATE_INSERTED, STATE_TOLD, TICKS_OF_A_CACHE
 from hps_numba.cache_memory import BY_POLICY
 from hps_numba.cache_policy_memory import PolicyMemory
 from hps_numba.cache_pooling import CachePooling
@@ -83,6 +84,8 @@ class CachePolicy(CachePooling):
                     self._policies_of_graphs.append(before)
                 else:
                     before.release()
+                inserted = int(self._words(self._state + STATE_INSERTED, 1)[0])  # before its clock began to count
+                self._place.store_word(self._state + STATE_TOLD, TICKS_OF_A_CACHE * inserted, self._stream)
                 self._rescore()
         except BaseException:
             if self._policy_memory is not change.memory:

@@ -106,7 +106,7 @@ class CacheOracle:
         self.states = [[0] * policy.state for _ in range(sets)]
         self.sketch = None if policy.admit is None or counters_of is None else SketchOracle(sets * lines * ways, counters_of)
         self.hits = self.misses = self.evictions = self.refused = 0
-        self.inserted = self._told_insertions = 0
+        self.inserted = self.told = 0
 
     # -- batches -----------------------------------------------------------------------------
 
@@ -144,8 +144,8 @@ class CacheOracle:
         capacity = self.occupied.size
         if self.policy.clock == "calls":
             return now + (max(1, 4 * n // capacity) if n else 0)
-        ticks = (64 * self.inserted - self._told_insertions) // capacity
-        self._told_insertions += ticks * capacity
+        ticks = (64 * self.inserted - self.told) // capacity
+        self.told += ticks * capacity
         return now + ticks
 
     def _cached(self, batch: Sequence[int]) -> tuple[np.ndarray, list[int]]:

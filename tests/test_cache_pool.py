@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -640,3 +641,14 @@ def test_compiles_and_links(chip: tuple[int, int], dim: int, row_type: str, out_
     sums = text[text.index(".entry") :]
     assert "add.rn.f32" in sums and "mul.rn.f32" in sums and "fma.rn.f32" not in sums
     assert dim % 4 or "ld.relaxed.gpu.global.v4.b32" in sums
+
+
+@pytest.mark.parametrize("dim", [17, 32, 128])
+def test_rows_are_there_before_their_lines_are_looked_at_again(dim: int) -> None:
+    pytest.importorskip("numba_cuda")
+    ptx = ptx_of(KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru"), registers=168), (9, 0))
+    awaited = re.findall(r"setp\.eq\.u32 p, (%r\d+), 0x9E3779B9", ptx)
+    assert len(awaited) >= 2
+    for register in awaited:  # of the rows, and no constant: the compiler must not see that nothing depends on them
+        made = re.search(rf"\t(\S+)\s+{register}, ([^;]*);", ptx)
+        assert made is not None and not made[2].lstrip("-").isdigit(), (register, made)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from naive import assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, Bench, bench, cpu_bench, ints  # noqa: F401
+from test_cache import DEFAULT, DIM, Bench, bench, cpu_bench, ints, place_in  # noqa: F401
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_group import CacheGroup
-from hps_numba.cache_layout import STATE_NOW
+from hps_numba.cache_layout import BUSY, STATE_NOW
 from hps_numba.errors import PolicyError
 from hps_numba.kernels.policies._policy import as_policy, load_policy, policy_with
 from hps_numba.kernels.policies.fifo import FIFO
@@ -105,6 +105,42 @@ def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:  # noqa: F81
     assert not cache.alone
     cache.lookup_arrays(LATER[:1])  # comes in
     assert cache.check_complete() == len(store) and cache.alone
+
+
+def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:  # noqa: F811
+    cache = warm_cache(bench)
+    store = cache._store
+    assert store is not None
+    store.erase(KNOWN[:1])
+    store.upsert(LATER[:1], rows_of(LATER[:1], DIM))
+    cache.update(np.append(KNOWN[:1], LATER[:1]))
+    assert not cache.alone
+
+
+def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
+    """Let a writer be at work on the lines of these entries, or (0) let it end."""
+    lines = cache._read_lines()
+    metas = lines.view(np.uint32).reshape(-1, 16)[:, 15]
+    for entry in entries:
+        metas[2 * entry.set + entry.line] = metas[2 * entry.set + entry.line] & ~np.uint32(BUSY) | np.uint32(bit)
+    cache._place.to_place(cache._lines, lines, cache._stream)
+    cache._place.synchronize(cache._stream)
+
+
+def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:  # noqa: F811
+    known = ints(range(3000))
+    cache = cpu_bench.cache(cpu_bench.store(known), 3000, whole=True, set_count=375)
+    assert cache.warm() == 3000 and cache.alone
+    place = place_in(375)
+    away = [entry for entry in cache.entries() if place(entry.key)[0] != entry.set][:20]
+    assert len(away) == 20
+    busy(cache, away, BUSY)
+    cache.lookup_arrays(ints(entry.key for entry in away))  # missed, for a writer is at work there
+    busy(cache, away, 0)
+    assert cache.counters().evicted > 0
+    cache.update(known[:1])  # any change of the table
+    assert not cache.alone
+    assert cache.check_complete() == 3000 and not cache.alone  # as many rows, not as many keys
 
 
 @pytest.mark.parametrize("change", ["erase", "insert", "clear"])

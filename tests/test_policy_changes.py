@@ -45,6 +45,7 @@ class Newest:
 def follow(oracle: CacheOracle, policy: Policy, now: int) -> None:
     """What ``set_policy`` does, to the oracle."""
     oracle.policy = policy
+    oracle.told = 64 * oracle.inserted
     oracle.states = [[0] * policy.state for _ in oracle.states]
     for at in map(tuple, np.argwhere(oracle.occupied)):
         key = (int(oracle.keys[at]),) if policy.takes_key else ()

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from hps_numba.cache_layout import CHAIN, LINE_BYTES, META_AT, OCCUPIED, SCORES_AT, VERSION, WAYS_PER_LINE
+from hps_numba.cache_layout import (
+    CHAIN,
+    LINE_BYTES,
+    LINES_PER_SET,
+    META_AT,
+    OCCUPIED,
+    SCORES_AT,
+    SET_BYTES,
+    VERSION,
+    WAYS_PER_LINE,
+)
 from hps_numba.kernels.cache_search import home_line_of, other_set_of, set_of
 from hps_numba.kernels.compile import host_function, host_kernel
 from hps_numba.kernels.lanes_host import NAMES
 from hps_numba.kernels.memory_words import load_word, store_word
 
-__all__ = ["place_keys"]
+__all__ = ["keys_twice", "place_keys"]
 
 _set_of = host_function(set_of)
 _home_line_of = host_function(home_line_of)
@@ -70,6 +80,35 @@ def _make_room(lines, sets, place):
                     _mark_chain(place)
                 return line, way
     return place, -1
+
+
+@host_function
+def _stands_at(place, key):
+    """The set at ``place`` has the key."""
+    for at in range(LINES_PER_SET * WAYS_PER_LINE):
+        line, way = place + at // WAYS_PER_LINE * LINE_BYTES, at % WAYS_PER_LINE
+        if (_ld32(line + META_AT) >> way) & 1 and load_word(line + 8 * way) == key:
+            return True
+    return False
+
+
+@host_kernel
+def keys_twice(lines, sets):
+    """How many keys stand in both of their sets.
+
+    A key in its other set, at which a writer was at work, was missed and came in once more.
+    """
+    twice = 0
+    for number in range(sets):
+        place = lines + number * SET_BYTES
+        for at in range(LINES_PER_SET * WAYS_PER_LINE):
+            line, way = place + at // WAYS_PER_LINE * LINE_BYTES, at % WAYS_PER_LINE
+            if (_ld32(line + META_AT) >> way) & 1:
+                key = load_word(line + 8 * way)
+                home = _set_of(lines, sets, key)
+                if home != place and _stands_at(home, key):
+                    twice += 1
+    return twice
 
 
 @host_kernel

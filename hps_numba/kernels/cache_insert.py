@@ -242,7 +242,8 @@ def is_still_so(state, scratch, key, word, content):
         return True
     before = ld64(scratch + SCRATCH_CHANGES)
     if before != 0:
-        changes = ld64(state + STATE_CHANGES)
+        changes = ld64(state + STATE_CHANGES)  # another kernel may be counting on: one lane looks, for all
+        changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
         if changes == before:
             return True
         if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same place

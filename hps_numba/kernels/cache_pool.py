@@ -141,6 +141,10 @@ def steps_of_tile():
     return POOL_LANES
 
 
+def await_part(part):
+    """``await_parts`` of one: of sums, all that was added."""
+
+
 def await_parts(first, second, third, fourth):
     """What is loaded after this is loaded after these parts."""
 
@@ -538,7 +542,7 @@ def pool_kernel(
                     sums, total, filled, bag, stop, part0, part1, part2, part3, i, row, weight, end, last, first, stops, base,
                     out, combiner, default, options,
                 )  # fmt: skip
-                await_parts(then, then, then, then)
+                await_part(then)
                 settled = not any_in_warp(row != 0 and is_changed(entry, tags, key))
                 if settled:
                     sums, total, filled, bag, stop = then, then_total, then_filled, then_bag, then_stop

@@ -127,20 +127,24 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
 
         return shape.type(shape.type, _INT, _FLOAT), codegen
 
+    def await_all(context, builder, signature, parts):
+        """A fence that is hardly ever executed, but whose condition needs every element: loads are issued in order."""
+        mixed = ir.Constant(_32, 0)
+        for part in parts:
+            for value in shape.unpack(builder, part):
+                mixed = builder.xor(mixed, builder.bitcast(value, _32))
+        text = "{ .reg .pred p; setp.eq.u32 p, $0, 0x9E3779B9; @p fence.acq_rel.gpu; }"
+        _asm(builder, ir.VoidType(), text, "r,~{memory}", [mixed], volatile=True)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def await_part(typingctx, part):
+        return types.void(shape.type), await_all
+
     @intrinsic
     def await_parts(typingctx, first, second, third, fourth):
-        """A fence that is hardly ever executed, but whose condition needs every element: loads are issued in order."""
-
-        def codegen(context, builder, signature, args):
-            mixed = ir.Constant(_32, 0)
-            for part in args:
-                for value in shape.unpack(builder, part):
-                    mixed = builder.xor(mixed, builder.bitcast(value, _32))
-            text = "{ .reg .pred p; setp.eq.u32 p, $0, 0x9E3779B9; @p fence.acq_rel.gpu; }"
-            _asm(builder, ir.VoidType(), text, "r,~{memory}", [mixed], volatile=True)
-            return context.get_dummy_value()
-
-        return types.void(*[shape.type] * _IN_FLIGHT), codegen
+        """Of different parts: equal ones would cancel out."""
+        return types.void(*[shape.type] * _IN_FLIGHT), await_all
 
     @intrinsic
     def pick_part(typingctx, first, second, third, fourth, number):
@@ -171,6 +175,7 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
         "steps_of_tile": steps_of_tile,
         "load_part": load_part,
         "behind_part": behind_part,
+        "await_part": await_part,
         "await_parts": await_parts,
         "pick_part": pick_part,
         "rows_in_flight": rows_in_flight,

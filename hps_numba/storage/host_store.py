@@ -111,6 +111,8 @@ class HostStore:
         self._old_contents: list[tuple[int, TableContent]] = []
         #: rows that the bound pushed out so far
         self.evicted = 0
+        #: keys that came in so far, again included
+        self.added = 0
         self._header = self._allocator.reserve(HEADER_BYTES, f"{name}: header")
         self._header.commit(HEADER_BYTES)
         #: address of the header, fixed for the life of the store
@@ -446,6 +448,7 @@ class HostStore:
             content.retire_slots(self._epochs)
             done += step
             changed += more
+            self.added += 0 if only_present else more
             if done < len(keys):
                 self._make_room(content)
         return changed
@@ -485,6 +488,7 @@ class HostStore:
             self._old_contents.append((_NEVER, old))  # held before it goes out of force: readers are in it
             self._publish(content.block)
             self._content = content
+            self.added += content.live
             self._next = None
             self._let_go(old, _GRACE_SECONDS)
 
