@@ -1,6 +1,6 @@
 """One batch through the hierarchy: host store, then slower tiers, then the default value.
 
-The way of a lookup: ``HPS.lookup`` (parameter_server.py) -> ``TableSession.lookup`` (here) -> ``HostStore.lookup``
+The way of a lookup: ``HPS.lookup`` (server_lookups.py) -> ``TableSession.lookup`` (here) -> ``HostStore.lookup``
 (storage/host_store.py) -> ``host_lookup`` (kernels/host_lookup.py); what the host store lacks -> ``TierStack.fetch``
 (hierarchy.py).
 """

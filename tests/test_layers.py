@@ -46,6 +46,7 @@ ROWS = [
     {"session", "refresh"},
     {"table_groups"},
     {"deployment"},
+    {"server_lookups"},
     {"simulate.traces"},
     {"parameter_server", "simulate"},
     {"initializers"},
