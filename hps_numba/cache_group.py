@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -102,7 +102,8 @@ class CacheGroup:
         words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
         aligned = not any(map((15).__and__, outs))
         shape = (key_form, out_type, aligned, sum(counts) < self._caches[0].large_batch)
-        if self._again(shape, most, words, stream):
+        turns = self._turns.get(shape)
+        if turns is not None and self._pool.again(stream, most, self._start, turns, most, words, stream):
             return
         with self._place.current():
             if self._place.is_capturing(stream):
@@ -129,27 +130,15 @@ class CacheGroup:
             if isinstance(self._place, DevicePlace) and shape not in self._turns:
                 self._turns[shape] = self._place.in_turn(kernels), self._place.in_turn(kernels[:1]), group
 
-    def _again(self, shape: tuple[str, str, bool, bool], most: int, words: list[int], stream: int) -> bool:
-        """As ``CacheLookup._with_scratch_again``."""
-        turns = self._turns.get(shape)
-        scratch = cast("_GroupScratch | None", None if turns is None else self._pool.take_again(stream, most))
-        if turns is None or scratch is None:
-            return False
+    def _start(
+        self, scratch: _GroupScratch, turns: tuple[KernelsInTurn, KernelsInTurn, int], most: int, words: list[int], stream: int
+    ) -> bool:
         turn, lookup_alone, group = turns
-        done = False
-        try:
-            if all(cache.alone for cache in self._caches):
-                turn, launches = lookup_alone, [self._lookup(scratch.without_lists, group, most, words)]
-            else:
-                launches = self._launches(scratch, group, most, words)
-            started = turn.start(self._place.context, stream, scratch.event, *launches)
-            done = True
-        finally:
-            if done:
-                self._pool.give_again(scratch)
-            else:
-                self._pool.give(scratch, stream, spoiled=True)
-        return started
+        if all(cache.alone for cache in self._caches):
+            turn, launches = lookup_alone, [self._lookup(scratch.without_lists, group, most, words)]
+        else:
+            launches = self._launches(scratch, group, most, words)
+        return turn.start(self._place.context, stream, scratch.event, *launches)
 
     def _kernels(self, *shape: Any) -> tuple[list[Kernel], int]:
         """The kernels of a lookup in their order, and how many keys a warp of the first takes."""

@@ -350,7 +350,7 @@ class CacheLookup:
         staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
         if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             shape = (key_form, out_type, out % 16 == 0, n < self.large_batch)
-            if self._with_scratch_again(n, stream, self._start_prepared, shape, keys, n, out, stream):
+            if self._pool.again(stream, n, self._start_prepared, shape, keys, n, out, stream):
                 return
         with self._place.current():
             if n == 0:
@@ -368,26 +368,6 @@ class CacheLookup:
             return False
         with self._place.current():
             return capturing is not None or not self._place.is_capturing(stream)
-
-    def _with_scratch_again(self, n: int, stream: int, start: Callable[..., bool], *args: Any) -> bool:
-        """Nearly every lookup on a device: as one before on this stream, no larger, and started in one step.
-
-        ``start(scratch, *args)`` also records the event of the scratch, or returns False: the stream is captured by a graph.
-        False if it is not like one before, or captured; nothing was done then.
-        """
-        scratch = self._pool.take_again(stream, n)
-        if scratch is None:
-            return False
-        done = False
-        try:
-            started = start(scratch, *args)
-            done = True
-        finally:
-            if done:
-                self._pool.give_again(scratch)
-            else:
-                self._pool.give(scratch, stream, spoiled=True)
-        return started
 
     def _start_prepared(
         self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int

@@ -76,7 +76,7 @@ class CachePooling(CacheLookup):
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
         if self._turns and capturing is None and n:
             launch = (blocks, THREADS, (*self._parts, *args))
-            if self._with_scratch_again(n, stream, self._start_in_turn, shape, n, stream, launch):
+            if self._pool.again(stream, n, self._start_in_turn, shape, n, stream, launch):
                 return
         with self._place.current():
             if capturing is None:

@@ -216,8 +216,28 @@ class ScratchPool:
                 raise
         return scratch
 
-    def take_again(self, stream: int, n: int) -> Scratch | None:
-        """The scratch that this stream had last, if it is there and has room for ``n`` keys; to be given by ``give_again``."""
+    def again(self, stream: int, n: int, start: Callable[..., bool], *args: Any) -> bool:
+        """Nearly every lookup on a device: as one before on this stream, no larger, and started in one step.
+
+        ``start(scratch, *args)`` also records the event of the scratch, or returns False: the stream is captured by a graph.
+        False if it is not like one before, or captured; nothing was done then.
+        """
+        scratch = self._take_again(stream, n)
+        if scratch is None:
+            return False
+        done = False
+        try:
+            started = start(scratch, *args)
+            done = True
+        finally:
+            if done:
+                self._put(scratch)
+            else:
+                self.give(scratch, stream, spoiled=True)
+        return started
+
+    def _take_again(self, stream: int, n: int) -> Scratch | None:
+        """The scratch that this stream had last, if it is there and has room for ``n`` keys."""
         user = _user_of(stream)
         with self._lock:
             idle = [] if self._shut else self._idle
@@ -226,10 +246,6 @@ class ScratchPool:
                 if scratch.user == user and n <= scratch.limit and not scratch.lists_absent:
                     return idle.pop(i)
         return None
-
-    def give_again(self, scratch: Scratch) -> None:
-        """Take back what ``take_again`` lent, after its event was recorded, or if it was not used."""
-        self._put(scratch)
 
     def _wait(self) -> None:
         self._waiting += 1

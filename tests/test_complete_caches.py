@@ -316,3 +316,30 @@ def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> No
         thread.join()
     assert not problems
     assert cache.alone
+
+
+def test_a_scratch_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:  # noqa: F811
+    pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400)._pool
+    seen: list[Any] = []
+
+    def start(scratch: Any, answer: Any) -> bool:
+        seen.append(scratch)
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+    assert not pool.again(0, 10, start, True)  # none was lent before
+    scratch = pool.take(0)
+    scratch.reserve(300, False, 0)
+    assert not pool.again(0, 10, start, True)  # it is lent
+    pool.give(scratch, 0)
+    assert not seen
+    assert pool.again(0, scratch.limit, start, True)
+    assert not pool.again(0, scratch.limit, start, False)  # captured
+    assert not pool.again(0, scratch.limit + 1, start, True)  # too small
+    assert not pool.again(8, 10, start, True)  # another stream
+    assert seen == [scratch, scratch]
+    with pytest.raises(OSError, match="refused"):
+        pool.again(0, 10, start, OSError("refused"))
+    assert scratch.limit == 0 and pool.take(0) is scratch  # begun anew, and given back
+    pool.give(scratch, 0)
