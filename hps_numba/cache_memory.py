@@ -241,22 +241,16 @@ class CacheLookup:
             return replace(spec, lanes=4, group=32 if narrow else 16, registers=64)
         return replace(spec, lanes=8, group=8, registers=72)
 
-    def _list_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
-        """``_lookup_kernel`` that only lists what is missing."""
-        key = ("list_kernel", key_form, out_type, aligned, small)
+    def _lookup_kernel(
+        self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel"
+    ) -> tuple[Kernel, int]:
+        """The kernel of the lookup, or one of its kind, and how many keys a warp of it takes."""
+        shape = (key_form, out_type, aligned, small)
+        key = shape if name == "lookup_kernel" else (name, *shape)
         found: tuple[Kernel, int] | None = self._kernels.get(key)
         if found is None:
-            spec = self._lookup_spec(key_form, out_type, aligned, small, name="list_kernel")
+            spec = self._lookup_spec(*shape, name=name)
             found = self._kernels[key] = self._place.kernel(spec), spec.group
-        return found
-
-    def _lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
-        """The kernel of the lookup, and how many keys a warp of it takes."""
-        shape = (key_form, out_type, aligned, small)
-        found: tuple[Kernel, int] | None = self._kernels.get(shape)
-        if found is None:
-            spec = self._lookup_spec(*shape)
-            found = self._kernels[shape] = self._place.kernel(spec), spec.group
         return found
 
     # for several caches of one kin together, by ``cache_group``
@@ -270,19 +264,11 @@ class CacheLookup:
 
     def tables_lookup_kernel(self, key_form: str, out_type: str, aligned: bool, small: bool) -> tuple[Kernel, int]:
         """``_lookup_kernel`` for several tables."""
-        key = ("lookup_tables_kernel", key_form, out_type, aligned, small)
-        found: tuple[Kernel, int] | None = self._kernels.get(key)
-        if found is None:
-            spec = self._tables_spec(key_form, out_type, aligned, small)
-            found = self._kernels[key] = self._place.kernel(spec), spec.group
-        return found
-
-    def _tables_spec(self, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
-        return self._lookup_spec(key_form, out_type, aligned, small, name="lookup_tables_kernel")
+        return self._lookup_kernel(key_form, out_type, aligned, small, "lookup_tables_kernel")
 
     def tables_kernel(self, name: str) -> Kernel:
         """``touch_tables_kernel`` or ``insert_tables_kernel``."""
-        return self._kernels.get(name) or self._kernel(name)
+        return self._kernel(name)
 
     def described(self, scratch: Scratch | None) -> list[int]:
         """The words of a table of a group (``cache_layout``); without a scratch, for a batch that leaves nothing to do."""
@@ -517,7 +503,7 @@ class CacheLookup:
 
     def _list_misses(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
         """Write what the cache has, and list the rest."""
-        kernel, group = self._list_kernel(*built, n < self.large_batch)
+        kernel, group = self._lookup_kernel(*built, n < self.large_batch, name="list_kernel")
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 

@@ -13,6 +13,7 @@ from test_caches_in_service import without_devices
 from hps_numba import parts
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+STEPS = [page for page in PAGES if page.stem != "performance"]  # which has figures only
 
 
 def block_with(page: str, text: str) -> str:
@@ -27,7 +28,7 @@ def blocks_of(page: Path) -> list[tuple[int, str]]:
     return [(text[: block.start(1)].count("\n"), block[1]) for block in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", STEPS, ids=lambda page: page.stem)
 def test_every_step_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that begins with the comment of a file name is that file, as a reader would write it; others are run."""
     without_devices(monkeypatch)
