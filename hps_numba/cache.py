@@ -230,7 +230,7 @@ class EmbeddingCache(CachePolicy):
             seen = self._see()
             rows = -1 if self._store is None or self._store.max_rows is not None else len(self._store)
             lines = self._read_lines()
-            resident = int(np.bitwise_count(self._metas(lines) & OCCUPIED).sum())
+            resident = self._taken_in(lines)
             complete = resident == rows
             if complete and not self.fixed:
                 complete = keys_twice(lines.__array_interface__["data"][0], self.sets) == 0
@@ -379,7 +379,7 @@ class EmbeddingCache(CachePolicy):
     def resident(self) -> int:
         """Rows that the cache holds; reads its whole index."""
         with self._controlled():
-            return int(np.bitwise_count(self._metas(self._read_lines()) & OCCUPIED).sum())
+            return self._taken_in(self._read_lines())
 
     def entries(self) -> list[CacheEntry]:
         """All that the cache holds, in the order of sets, lines and ways; for tests."""
@@ -411,6 +411,10 @@ class EmbeddingCache(CachePolicy):
     @staticmethod
     def _metas(lines: np.ndarray) -> np.ndarray:
         return lines.reshape(-1, LINE_BYTES)[:, META_AT:].copy().view(np.uint32)[:, 0]
+
+    def _taken_in(self, lines: np.ndarray) -> int:
+        """Ways of these lines that have a row."""
+        return int(np.bitwise_count(self._metas(lines) & OCCUPIED).sum())
 
     def _range(self, first: int, stop: int | None) -> tuple[int, int]:
         stop = self.sets if stop is None else stop

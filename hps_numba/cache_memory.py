@@ -217,8 +217,8 @@ class CacheLookup:
             out_vector=aligned,
         )
 
-    def _lookup_spec(self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel") -> KernelSpec:
-        """How the kernel of the lookup is built, from what was measured (``benchmarks/device/lookup.py``).
+    def _lookup_spec(self, name: str, key_form: str, out_type: str, aligned: bool, small: bool) -> KernelSpec:
+        """How a kernel of the lookup is built, from what was measured (``benchmarks/device/lookup.py``).
 
         The limits of registers are those that the way of a hit needs. Without them the functions for misses, which stand out of
         line, would set the number for the whole kernel, and a third of the warps would fit.
@@ -245,11 +245,10 @@ class CacheLookup:
         self, key_form: str, out_type: str, aligned: bool, small: bool, name: str = "lookup_kernel"
     ) -> tuple[Kernel, int]:
         """The kernel of the lookup, or one of its kind, and how many keys a warp of it takes."""
-        shape = (key_form, out_type, aligned, small)
-        key = shape if name == "lookup_kernel" else (name, *shape)
+        key = (name, key_form, out_type, aligned, small)
         found: tuple[Kernel, int] | None = self._kernels.get(key)
         if found is None:
-            spec = self._lookup_spec(*shape, name=name)
+            spec = self._lookup_spec(*key)
             found = self._kernels[key] = self._place.kernel(spec), spec.group
         return found
 
@@ -364,7 +363,7 @@ class CacheLookup:
 
     def _prepare(self, shape: tuple[str, str, bool, bool], alone: bool, scratch: Scratch, stream: int) -> PreparedLookup | None:
         """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
-        found = self._kernels.get(shape)
+        found = self._kernels.get(("lookup_kernel", *shape))
         others = [] if alone else self._kernels_after()
         if found is None or None in others:
             return None
@@ -494,18 +493,12 @@ class CacheLookup:
 
     def _staged_batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
         assert self._misses is not None
-        list_misses = partial(self._list_misses, out, keys, n, scratch.address, stream, built)
+        list_misses = partial(self._rows_to, out, keys, n, scratch.address, stream, built, "list_kernel")
         try:
             self._misses.answer(list_misses, scratch, n, out, stream, built=built[1:], counted=self._counted)
         finally:  # also after a failure: hits that are listed for the policy would stay untouched for ever
             self._end_batch(scratch, keys, n, stream, built[0])
             self._misses.end(scratch, stream)
-
-    def _list_misses(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
-        """Write what the cache has, and list the rest."""
-        kernel, group = self._lookup_kernel(*built, n < self.large_batch, name="list_kernel")
-        blocks = self._place.lookup_blocks(n, group)
-        kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 
     def _end_batch(self, scratch: Scratch, keys: int, n: int, stream: int, key_form: str) -> None:
         """What follows the answer of a batch."""
@@ -518,9 +511,11 @@ class CacheLookup:
         """By how much a batch moves the clock of the policy: more for one that is large beside the cache."""
         return max(1, 4 * n // self.capacity)
 
-    def _rows_to(self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool]) -> None:
-        """Write the answer of a batch, and list what is to be inserted."""
-        kernel, group = self._lookup_kernel(*built, n < self.large_batch)
+    def _rows_to(
+        self, out: int, keys: int, n: int, scratch: int, stream: int, built: tuple[str, str, bool], name: str = "lookup_kernel"
+    ) -> None:
+        """Write the answer of a batch and list what is to be inserted (``list_kernel``: all that the cache has not)."""
+        kernel, group = self._lookup_kernel(*built, n < self.large_batch, name)
         blocks = self._place.lookup_blocks(n, group)
         kernel.launch(blocks, stream, *self._parts, keys, n, out, self._default, scratch, threads=LOOKUP_THREADS)
 

@@ -105,10 +105,6 @@ class CachePolicy(CachePooling):
         if isinstance(key, str):
             spec = self._plain_spec(key)
             return self._place.ready_kernel(replace(spec, policy=policy) if key in BY_POLICY else spec)
-        if key[0] in ("lookup_tables_kernel", "list_kernel"):
-            kernel, *shape = key
-            spec = replace(self._lookup_spec(*shape), name=kernel, policy=policy.for_hits)
-            return self._place.ready_kernel(spec), spec.group
         if key[0] == "pool_kernel":
             return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=policy.for_hits))
         spec = replace(self._lookup_spec(*key), policy=policy.for_hits)

@@ -15,12 +15,7 @@ from hps_numba import devices as devices_module
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import TableSpec, locate
 from hps_numba.deployment import Deployment, Policies, config_of_model, load_policies
-from hps_numba.errors import (
-    ConfigError,
-    DeviceError,
-    ModelFileError,
-    TierUnavailable,
-)
+from hps_numba.errors import ConfigError, DeviceError, ModelFileError, TierUnavailable
 from hps_numba.forks import renew_after_fork
 from hps_numba.hierarchy import TierStack, open_tiers
 from hps_numba.interop import as_keys, as_rows

@@ -184,9 +184,9 @@ class TableSession:
             keys: where the cache lives.   out: address of rows, of ``output_type`` on a device and float32 on the CPU.
 
         Without slower tiers nothing waits for the device, but for batches whose rows host threads gather (``miss_path``). With
-        them, the keys that neither cache nor host memory has are
-        fetched before the call returns if fewer than ``hit_rate_threshold`` of the batch were found; else they are answered
-        with the default now, counted as unanswered, and fetched in the background.
+        them, the keys that neither cache nor host memory has are fetched before the call returns if fewer than
+        ``hit_rate_threshold`` of the batch were found; else they are answered with the default now, counted as unanswered, and
+        fetched in the background.
 
         Raises:
             DeviceError: the stream is captured by a graph, which cannot wait for slower tiers.

@@ -30,7 +30,6 @@ class Machine(Protocol):
 
     ordinal: int | None
     device: torch.device
-    capturing: bool  # inside ``graph_times``: the calls are being captured
 
     def describe(self) -> str:
         """The device in one line."""
@@ -61,7 +60,6 @@ class Gpu:
         torch.cuda.set_device(ordinal)
         self.ordinal: int | None = ordinal
         self.device = torch.device("cuda", ordinal)
-        self.capturing = False
         self._wake()
 
     def _wake(self) -> None:
@@ -101,13 +99,9 @@ class Gpu:
             call(turn, self.stream())
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        self.capturing = True
-        try:
-            with torch.cuda.graph(graph):
-                for turn in range(IN_A_GRAPH):
-                    call(turn, self.stream())
-        finally:
-            self.capturing = False
+        with torch.cuda.graph(graph):
+            for turn in range(IN_A_GRAPH):
+                call(turn, self.stream())
         for _ in range(WARMUPS):
             graph.replay()
         times = [self.between(graph.replay) / IN_A_GRAPH for _ in range(repetitions)]
@@ -134,7 +128,6 @@ class Cpu:
 
     ordinal: int | None = None
     device = torch.device("cpu")
-    capturing = False
 
     def describe(self) -> str:
         return "the CPU twin (--on-cpu): shows that the program runs, its times say nothing"

@@ -64,7 +64,7 @@ def one_pair(run: Run, cache: Any, batches: Batches, answer: str, sizes: Sizes) 
     machine, n = run.machine, batches.n
     keys = [some.data_ptr() for some in batches.keys]
     out = torch.empty((n, cache.dim), dtype=getattr(torch, answer), device=machine.device)
-    form = ("int64", answer, True, False)
+    form = ("lookup_kernel", "int64", answer, True, False)
     spec = cache._lookup_spec(*form)
     figures = {}
 

@@ -95,6 +95,19 @@ class _Shape:
         return part
 
 
+def _opaque(number: int) -> Any:
+    """An intrinsic that gives a number which the compiler does not know."""
+
+    @intrinsic
+    def unknown(typingctx):
+        def codegen(context, builder, signature, args):
+            return _asm(builder, _64, f"mov.u64 $0, {number};", "=l", [], volatile=True)
+
+        return _INT(), codegen
+
+    return unknown
+
+
 def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
     def is_above(builder, source, least):
         return builder.icmp_unsigned(">", source, ir.Constant(_64, least))
@@ -157,28 +170,14 @@ def _loads(shape: _Shape, stored: int, scale_at: int) -> dict[str, Any]:
 
         return shape.type(*[shape.type] * _IN_FLIGHT, _INT), codegen
 
-    @intrinsic
-    def rows_in_flight(typingctx):
-        def codegen(context, builder, signature, args):
-            return _asm(builder, _64, f"mov.u64 $0, {_IN_FLIGHT};", "=l", [], volatile=True)
-
-        return _INT(), codegen
-
-    @intrinsic
-    def steps_of_tile(typingctx):
-        def codegen(context, builder, signature, args):
-            return _asm(builder, _64, f"mov.u64 $0, {shape.lanes};", "=l", [], volatile=True)
-
-        return _INT(), codegen
-
     return {
-        "steps_of_tile": steps_of_tile,
+        "steps_of_tile": _opaque(shape.lanes),
         "load_part": load_part,
         "behind_part": behind_part,
         "await_part": await_part,
         "await_parts": await_parts,
         "pick_part": pick_part,
-        "rows_in_flight": rows_in_flight,
+        "rows_in_flight": _opaque(_IN_FLIGHT),
     }
 
 
