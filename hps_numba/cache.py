@@ -105,8 +105,8 @@ class EmbeddingCache(CachePolicy):
         buffers: most batches of a dynamic cache that run at a time (worker buffers, spec 6.5).
         pagelock: rows of a fixed cache on a device stand in pinned host memory (spec 6.9).
         set_count: number of sets, whatever ``rows`` says; for tests.
-        miss_path: how missed rows come from the store: ``direct``, ``staged``, or ``auto``, by the sizes of batch and table
-            (``cache_staging``). On the CPU ``auto`` is ``direct``.
+        miss_path: how missed rows come from the store: ``direct``, ``staged`` (``cache_staging``), or ``auto``: direct with a
+            copy of the store's index on the device, where there is room (``cache_index_copy``).
 
     Raises:
         DeviceError: no such device.
@@ -238,6 +238,15 @@ class EmbeddingCache(CachePolicy):
             self._say_complete(complete)
             return resident
 
+    def copy_index(self) -> bool:
+        """With ``miss_path`` auto: copy the index of the host store to where the cache lives, unless the copy is there already.
+
+        On a device that happens by itself, after a warming and when the store was not changed for a while
+        (``cache_index_copy``). Returns whether lookups read a copy now.
+        """
+        self._check_open()
+        return self._index_copy is not None and self._index_copy.make()
+
     def _update(self, keys: int, n: int, source: int) -> None:
         args = (self._lines, self._rows, self.sets, self._state, keys, n, source, 4 * self.dim, 1)
         self._change("update_kernel", n, *args)
@@ -316,7 +325,10 @@ class EmbeddingCache(CachePolicy):
                 self._warm_by_lookup(keys)
             else:
                 self._warm_at_once(keys[: self.capacity] if self._chains else keys)
-            return self.check_complete()
+            resident = self.check_complete()
+            if self.device is not None and not self._complete:
+                self.copy_index()
+            return resident
 
     def _warm_at_once(self, keys: np.ndarray) -> None:
         """Place the keys in lines that no reader looks into, then let each be shown when its rows are there.
@@ -370,11 +382,17 @@ class EmbeddingCache(CachePolicy):
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory: index, rows, state, and the buffers of batches so far."""
+        """Bytes of memory: index, rows, state, the buffers of batches so far, and the copy of the store's index."""
         policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
         buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
         buffers += 0 if self._misses is None else self._misses.bytes
+        buffers += 0 if self._index_copy is None else self._index_copy.bytes
         return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
+
+    @property
+    def index_copy_bytes(self) -> int:
+        """Bytes of the copy of the host store's index that lookups read now; 0: they read that in host memory."""
+        return 0 if self._index_copy is None or not self._index_copy.is_used else self._index_copy.bytes
 
     def resident(self) -> int:
         """Rows that the cache holds; reads its whole index."""

@@ -1,8 +1,8 @@
 """The way from a cache to the host store behind it, and what keeps the store from freeing what a device reads.
 
-*Which index is in force.* A word in the state of the cache leads to a descriptor (index block, its lines, the rows). When the
-store puts another index in force, the next descriptor of a ring is filled and then the word swung, so a kernel sees one of the
-two and never half of each.
+*Which index is in force.* A word in the state of the cache leads to a descriptor (index block or a copy of it, its lines, the
+rows). When the store puts another index in force, the next descriptor of a ring is filled and then the word swung, so a kernel
+sees one of the two and never half of each.
 
 *When may memory go.* Warps count themselves in and out, in many stripes, so that counting costs no contention. A stripe whose
 count of those that left, read first, equals that of those that entered, read second, had nobody inside in between. Once every
@@ -74,17 +74,22 @@ class HostLink:
 
     def follow(self, block: int) -> None:
         """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
+        self.lead(block)
+
+    def lead(self, block: int, copy: int = 0) -> None:
+        """``follow``, to a ``copy`` of the index where the cache lives if there is one. By one thread at a time."""
         try:
             with self._place.current():
-                self._place.store_word(self._state + STATE_HOST, self._describe(block) if block else 0, self._stream)
+                described = self._describe(block, copy) if block else 0
+                self._place.store_word(self._state + STATE_HOST, described, self._stream)
         except HpsError as problem:
             self.problem = problem
             log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
 
-    def _describe(self, block: int) -> int:
+    def _describe(self, block: int, copy: int) -> int:
         """Fill the next descriptor of the ring; returns its address."""
         descriptor = np.zeros(DESC_BYTES // 8, np.int64)
-        descriptor[DESC_BLOCK // 8] = block
+        descriptor[DESC_BLOCK // 8] = copy or block
         descriptor[DESC_LINES // 8] = ctypes.c_int64.from_address(block + META_LINES).value
         descriptor[DESC_ROWS // 8] = ctypes.c_int64.from_address(block + META_ROWS).value
         address = self._state + HOST_RING + DESC_BYTES * self._entry

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from hps_numba.cache_index_copy import IndexCopy
 from hps_numba.cache_layout import (
     MAX_BATCH,
     NO_LISTS,
@@ -119,6 +120,9 @@ class CacheLookup:
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
+        self._index_copy: IndexCopy | None = None  # where all rows are resident nothing is missed
+        if self._link is not None and store is not None and miss_path == "auto" and not whole and kind != "static":
+            self._index_copy = IndexCopy(self._place, self._link, store, name)
         self._misses: StagedMisses | None = None
         self._staged_from = NEVER  # keys of the smallest batch that may be staged
         if store is not None and (miss_path == "staged" or (miss_path == "auto" and device is not None)):
@@ -553,6 +557,8 @@ class CacheLookup:
                 scratch.release(self._stream)
             if self._misses is not None:
                 self._misses.close()
+            if self._index_copy is not None:
+                self._index_copy.close()
             if self._link is not None:
                 self._link.close()
             self._policy_memory.release()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from hps_numba import devices
 from hps_numba.cache_shape import cache_bytes, cache_shape
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.errors import CapacityError
+from hps_numba.layout import index_bytes, lines_for
 from hps_numba.memory import available_bytes, human_bytes
 from hps_numba.storage.host_store import RECENCY_OF_POLICY
 from hps_numba.storage.loading import rows_to_load
@@ -34,6 +35,7 @@ class TablePlan:
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
         cache_rows: rows that each cache has room for, or 0.
         cache_bytes: bytes that each cache takes, without the buffers of batches.
+        index_copy_bytes: bytes that a copy of host memory's index takes beside each cache on a device, if there is room.
         devices: CUDA ordinals that have a cache of the table; with none, ``cache_bytes`` are of host memory.
     """
 
@@ -46,6 +48,7 @@ class TablePlan:
     persistent_bytes: int
     cache_rows: int = 0
     cache_bytes: int = 0
+    index_copy_bytes: int = 0
     devices: tuple[int, ...] = ()
 
 
@@ -71,8 +74,16 @@ class Plan:
     @property
     def device_bytes(self) -> dict[int, int]:
         """Bytes of the caches on each device."""
+        return self._on_devices(lambda table: table.cache_bytes)
+
+    @property
+    def index_copy_bytes(self) -> dict[int, int]:
+        """Bytes of the copies of indexes on each device, if there is room for all of them (``cache_index_copy``)."""
+        return self._on_devices(lambda table: table.index_copy_bytes)
+
+    def _on_devices(self, size_of: Callable[[TablePlan], int]) -> dict[int, int]:
         devices = sorted({device for table in self.tables for device in table.devices})
-        return {device: sum(table.cache_bytes for table in self.tables if device in table.devices) for device in devices}
+        return {device: sum(size_of(table) for table in self.tables if device in table.devices) for device in devices}
 
     @property
     def fits(self) -> bool:
@@ -99,8 +110,9 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        device_bytes = {str(device): size for device, size in self.device_bytes.items()}
-        return {**asdict(self), "host_bytes": self.host_bytes, "device_bytes": device_bytes, "fits": self.fits}
+        sizes = {"device_bytes": self.device_bytes, "index_copy_bytes": self.index_copy_bytes}
+        by_device = {name: {str(device): size for device, size in of.items()} for name, of in sizes.items()}
+        return {**asdict(self), "host_bytes": self.host_bytes, **by_device, "fits": self.fits}
 
 
 def make_plan(config: ServerConfig) -> Plan:
@@ -137,6 +149,8 @@ def plan_table(
     model = next(model for model in config.models if model.model == spec.model)
     places = _cache_places(config, model.deployed_device_list)
     shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
+    copies = shape is not None and places and shape.kind != "static" and not shape.whole
+    index_copy = index_bytes(lines_for(host_rows)) if copies and keeps_rows and model.miss_path == "auto" else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
         model=spec.model,
@@ -148,6 +162,7 @@ def plan_table(
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
         cache_rows=0 if shape is None else shape.rows,
         cache_bytes=0 if shape is None else cache_bytes(spec, shape),
+        index_copy_bytes=index_copy,
         devices=places if shape is not None and places else (),
     )
 

@@ -36,6 +36,7 @@ class CacheStats:
         withdrawn: rows that changed in host memory on their way into the cache, and were not shown.
         refused: newcomers that the policy did not admit.   policy: its name.
         staged: lookups whose missed rows were gathered by host threads (``miss_path``).
+        index_copy_bytes: of ``bytes``, those of a copy of host memory's index that misses are looked up in now, or 0.
     """
 
     device: int | None
@@ -51,6 +52,7 @@ class CacheStats:
     withdrawn: int
     refused: int
     staged: int
+    index_copy_bytes: int
     policy: str
 
     @property

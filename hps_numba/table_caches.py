@@ -177,6 +177,7 @@ class TableCaches:
             withdrawn=counts.withdrawn,
             refused=counts.refused,
             staged=counts.staged,
+            index_copy_bytes=cache.index_copy_bytes,
             policy=cache.policy.name,
         )
 

@@ -57,7 +57,7 @@ class Pair:
         self.universe = np.unique(np.concatenate([EXTREME, random.integers(-(2**62), 2**62, 60_000)]))
         self.version = 0
         self.store = pinned_store(dim, self.universe[: len(self.universe) // 2])
-        options: dict[str, Any] = {"policy": load_policy(policy), "store": self.store, "default": 0.25}
+        options: dict[str, Any] = {"policy": load_policy(policy), "store": self.store, "default": 0.25, "miss_path": "auto"}
         rows = int(random.choice([64, 1000, 20_000]))
         self.caches = [EmbeddingCache(dim, rows, device=device, **options) for device in (0, None)]
 
@@ -68,7 +68,9 @@ class Pair:
         return self.universe[(self.random.zipf(1.2, n) - 1) % len(self.universe)]  # many duplicates
 
     def step(self) -> None:
-        what = self.random.choice(["lookup", "lookup", "lookup", "query", "insert", "update", "erase", "refresh", "dump"])
+        what = self.random.choice(
+            ["lookup", "lookup", "lookup", "query", "insert", "update", "erase", "refresh", "dump", "copy"]
+        )
         keys = self.keys(min(1_000_000, 1 << 24 // self.dim if self.dim > 128 else 1_000_000 * 16 // max(16, self.dim)))
         device, twin = self.caches
         if what == "lookup":
@@ -100,6 +102,9 @@ class Pair:
         elif what == "refresh":
             for cache in self.caches:
                 cache.refresh()
+        elif what == "copy":
+            for cache in self.caches:
+                assert cache.copy_index()
         else:
             first = int(self.random.integers(0, device.sets))
             dumps = [np.sort(cache.dump(first, device.sets)) for cache in self.caches]
@@ -132,13 +137,15 @@ def test_random_operations_leave_device_and_twin_alike(policy: str, dim: int) ->
         pair.close()
 
 
-def test_a_captured_lookup_with_misses_is_replayed_while_the_table_changes() -> None:
+@pytest.mark.parametrize("miss_path", ["direct", "auto"])
+def test_a_captured_lookup_with_misses_is_replayed_while_the_table_changes(miss_path: str) -> None:
     torch = pytest.importorskip("torch")
     dim, n = 32, 2048
     random = np.random.default_rng(5)
     universe = random.choice(1 << 40, 50_000, replace=False).astype(np.int64)
     store = pinned_store(dim, universe[:20_000], growth_bytes=1 << 20)
-    cache = EmbeddingCache(dim, 4096, device=0, policy=load_policy("lru"), store=store, default=-1.0)
+    options: dict[str, Any] = {"policy": load_policy("lru"), "store": store, "default": -1.0, "miss_path": miss_path}
+    cache = EmbeddingCache(dim, 4096, device=0, **options)
     keys = torch.zeros(n, dtype=torch.int64, device="cuda")
     out = torch.empty((n, dim), device="cuda")
     stream = torch.cuda.Stream()
@@ -160,6 +167,8 @@ def test_a_captured_lookup_with_misses_is_replayed_while_the_table_changes() -> 
             content.upsert(universe[:30_000], rows_of(universe[:30_000], dim, version))
             store.adopt(content)
             cache.warm()
+        if replay % 50 == 30:
+            assert cache.copy_index() == (miss_path == "auto")
         batch = random.choice(universe, n)
         expected = np.empty((n, dim), np.float32)
         store.lookup(batch, expected, -1.0)
@@ -210,10 +219,11 @@ class Stress:
         self.committed = np.zeros(self.ROWS, np.int64)  # versions whose update has returned
         self.store = HostStore(self.DIM, allocator=PinnedHostAllocator(), rows=0, growth_bytes=1 << 16)
         self.store.upsert(self.keys, self.rows(np.arange(self.ROWS), np.zeros(self.ROWS, np.int64)))
-        self.cache = EmbeddingCache(self.DIM, 1000, device=0, policy=load_policy("lru"), store=self.store, buffers=8)
+        options: dict[str, Any] = {"policy": load_policy("lru"), "store": self.store, "buffers": 8, "miss_path": "auto"}
+        self.cache = EmbeddingCache(self.DIM, 1000, device=0, **options)
         self.end = time.monotonic() + STRESS_SECONDS
         self.problems: list[str] = []
-        self.batches = 0
+        self.batches = self.copies = 0
 
     def rows(self, numbers: np.ndarray, versions: np.ndarray) -> np.ndarray:
         words = np.empty((len(numbers), self.DIM), np.int32)
@@ -268,6 +278,8 @@ class Stress:
                 self.cache.erase(self.keys[random.choice(share, 50)])
             if random.random() < 0.01:
                 self.cache.clear()
+            if random.random() < 0.2:
+                self.copies += self.cache.copy_index()
 
 
 @pytest.mark.timeout(300)
@@ -285,5 +297,6 @@ def test_threads_and_streams_beside_writers_see_whole_fresh_rows() -> None:
     assert stress.batches > 100 and stress.committed.sum() > 1000
     counts = stress.cache.counters()
     assert counts.inserted > 1000 and counts.evicted > 0
+    assert stress.copies > 10
     stress.cache.close()
     stress.store.close()

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "hps_numba"
 ROWS = [
     {"errors", "forks"},
     {"layout", "cache_layout", "devices"},
-    {"parts", "memory", "threads", "background", "progress", "dlpack", "used_memory"},
+    {"parts", "memory", "threads", "background", "timer", "progress", "dlpack", "used_memory"},
     {"config", "interop"},
     {"interop_device"},
     {"kernels"},
@@ -36,7 +36,7 @@ ROWS = [
     {"storage.loading", "storage.tiers"},
     {"cache_place"},
     {"cache_scratch", "cache_link", "cache_policy_memory"},
-    {"cache_staging"},
+    {"cache_staging", "cache_index_copy"},
     {"cache_memory"},
     {"cache_pooling"},
     {"cache_policy"},
@@ -222,11 +222,12 @@ def test_other_packages_stay_in_their_rooms(package: str) -> None:
 #: the rooms that a cache is built of
 CACHE = {
     *("cache", "cache_place", "cache_scratch", "cache_staging", "cache_link", "cache_memory", "cache_pooling", "cache_group"),
-    *("cache_policy", "cache_policy_memory"),
+    *("cache_policy", "cache_policy_memory", "cache_index_copy"),
 }
 #: which rooms see which files of kernels, and the layouts of memory; what is not named here is seen inside kernels only
 SHOWN = {
-    "layout": {"kernels", "storage", "stats", "session", "cache_link"},  # counters; where an index begins
+    # counters; where an index begins, and its size
+    "layout": {"kernels", "storage", "stats", "session", "cache_link", "cache_index_copy", "plan"},
     "cache_layout": {
         "kernels",
         *CACHE,

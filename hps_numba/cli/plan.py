@@ -60,7 +60,9 @@ def _show(planned: Plan) -> None:
     heads = ("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent", "each cache")
     print_table(heads[: 7 if cached else 6], rows)
     for device, size in planned.device_bytes.items():
-        typer.echo(f"{human_bytes(size)} of device {device}")
+        copies = planned.index_copy_bytes[device]
+        more = f", and {human_bytes(copies)} for copies of indexes if there is room" if copies else ""
+        typer.echo(f"{human_bytes(size)} of device {device}{more}")
     peak, free = planned.host_bytes + planned.loading_bytes, planned.available_bytes
     verdict = "fits" if planned.fits else f"DOES NOT FIT: {human_bytes(peak - free)} too much"
     typer.echo(f"{human_bytes(peak)} of host memory while loading, {human_bytes(free)} available: {verdict}")

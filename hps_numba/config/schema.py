@@ -221,7 +221,7 @@ class ModelConfig(Section):
     output_dtype: _OutputDtype = "float32"
     """Element type of the rows that a lookup returns."""
     miss_path: _MissPath = "auto"
-    """How missing rows reach a GPU: read in place (direct; graphs always), gathered by the host (staged), or by size (auto)."""
+    """How missing rows reach a GPU: read in place (direct), or so by a copied index (auto); gathered by the host (staged)."""
     time_budget_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
     """Milliseconds that a lookup waits for slower tiers, 0 for no limit."""
 

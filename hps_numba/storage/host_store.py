@@ -103,6 +103,8 @@ class HostStore:
         self._batch_rows = batch_rows
         self._seed = seed
         self._watchers: tuple[Callable[[int], object], ...] = ()
+        self._before_turns: tuple[Callable[[], object], ...] = ()
+        self._turns = 0  # of writers, so far
         self.renew()
         renew_after_fork(self)
         self._closed = False
@@ -353,6 +355,11 @@ class HostStore:
     def _block_in_force(self) -> int:
         return int(self._header.view(np.int64, (1,))[0])
 
+    @property
+    def block(self) -> int:
+        """Address of the index block in force (``layout``); 0 if the store is closed."""
+        return self._block_in_force()
+
     # -- readers elsewhere ------------------------------------------------------------------------------------------------
 
     @property
@@ -378,6 +385,28 @@ class HostStore:
         """Take back a ``watch``."""
         with self._lock:
             self._watchers = tuple(other for other in self._watchers if other != watcher)
+
+    def watch_turns(self, watcher: Callable[[], object]) -> None:
+        """Call ``watcher`` at the beginning of each turn of a writer, before anything is changed.
+
+        It is told under the lock of the writers. If it raises, nothing is changed.
+        """
+        with self._lock:
+            self._before_turns = (*self._before_turns, watcher)
+
+    def unwatch_turns(self, watcher: Callable[[], object]) -> None:
+        """Take back a ``watch_turns``."""
+        with self._lock:
+            self._before_turns = tuple(other for other in self._before_turns if other != watcher)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[tuple[int, int]]:
+        """Keep writers away; gives the number of their turns so far, and the address of the index block in force.
+
+        The block is 0 if the store is closed, or a turn was interrupted and its book of slots is still to be repaired.
+        """
+        with self._lock:
+            yield self._turns, 0 if self._unfinished else self._block_in_force()
 
     def _publish(self, block: int) -> None:
         publish(self.header, block)
@@ -544,6 +573,9 @@ class HostStore:
         with self._lock:
             if self._closed:
                 raise self._is_closed()
+            self._turns += 1
+            for watcher in self._before_turns:
+                watcher()
             if self._unfinished:
                 self._repair()
             self._unfinished = True

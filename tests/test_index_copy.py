@@ -1,0 +1,458 @@
+"""The copy of the host store's index: read when it is right, withdrawn before it is not, and never written under a reader."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_oracle import CacheOracle
+from naive import assert_same_bits, rows_of
+from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
+
+from hps_numba import cache_index_copy
+from hps_numba.cache import EmbeddingCache
+from hps_numba.cache_index_copy import IndexCopy
+from hps_numba.cache_layout import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
+from hps_numba.cache_link import HostLink
+from hps_numba.cache_place import HostPlace
+from hps_numba.errors import CapacityError, ClosedError
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.layout import META_LINES, index_bytes
+from hps_numba.storage.host_store import HostStore
+
+ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
+
+
+class CopyBench(Bench):
+    """Caches that copy the index."""
+
+    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str | Policy = "lru", **options: Any) -> EmbeddingCache:
+        return super().cache(store, rows, policy=policy, miss_path="auto", **options)
+
+
+@pytest.fixture(params=ON_BOTH)
+def bench(request: pytest.FixtureRequest) -> Iterator[CopyBench]:
+    made = CopyBench(request.param)
+    yield made
+    made.close()
+
+
+def led_to(cache: EmbeddingCache) -> int:
+    """Address of the index that lookups read."""
+    descriptor = int(cache._words(cache._state + STATE_HOST, 1)[0])
+    return int(cache._words(descriptor + DESC_BLOCK, 1)[0])
+
+
+# -- what lookups read ------------------------------------------------------------------------------
+
+
+def test_misses_are_looked_up_in_the_copy_until_the_store_changes(bench: CopyBench) -> None:
+    store = bench.store(range(200))
+    cache = bench.cache(store, 20)
+    assert cache.copy_index() and cache.copy_index()
+    assert led_to(cache) != store.block
+    assert cache.index_copy_bytes == index_bytes(ctypes.c_int64.from_address(store.block + META_LINES).value)
+    keys = ints(range(250))
+    wanted = np.vstack([rows_of(keys[:200], DIM), np.full((50, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    store.upsert(keys[190:210], rows_of(keys[190:210], DIM, 1))
+    assert led_to(cache) == store.block
+    assert cache.index_copy_bytes == 0
+    cache.update(keys[190:210])
+    wanted[190:210] = rows_of(keys[190:210], DIM, 1)
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    assert cache.copy_index()
+    assert led_to(cache) != store.block
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+
+
+@pytest.mark.parametrize("change", ["upsert", "update", "erase", "clear", "replace", "adopt", "grow", "close"])
+def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: str) -> None:
+    store = bench.store(range(60))
+    cache = bench.cache(store, 20)
+    assert cache.copy_index()
+    copy = led_to(cache)
+    at_start: list[int] = []
+    store.watch_turns(lambda: at_start.append(led_to(cache)))
+    keys = ints(range(40, 80))
+    if change == "close":
+        store.close()
+        assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
+        return
+    content, sibling = store.new_content(0), store.sibling()
+    {
+        "upsert": lambda: store.upsert(keys, rows_of(keys, DIM, 1)),
+        "update": lambda: store.update(keys, rows_of(keys, DIM, 1)),
+        "erase": lambda: store.erase(keys),
+        "clear": store.clear,
+        "replace": lambda: store.replace(content),
+        "adopt": lambda: store.adopt(sibling),
+        "grow": lambda: store.upsert(ints(range(5000)), rows_of(ints(range(5000)), DIM, 2)),
+    }[change]()
+    assert at_start and copy not in at_start
+    assert led_to(cache) == store.block
+    cache.clear()
+    expected = np.empty((5000, DIM), np.float32)
+    store.lookup(ints(range(5000)), expected, DEFAULT)
+    for _ in range(2):
+        assert_same_bits(cache.lookup_arrays(ints(range(5000))), expected)
+        cache.clear()
+        assert cache.copy_index()
+
+
+def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copied, keys = cache._place.copy, ints(range(100))
+
+    def change_meanwhile(*args: int) -> None:
+        copied(*args)
+        store.upsert(keys[:50], rows_of(keys[:50], DIM, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._place, "copy", change_meanwhile, raising=False)
+        assert not cache.copy_index()
+    assert led_to(cache) == store.block
+    cache.update(keys)
+    assert_same_bits(cache.lookup_arrays(keys[:50]), rows_of(keys[:50], DIM, 1))
+    assert cache.copy_index()
+    assert_same_bits(cache.lookup_arrays(keys[50:]), rows_of(keys[50:], DIM))
+
+
+def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
+    bench: CopyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ints(range(50))
+    store = bench.store(keys)
+    cache = bench.cache(store, 200)
+    assert cache.copy_index()
+    end = cache._end_batch
+
+    def update_before(*args: Any) -> None:
+        store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
+        cache.update(keys[:20])
+        assert cache.copy_index() == (bench.device is not None)  # a lookup on the CPU is a reader that still has the old one
+        end(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_end_batch", update_before)
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().withdrawn == 20
+    assert cache.query(keys)[1].tolist() == keys[:20].tolist()
+    assert_same_bits(cache.lookup_arrays(keys[:20]), rows_of(keys[:20], DIM, 7))
+
+
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 3)])
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+    bench = CopyBench(device)
+    pair = Pair(bench, policy, dim, seed=dim)
+    read = 0
+    for _ in range(120):
+        operation = pair.rng.choice([*OPERATIONS, "copy", "copy"])
+        if operation == "copy":
+            assert pair.cache.copy_index()
+        else:
+            getattr(pair, operation)()
+        read += pair.cache.index_copy_bytes > 0
+        pair.check()
+    assert isinstance(pair.oracle, CacheOracle) and read > 20
+    bench.close()
+
+
+def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
+    keys = ints(range(300))
+    store = bench.store(keys[:30])
+    cache = bench.cache(store, 30, kind="uvm")
+    cache.warm()
+    store.upsert(keys, rows_of(keys, DIM))
+    assert cache.copy_index()
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    ends = ints(range(0, 301, 10))
+    pooled = cache.pool_arrays(keys, ends)
+    wanted = np.zeros((30, DIM), np.float32)
+    for bag in range(30):
+        for key in keys[10 * bag : 10 * bag + 10]:
+            wanted[bag] += rows_of(ints([key]), DIM)[0]
+    assert_same_bits(pooled, wanted)
+    assert led_to(cache) != store.block
+
+
+def test_where_all_rows_are_resident_there_is_no_copy(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    assert not bench.cache(store, 100, whole=True).copy_index()
+    assert not bench.cache(store, 100, kind="static").copy_index()
+    assert not bench.cache(None, 100).copy_index()
+    plain = Bench(bench.device)
+    assert not plain.cache(store, 20).copy_index()  # miss_path direct
+    plain.close()
+
+
+# -- when it is made --------------------------------------------------------------------------------
+
+
+def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the CPU copy by themselves, as those of a device do."""
+    make = IndexCopy.__init__
+
+    def made(self: IndexCopy, *args: Any) -> None:
+        make(self, *args)
+        self._by_itself = True
+        self.make_later()
+
+    monkeypatch.setattr(IndexCopy, "__init__", made)
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    wait_for(lambda: cache.index_copy_bytes)
+    store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+    assert cache.index_copy_bytes == 0
+    wait_for(lambda: cache.index_copy_bytes)
+    assert_same_bits(cache.lookup_arrays(ints([3])), rows_of(ints([3]), DIM, 1))
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 0.3)
+    store = bench.store(range(10))
+    cache = bench.cache(store, 20)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+        assert cache.index_copy_bytes == 0
+        time.sleep(0.01)
+    wait_for(lambda: cache.index_copy_bytes)
+
+
+def test_on_the_cpu_it_comes_when_asked_for(bench: CopyBench) -> None:
+    cache = bench.cache(bench.store(range(100)), 20)
+    cache.warm()
+    assert (cache.index_copy_bytes > 0) == (bench.device is not None)
+
+
+def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.copy_index()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
+    assert not cache.copy_index()
+    store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
+    assert cache.copy_index()
+    assert_same_bits(cache.lookup_arrays(ints([1])), rows_of(ints([1]), DIM, 1))
+
+
+def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
+    bench: CopyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.copy_index() and cache._link is not None
+    lead = cache._link.lead
+
+    def interrupted(*args: int) -> None:
+        lead(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._link, "lead", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.erase(ints(range(100)))
+    assert len(store) == 100
+    assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(ints(range(100)), DIM))
+    store.erase(ints(range(50)))
+    cache.erase(ints(range(50)))
+    assert led_to(cache) == store.block
+    assert cache.copy_index()
+    assert (cache.lookup_arrays(ints(range(50))) == np.float32(DEFAULT)).all()
+
+
+# -- its memory ---------------------------------------------------------------------------------------
+
+
+class Played:
+    """A copy for a device whose warps are played by the test, over memory of the process."""
+
+    def __init__(self, store: HostStore) -> None:
+        place = HostPlace()
+        self.state = place.allocate(STATE_BYTES, "state")
+        self.link = HostLink(place, self.state.address, store)
+        self.copy = IndexCopy(place, self.link, store, "table")
+        store.epochs.add_guard(self.link)
+
+    def count(self, guard: int, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.state.address + guard + 4 * stripe).value += 1
+
+    def close(self) -> None:
+        self.copy.close()
+        self.link.close()
+
+
+def test_it_is_not_written_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_index_copy, "_READERS_SECONDS", 0.05)
+    bench = CopyBench(None)
+    store = bench.store(range(100))
+    played = Played(store)
+    assert played.copy.make()
+    memory = played.copy._memory
+    assert memory is not None
+    before = ctypes.string_at(memory.address, played.copy.bytes)
+    played.count(GUARD_ENTERED, 7)  # a warp that reads the copy
+    store.upsert(ints(range(100)), rows_of(ints(range(100)), DIM, 1))
+    assert not played.copy.make()
+    assert ctypes.string_at(memory.address, played.copy.bytes) == before
+    played.count(GUARD_LEFT, 7)
+    assert played.copy.make()
+    assert ctypes.string_at(memory.address, played.copy.bytes) != before
+    played.close()
+    bench.close()
+
+
+def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBench) -> None:
+    store = bench.store(range(10))
+    cache = bench.cache(store, 20)
+    alone = cache.bytes
+    assert cache.copy_index()
+    small = cache.index_copy_bytes
+    assert cache.bytes == alone + small
+    store.upsert(ints(range(3000)), rows_of(ints(range(3000)), DIM))
+    assert cache.copy_index()
+    assert cache.index_copy_bytes >= 3000 * 16 > small
+    assert_same_bits(cache.lookup_arrays(ints(range(3000))), rows_of(ints(range(3000)), DIM))
+    cache.close()
+    assert cache_index_copy._taken.get(bench.device if bench.device is not None else -1, 0) == 0
+    with pytest.raises(ClosedError):
+        cache.copy_index()
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexCopy:
+    """A copy for a device that there is not: memory is that of the process."""
+    place = HostPlace()
+    store = HostStore(DIM)
+    copy = IndexCopy(place, SimpleNamespace(lead=lambda *_: None), store, "table")  # type: ignore[arg-type]
+    place.ordinal = 41
+    monkeypatch.setattr(cache_index_copy.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
+    monkeypatch.setattr(cache_index_copy.devices, "free_bytes", lambda ordinal: free)
+    return copy
+
+
+def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (limited(monkeypatch, total=16_000, free=16_000) for _ in range(2))
+    first._take(700)
+    with pytest.raises(CapacityError, match=r"400 B of device 41 wanted, where all copies may take 1000 B and 700 B are taken"):
+        second._take(400)
+    second._take(300)
+    first.close()
+    second._release()
+    second._take(1000)
+    second.close()
+    assert cache_index_copy._taken[41] == 0
+
+
+def test_it_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    copy = limited(monkeypatch, total=16_000, free=1500)
+    caplog.set_level("INFO", "hps_numba.cache_index_copy")
+    assert not copy._has_room(600)
+    assert not copy._has_room(600)
+    assert [record.getMessage().split(",")[-1] for record in caplog.records] == [" 1.5 KiB are free"]  # said once
+    assert copy._has_room(400)
+    copy.close()
+
+
+def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+
+    def full(size: int, purpose: str) -> Any:
+        raise CapacityError(f"{purpose}: full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._place, "allocate", full, raising=False)
+        assert not cache.copy_index()
+    assert led_to(cache) == store.block
+    assert cache.copy_index()
+
+
+# -- many threads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_threads_beside_writers_and_copies_see_whole_fresh_rows(device: int | None) -> None:
+    bench, keys = CopyBench(device), np.arange(400)
+    store = bench.store(keys)
+    versions = np.zeros(len(keys), np.int64)  # of updates that have returned
+
+    def rows(some: np.ndarray, version: np.ndarray) -> np.ndarray:
+        return (some * 1000.0 + version)[:, None] + np.arange(DIM) / 32
+
+    store.upsert(keys, rows(keys, versions).astype(np.float32))
+    cache = bench.cache(store, 60, buffers=3)
+    end, problems, batches, copies = time.monotonic() + 3, [], [], []
+
+    def goes_on() -> bool:
+        seen = len(batches) > 50 and versions.sum() > 500 and len(copies) > 20
+        return not problems and time.monotonic() < (end if seen else end + 60)
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            while goes_on():
+                some = rng.integers(0, len(keys), int(rng.integers(1, 300)))
+                least = versions[some].copy()
+                got = cache.lookup_arrays(some).astype(np.float64)
+                version = got[:, 0] - some * 1000.0
+                if not np.array_equal(got, rows(some, version)) or (version < least).any():
+                    problems.append((some[version < least], got[version < least]))
+                batches.append(len(some))
+        except BaseException as problem:
+            problems.append(problem)
+
+    def write() -> None:
+        rng = np.random.default_rng(99)
+        while goes_on():
+            some = np.unique(rng.integers(0, len(keys), 20))
+            store.upsert(some, rows(some, versions[some] + 1).astype(np.float32))
+            cache.update(some)
+            versions[some] += 1
+            time.sleep(float(rng.choice([0.0, 0.0, 0.01])))
+
+    def copy() -> None:
+        while goes_on():
+            if cache.copy_index():
+                copies.append(1)
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    threads += [threading.Thread(target=write), threading.Thread(target=copy)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[:2]
+    got, missing = cache.query(keys)
+    here = np.setdiff1d(keys, missing)
+    assert np.array_equal(got[here].astype(np.float64), rows(here, versions[here]))  # no old row was left
+    bench.close()
