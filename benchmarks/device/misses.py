@@ -6,12 +6,13 @@ that lets the missed rows in (its policy lets newcomers push out each other firs
 of kind ``uvm`` that never changes: the answer alone. The difference is what insertion costs. Hit rates are read from the cache.
 
 The bus is measured in the same run: a copy from pinned memory, the plain gather on the rows of the host store (no hash), and
-the lookup itself with a cache of 64 rows. The bytes of a miss are a line of the host store's index and the row; the bus time of
-a batch is its bytes over the rate of the plain gather for that table.
+the lookup itself with a cache of 64 rows. The bytes of a miss are its row; the bus time of a batch is its bytes over the rate
+of the plain gather for that table.
 
-``--paths`` measures something else: like batches by both values of ``miss_path``, ``direct`` and ``staged``, from tables of 1
-and (without ``--quick``) 8 GiB. The constants of ``hps_numba/cache_staging.py``, by which ``auto`` chooses, are to be set from
-what it prints.
+Both have a copy of the store's index on the device (``miss_path: auto``), as caches of a server have by default.
+
+``--paths`` measures something else: like batches by each value of ``miss_path``: ``direct``, ``auto`` (with the copy) and
+``staged``, from tables of 1 and (without ``--quick``) 8 GiB.
 """
 
 from __future__ import annotations
@@ -29,14 +30,12 @@ from measure import WARMUPS, Call, host_copy_rate
 from run import Run, compact, median, parser_of, print_table, verdict
 from table import add_rows, check, keys_of, new_cache, new_store
 
-from hps_numba.cache_staging import is_staged
 from hps_numba.kernels.policies._policy import as_policy
-from hps_numba.layout import LINE_BYTES
 
 DIMS = (32, 128)
 P3, P3_AT = 1.25, 90.0  # at most this ratio to the larger of bus and hits, at this hit rate in per cent
 INSERTED, ALONE = "with insertion", "answer alone"
-DIRECT, STAGED = "direct", "staged"
+PATHS = DIRECT, AUTO, STAGED = "direct", "auto", "staged"
 
 
 class NewcomersLeaveFirst:
@@ -95,6 +94,9 @@ class Table:
         add_rows(self.machine, self.store, sizes.few, sizes.hot)
         self.caches = self._caches()
         add_rows(self.machine, self.store, sizes.hot, self.rows)
+        for cache in (self.few, *self.caches.values()):
+            if cache.copy_index():
+                run.say(f"a copy of the index: {cache.index_copy_bytes / (1 << 20):.0f} MiB")
         self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
 
     def _caches(self) -> dict[str, Any]:
@@ -102,13 +104,14 @@ class Table:
 
     def _fixed(self, **options: Any) -> Any:
         """A cache of the rows that the store has now, and of no others later."""
-        cache = new_cache(self.machine, self.store, len(self.store), kind="uvm", **options)
+        cache = new_cache(self.machine, self.store, len(self.store), kind="uvm", **{"miss_path": AUTO} | options)
         cache.warm()
         return cache
 
     def _moving(self, **options: Any) -> Any:
         """A cache that has the hot set, every row of it asked for at least once since it came in."""
-        cache = new_cache(self.machine, self.store, self.sizes.ways, policy=as_policy(NewcomersLeaveFirst), **options)
+        options = {"miss_path": AUTO, "policy": as_policy(NewcomersLeaveFirst)} | options
+        cache = new_cache(self.machine, self.store, self.sizes.ways, **options)
         for _ in range(3):
             cache.lookup_arrays(keys_of(np.arange(self.sizes.hot)))
         return cache
@@ -164,7 +167,7 @@ class Bus:
 
     def microseconds(self, misses: float, dim: int) -> float:
         """For the bytes of so many missed rows."""
-        return misses * (4 * dim + LINE_BYTES) / self.gather / 1e3
+        return misses * 4 * dim / self.gather / 1e3
 
 
 def measure_bus(run: Run, table: Table) -> Bus:
@@ -215,7 +218,7 @@ def judged(name: str, case: dict[str, Any], bus: Bus, hits: float, dim: int) -> 
     time = bus.microseconds(misses, dim)
     return {
         f"{name}: bus": time,
-        f"{name}: bus MB": misses * (4 * dim + LINE_BYTES) / 1e6,
+        f"{name}: bus MB": misses * 4 * dim / 1e6,
         f"{name}: ratio": case[name] / max(time, hits),
         f"{name}: own rate": max(misses / bus.miss_rows, hits) / case[name],
     }
@@ -257,56 +260,46 @@ def measure_table(run: Run, dim: int, size: int, sizes: Sizes) -> dict[str, Any]
         table.close()
 
 
-# -- both ways of misses --------------------------------------------------------------------------
+# -- the ways of misses ---------------------------------------------------------------------------
 
 
 class TableByPaths(Table):
     """The same with caches that differ in ``miss_path``."""
 
     def _caches(self) -> dict[str, Any]:
-        moving = {path: self._moving(miss_path=path) for path in (DIRECT, STAGED)}
-        return moving | {f"{path}, {ALONE}": self._fixed(miss_path=path) for path in (DIRECT, STAGED)}
-
-    def is_staged(self, n: int) -> bool:
-        """What ``auto`` chooses for a cache that inserts."""
-        ways = self.caches[DIRECT].capacity
-        return is_staged(n, rows=self.rows, row_bytes=4 * self.dim, ways=ways, behind=False)
+        moving = {path: self._moving(miss_path=path) for path in PATHS}
+        return moving | {f"{path}, {ALONE}": self._fixed(miss_path=path) for path in PATHS}
 
 
 def measure_paths(run: Run, table: TableByPaths) -> list[dict[str, Any]]:
-    """All batch sizes and hit rates by both paths, and what ``auto`` would choose."""
+    """All batch sizes and hit rates by each path."""
     cases: list[dict[str, Any]] = []
     for n in table.sizes.batches:
         for hit_rate in table.sizes.hit_rates:
-            case: dict[str, Any] = {"n": n, "wanted": hit_rate, "auto": STAGED if table.is_staged(n) else DIRECT}
+            case: dict[str, Any] = {"n": n, "wanted": hit_rate}
             for name, cache in table.caches.items():
                 staged = cache.counters().staged
                 case[name], case[f"{name}: hit rate"] = table.time(cache, n, hit_rate)
                 if (cache.counters().staged > staged) != name.startswith(STAGED):
                     raise AssertionError(f"{name}: {cache.counters().staged - staged} batches were staged")
-            case["faster"] = min((DIRECT, STAGED), key=case.__getitem__)
             cases.append(case)
-            run.say(
-                f"D={table.dim} {n:,} keys, {hit_rate:g} % hits: direct {compact(case[DIRECT])} us, "
-                f"staged {compact(case[STAGED])} us: {case['faster']}; auto: {case['auto']}"
-            )
+            times = ", ".join(f"{path} {compact(case[path])} us" for path in PATHS)
+            run.say(f"D={table.dim} {n:,} keys, {hit_rate:g} % hits: {times}")
     show_paths(table, cases)
     return cases
 
 
 def show_paths(table: Table, cases: Sequence[dict[str, Any]]) -> None:
     """Times and missed rows by path, with insertion and without."""
-    title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB: direct beside staged"
-    head = ["keys, hits wanted", "hits", "direct us", "staged us", "direct / staged", "M misses/s", "auto", "auto is"]
+    title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB: miss paths"
+    head = ["keys, hits wanted", "hits", *(f"{path} us" for path in PATHS), "direct / auto", "M misses/s of each"]
     for suffix in ("", f", {ALONE}"):
         rows = []
         for case in cases:
-            direct, staged = case[DIRECT + suffix], case[STAGED + suffix]
+            times = [case[path + suffix] for path in PATHS]
             rate = case[f"{DIRECT + suffix}: hit rate"]
-            missed = [case["n"] * (1 - rate / 100) / time for time in (direct, staged)]
-            right = case["auto"] == (DIRECT if direct <= staged else STAGED)
-            row = [case_name(case), f"{rate:.1f} %", compact(direct), compact(staged), f"{direct / staged:.2f}"]
-            rows.append([*row, f"{missed[0]:.0f}, {missed[1]:.0f}", case["auto"], "right" if right else "WRONG"])
+            missed = ", ".join(f"{case['n'] * (1 - rate / 100) / time:.0f}" for time in times)
+            rows.append([case_name(case), f"{rate:.1f} %", *map(compact, times), f"{times[0] / times[1]:.2f}", missed])
         print_table(title + (suffix or f", {INSERTED}"), head, rows)
 
 
@@ -322,7 +315,7 @@ def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[
 def main() -> int:
     parser = parser_of("Lookups part of whose rows come over the bus from the host store (P3).", DIMS)
     parser.add_argument("--large", action="store_true", help="tables of 4 and 16 GiB too (as much pinned memory)")
-    parser.add_argument("--paths", action="store_true", help="direct reads beside staged ones (miss_path), and nothing else")
+    parser.add_argument("--paths", action="store_true", help="each value of miss_path, and nothing else")
     options = parser.parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     measured = measure_table_by_paths if options.paths else measure_table
