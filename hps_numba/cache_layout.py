@@ -102,7 +102,7 @@ BUCKET_BYTES = 128
 BUCKET_POSITIONS = 8
 POSITION_BITS = 24
 MAX_BATCH = 1 << POSITION_BITS
-KEYS_OF_A_BLOCK_AFTER = 1024  # of a lookup: for each block of the kernels that follow it, beyond the fewest
+KEYS_OF_A_BLOCK_AFTER = 256  # of a lookup: for each block of the kernels that follow it, beyond the fewest
 BATCH_MASK = (1 << 39) - 1
 # These belong together. A bucket begins with UNUSED_BUCKET in every byte; positions of a batch from FIRST_BATCH on are smaller
 # than that, as they count down, so that they displace it. Those of a batch 0 would be larger: it would enter nothing.

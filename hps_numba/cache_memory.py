@@ -48,7 +48,7 @@ KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "narrow64": 8}
 BY_POLICY = ("insert_kernel", "insert_tables_kernel", "touch_kernel", "touch_tables_kernel", "rescore_kernel")
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
 # from here on each lane of a warp searches for a key, below a tile does: by bytes of a row, at most 128 or more
-_LARGE_BATCH, _LARGE_BATCH_OF_WIDE = 16_384, 8192
+_LARGE_BATCH, _LARGE_BATCH_OF_WIDE = 24_576, 32_768
 STATE_WORDS = 13
 _FIXED_SCRATCHES = 64  # small ones: streams of a fixed cache need not wait for each other
 
@@ -542,7 +542,7 @@ class CacheLookup:
             touch.launch(blocks, stream, self._lines, self.sets, self._state, scratch.address)
         lines, rows, sets, state = self._parts
         kernel = self._kernels.get("insert_kernel") or self._kernel("insert_kernel")
-        blocks = self._place.blocks_after(n, n if n < sets else sets)
+        blocks = self._place.blocks_after(0 if self._complete else n, n if n < sets else sets)
         kernel.launch(blocks, stream, lines, rows, state, source, stride, scratch.address, advance)
 
     def close(self) -> None:

@@ -56,6 +56,7 @@ class DevicePlace:
         self.ordinal: int | None = ordinal
         self._capability = info.capability
         self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
+        self._most_after = 4 * info.multiprocessors
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
@@ -127,7 +128,7 @@ class DevicePlace:
         numbers = {
             "keys_of_block": group * (LOOKUP_THREADS // 32),
             "tiles_of_block": OTHER_THREADS // _LANES,
-            "most_blocks": self._most_blocks,
+            "most_blocks": self._most_after,
             "few_blocks": self._few_blocks,
             "sets": sets,
             "capacity": capacity,
@@ -155,7 +156,7 @@ class DevicePlace:
     def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
         """``blocks`` of a kernel that follows a lookup of ``n`` keys and mostly finds nothing to do: fewer, unless ``n`` is
         large, as starting them takes its time."""
-        most = min(self._most_blocks, max(self._few_blocks, n // KEYS_OF_A_BLOCK_AFTER))
+        most = min(self._most_after, max(self._few_blocks, n // KEYS_OF_A_BLOCK_AFTER))
         return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), most // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:

@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
+from hps_numba.cache_layout import KEYS_OF_A_BLOCK_AFTER
 from hps_numba.kernels import driver_calls
 from hps_numba.kernels.driver_calls import CAPTURED, DRIVER_FUNCTIONS, start_kernels
 
@@ -158,7 +159,7 @@ def test_a_prepared_lookup_starts_what_a_lookup_of_so_many_keys_starts(driver, n
     assert prepared.start(n) == 0
     assert prepared.arguments.tolist() == [0x1000, n, 0x2000]
     # as DevicePlace.lookup_blocks(n, 4), blocks_after(n, n), blocks_after(n, min(n, sets)), and EmbeddingCache._ticks
-    most = min(528, max(66, n // 1024))
+    most = min(528, max(66, n // KEYS_OF_A_BLOCK_AFTER))
     wanted = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), most)), max(1, min(-(-min(n, 1000) // 32), most))]
     assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in wanted]
     assert prepared.advance[0] == max(1, 4 * n // 10_000)

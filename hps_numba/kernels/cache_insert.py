@@ -51,6 +51,7 @@ from hps_numba.kernels.cache_sketch import estimate
 from hps_numba.kernels.lanes import (
     add64,
     after_former,
+    bits_set,
     cas32,
     fence,
     from_first_lane,
@@ -255,7 +256,7 @@ def is_still_so(state, scratch, key, word, content):
 def insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered):
     """Plant the row of a missing position in its set, which is locked.   **Writes:** line, row, counters.
 
-    Returns the ways that rows of this batch ``entered``, which it does not evict again.
+    Returns the ways that rows of this batch ``entered``, which it does not evict again, and whether another row left (0, 1).
 
     Before the row is shown, the host store is asked whether it is still the row of the key. A change that comes later finds
     the row in the cache, for it waits for the lock; so no old row is ever shown after a change.
@@ -263,12 +264,12 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     key = ld64(ld64(scratch + SCRATCH_KEYS) + 8 * position)
     home = home_line_of(key)
     if find_in_set(place, home, key)[1] >= 0:
-        return entered
+        return entered, 0
     words = ld64(scratch + SCRATCH_WORDS) + 16 * position
     if not is_still_so(state, scratch, key, ld64(words), ld64(words + 8)):
         if is_first_lane():
             add64(state + STATE_WITHDRAWN, 1)
-        return entered
+        return entered, 0
     count = counted(scratch, key, batch) if COUNTED else 1
     line, way, evicts = choose_way(place, home, entered)
     if HAS_VICTIM and evicts:
@@ -276,19 +277,16 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
         if is_first_lane():
             add64(state + STATE_REFUSED, 1)
-        return entered
+        return entered, 0
     if ADMITS and evicts and not may_enter(state, scratch, key, count, line + 8 * way):
-        return entered
+        return entered, 0
     begin_change(line)
     store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
     if is_first_lane():
         st64(line + 8 * way, key)
         st32(line + SCORES_AT + 4 * way, np.int64(first_score(now, count, key)) & UINT32_MASK)
-        add64(state + STATE_INSERTED, 1)
-        if evicts:
-            add64(state + STATE_EVICTED, 1)
     end_change(line, 1 << way, 0)
-    return entered | bit_of(place, line, way)
+    return entered | bit_of(place, line, way), 1 if evicts else 0
 
 
 def insert_kernel(lines, rows, state, source, stride, scratch, advance):
@@ -316,6 +314,7 @@ def insert_batch(lines, rows, state, source, stride, scratch, advance):
         if is_first_lane():
             guard_enter(state, stripe)
         sync_tile()
+        inserted = evicted = np.int64(0)  # added once: all tiles fight for the two counters
         while number < listed:
             bucket = ld64(scratch + SCRATCH_BUCKETS) + BUCKET_BYTES * ld64(ld64(scratch + SCRATCH_LIST) + 8 * number)
             place = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
@@ -326,9 +325,16 @@ def insert_batch(lines, rows, state, source, stride, scratch, advance):
                 if value >= oldest + (1 << POSITION_BITS):
                     break
                 position = value - oldest
-                entered = insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered)
+                entered, left = insert_newcomer(
+                    lines, rows, state, scratch, place, position, source, stride, now, batch, entered
+                )
+                evicted += left
+            inserted += bits_set(entered)
             unlock_set(place)
             number += grid_tiles()
         if is_first_lane():
+            add64(state + STATE_INSERTED, inserted)
+            if evicted > 0:
+                add64(state + STATE_EVICTED, evicted)
             guard_leave(state, stripe)
     finish_batch(state, scratch, batch, listed, advance)
