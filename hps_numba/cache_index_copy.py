@@ -24,6 +24,7 @@ import threading
 import time
 
 from hps_numba import devices
+from hps_numba.cache_layout import REGIONS
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import Memory, Place
 from hps_numba.errors import CapacityError
@@ -51,6 +52,11 @@ _numbers = itertools.count()
 def most_bytes(total: int) -> int:
     """Bytes that copies of indexes take at most on a device with so many."""
     return total // _SHARE
+
+
+def _shift_of(slots: int) -> int:
+    """By how many bits slots are shifted so that they give at most ``REGIONS`` regions of the rows."""
+    return max(0, (slots - 1).bit_length() - (REGIONS - 1).bit_length())
 
 
 class IndexCopy:
@@ -183,7 +189,7 @@ class IndexCopy:
                 if still != block or now != turn:
                     return False
                 self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
-                self._link.lead(block, memory.address)
+                self._link.lead(block, memory.address, _shift_of(self._store.slots))
         self._seconds = time.monotonic() - started
         log.debug("%s: %s in %.3g s", self.name, human_bytes(size), self._seconds)
         return True

@@ -52,7 +52,8 @@ TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows come in as
 CLEARED = 1 << 32
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
 HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
-DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_BYTES = 0, 8, 16, 32
+# index block, its lines, the rows; of a copy of the index how far a slot is shifted to give a region of the rows, else -1
+DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_SHIFT, DESC_BYTES = 0, 8, 16, 24, 32
 GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
 GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
 GUARD_LEFT = GUARD_ENTERED + 4 * GUARD_STRIPES
@@ -85,17 +86,23 @@ STATE_BYTES = NO_LISTS + 192
     SCRATCH_SKETCH_SHIFT,
     SCRATCH_MISSED,  # address of the list of missed keys (``list_kernel``)
     SCRATCH_CHANGES,  # STATE_CHANGES before any row of the batch was read, or 0: not known
-) = (8 * i for i in range(23))
+    SCRATCH_OWN_LIST,  # address of a list of missed keys that belongs to the scratch, or 0; SCRATCH_MISSED leads there too
+) = (8 * i for i in range(24))
 SCRATCH_BYTES = STATE_BYTES - NO_LISTS
 
-# list of the keys that a batch missed, for the host to gather their rows
+# list of the keys that a batch missed, for a kernel of its own or for the host: words, counts, then int64 [n, 2]: place, key
 (
     MISSED_COUNT,
-    MISSED_ENTRIES,  # address of int64 [n, 2] on the device: position in the batch, and key
-    MISSED_KEYS,  # address of int64 [n] in pinned memory of the host: the keys again
+    MISSED_OUT,  # address of the answers of the batch, or 0
+    MISSED_TICKET,  # blocks of the kernel that serves them that have ended
+    MISSED_KEYS,  # address of int64 [n] in pinned memory of the host: the keys again; or 0
     MISSED_SELF,  # address of these words
-) = (8 * i for i in range(4))
-MISSED_BYTES = 256
+    MISSED_SORTED,  # address of int64 [n, 2]: position and key in the order of regions
+) = (8 * i for i in range(6))
+MISSED_COUNTS, REGIONS = 256, 64  # int64: how many are listed of each region of the host store's rows
+MISSED_BYTES = MISSED_COUNTS + 8 * REGIONS
+# place: position in the batch and, if it is listed by region, the region and the number of the key among those of the region
+PLACE_REGION, PLACE_RANK = 24, 32  # bits
 
 # bucket: word of its set (batch << 32 | set), then the lowest WAYS positions: (~batch << POSITION_BITS) | position, ascending
 BUCKET_BYTES = 128

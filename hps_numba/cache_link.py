@@ -25,6 +25,7 @@ from hps_numba.cache_layout import (
     DESC_BYTES,
     DESC_LINES,
     DESC_ROWS,
+    DESC_SHIFT,
     GUARD_ENTERED,
     GUARD_LEFT,
     GUARD_STRIPES,
@@ -76,22 +77,26 @@ class HostLink:
         """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
         self.lead(block)
 
-    def lead(self, block: int, copy: int = 0) -> None:
-        """``follow``, to a ``copy`` of the index where the cache lives if there is one. By one thread at a time."""
+    def lead(self, block: int, copy: int = 0, shift: int = -1) -> None:
+        """``follow``, to a ``copy`` of the index where the cache lives if there is one. By one thread at a time.
+
+        ``shift``: of slots, to their regions of the rows (``cache_layout.REGIONS``).
+        """
         try:
             with self._place.current():
-                described = self._describe(block, copy) if block else 0
+                described = self._describe(block, copy, shift) if block else 0
                 self._place.store_word(self._state + STATE_HOST, described, self._stream)
         except HpsError as problem:
             self.problem = problem
             log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
 
-    def _describe(self, block: int, copy: int) -> int:
+    def _describe(self, block: int, copy: int, shift: int) -> int:
         """Fill the next descriptor of the ring; returns its address."""
         descriptor = np.zeros(DESC_BYTES // 8, np.int64)
         descriptor[DESC_BLOCK // 8] = copy or block
         descriptor[DESC_LINES // 8] = ctypes.c_int64.from_address(block + META_LINES).value
         descriptor[DESC_ROWS // 8] = ctypes.c_int64.from_address(block + META_ROWS).value
+        descriptor[DESC_SHIFT // 8] = shift
         address = self._state + HOST_RING + DESC_BYTES * self._entry
         self._entry = (self._entry + 1) % RING_ENTRIES
         self._place.to_place(address, descriptor, self._stream)

@@ -59,6 +59,11 @@ def index_sets(rows: int, *, fixed: bool, whole: bool) -> int:
     return max(2, int(-(-rows // (load * WAYS))))
 
 
+def _listing_from(device: int | None, store: HostStore | None) -> int:
+    """Keys of the smallest batch that only lists what it misses, for kernels of their own (``kernels.cache_serve``)."""
+    return NEVER if device is None or store is None else 65_536
+
+
 class CacheLookup:
     """Memory of the cache of one table, its kernels, and lookups; what changes a cache stands in ``cache.EmbeddingCache``."""
 
@@ -98,6 +103,8 @@ class CacheLookup:
         self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
         self._repeats = False  # lookups can be started in one step
         self._complete = False  # every row of the store is here
+        self._may_list_from = _listing_from(device, store)
+        self._lists_missed_from = NEVER  # keys of the smallest batch that lists what it misses
         self._seen = 0, 0  # keys that had come into the store, and rows evicted here, when that was last looked at
         self.alone = False  # lookups are one kernel: there is nothing that an insertion would do
         self._ready = False  # lookups may go on; before the first one and after the end they look closer
@@ -168,7 +175,14 @@ class CacheLookup:
         """Let a policy decide who leaves, with memory made for it; nothing is at work."""
         counted = policy.needs_count and not self.fixed
         self.policy, self._policy_memory, self._counted, self._admits = policy, memory, counted, memory.admits
-        self.scratch_shape = ScratchShape(self.dim, self.sets, lists=not self.fixed, counts=counted, words=memory.words)
+        self.scratch_shape = ScratchShape(
+            self.dim,
+            self.sets,
+            lists=not self.fixed,
+            counts=counted,
+            lists_missed_from=self._may_list_from,
+            words=memory.words,
+        )
         self.new_scratch = partial(Scratch, self._place, self.scratch_shape, self.name)
         self._own = self.new_scratch()  # of query and insert
         self._turns.clear()
@@ -182,6 +196,7 @@ class CacheLookup:
         one kernel. The rows of keys that the store has nevertheless come from there, again and again.
         """
         self._complete = complete
+        self._lists_missed_from = NEVER if complete else self._may_list_from
         self.alone = complete and not self._counted and not self._admits and self.policy.clock == "insertions"
 
     def _take(self, size: int, what: str, *, pinned: bool = False) -> int:
@@ -338,7 +353,8 @@ class CacheLookup:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
         if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
-            shape = (key_form, out_type, out % 16 == 0, n < self.large_batch)
+            first = "list_by_region_kernel" if n >= self._lists_missed_from else "lookup_kernel"
+            shape = (first, key_form, out_type, out % 16 == 0, n < self.large_batch)
             if self._pool.again(stream, n, self._start_prepared, shape, keys, n, out, stream):
                 return
         with self._place.current():
@@ -359,25 +375,40 @@ class CacheLookup:
             return capturing is not None or not self._place.is_capturing(stream)
 
     def _start_prepared(
-        self, scratch: Scratch, shape: tuple[str, str, bool, bool], keys: int, n: int, out: int, stream: int
+        self, scratch: Scratch, shape: tuple[str, str, str, bool, bool], keys: int, n: int, out: int, stream: int
     ) -> bool:
         alone = self.alone  # now that no other policy can come in force
         prepared = scratch.prepared.get((shape, alone)) or self._prepare(shape, alone, scratch, stream)
         return prepared is not None and prepared.start(keys, n, out)
 
-    def _prepare(self, shape: tuple[str, str, bool, bool], alone: bool, scratch: Scratch, stream: int) -> PreparedLookup | None:
+    def _prepare(
+        self, shape: tuple[str, str, str, bool, bool], alone: bool, scratch: Scratch, stream: int
+    ) -> PreparedLookup | None:
         """Lookups of this shape on the stream that has the scratch, if their kernels are there."""
-        found = self._kernels.get(("lookup_kernel", *shape))
+        found = self._kernels.get(shape)
         others = [] if alone else self._kernels_after()
-        if found is None or None in others:
+        serves = [] if shape[0] == "lookup_kernel" else self._serving_kernels(*shape[2:4], only_ready=True)
+        if found is None or None in others or None in serves:
             return None
         kernel, group = found
         leaves = self._no_lists if alone else scratch.address
-        launches = [(1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, leaves))]
+        launches: list[tuple[Any, ...]] = [(1, 1, LOOKUP_THREADS, (*self._parts, 0, 0, 0, self._default, leaves))]
+        if serves:
+            blocks, serving = self._place.serving_blocks, (*self._parts, self._default, leaves)
+            launches += [(blocks, 1, OTHER_THREADS, (leaves,)), (blocks, 1, OTHER_THREADS, serving)]
         if not alone:
             launches += self._finishing(scratch, 1)
+        kernels, last = [kernel, *serves, *others], len(serves) + len(others)
         prepared = scratch.prepared[shape, alone] = cast("DevicePlace", self._place).prepared_lookup(
-            [kernel, *others], launches, stream, scratch.event, group=group, sets=self.sets, capacity=self.capacity
+            kernels,
+            launches,
+            stream,
+            scratch.event,
+            group=group,
+            sets=self.sets,
+            capacity=self.capacity,
+            touch_at=last - 1 if len(others) == 2 else 0,
+            insert_at=last if others else 0,
         )
         return prepared
 
@@ -492,8 +523,30 @@ class CacheLookup:
             self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
 
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
-        self._rows_to(out, keys, n, scratch.address, stream, built)
+        if n >= self._lists_missed_from:
+            self._rows_to(out, keys, n, scratch.address, stream, built, "list_by_region_kernel")
+            sort, serve = cast("list[Kernel]", self._serving_kernels(*built[1:]))
+            sort.launch(self._place.serving_blocks, stream, scratch.address)
+            serve.launch(self._place.serving_blocks, stream, *self._parts, self._default, scratch.address)
+        else:
+            self._rows_to(out, keys, n, scratch.address, stream, built)
         self._end_batch(scratch, keys, n, stream, built[0])
+
+    def _serving_kernels(self, out_type: str, aligned: bool, *, only_ready: bool = False) -> list[Kernel | None]:
+        """The kernels that sort and serve what a batch missed and listed; ``only_ready``: None for those not used so far."""
+        key = ("serve_missed_kernel", out_type, aligned)
+        if only_ready:
+            return [self._kernels.get("sort_missed_kernel"), self._kernels.get(key)]
+        found: Kernel | None = self._kernels.get(key)
+        if found is None:
+            spec = self._serving_spec(out_type, aligned, counted=self._counted)
+            found = self._kernels[key] = self._place.kernel(spec)
+        return [self._kernel("sort_missed_kernel"), found]
+
+    def _serving_spec(self, out_type: str, aligned: bool, *, counted: bool) -> KernelSpec:
+        """Of a policy it depends on whether that counts newcomers."""
+        spec = self._answer_spec("serve_missed_kernel", "int64", out_type, aligned)
+        return replace(spec, policy=load_policy("lfu" if counted else "fifo"))
 
     def _staged_batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
         assert self._misses is not None

@@ -57,6 +57,8 @@ class DevicePlace:
         self._capability = info.capability
         self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._most_after = 4 * info.multiprocessors
+        self._most_after = 4 * info.multiprocessors
+        self.serving_blocks = info.multiprocessors
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
@@ -121,8 +123,13 @@ class DevicePlace:
         group: int,
         sets: int,
         capacity: int,
+        touch_at: int,
+        insert_at: int,
     ) -> PreparedLookup:
-        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow."""
+        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow.
+
+        ``touch_at``, ``insert_at``: which of the kernels touch and insert, 0: none.
+        """
         from hps_numba.kernels.launch import PreparedLookup
 
         numbers = {
@@ -134,7 +141,7 @@ class DevicePlace:
             "capacity": capacity,
         }
         loaded = cast("Sequence[LoadedKernel]", kernels)
-        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION}
+        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION, "touch_at": touch_at, "insert_at": insert_at}
         return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
 
     def in_turn(self, kernels: Sequence[Kernel | None]) -> KernelsInTurn:
@@ -203,6 +210,7 @@ class HostPlace:
     """The memory of the process; kernels run in the calling thread, without the GIL."""
 
     ordinal: int | None = None
+    serving_blocks = 1
 
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
         """The array itself."""

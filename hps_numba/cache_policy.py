@@ -105,6 +105,8 @@ class CachePolicy(CachePooling):
         if isinstance(key, str):
             spec = self._plain_spec(key)
             return self._place.ready_kernel(replace(spec, policy=policy) if key in BY_POLICY else spec)
+        if key[0] == "serve_missed_kernel":
+            return self._place.ready_kernel(self._serving_spec(*key[1:], counted=policy.needs_count))
         if key[0] == "pool_kernel":
             return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=policy.for_hits))
         spec = replace(self._lookup_spec(*key), policy=policy.for_hits)

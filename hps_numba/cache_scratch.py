@@ -18,6 +18,8 @@ import numpy as np
 from hps_numba.cache_layout import (
     BUCKET_BYTES,
     FIRST_BATCH,
+    MISSED_BYTES,
+    MISSED_SORTED,
     SCRATCH_ABSENT_LIST,
     SCRATCH_BATCH,
     SCRATCH_BUCKETS,
@@ -27,6 +29,8 @@ from hps_numba.cache_layout import (
     SCRATCH_KEYS,
     SCRATCH_LIST,
     SCRATCH_MASK,
+    SCRATCH_MISSED,
+    SCRATCH_OWN_LIST,
     SCRATCH_STAGE,
     SCRATCH_STAGE_STRIDE,
     SCRATCH_TOUCHED_LIST,
@@ -49,13 +53,15 @@ _Stream = tuple[int, int]
 class ScratchShape:
     """What a scratch depends on: ``lists`` newcomers (not in fixed caches), ``counts`` keys for the policy.
 
-    ``words``: more of its header, from where the memory of the policy is.
+    ``lists_missed_from``: keys of the smallest batch that lists what it misses.   ``words``: more of its header, from where the
+    memory of the policy is.
     """
 
     dim: int
     sets: int
     lists: bool
     counts: bool
+    lists_missed_from: int
     words: Mapping[int, int] = field(default_factory=dict)
 
     def parts(self, n: int, absent: bool) -> dict[int, int]:
@@ -69,6 +75,8 @@ class ScratchShape:
             parts |= {SCRATCH_COUNTS: 16 * _power_of_two(2 * n), SCRATCH_TOUCHED_LIST: 8 * n}
         if absent:
             parts[SCRATCH_ABSENT_LIST] = 8 * n
+        if n >= self.lists_missed_from:
+            parts[SCRATCH_OWN_LIST] = MISSED_BYTES + 32 * n
         return parts
 
 
@@ -88,7 +96,7 @@ class Scratch:
         self.user: _Stream | None = None  # the stream that had it last
         self.lists_absent = False
         self.prepared: dict[Any, Any] = {}  # what was made for this memory, this event and the stream of ``user``
-        self.address = self.stage = self.absent_list = self.bytes = 0
+        self.address = self.stage = self.absent_list = self.own_list = self.bytes = 0
 
     def reserve(self, n: int, absent: bool, stream: int) -> None:
         """Have room for ``n`` keys, and for a list of those found nowhere if ``absent``; ``stream`` is free to be waited for.
@@ -108,11 +116,14 @@ class Scratch:
         if SCRATCH_BUCKETS in parts:
             start, size_of = int(header[SCRATCH_BUCKETS // 8]), parts[SCRATCH_BUCKETS]
             self._place.fill(start, UNUSED_BUCKET, size_of, stream)
+        own_list = int(header[SCRATCH_OWN_LIST // 8])
+        if own_list:
+            self._place.store_word(own_list + MISSED_SORTED, own_list + MISSED_BYTES + 16 * limit, stream)
         self._place.to_place(memory.address, header, stream)  # waits for the filling too
         self.spoil()
         self._memory, self.limit, self.lists_absent, self.bytes = memory, limit, absent, size
         self.address, self.stage = memory.address, int(header[SCRATCH_STAGE // 8])
-        self.absent_list = int(header[SCRATCH_ABSENT_LIST // 8])
+        self.absent_list, self.own_list = int(header[SCRATCH_ABSENT_LIST // 8]), own_list
 
     def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
         header = np.zeros(SCRATCH_BYTES // 8, np.int64)
@@ -126,6 +137,7 @@ class Scratch:
         for word, size in parts.items():
             header[word // 8] = end
             end += _up(size)
+        header[SCRATCH_MISSED // 8] = header[SCRATCH_OWN_LIST // 8]
         return header
 
     def spoil(self) -> None:

@@ -34,11 +34,11 @@ import numpy as np
 from hps_numba.cache_layout import (
     MISSED_BYTES,
     MISSED_COUNT,
-    MISSED_ENTRIES,
     MISSED_KEYS,
     MISSED_SELF,
     SCRATCH_CHANGES,
     SCRATCH_MISSED,
+    SCRATCH_OWN_LIST,
     STATE_CHANGES,
 )
 from hps_numba.cache_place import Kernel, Memory, Place
@@ -121,7 +121,7 @@ class _Staging:
             for start in buffers
         ]
         self._header = np.zeros(MISSED_BYTES // 8, np.int64)
-        self._header[[MISSED_ENTRIES // 8, MISSED_KEYS // 8, MISSED_SELF // 8]] = self.entries, keys, entries
+        self._header[[MISSED_KEYS // 8, MISSED_SELF // 8]] = keys, entries
         self._begun = False
 
     def _take(self, memory: Memory) -> int:
@@ -271,6 +271,7 @@ class StagedMisses:
     def end(self, scratch: Scratch, stream: int) -> None:
         """The insertion is on the stream: the next batch of the scratch is another one."""
         self._place.fill(scratch.address + SCRATCH_CHANGES, 0, 8, stream)
+        self._place.copy(scratch.address + SCRATCH_MISSED, scratch.address + SCRATCH_OWN_LIST, 8, stream)
 
     def _kernel(self, counted: bool, out_type: str, aligned: bool) -> Kernel:
         shape = (counted, out_type, aligned)

@@ -65,6 +65,8 @@ class KernelSource(NamedTuple):
 KERNELS = {
     "lookup_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
     "list_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
+    "list_by_region_kernel": KernelSource("cache_lookup", "qqqqqqqfq", True, early=True),
+    "sort_missed_kernel": KernelSource("cache_serve", "q", True, early=True),
     "pool_kernel": KernelSource("cache_pool", "qqqqqqqqqqqqfqqq", True, early=True),
     "touch_kernel": KernelSource("cache_batch", "qqqq", False, early=True),
     "sketch_kernel": KernelSource("cache_sketch", "qqqqqq", False, early=True),
@@ -79,6 +81,7 @@ KERNELS = {
     "clear_kernel": KernelSource("cache_change", "qq", False),
     "dump_kernel": KernelSource("cache_change", "qqqqq", False),
     "scatter_kernel": KernelSource("cache_scatter", "qqqq", False),
+    "serve_missed_kernel": KernelSource("cache_serve", "qqqqfq", True, early=True),
     "answer_missed_kernel": KernelSource("cache_missed", "qqqqqqqqqq", False),
 }
 
@@ -152,7 +155,8 @@ class KernelSpec:
             "GROUP": self.group,
             "ONE_GROUP": True,
             "BY_TILE": self.by_tile,
-            "LISTS": self.name == "list_kernel",
+            "LISTS": self.name in ("list_kernel", "list_by_region_kernel"),
+            "BY_REGION": self.name == "list_by_region_kernel",
             "DEPTH": self.depth,
             "FIXED": self.fixed,
             "COUNTED": self.policy.needs_count and not self.fixed,

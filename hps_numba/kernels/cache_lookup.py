@@ -8,9 +8,15 @@ from hps_numba.cache_layout import (
     BUSY,
     CHAIN,
     DESC_ROWS,
+    DESC_SHIFT,
     LINE_BYTES,
     LOCK,
     META_AT,
+    MISSED_COUNTS,
+    MISSED_OUT,
+    PLACE_RANK,
+    PLACE_REGION,
+    REGIONS,
     SCORES_AT,
     SCRATCH_ABSENT,
     SCRATCH_ABSENT_LIST,
@@ -46,6 +52,7 @@ from hps_numba.kernels.lanes import (
     any_in_warp,
     count_in_warp,
     fence,
+    from_lane,
     grid_warps,
     is_first_lane,
     is_grid_leader,
@@ -68,7 +75,7 @@ from hps_numba.kernels.lanes import (
 )
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 
-__all__ = ["answer_batch", "list_kernel", "lookup_kernel"]
+__all__ = ["answer_batch", "copy_after_all", "count_misses", "list_by_region_kernel", "list_kernel", "lookup_kernel", "serve"]
 
 # bound when built
 FIXED = COUNTED = False
@@ -77,7 +84,8 @@ OUT_STRIDE = 4
 HOST_STRIDE = 4
 GROUP = 1  # keys that a warp looks up at a time
 BY_TILE = False  # a tile takes a key, and reads both lines of its set at once: sooner done, more to read
-LISTS = False  # keys that the cache lacks are only listed, for the host to gather their rows
+LISTS = False  # keys that the cache lacks are only listed, for ``cache_serve`` or for the host to gather their rows
+BY_REGION = False  # with the region of the host store's rows where each has its row
 ONE_GROUP = False  # there are as many warps as groups of keys
 
 #: how keys lie in the caller's memory: int64; int32 sign-extended; uint32; int64 of which only 0..2**32-1 are keys
@@ -270,12 +278,23 @@ def list_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
     answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
 
 
+def list_by_region_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
+    """``list_kernel`` that also tells of each key where in the rows of the host store its row is, roughly (BY_REGION).
+
+    **Writes:** as it does.
+    """
+    after_former()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+
+
 def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
     """``lookup_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)
         add64(state + STATE_CALLS, 1)
+        if LISTS:
+            st64(ld64(scratch + SCRATCH_MISSED) + MISSED_OUT, out)
     base = warp_number() * GROUP
     while base < n:
         number = tile_in_warp() if BY_TILE else lane_in_warp()
@@ -296,7 +315,7 @@ def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
 
 
 def serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing):
-    """``serve_group``, or ``list_group`` if the host gathers the rows.   **Writes:** as they do."""
+    """``serve_group``, or ``list_group`` if that is left to others.   **Writes:** as they do."""
     if LISTS:
         list_group(state, keys, base, out, default, scratch, missing)
     else:
@@ -304,7 +323,7 @@ def serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, m
 
 
 def list_group(state, keys, base, out, default, scratch, missing):
-    """List the keys of a warp that are in ``missing`` (bits, from position ``base``) for the host.
+    """List the keys of a warp that are in ``missing`` (bits, from position ``base``).
 
     A position without a legal key gets the default now.   **Writes:** list, target, counters.
     """
@@ -314,9 +333,12 @@ def list_group(state, keys, base, out, default, scratch, missing):
     key, legal = np.int64(0), False
     if mine:
         key, legal = load_key(keys, position)
-    total = list_missed(ld64(scratch + SCRATCH_MISSED), position, key, mine & legal)
+    missed = ld64(scratch + SCRATCH_MISSED)
+    total, entry = list_missed(missed, position, key, mine & legal)
     if is_warp_leader() and total > 0:
         count_misses(state, warp_number(), total, 0)
+    if BY_REGION and total > 0:
+        tell_regions(state, missed, position, key, entry, votes_of_warp(mine & legal))
     illegal = votes_of_warp(mine & (not legal))
     while illegal != 0 and out != 0:
         bits = illegal
@@ -326,6 +348,39 @@ def list_group(state, keys, base, out, default, scratch, missing):
             fill_answer(out + (base + lowest_bit(bits)) * OUT_STRIDE, default)
         for _ in range(tiles_in_warp()):
             illegal &= illegal - 1
+
+
+def tell_regions(state, missed, position, key, entry, listed):
+    """Tell of the keys that a warp listed (bits) the regions of their rows, and their numbers among those of a region.
+
+    Only if the index is where the cache is: elsewhere it would be read over the bus once more. Then, as for keys without a row,
+    all are of the first region.   **Writes:** list, guard.
+    """
+    stripe = warp_number()
+    if is_warp_leader():
+        guard_enter(state, stripe)
+    sync_warp()
+    descriptor = ld64(state + STATE_HOST)
+    shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
+    while listed != 0:
+        mine = listed
+        for _ in range(tile_in_warp()):
+            mine &= mine - 1
+        wanted = mine != 0
+        lane = lowest_bit(mine) if wanted else np.int64(0)
+        wanted_key, at, to = from_lane(key, lane), from_lane(position, lane), from_lane(entry, lane)
+        region = np.int64(0)
+        if shift >= 0:
+            slot = (find_in_host(descriptor, wanted_key, wanted) & SLOT_MASK) - FIRST_SLOT
+            if slot >= 0:
+                region = min(slot >> shift, np.int64(REGIONS - 1))
+        if is_first_lane() and wanted:
+            rank = add64(missed + MISSED_COUNTS + 8 * region, 1)
+            st64(to, at | region << PLACE_REGION | rank << PLACE_RANK)
+        for _ in range(tiles_in_warp()):
+            listed &= listed - 1
+    if is_warp_leader():
+        guard_leave(state, stripe)
 
 
 def serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing):

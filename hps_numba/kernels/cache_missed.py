@@ -1,12 +1,12 @@
-"""Missed keys whose rows the host gathers (``cache_staging``): listed by the lookup, answered when the rows are there."""
+"""Missed keys that the lookup only lists: for a kernel that reads host memory, or for host threads (``cache_staging``)."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from hps_numba.cache_layout import (
+    MISSED_BYTES,
     MISSED_COUNT,
-    MISSED_ENTRIES,
     MISSED_KEYS,
     SCRATCH_ABSENT,
     SCRATCH_ABSENT_LIST,
@@ -43,9 +43,10 @@ OUT_STRIDE = HOST_STRIDE = 4
 
 
 def list_missed(missed, position, key, wanted):
-    """Enter the keys of the lanes of a warp that have one (``wanted``), all lanes together; returns how many they are.
+    """Enter the keys of the lanes of a warp that have one (``wanted``), all lanes together.
 
-    One count a warp: all warps fight for its address. The order of the list is that in which warps come.   **Writes:** list.
+    Returns how many they are, and the address of the entry of this lane's. One count a warp: all warps fight for its address.
+    The order of the list is that in which warps come.   **Writes:** list.
     """
     votes = votes_of_warp(wanted)
     total = np.int64(bits_set(votes))
@@ -53,12 +54,14 @@ def list_missed(missed, position, key, wanted):
     if is_warp_leader() and total > 0:
         first = add64(missed + MISSED_COUNT, total)
     number = from_lane(first, 0) + np.int64(bits_set(votes & ((np.int64(1) << lane_in_warp()) - 1)))
+    entry = missed + MISSED_BYTES + 16 * number
     if wanted:
-        entry = ld64(missed + MISSED_ENTRIES) + 16 * number
         st64(entry, position)
         st64(entry + 8, key)
-        st64(ld64(missed + MISSED_KEYS) + 8 * number, key)
-    return total
+        keys = ld64(missed + MISSED_KEYS)
+        if keys != 0:
+            st64(keys + 8 * number, key)
+    return total, entry
 
 
 def answer_missed_kernel(lines, sets, state, scratch, entries, words, rows, content, count, out):

@@ -141,7 +141,7 @@ class PreparedLookup:
         launches: as ``KernelsInTurn.start`` takes them, one row each; arguments that vary have any values.
         context, stream, event: as for ``KernelsInTurn.start``.
         keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
-            last, if there are others than the first.
+            insertion.   touch_at, insert_at: which kernels are those, 0: none.
         numbers: the other ``LOOKUP_WORDS``.
     """
 
@@ -155,6 +155,8 @@ class PreparedLookup:
         *,
         keys_at: int,
         advance_at: int,
+        touch_at: int,
+        insert_at: int,
         numbers: Mapping[str, int],
     ) -> None:
         self._kernel = kernels[0]
@@ -166,7 +168,7 @@ class PreparedLookup:
         memories = [memory for memory, _ in taken]
         work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
         work[WORK_WORDS:] = [word for memory, function in taken for word in (memory.config, function, memory.pointers)]
-        first, last, several = memories[0], memories[-1], len(memories) > 1
+        first, touch, insert = memories[0], memories[touch_at], memories[insert_at]
         words = {
             "work": int(work.ctypes.data),
             "context": context,
@@ -175,9 +177,9 @@ class PreparedLookup:
             "count": len(memories),
             "keys": first.arguments[keys_at],
             "blocks": first.config,
-            "touch_blocks": memories[1].config if len(memories) > 2 else 0,
-            "insert_blocks": last.config if several else 0,
-            "advance": last.arguments[advance_at] if several else 0,
+            "touch_blocks": touch.config if touch_at else 0,
+            "insert_blocks": insert.config if insert_at else 0,
+            "advance": insert.arguments[advance_at] if insert_at else 0,
             **numbers,
         }
         lookup = np.array([words[name] for name in LOOKUP_WORDS], np.int64)

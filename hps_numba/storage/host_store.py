@@ -371,6 +371,11 @@ class HostStore:
         """What is in force inside the ``with`` block stays in memory until its end."""
         return self._epochs.reading()
 
+    @property
+    def slots(self) -> int:
+        """Rows that were in use at a time, or are: slots have numbers below this one."""
+        return self._content.slots
+
     def watch(self, watcher: Callable[[int], object]) -> None:
         """Call ``watcher`` with the address of the index block in force: now, and whenever another takes its place.
 

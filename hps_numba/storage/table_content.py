@@ -116,6 +116,11 @@ class TableContent:
         per_slot = self.row_bytes + (8 if self._recency is not None else 0)
         return int(self.state[STATE_NEXT_SLOT]) * per_slot + self.index.committed
 
+    @property
+    def slots(self) -> int:
+        """Slots that were ever in use."""
+        return int(self.state[STATE_NEXT_SLOT])
+
     def rows_view(self, start: int, stop: int) -> np.ndarray:
         """Slots ``start`` to ``stop`` as float32 ``[stop - start, dim]``, to be written before they are indexed."""
         return self._rows.view(np.float32, (stop - start, self.dim), start * self.row_bytes)

@@ -1,0 +1,356 @@
+"""Large batches, which list what they miss for a kernel of its own: the same answers and the same cache, bit for bit.
+
+On the CPU twin, which does so only here, and (marker gpu) on a device; every batch counts as large.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from naive import EXTREME_64, assert_same_bits, rows_of
+from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
+from test_cache_staging import TYPES, ask
+
+from hps_numba import cache_memory
+from hps_numba.cache import EmbeddingCache
+from hps_numba.cache_index_copy import _shift_of
+from hps_numba.cache_layout import MISSED_COUNT, MISSED_COUNTS, MISSED_SORTED, MISSED_TICKET, REGIONS
+from hps_numba.cache_staging import NEVER
+from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.memory import PinnedHostAllocator
+from hps_numba.storage.host_store import HostStore
+
+ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
+_real = cache_memory._listing_from
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_memory, "_listing_from", lambda device, store: NEVER if store is None else 1)
+
+
+@pytest.fixture(params=ON_BOTH)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(request.param)
+    yield made
+    made.close()
+
+
+def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
+    """A cache that lists what it misses, and its like that does not."""
+    lists, plain = (bench.cache(store, rows, **options) for _ in range(2))
+    plain._may_list_from = plain._lists_missed_from = NEVER
+    return lists, plain
+
+
+def list_words(cache: EmbeddingCache) -> list[int]:
+    """What is left of the lists of missed keys of each scratch: all counts, and the ticket."""
+    words: list[int] = []
+    for scratch in (*cache._pool._all, *cache._captured):
+        if scratch.own_list:
+            words += cache._words(scratch.own_list + MISSED_COUNTS, REGIONS).tolist()
+            words += [int(cache._words(scratch.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
+    return words
+
+
+def assert_alike(lists: EmbeddingCache, plain: EmbeddingCache) -> None:
+    assert lists.entries() == plain.entries()
+    assert lists.counters() == plain.counters()
+    left = list_words(lists)
+    assert left and not any(left)
+    assert not list_words(plain) or not any(list_words(plain))
+    resident = ints(entry.key for entry in plain.entries())
+    assert_same_bits(lists.query(resident)[0], plain.query(resident)[0])
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 17)])
+def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+    bench = Bench(device)
+    pair = Pair(bench, policy, dim, seed=dim)
+    for _ in range(120):
+        getattr(pair, pair.rng.choice(OPERATIONS))()
+        pair.check()
+    assert list_words(pair.cache)
+    assert pair.cache.counters().misses > 200
+    bench.close()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
+def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> None:
+    rng = np.random.default_rng(3)
+    caches = both(bench, bench.store(range(800)), 120, policy=policy)
+    for n in (1, 3, 40, 700, 700, 20, 2500, 1):
+        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some that are nowhere
+        answers = [ask(cache, keys) for cache in caches]
+        assert np.array_equal(answers[0][0], answers[1][0])
+        assert answers[0][1] == answers[1][1] == np.flatnonzero(keys >= 800).tolist()
+        assert_alike(*caches)
+    assert caches[0].counters().evicted > 0
+
+
+@pytest.mark.parametrize("kind", ["static", "uvm"])
+def test_fixed_caches(bench: Bench, kind: str) -> None:
+    store = bench.store(range(100))
+    caches = both(bench, store, 100, kind=kind)
+    for cache in caches:
+        cache.warm()
+    store.upsert(np.arange(100, 400), rows_of(np.arange(100, 400), DIM))
+    for cache in caches:
+        cache.check_complete()
+    caches[1]._lists_missed_from = NEVER
+    keys = np.random.default_rng(1).integers(0, 450, 900)
+    for _ in range(2):
+        answers = [ask(cache, keys) for cache in caches]
+        assert np.array_equal(answers[0][0], answers[1][0])
+        assert answers[0][1] == answers[1][1] == np.flatnonzero(keys >= 400).tolist()
+    assert_alike(*caches)
+
+
+def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 300)
+    assert cache._lists_missed_from == 1
+    assert cache.warm() == 100
+    assert cache._lists_missed_from == NEVER
+    assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(range(100), DIM))
+    store.upsert(ints([1000]), rows_of([1000], DIM))
+    cache.update(ints([1000]))
+    assert cache._lists_missed_from == 1
+    assert_same_bits(cache.lookup_arrays(ints([1000])), rows_of([1000], DIM))
+
+
+@pytest.mark.parametrize(("device", "row_type", "form", "out_type", "shift"), TYPES)
+def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
+    bench = Bench(device)
+    rng = np.random.default_rng(5)
+    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "narrow64": [2**32 - 1], "int64": EXTREME_64}[form]
+    store = bench.store([*keys, *range(300)])
+    caches = both(bench, store, 60, row_type=row_type)
+    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "narrow64" else [])])
+    for n in (4, 300, 300):
+        batch = rng.choice(known, n)
+        answers = [ask(cache, batch, form, out_type, shift=shift) for cache in caches]
+        assert np.array_equal(*(answer[0] for answer in answers)) and answers[0][1] == answers[1][1]
+        assert_alike(*caches)
+    bench.close()
+
+
+def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
+    caches = both(bench, bench.store(range(50)), 600)
+    for cache in caches:
+        out, absent = ask(cache, [*range(40), 99], no_answer=True)
+        assert (out == 77).all() and absent == [40]
+    assert_alike(*caches)
+
+
+def test_the_policy_changes_between_batches(bench: Bench) -> None:
+    caches = both(bench, bench.store(range(200)), 60)
+    rng = np.random.default_rng(8)
+    for policy in ("lfu", "lru", "lfu"):
+        for _ in range(2):
+            keys = rng.integers(0, 220, 300)
+            assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
+        for cache in caches:
+            cache.set_policy(load_policy(policy))
+        caches[1]._lists_missed_from = NEVER
+    keys = rng.integers(0, 220, 300)
+    assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
+    assert_alike(*caches)
+
+
+def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(300))
+    cache = bench.cache(store, 60, miss_path="staged")
+    rng = np.random.default_rng(9)
+    for turn in range(6):
+        with monkeypatch.context() as patch:
+            if turn % 2:
+                patch.setattr(cache, "_staged_from", NEVER)
+            keys = rng.integers(0, 320, 200)
+            rows = cache.lookup_arrays(keys)
+        assert_same_bits(rows[keys < 300], rows_of(keys[keys < 300], DIM))
+        assert (rows[keys >= 300] == np.float32(DEFAULT)).all()
+        assert not any(list_words(cache))
+    assert cache.counters().staged == 3
+
+
+def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ints(range(50))
+    store = bench.store(keys)
+    cache = bench.cache(store, 200)
+    end = cache._end_batch
+
+    def update_before(*args: Any) -> None:
+        store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
+        cache.update(keys[:20])
+        end(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_end_batch", update_before)
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().withdrawn == 20
+    assert cache.query(keys)[1].tolist() == keys[:20].tolist()
+
+
+def test_a_store_that_is_closed(bench: Bench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 300)
+    cache.lookup_arrays(ints(range(50)))
+    store.close()
+    rows = cache.lookup_arrays(ints(range(100)))
+    assert_same_bits(rows[:50], rows_of(range(50), DIM))
+    assert (rows[50:] == np.float32(DEFAULT)).all()
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None:
+    bench, keys = Bench(device), np.arange(400)
+    store = bench.store(keys)
+    versions = np.zeros(len(keys), np.int64)  # of updates that have returned
+
+    def rows(some: np.ndarray, version: np.ndarray) -> np.ndarray:
+        return (some * 1000.0 + version)[:, None] + np.arange(DIM) / 32
+
+    store.upsert(keys, rows(keys, versions).astype(np.float32))
+    cache = bench.cache(store, 60, buffers=3, miss_path="auto")
+    end, problems, batches = time.monotonic() + 3, [], []
+
+    def goes_on() -> bool:
+        seen = len(batches) > 50 and versions.sum() > 500
+        return not problems and time.monotonic() < (end if seen else end + 60)
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            while goes_on():
+                some = rng.integers(0, len(keys), int(rng.integers(1, 300)))
+                least = versions[some].copy()
+                got = cache.lookup_arrays(some).astype(np.float64)
+                version = got[:, 0] - some * 1000.0
+                if not np.array_equal(got, rows(some, version)) or (version < least).any():
+                    problems.append((some[version < least], got[version < least]))
+                batches.append(len(some))
+        except BaseException as problem:
+            problems.append(problem)
+
+    def write() -> None:
+        rng = np.random.default_rng(99)
+        while goes_on():
+            some = np.unique(rng.integers(0, len(keys), 20))
+            store.upsert(some, rows(some, versions[some] + 1).astype(np.float32))
+            cache.update(some)
+            versions[some] += 1
+            if rng.random() < 0.05:
+                cache.copy_index()
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)] + [threading.Thread(target=write)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[:2]
+    assert not any(list_words(cache))
+    got, missing = cache.query(keys)
+    here = np.setdiff1d(keys, missing)
+    assert np.array_equal(got[here].astype(np.float64), rows(here, versions[here]))  # no old row was left
+    bench.close()
+
+
+# -- on a device, at full size ---------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
+def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_memory, "_listing_from", _real)
+    rng = np.random.default_rng(dim)
+    universe = np.arange(300_000, dtype=np.int64) * 7919 - 10_000
+    store = HostStore(dim, allocator=PinnedHostAllocator(), rows=len(universe))
+    store.upsert(universe[:280_000], rows_of(universe[:280_000], dim))
+    options: dict[str, Any] = {"device": 0, "policy": load_policy(policy), "store": store, "default": DEFAULT}
+    lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
+    plain._may_list_from = plain._lists_missed_from = NEVER
+    lists.copy_index()
+    for turn, n in enumerate((65_536, 65_535, 200_000, 70_000, 1_000_000 if dim < 64 else 300_000)):
+        keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)
+        answers = [cache.lookup_arrays(keys) for cache in (lists, plain)]
+        assert np.array_equal(answers[0].view(np.uint32), answers[1].view(np.uint32))
+        expected = np.empty((n, dim), np.float32)
+        store.lookup(keys, expected, DEFAULT)
+        assert np.array_equal(answers[0].view(np.uint32), expected.view(np.uint32))
+    assert lists.counters() == plain.counters()
+    assert lists.entries() == plain.entries()
+    assert list_words(lists) and not any(list_words(lists)) and not any(list_words(plain))
+    for thing in (lists, plain, store):
+        thing.close()
+
+
+def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench) -> None:
+    store = bench.store(range(5000), rows=5000)
+    cache = bench.cache(store, 300, miss_path="auto")
+    keys = np.random.default_rng(4).permutation(5000)
+    assert cache.copy_index()
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    (scratch,) = cache._pool._all
+    listed = cache._words(int(cache._words(scratch.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    assert sorted(listed[:, 0].tolist()) == list(range(5000))
+    assert (keys[listed[:, 0]] == listed[:, 1]).all()
+    regions = listed[:, 1] >> (13 - 6)  # rows were written in the order of keys: slots are keys, 5000 of 8192 in 64 regions
+    assert (np.diff(regions) >= 0).all() and len(set(regions.tolist())) == 40
+    store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order in which they came
+    cache.clear()
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    listed = cache._words(int(cache._words(scratch.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    assert sorted(listed[:, 0].tolist()) == list(range(5000))
+
+
+@pytest.mark.parametrize(("slots", "shift"), [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (8_388_608, 17)])
+def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) -> None:
+    assert _shift_of(slots) == shift
+    assert max(0, slots - 1) >> shift < REGIONS
+
+
+@pytest.mark.gpu
+def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
+    torch = pytest.importorskip("torch")
+    dim, n = 32, 4096
+    rng = np.random.default_rng(5)
+    universe = rng.choice(1 << 20, 20_000, replace=False).astype(np.int64)
+    store = HostStore(dim, allocator=PinnedHostAllocator(), rows=len(universe))
+    store.upsert(universe[:15_000], rows_of(universe[:15_000], dim))
+    cache = EmbeddingCache(dim, 4096, device=0, policy=load_policy("lru"), store=store, default=-1.0, miss_path="auto")
+    keys = torch.zeros(n, dtype=torch.int64, device="cuda")
+    out = torch.empty((n, dim), device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cache.lookup(keys.data_ptr(), n, out.data_ptr(), stream.cuda_stream)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        cache.lookup(keys.data_ptr(), n, out.data_ptr(), stream.cuda_stream, capturing=True)
+    for replay in range(300):
+        if replay % 20 == 10:
+            some = rng.choice(universe, 300)
+            store.upsert(some, rows_of(some, dim, replay))
+            cache.update(some)
+        if replay % 50 == 30:
+            cache.copy_index()
+        batch = rng.choice(universe, n)
+        expected = np.empty((n, dim), np.float32)
+        store.lookup(batch, expected, -1.0)
+        keys.copy_(torch.from_numpy(batch))
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert np.array_equal(out.cpu().numpy(), expected), replay
+    assert cache.counters().misses > 100_000
+    assert not any(list_words(cache))
+    del graph
+    cache.close()
+    store.close()
