@@ -10,6 +10,10 @@ led back to the host's own index, and the writer goes on when the device sees th
 the guard of the store's epochs, so that no slot which the copy names is used again before they have left. Some time after the
 last change the index is copied anew; a store that is written all the time has no copy, and nothing is lost but time.
 
+*In which order misses are read.* Rows of a table that is larger than the memory whose addresses a device remembers come faster
+in the order of their addresses (``kernels.cache_serve``), unless rows are so wide that the bus is the limit. The copy tells
+where each is, so ``scattered`` says when that pays.
+
 *What it costs.* As many bytes of the device as the index has, 21 to 32 for a row of the table, of all caches together at most
 1/16 of the device, and only where as much again stays free.
 """
@@ -34,13 +38,17 @@ from hps_numba.memory import human_bytes
 from hps_numba.storage.host_store import HostStore
 from hps_numba.timer import Timer
 
-__all__ = ["IndexCopy", "most_bytes"]
+__all__ = ["IndexCopy", "is_scattered", "most_bytes"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
 _QUIET_SECONDS = 0.1  # without a change, before the index is copied again
 _OF_THE_TIME = 20  # copying takes at most one part of the time
 _READERS_SECONDS = 1.0
+# From rates of random rows of 128 and 512 bytes in tables of 0.25, 1 and 4 GiB, on an H200 (docs/performance.md, "Misses").
+_REMEMBERED_BYTES = 700 << 20  # of host memory whose addresses a device remembers
+_TRANSLATIONS = 40e6  # a second, of others
+_BUS = 50e9  # bytes a second
 
 _timer = Timer("copying")
 atexit.register(_timer.close)
@@ -52,6 +60,12 @@ _numbers = itertools.count()
 def most_bytes(total: int) -> int:
     """Bytes that copies of indexes take at most on a device with so many."""
     return total // _SHARE
+
+
+def is_scattered(slots: int, row_bytes: int) -> bool:
+    """Random rows of such a table come as fast as their addresses are translated, which is slower than the bus."""
+    others = 1 - _REMEMBERED_BYTES / max(1, slots * row_bytes)  # share of rows whose address is not remembered
+    return others > 0 and _TRANSLATIONS / others * row_bytes < _BUS
 
 
 def _shift_of(slots: int) -> int:
@@ -74,6 +88,7 @@ class IndexCopy:
         self._memory: Memory | None = None
         self._size = 0  # of the memory
         self._lent = False  # kernels may be led to the copy
+        self._scattered = False
         self._tag = 0  # epoch until which they were
         self._seconds = 0.0  # that the last copy took
         self._refused = 0  # bytes that were not to be had, when that was last said
@@ -99,6 +114,11 @@ class IndexCopy:
     def is_used(self) -> bool:
         """Lookups read the copy; false from a change of the table until the next copy."""
         return self._lent
+
+    @property
+    def scattered(self) -> bool:
+        """There is a copy, and rows that it names are better read in the order of their addresses."""
+        return self._lent and self._scattered
 
     def withdraw(self) -> None:
         """Lead the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
@@ -189,6 +209,7 @@ class IndexCopy:
                 if still != block or now != turn:
                     return False
                 self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
+                self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
                 self._link.lead(block, memory.address, _shift_of(self._store.slots))
         self._seconds = time.monotonic() - started
         log.debug("%s: %s in %.3g s", self.name, human_bytes(size), self._seconds)

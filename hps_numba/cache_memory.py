@@ -61,7 +61,7 @@ def index_sets(rows: int, *, fixed: bool, whole: bool) -> int:
 
 def _listing_from(device: int | None, store: HostStore | None) -> int:
     """Keys of the smallest batch that only lists what it misses, for kernels of their own (``kernels.cache_serve``)."""
-    return NEVER if device is None or store is None else 65_536
+    return NEVER if device is None or store is None else 131_072
 
 
 class CacheLookup:
@@ -353,7 +353,8 @@ class CacheLookup:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
         if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
-            first = "list_by_region_kernel" if n >= self._lists_missed_from else "lookup_kernel"
+            lists = n >= self._lists_missed_from and self._in_order()
+            first = "list_by_region_kernel" if lists else "lookup_kernel"
             shape = (first, key_form, out_type, out % 16 == 0, n < self.large_batch)
             if self._pool.again(stream, n, self._start_prepared, shape, keys, n, out, stream):
                 return
@@ -523,7 +524,7 @@ class CacheLookup:
             self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
 
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
-        if n >= self._lists_missed_from:
+        if n >= self._lists_missed_from and self._in_order():
             self._rows_to(out, keys, n, scratch.address, stream, built, "list_by_region_kernel")
             sort, serve = cast("list[Kernel]", self._serving_kernels(*built[1:]))
             sort.launch(self._place.serving_blocks, stream, scratch.address)
@@ -531,6 +532,10 @@ class CacheLookup:
         else:
             self._rows_to(out, keys, n, scratch.address, stream, built)
         self._end_batch(scratch, keys, n, stream, built[0])
+
+    def _in_order(self) -> bool:
+        """Rows of the host store are better read in the order of their addresses, if they are many."""
+        return self._index_copy is not None and self._index_copy.scattered
 
     def _serving_kernels(self, out_type: str, aligned: bool, *, only_ready: bool = False) -> list[Kernel | None]:
         """The kernels that sort and serve what a batch missed and listed; ``only_ready``: None for those not used so far."""

@@ -135,6 +135,7 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
     end = cache._end_batch
 
     def update_before(*args: Any) -> None:
+        cache.place.synchronize(args[3])  # the rows were read
         store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
         cache.update(keys[:20])
         assert cache.copy_index() == (bench.device is not None)  # a lookup on the CPU is a reader that still has the old one

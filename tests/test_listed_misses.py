@@ -16,9 +16,9 @@ from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
 from test_cache_staging import TYPES, ask
 
-from hps_numba import cache_memory
+from hps_numba import cache_index_copy, cache_memory
 from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_index_copy import _shift_of
+from hps_numba.cache_index_copy import _shift_of, is_scattered
 from hps_numba.cache_layout import MISSED_COUNT, MISSED_COUNTS, MISSED_SORTED, MISSED_TICKET, REGIONS
 from hps_numba.cache_staging import NEVER
 from hps_numba.kernels.policies._policy import load_policy
@@ -26,12 +26,13 @@ from hps_numba.memory import PinnedHostAllocator
 from hps_numba.storage.host_store import HostStore
 
 ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
-_real = cache_memory._listing_from
+_real, _really = cache_memory._listing_from, cache_memory.CacheLookup._in_order
 
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_memory, "_listing_from", lambda device, store: NEVER if store is None else 1)
+    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", lambda cache: True)
 
 
 @pytest.fixture(params=ON_BOTH)
@@ -187,6 +188,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
     end = cache._end_batch
 
     def update_before(*args: Any) -> None:
+        cache.place.synchronize(args[3])  # the rows were read
         store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
         cache.update(keys[:20])
         end(*args)
@@ -269,6 +271,8 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
 def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_memory, "_listing_from", _real)
+    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 1 << 20)
     rng = np.random.default_rng(dim)
     universe = np.arange(300_000, dtype=np.int64) * 7919 - 10_000
     store = HostStore(dim, allocator=PinnedHostAllocator(), rows=len(universe))
@@ -277,7 +281,7 @@ def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatc
     lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
     plain._may_list_from = plain._lists_missed_from = NEVER
     lists.copy_index()
-    for turn, n in enumerate((65_536, 65_535, 200_000, 70_000, 1_000_000 if dim < 64 else 300_000)):
+    for turn, n in enumerate((131_072, 131_071, 200_000, 140_000, 1_000_000 if dim < 64 else 300_000)):
         keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)
         answers = [cache.lookup_arrays(keys) for cache in (lists, plain)]
         assert np.array_equal(answers[0].view(np.uint32), answers[1].view(np.uint32))
@@ -316,6 +320,36 @@ def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) ->
     assert max(0, slots - 1) >> shift < REGIONS
 
 
+@pytest.mark.parametrize(
+    ("mib", "dim", "scattered"),
+    [
+        (0, 32, False),
+        (256, 32, False),
+        (1024, 32, True),
+        (1024, 64, True),
+        (1024, 128, False),
+        (4096, 128, True),
+        (8192, 512, False),
+    ],
+)
+def test_rows_are_read_in_order_where_that_pays(mib: int, dim: int, scattered: bool) -> None:
+    assert is_scattered((mib << 20) // (4 * dim), 4 * dim) == scattered
+
+
+def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 0)
+    store = bench.store(range(100))
+    for path in ("direct", "auto"):
+        cache = bench.cache(store, 20, miss_path=path)
+        assert not cache._in_order()
+        assert cache.copy_index() == cache._in_order() == (path == "auto")
+    store.upsert(ints([1]), rows_of([1], DIM))
+    assert not cache._in_order()
+    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 1 << 40)
+    assert cache.copy_index() and not cache._in_order()
+
+
 @pytest.mark.gpu
 def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
     torch = pytest.importorskip("torch")
@@ -337,7 +371,7 @@ def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
     for replay in range(300):
         if replay % 20 == 10:
             some = rng.choice(universe, 300)
-            store.upsert(some, rows_of(some, dim, replay))
+            store.upsert(some, rows_of(some, dim, replay // 20))
             cache.update(some)
         if replay % 50 == 30:
             cache.copy_index()

@@ -97,6 +97,7 @@ class Table:
         for cache in (self.few, *self.caches.values()):
             if cache.copy_index():
                 run.say(f"a copy of the index: {cache.index_copy_bytes / (1 << 20):.0f} MiB")
+            cache.check_complete()
         self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
 
     def _caches(self) -> dict[str, Any]:
