@@ -97,7 +97,8 @@ class ServerLookups:
     ) -> Any:
         cache = None if device is None else table.cache_on(device)
         if cache is not None:
-            return self._lookup_on_device(deployment, table, cache, keys, out, stream)
+            there = as_device_keys(keys, wide=self._wide, stream=stream)
+            return self._answer_on_device(deployment, table, cache, there, (*there.shape, table.spec.dim), out, stream)
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)
         if out is None:
@@ -109,32 +110,35 @@ class ServerLookups:
         finish()
         return out
 
-    def _lookup_on_device(
+    def _answer_on_device(
         self,
         deployment: Deployment,
         table: TableSession,
         cache: EmbeddingCache,
-        keys: Any,
+        keys: DeviceKeys,
+        shape: tuple[int, ...],
         out: Any,
         stream: Any,
+        bags: DeviceBags | None = None,
         larger: bool = False,
     ) -> Any:
-        """Look up keys in the memory of a GPU; returns when the work is on the stream."""
-        batch = as_device_keys(keys, wide=self._wide, stream=stream)
-        handle = stream_handle(stream, batch.kind, batch.device)
-        shape = (*batch.shape, table.spec.dim)
+        """The rows of keys in the memory of a GPU, or of ``bags`` of them; returns when the work is on the stream."""
+        handle = stream_handle(stream, keys.kind, keys.device)
         if out is None:
-            rows, address = new_device_output(batch.kind, shape, table.output_type, stream=stream)
+            rows, address = new_device_output(keys.kind, shape, table.output_type, stream=stream)
             finish, keep = None, rows
         else:
             rows = out
-            address, finish, keep = as_device_output(out, shape, table.output_type, batch.device, larger=larger, stream=handle)
+            address, finish, keep = as_device_output(out, shape, table.output_type, keys.device, larger=larger, stream=handle)
         try:
-            table.lookup_cached(cache, batch, address, handle)
+            if bags is None:
+                table.lookup_cached(cache, keys, address, handle)
+            else:
+                table.pool_cached(cache, bags, address, handle)
         except ClosedError as problem:
             self._say_who_closed(deployment, problem)
         if self._recordings:
-            self._record_on_device(table, batch, handle)
+            self._record_on_device(table, keys, handle)
         if finish is not None:
             finish()
         del keep
@@ -225,7 +229,8 @@ class ServerLookups:
         cache = None if device is None else table.cache_on(device)
         if cache is not None and max_norm is None and table.pools_on(cache, math.prod(keys.shape)):
             bags = as_device_bags(keys, offsets, weights, combiner, padding, wide=self._wide, open_end=open_end, stream=stream)
-            return self._pool_on_device(deployment, table, cache, bags, out, stream)
+            shape = (bags.count, table.spec.dim)
+            return self._answer_on_device(deployment, table, cache, bags.keys, shape, out, stream, bags)
         flat = as_keys(keys, wide=self._wide).flat
         starts = as_keys(offsets, wide=True, place="offsets").flat
         if weights is not None:
@@ -277,29 +282,6 @@ class ServerLookups:
         """
         table = self._table(model_name, table_id, device)
         return table.pools_on(table.cache_on(device), n)
-
-    def _pool_on_device(
-        self, deployment: Deployment, table: TableSession, cache: EmbeddingCache, bags: DeviceBags, out: Any, stream: Any
-    ) -> Any:
-        kind = bags.keys.kind
-        handle = stream_handle(stream, kind, bags.keys.device)
-        shape = (bags.count, table.spec.dim)
-        if out is None:
-            rows, address = new_device_output(kind, shape, table.output_type, stream=stream)
-            finish, keep = None, rows
-        else:
-            rows = out
-            address, finish, keep = as_device_output(out, shape, table.output_type, bags.keys.device, stream=handle)
-        try:
-            table.pool_cached(cache, bags, address, handle)
-        except ClosedError as problem:
-            self._say_who_closed(deployment, problem)
-        if self._recordings:
-            self._record_on_device(table, bags.keys, handle)
-        if finish is not None:
-            finish()
-        del keep
-        return rows
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
         """The rows of several tables of one model, all of the same version of the model.
@@ -399,7 +381,9 @@ class ServerLookups:
         device = device_of_array(keys)
         cache = None if device is None else table.cache_on(device)
         if cache is not None:
-            self._lookup_on_device(deployment, table, cache, keys, out_tensor, None, larger=True)
+            there = as_device_keys(keys, wide=self._wide)
+            shape = (*there.shape, table.spec.dim)
+            self._answer_on_device(deployment, table, cache, there, shape, out_tensor, None, larger=True)
             return
         batch = as_keys(keys, wide=self._wide)
         shape = (*batch.shape, table.spec.dim)

@@ -1,4 +1,4 @@
-"""Fixtures: small models in the original's form, servers on them, and the skip of tests that need a GPU."""
+"""Fixtures: small models in the original's form, servers on them, caches, and the skip of tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
 import pytest
 
 import hps_numba
+
+if TYPE_CHECKING:
+    from cache_bench import Bench
 
 # kernels are compiled on first use, and machines of CI stall: how long an example takes says nothing
 hypothesis.settings.register_profile("steady", deadline=None)
@@ -22,6 +25,8 @@ hypothesis.settings.load_profile("steady")
 #: a volatile_db that is empty at the start, and one that fills itself with what is found behind
 COLD = {"type": "hash_map", "initialize_after_startup": False}
 KEEPING = {**COLD, "cache_missed_embeddings": True}
+#: a device, or None: the CPU twin of the kernels
+ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
 
 
 def has_cuda_device() -> bool:
@@ -117,3 +122,23 @@ def workshop(tmp_path: Path) -> Iterator[Workshop]:
     yield made
     for server in made.servers:
         server.close()
+
+
+def bench_on(device: int | None) -> Iterator[Bench]:
+    from cache_bench import Bench
+
+    made = Bench(device)
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=ON_BOTH)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Caches and stores on the CPU twin, and on a device."""
+    yield from bench_on(request.param)
+
+
+@pytest.fixture
+def cpu_bench() -> Iterator[Bench]:
+    """Caches and stores on the CPU twin alone."""
+    yield from bench_on(None)

@@ -22,7 +22,7 @@ def run(name: str, tmp_path: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """What ``name`` printed, and the JSON that it wrote."""
     report = tmp_path / "report.json"
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(report), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=270)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
 

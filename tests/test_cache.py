@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, DIM, Bench, ints
 from cache_oracle import CacheOracle
 from naive import EXTREME_64, assert_same_bits, rows_of
 
@@ -23,56 +24,9 @@ from hps_numba.kernels.cache_search import home_line_of, other_set_of, set_of
 from hps_numba.kernels.cache_sketch import sketch_places
 from hps_numba.kernels.compile import host_function
 from hps_numba.kernels.policies._policy import Policy, load_policy
-from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.storage.host_store import HostStore
 
-DEFAULT = -7.5
-DIM = 17
 _set_of, _home_line_of, _other_set_of = map(host_function, (set_of, home_line_of, other_set_of))
-
-
-class Bench:
-    """Makes caches and stores on one place, and closes them."""
-
-    def __init__(self, device: int | None) -> None:
-        self.device = device
-        self._opened: list[Any] = []
-
-    def store(self, keys: Any = (), dim: int = DIM, stamp: int = 0, **options: Any) -> HostStore:
-        allocator = PlainHostAllocator() if self.device is None else PinnedHostAllocator()
-        store = HostStore(dim, allocator=allocator, **options)
-        self._opened.append(store)
-        store.upsert(ints(keys), rows_of(ints(keys), dim, stamp))
-        return store
-
-    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str | Policy = "lru", **options: Any) -> EmbeddingCache:
-        dim = options.pop("dim", DIM) if store is None else store.dim
-        chosen = load_policy(policy) if isinstance(policy, str) else policy
-        cache = EmbeddingCache(dim, rows, device=self.device, policy=chosen, default=DEFAULT, store=store, **options)
-        self._opened.append(cache)
-        return cache
-
-    def close(self) -> None:
-        for thing in reversed(self._opened):
-            thing.close()
-
-
-@pytest.fixture(params=[pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = Bench(request.param)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def cpu_bench() -> Iterator[Bench]:
-    made = Bench(None)
-    yield made
-    made.close()
-
-
-def ints(keys: Any) -> np.ndarray:
-    return np.asarray(list(keys), np.int64)
 
 
 def place_in(sets: int) -> Callable[[int], tuple[int, int]]:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, DIM, Bench, ints
 from naive import assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, Bench, ints
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_group import CacheGroup
 from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES
 from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
-
-
-@pytest.fixture(params=[pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = Bench(request.param)
-    yield made
-    made.close()
 
 
 class Pair:

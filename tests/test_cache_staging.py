@@ -9,7 +9,7 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import KEEPING, Workshop
+from cache_bench import DEFAULT, DIM, Bench, ints
+from conftest import KEEPING, ON_BOTH, Workshop
 from naive import EXTREME_64, assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
+from test_cache import OPERATIONS, Pair
 from test_caches_in_service import Service, assert_adds_up, cache_of, defaults, stats_of, without_devices
 
 from hps_numba import cache_memory, cache_staging
@@ -32,22 +33,6 @@ from hps_numba.kernels.policies._policy import Policy
 from hps_numba.layout import FIRST_SLOT, SLOT_MASK
 from hps_numba.storage import host_store
 from hps_numba.storage.host_store import HostStore
-
-ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=ON_BOTH)
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = Bench(request.param)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def cpu_bench() -> Iterator[Bench]:
-    made = Bench(None)
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

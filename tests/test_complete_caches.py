@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, DIM, Bench, ints
 from naive import assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, Bench, bench, cpu_bench, ints, place_in  # noqa: F401
+from test_cache import place_in
 
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_group import CacheGroup
@@ -27,7 +28,7 @@ def now_of(cache: EmbeddingCache) -> int:
         return int(cache._words(cache._state + STATE_NOW, 1)[0])
 
 
-def warm_cache(bench: Bench, **options: Any) -> EmbeddingCache:  # noqa: F811
+def warm_cache(bench: Bench, **options: Any) -> EmbeddingCache:
     cache = bench.cache(bench.store(KNOWN), len(KNOWN), whole=True, **options)
     assert cache.warm() == len(KNOWN)
     return cache
@@ -42,7 +43,7 @@ def rows_with(keys: np.ndarray) -> np.ndarray:
 # -- the clock ----------------------------------------------------------------------------------
 
 
-def test_time_stands_still_while_nothing_comes_in(bench: Bench) -> None:  # noqa: F811
+def test_time_stands_still_while_nothing_comes_in(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(200)), set_count=6)
     seen = []
     for batch in (ints(range(30)), ints(range(10)), ints(range(30)), ints(range(40))):
@@ -52,14 +53,14 @@ def test_time_stands_still_while_nothing_comes_in(bench: Bench) -> None:  # noqa
     assert seen[3] > seen[2]
 
 
-def test_a_clock_of_calls_goes_on(bench: Bench) -> None:  # noqa: F811
+def test_a_clock_of_calls_goes_on(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(200)), set_count=6, policy="fifo")
     for number in range(1, 4):
         cache.lookup_arrays(ints(range(10)))
         assert now_of(cache) == number
 
 
-def test_scores_are_those_of_the_time_in_rows_that_came_in(bench: Bench) -> None:  # noqa: F811
+def test_scores_are_those_of_the_time_in_rows_that_came_in(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(400)), set_count=40)
     cache.lookup_arrays(ints(range(100)))  # 100 of 400 ways: 16 ticks
     cache.lookup_arrays(ints(range(100, 125)))  # 4 more
@@ -82,7 +83,7 @@ def test_policies_with_different_clocks_have_different_digests() -> None:
 # -- complete or not -------------------------------------------------------------------------
 
 
-def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None:  # noqa: F811
+def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None:
     assert warm_cache(bench).alone
     for policy in ("lfu", "tinylfu", "fifo"):  # which count hits or requests, or whose clock goes on
         assert not warm_cache(bench, policy=policy).alone
@@ -91,7 +92,7 @@ def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None
     assert not part.alone
 
 
-def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:  # noqa: F811
+def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
     cache = warm_cache(bench)
     store = cache._store
     assert store is not None
@@ -107,7 +108,7 @@ def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:  # noqa: F81
     assert cache.check_complete() == len(store) and cache.alone
 
 
-def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:  # noqa: F811
+def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
     cache = warm_cache(bench)
     store = cache._store
     assert store is not None
@@ -127,7 +128,7 @@ def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
     cache._place.synchronize(cache._stream)
 
 
-def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:  # noqa: F811
+def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:
     known = ints(range(3000))
     cache = cpu_bench.cache(cpu_bench.store(known), 3000, whole=True, set_count=375)
     assert cache.warm() == 3000 and cache.alone
@@ -144,7 +145,7 @@ def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> No
 
 
 @pytest.mark.parametrize("change", ["erase", "insert", "clear"])
-def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None:  # noqa: F811
+def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None:
     cache = warm_cache(bench)
     if change == "erase":
         cache.erase(KNOWN[:1])
@@ -155,13 +156,13 @@ def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None
     assert not cache.alone
 
 
-def test_a_store_that_may_evict_never_makes_a_complete_cache(bench: Bench) -> None:  # noqa: F811
+def test_a_store_that_may_evict_never_makes_a_complete_cache(bench: Bench) -> None:
     cache = bench.cache(bench.store(KNOWN, max_rows=1000), len(KNOWN), whole=True)
     assert cache.warm() == len(KNOWN)
     assert not cache.alone
 
 
-def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Bench) -> None:  # noqa: F811
+def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Bench) -> None:
     cache = warm_cache(bench)
     cache.set_policy(load_policy("lfu"))
     assert not cache.alone
@@ -169,7 +170,7 @@ def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Be
     assert cache.alone
 
 
-def test_without_lists_the_kernel_serves_missing_rows_and_lists_none(cpu_bench: Bench) -> None:  # noqa: F811
+def test_without_lists_the_kernel_serves_missing_rows_and_lists_none(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(KNOWN), 400)
     keys, out = ints([0, 3, 1, 3]), np.empty((4, DIM), np.float32)
     with cache.reading():
@@ -318,7 +319,7 @@ def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> No
     assert cache.alone
 
 
-def test_a_scratch_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:  # noqa: F811
+def test_a_scratch_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:
     pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400)._pool
     seen: list[Any] = []
 

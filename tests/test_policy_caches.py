@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, Bench, ints
 from cache_oracle import CacheOracle
 from naive import assert_same_bits, rows_of
-from test_cache import DEFAULT, OPERATIONS, Bench, Pair, bench, cpu_bench, entries_in, ints, place_in  # noqa: F401
+from test_cache import OPERATIONS, Pair, entries_in, place_in
 from test_cache_pool import PlainPlace
 from test_docs import block_with
 
@@ -54,7 +55,7 @@ def policy_for(name: str) -> Policy:
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name not in SIMPLE), "SecondChance"])
-def test_any_operations_leave_what_plain_python_leaves(bench: Bench, name: str) -> None:  # noqa: F811
+def test_any_operations_leave_what_plain_python_leaves(bench: Bench, name: str) -> None:
     pair = Pair(bench, policy_for(name), 1, seed=len(name))
     for _ in range(120):
         getattr(pair, pair.rng.choice(OPERATIONS))()
@@ -81,7 +82,7 @@ def zipf_trace(requests: int, keys: int, seed: int = 7) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "SecondChance"])
-def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: Bench, name: str) -> None:  # noqa: F811
+def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: Bench, name: str) -> None:
     trace = zipf_trace(10_000, 3000)
     store = bench.store(np.unique(trace), 1)
     cache = bench.cache(store, policy=policy_for(name), set_count=SETS)
@@ -99,7 +100,7 @@ def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: B
     assert 0.2 < oracle.hits / len(trace) < 0.8
 
 
-def test_a_policy_from_a_file_acts_in_the_cache_as_in_plain_python(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
+def test_a_policy_from_a_file_acts_in_the_cache_as_in_plain_python(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "my_policy.py").write_text(block_with("policies.md", "# my_policy.py"))
     policy = load_policy("my_policy.py:Decay", allow_code=True, folder=tmp_path)
     assert policy.digest == own_policy("Decay").digest
@@ -206,14 +207,14 @@ def missed(made: Bench, policy: Policy, trace: np.ndarray) -> int:
     return cache.counters().misses
 
 
-def test_admission_keeps_a_scan_out(cpu_bench: Bench) -> None:  # noqa: F811
+def test_admission_keeps_a_scan_out(cpu_bench: Bench) -> None:
     trace = zipf_trace(10_000, 3000)
     misses = {name: missed(cpu_bench, load_policy(name), trace) for name in ("lru", "tinylfu", "sieve", "s3fifo", "random")}
     assert misses["tinylfu"] < misses["lru"] and misses["sieve"] < misses["lru"] and misses["s3fifo"] < misses["lru"]
     assert misses["lru"] < misses["random"]
 
 
-def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None:  # noqa: F811
+def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None:
     keys = ints([*range(4000), -1, 2**63 - 1])
     policy = policy_for("pinned")
     cache = bench.cache(bench.store(keys, 1), policy=policy, set_count=20)
@@ -226,7 +227,7 @@ def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None
     assert {entry.key for entry in warm.entries() if entry.score == 2**32 - 1} == set(PINS[:6])
 
 
-def test_what_a_policy_remembers_is_counted_in_the_bytes(cpu_bench: Bench) -> None:  # noqa: F811
+def test_what_a_policy_remembers_is_counted_in_the_bytes(cpu_bench: Bench) -> None:
     for name in NAMES:
         cache = cpu_bench.cache(None, 1000, policy=name)
         plain = cache.sets * SET_BYTES + cache.bytes_of_rows + 2 * STATE_BYTES

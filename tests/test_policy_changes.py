@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import Bench, ints
 from cache_oracle import CacheOracle, SketchOracle
 from conftest import Workshop
 from naive import assert_same_bits, rows_of
-from test_cache import Bench, Pair, bench, cpu_bench, ints  # noqa: F401
+from test_cache import Pair
 from test_caches_in_service import Service, on_cpu, service  # noqa: F401
 from test_docs import block_with
 from test_host_kernel_files import end, start
@@ -52,7 +53,7 @@ def follow(oracle: CacheOracle, policy: Policy, now: int) -> None:
         oracle.scores[at] = policy.first(now, 1, *key) % 2**32
 
 
-def test_another_policy_goes_on_with_the_rows_that_are_there(bench: Bench) -> None:  # noqa: F811
+def test_another_policy_goes_on_with_the_rows_that_are_there(bench: Bench) -> None:
     pair = Pair(bench, "lru", 1, seed=4)
     requests = 0
     for name in ("lru", "tinylfu", "lfu", "sieve", "pinned", "tinylfu", "lru"):
@@ -72,7 +73,7 @@ def test_another_policy_goes_on_with_the_rows_that_are_there(bench: Bench) -> No
     assert requests > 2000 and pair.oracle.evictions > 50
 
 
-def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:  # noqa: F811
+def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:
     keys = np.arange(400)
     cache = bench.cache(bench.store(keys, 1), policy="lru", set_count=10, buffers=3)
     policies = [policy_for(name) for name in ("lfu", "sieve", "tinylfu", "lru")]
@@ -112,7 +113,7 @@ def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:  # noqa
     assert len(held) == len(set(held.tolist())) > 50
 
 
-def test_a_policy_that_cannot_be_leaves_the_one_before(cpu_bench: Bench) -> None:  # noqa: F811
+def test_a_policy_that_cannot_be_leaves_the_one_before(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(50), 1), policy="lru", set_count=2)
     cache.lookup_arrays(ints(range(50)))
 
@@ -129,7 +130,7 @@ def test_a_policy_that_cannot_be_leaves_the_one_before(cpu_bench: Bench) -> None
 
 
 def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
-    cpu_bench: Bench,  # noqa: F811
+    cpu_bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(50), 1), policy="lru", set_count=2)
@@ -145,7 +146,7 @@ def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
     assert_same_bits(cache.lookup_arrays(ints(range(50))), rows_of(ints(range(50)), 1))
 
 
-def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:  # noqa: F811
+def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:
     fixed = cpu_bench.cache(cpu_bench.store(range(5), 1), 5, kind="static")
     with pytest.raises(ConfigError, match="a policy for a static cache, which evicts nothing; wanted a dynamic one"):
         fixed.set_policy(load_policy("lfu"))
@@ -155,7 +156,7 @@ def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:  # noqa: 
         closed.set_policy(load_policy("lfu"))
 
 
-def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -> None:  # noqa: F811
+def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -> None:
     """The twin has no graphs; a call that is captured takes a scratch for good, and here the kernels behind it too."""
     keys = np.arange(40)
     cache = cpu_bench.cache(cpu_bench.store(keys, 1), policy="tinylfu", set_count=2)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import Bench
 from llvmlite import binding, ir
-from test_cache import Bench
 from test_row_elements import compiled, e4m3_sample, halves_and_middles, interesting
 
 from hps_numba.kernels import row_elements

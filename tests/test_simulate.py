@@ -248,7 +248,7 @@ def test_one_failure_stops_the_others(monkeypatch: pytest.MonkeyPatch, keys: np.
     monkeypatch.setattr("hps_numba.simulate.geometry.GpuGeometry.replay", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(keys, "lru", "100,200,300,400,500", geometry="gpu", batch=100, threads=2)
-    assert 1 <= len(pieces) <= 4
+    assert 1 <= len(pieces) <= 2  # one a thread
 
 
 def test_nothing_but_the_infinite_cache(keys: np.ndarray, tmp_path: Path) -> None:

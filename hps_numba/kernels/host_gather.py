@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from hps_numba.kernels.compile import host_kernel
-from hps_numba.kernels.host_lookup import copy_found_rows, find_words
-from hps_numba.kernels.memory_words import full_fence, load_word, store_word
-from hps_numba.layout import META_ROW_BYTES
+from hps_numba.kernels.host_lookup import copy_rows_of
 
 __all__ = ["host_gather"]
-
-_BATCH = 1024  # keys whose words are found before their rows are copied, as in ``host_lookup``
 
 
 @host_kernel
@@ -24,17 +18,4 @@ def host_gather(block, keys, start, stop, rows, default, words, now, streamed):
 
     Returns the number of keys without a row.   **Writes:** rows, words, recency words.
     """
-    row_bytes = load_word(block + META_ROW_BYTES)
-    room = min(_BATCH, stop - start)
-    found = np.empty(room, np.int64)
-    late = np.empty(room, np.int64)
-    missing = 0
-    for first in range(start, stop, _BATCH):
-        n = min(_BATCH, stop - first)
-        find_words(block, keys + 8 * first, n, found, late)
-        for i in range(n):
-            store_word(words + 8 * (first + i), found[i])
-        missing += copy_found_rows(block, found, n, first, rows + first * row_bytes, default, 0, now, streamed)
-    if streamed:
-        full_fence()
-    return missing
+    return copy_rows_of(block, keys, start, stop, rows, default, 0, words, now, streamed)

@@ -42,7 +42,7 @@ from hps_numba.layout import (
     RECENCY_NONE,
 )
 
-__all__ = ["copy_found_rows", "find_words", "host_addresses", "host_contains", "host_lookup"]
+__all__ = ["copy_rows_of", "find_words", "host_addresses", "host_contains", "host_lookup"]
 
 # keys between asking for a cache line and using it: by measurement, flat from 8 to 32
 _AHEAD = 16
@@ -113,12 +113,37 @@ def copy_found_rows(block, words, n, first, out, default, misses, now, streamed)
     return missing
 
 
-@host_kernel
-def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters, streamed):
-    """Copy the rows of ``keys[start:stop]`` to ``out[start:stop]``; a key without a row gets ``default``.
+@host_function
+def copy_rows_of(block, keys, start, stop, out, default, misses, words, now, streamed):
+    """The rows of ``keys[start:stop]``, or the default, to ``out[start:stop]``; in an epoch of the caller's.
 
     Two passes over 1024 keys at a time, each with the memory of the keys ahead on its way: find the index words, copy the rows.
     One pass for both is slower: a row is many cache lines, which crowd out the index lines that wait for their turn.
+
+    ``words``: address of int64, as many as keys, for the index words under which rows were read, or 0; the rest as for
+    ``host_lookup``. Returns how many are missing.   **Writes:** out, misses, words, recency words.
+    """
+    row_bytes = load_word(block + META_ROW_BYTES)
+    room = min(_BATCH, stop - start)
+    found = np.empty(room, np.int64)
+    late = np.empty(room, np.int64)
+    missing = 0
+    for first in range(start, stop, _BATCH):
+        n = min(_BATCH, stop - first)
+        find_words(block, keys + 8 * first, n, found, late)
+        if words != 0:
+            for i in range(n):
+                store_word(words + 8 * (first + i), found[i])
+        to = misses + 8 * missing if misses != 0 else 0
+        missing += copy_found_rows(block, found, n, first, out + first * row_bytes, default, to, now, streamed)
+    if streamed:
+        full_fence()
+    return missing
+
+
+@host_kernel
+def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters, streamed):
+    """Copy the rows of ``keys[start:stop]`` to ``out[start:stop]``; a key without a row gets ``default``.
 
     Args (addresses and counts are int64):
         header: address of the store's header.   keys: of int64 keys.   out: of float32 rows, row_bytes apart.
@@ -133,18 +158,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
     if block == 0:
         leave_epoch(record)
         return -1
-    row_bytes = load_word(block + META_ROW_BYTES)
-    room = min(_BATCH, stop - start)
-    words = np.empty(room, np.int64)
-    late = np.empty(room, np.int64)
-    missing = 0
-    for first in range(start, stop, _BATCH):
-        n = min(_BATCH, stop - first)
-        find_words(block, keys + 8 * first, n, words, late)
-        to = misses + 8 * missing if misses != 0 else 0
-        missing += copy_found_rows(block, words, n, first, out + first * row_bytes, default, to, now, streamed)
-    if streamed:
-        full_fence()
+    missing = copy_rows_of(block, keys, start, stop, out, default, misses, 0, now, streamed)
     leave_epoch(record)
     if counters != 0:
         add_word(counters + COUNTER_KEYS, stop - start)

@@ -235,17 +235,31 @@ class _Stopped(Exception):
 def in_threads(work: Callable[[Any, Callable[[], None]], _Result], items: Sequence[Any], threads: int | None) -> list[_Result]:
     """``work(item, check)`` of each item, several at a time; ``check`` raises once one failed or the user interrupted all."""
     stop = threading.Event()
+    failed: list[BaseException] = []
 
     def check() -> None:
         if stop.is_set():
             raise _Stopped
 
+    def one(item: Any) -> _Result:
+        check()
+        try:
+            return work(item, check)
+        except _Stopped:
+            raise
+        except BaseException as problem:
+            failed.append(problem)
+            stop.set()  # here: the caller's thread may wake up late, and others would begin meanwhile
+            raise
+
     with ThreadPoolExecutor(max(1, threads or available_cores())) as pool:
         try:
-            return list(pool.map(lambda item: work(item, check), items))
-        except BaseException:
+            return list(pool.map(one, items))
+        except BaseException as problem:
             stop.set()
-            raise
+            if not isinstance(problem, _Stopped):
+                raise
+    raise failed[0]  # what stopped them
 
 
 def warmup_of(warmup: float, requests: int, batch: int) -> int:
