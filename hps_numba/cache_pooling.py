@@ -13,7 +13,8 @@ from hps_numba.cache_place import Kernel
 from hps_numba.cache_scratch import Scratch
 from hps_numba.errors import CapacityError, ConfigError
 from hps_numba.kernels.build import KernelSpec
-from hps_numba.kernels.cache_pool import COMBINERS, PADDED, THREADS, pool_blocks, pool_run
+from hps_numba.kernels.cache_pool import COMBINERS, MOST_ROWS, PADDED, THREADS, pool_blocks, pool_registers, pool_run
+from hps_numba.kernels.row_elements import TYPE_NUMBERS
 
 __all__ = ["CachePooling"]
 
@@ -59,7 +60,7 @@ class CachePooling(CacheLookup):
         Raises:
             ClosedError: the cache was closed.
             ConfigError: an unknown combiner, key form or type.
-            CapacityError: too many keys, or no memory for a batch of this size.
+            CapacityError: too many keys, too large a cache, or no memory for a batch of this size.
             DeviceError: the driver refused.
         """
         self.begin()
@@ -106,12 +107,14 @@ class CachePooling(CacheLookup):
     def _pool_kernel(self, *shape: Any) -> Kernel:
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
+            if self.capacity >= MOST_ROWS:
+                raise CapacityError(f"{self.name}: pooled lookups of {self.capacity} rows, wanted less than {MOST_ROWS}")
             kernel = self._kernels[shape] = self._place.kernel(self._pool_spec(*shape[1:]))
         return kernel
 
     def _pool_spec(self, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
-        # 168: measured on an H100 beside 96 and 128
-        return replace(self._answer_spec("pool_kernel", key_form, out_type, aligned), registers=168)
+        spec = self._answer_spec("pool_kernel", key_form, out_type, aligned)
+        return replace(spec, registers=pool_registers(spec.dim, TYPE_NUMBERS[spec.row_type]))
 
     def pool_arrays(
         self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"

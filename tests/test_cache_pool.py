@@ -23,15 +23,18 @@ from hps_numba.kernels.cache_pool import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
+    MOST_ROWS,
     OFFSETS32,
     OPEN_END,
     PADDED,
     THREADS,
     pool_blocks,
     pool_lanes,
+    pool_registers,
     pool_run,
 )
 from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.row_elements import TYPE_NUMBERS
 from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.storage.host_store import HostStore
 
@@ -85,8 +88,8 @@ def naive_pool(batch: Batch, rows: np.ndarray, combiner: str, **how: Any) -> np.
 class PlainKernel:
     """A kernel as plain Python."""
 
-    def __init__(self, spec: KernelSpec) -> None:
-        self._run: FunctionType = bindings(spec, lambda function: function)
+    def __init__(self, spec: KernelSpec, **names: Any) -> None:
+        self._run: FunctionType = bindings(spec, lambda function: function, names)
 
     def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
         with np.errstate(all="ignore"):
@@ -98,6 +101,13 @@ class PlainPlace(HostPlace):
 
     def kernel(self, spec: KernelSpec) -> Any:
         return PlainKernel(spec)
+
+
+class AheadPlace(PlainPlace):
+    """Keys are sought ahead, as on a GPU, by one lane."""
+
+    def kernel(self, spec: KernelSpec) -> Any:
+        return PlainKernel(spec, POOL_MANY=True)
 
 
 class Table:
@@ -112,8 +122,8 @@ class Table:
         self.store.upsert(self.known, signed_rows(self.known, dim))
         store = self.store if stored else None
         self.cache = EmbeddingCache(dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=store, **options)
-        if where == "plain":
-            self.cache._place = PlainPlace()
+        if where in ("plain", "ahead"):
+            self.cache._place = PlainPlace() if where == "plain" else AheadPlace()
         if stored:
             self.cache.warm()
         else:
@@ -252,7 +262,7 @@ def test_wide_rows(open_table: Any, where: str, dim: int) -> None:
     assert_pools(open_table(where, dim), Batch(1, 5, 2), "mean")
 
 
-@pytest.mark.parametrize("where", ["plain", GPU])
+@pytest.mark.parametrize("where", ["plain", "ahead", GPU])
 def test_padding_is_skipped_and_empty_bags_may_get_the_default(open_table: Any, where: str) -> None:
     table = open_table(where, 3)
     batch = Batch(3, 30, 2)
@@ -337,7 +347,7 @@ def test_an_answer_that_is_not_aligned(open_table: Any, where: str) -> None:
     assert_same(table.pool(batch, "mean", shift=4), wanted)
 
 
-@pytest.mark.parametrize("where", ["plain", GPU])
+@pytest.mark.parametrize("where", ["plain", "ahead", GPU])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_the_cache_is_left_as_by_a_lookup(open_table: Any, where: str, policy: str) -> None:
     pooled, looked_up = open_table(where, 3, policy=policy), open_table(where, 3, policy=policy)
@@ -352,12 +362,46 @@ def test_the_cache_is_left_as_by_a_lookup(open_table: Any, where: str, policy: s
     assert entered == left > 0
 
 
-@pytest.mark.parametrize("where", ["plain", GPU])
+@pytest.mark.parametrize("where", ["plain", "ahead", GPU])
 def test_a_fixed_cache_of_a_part_of_the_table(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 4, kind="uvm"), Batch(10)
     wanted = naive_pool(batch, table.rows_for(batch.keys), "max")
     assert_same(table.pool(batch, "max"), wanted)
     assert 0 < table.cache.counters().misses < len(batch.keys)
+
+
+ON_GPU = [(4, "float32", "lru"), (32, "float32", "lfu"), (128, "float32", "lru"), (256, "float32", "lru"), (32, "int8", "lru")]
+
+
+@pytest.mark.parametrize(
+    ("where", "dim", "row_type", "policy"),
+    [("cpu", 16, "float32", "lru"), *(pytest.param("gpu", *how, marks=pytest.mark.gpu) for how in ON_GPU)],
+)
+def test_bags_of_any_length_all_of_whose_rows_are_in_the_cache(
+    open_table: Any, where: str, dim: int, row_type: str, policy: str
+) -> None:
+    table = open_table(where, dim, known=range(15), row_type=row_type, policy=policy)
+    batch = Batch(23, 40, 80, universe=sorted(table.cache.dump().tolist()))
+    rows, guards = table.rows_for(batch.keys), table.guards()
+    for combiner in COMBINERS:
+        for weights in (None, batch.weights) if combiner != "max" else (None,):
+            assert_same(table.pool(batch, combiner, weights), naive_pool(batch, rows, combiner, weights=weights))
+        skipped = naive_pool(batch, rows, combiner, skipped=(PADDING,))
+        assert_same(table.pool(batch, combiner, options=PADDED), skipped)
+    assert table.cache.counters().misses == 0 and table.guards() == guards
+
+
+@pytest.mark.parametrize("where", ["cpu", "ahead", GPU])
+def test_a_few_keys_that_the_cache_lacks_among_many_that_it_has(open_table: Any, where: str) -> None:
+    table = open_table(where, 16, known=range(15))
+    batch = Batch(24, 30, 40, universe=sorted(table.cache.dump().tolist()))
+    batch.keys[::97] = 1000
+    rows, guards = table.rows_for(batch.keys), table.guards()
+    for combiner in COMBINERS:
+        assert_same(table.pool(batch, combiner), naive_pool(batch, rows, combiner))
+    assert table.cache.counters().misses == len(COMBINERS) * len(batch.keys[::97])
+    entered, left = table.guards()
+    assert entered == left > guards[0]
 
 
 # -- keys, and where their rows are -----------------------------------------------------------
@@ -408,7 +452,7 @@ def test_without_a_store_only_what_was_inserted_is_found(open_table: Any, where:
 
 
 @pytest.mark.parametrize("row_type", ["float32", "int8"])
-@pytest.mark.parametrize("where", ["plain", GPU])
+@pytest.mark.parametrize("where", ["plain", "ahead", GPU])
 def test_pooled_rows_are_those_of_a_lookup_added_in_order(open_table: Any, where: str, row_type: str) -> None:
     pooled, looked_up = (open_table(where, 17, row_type=row_type) for _ in range(2))
     for seed, combiner in enumerate(("sum", "mean", "sqrtn", "max")):
@@ -474,6 +518,13 @@ def test_bad_calls(open_table: Any) -> None:
         with pytest.raises(ConfigError, match=f"wanted float32\\[{n}\\]"):
             cache.pool_arrays(batch.keys, batch.offsets, weights)
     assert cache.counters().calls == 0
+
+
+def test_a_cache_of_too_many_rows_to_number_them(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, batch = open_table("plain", 3), Batch(25)
+    monkeypatch.setattr(table.cache, "capacity", MOST_ROWS)
+    with pytest.raises(CapacityError, match=f"pooled lookups of {MOST_ROWS} rows, wanted less than {MOST_ROWS}"):
+        table.pool(batch, "sum")
 
 
 def test_after_close(open_table: Any) -> None:
@@ -647,8 +698,22 @@ def test_compiles_and_links(chip: tuple[int, int], dim: int, row_type: str, out_
 def test_rows_are_there_before_their_lines_are_looked_at_again(dim: int) -> None:
     pytest.importorskip("numba_cuda")
     ptx = ptx_of(KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru"), registers=168), (9, 0))
-    awaited = re.findall(r"setp\.eq\.u32 p, (%r\d+), 0x9E3779B9", ptx)
+    awaited = []
+    for function in re.split(r"(?m)^(?=\.(?:weak |visible )?\.?(?:func|entry))", ptx):  # each has registers of its own
+        for register in re.findall(r"setp\.eq\.u32 p, (%r\d+), 0x9E3779B9", function):
+            made = re.search(rf"\t(\S+)\s+{register}, ([^;]*);", function)
+            awaited.append(register)  # of the rows, and no constant: the compiler must not see that nothing depends on them
+            assert made is not None and not made[2].lstrip("-").isdigit(), (register, made)
     assert len(awaited) >= 2
-    for register in awaited:  # of the rows, and no constant: the compiler must not see that nothing depends on them
-        made = re.search(rf"\t(\S+)\s+{register}, ([^;]*);", ptx)
-        assert made is not None and not made[2].lstrip("-").isdigit(), (register, made)
+
+
+@pytest.mark.parametrize(("dim", "chip", "copies"), [(32, (9, 0), True), (32, (7, 5), False), (17, (9, 0), False)])
+def test_rows_in_flight_take_no_registers_where_the_chip_copies(dim: int, chip: tuple[int, int], copies: bool) -> None:
+    pytest.importorskip("numba_cuda")
+    ptx = ptx_of(KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru")), chip)
+    assert ("cp.async.cg.shared.global" in ptx) == ("cp.async.wait_group 1;" in ptx) == copies
+
+
+def test_as_many_warps_as_can_be_where_rows_in_flight_take_no_registers() -> None:
+    assert pool_registers(32, TYPE_NUMBERS["float32"]) == pool_registers(128, TYPE_NUMBERS["float32"]) == 64
+    assert pool_registers(17, TYPE_NUMBERS["float32"]) == pool_registers(32, TYPE_NUMBERS["int8"]) == 168

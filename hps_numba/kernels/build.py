@@ -410,6 +410,7 @@ def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
         uniform=spec.source.whole_warps,
         out_vector=spec.out_vector,
         early=starts_early(spec, capability),
+        copies=capability >= (8, 0),
         constants=constants,
         device=_device_function,
     )

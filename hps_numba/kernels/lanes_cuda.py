@@ -359,6 +359,7 @@ def names(
     uniform: bool,
     out_vector: bool,
     early: bool,
+    copies: bool,
     constants: dict[str, Any],
     device: Callable[..., Any],
 ) -> dict[str, Any]:
@@ -369,6 +370,7 @@ def names(
         uniform: all tiles of a warp take every branch with lane operations together, else each tile for itself.
         out_vector: answers are 16-byte aligned.
         early: the kernel may be started before the work that it follows has ended (``build.starts_early``).
+        copies: the chip copies from global to shared memory by itself.
         constants: DIM and the types of rows.
         device: makes a device function.
     """
@@ -674,7 +676,7 @@ def names(
     elif "ROW_TYPE" in constants:
         bound |= typed_rows(constants, lanes, out_vector, lane, max_in_tile, device)
     if "DIM" in constants:
-        bound |= pool_names(constants, out_vector)
+        bound |= pool_names(constants, out_vector, copies)
     return bound
 
 
