@@ -715,5 +715,5 @@ def test_rows_in_flight_take_no_registers_where_the_chip_copies(dim: int, chip: 
 
 
 def test_as_many_warps_as_can_be_where_rows_in_flight_take_no_registers() -> None:
-    assert pool_registers(32, TYPE_NUMBERS["float32"]) == pool_registers(128, TYPE_NUMBERS["float32"]) == 64
+    assert pool_registers(32, TYPE_NUMBERS["float32"]) == pool_registers(128, TYPE_NUMBERS["float32"]) == 96
     assert pool_registers(17, TYPE_NUMBERS["float32"]) == pool_registers(32, TYPE_NUMBERS["int8"]) == 168

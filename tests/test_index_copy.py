@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, DIM, Bench, ints
 from cache_oracle import CacheOracle
+from conftest import ON_BOTH
 from naive import assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
+from test_cache import OPERATIONS, Pair
 
 from hps_numba import cache_index_copy
 from hps_numba.cache import EmbeddingCache
@@ -25,8 +27,6 @@ from hps_numba.errors import CapacityError, ClosedError
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.layout import META_LINES, index_bytes
 from hps_numba.storage.host_store import HostStore
-
-ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
 
 
 class CopyBench(Bench):

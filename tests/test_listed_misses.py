@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from cache_bench import DEFAULT, DIM, Bench, ints
+from conftest import ON_BOTH
 from naive import EXTREME_64, assert_same_bits, rows_of
-from test_cache import DEFAULT, DIM, OPERATIONS, Bench, Pair, ints
+from test_cache import OPERATIONS, Pair
 from test_cache_staging import TYPES, ask
 
 from hps_numba import cache_index_copy, cache_memory
@@ -25,7 +26,6 @@ from hps_numba.kernels.policies._policy import load_policy
 from hps_numba.memory import PinnedHostAllocator
 from hps_numba.storage.host_store import HostStore
 
-ON_BOTH = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
 _real, _really = cache_memory._listing_from, cache_memory.CacheLookup._in_order
 
 
@@ -33,13 +33,6 @@ _real, _really = cache_memory._listing_from, cache_memory.CacheLookup._in_order
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_memory, "_listing_from", lambda device, store: NEVER if store is None else 1)
     monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", lambda cache: True)
-
-
-@pytest.fixture(params=ON_BOTH)
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = Bench(request.param)
-    yield made
-    made.close()
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:

@@ -130,8 +130,8 @@ def fits_shared(dim: int, row_type: int) -> bool:
 
 
 def pool_registers(dim: int, row_type: int) -> int:
-    """Most registers of a thread. As many warps as can be, if rows in flight need none; else few enough for 12."""
-    return 168 if not fits_shared(dim, row_type) else 64 if dim <= 128 else 96
+    """Most registers of a thread: 20 warps on a multiprocessor, 12 if rows in flight need registers too."""
+    return 96 if fits_shared(dim, row_type) else 168
 
 
 def pool_run(bags: int, n: int, dim: int) -> int:
