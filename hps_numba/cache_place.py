@@ -58,7 +58,7 @@ class DevicePlace:
         self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._most_after = 4 * info.multiprocessors
         self._most_after = 4 * info.multiprocessors
-        self.serving_blocks = info.multiprocessors
+        self.serving_blocks = self._most_blocks
         self._setup = devices.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(devices.current, ordinal)
         self.new_stream = partial(devices.new_stream, ordinal)
