@@ -498,7 +498,7 @@ def hard_rows(row_type: str, dim: int) -> np.ndarray:
 def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: int) -> None:
     """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""
     values = hard_rows(row_type, dim)
-    large = np.random.default_rng(dim).integers(0, len(values), 20_321)
+    large = np.random.default_rng(dim).integers(0, len(values), 33_321)
     wanted: dict[Any, np.ndarray] = {}
     for device in (None, 0):
         bench = Bench(device)
