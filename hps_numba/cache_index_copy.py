@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
 _QUIET_SECONDS = 0.1  # without a change, before the index is copied again
 _OF_THE_TIME = 20  # copying takes at most one part of the time
+_SOON_SECONDS = 1e-3
 _READERS_SECONDS = 1.0
 # From rates of random rows of 128 and 512 bytes in tables of 0.25, 1 and 4 GiB, on an H200 (docs/performance.md, "Misses").
 _REMEMBERED_BYTES = 700 << 20  # of host memory whose addresses a device remembers
@@ -92,7 +93,8 @@ class IndexCopy:
         self._tag = 0  # epoch until which they were
         self._seconds = 0.0  # that the last copy took
         self._refused = 0  # bytes that were not to be had, when that was last said
-        self._closed = False
+        self._closed = self._due = False
+        self._changed = time.monotonic()  # when the store was, last
         self._by_itself = place.ordinal is not None
         self._stream = place.new_stream()
         self.renew()
@@ -103,7 +105,7 @@ class IndexCopy:
     def renew(self) -> None:
         """In a forked child: the copy is the parent's, and so is the device."""
         self._making = threading.RLock()
-        self._lent = False
+        self._lent = self._due = False
 
     @property
     def bytes(self) -> int:
@@ -126,12 +128,23 @@ class IndexCopy:
             self._link.lead(self._store.block)
             self._tag = self._store.epochs.advance()
             self._lent = False  # last: a writer that is interrupted before does all of it again
-        self.make_later()
+        self._changed = time.monotonic()
+        if not self._due:  # a writer that has many turns asks once
+            self.make_later()
 
     def make_later(self) -> None:
         """Copy the index when nothing has changed for a while."""
         if self._by_itself and not self._closed:
-            _timer.add(self.name, self.make, delay=max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds))
+            self._due = True
+            rest = self._changed + max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds) - time.monotonic()
+            _timer.add(self.name, self._make_if_quiet, delay=max(rest, _SOON_SECONDS))
+
+    def _make_if_quiet(self) -> None:
+        self._due = False
+        if time.monotonic() - self._changed < max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds):
+            self.make_later()
+        else:
+            self.make()
 
     def make(self) -> bool:
         """Copy the index now and lead the cache to the copy, unless it is there already; returns whether it is now.

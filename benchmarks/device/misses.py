@@ -1,9 +1,10 @@
 """P3: lookups part of whose keys come over the bus from the host store, beside what the bus can bring.
 
-A table of 1 GiB (with ``--large`` also of 4 and 16 GiB) in pinned memory, and a hot set of 131,072 of its rows. Batches are
-fresh: so many keys of the hot set, the others of the whole rest. Two caches of the hot set answer them: one with 262,144 ways
-that lets the missed rows in (its policy lets newcomers push out each other first, so that the hot set stays), and a fixed one
-of kind ``uvm`` that never changes: the answer alone. The difference is what insertion costs. Hit rates are read from the cache.
+A table of 1 GiB (with ``--large`` also of 4 and 16 GiB; ``--gib``) in pinned memory, and a hot set of 131,072 of its rows.
+Batches are fresh: so many keys of the hot set, the others of the whole rest. Two caches of the hot set answer them: one with
+262,144 ways that lets the missed rows in (its policy lets newcomers push out each other first, so that the hot set stays), and
+a fixed one of kind ``uvm`` that never changes: the answer alone. The difference is what insertion costs. Hit rates are those
+that the cache counted.
 
 The bus is measured in the same run: a copy from pinned memory, the plain gather on the rows of the host store (no hash), and
 the lookup itself with a cache of 64 rows. The bytes of a miss are its row; the bus time of a batch is its bytes over the rate
@@ -159,11 +160,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Bus:
-    """What the bus brings: GB/s of a copy; GB/s and rows/s of the plain gather; rows/s of a lookup that only misses."""
+    """What the bus brings: GB/s of a copy and of the plain gather; rows/s of that, in order, and of lookups that only miss."""
 
     copy: float
     gather: float
     gather_rows: float
+    sorted_rows: float
     miss_rows: float
 
     def microseconds(self, misses: float, dim: int) -> float:
@@ -181,13 +183,16 @@ def measure_bus(run: Run, table: Table) -> Bus:
     gather(numbers[0], rows, out, machine.stream())
     machine.wait()
     check("plain gather of host memory", out, numbers[0], dim)
-    call: Call = lambda turn, stream: gather(numbers[turn], rows, out, stream)  # noqa: E731
-    gather_us = statistics.median(machine.times(call, 7, len(numbers)))
+    in_order = [some.sort().values for some in numbers]
+    calls: list[Call] = [lambda turn, stream, some=some: gather(some[turn], rows, out, stream) for some in (numbers, in_order)]
+    gather_us, sorted_us = (statistics.median(machine.times(call, 7, len(numbers))) for call in calls)
     miss_us, rate = table.time(table.few, n, 0.0)
-    bus = Bus(host_copy_rate(machine, table.sizes.copy_bytes), n * 4 * dim / gather_us / 1e3, n / gather_us, n / miss_us)
+    copied = host_copy_rate(machine, table.sizes.copy_bytes)
+    bus = Bus(copied, n * 4 * dim / gather_us / 1e3, n / gather_us, n / sorted_us, n / miss_us)
     run.say(
         f"bus: pinned copy {bus.copy:.1f} GB/s; plain gather of host rows {bus.gather:.1f} GB/s, {bus.gather_rows:.0f} M rows/s"
-        f"; lookups of a cache of {table.sizes.few} rows {bus.miss_rows:.0f} M rows/s ({rate:.1f} % hits)"
+        f", in the order of addresses {bus.sorted_rows:.0f}; lookups of a cache of {table.sizes.few} rows "
+        f"{bus.miss_rows:.0f} M rows/s ({rate:.1f} % hits)"
     )
     return bus
 
@@ -316,6 +321,7 @@ def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[
 def main() -> int:
     parser = parser_of("Lookups part of whose rows come over the bus from the host store (P3).", DIMS)
     parser.add_argument("--large", action="store_true", help="tables of 4 and 16 GiB too (as much pinned memory)")
+    parser.add_argument("--gib", type=int, metavar="N", help="a table of so many GiB and no other")
     parser.add_argument("--paths", action="store_true", help="each value of miss_path, and nothing else")
     options = parser.parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
@@ -324,6 +330,8 @@ def main() -> int:
         sizes = sizes.for_paths
     if options.large:
         sizes = replace(sizes, table_bytes=(*sizes.table_bytes, 4 << 30, 16 << 30))
+    if options.gib:
+        sizes = replace(sizes, table_bytes=(options.gib << 30,))
     run = Run("Device lookups with misses (P3): medians, ratios within one run", options)
     for size in sizes.table_bytes:
         for dim in options.dims:
