@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES, TABLE_BYTES, TABLE_WORDS
 from hps_numba.cache_place import LOOKUP_THREADS, OTHER_THREADS, DevicePlace, Kernel, Memory, Place
 from hps_numba.cache_scratch import Scratch, ScratchPool
+from hps_numba.cache_staging import NEVER
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
 
 if TYPE_CHECKING:
@@ -230,7 +232,10 @@ class _GroupScratch(Scratch):
     def __init__(self, place: Place, caches: Sequence[EmbeddingCache], name: str) -> None:
         super().__init__(place, caches[0].scratch_shape, name)
         self._caches = caches
-        self._parts = [cache.new_scratch() for cache in caches]
+        shapes = [
+            replace(cache.scratch_shape, lists_missed_from=NEVER) for cache in caches
+        ]  # in a launch of several, none lists
+        self._parts = [Scratch(place, shape, cache.name) for cache, shape in zip(caches, shapes)]
         self._tables: Memory | None = None
         self.without_lists = 0
 

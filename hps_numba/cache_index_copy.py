@@ -26,6 +26,8 @@ import itertools
 import logging
 import threading
 import time
+import weakref
+from contextlib import ExitStack
 
 from hps_numba import devices
 from hps_numba.cache_layout import REGIONS
@@ -46,6 +48,7 @@ _QUIET_SECONDS = 0.1  # without a change, before the index is copied again
 _OF_THE_TIME = 20  # copying takes at most one part of the time
 _SOON_SECONDS = 1e-3
 _READERS_SECONDS = 1.0
+_AGAIN_SECONDS = 5.0  # after a copy that could not be made
 # From rates of random rows of 128 and 512 bytes in tables of 0.25, 1 and 4 GiB, on an H200 (docs/performance.md, "Misses").
 _REMEMBERED_BYTES = 700 << 20  # of host memory whose addresses a device remembers
 _TRANSLATIONS = 40e6  # a second, of others
@@ -97,15 +100,17 @@ class IndexCopy:
         self._changed = time.monotonic()  # when the store was, last
         self._by_itself = place.ordinal is not None
         self._stream = place.new_stream()
-        self.renew()
+        self._making = threading.RLock()
         renew_after_fork(self)
         store.watch_turns(self.withdraw)
         self.make_later()
 
     def renew(self) -> None:
-        """In a forked child: the copy is the parent's, and so is the device."""
+        """In a forked child: the device is the parent's, and so is a copy there; one in host memory is the child's too."""
         self._making = threading.RLock()
-        self._lent = self._due = False
+        self._due = False
+        if self._place.ordinal is not None:
+            self._lent = self._by_itself = False
 
     @property
     def bytes(self) -> int:
@@ -124,10 +129,9 @@ class IndexCopy:
 
     def withdraw(self) -> None:
         """Lead the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
-        if self._lent:
-            self._link.lead(self._store.block)
+        if self._lent and self._link.lead(self._store.block):
             self._tag = self._store.epochs.advance()
-            self._lent = False  # last: a writer that is interrupted before does all of it again
+            self._lent = False  # last: a writer that is interrupted before, or could not tell the device, does it again
         self._changed = time.monotonic()
         if not self._due:  # a writer that has many turns asks once
             self.make_later()
@@ -136,15 +140,30 @@ class IndexCopy:
         """Copy the index when nothing has changed for a while."""
         if self._by_itself and not self._closed:
             self._due = True
-            rest = self._changed + max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds) - time.monotonic()
-            _timer.add(self.name, self._make_if_quiet, delay=max(rest, _SOON_SECONDS))
+            self._call_in(self._changed + self._pause() - time.monotonic())
+
+    def _pause(self) -> float:
+        """Seconds for which nothing is to change before the index is copied."""
+        return max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds)
+
+    def _call_in(self, seconds: float) -> None:
+        """Let the timer call after so many seconds; it keeps nothing alive that was dropped without ``close``."""
+        mine = weakref.WeakMethod(self._make_if_quiet)
+
+        def call() -> None:
+            make = mine()
+            if make is not None:
+                make()
+
+        _timer.add(self.name, call, delay=max(seconds, _SOON_SECONDS))
 
     def _make_if_quiet(self) -> None:
         self._due = False
-        if time.monotonic() - self._changed < max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds):
+        if time.monotonic() - self._changed < self._pause():
             self.make_later()
-        else:
-            self.make()
+        elif not self.make() and not self._due and not self._closed:
+            self._due = True
+            self._call_in(_AGAIN_SECONDS)
 
     def make(self) -> bool:
         """Copy the index now and lead the cache to the copy, unless it is there already; returns whether it is now.
@@ -152,7 +171,7 @@ class IndexCopy:
         False: the store was changed meanwhile or is closed, or the device has no room; the cache works on without a copy.
         """
         with self._making:
-            if self._closed:
+            if self._closed or self._link.problem is not None:
                 return False
             if self._lent:
                 return True
@@ -188,22 +207,19 @@ class IndexCopy:
                         f"{human_bytes(most_bytes(total))} and {human_bytes(taken)} are taken, {human_bytes(free)} are free"
                     )
                 _taken[self._place.ordinal] = taken + size
+        self._size = size
         try:
             self._memory = self._place.allocate(size, self.name)
         except BaseException:
-            self._give_back(size)
+            self._release()
             raise
-        self._size = size
-
-    def _give_back(self, size: int) -> None:
-        if self._place.ordinal is not None:
-            with _taking:
-                _taken[self._place.ordinal] -= size
 
     def _release(self) -> None:
         memory, size, self._memory, self._size = self._memory, self._size, None, 0
+        if size and self._place.ordinal is not None:
+            with _taking:
+                _taken[self._place.ordinal] -= size
         if memory is not None:
-            self._give_back(size)
             memory.release()
 
     def _copy(self, turn: int) -> bool:
@@ -211,19 +227,21 @@ class IndexCopy:
         memory = self._memory
         assert memory is not None
         started = time.monotonic()
-        with self._store.reading(), self._place.current():  # what is in force now stays in memory
+        with self._place.current(), ExitStack() as held:
             with self._store.at_rest() as (now, block):
                 if block == 0 or now != turn:
                     return False
                 size = index_bytes(ctypes.c_int64.from_address(block + META_LINES).value)
+                held.enter_context(self._store.reading())  # what is in force now stays in memory
             self._place.copy(memory.address, block, size, self._stream)
             self._place.synchronize(self._stream)
-            with self._store.at_rest() as (now, still):
-                if still != block or now != turn:
-                    return False
-                self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
-                self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
-                self._link.lead(block, memory.address, _shift_of(self._store.slots))
+        with self._store.at_rest() as (now, still):  # and, in the same turn, is in force
+            if still != block or now != turn:
+                return False
+            self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
+            self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
+            if not self._link.lead(block, memory.address, _shift_of(self._store.slots)):
+                return False
         self._seconds = time.monotonic() - started
         log.debug("%s: %s in %.3g s", self.name, human_bytes(size), self._seconds)
         return True

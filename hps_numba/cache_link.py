@@ -77,10 +77,10 @@ class HostLink:
         """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
         self.lead(block)
 
-    def lead(self, block: int, copy: int = 0, shift: int = -1) -> None:
-        """``follow``, to a ``copy`` of the index where the cache lives if there is one. By one thread at a time.
+    def lead(self, block: int, copy: int = 0, shift: int = -1) -> bool:
+        """``follow``, to a ``copy`` of the index where the cache lives if there is one; False: the device could not be told.
 
-        ``shift``: of slots, to their regions of the rows (``cache_layout.REGIONS``).
+        ``shift``: of slots, to their regions of the rows (``cache_layout.REGIONS``). By one thread at a time.
         """
         try:
             with self._place.current():
@@ -89,6 +89,8 @@ class HostLink:
         except HpsError as problem:
             self.problem = problem
             log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
+            return False
+        return True
 
     def _describe(self, block: int, copy: int, shift: int) -> int:
         """Fill the next descriptor of the ring; returns its address."""

@@ -59,9 +59,12 @@ def index_sets(rows: int, *, fixed: bool, whole: bool) -> int:
     return max(2, int(-(-rows // (load * WAYS))))
 
 
-def _listing_from(device: int | None, store: HostStore | None) -> int:
-    """Keys of the smallest batch that only lists what it misses, for kernels of their own (``kernels.cache_serve``)."""
-    return NEVER if device is None or store is None else 131_072
+def _listing_from(device: int | None, copies: bool) -> int:
+    """Keys of the smallest batch that only lists what it misses, for kernels of their own (``kernels.cache_serve``).
+
+    ``copies``: there may be a copy of the index, which tells where rows are.
+    """
+    return NEVER if device is None or not copies else 131_072
 
 
 class CacheLookup:
@@ -103,7 +106,8 @@ class CacheLookup:
         self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
         self._repeats = False  # lookups can be started in one step
         self._complete = False  # every row of the store is here
-        self._may_list_from = _listing_from(device, store)
+        copies = store is not None and miss_path == "auto" and not whole and kind != "static"
+        self._may_list_from = _listing_from(device, copies)
         self._lists_missed_from = NEVER  # keys of the smallest batch that lists what it misses
         self._seen = 0, 0  # keys that had come into the store, and rows evicted here, when that was last looked at
         self.alone = False  # lookups are one kernel: there is nothing that an insertion would do
@@ -128,7 +132,7 @@ class CacheLookup:
         self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
         self._index_copy: IndexCopy | None = None  # where all rows are resident nothing is missed
-        if self._link is not None and store is not None and miss_path == "auto" and not whole and kind != "static":
+        if copies and self._link is not None and store is not None:
             self._index_copy = IndexCopy(self._place, self._link, store, name)
         self._misses: StagedMisses | None = None
         self._staged_from = NEVER  # keys of the smallest batch that may be staged
@@ -378,7 +382,8 @@ class CacheLookup:
     def _start_prepared(
         self, scratch: Scratch, shape: tuple[str, str, str, bool, bool], keys: int, n: int, out: int, stream: int
     ) -> bool:
-        alone = self.alone  # now that no other policy can come in force
+        # now that no other policy can come in force; what lists its misses has them served, whatever came in meanwhile
+        alone = self.alone and shape[0] == "lookup_kernel"
         prepared = scratch.prepared.get((shape, alone)) or self._prepare(shape, alone, scratch, stream)
         return prepared is not None and prepared.start(keys, n, out)
 

@@ -55,8 +55,8 @@ class DevicePlace:
         info = devices.device_info(ordinal)
         self.ordinal: int | None = ordinal
         self._capability = info.capability
+        self.copies = info.capability >= (8, 0)  # to shared memory by itself
         self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
-        self._most_after = 4 * info.multiprocessors
         self._most_after = 4 * info.multiprocessors
         self.serving_blocks = self._most_blocks
         self._setup = devices.new_stream(ordinal)
@@ -211,6 +211,7 @@ class HostPlace:
 
     ordinal: int | None = None
     serving_blocks = 1
+    copies = True
 
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
         """The array itself."""

@@ -114,7 +114,7 @@ class CachePooling(CacheLookup):
 
     def _pool_spec(self, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
         spec = self._answer_spec("pool_kernel", key_form, out_type, aligned)
-        return replace(spec, registers=pool_registers(spec.dim, TYPE_NUMBERS[spec.row_type]))
+        return replace(spec, registers=pool_registers(spec.dim, TYPE_NUMBERS[spec.row_type], copies=self._place.copies))
 
     def pool_arrays(
         self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"

@@ -49,8 +49,9 @@ class Timer:
                 return
             self._due[name] = (time.monotonic() + first, interval, call)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"hps_numba_{self._what}", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"hps_numba_{self._what}", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify()
 
     def remove(self, name: str) -> None:

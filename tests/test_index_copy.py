@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from hps_numba.cache_index_copy import IndexCopy
 from hps_numba.cache_layout import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import HostPlace
-from hps_numba.errors import CapacityError, ClosedError
+from hps_numba.errors import CapacityError, ClosedError, DeviceError
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.layout import META_LINES, index_bytes
 from hps_numba.storage.host_store import HostStore
@@ -41,6 +43,13 @@ def bench(request: pytest.FixtureRequest) -> Iterator[CopyBench]:
     made = CopyBench(request.param)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device too an index is copied when a test says so, but where ``by_itself`` is what is tested."""
+    if "by_itself" not in request.fixturenames:
+        monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 60.0)
 
 
 def led_to(cache: EmbeddingCache) -> int:
@@ -291,6 +300,103 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
     assert (cache.lookup_arrays(ints(range(50))) == np.float32(DEFAULT)).all()
 
 
+def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copied, begun = cache._place.copy, threading.Event()
+
+    def slow(*args: int) -> None:
+        begun.set()
+        time.sleep(0.2)
+        copied(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._place, "copy", slow, raising=False)
+        made: list[bool] = []
+        thread = threading.Thread(target=lambda: made.append(cache.copy_index()))
+        thread.start()
+        assert begun.wait(10)
+        started = time.monotonic()
+        store.clear()  # waits for readers of the old content, at most a second
+        assert time.monotonic() - started < 0.9
+        thread.join()
+    assert made == [False]
+    assert store._old_contents == []
+
+
+def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    answers: list[bool] = []
+    with store._writing():
+        thread = threading.Thread(target=lambda: answers.append(cache.copy_index()))
+        thread.start()
+        thread.join(5)
+        assert answers == [False]
+    assert cache.copy_index()
+
+
+def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copy, link = cache._index_copy, cache._link
+    assert cache.copy_index() and copy is not None and link is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "lead", lambda *_: False)
+        store.upsert(ints([1]), rows_of([1], DIM, 1))
+    assert copy.is_used and led_to(cache) != store.block
+    store.upsert(ints([2]), rows_of([2], DIM, 1))
+    assert not copy.is_used and led_to(cache) == store.block
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "problem", DeviceError("lost"))
+        assert not cache.copy_index()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_index_copy, "_AGAIN_SECONDS", 0.05)
+    refusals = iter([False, False])
+    real = IndexCopy._has_room
+    monkeypatch.setattr(IndexCopy, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
+    cache = bench.cache(bench.store(range(100)), 20)
+    wait_for(lambda: cache.index_copy_bytes)
+    assert next(refusals, None) is None
+
+
+def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
+    bench = CopyBench(None)
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.copy_index() and cache._index_copy is not None
+    cache._index_copy.renew()
+    store.upsert(ints(range(100)), rows_of(range(100), DIM, 1))
+    cache.update(ints(range(100)))
+    assert led_to(cache) == store.block
+    assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(range(100), DIM, 1))
+    bench.close()
+
+
+def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = limited(monkeypatch, total=16_000, free=16_000)
+    copy._lent = copy._by_itself = True
+    copy.renew()
+    assert not copy.is_used
+    copy.withdraw()
+    assert not copy._due
+    copy.close()
+
+
+def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = limited(monkeypatch, total=16_000, free=16_000)
+    copy._by_itself = True
+    copy._call_in(60.0)
+    copy._store.unwatch_turns(copy.withdraw)
+    seen = weakref.ref(copy)
+    del copy
+    gc.collect()
+    assert seen() is None
+
+
 # -- its memory ---------------------------------------------------------------------------------------
 
 
@@ -353,7 +459,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexC
     """A copy for a device that there is not: memory is that of the process."""
     place = HostPlace()
     store = HostStore(DIM)
-    copy = IndexCopy(place, SimpleNamespace(lead=lambda *_: None), store, "table")  # type: ignore[arg-type]
+    link = SimpleNamespace(lead=lambda *_: True, problem=None)
+    copy = IndexCopy(place, link, store, "table")  # type: ignore[arg-type]
     place.ordinal = 41
     monkeypatch.setattr(cache_index_copy.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
     monkeypatch.setattr(cache_index_copy.devices, "free_bytes", lambda ordinal: free)

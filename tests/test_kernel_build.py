@@ -274,7 +274,7 @@ def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
     from hps_numba.kernels import lanes_cuda
 
     spec = replace(SPEC, lanes=lanes_of_tile)
-    how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "early": True}
+    how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "early": True, "copies": True}
     bound = lanes_cuda.names(**how, constants=spec.constants, device=lambda function: function)
     assert set(lanes.__all__) <= set(bound)
 

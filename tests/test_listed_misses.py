@@ -31,8 +31,9 @@ _real, _really = cache_memory._listing_from, cache_memory.CacheLookup._in_order
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_memory, "_listing_from", lambda device, store: NEVER if store is None else 1)
+    monkeypatch.setattr(cache_memory, "_listing_from", lambda device, copies: 1)
     monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", lambda cache: True)
+    monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
@@ -341,6 +342,21 @@ def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyP
     assert not cache._in_order()
     monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 1 << 40)
     assert cache.copy_index() and not cache._in_order()
+
+
+@pytest.mark.gpu
+def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> None:
+    bench = Bench(0)
+    store = bench.store(range(500))
+    cache = bench.cache(store, 60, miss_path="auto")
+    keys = np.random.default_rng(1).integers(0, 520, 300)
+    for _ in range(3):
+        cache.lookup_arrays(keys)
+    cache.alone = True  # as a check that ends between the choice of the kernels and their start has it
+    rows = cache.lookup_arrays(keys)
+    assert_same_bits(rows[keys < 500], rows_of(keys[keys < 500], DIM))
+    assert (rows[keys >= 500] == np.float32(DEFAULT)).all()
+    bench.close()
 
 
 @pytest.mark.gpu

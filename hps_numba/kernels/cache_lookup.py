@@ -50,6 +50,7 @@ from hps_numba.kernels.lanes import (
     add64,
     after_former,
     any_in_warp,
+    bits_set,
     count_in_warp,
     fence,
     from_lane,
@@ -223,7 +224,7 @@ def serve(lines, sets, state, key, i, target, default, scratch, wanted):
 
     **Writes:** target, scratch.
     """
-    descriptor = ld64(state + STATE_HOST)
+    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
     content = np.int64(0)
     slot = np.int64(-1)
     word = np.int64(0)
@@ -360,8 +361,16 @@ def tell_regions(state, missed, position, key, entry, listed):
     if is_warp_leader():
         guard_enter(state, stripe)
     sync_warp()
-    descriptor = ld64(state + STATE_HOST)
+    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all
     shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
+    if shift < 0:
+        first = np.int64(0)
+        if is_warp_leader():
+            first = add64(missed + MISSED_COUNTS, np.int64(bits_set(listed)))
+        rank = from_lane(first, 0) + np.int64(bits_set(listed & ((np.int64(1) << lane_in_warp()) - 1)))
+        if (listed >> lane_in_warp()) & 1 != 0:
+            st64(entry, position | rank << PLACE_RANK)
+        listed = np.int64(0)
     while listed != 0:
         mine = listed
         for _ in range(tile_in_warp()):
@@ -370,10 +379,9 @@ def tell_regions(state, missed, position, key, entry, listed):
         lane = lowest_bit(mine) if wanted else np.int64(0)
         wanted_key, at, to = from_lane(key, lane), from_lane(position, lane), from_lane(entry, lane)
         region = np.int64(0)
-        if shift >= 0:
-            slot = (find_in_host(descriptor, wanted_key, wanted) & SLOT_MASK) - FIRST_SLOT
-            if slot >= 0:
-                region = min(slot >> shift, np.int64(REGIONS - 1))
+        slot = (find_in_host(descriptor, wanted_key, wanted) & SLOT_MASK) - FIRST_SLOT
+        if slot >= 0:
+            region = min(slot >> shift, np.int64(REGIONS - 1))
         if is_first_lane() and wanted:
             rank = add64(missed + MISSED_COUNTS + 8 * region, 1)
             st64(to, at | region << PLACE_REGION | rank << PLACE_RANK)

@@ -129,9 +129,12 @@ def fits_shared(dim: int, row_type: int) -> bool:
     return row_type == FLOAT32 and dim % 4 == 0 and dim <= 256
 
 
-def pool_registers(dim: int, row_type: int) -> int:
-    """Most registers of a thread: 20 warps on a multiprocessor, 12 if rows in flight need registers too."""
-    return 96 if fits_shared(dim, row_type) else 168
+def pool_registers(dim: int, row_type: int, *, copies: bool = True) -> int:
+    """Most registers of a thread: 20 warps on a multiprocessor, 12 if rows in flight need registers too.
+
+    ``copies``: the chip copies to shared memory by itself (sm_80 and later).
+    """
+    return 96 if copies and fits_shared(dim, row_type) else 168
 
 
 def pool_run(bags: int, n: int, dim: int) -> int:
@@ -301,7 +304,7 @@ def find_behind(lines, sets, state, key, i, scratch, wanted):
 
     A row of the host store is staged, and the key listed for insertion, as a lookup does.   **Writes:** scratch.
     """
-    descriptor = ld64(state + STATE_HOST)
+    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
     content = np.int64(0)
     slot = np.int64(-1)
     word = np.int64(0)

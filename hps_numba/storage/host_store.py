@@ -405,13 +405,19 @@ class HostStore:
             self._before_turns = tuple(other for other in self._before_turns if other != watcher)
 
     @contextmanager
-    def at_rest(self) -> Iterator[tuple[int, int]]:
+    def at_rest(self, seconds: float = 0.1) -> Iterator[tuple[int, int]]:
         """Keep writers away; gives the number of their turns so far, and the address of the index block in force.
 
-        The block is 0 if the store is closed, or a turn was interrupted and its book of slots is still to be repaired.
+        The block is 0 if a writer was at work for so many seconds, the store is closed, or a turn was interrupted and its book
+        of slots is still to be repaired. Not to be entered inside ``reading``: a writer may wait for readers.
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=seconds):
+            yield -1, 0
+            return
+        try:
             yield self._turns, 0 if self._unfinished else self._block_in_force()
+        finally:
+            self._lock.release()
 
     def _publish(self, block: int) -> None:
         publish(self.header, block)
@@ -544,6 +550,8 @@ class HostStore:
         with self._lock:
             if self._closed:
                 return
+            for watcher in self._before_turns:
+                watcher()
             self._closed = True
             self._publish(0)  # a reader that comes later finds no block; the header itself stays as long as the store
             self._old_contents.append((_NEVER, self._content))
