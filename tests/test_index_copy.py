@@ -88,10 +88,15 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     assert cache.copy_index()
     copy = led_to(cache)
     at_start: list[int] = []
-    store.watch_turns(lambda: at_start.append(led_to(cache)))
+
+    def look() -> None:
+        at_start.append(led_to(cache))
+
+    store.watch_turns(look)
     keys = ints(range(40, 80))
     if change == "close":
         store.close()
+        assert copy not in at_start and not cache.index_copy_bytes
         assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
         return
     content, sibling = store.new_content(0), store.sibling()
@@ -104,6 +109,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
         "adopt": lambda: store.adopt(sibling),
         "grow": lambda: store.upsert(ints(range(5000)), rows_of(ints(range(5000)), DIM, 2)),
     }[change]()
+    store.unwatch_turns(look)
     assert at_start and copy not in at_start
     assert led_to(cache) == store.block
     cache.clear()
