@@ -1,15 +1,13 @@
 """How the rows that a cache misses come from host memory: read in place by the device, or gathered first by host threads.
 
-*direct*: the kernel of the lookup finds the row in the index of the host store and reads it, both over the bus. Nothing waits.
-But the two reads depend on each other, and each goes to a random place: 35 to 65 million rows a second from a table of 1 GiB,
-and from large tables fewer, as the device has to translate every address.
+*direct*: the kernel of the lookup finds the row in the index of the host store and reads it. Nothing waits. With a copy of the
+index on the device (``cache_index_copy``, ``auto``) only the row comes over the bus, and large batches read rows in the order
+of their addresses (``kernels.cache_serve``).
 
 *staged*: the kernel lists the keys that it misses, the host waits for the number of them (the only wait), and its threads
 gather rows into pinned memory, a piece at a time; a kernel brings each piece to its places in the answer, while the next one is
-being gathered. Then insertion goes on as ever. Cores find rows of large tables faster, and the bus carries nothing but rows.
-
-*Why not an index on the device.* It would spare direct reads one of the two accesses, but not the translation of addresses of
-rows; and a second index has to be kept right beside the first by every write, growth and replacement. The host has one already.
+being gathered. Then insertion goes on as ever. For hosts with idle cores and devices without room for a copy of the index: from
+tables of several GiB cores find rows faster than a device that has to translate every address.
 
 *Why the pieces are not copied to the device first.* A kernel has to bring each row to its place anyway, and reads rows that lie
 side by side in pinned memory as fast as a copy does; so nothing is written to memory of the device only to be read again.
@@ -54,10 +52,9 @@ __all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "least_staged"]
 MISS_PATHS = ("direct", "staged", "auto")
 NEVER = sys.maxsize
 
-# What ``auto`` goes by, from ``benchmarks/device/misses.py --paths``, which measures both ways side by side. On an H100 whose
-# 64 cores had other work, direct reads of a table of 1 GiB were 2.2 to 11 times as fast in every case: gathering waits for the
-# slowest of its threads, which a busy host makes slow. Larger tables and a quiet host are still to be measured; until then
-# ``auto`` is direct, and who has idle cores asks for ``staged``.
+# ``auto`` never stages today: reads by a copied index were faster in every case, from tables of 1 and 4 GiB, on a host of 32
+# cores that had nothing else to do (docs/performance.md, "Misses"; ``benchmarks/device/misses.py --paths``). Who has idle cores
+# and no room for the copy asks for ``staged``. The rule stays for hosts where it is otherwise.
 #: keys of a batch from which on a wait and a hand-over to threads cost less than they save
 STAGED_KEYS = 65_536
 #: the same where slower tiers stand behind host memory, for whose sake the lookup waits anyway
