@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 from cache_bench import DEFAULT, DIM, Bench, ints
 from cache_oracle import CacheOracle
-from conftest import ON_BOTH
+from conftest import ON_BOTH, Workshop
 from naive import assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 
-from hps_numba import cache_index_copy
+from hps_numba import cache_index_copy, devices
 from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_index_copy import IndexCopy
 from hps_numba.cache_layout import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
 from hps_numba.cache_link import HostLink
 from hps_numba.cache_place import HostPlace
+from hps_numba.cli.plan import _show as show_plan
+from hps_numba.config import read_config
 from hps_numba.errors import CapacityError, ClosedError, DeviceError
 from hps_numba.kernels.policies._policy import Policy
-from hps_numba.layout import META_LINES, index_bytes
+from hps_numba.layout import META_LINES, index_bytes, lines_for
+from hps_numba.plan import make_plan
 from hps_numba.storage.host_store import HostStore
 
 
@@ -508,6 +511,47 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
         assert not cache.copy_index()
     assert led_to(cache) == store.block
     assert cache.copy_index()
+
+
+@pytest.mark.parametrize(
+    ("entry", "copies"),
+    [
+        ({}, True),
+        ({"miss_path": "direct"}, False),
+        ({"miss_path": "staged"}, False),
+        ({"embedding_cache_type": "static"}, False),
+        ({"embedding_cache_type": "uvm"}, True),
+        ({"gpucacheper": 1.0}, False),
+    ],
+)
+def test_a_plan_tells_its_bytes(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: dict[str, Any], copies: bool
+) -> None:
+    monkeypatch.setattr(devices, "device_count", lambda: 2)
+    model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
+    planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
+    wanted = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]
+    assert [table.index_copy_bytes for table in planned.tables] == wanted
+    assert planned.index_copy_bytes == {1: sum(wanted)}
+    assert planned.as_dict()["index_copy_bytes"] == {"1": sum(wanted)}
+    show_plan(planned)
+    assert ("for copies of indexes if there is room" in capsys.readouterr().out) == copies
+
+
+@pytest.mark.gpu
+def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
+    torch = pytest.importorskip("torch")
+    keys = np.arange(5000)
+    model = workshop.model((keys, 32), gpucacheper=0.1, deployed_device_list=[0])
+    server = workshop.open(model)
+    (table,) = server.stats()["m"].values()
+    (cache,) = table.caches
+    assert 0 < cache.index_copy_bytes < cache.bytes
+    assert cache.index_copy_bytes == server.plan().index_copy_bytes[0]
+    asked = torch.arange(5000, device="cuda")
+    assert_same_bits(server.lookup(asked, "m", 0).cpu().numpy(), rows_of(keys, 32))
+    server.update(keys[:100], rows_of(keys[:100], 32, 1), "m", 0)
+    assert_same_bits(server.lookup(asked[:100], "m", 0).cpu().numpy(), rows_of(keys[:100], 32, 1))
 
 
 # -- many threads ---------------------------------------------------------------------------------------
