@@ -227,7 +227,7 @@ class IndexCopy:
         memory = self._memory
         assert memory is not None
         started = time.monotonic()
-        with self._place.current(), ExitStack() as held:
+        with self._place.current(), self._place.relaxed(), ExitStack() as held:
             with self._store.at_rest() as (now, block):
                 if block == 0 or now != turn:
                     return False
