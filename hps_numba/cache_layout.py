@@ -99,7 +99,8 @@ SCRATCH_BYTES = STATE_BYTES - NO_LISTS
     MISSED_SELF,  # address of these words
     MISSED_SORTED,  # address of int64 [n, 2]: position and key in the order of regions
 ) = (8 * i for i in range(6))
-MISSED_COUNTS, REGIONS = 256, 64  # int64: how many are listed of each region of the host store's rows
+# int64: how many are listed of each region of the host store's rows; two regions for each lane of a warp (``cache_serve``)
+MISSED_COUNTS, REGIONS = 256, 64
 MISSED_BYTES = MISSED_COUNTS + 8 * REGIONS
 # place: position in the batch and, if it is listed by region, the region and the number of the key among those of the region
 PLACE_REGION, PLACE_RANK = 24, 32  # bits

@@ -22,6 +22,8 @@ from hps_numba.cache import EmbeddingCache
 from hps_numba.cache_index_copy import _shift_of, is_scattered
 from hps_numba.cache_layout import MISSED_COUNT, MISSED_COUNTS, MISSED_SORTED, MISSED_TICKET, REGIONS
 from hps_numba.cache_staging import NEVER
+from hps_numba.kernels.build import bind
+from hps_numba.kernels.cache_serve import scan_counts, start_of
 from hps_numba.kernels.policies._policy import load_policy
 from hps_numba.memory import PinnedHostAllocator
 from hps_numba.storage.host_store import HostStore
@@ -306,6 +308,69 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     listed = cache._words(int(cache._words(scratch.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
+
+
+class Warp:
+    """32 lanes, a thread each, that exchange values as a warp does: all lanes at every exchange."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self._lane = threading.local()
+        self._values = [0] * 32
+        self._barrier = threading.Barrier(32, timeout=30)
+
+    def from_lane(self, value: int, number: int) -> int:
+        self._values[self._lane.number] = int(value)
+        self._barrier.wait()
+        got = self._values[number]
+        self._barrier.wait()
+        return got
+
+    def number(self) -> int:
+        return int(self._lane.number)
+
+    def load(self, address: int) -> int:
+        return int(self.memory[address // 8])
+
+    def run(self, function: Any) -> list[Any]:
+        """What ``function``, of a kernel's module, returns in each lane."""
+        names = {
+            "LANES": 8,
+            "lane_in_warp": self.number,
+            "from_lane": self.from_lane,
+            "ld64": self.load,
+        }
+        answers: list[Any] = [None] * 32
+
+        def lane(number: int) -> None:
+            self._lane.number = number
+            answers[number] = function(number, lambda of: bind(of, names, lambda inner: inner))
+
+        threads = [threading.Thread(target=lane, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return answers
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_warp_knows_where_each_region_begins(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 1000, REGIONS) * (rng.random(REGIONS) < 0.6)
+    memory = np.zeros(MISSED_COUNTS // 8 + REGIONS, np.int64)
+    memory[MISSED_COUNTS // 8 :] = counts
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+    def both_regions(lane: int, bound: Any) -> list[int]:
+        before, first = bound(scan_counts)(0)
+        return [int(bound(start_of)(0, before, first, region)) for region in (lane, 63 - lane, 2 * lane % 64)]
+
+    for lane, answer in enumerate(Warp(memory).run(both_regions)):
+        assert answer == [starts[lane], starts[63 - lane], starts[2 * lane % 64]]
+    one = {"LANES": 1, "ld64": Warp(memory).load}
+    alone = [bind(start_of, one, lambda inner: inner)(0, 0, 0, region) for region in range(REGIONS)]
+    assert alone == starts.tolist()
 
 
 @pytest.mark.parametrize(("slots", "shift"), [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (8_388_608, 17)])
