@@ -27,6 +27,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from hps_numba import devices
@@ -82,12 +83,13 @@ class IndexCopy:
 
     Args:
         place: of the cache.   link: of the cache to the store.   name: of the table.
+        needed: the cache may miss rows; asked before a copy is made by itself.
 
     **Threads:** all methods.
     """
 
-    def __init__(self, place: Place, link: HostLink, store: HostStore, name: str) -> None:
-        self._place, self._link, self._store = place, link, store
+    def __init__(self, place: Place, link: HostLink, store: HostStore, name: str, needed: Callable[[], bool]) -> None:
+        self._place, self._link, self._store, self._needed = place, link, store, needed
         self.name = f"{name}, copy {next(_numbers)} of the index"
         self._memory: Memory | None = None
         self._size = 0  # of the memory
@@ -161,7 +163,7 @@ class IndexCopy:
         self._due = False
         if time.monotonic() - self._changed < self._pause():
             self.make_later()
-        elif not self.make() and not self._due and not self._closed:
+        elif self._needed() and not self.make() and not self._due and not self._closed:
             self._due = True
             self._call_in(_AGAIN_SECONDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -67,6 +68,11 @@ def _listing_from(device: int | None, copies: bool) -> int:
     return NEVER if device is None or not copies else 131_072
 
 
+def _may_miss(cache: CacheLookup | None) -> bool:
+    """The cache is still there, and not known to have all rows of its store."""
+    return cache is not None and not cache._complete
+
+
 class CacheLookup:
     """Memory of the cache of one table, its kernels, and lookups; what changes a cache stands in ``cache.EmbeddingCache``."""
 
@@ -106,6 +112,7 @@ class CacheLookup:
         self._turns: dict[tuple[Any, ...], KernelsInTurn] = {}  # of pooled lookups
         self._repeats = False  # lookups can be started in one step
         self._complete = False  # every row of the store is here
+        self._index_copy: IndexCopy | None = None  # where all rows are resident nothing is missed
         copies = store is not None and miss_path == "auto" and not whole and kind != "static"
         self._may_list_from = _listing_from(device, copies)
         self._lists_missed_from = NEVER  # keys of the smallest batch that lists what it misses
@@ -131,9 +138,9 @@ class CacheLookup:
         # kernels of the CPU hold the memory of the store as its other readers do; those of a device count themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
         self._link = HostLink(self._place, self._state, store) if store is not None else None
-        self._index_copy: IndexCopy | None = None  # where all rows are resident nothing is missed
         if copies and self._link is not None and store is not None:
-            self._index_copy = IndexCopy(self._place, self._link, store, name)
+            mine = weakref.ref(self)
+            self._index_copy = IndexCopy(self._place, self._link, store, name, lambda: _may_miss(mine()))
         self._misses: StagedMisses | None = None
         self._staged_from = NEVER  # keys of the smallest batch that may be staged
         if store is not None and (miss_path == "staged" or (miss_path == "auto" and device is not None)):
@@ -199,6 +206,8 @@ class CacheLookup:
         Then a lookup has nothing to insert and, if the clock of the policy stands still meanwhile, leaves nothing to do: it is
         one kernel. The rows of keys that the store has nevertheless come from there, again and again.
         """
+        if self._complete and not complete and self._index_copy is not None:
+            self._index_copy.make_later()
         self._complete = complete
         self._lists_missed_from = NEVER if complete else self._may_list_from
         self.alone = complete and not self._counted and not self._admits and self.policy.clock == "insertions"

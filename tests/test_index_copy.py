@@ -260,6 +260,22 @@ def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypat
     wait_for(lambda: cache.index_copy_bytes)
 
 
+@pytest.mark.usefixtures("by_itself")
+def test_it_does_not_come_while_all_rows_are_in_the_cache(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 100, kind="uvm")
+    assert cache.warm() == 100
+    assert cache.copy_index()  # when asked for
+    store.upsert(ints([3]), rows_of([3], DIM, 1))
+    cache.update(ints([3]))
+    time.sleep(0.5)
+    assert cache.index_copy_bytes == 0
+    store.upsert(ints([100]), rows_of([100], DIM))
+    cache.update(ints([100]))
+    wait_for(lambda: cache.index_copy_bytes)
+    assert_same_bits(cache.lookup_arrays(ints([3, 100])), np.vstack([rows_of([3], DIM, 1), rows_of([100], DIM)]))
+
+
 def test_on_the_cpu_it_comes_when_asked_for(bench: CopyBench) -> None:
     cache = bench.cache(bench.store(range(100)), 20)
     cache.warm()
@@ -416,7 +432,7 @@ class Played:
         place = HostPlace()
         self.state = place.allocate(STATE_BYTES, "state")
         self.link = HostLink(place, self.state.address, store)
-        self.copy = IndexCopy(place, self.link, store, "table")
+        self.copy = IndexCopy(place, self.link, store, "table", lambda: True)
         store.epochs.add_guard(self.link)
 
     def count(self, guard: int, stripe: int) -> None:
@@ -469,7 +485,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexC
     place = HostPlace()
     store = HostStore(DIM)
     link = SimpleNamespace(lead=lambda *_: True, problem=None)
-    copy = IndexCopy(place, link, store, "table")  # type: ignore[arg-type]
+    copy = IndexCopy(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
     place.ordinal = 41
     monkeypatch.setattr(cache_index_copy.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
     monkeypatch.setattr(cache_index_copy.devices, "free_bytes", lambda ordinal: free)
