@@ -6,8 +6,6 @@ On the CPU twin, whose work is done when a call returns, and (marker gpu) on a d
 from __future__ import annotations
 
 import ctypes
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_bench import DEFAULT, DIM, Bench, ints
+from cache_bench import DEFAULT, DIM, Bench, Versions, ints
 from conftest import KEEPING, ON_BOTH, Workshop
 from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
@@ -529,56 +527,12 @@ def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("device", ON_BOTH)
 def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None:
-    bench, keys = Bench(device), np.arange(400)
-    store = bench.store(keys)
-    versions = np.zeros(len(keys), np.int64)  # of updates that have returned
-
-    def rows(some: np.ndarray, version: np.ndarray) -> np.ndarray:
-        return (some * 1000.0 + version)[:, None] + np.arange(DIM) / 32
-
-    store.upsert(keys, rows(keys, versions).astype(np.float32))
-    cache = bench.cache(store, 100, miss_path="staged", buffers=3)
-    end, problems, batches = time.monotonic() + 3, [], []
-
-    def goes_on() -> bool:
-        seen = len(batches) > 50 and versions.sum() > 500
-        return not problems and time.monotonic() < (end if seen else end + 60)
-
-    def read(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        try:
-            while goes_on():
-                some = rng.integers(0, len(keys), int(rng.integers(1, 300)))
-                least = versions[some].copy()
-                got = cache.lookup_arrays(some).astype(np.float64)
-                version = got[:, 0] - some * 1000.0
-                if not np.array_equal(got, rows(some, version)) or (version < least).any():
-                    problems.append((some[version < least], got[version < least]))
-                batches.append(len(some))
-        except BaseException as problem:
-            problems.append(problem)
-
-    def write() -> None:
-        rng = np.random.default_rng(99)
-        while goes_on():
-            some = np.unique(rng.integers(0, len(keys), 20))
-            store.upsert(some, rows(some, versions[some] + 1).astype(np.float32))
-            cache.update(some)
-            versions[some] += 1
-            if rng.random() < 0.05:
-                cache.clear()
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)] + [threading.Thread(target=write)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems, problems[:2]
+    bench = Bench(device)
+    table = Versions(bench)
+    cache = bench.cache(table.store, 100, miss_path="staged", buffers=3)
+    batches = table.race(cache, readers=4, after_write=lambda rng: rng.random() < 0.05 and cache.clear())
     counts = cache.counters()
-    assert counts.staged == counts.calls == len(batches)
-    got, missing = cache.query(keys)
-    here = np.setdiff1d(keys, missing)
-    assert np.array_equal(got[here].astype(np.float64), rows(here, versions[here]))  # no old row was left
+    assert counts.staged == counts.calls == batches
     bench.close()
 
 

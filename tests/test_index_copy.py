@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_bench import DEFAULT, DIM, Bench, ints
+from cache_bench import DEFAULT, DIM, Bench, Versions, ints
 from cache_oracle import CacheOracle
 from conftest import ON_BOTH, Workshop
 from naive import assert_same_bits, rows_of
@@ -575,58 +575,18 @@ def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("device", ON_BOTH)
 def test_threads_beside_writers_and_copies_see_whole_fresh_rows(device: int | None) -> None:
-    bench, keys = CopyBench(device), np.arange(400)
-    store = bench.store(keys)
-    versions = np.zeros(len(keys), np.int64)  # of updates that have returned
-
-    def rows(some: np.ndarray, version: np.ndarray) -> np.ndarray:
-        return (some * 1000.0 + version)[:, None] + np.arange(DIM) / 32
-
-    store.upsert(keys, rows(keys, versions).astype(np.float32))
-    cache = bench.cache(store, 60, buffers=3)
-    end, problems, batches, copies = time.monotonic() + 3, [], [], []
-
-    def goes_on() -> bool:
-        seen = len(batches) > 50 and versions.sum() > 500 and len(copies) > 20
-        return not problems and time.monotonic() < (end if seen else end + 60)
-
-    def read(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        try:
-            while goes_on():
-                some = rng.integers(0, len(keys), int(rng.integers(1, 300)))
-                least = versions[some].copy()
-                got = cache.lookup_arrays(some).astype(np.float64)
-                version = got[:, 0] - some * 1000.0
-                if not np.array_equal(got, rows(some, version)) or (version < least).any():
-                    problems.append((some[version < least], got[version < least]))
-                batches.append(len(some))
-        except BaseException as problem:
-            problems.append(problem)
-
-    def write() -> None:
-        rng = np.random.default_rng(99)
-        while goes_on():
-            some = np.unique(rng.integers(0, len(keys), 20))
-            store.upsert(some, rows(some, versions[some] + 1).astype(np.float32))
-            cache.update(some)
-            versions[some] += 1
-            time.sleep(float(rng.choice([0.0, 0.0, 0.01])))
+    bench = CopyBench(device)
+    table = Versions(bench)
+    cache = bench.cache(table.store, 60, buffers=3)
+    copies: list[int] = []
 
     def copy() -> None:
-        while goes_on():
-            if cache.copy_index():
-                copies.append(1)
-            time.sleep(0.001)
+        if cache.copy_index():
+            copies.append(1)
+        time.sleep(0.001)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
-    threads += [threading.Thread(target=write), threading.Thread(target=copy)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems, problems[:2]
-    got, missing = cache.query(keys)
-    here = np.setdiff1d(keys, missing)
-    assert np.array_equal(got[here].astype(np.float64), rows(here, versions[here]))  # no old row was left
+    def rest(rng: np.random.Generator) -> None:
+        time.sleep(float(rng.choice([0.0, 0.0, 0.01])))
+
+    table.race(cache, readers=3, after_write=rest, beside=[copy], enough=lambda: len(copies) > 20)
     bench.close()
