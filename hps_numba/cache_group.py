@@ -232,9 +232,8 @@ class _GroupScratch(Scratch):
     def __init__(self, place: Place, caches: Sequence[EmbeddingCache], name: str) -> None:
         super().__init__(place, caches[0].scratch_shape, name)
         self._caches = caches
-        shapes = [
-            replace(cache.scratch_shape, lists_missed_from=NEVER) for cache in caches
-        ]  # in a launch of several, none lists
+        # launches of several tables list nothing
+        shapes = [replace(cache.scratch_shape, lists_missed_from=NEVER) for cache in caches]
         self._parts = [Scratch(place, shape, cache.name) for cache, shape in zip(caches, shapes)]
         self._tables: Memory | None = None
         self.without_lists = 0

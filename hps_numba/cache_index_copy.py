@@ -41,7 +41,7 @@ from hps_numba.memory import human_bytes
 from hps_numba.storage.host_store import HostStore
 from hps_numba.timer import Timer
 
-__all__ = ["IndexCopy", "is_scattered", "most_bytes"]
+__all__ = ["IndexCopy", "is_scattered", "may_copy", "most_bytes"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
@@ -60,6 +60,11 @@ atexit.register(_timer.close)
 _taken: dict[int, int] = {}  # bytes of copies on each device
 _taking = threading.Lock()
 _numbers = itertools.count()
+
+
+def may_copy(kind: str, whole: bool, miss_path: str) -> bool:
+    """A cache of this kind, over a host store, has a copy; one that has all rows from the start misses nothing."""
+    return miss_path == "auto" and kind != "static" and not whole
 
 
 def most_bytes(total: int) -> int:
@@ -179,7 +184,7 @@ class IndexCopy:
                 return True
             with self._store.at_rest() as (turn, block):
                 size = 0 if block == 0 else index_bytes(ctypes.c_int64.from_address(block + META_LINES).value)
-            return size > 0 and self._has_room(size) and self._copy(turn)
+            return size > 0 and self._has_room(size) and self._copy(turn, size)
 
     def _has_room(self, size: int) -> bool:
         """See that there is memory for a copy which no kernel reads any more."""
@@ -224,8 +229,8 @@ class IndexCopy:
         if memory is not None:
             memory.release()
 
-    def _copy(self, turn: int) -> bool:
-        """Copy the index of a turn; False if another has begun."""
+    def _copy(self, turn: int, size: int) -> bool:
+        """Copy the index of a turn, of so many bytes; False if another has begun."""
         memory = self._memory
         assert memory is not None
         started = time.monotonic()
@@ -233,7 +238,6 @@ class IndexCopy:
             with self._store.at_rest() as (now, block):
                 if block == 0 or now != turn:
                     return False
-                size = index_bytes(ctypes.c_int64.from_address(block + META_LINES).value)
                 held.enter_context(self._store.reading())  # what is in force now stays in memory
             self._place.copy(memory.address, block, size, self._stream)
             self._place.synchronize(self._stream)

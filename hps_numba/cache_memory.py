@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from hps_numba.cache_index_copy import IndexCopy
+from hps_numba.cache_index_copy import IndexCopy, may_copy
 from hps_numba.cache_layout import (
     MAX_BATCH,
     NO_LISTS,
@@ -113,7 +113,7 @@ class CacheLookup:
         self._repeats = False  # lookups can be started in one step
         self._complete = False  # every row of the store is here
         self._index_copy: IndexCopy | None = None  # where all rows are resident nothing is missed
-        copies = store is not None and miss_path == "auto" and not whole and kind != "static"
+        copies = store is not None and may_copy(kind, whole, miss_path)
         self._may_list_from = _listing_from(device, copies)
         self._lists_missed_from = NEVER  # keys of the smallest batch that lists what it misses
         self._seen = 0, 0  # keys that had come into the store, and rows evicted here, when that was last looked at
@@ -366,8 +366,7 @@ class CacheLookup:
             raise CapacityError(f"{self.name}: a list of absent keys of {n} keys, wanted at most {MAX_BATCH}")
         staged = n >= self._staged_from and self._is_staged(n, stream, capturing, absent_list)
         if self._repeats and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
-            lists = n >= self._lists_missed_from and self._in_order()
-            first = "list_by_region_kernel" if lists else "lookup_kernel"
+            first = "list_by_region_kernel" if self._lists(n) else "lookup_kernel"
             shape = (first, key_form, out_type, out % 16 == 0, n < self.large_batch)
             if self._pool.again(stream, n, self._start_prepared, shape, keys, n, out, stream):
                 return
@@ -538,7 +537,7 @@ class CacheLookup:
             self._place.copy(absent_list + 8, scratch.absent_list, 8 * n, stream)
 
     def _batch(self, scratch: Scratch, keys: int, n: int, out: int, stream: int, built: tuple[str, str, bool]) -> None:
-        if n >= self._lists_missed_from and self._in_order():
+        if self._lists(n):
             self._rows_to(out, keys, n, scratch.address, stream, built, "list_by_region_kernel")
             sort, serve = cast("list[Kernel]", self._serving_kernels(*built[1:]))
             sort.launch(self._place.serving_blocks, stream, scratch.address)
@@ -546,6 +545,10 @@ class CacheLookup:
         else:
             self._rows_to(out, keys, n, scratch.address, stream, built)
         self._end_batch(scratch, keys, n, stream, built[0])
+
+    def _lists(self, n: int) -> bool:
+        """A batch of ``n`` keys only lists what it misses."""
+        return n >= self._lists_missed_from and self._in_order()
 
     def _in_order(self) -> bool:
         """Rows of the host store are better read in the order of their addresses, if they are many."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hps_numba import devices
+from hps_numba.cache_index_copy import may_copy
 from hps_numba.cache_shape import cache_bytes, cache_shape
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.errors import CapacityError
@@ -149,8 +150,8 @@ def plan_table(
     model = next(model for model in config.models if model.model == spec.model)
     places = _cache_places(config, model.deployed_device_list)
     shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
-    copies = shape is not None and places and shape.kind != "static" and not shape.whole
-    index_copy = index_bytes(lines_for(host_rows)) if copies and keeps_rows and model.miss_path == "auto" else 0
+    copies = shape is not None and places and keeps_rows and may_copy(shape.kind, shape.whole, model.miss_path)
+    index_copy = index_bytes(lines_for(host_rows)) if copies else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
         model=spec.model,

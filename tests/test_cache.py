@@ -660,9 +660,9 @@ def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
         return ctypes.c_int64.from_address(descriptor).value if descriptor else 0
 
     first = block()
-    assert first == store._block_in_force()
+    assert first == store.block
     store.upsert(np.arange(500), rows_of(np.arange(500), DIM))
-    assert block() == store._block_in_force() != first
+    assert block() == store.block != first
     store.close()
     assert block() == 0
 

@@ -294,7 +294,7 @@ class HostStore:
         """
         self._check_keys(keys)
         with self._epochs.reading():
-            block = self._block_in_force()
+            block = self.block
             if block == 0:
                 raise self._is_closed()
             at = (address_of(keys), address_of(rows), address_of(words))
@@ -344,7 +344,7 @@ class HostStore:
             in_order: of their rows in memory: that of the sparse model as far as rows were not written since. Else in none.
         """
         with self._epochs.reading():
-            block = self._block_in_force()
+            block = self.block
             if block == 0:
                 raise self._is_closed()
             keys = np.empty(entries_of(block), np.int64)  # pages are taken as keys are written
@@ -352,13 +352,10 @@ class HostStore:
             count = host_keys(block, address_of(keys), address_of(slots) if in_order else 0)
         return keys[:count][np.argsort(slots[:count])] if in_order else keys[:count]
 
-    def _block_in_force(self) -> int:
-        return int(self._header.view(np.int64, (1,))[0])
-
     @property
     def block(self) -> int:
         """Address of the index block in force (``layout``); 0 if the store is closed."""
-        return self._block_in_force()
+        return int(self._header.view(np.int64, (1,))[0])
 
     # -- readers elsewhere ------------------------------------------------------------------------------------------------
 
@@ -384,7 +381,7 @@ class HostStore:
         """
         with self._lock:
             self._watchers = (*self._watchers, watcher)
-            watcher(self._block_in_force())
+            watcher(self.block)
 
     def unwatch(self, watcher: Callable[[int], object]) -> None:
         """Take back a ``watch``."""
@@ -415,7 +412,7 @@ class HostStore:
             yield -1, 0
             return
         try:
-            yield self._turns, 0 if self._unfinished else self._block_in_force()
+            yield self._turns, 0 if self._unfinished else self.block
         finally:
             self._lock.release()
 
@@ -602,7 +599,7 @@ class HostStore:
             self._unfinished = False
 
     def _repair(self) -> None:
-        block = self._block_in_force()
+        block = self.block
         self._tell(block)
         if self._next is not None and self._next.block == block:
             self._content = self._next
