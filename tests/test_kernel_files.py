@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,10 +112,13 @@ def test_the_digest_sees_sources_layouts_and_versions(monkeypatch):
     before = digest()
     assert before == digest() == kernel_files.source_digest()
     read = kernel_files.Path.read_bytes
-    for name in ("lanes_cuda.py", "row_elements.py", "build.py", "layout.py", "cache_layout.py"):
+    package = Path(kernel_files.__file__).parents[1]
+    files = {*(package / "kernels").rglob("*.py"), package / "layout.py", package / "cache_layout.py"}
+    assert {"kernels", "policies"} <= {file.parent.name for file in files}
+    for changed in files:
         with monkeypatch.context() as patch:
-            patch.setattr(kernel_files.Path, "read_bytes", lambda file, name=name: read(file) + b"#" * (file.name == name))
-            assert digest() != before, name
+            patch.setattr(kernel_files.Path, "read_bytes", lambda file, changed=changed: read(file) + b"#" * (file == changed))
+            assert digest() != before, changed
     monkeypatch.setattr(kernel_files.importlib.metadata, "version", lambda name: "0.0")
     assert digest() != before
 

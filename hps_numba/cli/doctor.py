@@ -80,9 +80,10 @@ def _pip(extra: str) -> str:
 
 
 def _kernel_cache() -> dict[str, Any]:
-    from hps_numba.kernels.compile import cache_folder
+    from hps_numba.kernels import kernel_files
 
-    folder = cache_folder()
+    inside = kernel_files.folder(".object")
+    folder = None if inside is None else inside.parent
     files = [] if folder is None else [file for file in folder.rglob("*") if file.is_file()]
     return {"folder": folder, "writable": folder is not None, "bytes": sum(file.stat().st_size for file in files)}
 

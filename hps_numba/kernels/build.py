@@ -295,7 +295,7 @@ def _entry_point(spec: KernelSpec) -> tuple[Any, Any]:
     from numba.core.registry import cpu_target
 
     target = cpu_target.target_context
-    name = kernel_files.name_of(spec.name, _made_for_host(spec, target.codegen().magic_tuple()), ".object")
+    name = kernel_files.name_of(spec.name, f"{_host_key(spec)!r} {kernel_files.host_target(target)}", ".object")
     result = kernel_files.find_result(name, target)
     if result is not None:
         return result.entry_point, result
@@ -303,16 +303,6 @@ def _entry_point(spec: KernelSpec) -> tuple[Any, Any]:
     (result,) = dispatcher.overloads.values()
     kernel_files.keep_result(name, result)
     return result.entry_point, dispatcher
-
-
-def _made_for_host(spec: KernelSpec, processor: Any) -> str:
-    """All that the code depends on besides the sources; ``processor``: its name and features, as numba sees them."""
-    import llvmlite
-    import numba
-
-    config = numba.config
-    options = [str(config.OPT), config.DEBUGINFO_DEFAULT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE]
-    return repr((_host_key(spec), numba.__version__, llvmlite.__version__, options, processor))
 
 
 def _compile_for_host(spec: KernelSpec) -> Any:

@@ -1,17 +1,14 @@
-"""Builds host kernels: compiled by numba on first call, without the GIL, and kept on disk.
+"""Builds host kernels: compiled by numba on first call, without the GIL, and kept on disk (``kernel_files``).
 
-*Why a folder of our own.* numba keys its disk cache by the file a function stands in, so a kernel that inlined a function of
-another file would survive a change of that file. The folder is named after the text of all kernel sources instead: any change
-of any kernel starts a new one.
+*Why not numba's own disk cache.* It finds code by the file that a function stands in, so a kernel that inlined a function of
+another file would survive a change of that file.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import logging
-import os
-import threading
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -19,92 +16,52 @@ from typing import Any
 
 import numba
 
-__all__ = ["cache_folder", "host_function", "host_kernel", "user_cache"]
+from hps_numba.kernels import kernel_files
 
-log = logging.getLogger(__name__)
-_decorating = threading.Lock()  # numba's cache folder is process-wide while a function is decorated
-
-
-def user_cache() -> Path:
-    """The folder for what this user's processes keep, wherever they run; it need not exist.
-
-    HPS_NUMBA_CACHE_DIR, else hps_numba in XDG_CACHE_HOME, else in ~/.cache.
-
-    Raises:
-        RuntimeError: the user has no home.
-    """
-    chosen = os.environ.get("HPS_NUMBA_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hps_numba"
-
-
-@functools.cache
-def _source_digest() -> str:
-    here = Path(__file__).parent
-    digest = hashlib.sha256(numba.__version__.encode())
-    for file in [*sorted(here.rglob("*.py")), here.parent / "layout.py", here.parent / "cache_layout.py"]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
-def cache_folder() -> Path | None:
-    """The folder for compiled host kernels, mode 0700; None (with one WARNING) if no writable one exists."""
-    try:
-        folder = user_cache() / f"host-{_source_digest()}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} is not writable")
-    except (OSError, RuntimeError) as problem:
-        log.warning("kernels are compiled anew in each process: %s (HPS_NUMBA_CACHE_DIR names another folder)", problem)
-        return None
-    return folder
+__all__ = ["host_function", "host_kernel"]
 
 
 def host_kernel(function: Callable[..., Any]) -> Any:
     """Compile ``function`` for the CPU: on first call, GIL released, C division, kept on disk."""
-    folder = cache_folder()
-    with _decorating:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(folder or "")
-        try:
-            kernel = numba.njit(nogil=True, error_model="numpy", cache=folder is not None)(function)
-        finally:
-            numba.config.CACHE_DIR = before
-    if folder is not None:
-        kernel._cache = _ForgivingCache(kernel._cache)
+    kernel = numba.njit(nogil=True, error_model="numpy")(function)
+    kernel._cache = _DiskCache(function)
     return kernel
 
 
-class _ForgivingCache:
-    """numba's disk cache of one kernel, but a damaged or vanished file means "compile anew" and not an error."""
+class _DiskCache:
+    """The disk cache of one kernel, as numba's dispatcher uses it."""
 
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self._module = function.__module__
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+    @property
+    def cache_path(self) -> str:
+        """The folder of the files."""
+        return str(kernel_files.folder(".object") or "")
 
-    def load_overload(self, signature: Any, context: Any) -> Any:
-        try:
-            return self._cache.load_overload(signature, context)
-        except Exception as problem:  # unpickling garbage raises anything
-            log.debug("%s: compiled anew: %s", self._cache.cache_path, problem)
-            self._flush()
-            return None
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """numba's result of the compilation for these types; None: compile it."""
+        return kernel_files.find_result(self._file_for(signature, target), target)
 
-    def save_overload(self, signature: Any, data: Any) -> None:
-        try:
-            self._cache.save_overload(signature, data)
-        except Exception as problem:
-            log.debug("%s: not kept: %s", self._cache.cache_path, problem)
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep numba's result of a compilation."""
+        kernel_files.keep_result(self._file_for(signature, result.target_context), result)
 
-    def _flush(self) -> None:
-        try:
-            self._cache.flush()
-        except OSError as problem:
-            log.debug("%s: cannot be emptied: %s", self._cache.cache_path, problem)
+    def _file_for(self, signature: Any, target: Any) -> str:
+        made_for = f"{self._module} {_digest_beside(self._module)} {signature} {kernel_files.host_target(target)}"
+        return kernel_files.name_of(self._name, made_for, ".object")
+
+
+@functools.cache
+def _digest_beside(module: str) -> str:
+    """Digest of the sources in the folder of a kernel that stands outside of ``hps_numba.kernels``."""
+    if module.startswith("hps_numba.kernels."):
+        return ""  # ``source_digest`` has it
+    digest = hashlib.sha256()
+    for file in sorted(Path(str(sys.modules[module].__file__)).parent.rglob("*.py")):
+        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def host_function(function: Callable[..., Any]) -> Any:

@@ -15,6 +15,7 @@ import importlib.metadata
 import logging
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import threading
@@ -23,13 +24,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hps_numba.kernels.compile import user_cache
-
-__all__ = ["FOLDERS", "MOST_FILES", "find", "find_result", "folder", "keep", "keep_result", "name_of", "source_digest"]
+__all__ = [
+    "FOLDERS",
+    "MOST_FILES",
+    "find",
+    "find_result",
+    "folder",
+    "host_target",
+    "keep",
+    "keep_result",
+    "name_of",
+    "source_digest",
+    "user_cache",
+]
 
 log = logging.getLogger(__name__)
 
-MOST_FILES = 200  # with more in the folder, those made from other sources go
+MOST_FILES = 400  # with more in the folder, those made from other sources go
 FOLDERS = {".cubin": "cuda", ".object": "cpu"}  # by how the names of files end
 _MAGIC = b"HPSK2\n"
 _CHECKSUM = hashlib.sha256().digest_size
@@ -56,14 +67,48 @@ def _versions() -> list[str]:
     return found
 
 
+def user_cache() -> Path:
+    """The folder for what this user's processes keep, wherever they run; it need not exist.
+
+    HPS_NUMBA_CACHE_DIR, else hps_numba in XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    chosen = os.environ.get("HPS_NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hps_numba"
+
+
+def _sources() -> list[Path]:
+    """All files whose text may become part of a kernel, in every folder below ``kernels``."""
+    here = Path(__file__).parent
+    return [*sorted(here.rglob("*.py")), here.parent / "layout.py", here.parent / "cache_layout.py"]
+
+
 @functools.cache
 def source_digest() -> str:
     """Digest of the text of all that kernels are made of, and of the versions of their compilers (hex)."""
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256(", ".join(_versions()).encode())
-    for file in [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "cache_layout.py"]:
-        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
+    for file in _sources():
+        digest.update(f"\n{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def host_target(target: Any) -> str:
+    """What machine code for the CPU depends on besides its source: compiler, options, processor and its features.
+
+    Args:
+        target: numba's context of the CPU.
+    """
+    import llvmlite
+    import numba
+
+    config = numba.config
+    options = [str(config.OPT), config.DEBUGINFO_DEFAULT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE]
+    return repr((numba.__version__, llvmlite.__version__, options, target.codegen().magic_tuple()))
 
 
 def name_of(kernel: str, made_for: str, ending: str = ".cubin") -> str:
@@ -198,8 +243,17 @@ def _replace(file: Path, data: bytes) -> None:
             raise
 
 
+@functools.cache
+def _sweep_old_folders(cache: Path) -> None:
+    """Remove the folders ``host-<digest>`` in which versions up to 0.1 kept kernels for the CPU; once a process."""
+    for old in cache.glob("host-" + "[0-9a-f]" * 16):
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def _sweep(place: Path) -> None:
     """Where files pile up, remove those made from other sources, and what writers that died left. Others may do so too."""
+    _sweep_old_folders(place.parent)
     files = list(place.iterdir())
     if len(files) <= MOST_FILES:
         return
