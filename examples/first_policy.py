@@ -25,7 +25,7 @@ import numpy as np
 
 import hps_numba
 from hps_numba import simulate
-from hps_numba.devices import device_count
+from hps_numba.device.driver import device_count
 
 folder = Path(tempfile.mkdtemp())
 random = np.random.default_rng(0)

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 import hps_numba
-from hps_numba.devices import device_count, why_no_device
-from hps_numba.synthetic import power_law
+from hps_numba.device.driver import device_count, why_no_device
+from hps_numba.simulate.workloads import power_law
 
 ALPHA = 1.1  # of the traffic: the larger, the fewer rows take most of it
 LINES = 10  # printed

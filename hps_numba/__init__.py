@@ -42,12 +42,13 @@ if TYPE_CHECKING:
         VolatileDatabaseParams,
         read_config,
     )
-    from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
-    from hps_numba.parameter_server import HPS
-    from hps_numba.plan import Plan, TablePlan, make_plan
-    from hps_numba.stats import TableStats
+    from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
+    from hps_numba.kernels.policies._policy import Policy
+    from hps_numba.server.hps import HPS
+    from hps_numba.server.plan import Plan, TablePlan, make_plan
+    from hps_numba.server.stats import TableStats
+    from hps_numba.simulate.workloads import generate_model
     from hps_numba.storage.model_files import convert_model, open_model, write_model
-    from hps_numba.synthetic import generate_model
 
 __version__ = "0.1.0"
 
@@ -55,24 +56,24 @@ _HOMES = {
     "DatabaseOverflowPolicy_t": "config",
     "DatabaseType_t": "config",
     "EmbeddingCacheType_t": "config",
-    "HPS": "parameter_server",
+    "HPS": "server.hps",
     "InferenceParams": "config",
     "ParameterServerConfig": "config",
     "PersistentDatabaseParams": "config",
-    "Plan": "plan",
+    "Plan": "server.plan",
     "Policy": "kernels.policies._policy",
-    "TablePlan": "plan",
-    "TableStats": "stats",
+    "TablePlan": "server.plan",
+    "TableStats": "server.stats",
     "UpdateSourceParams": "config",
     "UpdateSourceType_t": "config",
     "VolatileDatabaseParams": "config",
-    "as_policy": "kernels.policies._policy",
+    "as_policy": "kernels.policies._load",
     "convert_model": "storage.model_files",
-    "generate_model": "synthetic",
-    "load_policy": "kernels.policies._policy",
-    "make_plan": "plan",
+    "generate_model": "simulate.workloads",
+    "load_policy": "kernels.policies._load",
+    "make_plan": "server.plan",
     "open_model": "storage.model_files",
-    "policy_with": "kernels.policies._policy",
+    "policy_with": "kernels.policies._load",
     "read_config": "config",
     "write_model": "storage.model_files",
 }

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._format import SparseModelFormat
 from hps_numba.storage.model_files import open_model
 
 PACKAGE = "hps_numba.storage.formats"
-FORMATS = parts.names(PACKAGE)
+FORMATS = plugins.names(PACKAGE)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -66,7 +66,7 @@ ARRAY_WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
 
 def part(name: str) -> SparseModelFormat:
     """The format called ``name``."""
-    found = parts.load(PACKAGE, name)
+    found = plugins.load(PACKAGE, name)
     assert isinstance(found, SparseModelFormat)
     return found
 

@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_algorithms import NAIVE
 
-from hps_numba import parts
-from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, RESIDENT, Algorithm
-from hps_numba.kernels.associative._scored import scored
-from hps_numba.kernels.policies._policy import as_policy
-from hps_numba.simulate.numbered import NumberedTrace, number_trace
-from hps_numba.simulate.trace import open_trace
+from hps_numba import plugins
+from hps_numba.kernels.policies._load import as_policy
+from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, RESIDENT, Algorithm
+from hps_numba.simulate.algorithms._scored import scored
+from hps_numba.simulate.dense_trace import NumberedTrace, number_trace
+from hps_numba.traces.trace import open_trace
 
-PACKAGE = "hps_numba.kernels.associative"
-NAMES = parts.names(PACKAGE)
+PACKAGE = "hps_numba.simulate.algorithms"
+NAMES = plugins.names(PACKAGE)
 BOUNDS = ("belady", "infinite")
 
 
 def algorithm_of(name: str) -> Algorithm:
-    found: Algorithm = parts.load(PACKAGE, name)
+    found: Algorithm = plugins.load(PACKAGE, name)
     return found
 
 

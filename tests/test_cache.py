@@ -14,17 +14,19 @@ from cache_bench import DEFAULT, DIM, Bench, ints
 from cache_oracle import CacheOracle
 from naive import EXTREME_64, assert_same_bits, rows_of
 
-from hps_numba.cache import EmbeddingCache, index_sets
-from hps_numba.cache_layout import CHAIN, GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
-from hps_numba.cache_link import HostLink
-from hps_numba.cache_place import HostPlace
+from hps_numba.cache.backends import HostPlace
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.sizing import index_sets
+from hps_numba.cache.store_link import HostLink
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError, OutputError
-from hps_numba.kernels.cache_image import place_keys
-from hps_numba.kernels.cache_search import home_line_of, other_set_of, set_of
-from hps_numba.kernels.cache_sketch import sketch_places
-from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies._policy import Policy, load_policy
-from hps_numba.storage.host_store import HostStore
+from hps_numba.kernels.cache.bulk_load import place_keys
+from hps_numba.kernels.cache.probe import home_line_of, other_set_of, set_of
+from hps_numba.kernels.cache.sketch import sketch_places
+from hps_numba.kernels.compiler.njit import host_function
+from hps_numba.kernels.layouts.cache import CHAIN, GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.storage.host.store import HostStore
 
 _set_of, _home_line_of, _other_set_of = map(host_function, (set_of, home_line_of, other_set_of))
 

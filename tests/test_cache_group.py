@@ -10,11 +10,11 @@ import pytest
 from cache_bench import DEFAULT, DIM, Bench, ints
 from naive import assert_same_bits, rows_of
 
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_group import CacheGroup
-from hps_numba.cache_layout import MAX_BATCH, MAX_TABLES
-from hps_numba.cache_scratch import Scratch
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.group import CacheGroup
+from hps_numba.cache.workspace import Scratch
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
+from hps_numba.kernels.layouts.cache import MAX_BATCH, MAX_TABLES
 
 
 class Pair:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import LINE_BYTES, META_AT, OCCUPIED, SCORES_AT, WAYS_PER_LINE
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.memory import PinnedHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.device.host_memory import PinnedHostAllocator
+from hps_numba.kernels.layouts.cache import LINE_BYTES, META_AT, OCCUPIED, SCORES_AT, WAYS_PER_LINE
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
 
 pytestmark = pytest.mark.gpu
 STRESS_SECONDS = float(os.environ.get("HPS_NUMBA_STRESS_SECONDS", "5"))

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import EXTREME_64, assert_same_bits, rows_of
 
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies._load import as_policy, load_policy
+from hps_numba.kernels.policies._policy import Policy
 
 DIM = 2
 DEFAULT = -7.5

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 from naive import EXTREME_64, rows_of
 
-from hps_numba import cache_pooling
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH
-from hps_numba.cache_place import HostPlace
+from hps_numba.cache.backends import HostPlace
+from hps_numba.cache.cache import EmbeddingCache, pooling
+from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
-from hps_numba.kernels.build import KernelSpec, bindings, ptx_of
-from hps_numba.kernels.cache_pool import (
+from hps_numba.kernels.cache.pooling import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
@@ -33,10 +31,11 @@ from hps_numba.kernels.cache_pool import (
     pool_registers,
     pool_run,
 )
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.kernels.row_elements import TYPE_NUMBERS
-from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.kernels.compiler.specialize import KernelSpec, bindings, ptx_of
+from hps_numba.kernels.dtypes import TYPE_NUMBERS
+from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
 
 DEFAULT = -7.5
 PADDING = 5
@@ -199,10 +198,10 @@ GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 @pytest.fixture(autouse=True)
 def bags_in_a_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Sets how many bags a tile takes at a time: 3, as batches of tests would else have 1; None: as the cache chooses."""
-    chosen = cache_pooling.pool_run
+    chosen = pooling.pool_run
 
     def choose(run: int | None) -> None:
-        monkeypatch.setattr(cache_pooling, "pool_run", chosen if run is None else lambda bags, n, dim: run)
+        monkeypatch.setattr(pooling, "pool_run", chosen if run is None else lambda bags, n, dim: run)
 
     choose(3)
     return choose

@@ -21,23 +21,23 @@ from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 from test_caches_in_service import Service, assert_adds_up, cache_of, defaults, stats_of, without_devices
 
-from hps_numba import cache_memory, cache_staging
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_place import HostPlace
-from hps_numba.cache_staging import NEVER, is_staged, least_staged
+from hps_numba.cache.backends import HostPlace
+from hps_numba.cache.cache import EmbeddingCache, staging
+from hps_numba.cache.cache import lookup as cache_lookup
+from hps_numba.cache.staging import NEVER, is_staged, least_staged
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
-from hps_numba.kernels.build import KernelSpec
+from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.policies._policy import Policy
-from hps_numba.layout import FIRST_SLOT, SLOT_MASK
-from hps_numba.storage import host_store
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host import store as host_store
+from hps_numba.storage.host.store import HostStore
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows of DIM at a time, so that buffers are used again within a batch."""
-    monkeypatch.setattr(cache_staging, "PIECE_BYTES", 7 * 4 * DIM)
-    monkeypatch.setattr(cache_staging, "LEAST_PIECE_BYTES", 0)
+    monkeypatch.setattr(staging, "PIECE_BYTES", 7 * 4 * DIM)
+    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 0)
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
@@ -168,7 +168,7 @@ def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
 
 
 def test_more_keys_than_a_batch_has(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_memory, "MAX_BATCH", 64)
+    monkeypatch.setattr(cache_lookup, "MAX_BATCH", 64)
     caches = both(bench, bench.store(range(300)), 200)
     keys = np.random.default_rng(2).integers(0, 320, 1000)
     first, second = (cache.lookup_arrays(keys) for cache in caches)
@@ -188,7 +188,7 @@ def test_nothing_is_missed(bench: Bench) -> None:
 
 
 def test_the_policy_changes_between_staged_batches(bench: Bench) -> None:
-    from hps_numba.kernels.policies._policy import load_policy
+    from hps_numba.kernels.policies._load import load_policy
 
     store = bench.store(range(200))
     caches = both(bench, store, 60)
@@ -391,7 +391,7 @@ class LatePlace(HostPlace):
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> LatePlace:
     place = LatePlace()
-    monkeypatch.setattr(cache_memory, "place_of", lambda device: place)
+    monkeypatch.setattr(cache_lookup, "place_of", lambda device: place)
     return place
 
 
@@ -425,7 +425,7 @@ def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LateP
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_staging._Staging, "sent", fail)  # the kernel was started, and no event recorded
+        patch.setattr(staging._Staging, "sent", fail)  # the kernel was started, and no event recorded
         with pytest.raises(KeyboardInterrupt):
             cache.lookup(keys.ctypes.data, 100, out.ctypes.data, 0)
     misses: Any = cache._misses
@@ -540,15 +540,15 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 
 
 def test_auto_goes_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many, large = cache_staging.STAGED_KEYS, 1 << 30
+    many, large = staging.STAGED_KEYS, 1 << 30
     table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "behind": False}
     assert not is_staged(many, **table)  # as it stands, none is
-    monkeypatch.setattr(cache_staging, "STAGED_TABLE_BYTES", large)
+    monkeypatch.setattr(staging, "STAGED_TABLE_BYTES", large)
     assert is_staged(many, **table)
     assert not is_staged(many - 1, **table)
     assert not is_staged(many, **{**table, "rows": large // 128 - 1})
     assert not is_staged(many, **{**table, "ways": large // 128})  # room for every row
-    behind = cache_staging.STAGED_KEYS_BEHIND
+    behind = staging.STAGED_KEYS_BEHIND
     assert is_staged(behind, **{**table, "behind": True}) and not is_staged(behind - 1, **{**table, "behind": True})
     assert (least_staged("direct"), least_staged("staged")) == (NEVER, 1)
     assert least_staged("auto") == min(many, behind)
@@ -567,11 +567,11 @@ def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
 
 def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_BEHIND", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
-        monkeypatch.setattr(cache_staging, name, value)
+        monkeypatch.setattr(staging, name, value)
     store = bench.store(range(199))
     cache = bench.cache(store, 40, miss_path="auto")
     if bench.device is None:  # as on a device
-        cache._misses = cache_staging.StagedMisses(
+        cache._misses = staging.StagedMisses(
             cache.place, cache._parts, store, always=False, ways=cache.capacity, fixed=False, default=DEFAULT, name="table"
         )
         cache._staged_from = least_staged("auto")

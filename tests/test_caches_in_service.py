@@ -24,12 +24,12 @@ from naive import DictTier, assert_same_bits, rows_of
 from test_refresh import in_child
 
 import hps_numba
-from hps_numba import devices
-from hps_numba.cache import EmbeddingCache
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import PersistentDatabaseConfig
+from hps_numba.device import driver
 from hps_numba.errors import DeviceError, PolicyError, TierError, UnknownModelError
-from hps_numba.kernels.launch import PreparedLookup
-from hps_numba.storage.host_store import HostStore
+from hps_numba.kernels.compiler.launch import PreparedLookup
+from hps_numba.storage.host.store import HostStore
 
 DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
 DEFAULT = np.float32(-7.5)
@@ -89,8 +89,8 @@ class Service:
 
 
 def without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "device_count", lambda: 0)
-    monkeypatch.setattr(devices, "why_no_device", lambda: "none for this test")
+    monkeypatch.setattr(driver, "device_count", lambda: 0)
+    monkeypatch.setattr(driver, "why_no_device", lambda: "none for this test")
 
 
 @pytest.fixture(params=[pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)])
@@ -765,7 +765,7 @@ def test_a_wrong_policy_is_refused_before_anything_is_allocated(
         server.load_model(model)
     assert (server._allocator.in_use, server.models) == (before, ("m",))
     opened: list[object] = []
-    monkeypatch.setattr("hps_numba.parameter_server.open_tiers", lambda *args, **options: opened.append(args))
+    monkeypatch.setattr("hps_numba.server.hps.open_tiers", lambda *args, **options: opened.append(args))
     with pytest.raises(PolicyError, match=message):
         service.workshop.open(service.model((KEYS, DIM)), model, cache_on_cpu=True)
     assert not opened
@@ -901,7 +901,7 @@ def test_gpu_a_graph_cannot_wait_for_slower_tiers(workshop: Workshop) -> None:  
 
 @pytest.mark.gpu
 def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # G36, G38
-    count = devices.device_count()
+    count = driver.device_count()
     if count < 2:
         pytest.skip(f"{count} device, wanted 2")
     order = [1, 0]
@@ -922,7 +922,7 @@ def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # 
 
 @pytest.mark.gpu
 def test_gpu_a_part_of_the_devices_serves(workshop: Workshop) -> None:  # G38
-    count = devices.device_count()
+    count = driver.device_count()
     if count < 2:
         pytest.skip(f"{count} device, wanted 2")
     server = workshop.open(workshop.model((range(50), DIM), deployed_device_list=[1]))

@@ -18,10 +18,10 @@ from naive import rows_of
 from tensorflow_rig import DIM, ROWS, rig_of, run_program, start_program
 
 from hps_numba import ConfigError, ModelFileError
-from hps_numba.checkpoints import load_trained, save_trained
-from hps_numba.frontends._servers import SERVERS
-from hps_numba.storage.checkpoint_files import open_checkpoint
-from hps_numba.train import Adagrad, Adam, RowTrainer, Sgd
+from hps_numba.server.registry import SERVERS
+from hps_numba.training.checkpoint_files import open_checkpoint
+from hps_numba.training.checkpoints import load_trained, save_trained
+from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Sgd
 
 
 def trained(workshop: Workshop, rule: Any, rows: int = 300, steps: int = 3) -> RowTrainer:
@@ -93,8 +93,8 @@ def test_steps_wait_and_all_tables_fit_together(workshop: Workshop, tmp_path: Pa
 _WRITE = """
 import os, signal, sys, numpy as np
 import hps_numba
-from hps_numba.checkpoints import save_trained
-from hps_numba.train import Adagrad, RowTrainer
+from hps_numba.training.checkpoints import save_trained
+from hps_numba.training.trainer import Adagrad, RowTrainer
 
 class Deadly(dict):
     def items(self):  # after the tables were written, before the file is whole

@@ -17,11 +17,11 @@ import pytest
 from processes import ROOT, environment
 from typer.testing import CliRunner, Result
 
-from hps_numba import __version__, generate_model, open_model, parts, write_model
+from hps_numba import __version__, generate_model, open_model, plugins, write_model
 from hps_numba.cli import _errors, build
 from hps_numba.cli._output import human_rate, human_seconds, print_json
 from hps_numba.cli._survey import count_duplicates
-from hps_numba.synthetic import KEY_DISTRIBUTIONS, power_law
+from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS, power_law
 
 ROWS, DIM = 50, 4
 
@@ -93,11 +93,11 @@ def test_every_file_is_a_command() -> None:
     result = hps("--help")
     assert result.exit_code == 0
     commands = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    assert commands == parts.names("hps_numba.cli")
+    assert commands == plugins.names("hps_numba.cli")
     assert {"config", "convert", "demo", "doctor", "generate", "inspect", "plan"} <= set(commands)
 
 
-@pytest.mark.parametrize("command", [*parts.names("hps_numba.cli"), "config check", "config schema", "generate keys"])
+@pytest.mark.parametrize("command", [*plugins.names("hps_numba.cli"), "config check", "config schema", "generate keys"])
 def test_every_command_explains_itself(command: str) -> None:
     result = hps(*command.split(), "--help")
     assert result.exit_code == 0 and "Usage:" in result.stdout and "\x1b" not in result.stdout
@@ -272,8 +272,8 @@ def test_config_check_opens_the_models(write_config: Callable[..., Path], damage
 def test_config_check_knows_the_tiers_of_this_version(
     write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = parts.names
-    monkeypatch.setattr(parts, "names", lambda package: ["hash_map"] if package.endswith("tiers") else names(package))
+    names = plugins.names
+    monkeypatch.setattr(plugins, "names", lambda package: ["hash_map"] if package.endswith("tiers") else names(package))
     config = write_config(volatile_db={"type": "redis_cluster"})
     (problem,) = parsed("config", "check", config, code=1)["problems"]
     assert problem.startswith("volatile_db.type: 'redis_cluster' is not part of this version")
@@ -293,7 +293,7 @@ def test_plan(write_config: Callable[..., Path]) -> None:
 
 
 def test_plan_that_does_not_fit(write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hps_numba.plan.available_bytes", lambda: 1000)
+    monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: 1000)
     config = write_config()
     assert parsed("plan", config, code=1)["fits"] is False
     result = hps("plan", config)

@@ -15,8 +15,8 @@ PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING)
 import numpy as np
-from hps_numba.storage.host_store import HostStore
-from hps_numba.kernels.host_lookup import host_lookup
+from hps_numba.storage.host.store import HostStore
+from hps_numba.kernels.host.lookup import host_lookup
 store = HostStore(4)
 store.upsert(np.arange(3), np.ones((3, 4), np.float32))
 out = np.zeros((3, 4), np.float32)

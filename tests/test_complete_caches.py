@@ -11,11 +11,11 @@ from cache_bench import DEFAULT, DIM, Bench, ints
 from naive import assert_same_bits, rows_of
 from test_cache import place_in
 
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_group import CacheGroup
-from hps_numba.cache_layout import BUSY, STATE_NOW
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.group import CacheGroup
 from hps_numba.errors import PolicyError
-from hps_numba.kernels.policies._policy import as_policy, load_policy, policy_with
+from hps_numba.kernels.layouts.cache import BUSY, STATE_NOW
+from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
 from hps_numba.kernels.policies.fifo import FIFO
 from hps_numba.kernels.policies.lru import LRU
 

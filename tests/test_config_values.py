@@ -14,7 +14,7 @@ import pytest
 from test_config import MINIMAL, changed, logged, refused, write
 
 from hps_numba.config import read_config
-from hps_numba.config.spellings import CACHE_TYPES, DATABASES, OVERFLOW_POLICIES, ROW_DTYPES, UPDATE_SOURCES, Words
+from hps_numba.config.enums import CACHE_TYPES, DATABASES, OVERFLOW_POLICIES, ROW_DTYPES, UPDATE_SOURCES, Words
 
 NAN, INFINITY = float("nan"), float("inf")
 COUNT = "in 1..2147483647"

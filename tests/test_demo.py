@@ -128,7 +128,7 @@ def test_demo_fails_on_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_fails_if_the_counters_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hps_numba.stats.TableStats.defaults", property(lambda self: self.absent + 1))
+    monkeypatch.setattr("hps_numba.server.stats.TableStats.defaults", property(lambda self: self.absent + 1))
     result = demo()
     assert result.exit_code == 1
     assert "counters do not agree" in result.stdout

@@ -20,7 +20,7 @@ import pytest
 from conftest import has_cuda_device
 from processes import environment
 
-from hps_numba import devices
+from hps_numba.device import driver as devices
 from hps_numba.errors import CapacityError, DeviceError, OutputError
 
 MIB = 1 << 20
@@ -186,7 +186,10 @@ def test_without_the_packages_there_is_no_device():
 
 
 def test_importing_looks_for_nothing():
-    program = "import sys, hps_numba.memory, hps_numba.devices; print({'cuda', 'cupy', 'torch', 'numba'} & set(sys.modules))"
+    program = (
+        "import sys, hps_numba.device.host_memory, hps_numba.device.driver\n"
+        "print({'cuda', 'cupy', 'torch', 'numba'} & set(sys.modules))"
+    )
     assert python(program) == "set()\n"
 
 
@@ -245,13 +248,13 @@ import logging, os, sys
 import numpy as np
 from test_devices import PlayedDriver, play
 import pytest
-from hps_numba import devices
+from hps_numba.device import driver as devices
 from hps_numba.errors import DeviceError
 driver = play(pytest.MonkeyPatch(), PlayedDriver({count}))
 said = []
 class Handler(logging.Handler):
     def emit(self, record): said.append((record.levelname, record.getMessage()))
-logging.getLogger("hps_numba.devices").addHandler(Handler())
+logging.getLogger("hps_numba.device.driver").addHandler(Handler())
 region = devices.allocate(0, 64, "test") if devices.device_count() else None
 child = os.fork()
 if child == 0:
@@ -287,7 +290,7 @@ def test_a_child_of_a_process_without_devices_says_nothing():
 
 def test_a_driver_that_another_library_used_before_the_fork(monkeypatch: pytest.MonkeyPatch, caplog: Any):
     play(monkeypatch, PlayedDriver(cuInit=3))
-    with caplog.at_level(logging.WARNING, "hps_numba.devices"):
+    with caplog.at_level(logging.WARNING, "hps_numba.device.driver"):
         assert devices.device_count() == devices.device_count() == 0
     assert caplog.messages == ["a child forked from a process that used CUDA serves from the CPU"]
     devices.destroy_stream(5)  # whatever it is, it is the parent's
@@ -359,7 +362,7 @@ def test_too_much_device_memory_is_refused_with_numbers(monkeypatch: pytest.Monk
 def test_memory_that_cannot_be_given_back_is_reported(driver: PlayedDriver, caplog: Any):
     region = devices.allocate(0, 64, "test")
     driver.failing["cuMemFree"] = 700
-    with caplog.at_level(logging.WARNING, "hps_numba.devices"):
+    with caplog.at_level(logging.WARNING, "hps_numba.device.driver"):
         del region
     assert caplog.messages == ["device memory was not given back: cuMemFree: CUDA_ERROR_700: played text"]
 
@@ -745,7 +748,7 @@ def test_gpu_current_is_nearly_free():
 
 REAL_FORK = """
 import os
-from hps_numba import devices
+from hps_numba.device import driver as devices
 region = devices.allocate(0, 1 << 20, "test")
 child = os.fork()
 if child == 0:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hps_numba.dlpack import _Managed, _ManagedVersioned, device_of, is_capsule, view_of_capsule
+from hps_numba.arrays.dlpack import _Managed, _ManagedVersioned, device_of, is_capsule, view_of_capsule
+from hps_numba.arrays.host import as_keys, as_output
 from hps_numba.errors import DeviceError, KeyDtypeError, OutputError
-from hps_numba.interop import as_keys, as_output
 
 NAMES = {name: name.encode() for name in ("dltensor", "dltensor_versioned", "used_dltensor", "something")}
 new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(

@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT
 from test_caches_in_service import without_devices
 
-from hps_numba import parts
+from hps_numba import plugins
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 STEPS = [page for page in PAGES if page.stem != "performance"]  # which has figures only
@@ -51,7 +51,9 @@ def test_every_step_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_the_page_of_policies_lists_them_all() -> None:
     text = (ROOT / "docs" / "policies.md").read_text()
-    assert {*re.findall(r"^\| `(\w+)`", text, re.MULTILINE)} - {"cache_policy"} == {*parts.names("hps_numba.kernels.policies")}
+    assert {*re.findall(r"^\| `(\w+)`", text, re.MULTILINE)} - {"cache_policy"} == {
+        *plugins.names("hps_numba.kernels.policies")
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

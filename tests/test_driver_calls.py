@@ -7,9 +7,9 @@ import ctypes
 import numpy as np
 import pytest
 
-from hps_numba.cache_layout import KEYS_OF_A_BLOCK_AFTER
-from hps_numba.kernels import driver_calls
-from hps_numba.kernels.driver_calls import CAPTURED, DRIVER_FUNCTIONS, start_kernels
+from hps_numba.kernels.compiler import launch_native
+from hps_numba.kernels.compiler.launch_native import CAPTURED, DRIVER_FUNCTIONS, start_kernels
+from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
 CONTEXT, OTHER, STREAM, EVENT = 0x7F00_0000_1000, 0x7F00_0000_2000, 0x7F00_0000_3000, 0x7F00_0000_4000
 _POINTER = ctypes.c_void_p
@@ -55,8 +55,8 @@ class Driver:
         return self._done("record", event, stream)
 
     def start(self, kernels: int, event: int = EVENT) -> int:
-        work = np.full(driver_calls.WORK_WORDS + 3 * kernels, -1, np.int64)
-        work[driver_calls.WORK_WORDS :] = np.arange(100, 100 + 3 * kernels)
+        work = np.full(launch_native.WORK_WORDS + 3 * kernels, -1, np.int64)
+        work[launch_native.WORK_WORDS :] = np.arange(100, 100 + 3 * kernels)
         return start_kernels(self.table.ctypes.data, work.ctypes.data, CONTEXT, STREAM, event, kernels)
 
 
@@ -75,7 +75,7 @@ def test_kernels_are_launched_in_order_and_then_the_event_is_recorded(driver):
 
 
 def test_without_an_event_none_is_recorded(driver):
-    assert driver.start(1, driver_calls.NO_EVENT) == 0
+    assert driver.start(1, launch_native.NO_EVENT) == 0
     assert driver.calls == [*ASKED, LAUNCHED[0]]
 
 
@@ -126,7 +126,7 @@ class Prepared:
         self.blocks = np.full((3, 3), 1, np.uint32)  # of the lookup, the touch and the insertion: x, y, z
         self.blocks[:, 2] = 7  # what stands behind stays
         self.advance = np.zeros(1, np.int64)
-        self.work = np.zeros(driver_calls.WORK_WORDS + 9, np.int64)
+        self.work = np.zeros(launch_native.WORK_WORDS + 9, np.int64)
         place = [int(self.blocks[i].ctypes.data) for i in range(3)]
         words = {
             "work": int(self.work.ctypes.data),
@@ -146,11 +146,11 @@ class Prepared:
             "sets": sets,
             "capacity": capacity,
         }
-        assert set(words) == set(driver_calls.LOOKUP_WORDS)
-        self.words = np.array([words[name] for name in driver_calls.LOOKUP_WORDS], np.int64)
+        assert set(words) == set(launch_native.LOOKUP_WORDS)
+        self.words = np.array([words[name] for name in launch_native.LOOKUP_WORDS], np.int64)
 
     def start(self, n: int) -> int:
-        return driver_calls.start_lookup(self.driver.table.ctypes.data, self.words.ctypes.data, 0x1000, n, 0x2000)
+        return launch_native.start_lookup(self.driver.table.ctypes.data, self.words.ctypes.data, 0x1000, n, 0x2000)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000, 1 << 24])

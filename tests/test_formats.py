@@ -316,7 +316,7 @@ def test_a_format_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_libraries_are_imported_only_where_they_are_needed() -> None:
     script = """
 import sys
-import hps_numba.synthetic
+import hps_numba.simulate.workloads
 from hps_numba.storage.model_files import formats
 assert len(formats()) > 5
 print(sorted({"h5py", "pyarrow", "safetensors", "torch"} & set(sys.modules)))

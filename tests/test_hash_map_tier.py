@@ -11,11 +11,11 @@ import pytest
 from naive import rows_of
 from test_tiers import DIM, IN_MEMORY, PACKAGE, TAG, content_of, fetch, ints
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.config import VolatileDatabaseConfig, read_config
+from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, TierError
-from hps_numba.memory import PlainHostAllocator
-from hps_numba.storage.table_content import TableContent
+from hps_numba.storage.host.content import TableContent
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
 
@@ -24,7 +24,7 @@ def in_memory(request: pytest.FixtureRequest) -> Iterator[Callable[..., HashMapT
     made: list[HashMapTier] = []
 
     def one(**options: Any) -> HashMapTier:
-        kind = parts.load(PACKAGE, request.param)
+        kind = plugins.load(PACKAGE, request.param)
         made.append(kind(VolatileDatabaseConfig(**options), allocator=PlainHostAllocator()))
         return made[-1]
 

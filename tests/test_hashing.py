@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from naive import murmur3_32_of_bytes
 
 from hps_numba.kernels import hashing
-from hps_numba.kernels.compile import host_function
+from hps_numba.kernels.compiler.njit import host_function
 
 U = np.uint64
 

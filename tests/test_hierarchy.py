@@ -14,7 +14,7 @@ from naive import DictTier, NaiveServer, assert_same_bits, rows_of
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
 from hps_numba.errors import ClosedError, HpsError, TierError
-from hps_numba.hierarchy import TierStack
+from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._tier import Fetched
 from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
 

@@ -21,9 +21,9 @@ import pytest
 from numba.core.bytecode import FunctionIdentity
 from processes import environment
 
-from hps_numba.kernels import build, kernel_files
-from hps_numba.kernels.build import KernelSpec, for_host
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.compiler import disk_cache, specialize
+from hps_numba.kernels.compiler.specialize import KernelSpec, for_host
+from hps_numba.kernels.policies._load import load_policy
 
 SPEC = KernelSpec(name="scatter_kernel", dim=3, policy=load_policy("lru"))
 
@@ -32,7 +32,7 @@ SPEC = KernelSpec(name="scatter_kernel", dim=3, policy=load_policy("lru"))
 def place(tmp_path, monkeypatch):
     """The folder of kernels, empty, of a process that has not warned yet."""
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "kept"))
-    monkeypatch.setattr(kernel_files, "_warned", False)
+    monkeypatch.setattr(disk_cache, "_warned", False)
     return tmp_path / "kept" / "cpu"
 
 
@@ -40,14 +40,14 @@ def place(tmp_path, monkeypatch):
 def compiled(monkeypatch):
     """Specs that were compiled, one by one."""
     specs: list[KernelSpec] = []
-    real = build._compile_for_host
-    monkeypatch.setattr(build, "_compile_for_host", lambda spec: specs.append(spec) or real(spec))
+    real = specialize._compile_for_host
+    monkeypatch.setattr(specialize, "_compile_for_host", lambda spec: specs.append(spec) or real(spec))
     return specs
 
 
 def fresh(spec: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernel as a new process would get it."""
-    monkeypatch.setattr(build, "_host_kernels", {})
+    monkeypatch.setattr(specialize, "_host_kernels", {})
     return for_host(spec)
 
 
@@ -87,8 +87,8 @@ import numpy as np
 from numba.core import event
 seen = event.RecordingListener()
 event.register("numba:compile", seen)
-from hps_numba.cache import EmbeddingCache
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.kernels.policies._load import load_policy
 cache = EmbeddingCache(3, 20, device=None, policy=load_policy("lru"), default=-1.0)
 cache.insert(np.array([-4, 5]), np.array([[1, 2, 3], [4, 5, 6]], np.float32))
 rows = cache.lookup_arrays(np.array([5, 6, -4])).tolist()
@@ -98,12 +98,12 @@ print(json.dumps({"compiled": len(seen.buffer), "rows": rows, "cuda": cuda}))
 
 POLICY = """
 import json, sys
-from hps_numba.kernels import build
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.compiler import specialize
+from hps_numba.kernels.policies._load import load_policy
 from test_host_kernel_files import SPEC, for_host, replace
 made = []
-real = build._compile_for_host
-build._compile_for_host = lambda spec: made.append(spec.name) or real(spec)
+real = specialize._compile_for_host
+specialize._compile_for_host = lambda spec: made.append(spec.name) or real(spec)
 kernel = for_host(replace(SPEC, name="touch_kernel", policy=load_policy(sys.argv[1], allow_code=True)))
 kernel._compile()
 print(json.dumps(made))
@@ -149,7 +149,7 @@ def test_functions_of_two_kernels_have_no_name_in_common(monkeypatch):
 
     def functions(dim):
         monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(1))  # as in a new process
-        (result,) = build._compile_for_host(replace(SPEC, name="refresh_kernel", dim=dim)).overloads.values()
+        (result,) = specialize._compile_for_host(replace(SPEC, name="refresh_kernel", dim=dim)).overloads.values()
         return {function.name for function in result.library._final_module.functions if not function.is_declaration}
 
     three, five = functions(3), functions(5)
@@ -196,7 +196,7 @@ def test_a_damaged_file_is_compiled_anew(place, compiled, monkeypatch, caplog, d
 def test_what_numba_cannot_bring_to_life_is_compiled_anew(place, compiled, monkeypatch, caplog, content):
     fresh(SPEC, monkeypatch)._compile()
     (file,) = place.iterdir()
-    kernel_files.keep(file.name, content, "symbol")
+    disk_cache.keep(file.name, content, "symbol")
     for _ in range(2):
         assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
     assert len(compiled) == 2
@@ -220,7 +220,7 @@ def other_processor(monkeypatch):
 
 
 def other_sources(monkeypatch):
-    monkeypatch.setattr(kernel_files, "source_digest", lambda: "0" * 16)
+    monkeypatch.setattr(disk_cache, "source_digest", lambda: "0" * 16)
 
 
 @pytest.mark.parametrize("change", [other_numba, other_options, other_processor, other_sources])
@@ -258,7 +258,7 @@ def test_a_file_that_others_can_write_is_not_run(place, compiled, monkeypatch, c
 def test_without_a_folder_kernels_are_compiled(tmp_path, compiled, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    monkeypatch.setattr(kernel_files, "_warned", False)
+    monkeypatch.setattr(disk_cache, "_warned", False)
     for _ in range(2):
         assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
     assert len(compiled) == 2 and "not kept" in warnings(caplog)[0] and len(warnings(caplog)) == 1
@@ -284,7 +284,7 @@ class Refuses:
     ids=["addresses", "lifted", "no pickle"],
 )
 def test_code_that_means_nothing_elsewhere_is_not_kept(place, caplog, result):
-    caplog.set_level(logging.DEBUG, kernel_files.__name__)
-    kernel_files.keep_result(kernel_files.name_of("scatter_kernel", "", ".object"), result)
+    caplog.set_level(logging.DEBUG, disk_cache.__name__)
+    disk_cache.keep_result(disk_cache.name_of("scatter_kernel", "", ".object"), result)
     assert not place.exists() or not list(place.iterdir())
     assert [record.levelno for record in caplog.records] == [logging.DEBUG] and "not kept" in caplog.text

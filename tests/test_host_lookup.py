@@ -10,9 +10,10 @@ import pytest
 from naive import assert_same_bits, rows_of
 
 from hps_numba.kernels.hashing import home_line
-from hps_numba.layout import ENTRIES_PER_LINE, lines_for
-from hps_numba.storage import host_store, loading
-from hps_numba.storage.host_store import HostStore
+from hps_numba.kernels.layouts.host_store import ENTRIES_PER_LINE, lines_for
+from hps_numba.storage import loading
+from hps_numba.storage.host import store as host_store
+from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.model_files import open_model, write_model
 
 ROWS = 12

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, HpsError
-from hps_numba.layout import DEFAULT_LOAD, MAX_LOAD
-from hps_numba.memory import PlainHostAllocator
-from hps_numba.storage.host_store import HostStore
-from hps_numba.storage.table_content import content_bytes
+from hps_numba.kernels.layouts.host_store import DEFAULT_LOAD, MAX_LOAD
+from hps_numba.storage.host.content import content_bytes
+from hps_numba.storage.host.store import HostStore
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32 - 1, 2**32, 2**31]
 keys_strategy = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(0, 40), st.sampled_from(EXTREMES))
@@ -276,7 +276,7 @@ def test_random_spares_no_region_and_differs_from_round_to_round():
 def test_memory_that_the_machine_lacks_is_refused_and_nothing_breaks(monkeypatch):
     store = HostStore(1024, growth_bytes=16 << 20)
     store.upsert(np.arange(100), rows_for(range(100), 1024))
-    monkeypatch.setattr("hps_numba.memory.available_bytes", lambda: 0)
+    monkeypatch.setattr("hps_numba.device.host_memory.available_bytes", lambda: 0)
     with pytest.raises(CapacityError, match="free"):
         store.upsert(np.arange(100, 10_000), rows_for(range(100, 10_000), 1024))
     monkeypatch.undo()

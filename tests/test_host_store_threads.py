@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from hps_numba.memory import PlainHostAllocator
-from hps_numba.storage.epochs import Epochs
-from hps_numba.storage.host_store import HostStore
+from hps_numba.device.host_memory import PlainHostAllocator
+from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.store import HostStore
 
 DIM = 512
 KEYS = np.arange(64, dtype=np.int64)

@@ -19,19 +19,19 @@ from conftest import ON_BOTH, Workshop
 from naive import assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 
-from hps_numba import cache_index_copy, devices
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_index_copy import IndexCopy
-from hps_numba.cache_layout import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
-from hps_numba.cache_link import HostLink
-from hps_numba.cache_place import HostPlace
+from hps_numba.cache.backends import HostPlace
+from hps_numba.cache.cache import EmbeddingCache, index_mirror
+from hps_numba.cache.index_mirror import IndexCopy
+from hps_numba.cache.store_link import HostLink
 from hps_numba.cli.plan import _show as show_plan
 from hps_numba.config import read_config
+from hps_numba.device import driver
 from hps_numba.errors import CapacityError, ClosedError, DeviceError
+from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
 from hps_numba.kernels.policies._policy import Policy
-from hps_numba.layout import META_LINES, index_bytes, lines_for
-from hps_numba.plan import make_plan
-from hps_numba.storage.host_store import HostStore
+from hps_numba.server.plan import make_plan
+from hps_numba.storage.host.store import HostStore
 
 
 class CopyBench(Bench):
@@ -52,7 +52,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[CopyBench]:
 def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device too an index is copied when a test says so, but where ``by_itself`` is what is tested."""
     if "by_itself" not in request.fixturenames:
-        monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 60.0)
+        monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)
 
 
 def led_to(cache: EmbeddingCache) -> int:
@@ -249,7 +249,7 @@ def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
 
 @pytest.mark.usefixtures("by_itself")
 def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 0.3)
     store = bench.store(range(10))
     cache = bench.cache(store, 20)
     end = time.monotonic() + 1.0
@@ -379,7 +379,7 @@ def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyB
 
 @pytest.mark.usefixtures("by_itself")
 def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_index_copy, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(index_mirror, "_AGAIN_SECONDS", 0.05)
     refusals = iter([False, False])
     real = IndexCopy._has_room
     monkeypatch.setattr(IndexCopy, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
@@ -444,7 +444,7 @@ class Played:
 
 
 def test_it_is_not_written_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_index_copy, "_READERS_SECONDS", 0.05)
+    monkeypatch.setattr(index_mirror, "_READERS_SECONDS", 0.05)
     bench = CopyBench(None)
     store = bench.store(range(100))
     played = Played(store)
@@ -475,7 +475,7 @@ def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBenc
     assert cache.index_copy_bytes >= 3000 * 16 > small
     assert_same_bits(cache.lookup_arrays(ints(range(3000))), rows_of(ints(range(3000)), DIM))
     cache.close()
-    assert cache_index_copy._taken.get(bench.device if bench.device is not None else -1, 0) == 0
+    assert index_mirror._taken.get(bench.device if bench.device is not None else -1, 0) == 0
     with pytest.raises(ClosedError):
         cache.copy_index()
 
@@ -487,8 +487,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexC
     link = SimpleNamespace(lead=lambda *_: True, problem=None)
     copy = IndexCopy(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
     place.ordinal = 41
-    monkeypatch.setattr(cache_index_copy.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
-    monkeypatch.setattr(cache_index_copy.devices, "free_bytes", lambda ordinal: free)
+    monkeypatch.setattr(index_mirror.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
+    monkeypatch.setattr(index_mirror.devices, "free_bytes", lambda ordinal: free)
     return copy
 
 
@@ -502,12 +502,12 @@ def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPat
     second._release()
     second._take(1000)
     second.close()
-    assert cache_index_copy._taken[41] == 0
+    assert index_mirror._taken[41] == 0
 
 
 def test_it_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     copy = limited(monkeypatch, total=16_000, free=1500)
-    caplog.set_level("INFO", "hps_numba.cache_index_copy")
+    caplog.set_level("INFO", "hps_numba.cache.index_mirror")
     assert not copy._has_room(600)
     assert not copy._has_room(600)
     assert [record.getMessage().split(",")[-1] for record in caplog.records] == [" 1.5 KiB are free"]  # said once
@@ -543,7 +543,7 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
 def test_a_plan_tells_its_bytes(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: dict[str, Any], copies: bool
 ) -> None:
-    monkeypatch.setattr(devices, "device_count", lambda: 2)
+    monkeypatch.setattr(driver, "device_count", lambda: 2)
     model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
     planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
     wanted = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_output, as_rows, new_output, wrap_output
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
-from hps_numba.interop import NUMPY, ArrayKind, as_keys, as_output, as_rows, new_output, wrap_output
 
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
@@ -442,7 +442,7 @@ def test_what_cannot_be_an_output_is_refused(out: Any, message: str) -> None:
 def test_no_framework_is_imported() -> None:
     code = (
         "import sys, numpy as np\n"
-        "from hps_numba.interop import as_keys, wrap_output\n"
+        "from hps_numba.arrays.host import as_keys, wrap_output\n"
         "wrap_output(np.zeros(2), as_keys([1, 2], wide=True).kind)\n"
         "print([name for name in ('torch', 'tensorflow', 'cupy', 'jax', 'numba.cuda') if name in sys.modules])"
     )

@@ -21,11 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_dlpack import Forged, drop
 
-from hps_numba import devices
-from hps_numba.dlpack import cuda_device_of, cuda_memory_of
-from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
-from hps_numba.interop import NUMPY, ArrayKind
-from hps_numba.interop_device import (
+from hps_numba.arrays.cuda import (
     CudaOrigin,
     DeviceKeys,
     as_device_keys,
@@ -34,6 +30,10 @@ from hps_numba.interop_device import (
     new_device_output,
     stream_handle,
 )
+from hps_numba.arrays.dlpack import cuda_device_of, cuda_memory_of
+from hps_numba.arrays.host import NUMPY, ArrayKind
+from hps_numba.device import driver as devices
+from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 READ_AS = {"int64": np.int64, "narrow64": np.int64, "int32": np.int32, "uint32": np.uint32}
@@ -822,7 +822,7 @@ def test_what_is_no_stream_is_refused(stream: Any, message: str) -> None:
 def test_no_framework_is_imported() -> None:
     code = (
         "import sys, numpy as np\n"
-        "from hps_numba.interop_device import device_of_array\n"
+        "from hps_numba.arrays.cuda import device_of_array\n"
         "device_of_array(np.zeros(2)), device_of_array([1]), device_of_array({1: 2})\n"
         "print([name for name in ('torch', 'tensorflow', 'cupy', 'jax', 'numba', 'cuda') if name in sys.modules])"
     )

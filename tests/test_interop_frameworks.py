@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_output, kind_of, new_output, wrap_output
 from hps_numba.errors import DeviceError, KeyDtypeError, OutputError
-from hps_numba.interop import NUMPY, ArrayKind, as_keys, as_output, kind_of, new_output, wrap_output
 
 # ---- Torch, TensorFlow, JAX ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from processes import environment
 _WRITER = """
 import random, signal, sys
 import numpy as np
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 class Interrupt(BaseException): pass
 armed = False
@@ -85,7 +85,7 @@ print("interrupted", interrupted)
 _READER = """
 import random, signal, time
 import numpy as np
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 class Interrupt(BaseException): pass
 armed = False

@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
-from hps_numba.kernels import build, cache_sketch, lanes, lanes_host, launch
-from hps_numba.kernels.build import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, starts_early
+from hps_numba.kernels.cache import sketch
+from hps_numba.kernels.compiler import launch, specialize
+from hps_numba.kernels.compiler.specialize import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, starts_early
+from hps_numba.kernels.dtypes import TYPE_NUMBERS
 from hps_numba.kernels.policies._functions import for_compiler
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
-from hps_numba.kernels.row_elements import TYPE_NUMBERS
+from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.kernels.simt import cpu, reference
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("cuda.core") is None,
@@ -33,7 +36,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 CHIPS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
-POLICIES = parts.names("hps_numba.kernels.policies")
+POLICIES = plugins.names("hps_numba.kernels.policies")
 SIMPLE = ["lru", "lfu", "fifo"]  # the others are compiled where they make a difference
 SETTINGS: dict[str, list[Any]] = {
     "name": list(KERNELS),
@@ -41,7 +44,7 @@ SETTINGS: dict[str, list[Any]] = {
     "policy": POLICIES if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else SIMPLE,
     "row_type": list(TYPE_NUMBERS),
     "out_type": ["float32", "float16", "bfloat16"],
-    "key_form": list(build.KEY_FORMS),
+    "key_form": list(specialize.KEY_FORMS),
     "dim": [1, 3, 16, 17, 32, 100, 128, 384],
     "fixed": [False, True],
     "out_vector": [False, True],
@@ -172,12 +175,12 @@ def test_every_function_of_every_policy_compiles_by_itself(name):
     """As it is compiled to tell which one is at fault."""
     policy, chip = load_policy(name), CHIPS[POLICIES.index(name) % len(CHIPS)]
     for label, function in policy.functions.items():
-        bound = bind(for_compiler(function), {}, build._device_function)
-        assert ".target sm_{}{}".format(*chip) in compile_ptx_of(bound, build._signature_of(label, function), chip)
+        bound = bind(for_compiler(function), {}, specialize._device_function)
+        assert ".target sm_{}{}".format(*chip) in compile_ptx_of(bound, specialize._signature_of(label, function), chip)
 
 
 def compile_ptx_of(function, signature, chip):
-    from hps_numba.kernels.numba_cuda import compile_ptx
+    from hps_numba.kernels.compiler.numba_cuda import compile_ptx
 
     return compile_ptx(function, signature, chip, device=True)
 
@@ -190,7 +193,7 @@ def test_a_policy_that_only_scores_costs_insertion_nothing():
         ptx_of(replace(SPEC, name="insert_kernel", policy=load_policy(name)), (9, 0)) for name in ("sieve", "tinylfu")
     )
     assert ".local" not in plain and ".local" in sieve  # scores and state of a set
-    places = str(cache_sketch._APART.astype(np.int64))  # where a key is counted
+    places = str(sketch._APART.astype(np.int64))  # where a key is counted
     assert places in tinylfu and places not in plain and places not in sieve
 
 
@@ -248,11 +251,11 @@ def stand_ins_in(function: FunctionType) -> set[str]:
     while left:
         current = left.pop()
         seen.add(current)
-        for name in build._names_in(current.__code__):
+        for name in specialize._names_in(current.__code__):
             value = current.__globals__.get(name)
             if not isinstance(value, FunctionType) or not value.__module__.startswith("hps_numba."):
                 continue
-            if value.__module__ == lanes.__name__:
+            if value.__module__ == reference.__name__:
                 found.add(name)
             if value not in seen:
                 left.append(value)
@@ -263,20 +266,20 @@ def stand_ins_in(function: FunctionType) -> set[str]:
 def test_every_stand_in_is_bound_or_right_for_one_lane(name):
     used = stand_ins_in(replace(SPEC, name=name).function)
     assert used, "a kernel touches memory"
-    assert used <= set(lanes.__all__)
-    assert used <= set(lanes_host.NAMES) | RIGHT_FOR_ONE_LANE
-    assert not set(lanes_host.NAMES) & RIGHT_FOR_ONE_LANE
+    assert used <= set(reference.__all__)
+    assert used <= set(cpu.NAMES) | RIGHT_FOR_ONE_LANE
+    assert not set(cpu.NAMES) & RIGHT_FOR_ONE_LANE
 
 
 @needs_compiler
 @pytest.mark.parametrize("lanes_of_tile", [4, 8])
 def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
-    from hps_numba.kernels import lanes_cuda
+    from hps_numba.kernels.simt import cuda as simt_cuda
 
     spec = replace(SPEC, lanes=lanes_of_tile)
     how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "early": True, "copies": True}
-    bound = lanes_cuda.names(**how, constants=spec.constants, device=lambda function: function)
-    assert set(lanes.__all__) <= set(bound)
+    bound = simt_cuda.names(**how, constants=spec.constants, device=lambda function: function)
+    assert set(reference.__all__) <= set(bound)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -286,9 +289,9 @@ def test_constants_and_policies_are_bound_in_every_function(name):
     seen: list[FunctionType] = []
     seen.append(bindings(spec, lambda function: seen.append(function) or function))
     for function in seen:
-        for used in set(build._names_in(function.__code__)) & set(constants):
+        for used in set(specialize._names_in(function.__code__)) & set(constants):
             assert function.__globals__[used] == constants[used], (function.__name__, used)
-        for used in set(build._names_in(function.__code__)) & {"policy_first", "policy_touch"}:
+        for used in set(specialize._names_in(function.__code__)) & {"policy_first", "policy_touch"}:
             label = used.removeprefix("policy_")
             assert function.__globals__[used].__code__ is getattr(spec.policy, label).__code__
 
@@ -364,9 +367,9 @@ def test_one_kernel_a_process_for_the_cpu():
 def test_a_kernel_for_the_cpu_is_compiled_once_by_threads_that_call_it_together(monkeypatch, tmp_path):
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))
     compiled = []
-    real = build._compile_for_host
-    monkeypatch.setattr(build, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
-    monkeypatch.setattr(build, "_host_kernels", {})
+    real = specialize._compile_for_host
+    monkeypatch.setattr(specialize, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
+    monkeypatch.setattr(specialize, "_host_kernels", {})
     kernel = for_host(replace(SPEC, name="clear_kernel"))
     assert compiled == []
     lines = np.zeros(3 * 128 + 128, np.uint8)
@@ -457,10 +460,10 @@ def nowhere(place):
 
 
 def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch, tmp_path):
-    from hps_numba.kernels import cache_change
+    from hps_numba.kernels.cache import update
 
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))  # no file has the kernel as it was
-    monkeypatch.setattr(cache_change, "lock_set", nowhere)
+    monkeypatch.setattr(update, "lock_set", nowhere)
     message = r"^clear_kernel\(policy=lru, dim=5, .*\) does not compile for the CPU: [^\n]+$"
     with pytest.raises(DeviceError, match=message):
         for_host(replace(SPEC, name="clear_kernel", dim=5))(0, 0)
@@ -468,9 +471,9 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch, tmp_
 
 @needs_compiler
 def test_a_kernel_that_does_not_compile_for_the_gpu_is_named_with_its_spec(monkeypatch):
-    from hps_numba.kernels import cache_change
+    from hps_numba.kernels.cache import update
 
-    monkeypatch.setattr(cache_change, "lock_set", nowhere)
+    monkeypatch.setattr(update, "lock_set", nowhere)
     with pytest.raises(DeviceError, match=r"^clear_kernel\(.*\) does not compile for sm_90: [^\n]+$"):
         ptx_of(replace(SPEC, name="clear_kernel"), (9, 0))
 
@@ -490,7 +493,7 @@ def test_other_threads_keep_their_device_while_a_kernel_is_compiled():
     """Numba's own question for the current device is answered with the chip in the compiling thread only."""
     from numba.cuda import dispatcher
 
-    from hps_numba.kernels.numba_cuda import _for_chip
+    from hps_numba.kernels.compiler.numba_cuda import _for_chip
 
     answers: list[Any] = []
 

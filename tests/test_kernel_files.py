@@ -22,9 +22,9 @@ import pytest
 from processes import environment
 
 from hps_numba.errors import DeviceError
-from hps_numba.kernels import kernel_files, launch
-from hps_numba.kernels.build import KernelSpec
-from hps_numba.kernels.policies._policy import load_policy
+from hps_numba.kernels.compiler import disk_cache, launch
+from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.policies._load import load_policy
 
 SPEC = KernelSpec(name="erase_kernel", dim=4, policy=load_policy("lru"))
 CHIP = (9, 0)
@@ -36,7 +36,7 @@ CUBIN = b"\x7fELF\n machine code \0\n of a kernel"
 def place(tmp_path, monkeypatch):
     """The folder of kernels of a process that has not warned yet."""
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "kept"))
-    monkeypatch.setattr(kernel_files, "_warned", False)
+    monkeypatch.setattr(disk_cache, "_warned", False)
     return tmp_path / "kept" / "cuda"
 
 
@@ -100,26 +100,26 @@ def test_every_chip_has_a_file_of_its_own(place, compiler):
 
 def test_a_change_of_any_kernel_source_starts_anew(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
-    monkeypatch.setattr(kernel_files, "source_digest", lambda: "0" * 16)
+    monkeypatch.setattr(disk_cache, "source_digest", lambda: "0" * 16)
     launch.cubin_of(SPEC, CHIP)
     assert len(compiler) == 2
 
 
 def test_the_digest_sees_sources_layouts_and_versions(monkeypatch):
     def digest():
-        return kernel_files.source_digest.__wrapped__()
+        return disk_cache.source_digest.__wrapped__()
 
     before = digest()
-    assert before == digest() == kernel_files.source_digest()
-    read = kernel_files.Path.read_bytes
-    package = Path(kernel_files.__file__).parents[1]
+    assert before == digest() == disk_cache.source_digest()
+    read = disk_cache.Path.read_bytes
+    package = Path(disk_cache.__file__).parents[1]
     files = {*(package / "kernels").rglob("*.py"), package / "layout.py", package / "cache_layout.py"}
     assert {"kernels", "policies"} <= {file.parent.name for file in files}
     for changed in files:
         with monkeypatch.context() as patch:
-            patch.setattr(kernel_files.Path, "read_bytes", lambda file, changed=changed: read(file) + b"#" * (file == changed))
+            patch.setattr(disk_cache.Path, "read_bytes", lambda file, changed=changed: read(file) + b"#" * (file == changed))
             assert digest() != before, changed
-    monkeypatch.setattr(kernel_files.importlib.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr(disk_cache.importlib.metadata, "version", lambda name: "0.0")
     assert digest() != before
 
 
@@ -211,7 +211,7 @@ def test_a_file_of_another_user_in_the_folder_is_not_run(place, compiler, caplog
         status[stat.ST_UID] += 1
         return os.stat_result(status)
 
-    monkeypatch.setattr(kernel_files.os, "fstat", of_the_next_user)
+    monkeypatch.setattr(disk_cache.os, "fstat", of_the_next_user)
     launch.cubin_of(SPEC, CHIP)
     assert len(compiler) == 2 and f"user {os.getuid() + 1}" in warnings(caplog)[0]
 
@@ -220,7 +220,7 @@ def test_a_file_of_another_user_in_the_folder_is_not_run(place, compiler, caplog
 
 
 def test_without_a_writable_folder_it_is_said_once(tmp_path, monkeypatch, compiler, caplog):
-    monkeypatch.setattr(kernel_files, "_warned", False)
+    monkeypatch.setattr(disk_cache, "_warned", False)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "file"))
     for _ in range(3):
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_nothing_behind(place, compiler, caplog, monkeypatch)
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(kernel_files.Path, "replace", full)
+    monkeypatch.setattr(disk_cache.Path, "replace", full)
     assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol")
     assert files(place) == []
     assert os.strerror(errno.ENOSPC) in warnings(caplog)[0]
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing_behind(place, compiler, caplog, monkeypatch)
 def test_files_of_older_sources_go_when_many_pile_up(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
     (own,) = files(place)
-    monkeypatch.setattr(kernel_files, "MOST_FILES", 5)
+    monkeypatch.setattr(disk_cache, "MOST_FILES", 5)
     for i in range(4):
         (place / f"erase_kernel-{i:016}-{i:032}.cubin").write_bytes(b"old")
     (place / "kept.txt").write_text("of somebody else")
@@ -265,7 +265,7 @@ def test_few_old_files_stay(place, compiler):
 
 def test_what_a_dead_writer_left_goes_and_what_is_being_written_stays(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
-    monkeypatch.setattr(kernel_files, "MOST_FILES", 2)
+    monkeypatch.setattr(disk_cache, "MOST_FILES", 2)
     left, fresh = place / "tmpa.part", place / "tmpb.part"
     left.write_bytes(b"half")
     os.utime(left, (1, 1))
@@ -278,20 +278,20 @@ def test_what_a_dead_writer_left_goes_and_what_is_being_written_stays(place, com
 
 PROGRAM = """
 import hashlib, sys
-from hps_numba.kernels import kernel_files
-kernel_files.MOST_FILES = 4
+from hps_numba.kernels.compiler import disk_cache
+disk_cache.MOST_FILES = 4
 def code(i, n):
     return hashlib.sha256(b"%d" % i).digest() * n, f"symbol{i}"
 seen = 0
 for turn in range(150):
     i = turn % 5
-    name = kernel_files.name_of("erase_kernel", str(i))
-    kept = kernel_files.find(name)
+    name = disk_cache.name_of("erase_kernel", str(i))
+    kept = disk_cache.find(name)
     if kept is not None:
         assert kept == code(i, 2000), name
         seen += 1
     if turn % 3 == int(sys.argv[1]) % 3:
-        kernel_files.keep(name, *code(i, 2000))
+        disk_cache.keep(name, *code(i, 2000))
 print(seen)
 """
 

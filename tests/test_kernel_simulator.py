@@ -17,15 +17,16 @@ import pytest
 from cache_oracle import CacheOracle
 from processes import environment
 
-from hps_numba import cache_layout as layout
-from hps_numba import parts
-from hps_numba.cache_layout import LINE_BYTES, LINES_PER_SET, META_AT, OCCUPIED, SCORES_AT, WAYS, WAYS_PER_LINE
-from hps_numba.kernels.build import KernelSpec, bindings
-from hps_numba.kernels.cache_sketch import sketch_places, sketch_shape
+from hps_numba import plugins
+from hps_numba.kernels.cache.sketch import sketch_places, sketch_shape
+from hps_numba.kernels.compiler.specialize import KernelSpec, bindings
+from hps_numba.kernels.dtypes import row_stride
 from hps_numba.kernels.hashing import index_hash
-from hps_numba.kernels.policies._policy import Policy, load_policy
-from hps_numba.kernels.row_elements import row_stride
-from hps_numba.layout import ENTRIES_PER_LINE, FIRST_SLOT, META_BYTES, index_bytes
+from hps_numba.kernels.layouts import cache as layout
+from hps_numba.kernels.layouts.cache import LINE_BYTES, LINES_PER_SET, META_AT, OCCUPIED, SCORES_AT, WAYS, WAYS_PER_LINE
+from hps_numba.kernels.layouts.host_store import ENTRIES_PER_LINE, FIRST_SLOT, META_BYTES, index_bytes
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.kernels.policies._policy import Policy
 
 SETS, DIM, MOST, DEFAULT = 2, 3, 64, -7.5
 HOST_LINES = 12
@@ -117,7 +118,7 @@ def counters_of(words: int, key: int) -> tuple[int, ...]:
 
 
 class HostIndex:
-    """A host store as kernels see it, written from its description in ``hps_numba.layout``."""
+    """A host store as kernels see it, written from its description in ``hps_numba.kernels.layouts.host_store``."""
 
     def __init__(self, rows: dict[int, np.ndarray]) -> None:
         self.index = np.zeros(index_bytes(HOST_LINES) // 8, np.int64)
@@ -352,7 +353,7 @@ def test_kernels_in_the_simulator_do_what_the_oracle_does(policy, grid):
 
 @pytest.mark.skipif(importlib.util.find_spec("numba.cuda") is None, reason="numba's CUDA target is not installed")
 def test_kernels_of_every_other_policy_do_so_too():
-    others = [name for name in parts.names("hps_numba.kernels.policies") if name not in ("lru", "lfu", "fifo")]
+    others = [name for name in plugins.names("hps_numba.kernels.policies") if name not in ("lru", "lfu", "fifo")]
     done = subprocess.run(
         [sys.executable, "-W", "error", __file__, ",".join(others), "2", "3"],
         env=environment(NUMBA_ENABLE_CUDASIM="1"),

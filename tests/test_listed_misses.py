@@ -16,25 +16,25 @@ from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 from test_cache_staging import TYPES, ask
 
-from hps_numba import cache_index_copy, cache_memory
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_index_copy import _shift_of, is_scattered
-from hps_numba.cache_layout import MISSED_COUNT, MISSED_COUNTS, MISSED_SORTED, MISSED_TICKET, REGIONS
-from hps_numba.cache_staging import NEVER
-from hps_numba.kernels.build import bind
-from hps_numba.kernels.cache_serve import scan_counts, start_of
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.memory import PinnedHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.cache.cache import EmbeddingCache, index_mirror
+from hps_numba.cache.cache import lookup as cache_lookup
+from hps_numba.cache.index_mirror import _shift_of, is_scattered
+from hps_numba.cache.staging import NEVER
+from hps_numba.device.host_memory import PinnedHostAllocator
+from hps_numba.kernels.cache.miss_sorted import scan_counts, start_of
+from hps_numba.kernels.compiler.specialize import bind
+from hps_numba.kernels.layouts.cache import MISSED_COUNT, MISSED_COUNTS, MISSED_SORTED, MISSED_TICKET, REGIONS
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
 
-_real, _really = cache_memory._listing_from, cache_memory.CacheLookup._in_order
+_real, _really = cache_lookup._listing_from, cache_lookup.CacheLookup._in_order
 
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_memory, "_listing_from", lambda device, copies: 1)
-    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", lambda cache: True)
-    monkeypatch.setattr(cache_index_copy, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
+    monkeypatch.setattr(cache_lookup, "_listing_from", lambda device, copies: 1)
+    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", lambda cache: True)
+    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
@@ -221,9 +221,9 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
 def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_memory, "_listing_from", _real)
-    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", _really)
-    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 1 << 20)
+    monkeypatch.setattr(cache_lookup, "_listing_from", _real)
+    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 20)
     rng = np.random.default_rng(dim)
     universe = np.arange(300_000, dtype=np.int64) * 7919 - 10_000
     store = HostStore(dim, allocator=PinnedHostAllocator(), rows=len(universe))
@@ -351,8 +351,8 @@ def test_rows_are_read_in_order_where_that_pays(mib: int, dim: int, scattered: b
 
 
 def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_memory.CacheLookup, "_in_order", _really)
-    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 0)
     store = bench.store(range(100))
     for path in ("direct", "auto"):
         cache = bench.cache(store, 20, miss_path=path)
@@ -360,7 +360,7 @@ def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyP
         assert cache.copy_index() == cache._in_order() == (path == "auto")
     store.upsert(ints([1]), rows_of([1], DIM))
     assert not cache._in_order()
-    monkeypatch.setattr(cache_index_copy, "_REMEMBERED_BYTES", 1 << 40)
+    monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 40)
     assert cache.copy_index() and not cache._in_order()
 
 

@@ -11,7 +11,7 @@ from conftest import Workshop
 from naive import EXTREME_32, assert_same_bits, rows_of
 
 import hps_numba
-from hps_numba.dlpack import capsule_of
+from hps_numba.arrays.dlpack import capsule_of
 from hps_numba.errors import KeyDtypeError, OutputError, UnknownModelError
 
 DIM = 3

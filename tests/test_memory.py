@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from processes import environment
 
-from hps_numba import memory
+from hps_numba.device import host_memory
+from hps_numba.device.host_memory import PlainHostAllocator, available_bytes, human_bytes, total_bytes
 from hps_numba.errors import CapacityError, ClosedError
-from hps_numba.memory import PlainHostAllocator, available_bytes, human_bytes, total_bytes
 
 GIB = 1 << 30
 
@@ -48,7 +48,7 @@ def test_more_than_reserved_or_free_is_refused_with_numbers(monkeypatch):
     region = PlainHostAllocator().reserve(64 << 20, "rows of x")
     with pytest.raises(CapacityError, match=r"rows of x: 65\.0 MiB wanted, 64\.0 MiB were reserved"):
         region.commit(65 << 20)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 20)
     with pytest.raises(CapacityError, match=r"rows of x: 32\.0 MiB more wanted, the machine has 1\.0 MiB free"):
         region.commit(32 << 20)
     assert region.committed == 0
@@ -65,7 +65,7 @@ def test_addresses_for_hundreds_of_large_tables():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets RLIMIT_AS as Linux has it")
 def test_a_limit_on_addresses_is_lived_with():
     program = (
-        "import resource, numpy as np; from hps_numba.storage.host_store import HostStore; HostStore(4).close();"
+        "import resource, numpy as np; from hps_numba.storage.host.store import HostStore; HostStore(4).close();"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (600 << 20);"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "store = HostStore(4); store.upsert(np.arange(1000), np.ones((1000, 4), np.float32)); print(len(store))"

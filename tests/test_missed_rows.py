@@ -18,10 +18,10 @@ from naive import DictTier, assert_same_bits, rows_of
 from processes import environment
 
 import hps_numba
-from hps_numba.background import BackgroundJobs
 from hps_numba.config import PersistentDatabaseConfig
 from hps_numba.errors import ClosedError, HpsError
-from hps_numba.hierarchy import TierStack
+from hps_numba.runtime.background import BackgroundJobs
+from hps_numba.storage.tier_stack import TierStack
 
 DIM = 3
 TAG = "hps_et.m.sparse_embedding0"

@@ -15,9 +15,9 @@ from conftest import COLD, KEEPING, Workshop
 from naive import DictTier, assert_same_bits, rows_of
 
 import hps_numba
-from hps_numba import devices
+from hps_numba.device import driver
 from hps_numba.errors import CapacityError, ConfigError, DeviceError, ModelFileError, TierError, UnknownModelError
-from hps_numba.session import TableSession
+from hps_numba.server.table import TableSession
 
 DIM = 3
 KEYS = list(range(9))
@@ -81,8 +81,8 @@ def original_form(workshop: Workshop) -> Path:
 
 def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
     with caplog.at_level(logging.WARNING), hps_numba.HPS(original_form) as server:
-        said = [f"deployed_device_list [0]: {devices.why_no_device()}: host memory serves all lookups"]
-        assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ([] if devices.device_count() else said)
+        said = [f"deployed_device_list [0]: {driver.why_no_device()}: host memory serves all lookups"]
+        assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ([] if driver.device_count() else said)
         rng = np.random.default_rng(0)
         keys = rng.integers(0, 500, (64, 10))
         assert_same_bits(server.lookup(keys, "demo_model", 0, 0), rows_of(keys, 16))
@@ -175,7 +175,7 @@ def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
 def test_a_model_that_does_not_fit_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     before = server._allocator.in_use
-    monkeypatch.setattr("hps_numba.plan.available_bytes", lambda: 1000)
+    monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: 1000)
     with pytest.raises(CapacityError, match="the plan takes"):
         server.load_model(workshop.model((range(500), 64), name="big"))
     with pytest.raises(CapacityError, match="the plan takes"):
@@ -217,9 +217,9 @@ def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
     if early == "sessions":
-        monkeypatch.setattr("hps_numba.deployment.TableSession", RefusedSession)
+        monkeypatch.setattr("hps_numba.server.model.TableSession", RefusedSession)
     else:  # the files vanish after the plan was made
-        monkeypatch.setattr("hps_numba.parameter_server.make_plan", lambda config: SimpleNamespace(check=lambda: None))
+        monkeypatch.setattr("hps_numba.server.hps.make_plan", lambda config: SimpleNamespace(check=lambda: None))
         entry["sparse_files"][1] += ".gone"
     with pytest.raises((ConfigError, ModelFileError)):
         server.load_model(entry)

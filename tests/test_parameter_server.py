@@ -187,9 +187,9 @@ def test_no_device_list_is_no_warning_and_device_0(workshop: Workshop, caplog: p
 
 
 def test_the_start_says_how_many_rows_are_held(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:  # O08
-    with caplog.at_level(logging.INFO, "hps_numba.deployment"):
+    with caplog.at_level(logging.INFO, "hps_numba.server.model"):
         workshop.open(workshop.model((KEYS, DIM), (KEYS[:4], DIM)), volatile_db={"type": "hash_map", "initial_cache_rate": 0.5})
-    assert [r.message for r in caplog.records if r.name == "hps_numba.deployment"] == [
+    assert [r.message for r in caplog.records if r.name == "hps_numba.server.model"] == [
         "hps_et.m.sparse_embedding0: 5 rows in host memory",
         "hps_et.m.sparse_embedding1: 2 rows in host memory",
     ]
@@ -208,18 +208,18 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_taken(
     planned = server.plan()
     needed = planned.host_bytes + planned.loading_bytes
     reserved: list[str] = []
-    reserve = hps_numba.memory.PlainHostAllocator.reserve
+    reserve = hps_numba.device.host_memory.PlainHostAllocator.reserve
 
     def noted(self: Any, limit: int, purpose: str, **more: Any) -> Any:
         reserved.append(purpose)
         return reserve(self, limit, purpose, **more)
 
-    monkeypatch.setattr(hps_numba.memory.PlainHostAllocator, "reserve", noted)
-    monkeypatch.setattr("hps_numba.plan.available_bytes", lambda: needed - 1)
+    monkeypatch.setattr(hps_numba.device.host_memory.PlainHostAllocator, "reserve", noted)
+    monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: needed - 1)
     with pytest.raises(CapacityError, match="the largest table is m/sparse_embedding1 with"):
         workshop.open(entry)
     assert reserved == []
-    monkeypatch.setattr("hps_numba.plan.available_bytes", lambda: needed)
+    monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: needed)
     workshop.open(entry)
     assert reserved
 

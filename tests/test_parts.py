@@ -12,7 +12,7 @@ from conftest import Workshop
 from naive import assert_same_bits, rows_of
 
 import hps_numba
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.config import json_schema
 from hps_numba.errors import ConfigError, HpsError, TierUnavailable
 from hps_numba.storage import tiers
@@ -52,37 +52,37 @@ class Own(Tier):
 
 @pytest.mark.parametrize("package", FOLDERS)
 def test_names_are_the_files_of_the_folder(package: str) -> None:
-    folder = Path(parts.__file__).parent.joinpath(*package.split(".")[1:])
+    folder = Path(plugins.__file__).parent.joinpath(*package.split(".")[1:])
     files = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
-    assert parts.names(package) == files
+    assert plugins.names(package) == files
     assert files
 
 
 @pytest.mark.parametrize("package", FOLDERS)
 def test_every_part_loads(package: str) -> None:
-    assert all(parts.load(package, name) is not None for name in parts.names(package))
+    assert all(plugins.load(package, name) is not None for name in plugins.names(package))
 
 
 @pytest.mark.parametrize("package", FOLDERS)
 @pytest.mark.parametrize("error", [ConfigError, TierUnavailable])
 def test_an_unknown_name_lists_the_known_ones(package: str, error: type[HpsError]) -> None:
     with pytest.raises(error) as caught:
-        parts.load(package, "no_such_part", error=error)
+        plugins.load(package, "no_such_part", error=error)
     message = str(caught.value)
     assert "'no_such_part' is unknown" in message
-    assert all(name in message for name in parts.names(package))
+    assert all(name in message for name in plugins.names(package))
     assert "\n" not in message
 
 
 def test_a_slip_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hash_map'"):
-        parts.load(TIERS, "hashmap")
+        plugins.load(TIERS, "hashmap")
 
 
 @pytest.mark.parametrize("hidden", ["_tier", "_wrappers", "__init__"])
 def test_files_with_an_underscore_are_no_parts(hidden: str) -> None:
     with pytest.raises(ConfigError, match="is unknown"):
-        parts.load(TIERS, hidden)
+        plugins.load(TIERS, hidden)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_reference_that_leads_nowhere_is_one_line(tmp_path: Path, reference: s
         (tmp_path / f"{name}.py").write_text(text)
     before = set(sys.modules)
     with pytest.raises(ConfigError, match=message) as caught:
-        parts.load(TIERS, reference.format(folder=tmp_path), allow_code=True)
+        plugins.load(TIERS, reference.format(folder=tmp_path), allow_code=True)
     assert "\n" not in str(caught.value)
     assert not [name for name in set(sys.modules) - before if "broken" in name or "wrong" in name]
 
@@ -109,9 +109,9 @@ def test_a_reference_that_leads_nowhere_is_one_line(tmp_path: Path, reference: s
 def test_a_file_runs_only_where_code_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nTier = 1")
     with pytest.raises(ConfigError, match="allow_code=True"):
-        parts.load(TIERS, f"{tmp_path}/own.py:Tier")
+        plugins.load(TIERS, f"{tmp_path}/own.py:Tier")
     assert not (tmp_path / "ran").exists()
-    assert parts.load(TIERS, f"{tmp_path}/own.py:Tier", allow_code=True) == 1
+    assert plugins.load(TIERS, f"{tmp_path}/own.py:Tier", allow_code=True) == 1
     assert (tmp_path / "ran").exists()
 
 
@@ -152,21 +152,21 @@ def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
 
 
 LATER = [("volatile_db", "redis_cluster"), ("volatile_db", "multi_process_hash_map"), ("persistent_db", "rocks_db")]
-NOT_THERE = [(place, name) for place, name in LATER if name not in parts.names(TIERS)]
+NOT_THERE = [(place, name) for place, name in LATER if name not in plugins.names(TIERS)]
 
 
 @pytest.mark.parametrize(("place", "name"), NOT_THERE)
 def test_a_tier_that_is_not_there_yet_says_which_are(workshop: Workshop, place: str, name: str) -> None:
     with pytest.raises(
         TierUnavailable,
-        match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(parts.names(TIERS))}",
+        match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(plugins.names(TIERS))}",
     ):
         workshop.open(workshop.model((range(9), 3)), **{place: {"type": name}})
 
 
 def test_every_tier_of_the_folder_can_be_named_in_a_config(workshop: Workshop) -> None:
-    for name in parts.names(TIERS):
-        kind = parts.load(TIERS, name)
+    for name in plugins.names(TIERS):
+        kind = plugins.load(TIERS, name)
         assert issubclass(kind, Tier)
         if not kind.persistent and not kind.shared:
             server = workshop.open(workshop.model((range(9), 3)), volatile_db={"type": name})
@@ -194,5 +194,5 @@ def test_a_file_that_is_edited_in_the_same_second_is_read_again(tmp_path: Path) 
     for value in (11, 22, 33):  # of one size
         file.write_text(f"VALUE = {value}\n")
         os.utime(file, (1_700_000_000, 1_700_000_000))
-        assert parts.load_reference(f"{file}:VALUE", allow_code=True) == value
+        assert plugins.load_reference(f"{file}:VALUE", allow_code=True) == value
     assert not (tmp_path / "__pycache__").exists()

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import environment
 
-from hps_numba import devices, memory
+from hps_numba.device import driver, host_memory
+from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
 from hps_numba.errors import CapacityError, DeviceError
-from hps_numba.memory import HostRegion, PinnedHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
@@ -124,7 +124,7 @@ def test_what_is_registered_is_what_is_committed(steps: list[int], limit: int):
 
 
 def test_a_growing_table_does_not_end_in_thousands_of_registrations(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 50)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 50)
     ranges: list[int] = []
     allocator = PinnedHostAllocator(lambda address, size: ranges.append(size), lambda address: None)
     region = allocator.reserve(1 << 40, "rows")  # nothing is touched, so nothing is taken
@@ -169,7 +169,7 @@ def test_memory_that_cannot_be_pinned_is_refused_and_the_rest_stays():
 def test_the_machine_is_asked_for_what_is_pinned(monkeypatch: pytest.MonkeyPatch):
     registrar = Registrar()
     region = registrar.allocator().reserve(64 * MIB, "rows of x")
-    monkeypatch.setattr(memory, "available_bytes", lambda: 16 * MIB)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 16 * MIB)
     with pytest.raises(CapacityError, match=r"rows of x: 17\.0 MiB more wanted, the machine has 16\.0 MiB free"):
         region.commit(17 * MIB)
     assert (registrar.log, region.committed) == ([], 0)
@@ -194,7 +194,7 @@ def test_a_commit_that_was_interrupted_is_made_again(registered: bool, caplog: A
     with pytest.raises(Interrupted):
         region.commit(4 * MIB)
     assert region.committed == 0
-    with caplog.at_level(logging.WARNING, "hps_numba.memory"):
+    with caplog.at_level(logging.WARNING, "hps_numba.device.host_memory"):
         region.commit(5 * MIB)
     assert registrar.of(region) == [(0, 5 * MIB)]
     assert len(caplog.messages) == (not registered)
@@ -209,7 +209,7 @@ def test_a_device_that_is_lost_does_not_keep_a_region_from_its_release(caplog: A
     region.commit(2 * MIB)
     region.commit(4 * MIB)
     registrar.ranges.clear()
-    with caplog.at_level(logging.WARNING, "hps_numba.memory"):
+    with caplog.at_level(logging.WARNING, "hps_numba.device.host_memory"):
         region.release()
     wanted = "rows of x: pinned host memory was not unregistered: cuMemHostUnregister: CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED: "
     assert [message.startswith(wanted) for message in caplog.messages] == [True, True]
@@ -217,7 +217,7 @@ def test_a_device_that_is_lost_does_not_keep_a_region_from_its_release(caplog: A
 
 
 def test_without_a_device_pinning_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_cuda", devices._Cuda(lambda: __import__("no_such_package")))
+    monkeypatch.setattr(driver, "_cuda", driver._Cuda(lambda: __import__("no_such_package")))
     region = PinnedHostAllocator().reserve(MIB, "rows of x")
     with pytest.raises(
         DeviceError, match=r"rows of x: 1\.0 MiB more of pinned host memory wanted: device 0 is wanted, there is"
@@ -296,14 +296,14 @@ def test_a_forked_child_reads_grows_and_releases_without_the_driver():
 
 def seen_by_device(address: int, size: int) -> np.ndarray:
     """Bytes of pinned memory as device 0 reads them."""
-    with devices.current(0):
-        stream, region = devices.new_stream(0), devices.allocate(0, size, "test")
+    with driver.current(0):
+        stream, region = driver.new_stream(0), driver.allocate(0, size, "test")
         back = np.empty(size, np.uint8)
         for start in range(0, size, 4096):  # the driver copies from one registration at a time; kernels read across
-            devices.copy(region.address + start, address + start, min(4096, size - start), stream)
-        devices.to_host(back, region.address, stream)
+            driver.copy(region.address + start, address + start, min(4096, size - start), stream)
+        driver.to_host(back, region.address, stream)
         region.release()
-        devices.destroy_stream(stream)
+        driver.destroy_stream(stream)
     return back
 
 
@@ -321,7 +321,7 @@ def test_gpu_a_growing_region_is_read_by_the_device():
     assert allocator.in_use == region.committed
     region.release()
     with pytest.raises(DeviceError):
-        devices.unregister(address)
+        driver.unregister(address)
     assert allocator.in_use == 0
 
 
@@ -329,15 +329,15 @@ def test_gpu_a_growing_region_is_read_by_the_device():
 def test_gpu_the_device_writes_to_pinned_memory():
     region = PinnedHostAllocator().reserve(4 * MIB, "rows")
     region.commit(4 * MIB)
-    with devices.current(0):
-        stream = devices.new_stream(0)
-        source = devices.allocate(0, 4 * MIB, "test")
-        devices.fill(source.address, 5, 4 * MIB, stream)
-        devices.copy(region.address, source.address, 4 * MIB, stream)
-        devices.synchronize(stream)
+    with driver.current(0):
+        stream = driver.new_stream(0)
+        source = driver.allocate(0, 4 * MIB, "test")
+        driver.fill(source.address, 5, 4 * MIB, stream)
+        driver.copy(region.address, source.address, 4 * MIB, stream)
+        driver.synchronize(stream)
         assert (region.view(np.uint8, (4 * MIB,)) == 5).all()
         source.release()
-        devices.destroy_stream(stream)
+        driver.destroy_stream(stream)
     region.release()
 
 
@@ -346,15 +346,15 @@ def test_gpu_every_device_reads_what_one_registration_pinned():
     region = PinnedHostAllocator().reserve(MIB, "rows")
     region.commit(MIB)
     region.view(np.uint8, (MIB,))[:] = 9
-    for ordinal in range(devices.device_count()):
-        with devices.current(ordinal):
-            stream, there = devices.new_stream(ordinal), devices.allocate(ordinal, MIB, "test")
+    for ordinal in range(driver.device_count()):
+        with driver.current(ordinal):
+            stream, there = driver.new_stream(ordinal), driver.allocate(ordinal, MIB, "test")
             back = np.empty(MIB, np.uint8)
-            devices.copy(there.address, region.address, MIB, stream)
-            devices.to_host(back, there.address, stream)
+            driver.copy(there.address, region.address, MIB, stream)
+            driver.to_host(back, there.address, stream)
             assert (back == 9).all()
             there.release()
-            devices.destroy_stream(stream)
+            driver.destroy_stream(stream)
     region.release()
 
 

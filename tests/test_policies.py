@@ -17,15 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import environment
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.errors import PolicyError
-from hps_numba.kernels.compile import host_function
+from hps_numba.kernels.compiler.njit import host_function
 from hps_numba.kernels.policies import fifo, lfu, lru, pinned
 from hps_numba.kernels.policies._functions import for_compiler
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
+from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
+from hps_numba.kernels.policies._policy import Policy
 
 FOLDER = "hps_numba.kernels.policies"
-NAMES = parts.names(FOLDER)
+NAMES = plugins.names(FOLDER)
 LOW32 = 2**32 - 1
 
 OWN = """
@@ -204,7 +205,7 @@ class TestEveryPolicy:
             assert touch(score, now, count) & LOW32 == policy.touch(score, now, count) & LOW32
 
     def test_it_names_its_source(self, name: str) -> None:
-        part = parts.load(FOLDER, name)
+        part = plugins.load(FOLDER, name)
         text = sys.modules[part.__module__].__doc__
         assert text is not None and any(str(year) in text for year in range(1960, 2030))
         assert part.__doc__ and "score" in part.__doc__
@@ -213,7 +214,7 @@ class TestEveryPolicy:
 def test_loading_a_built_in_policy_needs_no_compiler() -> None:
     code = (
         "import sys, hps_numba\n"
-        "from hps_numba.kernels.policies._policy import load_policy\n"
+        "from hps_numba.kernels.policies._load import load_policy\n"
         f"print([load_policy(name).name for name in {NAMES!r}] == {NAMES!r}, 'numba' in sys.modules)"
     )
     done = subprocess.run(
@@ -316,7 +317,7 @@ def test_the_same_text_has_the_same_digest(tmp_path: Path) -> None:
     assert first == again
     assert first.first is again.first  # so that kernels made of it are found again
     code = (
-        "from hps_numba.kernels.policies._policy import load_policy\n"
+        "from hps_numba.kernels.policies._load import load_policy\n"
         f"print(load_policy({str(tmp_path / '0' / 'own.py')!r} + ':Own', allow_code=True).digest)"
     )
     other = subprocess.run(

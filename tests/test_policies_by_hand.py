@@ -11,8 +11,9 @@ from cache_oracle import CacheOracle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hps_numba import parts
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy, policy_with
+from hps_numba import plugins
+from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
+from hps_numba.kernels.policies._policy import Policy
 from hps_numba.kernels.policies.lfu_decay import LFUDecay
 from hps_numba.kernels.policies.pinned import pinned
 from hps_numba.kernels.policies.ttl import ttl
@@ -94,7 +95,7 @@ def test_hits_of_a_trace_worked_by_hand(name: str) -> None:
 
 
 def test_every_policy_has_one() -> None:
-    assert set(TRACES) == set(parts.names("hps_numba.kernels.policies"))
+    assert set(TRACES) == set(plugins.names("hps_numba.kernels.policies"))
 
 
 # -- batches ------------------------------------------------------------------------------------

@@ -15,9 +15,13 @@ from test_cache import OPERATIONS, Pair, entries_in, place_in
 from test_cache_pool import PlainPlace
 from test_docs import block_with
 
-from hps_numba import parts
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import (
+from hps_numba import plugins
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.policy_memory import policy_bytes
+from hps_numba.kernels.cache.pooling import PADDED
+from hps_numba.kernels.cache.sketch import MOST, estimate, sketch_places
+from hps_numba.kernels.compiler.njit import host_function
+from hps_numba.kernels.layouts.cache import (
     SCRATCH_BYTES,
     SCRATCH_SKETCH,
     SCRATCH_SKETCH_SHIFT,
@@ -25,16 +29,13 @@ from hps_numba.cache_layout import (
     SET_BYTES,
     STATE_BYTES,
 )
-from hps_numba.cache_policy_memory import policy_bytes
-from hps_numba.kernels.cache_pool import PADDED
-from hps_numba.kernels.cache_sketch import MOST, estimate, sketch_places
-from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies._policy import Policy, as_policy, load_policy
+from hps_numba.kernels.policies._load import as_policy, load_policy
+from hps_numba.kernels.policies._policy import Policy
 from hps_numba.kernels.policies.pinned import pinned
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 FOLDER = "hps_numba.kernels.policies"
-NAMES = parts.names(FOLDER)
+NAMES = plugins.names(FOLDER)
 #: these are tried with more operations and widths in test_cache.py
 SIMPLE = ("fifo", "lfu", "lru")
 PINS = (0, 3, 5, 11, 12, 40, -1, 2**63 - 1)

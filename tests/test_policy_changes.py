@@ -21,11 +21,12 @@ from test_host_kernel_files import end, start
 from test_policy_caches import policy_for
 
 import hps_numba
-from hps_numba.cache import EmbeddingCache
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.errors import ClosedError, ConfigError, PolicyError, UnknownModelError
-from hps_numba.kernels.cache_sketch import sketch_places
-from hps_numba.kernels.compile import host_function
-from hps_numba.kernels.policies._policy import Policy, load_policy
+from hps_numba.kernels.cache.sketch import sketch_places
+from hps_numba.kernels.compiler.njit import host_function
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.kernels.policies._policy import Policy
 
 DECAY = block_with("policies.md", "# my_policy.py")
 
@@ -336,9 +337,9 @@ import numpy as np
 from numba.core import event
 seen = event.RecordingListener()
 event.register("numba:compile", seen)
-from hps_numba.cache import EmbeddingCache
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.storage.host_store import HostStore
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
 policy = load_policy(sys.argv[1], allow_code=True)
 store = HostStore(1)
 store.upsert(np.arange(100), np.arange(100, dtype=np.float32)[:, None])

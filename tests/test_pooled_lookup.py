@@ -11,7 +11,7 @@ from naive import rows_of
 
 import hps_numba
 from hps_numba.errors import ConfigError, OutputError
-from hps_numba.storage.host_pooling import offsets_of
+from hps_numba.storage.host.pooling import offsets_of
 
 DEFAULT = -7.5
 COMBINERS = ("sum", "mean", "sqrtn", "max")
@@ -62,7 +62,7 @@ def test_pooled_rows(workshop: Any, dim: int, combiner: str, weighted: bool, max
 
 
 def test_bags_over_several_threads(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hps_numba import threads
+    from hps_numba.runtime import threads
 
     monkeypatch.setattr(threads, "SPLIT_BYTES", 4096)
     random = np.random.default_rng(0)

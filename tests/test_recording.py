@@ -13,7 +13,7 @@ from conftest import Workshop
 
 from hps_numba import HPS, simulate
 from hps_numba.errors import ClosedError, ConfigError, TraceError, UnknownModelError
-from hps_numba.recording import _BUFFER, facts_beside
+from hps_numba.traces.recording import _BUFFER, facts_beside
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_full_disk_ends_the_recording_and_no_lookup(
     def refuse(self: object, *args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hps_numba.recording.TraceRecording._write", refuse)
+    monkeypatch.setattr("hps_numba.traces.recording.TraceRecording._write", refuse)
     assert server.lookup(asked, "m", 0).shape == (_BUFFER, 3)
     assert recording.done and server._recordings == ()
     assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text

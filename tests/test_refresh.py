@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from hps_numba.errors import ClosedError, TierError
-from hps_numba.refresh import RefreshTimer
+from hps_numba.runtime.timer import Timer
 
 SOON = 0.02
 NEVER = 3600.0
 
 
 @pytest.fixture
-def timer() -> Iterator[RefreshTimer]:
-    made = RefreshTimer()
+def timer() -> Iterator[Timer]:
+    made = Timer("refresh")
     yield made
     made.close()
 
@@ -56,7 +56,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "hps_numba_refresh"]
 
 
-def test_an_interval_of_fractions_of_a_second(timer: RefreshTimer) -> None:  # G21
+def test_an_interval_of_fractions_of_a_second(timer: Timer) -> None:  # G21
     calls, start = Calls(), time.monotonic()
     timer.add("m", calls, delay=0, interval=0.05)
     calls.wait(4)
@@ -64,7 +64,7 @@ def test_an_interval_of_fractions_of_a_second(timer: RefreshTimer) -> None:  # G
     assert calls.times[3] - start >= 0.2
 
 
-def test_a_delay_comes_before_the_first(timer: RefreshTimer) -> None:  # G21
+def test_a_delay_comes_before_the_first(timer: Timer) -> None:  # G21
     calls, start = Calls(), time.monotonic()
     timer.add("m", calls, delay=0.15, interval=SOON)
     calls.wait(3)
@@ -72,7 +72,7 @@ def test_a_delay_comes_before_the_first(timer: RefreshTimer) -> None:  # G21
     assert calls.times[2] - calls.times[0] >= SOON  # then by the interval, which is shorter
 
 
-def test_a_delay_alone_is_one_refresh(timer: RefreshTimer) -> None:  # G21
+def test_a_delay_alone_is_one_refresh(timer: Timer) -> None:  # G21
     calls, other = Calls(), Calls()
     timer.add("once", calls, delay=SOON, interval=0)
     timer.add("often", other, delay=0, interval=SOON)
@@ -80,7 +80,7 @@ def test_a_delay_alone_is_one_refresh(timer: RefreshTimer) -> None:  # G21
     assert len(calls.times) == 1
 
 
-def test_nothing_asked_for_is_no_thread(timer: RefreshTimer) -> None:  # G21
+def test_nothing_asked_for_is_no_thread(timer: Timer) -> None:  # G21
     calls = Calls()
     timer.add("m", calls, delay=0, interval=0)
     assert not threads()
@@ -88,7 +88,7 @@ def test_nothing_asked_for_is_no_thread(timer: RefreshTimer) -> None:  # G21
     assert not calls.times
 
 
-def test_one_that_is_far_off_does_not_hold_up_another(timer: RefreshTimer) -> None:
+def test_one_that_is_far_off_does_not_hold_up_another(timer: Timer) -> None:
     late, soon = Calls(), Calls()
     timer.add("late", late, delay=NEVER, interval=0)
     timer.add("soon", soon, delay=SOON, interval=0)  # the thread sleeps already, for an hour
@@ -98,7 +98,7 @@ def test_one_that_is_far_off_does_not_hold_up_another(timer: RefreshTimer) -> No
 
 
 def test_a_slow_refresh_is_not_doubled() -> None:  # G19, G21
-    timer, go_on = RefreshTimer(), threading.Event()
+    timer, go_on = Timer("refresh"), threading.Event()
     calls = Calls(lambda: assert_waits(go_on))
     timer.add("m", calls, delay=0, interval=0.01)
     calls.wait(1)
@@ -115,9 +115,7 @@ def assert_waits(event: threading.Event) -> None:
     assert event.wait(30)
 
 
-def test_a_refresh_that_fails_is_a_warning_and_the_next_one_comes(
-    timer: RefreshTimer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refresh_that_fails_is_a_warning_and_the_next_one_comes(timer: Timer, caplog: pytest.LogCaptureFixture) -> None:
     problems: Iterator[Exception] = iter(
         [TierError("a tier is out of order"), ValueError("of somebody's own"), ClosedError("gone")]
     )
@@ -137,7 +135,7 @@ def test_a_refresh_that_fails_is_a_warning_and_the_next_one_comes(
     ]
 
 
-def test_a_model_that_is_removed_is_refreshed_no_more(timer: RefreshTimer) -> None:
+def test_a_model_that_is_removed_is_refreshed_no_more(timer: Timer) -> None:
     gone, stays = Calls(), Calls()
     timer.add("gone", gone, delay=0, interval=SOON)
     timer.add("stays", stays, delay=0, interval=SOON)
@@ -151,7 +149,7 @@ def test_a_model_that_is_removed_is_refreshed_no_more(timer: RefreshTimer) -> No
 
 
 def test_close_lets_the_refresh_at_work_end() -> None:
-    timer, go_on = RefreshTimer(), threading.Event()
+    timer, go_on = Timer("refresh"), threading.Event()
     calls = Calls(lambda: assert_waits(go_on))
     timer.add("m", calls, delay=SOON, interval=SOON)
     calls.wait(1)
@@ -169,7 +167,7 @@ def test_close_lets_the_refresh_at_work_end() -> None:
     assert not threads()
 
 
-def test_a_refresh_may_close_the_timer(timer: RefreshTimer) -> None:
+def test_a_refresh_may_close_the_timer(timer: Timer) -> None:
     calls = Calls(timer.close)
     timer.add("m", calls, delay=SOON, interval=SOON)
     calls.wait(1)
@@ -195,7 +193,7 @@ def in_child(work: Callable[[], bool]) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_starts_with_nothing_due(timer: RefreshTimer) -> None:
+def test_a_forked_child_starts_with_nothing_due(timer: Timer) -> None:
     go_on = threading.Event()
     calls = Calls(lambda: assert_waits(go_on))
     timer.add("m", calls, delay=SOON, interval=SOON)

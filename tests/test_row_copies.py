@@ -1,6 +1,6 @@
 """Copies of rows on a GPU: their code, run on a CPU, gives the bytes of the generic copies; on a device (marker gpu) likewise.
 
-``lanes_cuda_types`` writes LLVM operations and, for memory and shuffles, PTX. Here stand memory operations of a CPU in the
+``simt.cuda_dtypes`` writes LLVM operations and, for memory and shuffles, PTX. Here stand memory operations of a CPU in the
 place of the PTX, and each lane of a warp runs by itself: what it asks of another lane is looked up in a table of the warp.
 """
 
@@ -19,11 +19,11 @@ from cache_bench import Bench
 from llvmlite import binding, ir
 from test_row_elements import compiled, e4m3_sample, halves_and_middles, interesting
 
-from hps_numba.kernels import row_elements
-from hps_numba.kernels.row_elements import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
+from hps_numba.kernels import dtypes
+from hps_numba.kernels.dtypes import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
 
 copies = pytest.importorskip(
-    "hps_numba.kernels.lanes_cuda_types", reason="numba-cuda is not installed: pip install 'numba-cuda[cu13]'"
+    "hps_numba.kernels.simt.cuda_dtypes", reason="numba-cuda is not installed: pip install 'numba-cuda[cu13]'"
 )
 
 DIMS = [1, 3, 4, 8, 17, 32, 100, 128, 384]
@@ -148,13 +148,13 @@ def aligned(shape: tuple[int, ...], fill: int) -> np.ndarray:
 
 
 def element_bytes(bits: np.ndarray, kind: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """Float32 bits ``[rows, dim]`` as elements of a kind, by the functions of ``row_elements``: the bytes of the rows."""
+    """Float32 bits ``[rows, dim]`` as elements of a kind, by the functions of ``kernels.dtypes``: the bytes of the rows."""
     if kind == "float32":
         elements = bits.astype(np.int64)
     elif scales is None:
-        elements = compiled(getattr(row_elements, f"{kind}_of"))(bits.ravel())
+        elements = compiled(getattr(dtypes, f"{kind}_of"))(bits.ravel())
     else:
-        store = compiled(row_elements.int8_of if kind == "int8" else row_elements.float8_of)
+        store = compiled(dtypes.int8_of if kind == "int8" else dtypes.float8_of)
         elements = np.concatenate([store(row, scale) for row, scale in zip(bits, scales, strict=True)])
     return elements.reshape(bits.shape).astype(UNSIGNED[ELEMENT_BYTES[kind]]).view(np.uint8)
 
@@ -165,9 +165,9 @@ def float_bits(elements: np.ndarray, kind: str, scales: np.ndarray | None = None
     if kind == "float32":
         return values
     if scales is None:
-        bits = compiled(getattr(row_elements, f"float_of_{kind}"))(values.ravel())
+        bits = compiled(getattr(dtypes, f"float_of_{kind}"))(values.ravel())
     else:
-        read = compiled(row_elements.float_of_int8 if kind == "int8" else row_elements.float_of_float8)
+        read = compiled(dtypes.float_of_int8 if kind == "int8" else dtypes.float_of_float8)
         bits = np.concatenate([read(row, scale) for row, scale in zip(values, scales, strict=True)])
     return bits.reshape(values.shape).astype(np.uint32)
 
@@ -186,7 +186,7 @@ class Rows:
         if self.scale_at:
             largest = (bits & 0x7FFFFFFF).max(1)
             with np.errstate(all="ignore"):
-                scales = np.array([row_elements.scale_of(int(size), row_type == "int8") for size in largest], np.float32)
+                scales = np.array([dtypes.scale_of(int(size), row_type == "int8") for size in largest], np.float32)
             self.stored[:, self.scale_at : self.scale_at + 4] = scales[:, None].view(np.uint8)
         elements = element_bytes(bits, row_type, scales)
         self.stored[:, : elements.shape[1]] = elements
@@ -209,7 +209,7 @@ def samples(dim: int, count: int) -> np.ndarray:
 
 
 def compiled_element(name: str) -> Any:
-    return compiled(getattr(row_elements, name))
+    return compiled(getattr(dtypes, name))
 
 
 def converter(write: Callable[[Any, Any, Any], Any]) -> Callable[[np.ndarray, float], np.ndarray]:
@@ -294,7 +294,7 @@ def test_scales_are_as_ever(kind: str) -> None:
     write = converter(lambda builder, word, _scale: builder.bitcast(copies.scale_of(builder, word, TYPE_NUMBERS[kind]), _32))
     sizes = np.unique(float32_sample() & 0x7FFFFFFF)
     with np.errstate(all="ignore"):
-        wanted = [row_elements.scale_of(int(size), kind == "int8").view(np.uint32) for size in sizes[::7]]
+        wanted = [dtypes.scale_of(int(size), kind == "int8").view(np.uint32) for size in sizes[::7]]
     assert (write(sizes[::7]) == wanted).all()
 
 
@@ -475,7 +475,7 @@ def hard_rows(row_type: str, dim: int) -> np.ndarray:
         sample = sample[(sample & 0x7FFFFFFF) < 0x7F000000]
         steps = np.arange(-255, 256) / 2  # int8 where the largest is 127: all of them and the middles
         with np.errstate(all="ignore"):
-            of_e4m3 = compiled(row_elements.float_of_float8)(np.arange(256), np.float32(1.0))
+            of_e4m3 = compiled(dtypes.float_of_float8)(np.arange(256), np.float32(1.0))
         fixed = [steps.astype(np.float32).view(np.uint32), of_e4m3.astype(np.uint32)]
         rows = [np.tile(some, -(-dim // len(some)))[:dim] if dim >= len(some) else some for some in fixed]
         sample = np.concatenate([*rows, sample])

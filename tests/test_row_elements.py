@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hps_numba.kernels import row_elements as elements
-from hps_numba.kernels.build import bind
-from hps_numba.kernels.lanes_host import NAMES
+from hps_numba.kernels import dtypes as elements
+from hps_numba.kernels.compiler.specialize import bind
+from hps_numba.kernels.simt.cpu import NAMES
 
 ONE = np.float32(1.0)
 NO_NUMBER = 0x7FC00000

@@ -17,8 +17,8 @@ from naive import NaiveStore, assert_same_bits, rows_of
 from processes import environment
 
 import hps_numba
+from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ModelFileError
-from hps_numba.memory import PlainHostAllocator
 from hps_numba.storage import loading
 
 DIM = 3
@@ -36,7 +36,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[PlainHostAllocator]:
         made.append(PlainHostAllocator())
         return made[-1]
 
-    monkeypatch.setattr("hps_numba.parameter_server.PlainHostAllocator", make)
+    monkeypatch.setattr("hps_numba.server.hps.PlainHostAllocator", make)
     return made
 
 
@@ -174,11 +174,11 @@ def test_a_disk_that_fails_half_way_leaves_nothing_behind(
         monkeypatch.setattr(reader, "read", counted)
         return reader
 
-    monkeypatch.setattr("hps_numba.deployment.open_model", failing)
+    monkeypatch.setattr("hps_numba.server.model.open_model", failing)
     with pytest.raises(ModelFileError, match="the disk failed at row"):
         workshop.open(entry)
     assert left(allocators) == 0
-    monkeypatch.setattr("hps_numba.deployment.open_model", open_model)
+    monkeypatch.setattr("hps_numba.server.model.open_model", open_model)
     assert_same_bits(workshop.open(entry).lookup([599], "m", 1), rows_of([599], 64))
 
 
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_while_loading_leaves_nothing_behind(
     workshop: Workshop, allocators: list[PlainHostAllocator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = workshop.model((range(100), 64), (range(30_000), 64))
-    monkeypatch.setattr("hps_numba.memory.available_bytes", lambda: 1 << 20)  # less than when the plan was made
+    monkeypatch.setattr("hps_numba.device.host_memory.available_bytes", lambda: 1 << 20)  # less than when the plan was made
     with pytest.raises(CapacityError, match=r"hps_et\.m\.sparse_embedding1: rows: 7\.3 MiB more wanted"):
         workshop.open(entry)
     assert left(allocators) == 0
@@ -197,7 +197,7 @@ def test_memory_that_runs_out_while_loading_leaves_nothing_behind(
 _MEASURE = """
 import json, os, resource, sys, threading, time
 import hps_numba
-from hps_numba.plan import make_plan
+from hps_numba.server.plan import make_plan
 from hps_numba.config import read_config
 
 small, big = sys.argv[1:]

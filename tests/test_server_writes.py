@@ -12,7 +12,7 @@ from naive import EXTREME_32, NaiveServer, assert_same_bits, rows_of
 import hps_numba
 from hps_numba import OutputError, TierError, TierUnavailable
 from hps_numba.errors import CapacityError
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 DIM = 3
 KEYS = list(range(9))

@@ -15,7 +15,7 @@ from naive import rows_of
 from hps_numba import ConfigError, HpsError, KeyDtypeError, OutputError, UnknownModelError
 from hps_numba.frontends import _requests
 from hps_numba.frontends._requests import Request, Wanted, answer
-from hps_numba.frontends._servers import Servers
+from hps_numba.server.registry import Servers
 
 
 @pytest.fixture

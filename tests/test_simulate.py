@@ -13,21 +13,21 @@ import pytest
 from cache_oracle import CacheOracle
 from test_cache import place_in
 
-from hps_numba import parts, simulate
-from hps_numba.cache import EmbeddingCache
+from hps_numba import plugins, simulate
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import ConfigError, PolicyError, TraceError
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.memory import PlainHostAllocator
-from hps_numba.simulate.contenders import contender
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.simulate.candidates import contender
+from hps_numba.simulate.dense_trace import number_trace
 from hps_numba.simulate.geometry import WAYS, GpuGeometry
 from hps_numba.simulate.lookup_time import lookup_seconds
-from hps_numba.simulate.numbered import number_trace
 from hps_numba.simulate.simulation import Settings, simulate_one
 from hps_numba.simulate.sizes import rows_of
-from hps_numba.simulate.trace import open_trace
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
+from hps_numba.traces.trace import open_trace
 
-POLICIES = parts.names("hps_numba.kernels.policies")
+POLICIES = plugins.names("hps_numba.kernels.policies")
 #: that of ``examples/first_policy.py``, so that its kernels are compiled once
 MINE = """
 AGE, MOST = 32, 8
@@ -134,7 +134,7 @@ def test_runs_agree_with_the_cache_and_with_counting_by_hand(keys: np.ndarray) -
 
 def test_batches_longer_than_a_piece_stay_whole(monkeypatch: pytest.MonkeyPatch, keys: np.ndarray) -> None:
     whole = [one.hits for one in run(keys, ["lru", "lfu"], 300, batch=1000, warmup=3000).runs]
-    monkeypatch.setattr("hps_numba.simulate.numbered.BLOCK", 300)
+    monkeypatch.setattr("hps_numba.simulate.dense_trace.BLOCK", 300)
     assert [one.hits for one in run(keys, ["lru", "lfu"], 300, batch=1000, warmup=3000).runs] == whole
 
 
@@ -163,7 +163,7 @@ def test_a_policy_from_a_file_and_one_from_a_class(tmp_path: Path, keys: np.ndar
     with pytest.raises(PolicyError, match="allow_code=True"):
         run(keys, name, 300)
     from_file = run(keys, [name, "lru"], 300, allow_code=True, bounds=False)
-    kind = parts.load_reference(name, allow_code=True)
+    kind = plugins.load_reference(name, allow_code=True)
     from_class = run(keys, kind, 300, bounds=False)
     rates = {(one.geometry, one.hits) for one in from_file.select(policy="Fading")}
     assert rates == {(one.geometry, one.hits) for one in from_class.runs} and len(rates) == 2
@@ -244,7 +244,7 @@ def test_one_failure_stops_the_others(monkeypatch: pytest.MonkeyPatch, keys: np.
         pieces.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hps_numba.simulate.numbered.BLOCK", 100)
+    monkeypatch.setattr("hps_numba.simulate.dense_trace.BLOCK", 100)
     monkeypatch.setattr("hps_numba.simulate.geometry.GpuGeometry.replay", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(keys, "lru", "100,200,300,400,500", geometry="gpu", batch=100, threads=2)
@@ -318,7 +318,7 @@ def test_dense_numbers_of_more_keys_than_the_table_begins_with() -> None:
 
 def test_large_traces_are_mapped_from_files(monkeypatch: pytest.MonkeyPatch, keys: np.ndarray) -> None:
     wanted = [one.hits for one in run(keys, ["lru", "belady"], 300).runs]
-    monkeypatch.setattr("hps_numba.simulate.numbered._IN_MEMORY", 100)
+    monkeypatch.setattr("hps_numba.simulate.dense_trace._IN_MEMORY", 100)
     assert [one.hits for one in run(keys, ["lru", "belady"], 300).runs] == wanted
     assert isinstance(number_trace(open_trace(keys)).ids, np.memmap)
 

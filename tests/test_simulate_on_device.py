@@ -12,11 +12,11 @@ from conftest import Workshop
 from test_simulate import MINE, skewed
 
 from hps_numba import simulate
-from hps_numba.cache import EmbeddingCache
-from hps_numba.kernels.policies._policy import load_policy
-from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
-from hps_numba.recording import facts_beside
-from hps_numba.storage.host_store import HostStore
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
+from hps_numba.traces.recording import facts_beside
 
 REQUESTS, KEYS, ROWS, BATCH = 1_000_000, 100_000, 10_000, 1000
 PLACES = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from sample_models import FORMATS, part, path_for
 
-import hps_numba.synthetic
+import hps_numba.simulate.workloads
 from hps_numba.errors import ModelFileError
+from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS, generate_model, histogram, hot_key, power_law, uniform
 from hps_numba.storage.model_files import open_model
-from hps_numba.synthetic import KEY_DISTRIBUTIONS, generate_model, histogram, hot_key, power_law, uniform
 
 WRITABLE = [name for name in FORMATS if part(name).can_write]
 every_distribution = pytest.mark.parametrize("draw", KEY_DISTRIBUTIONS.values(), ids=KEY_DISTRIBUTIONS.keys())
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_rows_whatever_the_chunks(
     wanted = load(tmp_path / "whole")[1]
     assert load(tmp_path / "other")[1].tobytes() != wanted.tobytes()
     for step in (1, 7, 50):
-        monkeypatch.setattr(hps_numba.synthetic, "rows_per_chunk", lambda dim, step=step: step)
+        monkeypatch.setattr(hps_numba.simulate.workloads, "rows_per_chunk", lambda dim, step=step: step)
         generate_model(tmp_path / f"{step}.h5", 101, dim, seed=5)
         assert load(tmp_path / f"{step}.h5")[1].tobytes() == wanted.tobytes()
         generate_model(tmp_path / f"{step}", 60, dim, seed=5)

@@ -10,11 +10,11 @@ from naive import assert_same_bits, rows_of
 from test_caches_in_service import DEFAULT, Service, cache_of, on_cpu, service, stats_of
 
 import hps_numba
-from hps_numba import table_groups
-from hps_numba.cache_layout import MAX_TABLES
 from hps_numba.errors import ClosedError, UnknownModelError
-from hps_numba.session import TableSession
-from hps_numba.table_groups import TogetherOnDevice
+from hps_numba.kernels.layouts.cache import MAX_TABLES
+from hps_numba.server import fused_tables
+from hps_numba.server.fused_tables import TogetherOnDevice
+from hps_numba.server.table import TableSession
 
 __all__ = ["on_cpu", "service"]  # fixtures
 DIM = 17
@@ -60,7 +60,7 @@ def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(o
 
 
 def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_groups, "_MOST", 2)
+    monkeypatch.setattr(fused_tables, "_MOST", 2)
     server = on_cpu.open(*[(ROWS, DIM)] * 3)
     assert [parts_of(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
     together = parts_of(server, [0, 1, 2])

@@ -14,7 +14,7 @@ import pytest
 from tensorflow_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
 
 from hps_numba import ConfigError
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
 
@@ -158,7 +158,7 @@ import sys, numpy as np, tensorflow as tf, keras
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 import hps_numba.frontends.tensorflow as hps
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 path, rows, DIM = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
@@ -201,7 +201,7 @@ import json, os, sys, numpy as np, tensorflow as tf
 path, rows, DIM = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 import hps_numba.frontends.tensorflow as hps
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 assert strategy.num_replicas_in_sync == 2
 with strategy.scope():
     (ok,) = hps.Init(global_batch_size=8, ps_config_file=path)

@@ -12,7 +12,7 @@ import pytest
 from tensorflow_rig import DIM, ROWS, Rig, rig_of, run_program, tensorflow
 
 from hps_numba import ConfigError
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
 
@@ -63,7 +63,7 @@ def test_a_keras_file(rig: Rig, tmp_path: Path) -> None:
 _SERVE = """
 import sys, threading, numpy as np
 import hps_numba.frontends.tensorflow as hps
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 path, inputs, answer = sys.argv[1], np.load(sys.argv[2]), sys.argv[3]
 served = hps.load(path)
 assert SERVERS.opened == []

@@ -12,7 +12,7 @@ import pytest
 from tensorflow_rig import DIM, ROWS, Rig, rig_of, tensorflow
 
 from hps_numba import ConfigError, HpsError, KeyDtypeError, UnknownModelError
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
 

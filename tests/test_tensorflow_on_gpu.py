@@ -14,7 +14,7 @@ import pytest
 from tensorflow_rig import DIM, ROWS, Rig, rig_of, tensorflow
 
 import hps_numba
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 tf, _, hps = tensorflow()
 from hps_numba.frontends.tensorflow import on_gpu  # noqa: E402

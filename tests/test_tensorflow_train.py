@@ -11,8 +11,8 @@ import pytest
 from tensorflow_rig import DIM, ROWS, Rig, rig_of, tensorflow
 
 from hps_numba import ConfigError
-from hps_numba.frontends._servers import SERVERS
-from hps_numba.initializers import Normal
+from hps_numba.server.registry import SERVERS
+from hps_numba.training.initializers import Normal
 
 tf, keras, hps = tensorflow()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from naive import DictTier, assert_same_bits, rows_of
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.config import PersistentDatabaseConfig, VolatileDatabaseConfig
 from hps_numba.errors import TierError
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
@@ -36,7 +36,7 @@ def make_wrapped(wrap: Callable[[Tier], Tier]) -> Callable[..., Tier]:
 
 
 CANDIDATES: dict[str, Any] = {
-    **{name: parts.load(PACKAGE, name) for name in parts.names(PACKAGE)},
+    **{name: plugins.load(PACKAGE, name) for name in plugins.names(PACKAGE)},
     "a dict": DictTier,
     "WrapperTier": make_wrapped(WrapperTier),
     "CountingTier": make_wrapped(CountingTier),
@@ -79,8 +79,8 @@ def content_of(tier: Tier, table: str, chunk_rows: int = 2) -> dict[int, bytes]:
 
 
 def test_every_file_of_the_folder_is_tested() -> None:  # D05, D09
-    files = {path.stem for path in Path(parts.__file__).parent.glob("storage/tiers/*.py") if not path.stem.startswith("_")}
-    assert files == set(parts.names(PACKAGE))
+    files = {path.stem for path in Path(plugins.__file__).parent.glob("storage/tiers/*.py") if not path.stem.startswith("_")}
+    assert files == set(plugins.names(PACKAGE))
     assert files >= set(IN_MEMORY)
     assert all(issubclass(CANDIDATES[name], Tier) for name in files)
 

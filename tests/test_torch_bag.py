@@ -11,7 +11,7 @@ import pytest
 from tensorflow_rig import DIM, ROWS, Rig, rig_of
 
 from hps_numba import ConfigError, KeyDtypeError
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 torch = pytest.importorskip("torch")
 

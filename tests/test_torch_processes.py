@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorflow_rig import DIM, ROWS, finish, rig_of, start_program
 
-from hps_numba.initializers import Normal, initial_rows
+from hps_numba.training.initializers import Normal, initial_rows
 
 torch = pytest.importorskip("torch")
 

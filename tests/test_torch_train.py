@@ -16,8 +16,8 @@ import pytest
 from tensorflow_rig import ROWS, Rig, rig_of
 
 from hps_numba import ClosedError, ConfigError, KeyDtypeError, OutputError
-from hps_numba.frontends._servers import SERVERS
-from hps_numba.initializers import Normal, Uniform
+from hps_numba.server.registry import SERVERS
+from hps_numba.training.initializers import Normal, Uniform
 
 torch = pytest.importorskip("torch")
 

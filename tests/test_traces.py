@@ -10,8 +10,8 @@ import pytest
 
 from hps_numba import simulate
 from hps_numba.errors import TraceError
-from hps_numba.simulate.trace import formats
-from hps_numba.simulate.traces.oracle_general import RECORD
+from hps_numba.traces.formats.oracle_general import RECORD
+from hps_numba.traces.trace import formats
 
 KEYS = [5, -1, 2**63 - 1, 5, 0, -(2**63), 17]
 
@@ -64,8 +64,8 @@ def test_every_format_gives_the_keys(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", formats())
 def test_every_format_is_cut_into_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("npy", "oracle_general", "text", "parquet"):
-        monkeypatch.setattr(f"hps_numba.simulate.traces.{module}.BLOCK", 4)
-    monkeypatch.setattr("hps_numba.simulate.traces.csv._ROWS", 4)
+        monkeypatch.setattr(f"hps_numba.traces.formats.{module}.BLOCK", 4)
+    monkeypatch.setattr("hps_numba.traces.formats.csv._ROWS", 4)
     keys = list(range(10))
     blocks = [block.tolist() for block in simulate.open_trace(save(name, tmp_path, keys)).blocks()]
     assert [key for block in blocks for key in block] == keys and max(map(len, blocks)) <= 4

@@ -11,8 +11,8 @@ from conftest import KEEPING, Workshop
 from naive import rows_of
 
 from hps_numba import ClosedError, ConfigError, OutputError, TierError
-from hps_numba.initializers import Normal, Uniform, Zeros, initial_rows
-from hps_numba.train import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
+from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
+from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
 DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
 RULES: list[Rule] = [Sgd(0.1), Adagrad(0.1, initial_accumulator_value=0.5), Adam(0.1)]

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from hps_numba.used_memory import UsedMemory, _rounded, aligned_empty
+from hps_numba.arrays.buffer_pool import UsedMemory, _rounded, aligned_empty
 
 FLOAT = np.dtype(np.float32)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from measure import Machine
 
-from hps_numba import devices
+from hps_numba.device import driver
 
 __all__ = ["PlainGather", "PlainPool"]
 
@@ -20,16 +20,16 @@ THREADS = 256
 
 def _kernel(name: str, dim: int, arguments: int, ordinal: int) -> Any:
     """One of the kernels below on a device."""
-    from hps_numba.kernels.launch import LoadedKernel, link
-    from hps_numba.kernels.numba_cuda import compile_ptx, types
+    from hps_numba.kernels.compiler.launch import LoadedKernel, link
+    from hps_numba.kernels.compiler.numba_cuda import compile_ptx, types
 
     if dim % 4:
         raise ValueError(f"D={dim}: a multiple of 4 is wanted, rows are copied 16 bytes at a time")
-    capability = devices.device_info(ordinal).capability
+    capability = driver.device_info(ordinal).capability
     ptx = compile_ptx(source_of(name, dim // 4), (types.int64,) * arguments, capability)
     found = re.search(r"\.visible \.entry (\w+)", ptx)
     assert found is not None
-    with devices.current(ordinal):
+    with driver.current(ordinal):
         return LoadedKernel(link(ptx, capability), found.group(1), "q" * arguments)
 
 
@@ -37,7 +37,7 @@ def source_of(name: str, pieces: int) -> Any:
     """The Python function of a kernel; it needs numba-cuda, and so is made here."""
     from llvmlite import ir
 
-    from hps_numba.kernels.numba_cuda import cuda, intrinsic, types
+    from hps_numba.kernels.compiler.numba_cuda import cuda, intrinsic, types
 
     word, float_ = ir.IntType(64), ir.FloatType()
     four = ir.LiteralStructType([float_] * 4)

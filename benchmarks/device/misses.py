@@ -31,7 +31,7 @@ from measure import WARMUPS, Call, host_copy_rate
 from run import Run, compact, median, parser_of, print_table, verdict
 from table import add_rows, check, keys_of, new_cache, new_store
 
-from hps_numba.kernels.policies._policy import as_policy
+from hps_numba.kernels.policies._load import as_policy
 
 DIMS = (32, 128)
 P3, P3_AT = 1.25, 90.0  # at most this ratio to the larger of bus and hits, at this hit rate in per cent

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from measure import Machine
 
-from hps_numba.cache import EmbeddingCache
-from hps_numba.kernels.policies._policy import Policy, load_policy
-from hps_numba.memory import PinnedHostAllocator, PlainHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.storage.host.store import HostStore
 
 __all__ = ["add_rows", "check", "fill_store", "keys_of", "new_cache", "new_store", "resident_cache", "rows_of"]
 

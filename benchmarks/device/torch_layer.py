@@ -21,7 +21,7 @@ from run import Run, median, parser_of, ratio_cells
 from table import check, keys_of, rows_of
 
 from hps_numba.frontends import torch as hps
-from hps_numba.frontends._servers import SERVERS
+from hps_numba.server.registry import SERVERS
 
 EMBEDDING, MODULE, LAYER = "F.embedding", "nn.Embedding", "LookupLayer"
 COMPILED = THEIRS, NOTHING, OURS = "F.embedding, compiled", "an operator without work, compiled", "LookupLayer, compiled"

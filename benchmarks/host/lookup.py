@@ -27,7 +27,7 @@ from others import Watch
 from report import add_options, cache_bytes, finish, print_machine, print_table, verdict
 
 import hps_numba
-from hps_numba import threads as hps_threads
+from hps_numba.runtime import threads as hps_threads
 
 #: width -> at least this share of torch's rate
 TARGETS = {16: 0.75, 32: 0.75, 128: 0.9}

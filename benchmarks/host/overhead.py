@@ -21,7 +21,7 @@ from others import Watch
 from report import add_options, finish, print_machine, print_table
 
 import hps_numba
-from hps_numba.kernels.host_lookup import host_lookup
+from hps_numba.kernels.host.lookup import host_lookup
 
 DIM, ROWS = 32, 4096
 BATCHES, QUICK_BATCHES = (1, 16, 64, 256, 1024), (1, 64)

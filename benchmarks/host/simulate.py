@@ -29,10 +29,10 @@ import numpy as np
 from report import add_options, finish, print_machine, print_table, verdict
 
 from hps_numba import simulate
-from hps_numba.simulate.contenders import contender
-from hps_numba.simulate.numbered import NumberedTrace, number_trace
+from hps_numba.simulate.candidates import contender
+from hps_numba.simulate.dense_trace import NumberedTrace, number_trace
 from hps_numba.simulate.simulation import Settings, simulate_one
-from hps_numba.simulate.traces.oracle_general import RECORD
+from hps_numba.traces.formats.oracle_general import RECORD
 
 THEIRS = {
     "lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "clock": "Clock", "sieve": "Sieve", "s3fifo": "S3FIFO", "arc": "ARC",

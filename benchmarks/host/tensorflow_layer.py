@@ -32,8 +32,8 @@ import tensorflow as tf
 from tensorflow.python.ops import script_ops
 
 import hps_numba.frontends.tensorflow as hps
-from hps_numba.frontends._servers import SERVERS
-from hps_numba.used_memory import aligned_empty
+from hps_numba.arrays.buffer_pool import aligned_empty
+from hps_numba.server.registry import SERVERS
 
 DIM, ROWS = 32, 100_000
 BATCHES, QUICK_BATCHES = (32, 256, 2048, 16_384), (32, 256)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hps_numba import __version__, parts
+from hps_numba import __version__, plugins
 from hps_numba.cli._errors import CommandTree
 from hps_numba.cli._output import show_log_lines
 
@@ -29,8 +29,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name in parts.names(__name__):
-        part = parts.load(__name__, name)
+    for name in plugins.names(__name__):
+        part = plugins.load(__name__, name)
         if isinstance(part, typer.Typer):
             app.add_typer(part, name=name)
         else:

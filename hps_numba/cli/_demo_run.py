@@ -17,9 +17,9 @@ from hps_numba import __version__
 from hps_numba.cli._demo_traffic import DEFAULT_VALUE, KEYS_PER_SAMPLE, LARGEST_BATCH, MODEL, Traffic, run_traffic
 from hps_numba.cli._hardware import Hardware, resident_bytes
 from hps_numba.cli._output import human_rate, human_seconds
-from hps_numba.memory import human_bytes
-from hps_numba.parameter_server import HPS
-from hps_numba.synthetic import generate_model
+from hps_numba.device.host_memory import human_bytes
+from hps_numba.server.hps import HPS
+from hps_numba.simulate.workloads import generate_model
 
 __all__ = ["PERCENTILES", "Demo", "write_config"]
 

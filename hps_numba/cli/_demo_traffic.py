@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hps_numba.parameter_server import HPS
-from hps_numba.synthetic import power_law
+from hps_numba.server.hps import HPS
+from hps_numba.simulate.workloads import power_law
 
 __all__ = ["ALPHA", "DEFAULT_VALUE", "KEYS_PER_SAMPLE", "LARGEST_BATCH", "MODEL", "Round", "Traffic", "run_traffic"]
 

@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hps_numba.devices import driver_library
-from hps_numba.memory import available_bytes, total_bytes
-from hps_numba.threads import available_cores
+from hps_numba.device.driver import driver_library
+from hps_numba.device.host_memory import available_bytes, total_bytes
+from hps_numba.runtime.threads import available_cores
 
 __all__ = ["Gpu", "Hardware", "cuda_extra", "driver_cuda", "gpus", "huge_pages", "look_at_hardware", "resident_bytes"]
 

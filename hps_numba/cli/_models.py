@@ -21,7 +21,7 @@ def size_on_disk(path: Path) -> int:
 
 def describe(path: Path, rows: int, dim: int) -> str:
     """``path: 1,000 rows x 16, 70.3 KiB``."""
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     return f"{path}: {rows:,} rows x {dim}, {human_bytes(size_on_disk(path))}"
 

@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from hps_numba.errors import ModelFileError
-from hps_numba.synthetic import KEY_DISTRIBUTIONS
+from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS
 
 __all__ = ["Distribution", "DrawnKeys", "KeySource", "KeyStream", "ReplayedKeys", "chosen_distribution", "parse_weights"]
 

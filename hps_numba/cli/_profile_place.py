@@ -111,7 +111,7 @@ class DeviceMemory:
 
 def cuda_devices() -> int:
     """How many CUDA devices this process can use; 0 also where what serves them is not installed."""
-    from hps_numba.devices import device_count
+    from hps_numba.device.driver import device_count
 
     return device_count()
 

@@ -14,9 +14,9 @@ import numpy as np
 from hps_numba.cli._profile_place import DeviceMemory, HostMemory, Place, cuda_devices, has_cupy
 from hps_numba.config import ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, DeviceError, UnknownModelError
-from hps_numba.parameter_server import HPS
+from hps_numba.server.hps import HPS
+from hps_numba.simulate.workloads import generate_model
 from hps_numba.storage.model_files import open_model
-from hps_numba.synthetic import generate_model
 
 __all__ = ["DEFAULT_VALUE", "GeneratedTable", "Target", "config_target", "generated_target", "keys_of_model"]
 

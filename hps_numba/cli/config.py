@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.cli._output import AsJson, collected_log_lines, print_facts, print_json, print_table
 from hps_numba.errors import ConfigError, HpsError
 
@@ -75,10 +75,10 @@ def _summary(server: ServerConfig) -> dict[str, Any]:
 
 def _not_here(server: ServerConfig) -> Iterator[str]:
     """What the config asks for and this version cannot start with."""
-    known = parts.names("hps_numba.storage.tiers")
+    known = plugins.names("hps_numba.storage.tiers")
     for section in ("volatile_db", "persistent_db"):
         kind = getattr(server, section).type
-        if kind != "disabled" and not parts.is_reference(kind) and kind not in known:
+        if kind != "disabled" and not plugins.is_reference(kind) and kind not in known:
             yield f"{section}.type: {kind!r} is not part of this version, which has {', '.join(known)}"
     if server.require_gpu:
         yield "require_gpu: true, but this version serves from host memory only"

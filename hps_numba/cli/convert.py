@@ -28,7 +28,7 @@ def convert(
 
     Rows are streamed, and DST appears whole or not at all.
     """
-    from hps_numba.progress import rows_progress
+    from hps_numba.runtime.progress import rows_progress
     from hps_numba.storage.model_files import convert_model, open_model
 
     with open_model(src, dim) as model:

@@ -121,7 +121,7 @@ def _cells(line: dict[str, Any], percentiles: dict[str, int]) -> tuple[str, ...]
 
 
 def _memory(report: dict[str, Any]) -> str:
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     text = f"{human_bytes(report['planned_bytes'])} planned, {human_bytes(report['used_bytes'])} used"
     if report["process_grew_bytes"] is None:

@@ -80,9 +80,9 @@ def _pip(extra: str) -> str:
 
 
 def _kernel_cache() -> dict[str, Any]:
-    from hps_numba.kernels import kernel_files
+    from hps_numba.kernels.compiler import disk_cache
 
-    inside = kernel_files.folder(".object")
+    inside = disk_cache.folder(".object")
     folder = None if inside is None else inside.parent
     files = [] if folder is None else [file for file in folder.rglob("*") if file.is_file()]
     return {"folder": folder, "writable": folder is not None, "bytes": sum(file.stat().st_size for file in files)}
@@ -102,7 +102,7 @@ def _self_test() -> dict[str, Any]:
 def _wrong_rows_of_a_small_model() -> int:
     import numpy as np
 
-    from hps_numba.parameter_server import HPS
+    from hps_numba.server.hps import HPS
     from hps_numba.storage.model_files import write_model
 
     rows = np.random.default_rng(0).random((1000, 8), np.float32)
@@ -187,7 +187,7 @@ def _state(extra: dict[str, Any]) -> str:
 
 
 def _machine(hardware: Hardware) -> list[tuple[str, str]]:
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     names = ", ".join(gpu.name for gpu in hardware.gpus) or "none"
     driver = f" (driver for CUDA {_dotted(hardware.driver_cuda)})" if hardware.driver_cuda else ""
@@ -200,7 +200,7 @@ def _machine(hardware: Hardware) -> list[tuple[str, str]]:
 
 
 def _readiness(report: dict[str, Any]) -> list[tuple[str, str]]:
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     cache, test = report["kernel_cache"], report["self_test"]
     where = f"{cache['folder']}, {human_bytes(cache['bytes'])}" if cache["writable"] else "no writable folder"

@@ -39,8 +39,8 @@ def model(
 
     Keys are 0, 1, 2, ..., values float32, uniform in [-1, 1).
     """
-    from hps_numba.progress import rows_progress
-    from hps_numba.synthetic import generate_model
+    from hps_numba.runtime.progress import rows_progress
+    from hps_numba.simulate.workloads import generate_model
 
     started = time.perf_counter()
     with rows_progress(rows) as advance:
@@ -99,7 +99,7 @@ def _numbers(text: str) -> list[float]:
 def _drawn(name: str, n: int, count: int, options: dict[str, Any], seed: int) -> Iterator[np.ndarray]:
     import numpy as np
 
-    from hps_numba.synthetic import KEY_DISTRIBUTIONS
+    from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS
 
     draw, rng = KEY_DISTRIBUTIONS[name.replace("-", "")], np.random.default_rng(seed)
     try:

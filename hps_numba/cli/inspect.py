@@ -29,7 +29,7 @@ def inspect(
     where the keys do not ascend, 32 Mi of them (256 MiB) are sorted at a time, and longer tables take several passes.
     """
     from hps_numba.cli._survey import survey_model
-    from hps_numba.progress import rows_progress
+    from hps_numba.runtime.progress import rows_progress
     from hps_numba.storage.model_files import open_model
 
     with open_model(model, dim) as reader:
@@ -43,7 +43,7 @@ def inspect(
 
 
 def _show(survey: Survey) -> None:
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     print_facts(
         [

@@ -10,7 +10,7 @@ import typer
 from hps_numba.cli._output import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
-    from hps_numba.plan import Plan
+    from hps_numba.server.plan import Plan
 
 __all__ = ["PART"]
 
@@ -25,7 +25,7 @@ def plan(
     read; nothing is allocated. The exit code is 1 if the plan does not fit.
     """
     from hps_numba.config import read_config
-    from hps_numba.plan import make_plan
+    from hps_numba.server.plan import make_plan
 
     planned = make_plan(read_config(config))
     if as_json:
@@ -37,7 +37,7 @@ def plan(
 
 
 def _show(planned: Plan) -> None:
-    from hps_numba.memory import human_bytes
+    from hps_numba.device.host_memory import human_bytes
 
     cached = any(table.cache_bytes for table in planned.tables)
     rows = [

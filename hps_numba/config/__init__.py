@@ -25,6 +25,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hps_numba.config.enums import DatabaseOverflowPolicy_t, DatabaseType_t, EmbeddingCacheType_t, UpdateSourceType_t
 from hps_numba.config.params import (
     InferenceParams,
     ParameterServerConfig,
@@ -33,7 +34,6 @@ from hps_numba.config.params import (
     VolatileDatabaseParams,
 )
 from hps_numba.config.spec import TableSpec
-from hps_numba.config.spellings import DatabaseOverflowPolicy_t, DatabaseType_t, EmbeddingCacheType_t, UpdateSourceType_t
 
 if TYPE_CHECKING:
     from hps_numba.config.reading import ConfigSource, read_config

@@ -14,9 +14,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from hps_numba.config.enums import Words
 from hps_numba.config.messages import show
-from hps_numba.config.spellings import Words
-from hps_numba.parts import is_reference, names
+from hps_numba.plugins import is_reference, names
 
 __all__ = [
     "EACH",

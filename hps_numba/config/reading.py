@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hps_numba.config.checks import completed, contradictions, surprises
+from hps_numba.config.cross_checks import completed, contradictions, surprises
 from hps_numba.config.json_text import parse
 from hps_numba.config.messages import Location, dotted, failed, problem, show
 from hps_numba.config.objects import FILE_KEYS, json_form

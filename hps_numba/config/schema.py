@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from hps_numba.config import enums as words
 from hps_numba.config import fields as f
-from hps_numba.config import spellings as words
 from hps_numba.config.spec import TableSpec, locate
 
 __all__ = ["ModelConfig", "PersistentDatabaseConfig", "Section", "ServerConfig", "UpdateSourceConfig", "VolatileDatabaseConfig"]

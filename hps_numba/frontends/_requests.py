@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._servers import SERVERS, Config, Servers
-from hps_numba.parameter_server import HPS
-from hps_numba.storage.host_pooling import offsets_of
-from hps_numba.threads import SPLIT_BYTES, run_ranges
-from hps_numba.used_memory import aligned_empty
+from hps_numba.runtime.threads import SPLIT_BYTES, run_ranges
+from hps_numba.server.hps import HPS
+from hps_numba.server.registry import SERVERS, Config, Servers
+from hps_numba.storage.host.pooling import offsets_of
 
 __all__ = ["Request", "Wanted", "answer", "tables_of"]
 

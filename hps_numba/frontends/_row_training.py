@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba import train
+from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
-from hps_numba.forks import renew_after_fork
-from hps_numba.initializers import Initializer
-from hps_numba.interop import as_keys
-from hps_numba.parameter_server import HPS
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.server.hps import HPS
+from hps_numba.training import trainer as row_training
+from hps_numba.training.initializers import Initializer
 
 __all__ = ["NotedRows", "RowOptimizer", "noted_rows"]
 
@@ -58,7 +58,7 @@ def _summed(keys: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.nda
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     begins = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if len(keys) else np.empty(0, np.int64)
-    return ordered[begins], train.summed_rows(gradients, order, np.append(begins, len(keys)))
+    return ordered[begins], row_training.summed_rows(gradients, order, np.append(begins, len(keys)))
 
 
 _known: weakref.WeakKeyDictionary[HPS, dict[str, NotedRows]] = weakref.WeakKeyDictionary()
@@ -89,18 +89,18 @@ class RowOptimizer:
     **Threads:** steps take turns; gradients are noted meanwhile.
     """
 
-    def __init__(self, tables: Sequence[NotedRows], rule: Callable[..., train.Rule], **settings: float) -> None:
+    def __init__(self, tables: Sequence[NotedRows], rule: Callable[..., row_training.Rule], **settings: float) -> None:
         if not tables:
             raise ConfigError("no trained rows came, layers of trainable=True, or models with such, are wanted")
         self._rule, self._names = rule, tuple(settings)
         self.__dict__.update(settings)
         self.tables = tuple(tables)
         made = rule(**settings)
-        self.trainers: list[train.RowTrainer] = []
+        self.trainers: list[row_training.RowTrainer] = []
         for rows in tables:
             server = rows.server()
             assert server is not None  # whoever found the rows held it
-            self.trainers.append(train.RowTrainer(server, rows.model, rows.table, made))
+            self.trainers.append(row_training.RowTrainer(server, rows.model, rows.table, made))
 
     def step(self) -> None:
         """Apply what was noted since the last step; every lookup that starts after the return sees it.

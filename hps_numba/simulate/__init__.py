@@ -11,12 +11,12 @@
 from __future__ import annotations
 
 from hps_numba.simulate.advice import Advice, Choice, advise
-from hps_numba.simulate.contenders import known_names
-from hps_numba.simulate.page import write_page
+from hps_numba.simulate.candidates import known_names
+from hps_numba.simulate.html_report import write_page
 from hps_numba.simulate.plots import write_plot
 from hps_numba.simulate.results import Run, Simulation
 from hps_numba.simulate.simulation import DEFAULT_POLICIES, run
-from hps_numba.simulate.trace import Trace, open_trace
+from hps_numba.traces.trace import Trace, open_trace
 
 __all__ = [
     "DEFAULT_POLICIES",

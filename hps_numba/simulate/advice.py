@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hps_numba.errors import ConfigError
-from hps_numba.progress import rows_progress
-from hps_numba.simulate.contenders import Contender, contenders, known_names
+from hps_numba.runtime.progress import rows_progress
+from hps_numba.simulate.candidates import Contender, contenders, known_names
+from hps_numba.simulate.dense_trace import NumberedTrace, OnRequests
 from hps_numba.simulate.geometry import WAYS
 from hps_numba.simulate.lookup_time import ASSUMPTIONS, lookup_seconds
-from hps_numba.simulate.numbered import NumberedTrace, OnRequests
 from hps_numba.simulate.results import Run
 from hps_numba.simulate.simulation import (
     Settings,
@@ -23,7 +23,7 @@ from hps_numba.simulate.simulation import (
     warmup_of,
     with_error,
 )
-from hps_numba.simulate.trace import open_trace
+from hps_numba.traces.trace import open_trace
 
 __all__ = ["Advice", "Choice", "advise"]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.cache import EmbeddingCache
-from hps_numba.cache_layout import MAX_BATCH, SCRATCH_ASSUME, SET_BYTES, STATE_BYTES, WAYS
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.errors import ConfigError
+from hps_numba.kernels.layouts.cache import MAX_BATCH, SCRATCH_ASSUME, SET_BYTES, STATE_BYTES, WAYS
 from hps_numba.kernels.policies._policy import Policy
 
 __all__ = ["WAYS", "GpuGeometry"]
@@ -23,7 +23,7 @@ class GpuGeometry(EmbeddingCache):
     Args:
         rows: to hold; the cache rounds up to whole sets, as a GPU's does (``capacity``).
         policy: who leaves a full set.
-        batch: keys of a call, at most; 1 to ``cache_layout.MAX_BATCH``.
+        batch: keys of a call, at most; 1 to ``kernels.layouts.cache.MAX_BATCH``.
     """
 
     def __init__(self, rows: int, policy: Policy, batch: int) -> None:

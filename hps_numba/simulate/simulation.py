@@ -17,21 +17,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hps_numba.cache_memory import index_sets
-from hps_numba.cache_shape import CacheShape, cache_bytes
-from hps_numba.config.spec import TableSpec
+from hps_numba.cache.sizing import CacheShape, index_sets
 from hps_numba.errors import ConfigError, TraceError
-from hps_numba.kernels.associative._algorithm import ADMITTED, EVICTED, RESIDENT
-from hps_numba.kernels.associative._numbering import sample_keys, tally
-from hps_numba.kernels.row_elements import ELEMENT_BYTES, row_stride
-from hps_numba.progress import rows_progress
-from hps_numba.simulate.contenders import BOUNDS, Contender, contenders
+from hps_numba.kernels.dtypes import ELEMENT_BYTES, row_stride
+from hps_numba.kernels.host.numbering import sample_keys, tally
+from hps_numba.runtime.progress import rows_progress
+from hps_numba.runtime.threads import available_cores
+from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, RESIDENT
+from hps_numba.simulate.candidates import BOUNDS, Contender, contenders
+from hps_numba.simulate.dense_trace import HASH_BITS, NumberedTrace, number_trace
 from hps_numba.simulate.geometry import WAYS, GpuGeometry
-from hps_numba.simulate.numbered import HASH_BITS, NumberedTrace, number_trace
 from hps_numba.simulate.results import Run, Simulation
 from hps_numba.simulate.sizes import DEFAULT_SIZES, rows_of
-from hps_numba.simulate.trace import Trace, open_trace
-from hps_numba.threads import available_cores
+from hps_numba.traces.trace import Trace, open_trace
 
 __all__ = [
     "DEFAULT_POLICIES",
@@ -345,7 +343,7 @@ def simulate_one(
     requests = len(trace) - skip
     expected = trace.rate * (trace.requests - settings.warmup)
     whole = capacity if trace.rate == 1 else rows
-    spec = TableSpec(model="simulation", name=one.name, dim=settings.dim, cache_row_dtype=settings.row_dtype)
+    in_cache = CacheShape("dynamic", whole, False).bytes(settings.dim, row_type=settings.row_dtype)
     return Run(
         policy=one.name,
         geometry=geometry,
@@ -361,7 +359,7 @@ def simulate_one(
         hit_rate=1 - (requests - int(totals[0])) / expected if expected else 0.0,
         error=0.0,
         row_bytes=row_stride(settings.dim, settings.row_dtype),
-        gpu_bytes=cache_bytes(spec, CacheShape("dynamic", whole, False)) + policy_bytes if geometry == "gpu" else 0,
+        gpu_bytes=in_cache + policy_bytes if geometry == "gpu" else 0,
         seconds=time.perf_counter() - start,
         by_window=windows,
     )

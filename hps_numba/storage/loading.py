@@ -18,7 +18,7 @@ import numpy as np
 
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._format import SparseModelReader
-from hps_numba.storage.host_store import HostStore
+from hps_numba.storage.host.store import HostStore
 
 __all__ = ["check_key_width", "load_table", "rows_to_load", "stream_table"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hps_numba import parts
+from hps_numba import plugins
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._atomic import leftovers, replacing
 from hps_numba.storage.formats._chunks import checked_chunks, writing
@@ -24,7 +24,7 @@ _ARRAYS = {"key", "emb_vector", "meta"}
 
 def formats() -> list[SparseModelFormat]:
     """All formats, by name."""
-    return [parts.load(_PACKAGE, name, error=ModelFileError) for name in parts.names(_PACKAGE)]
+    return [plugins.load(_PACKAGE, name, error=ModelFileError) for name in plugins.names(_PACKAGE)]
 
 
 def open_model(path: PathLike, dim: int | None = None, *, format: str | None = None) -> SparseModelReader:
@@ -43,7 +43,7 @@ def open_model(path: PathLike, dim: int | None = None, *, format: str | None = N
         ValueError: ``dim`` is less than 1.
     """
     where = Path(path)
-    found = _format_of(where) if format is None else parts.load(_PACKAGE, format, error=ModelFileError)
+    found = _format_of(where) if format is None else plugins.load(_PACKAGE, format, error=ModelFileError)
     return found.open(where, dim)
 
 
@@ -114,7 +114,7 @@ def write_model(
 
 def _writing_format(path: Path, name: str | None) -> SparseModelFormat:
     if name is not None:
-        found: SparseModelFormat = parts.load(_PACKAGE, name, error=ModelFileError)
+        found: SparseModelFormat = plugins.load(_PACKAGE, name, error=ModelFileError)
     else:
         matches = [found for found in formats() if path.suffix.lower() in found.suffixes]
         if not matches:

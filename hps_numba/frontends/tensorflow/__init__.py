@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import sys
 
-from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.tensorflow.export import load, split
 from hps_numba.frontends.tensorflow.initialize import Init
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
 from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
 from hps_numba.frontends.tensorflow.training import SGD, Adagrad, Adam, load_checkpoint, save_checkpoint
+from hps_numba.server.registry import server_of
 
 __all__ = [
     "SGD",

@@ -10,8 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.tensorflow.operator import init_op
+from hps_numba.server.registry import config_of
 
 __all__ = ["Init", "replica_count"]
 

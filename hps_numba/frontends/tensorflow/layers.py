@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._row_training import NotedRows
-from hps_numba.frontends._servers import Config, config_of
 from hps_numba.frontends.tensorflow.lookup import (
     Table,
     clipped,
@@ -26,6 +25,7 @@ from hps_numba.frontends.tensorflow.training import (
     trained_lookup,
     trained_lookup_sparse,
 )
+from hps_numba.server.registry import Config, config_of
 
 __all__ = ["LookupCollection", "LookupLayer", "SparseLookupLayer"]
 

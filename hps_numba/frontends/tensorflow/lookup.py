@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from hps_numba.errors import ConfigError, KeyDtypeError
 from hps_numba.frontends._requests import Request, Wanted
-from hps_numba.frontends._servers import Config, config_of
 from hps_numba.frontends.tensorflow.initialize import replica_count
 from hps_numba.frontends.tensorflow.operator import lookup_op
+from hps_numba.server.registry import Config, config_of
 
 __all__ = [
     "COMBINERS",

@@ -18,11 +18,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import script_ops  # where the callbacks of py_function are kept
 
+from hps_numba.arrays.host import ArrayKind, wrap_output
 from hps_numba.errors import HpsError
 from hps_numba.frontends._requests import Request, answer
-from hps_numba.frontends._servers import SERVERS
 from hps_numba.frontends.tensorflow.on_gpu import rows_on_gpu
-from hps_numba.interop import ArrayKind, wrap_output
+from hps_numba.server.registry import SERVERS
 
 __all__ = ["INIT_TOKEN", "LOOKUP_TOKEN", "init_op", "lookup_op", "python_op"]
 

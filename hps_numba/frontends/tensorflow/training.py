@@ -22,15 +22,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hps_numba import train
-from hps_numba.checkpoints import load_trained, save_trained
+from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends._row_training import NotedRows, RowOptimizer, noted_rows
 from hps_numba.frontends.tensorflow.lookup import Table, check_sparse, clipped, embedding_lookup
 from hps_numba.frontends.tensorflow.operator import python_op
-from hps_numba.initializers import Initializer, Normal, Uniform, Zeros, as_initializer
-from hps_numba.interop import as_keys
+from hps_numba.training import trainer
+from hps_numba.training.checkpoints import load_trained, save_trained
+from hps_numba.training.initializers import Initializer, Normal, Uniform, Zeros, as_initializer
 
 __all__ = [
     "SGD",
@@ -88,7 +88,7 @@ def config_of_initializer(initializer: Initializer | None) -> dict[str, Any] | N
 def _create(request: Any, initializer: Any, keys: Any) -> np.ndarray:
     ((server, wanted),) = tables_of(bytes(request))
     flat = as_keys(keys, wide=server.config.supportlonglong).flat
-    train.create_rows(server, wanted.model, wanted.table, flat, _initializers[bytes(initializer).decode()])
+    trainer.create_rows(server, wanted.model, wanted.table, flat, _initializers[bytes(initializer).decode()])
     return np.asarray(keys)
 
 
@@ -207,21 +207,21 @@ class SGD(_Optimizer):
     """``row -= lr * gradient``, for the trained tables of layers or models."""
 
     def __init__(self, layers: Any, lr: float = 0.01) -> None:
-        super().__init__(layers, train.Sgd, lr=lr)
+        super().__init__(layers, trainer.Sgd, lr=lr)
 
 
 class Adagrad(_Optimizer):
     """Row-wise Adagrad: one number is kept a row, the sum of the mean squares of its gradients."""
 
     def __init__(self, layers: Any, lr: float = 0.01, *, eps: float = 1e-10, initial_accumulator_value: float = 0.0) -> None:
-        super().__init__(layers, train.Adagrad, lr=lr, eps=eps, initial_accumulator_value=initial_accumulator_value)
+        super().__init__(layers, trainer.Adagrad, lr=lr, eps=eps, initial_accumulator_value=initial_accumulator_value)
 
 
 class Adam(_Optimizer):
     """Lazy Adam: only rows that have a gradient move, and only their means are renewed."""
 
     def __init__(self, layers: Any, lr: float = 0.001, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
-        super().__init__(layers, train.Adam, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
+        super().__init__(layers, trainer.Adam, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
 
 
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:

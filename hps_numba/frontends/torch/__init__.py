@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 
-from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.bag import HPSEmbeddingBag
 from hps_numba.frontends.torch.checkpoints import load_checkpoint, save_checkpoint
@@ -22,6 +21,7 @@ from hps_numba.frontends.torch.layer import Init, LookupLayer
 from hps_numba.frontends.torch.optimizers import SGD, Adagrad, Adam
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import trained_rows
+from hps_numba.server.registry import server_of
 
 __all__ = [
     "SGD",

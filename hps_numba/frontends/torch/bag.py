@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from hps_numba.device_bags import MOST_KEYS
+from hps_numba.arrays.bags import MOST_KEYS
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
 from hps_numba.frontends.torch.pooling import COMBINERS, fused, fused_rows, pooled
 from hps_numba.frontends.torch.training import OneTableLayer
-from hps_numba.initializers import Initializer
+from hps_numba.training.initializers import Initializer
 
 __all__ = ["HPSEmbeddingBag"]
 

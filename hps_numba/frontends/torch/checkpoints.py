@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hps_numba.checkpoints import load_trained, save_trained
 from hps_numba.frontends.torch.optimizers import RowOptimizer
-from hps_numba.storage.checkpoint_files import CheckpointReader
+from hps_numba.training.checkpoint_files import CheckpointReader
+from hps_numba.training.checkpoints import load_trained, save_trained
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

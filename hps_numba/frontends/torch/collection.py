@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from hps_numba.device_bags import MOST_KEYS
+from hps_numba.arrays.bags import MOST_KEYS
 from hps_numba.errors import ClosedError, ConfigError
 from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
-from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
-from hps_numba.initializers import Initializer
-from hps_numba.threads import SPLIT_BYTES
+from hps_numba.runtime.threads import SPLIT_BYTES
+from hps_numba.server.registry import config_of
+from hps_numba.training.initializers import Initializer
 
 __all__ = ["LookupCollection"]
 

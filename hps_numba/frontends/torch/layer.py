@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._servers import server_of
 from hps_numba.frontends.torch.operator import rows_of
 from hps_numba.frontends.torch.training import OneTableLayer
-from hps_numba.initializers import Initializer
+from hps_numba.server.registry import server_of
+from hps_numba.training.initializers import Initializer
 
 __all__ = ["Init", "LookupLayer"]
 

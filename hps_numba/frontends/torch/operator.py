@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from hps_numba.cache import EmbeddingCache
+from hps_numba.arrays.buffer_pool import aligned_empty
+from hps_numba.arrays.cuda import FORMS
 from hps_numba.errors import ClosedError, ConfigError, KeyDtypeError
 from hps_numba.frontends._requests import Wanted, tables_of
-from hps_numba.interop_device import FORMS
-from hps_numba.parameter_server import HPS
-from hps_numba.table_groups import TogetherOnDevice
-from hps_numba.used_memory import aligned_empty
+from hps_numba.server.fused_tables import TogetherOnDevice
+from hps_numba.server.hps import HPS
+
+if TYPE_CHECKING:
+    from hps_numba.cache.cache import EmbeddingCache
 
 __all__ = [
     "KEY_TYPES",
@@ -106,7 +108,7 @@ def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
 
 
-OnDevice = TypeVar("OnDevice", EmbeddingCache, TogetherOnDevice)
+OnDevice = TypeVar("OnDevice", "EmbeddingCache", TogetherOnDevice)
 
 
 @dataclass(frozen=True, slots=True)

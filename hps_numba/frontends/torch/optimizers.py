@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from hps_numba import train
 from hps_numba.errors import ConfigError
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import trained_rows
+from hps_numba.training import trainer as row_training
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowOptimizer"]
 
@@ -52,13 +52,13 @@ class RowOptimizer(torch.optim.Optimizer):
     **Threads:** backwards go on beside a step; calls of one optimizer take turns.
     """
 
-    _rule: ClassVar[Callable[..., train.Rule]]
+    _rule: ClassVar[Callable[..., row_training.Rule]]
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, reduction: str | None, process_group: Any) -> None:
         if reduction not in _REDUCTIONS:
             raise ConfigError(f"reduction: {reduction!r} came, one of 'mean', 'sum' or None is wanted")
         self._reduction = None if reduction is None else (reduction, process_group)
-        self._trainers: dict[int, train.RowTrainer] = {}
+        self._trainers: dict[int, row_training.RowTrainer] = {}
         self._rule_of({**defaults})
         groups: list[Any] = list(params) if isinstance(params, Iterable) and not isinstance(params, torch.Tensor) else [params]
         super().__init__(groups if groups and isinstance(groups[0], dict) else [{"params": groups}], defaults)
@@ -73,9 +73,9 @@ class RowOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         for rows in found:
             rows.reduction, rows.unclaimed = self._reduction, False
-            self._trainers[id(rows)] = train.RowTrainer(rows.server, rows.model, rows.table, rule)
+            self._trainers[id(rows)] = row_training.RowTrainer(rows.server, rows.model, rows.table, rule)
 
-    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+    def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _tables(self) -> list[Rows]:
         return [rows for group in self.param_groups for rows in group["params"]]
 
-    def trainers(self) -> list[train.RowTrainer]:
+    def trainers(self) -> list[row_training.RowTrainer]:
         """Of each table, in the order of groups."""
         return [self._trainers[id(rows)] for rows in self._tables()]
 
@@ -169,8 +169,8 @@ class SGD(RowOptimizer):
     def __init__(self, params: Params, lr: float = 1e-3, *, reduction: str | None = "mean", process_group: Any = None) -> None:
         super().__init__(params, {"lr": lr}, reduction=reduction, process_group=process_group)
 
-    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
-        return train.Sgd(float(group["lr"]))
+    def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
+        return row_training.Sgd(float(group["lr"]))
 
 
 class Adagrad(RowOptimizer):
@@ -193,8 +193,8 @@ class Adagrad(RowOptimizer):
         defaults = {"lr": lr, "eps": eps, "initial_accumulator_value": initial_accumulator_value}
         super().__init__(params, defaults, reduction=reduction, process_group=process_group)
 
-    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
-        return train.Adagrad(float(group["lr"]), float(group["eps"]), float(group["initial_accumulator_value"]))
+    def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
+        return row_training.Adagrad(float(group["lr"]), float(group["eps"]), float(group["initial_accumulator_value"]))
 
 
 class Adam(RowOptimizer):
@@ -215,6 +215,6 @@ class Adam(RowOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, reduction=reduction, process_group=process_group)
 
-    def _rule_of(self, group: Mapping[str, Any]) -> train.Rule:
+    def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
         beta1, beta2 = group["betas"]
-        return train.Adam(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))
+        return row_training.Adam(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from hps_numba.device_bags import EQUAL, OFFSETS32, OPEN_END
+from hps_numba.arrays.bags import EQUAL, OFFSETS32, OPEN_END
+from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.errors import ClosedError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch import operator
-from hps_numba.used_memory import aligned_empty
 
 __all__ = ["COMBINERS", "fused", "fused_rows", "pool_rows", "pooled"]
 

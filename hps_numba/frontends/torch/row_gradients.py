@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from hps_numba.errors import ClosedError, ConfigError, OutputError
-from hps_numba.forks import renew_after_fork
 from hps_numba.frontends._requests import tables_of
-from hps_numba.initializers import Initializer
-from hps_numba.parameter_server import HPS
-from hps_numba.train import summed_rows
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.server.hps import HPS
+from hps_numba.training.initializers import Initializer
+from hps_numba.training.trainer import summed_rows
 
 __all__ = ["Rows", "parameter_of"]
 

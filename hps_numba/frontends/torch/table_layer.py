@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hps_numba.checkpoints import set_rows
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, tables_of
+from hps_numba.training.checkpoints import set_rows
 
 __all__ = ["TableLayer"]
 

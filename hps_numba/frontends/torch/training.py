@@ -17,12 +17,12 @@ import torch
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import Request, Wanted, tables_of
-from hps_numba.frontends._servers import config_of
 from hps_numba.frontends.torch import operator, pooling
 from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
 from hps_numba.frontends.torch.table_layer import TableLayer
-from hps_numba.initializers import Initializer, as_initializer
-from hps_numba.train import create_rows
+from hps_numba.server.registry import config_of
+from hps_numba.training.initializers import Initializer, as_initializer
+from hps_numba.training.trainer import create_rows
 
 __all__ = ["OneTableLayer", "TrainableLayer", "trained_rows"]
 

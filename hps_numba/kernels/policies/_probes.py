@@ -6,13 +6,11 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hps_numba.cache_layout import WAYS
+from hps_numba.kernels.layouts.cache import WAYS
 from hps_numba.kernels.policies._functions import broken, does_not_compile, for_compiler
-
-if TYPE_CHECKING:
-    from hps_numba.kernels.policies._policy import Policy
+from hps_numba.kernels.policies._policy import Policy
 
 __all__ = ["check_compiled", "check_plain"]
 
@@ -35,11 +33,11 @@ def check_compiled(policy: Policy) -> None:
 
     A policy that is sound is remembered in the cache folder, so that the next process need not compile its functions again.
     """
-    from hps_numba.kernels import kernel_files
-    from hps_numba.kernels.compile import host_function
+    from hps_numba.kernels.compiler import disk_cache
+    from hps_numba.kernels.compiler.njit import host_function
 
-    sound = kernel_files.name_of("policy", f"{policy.digest} {_digest_of_this()}", ".object")
-    if kernel_files.find(sound) is not None:
+    sound = disk_cache.name_of("policy", f"{policy.digest} {_digest_of_this()}", ".object")
+    if disk_cache.find(sound) is not None:
         return
     for label, probes in _probes(policy).items():
         function = getattr(policy, label)
@@ -53,7 +51,7 @@ def check_compiled(policy: Policy) -> None:
             if not _is_same(answer, plain):
                 what = f"{_call(label, probe)} is {_told(label, plain)}, but compiled {_told(label, answer)}"
                 raise broken(policy.name, function, f"{what}, wanted the same with int64 arithmetic")
-    kernel_files.keep(sound, b"", "sound")
+    disk_cache.keep(sound, b"", "sound")
 
 
 def _digest_of_this() -> str:

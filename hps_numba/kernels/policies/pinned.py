@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hps_numba.errors import PolicyError
-from hps_numba.kernels.policies._policy import as_policy, load_policy, policy_with
+from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
 
 __all__ = ["Pinned", "pinned"]
 

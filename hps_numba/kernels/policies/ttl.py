@@ -10,7 +10,7 @@ begin anew after 1024 lives.
 
 from __future__ import annotations
 
-from hps_numba.kernels.policies._policy import policy_with
+from hps_numba.kernels.policies._load import policy_with
 
 __all__ = ["TTL", "ttl"]
 

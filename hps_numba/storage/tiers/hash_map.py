@@ -1,4 +1,4 @@
-"""``hash_map``: tables in the memory of this process, each a :class:`~hps_numba.storage.host_store.HostStore` (spec 8.3)."""
+"""``hash_map``: tables in the memory of this process, each a :class:`~hps_numba.storage.host.store.HostStore` (spec 8.3)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from hps_numba.config import VolatileDatabaseConfig
+from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import TierError
-from hps_numba.forks import renew_after_fork
-from hps_numba.memory import HostAllocator, PlainHostAllocator
-from hps_numba.storage.host_store import HostStore
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 
 __all__ = ["PART", "HashMapTier"]

@@ -1,0 +1,1 @@
+"""Arrays of any library at the edge: opened once, answered in the same kind."""

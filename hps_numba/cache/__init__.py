@@ -1,0 +1,1 @@
+"""The embedding cache of one table on one device, or on the CPU."""

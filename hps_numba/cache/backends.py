@@ -1,0 +1,317 @@
+"""Where a cache lives: a CUDA device, or the memory of the process (the CPU twin). One interface, the same kernels.
+
+On the CPU there are no streams: work is done when a call returns, and streams and events are 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from hps_numba.device import driver
+from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
+from hps_numba.kernels.compiler.specialize import HostKernel, KernelSpec, for_host
+from hps_numba.kernels.host.epoch import publish
+from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
+
+if TYPE_CHECKING:
+    from hps_numba.kernels.compiler.launch import KernelsInTurn, LoadedKernel, PreparedLookup
+
+__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
+
+_ALIGNMENT = 128  # a set never straddles more lines of memory than it must
+_LANES = 8
+LOOKUP_THREADS, OTHER_THREADS = 128, 256
+_KEYS_OF_LOOKUP, _ADVANCE_OF_INSERTION = 4, 6  # numbers of arguments
+
+
+class Memory(Protocol):
+    """Bytes at ``address``; ``release`` gives them back."""
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+
+    def release(self) -> None:
+        """Give the memory back; again does nothing."""
+
+
+class Kernel(Protocol):
+    """A kernel ready to be started."""
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = ..., rows: int = ...) -> None:
+        """Start it on a stream; does not wait."""
+
+
+class DevicePlace:
+    """A CUDA device. Raises ``DeviceError`` where the driver refuses, ``CapacityError`` where memory ends."""
+
+    def __init__(self, ordinal: int) -> None:
+        info = driver.device_info(ordinal)
+        self.ordinal: int | None = ordinal
+        self._capability = info.capability
+        self.copies = info.capability >= (8, 0)  # to shared memory by itself
+        self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
+        self._most_after = 4 * info.multiprocessors
+        self.serving_blocks = self._most_blocks
+        self._setup = driver.new_stream(ordinal)
+        self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
+        self.new_stream = partial(driver.new_stream, ordinal)
+        self.new_event = partial(driver.new_event, ordinal)
+        self._allocate = partial(driver.allocate, ordinal)
+
+    relaxed = staticmethod(driver.relaxed_capture)
+    is_capturing = staticmethod(driver.is_capturing)
+    fill = staticmethod(driver.fill)
+    copy = staticmethod(driver.copy)
+    to_place = staticmethod(driver.to_device)
+    to_host = staticmethod(driver.to_host)
+    destroy_stream = staticmethod(driver.destroy_stream)
+    synchronize = staticmethod(driver.synchronize)
+    record = staticmethod(driver.record)
+    wait = staticmethod(driver.wait)
+    event_done = staticmethod(driver.event_done)
+    wait_for = staticmethod(driver.wait_for)
+    destroy_event = staticmethod(driver.destroy_event)
+
+    def allocate(self, size: int, purpose: str) -> Memory:
+        """Cleared device memory."""
+        memory = self._allocate(size, purpose)
+        with self.current():
+            driver.fill(memory.address, 0, size, self._setup)
+            driver.synchronize(self._setup)
+        return memory
+
+    def copy_of(self, array: np.ndarray, stream: int) -> Memory:
+        """Device memory with what is in an array; waits."""
+        memory = self._allocate(array.nbytes, "arguments of a call")
+        driver.to_device(memory.address, array, stream)
+        return memory
+
+    def store_word(self, address: int, value: int, stream: int) -> None:
+        """Store an int64 for readers on the device; waits until they see it."""
+        driver.to_device(address, np.array([value], np.int64), stream)
+
+    def allocate_pinned(self, size: int, purpose: str) -> Memory:
+        """Pinned memory of the host."""
+        region: HostRegion = PinnedHostAllocator().reserve(size, purpose)
+        region.commit(size)
+        return region
+
+    def kernel(self, spec: KernelSpec) -> Kernel:
+        """From the process, from the cache folder, or compiled."""
+        from hps_numba.kernels.compiler.launch import load
+
+        assert self.ordinal is not None
+        with self.current(), self.relaxed():
+            return load(spec, self.ordinal, self._capability)
+
+    ready_kernel = kernel
+
+    def prepared_lookup(
+        self,
+        kernels: Sequence[Kernel | None],
+        launches: Sequence[tuple[Any, ...]],
+        stream: int,
+        event: int,
+        *,
+        group: int,
+        sets: int,
+        capacity: int,
+        touch_at: int,
+        insert_at: int,
+    ) -> PreparedLookup:
+        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow.
+
+        ``touch_at``, ``insert_at``: which of the kernels touch and insert, 0: none.
+        """
+        from hps_numba.kernels.compiler.launch import PreparedLookup
+
+        numbers = {
+            "keys_of_block": group * (LOOKUP_THREADS // 32),
+            "tiles_of_block": OTHER_THREADS // _LANES,
+            "most_blocks": self._most_after,
+            "few_blocks": self._few_blocks,
+            "sets": sets,
+            "capacity": capacity,
+        }
+        loaded = cast("Sequence[LoadedKernel]", kernels)
+        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION, "touch_at": touch_at, "insert_at": insert_at}
+        return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
+
+    def in_turn(self, kernels: Sequence[Kernel | None]) -> KernelsInTurn:
+        """Kernels of this device that are started one after the other."""
+        from hps_numba.kernels.compiler.launch import KernelsInTurn
+
+        return KernelsInTurn(cast("Sequence[LoadedKernel]", kernels))
+
+    @property
+    def context(self) -> int:
+        """Handle of the context of the device."""
+        assert self.ordinal is not None
+        return driver.context_of(self.ordinal)
+
+    def blocks(self, tiles: int, rows: int = 1) -> int:
+        """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus."""
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
+
+    def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
+        """``blocks`` of a kernel that follows a lookup of ``n`` keys and mostly finds nothing to do: fewer, unless ``n`` is
+        large, as starting them takes its time."""
+        most = min(self._most_after, max(self._few_blocks, n // KEYS_OF_A_BLOCK_AFTER))
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), most // rows))
+
+    def lookup_blocks(self, n: int, group: int) -> int:
+        """A warp for each group of keys."""
+        return -(-(-(-n // group) * 32) // LOOKUP_THREADS)
+
+    def close(self) -> None:
+        """Give back what the place itself holds."""
+        driver.destroy_stream(self._setup)
+
+
+class _HostMemory:
+    def __init__(self, size: int) -> None:
+        self._bytes: np.ndarray | None = np.zeros(size + _ALIGNMENT, np.uint8)
+        start: int = self._bytes.__array_interface__["data"][0]
+        self.address = -(-start // _ALIGNMENT) * _ALIGNMENT
+
+    def release(self) -> None:
+        self._bytes = None
+        self.address = 0
+
+
+class _Borrowed:
+    def __init__(self, array: np.ndarray) -> None:
+        self._array: np.ndarray | None = np.ascontiguousarray(array)
+        self.address: int = self._array.__array_interface__["data"][0]
+
+    def release(self) -> None:
+        self._array = None
+
+
+class _HostKernel:
+    def __init__(self, run: HostKernel, kinds: str) -> None:
+        self._run = run
+        self._before_words = kinds.find("t")
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
+        if self._before_words >= 0:
+            args = (*args[: self._before_words], args[self._before_words :])
+        self._run(*args)
+
+
+class HostPlace:
+    """The memory of the process; kernels run in the calling thread, without the GIL."""
+
+    ordinal: int | None = None
+    serving_blocks = 1
+    copies = True
+
+    def copy_of(self, array: np.ndarray, stream: int) -> Memory:
+        """The array itself."""
+        return _Borrowed(array)
+
+    def store_word(self, address: int, value: int, stream: int) -> None:
+        """Store an int64 at once for all readers, after all that was written before."""
+        publish(address, value)
+
+    def allocate(self, size: int, purpose: str) -> Memory:
+        """Cleared memory, taken as it is written."""
+        return _HostMemory(size)
+
+    allocate_pinned = allocate
+
+    def kernel(self, spec: KernelSpec) -> Kernel:
+        """Loaded or compiled on its first call."""
+        return _HostKernel(for_host(spec), spec.source.kinds)
+
+    def ready_kernel(self, spec: KernelSpec) -> Kernel:
+        """Loaded or compiled now."""
+        for_host(spec).ready()
+        return self.kernel(spec)
+
+    def blocks(self, tiles: int, rows: int = 1) -> int:
+        """One."""
+        return 1
+
+    def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
+        """One."""
+        return 1
+
+    def lookup_blocks(self, n: int, group: int) -> int:
+        """One."""
+        return 1
+
+    @property
+    def context(self) -> int:
+        """There is none."""
+        return 0
+
+    def current(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return _NOTHING
+
+    relaxed = current
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None:
+        """At once."""
+        ctypes.memset(address, byte, size)
+
+    def copy(self, dst: int, src: int, size: int, stream: int) -> None:
+        """At once."""
+        ctypes.memmove(dst, src, size)
+
+    def to_place(self, address: int, array: np.ndarray, stream: int) -> None:
+        """At once."""
+        array = np.ascontiguousarray(array)
+        ctypes.memmove(address, array.__array_interface__["data"][0], array.nbytes)
+
+    def to_host(self, array: np.ndarray, address: int, stream: int) -> None:
+        """At once."""
+        ctypes.memmove(array.__array_interface__["data"][0], address, array.nbytes)
+
+    def new_stream(self) -> int:
+        """The only one."""
+        return 0
+
+    new_event = new_stream
+
+    def destroy_stream(self, stream: int) -> None:
+        """Nothing to do, and so are the following."""
+
+    synchronize = destroy_event = wait_for = destroy_stream
+
+    def record(self, event: int, stream: int) -> None:
+        """Work is done already."""
+
+    wait = record
+
+    def event_done(self, event: int) -> bool:
+        """Work is done already."""
+        return True
+
+    def is_capturing(self, stream: int) -> bool:
+        """There are no graphs."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+_NOTHING = nullcontext()
+Place = DevicePlace | HostPlace
+
+
+def place_of(device: int | None) -> Place:
+    """The place of a cache: a CUDA device, or None for the CPU.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    return HostPlace() if device is None else DevicePlace(device)

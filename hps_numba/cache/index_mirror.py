@@ -1,0 +1,263 @@
+"""A copy of the host store's index in the memory of a device: a miss costs one read over the bus, of the row, and not two.
+
+*Why.* What limits reads of host memory from a device is not their bytes but how many addresses it can translate: the line of
+the index and the row are one each, and the second waits for the first. On an H200 a lookup that only misses brings 54 million
+rows of a table of 1 GiB (D=32) a second with the index in host memory, 98 million with the copy; a gather that knows the rows
+brings 117 million (``benchmarks/device/misses.py --paths``).
+
+*How it stays right.* The copy is of a moment and never changed. Before the writer of the store changes anything, the cache is
+led back to the host's own index, and the writer goes on when the device sees that: kernels that still read the copy are inside
+the guard of the store's epochs, so that no slot which the copy names is used again before they have left. Some time after the
+last change the index is copied anew; a store that is written all the time has no copy, and nothing is lost but time.
+
+*In which order misses are read.* Rows of a table that is larger than the memory whose addresses a device remembers come faster
+in the order of their addresses (``cache.miss_sorted``), unless rows are so wide that the bus is the limit. The copy tells
+where each is, so ``scattered`` says when that pays.
+
+*What it costs.* As many bytes of the device as the index has, 21 to 32 for a row of the table, of all caches together at most
+1/16 of the device, and only where as much again stays free.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from hps_numba.cache.backends import Memory, Place
+from hps_numba.cache.store_link import HostLink
+from hps_numba.device import driver
+from hps_numba.device.host_memory import human_bytes
+from hps_numba.errors import CapacityError
+from hps_numba.kernels.layouts.cache import REGIONS
+from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.timer import Timer
+from hps_numba.storage.host.store import HostStore
+
+__all__ = ["IndexCopy", "is_scattered", "may_copy", "most_bytes"]
+
+log = logging.getLogger(__name__)
+_SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
+_QUIET_SECONDS = 0.1  # without a change, before the index is copied again
+_OF_THE_TIME = 20  # copying takes at most one part of the time
+_SOON_SECONDS = 1e-3
+_READERS_SECONDS = 1.0
+_AGAIN_SECONDS = 5.0  # after a copy that could not be made
+# From rates of random rows of 128 and 512 bytes in tables of 0.25, 1 and 4 GiB, on an H200 (docs/performance.md, "Misses").
+_REMEMBERED_BYTES = 700 << 20  # of host memory whose addresses a device remembers
+_TRANSLATIONS = 40e6  # a second, of others
+_BUS = 50e9  # bytes a second
+
+_timer = Timer("copying")
+atexit.register(_timer.close)
+_taken: dict[int, int] = {}  # bytes of copies on each device
+_taking = threading.Lock()
+_numbers = itertools.count()
+
+
+def may_copy(kind: str, whole: bool, miss_path: str) -> bool:
+    """A cache of this kind, over a host store, has a copy; one that has all rows from the start misses nothing."""
+    return miss_path == "auto" and kind != "static" and not whole
+
+
+def most_bytes(total: int) -> int:
+    """Bytes that copies of indexes take at most on a device with so many."""
+    return total // _SHARE
+
+
+def is_scattered(slots: int, row_bytes: int) -> bool:
+    """Random rows of such a table come as fast as their addresses are translated, which is slower than the bus."""
+    others = 1 - _REMEMBERED_BYTES / max(1, slots * row_bytes)  # share of rows whose address is not remembered
+    return others > 0 and _TRANSLATIONS / others * row_bytes < _BUS
+
+
+def _shift_of(slots: int) -> int:
+    """By how many bits slots are shifted so that they give at most ``REGIONS`` regions of the rows."""
+    return max(0, (slots - 1).bit_length() - (REGIONS - 1).bit_length())
+
+
+class IndexCopy:
+    """The copy for one cache, and when it is made: on a device by itself, on the CPU only when ``make`` is called.
+
+    Args:
+        place: of the cache.   link: of the cache to the store.   name: of the table.
+        needed: the cache may miss rows; asked before a copy is made by itself.
+
+    **Threads:** all methods.
+    """
+
+    def __init__(self, place: Place, link: HostLink, store: HostStore, name: str, needed: Callable[[], bool]) -> None:
+        self._place, self._link, self._store, self._needed = place, link, store, needed
+        self.name = f"{name}, copy {next(_numbers)} of the index"
+        self._memory: Memory | None = None
+        self._size = 0  # of the memory
+        self._lent = False  # kernels may be led to the copy
+        self._scattered = False
+        self._tag = 0  # epoch until which they were
+        self._seconds = 0.0  # that the last copy took
+        self._refused = 0  # bytes that were not to be had, when that was last said
+        self._closed = self._due = False
+        self._changed = time.monotonic()  # when the store was, last
+        self._by_itself = place.ordinal is not None
+        self._stream = place.new_stream()
+        self._making = threading.RLock()
+        renew_after_fork(self)
+        store.watch_turns(self.withdraw)
+        self.make_later()
+
+    def renew(self) -> None:
+        """In a forked child: the device is the parent's, and so is a copy there; one in host memory is the child's too."""
+        self._making = threading.RLock()
+        self._due = False
+        if self._place.ordinal is not None:
+            self._lent = self._by_itself = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory that the copy takes."""
+        return self._size
+
+    @property
+    def is_used(self) -> bool:
+        """Lookups read the copy; false from a change of the table until the next copy."""
+        return self._lent
+
+    @property
+    def scattered(self) -> bool:
+        """There is a copy, and rows that it names are better read in the order of their addresses."""
+        return self._lent and self._scattered
+
+    def withdraw(self) -> None:
+        """Lead the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
+        if self._lent and self._link.lead(self._store.block):
+            self._tag = self._store.epochs.advance()
+            self._lent = False  # last: a writer that is interrupted before, or could not tell the device, does it again
+        self._changed = time.monotonic()
+        if not self._due:  # a writer that has many turns asks once
+            self.make_later()
+
+    def make_later(self) -> None:
+        """Copy the index when nothing has changed for a while."""
+        if self._by_itself and not self._closed:
+            self._due = True
+            self._call_in(self._changed + self._pause() - time.monotonic())
+
+    def _pause(self) -> float:
+        """Seconds for which nothing is to change before the index is copied."""
+        return max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds)
+
+    def _call_in(self, seconds: float) -> None:
+        """Let the timer call after so many seconds; it keeps nothing alive that was dropped without ``close``."""
+        mine = weakref.WeakMethod(self._make_if_quiet)
+
+        def call() -> None:
+            make = mine()
+            if make is not None:
+                make()
+
+        _timer.add(self.name, call, delay=max(seconds, _SOON_SECONDS))
+
+    def _make_if_quiet(self) -> None:
+        self._due = False
+        if time.monotonic() - self._changed < self._pause():
+            self.make_later()
+        elif self._needed() and not self.make() and not self._due and not self._closed:
+            self._due = True
+            self._call_in(_AGAIN_SECONDS)
+
+    def make(self) -> bool:
+        """Copy the index now and lead the cache to the copy, unless it is there already; returns whether it is now.
+
+        False: the store was changed meanwhile or is closed, or the device has no room; the cache works on without a copy.
+        """
+        with self._making:
+            if self._closed or self._link.problem is not None:
+                return False
+            if self._lent:
+                return True
+            with self._store.at_rest() as (turn, block):
+                size = 0 if block == 0 else index_bytes(ctypes.c_int64.from_address(block + META_LINES).value)
+            return size > 0 and self._has_room(size) and self._copy(turn, size)
+
+    def _has_room(self, size: int) -> bool:
+        """See that there is memory for a copy which no kernel reads any more."""
+        if self._memory is not None and not self._store.epochs.wait(self._tag, _READERS_SECONDS):
+            return False
+        if self._size >= size:
+            return True
+        with self._place.current():
+            self._release()
+            try:
+                self._take(size)
+            except CapacityError as problem:
+                if size > self._refused:
+                    log.info("%s", problem)
+                self._refused = max(size, self._refused)
+                return False
+        return True
+
+    def _take(self, size: int) -> None:
+        if self._place.ordinal is not None:
+            total, free = driver.device_info(self._place.ordinal).total_bytes, driver.free_bytes(self._place.ordinal)
+            with _taking:
+                taken = _taken.get(self._place.ordinal, 0)
+                if taken + size > most_bytes(total) or free - size < most_bytes(total):
+                    raise CapacityError(
+                        f"{self.name}: {human_bytes(size)} of device {self._place.ordinal} wanted, where all copies may take "
+                        f"{human_bytes(most_bytes(total))} and {human_bytes(taken)} are taken, {human_bytes(free)} are free"
+                    )
+                _taken[self._place.ordinal] = taken + size
+        self._size = size
+        try:
+            self._memory = self._place.allocate(size, self.name)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        memory, size, self._memory, self._size = self._memory, self._size, None, 0
+        if size and self._place.ordinal is not None:
+            with _taking:
+                _taken[self._place.ordinal] -= size
+        if memory is not None:
+            memory.release()
+
+    def _copy(self, turn: int, size: int) -> bool:
+        """Copy the index of a turn, of so many bytes; False if another has begun."""
+        memory = self._memory
+        assert memory is not None
+        started = time.monotonic()
+        with self._place.current(), self._place.relaxed(), ExitStack() as held:
+            with self._store.at_rest() as (now, block):
+                if block == 0 or now != turn:
+                    return False
+                held.enter_context(self._store.reading())  # what is in force now stays in memory
+            self._place.copy(memory.address, block, size, self._stream)
+            self._place.synchronize(self._stream)
+        with self._store.at_rest() as (now, still):  # and, in the same turn, is in force
+            if still != block or now != turn:
+                return False
+            self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
+            self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
+            if not self._link.lead(block, memory.address, _shift_of(self._store.slots)):
+                return False
+        self._seconds = time.monotonic() - started
+        log.debug("%s: %s in %.3g s", self.name, human_bytes(size), self._seconds)
+        return True
+
+    def close(self) -> None:
+        """Give the memory back; when no kernel of the cache runs."""
+        self._closed = True
+        _timer.remove(self.name)
+        self._store.unwatch_turns(self.withdraw)
+        with self._making, self._place.current():
+            self._lent = False
+            self._release()
+            self._place.destroy_stream(self._stream)

@@ -1,0 +1,322 @@
+"""How the rows that a cache misses come from host memory: read in place by the device, or gathered first by host threads.
+
+*direct*: the kernel of the lookup finds the row in the index of the host store and reads it. Nothing waits. With a copy of the
+index on the device (``cache.index_mirror``, ``auto``) only the row comes over the bus, and large batches read rows in the order
+of their addresses (``kernels.cache.miss_sorted``).
+
+*staged*: the kernel lists the keys that it misses, the host waits for the number of them (the only wait), and its threads
+gather rows into pinned memory, a piece at a time; a kernel brings each piece to its places in the answer, while the next one is
+being gathered. Then insertion goes on as ever. For hosts with idle cores and devices without room for a copy of the index: from
+tables of several GiB cores find rows faster than a device that has to translate every address.
+
+*Why the pieces are not copied to the device first.* A kernel has to bring each row to its place anyway, and reads rows that lie
+side by side in pinned memory as fast as a copy does; so nothing is written to memory of the device only to be read again.
+
+*What is inserted is what the host store has*, as for direct reads. Insertion looks whether a change of the table was announced
+(``STATE_CHANGES``) since before the rows were read, and only then over the bus whether the index word is still the
+one of the gathering. So what a batch costs does not grow by a read over the bus for each newcomer.
+
+Pooled lookups and lookups of several tables in one launch are direct, and so is all that a graph captures: a graph cannot wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hps_numba.cache.backends import Kernel, Memory, Place
+from hps_numba.cache.workspace import Scratch
+from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.host.epoch import count
+from hps_numba.kernels.layouts.cache import (
+    MISSED_BYTES,
+    MISSED_COUNT,
+    MISSED_KEYS,
+    MISSED_SELF,
+    SCRATCH_CHANGES,
+    SCRATCH_MISSED,
+    SCRATCH_OWN_LIST,
+    STATE_CHANGES,
+)
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.storage.host.store import HostStore
+
+__all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "least_staged"]
+
+MISS_PATHS = ("direct", "staged", "auto")
+NEVER = sys.maxsize
+
+# ``auto`` never stages today: reads by a copied index were faster in every case, from tables of 1 and 4 GiB, on a host of 32
+# cores that had nothing else to do (docs/performance.md, "Misses"; ``benchmarks/device/misses.py --paths``). Who has idle cores
+# and no room for the copy asks for ``staged``. The rule stays for hosts where it is otherwise.
+#: keys of a batch from which on a wait and a hand-over to threads cost less than they save
+STAGED_KEYS = 65_536
+#: the same where slower tiers stand behind host memory, for whose sake the lookup waits anyway
+STAGED_KEYS_BEHIND = 32_768
+#: bytes of the rows of a table from which on
+STAGED_TABLE_BYTES = NEVER
+
+#: bytes of rows that are gathered at a time: few enough to stay in the cache of the host, and to begin soon
+PIECE_BYTES = 16 << 20
+LEAST_PIECE_BYTES = 4 << 20
+_PIECES = 3  # that a batch is cut into at least, if they are not too small
+_BUFFERS = 3  # one is being gathered, one read; one more, as neither takes always the same time
+_LEAST = 256
+
+
+def least_staged(path: str) -> int:
+    """Keys of the smallest batch that may be staged."""
+    return {"direct": NEVER, "staged": 1, "auto": min(STAGED_KEYS, STAGED_KEYS_BEHIND)}[path]
+
+
+def is_staged(n: int, *, rows: int, row_bytes: int, ways: int, behind: bool) -> bool:
+    """What ``auto`` chooses for ``n`` keys of a table, from what is known without a wait.
+
+    Args:
+        rows, row_bytes: of the table in host memory.   ways: of the cache; one that has room for all rows misses hardly any.
+        behind: there are slower tiers.
+    """
+    least = STAGED_KEYS_BEHIND if behind else STAGED_KEYS
+    return n >= least and rows > ways and rows * row_bytes >= STAGED_TABLE_BYTES
+
+
+class _Staging:
+    """Memory of one staged batch at a time: its list of missed keys, and buffers for pieces of rows.
+
+    For ``n`` keys, rounded up: 16 bytes each of the device, 8 bytes each of pinned memory, and there _BUFFERS x PIECE_BYTES.
+
+    **Threads:** one at a time.
+    """
+
+    def __init__(self, place: Place, dim: int, n: int, name: str) -> None:
+        self._place = place
+        self.limit = max(_LEAST, 1 << (n - 1).bit_length())
+        self.rows = max(1, min(self.limit, PIECE_BYTES // (4 * dim)))  # of a buffer
+        self._memories: list[Memory] = []
+        self._events: list[int] = []
+        self._turn = 0
+        try:
+            entries = self._take(place.allocate(MISSED_BYTES + 16 * self.limit, f"{name}: list of missed keys"))
+            keys = self._take(place.allocate_pinned(8 * self.limit, f"{name}: missed keys"))
+            size = _up(4 * dim * self.rows) + 8 * self.rows
+            buffers = [self._take(place.allocate_pinned(size, f"{name}: rows for the device")) for _ in range(_BUFFERS)]
+            self._events += [place.new_event() for _ in range(_BUFFERS)]
+        except BaseException:
+            self.release()
+            raise
+        self.address, self.entries = entries, entries + MISSED_BYTES
+        self.bytes = MISSED_BYTES + 16 * self.limit
+        self.keys = _array(keys, np.int64, (self.limit,))
+        self._buffers = [
+            (_array(start, np.float32, (self.rows, dim)), _array(start + _up(4 * dim * self.rows), np.int64, (self.rows,)))
+            for start in buffers
+        ]
+        self._header = np.zeros(MISSED_BYTES // 8, np.int64)
+        self._header[[MISSED_KEYS // 8, MISSED_SELF // 8]] = keys, entries
+        self._begun = False
+
+    def _take(self, memory: Memory) -> int:
+        self._memories.append(memory)
+        return memory.address
+
+    def begin(self, stream: int) -> None:
+        """The list is empty, behind the work on the stream and behind that of the batch before."""
+        if not self._begun:
+            self._place.to_place(self.address, self._header, stream)
+            self._begun = True
+            return
+        self._place.wait(stream, self._events[self._turn - 1])  # the last that was recorded
+        self._place.fill(self.address + MISSED_COUNT, 0, 8, stream)
+
+    def missed(self, stream: int) -> int:
+        """How many keys are on the list: the wait of a staged batch."""
+        word = np.empty(1, np.int64)
+        self._place.to_host(word, self.address + MISSED_COUNT, stream)
+        return int(word[0])
+
+    def buffer(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(rows, words)`` to be written, as soon as the device has read what was there."""
+        self._place.wait_for(self._events[self._turn])
+        return self._buffers[self._turn]
+
+    def sent(self, stream: int) -> None:
+        """The stream has the work that reads the buffer."""
+        self._place.record(self._events[self._turn], stream)
+        self._turn = (self._turn + 1) % _BUFFERS
+
+    def release(self) -> None:
+        """Give everything back, after the device has read all."""
+        for event in self._events:
+            self._place.wait_for(event)
+            self._place.destroy_event(event)
+        for memory in self._memories:
+            memory.release()
+        self._events, self._memories = [], []
+
+
+class StagedMisses:
+    """What a cache needs to be answered through its host store by host threads.
+
+    Args:
+        parts: addresses of lines and rows of the cache, number of sets, address of its state.
+        always: stage every batch, else as ``is_staged`` says.   ways: rows that the cache has room for.
+
+    **Threads:** any number of batches at a time; ``close`` after them.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        parts: tuple[int, int, int, int],
+        store: HostStore,
+        *,
+        always: bool,
+        ways: int,
+        fixed: bool,
+        default: float,
+        name: str,
+    ) -> None:
+        self._place, self._store, self._name = place, store, name
+        self._lines, _, self._sets, self._state = parts
+        self._always, self._ways, self._fixed, self._default = always, ways, fixed, default
+        self._kernels: dict[tuple[bool, str, bool], Kernel] = {}
+        self._staged = np.zeros(1, np.int64)
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Own no memory, as at the start and in a forked child."""
+        self._all: list[_Staging] = []
+        self._idle: deque[_Staging] = deque()
+
+    def takes(self, n: int, *, behind: bool) -> bool:
+        """Whether a batch of ``n`` keys is staged, outside of graphs."""
+        return self._always or is_staged(
+            n, rows=len(self._store), row_bytes=4 * self._store.dim, ways=self._ways, behind=behind
+        )
+
+    @property
+    def batches(self) -> int:
+        """Batches that were staged so far."""
+        return int(self._staged[0])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes where the cache lives."""
+        return sum(staging.bytes for staging in tuple(self._all))
+
+    def answer(
+        self,
+        list_misses: Callable[[], None],
+        scratch: Scratch,
+        n: int,
+        out: int,
+        stream: int,
+        *,
+        built: tuple[str, bool],
+        counted: bool,
+    ) -> None:
+        """Write the answer of a batch in stream order, and list what is to be inserted.
+
+        Args:
+            list_misses: starts ``list_kernel`` with this scratch on the stream, which writes what the cache has to ``out``.
+            built: type of the answer, and whether it is 16-byte aligned.
+            counted: the policy counts how often newcomers were asked for.
+
+        Raises:
+            ClosedError: the store was closed.   CapacityError: no memory.   DeviceError: the driver refused.
+        """
+        place = self._place
+        staging = self._take(n)
+        done = False
+        try:
+            place.copy(scratch.address + SCRATCH_CHANGES, self._state + STATE_CHANGES, 8, stream)
+            staging.begin(stream)
+            place.copy(scratch.address + SCRATCH_MISSED, staging.address + MISSED_SELF, 8, stream)
+            list_misses()
+            kernel = self._kernel(counted, *built)
+            missed = staging.missed(stream)
+            step = self._step(missed, staging.rows)
+            for start in range(0, missed, step):
+                self._send(staging, kernel, scratch, start, min(step, missed - start), out, stream)
+            done = True
+        finally:
+            if not done:
+                place.synchronize(stream)  # a kernel may read a buffer for which no event was recorded
+            self._idle.append(staging)
+        count(self._staged.ctypes.data, 1)
+
+    def _step(self, missed: int, most: int) -> int:
+        """Rows of a piece."""
+        row_bytes = 4 * self._store.dim
+        return max(1, min(most, max(-(-missed // _PIECES), LEAST_PIECE_BYTES // row_bytes)))
+
+    def _send(self, staging: _Staging, kernel: Kernel, scratch: Scratch, start: int, n: int, out: int, stream: int) -> None:
+        """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that takes them to their places."""
+        rows, words = staging.buffer()
+        _, content = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], self._default)
+        at = (staging.entries + 16 * start, _address(words), _address(rows), content, n, out)
+        kernel.launch(self._place.blocks(n), stream, self._lines, self._sets, self._state, scratch.address, *at)
+        staging.sent(stream)
+
+    def end(self, scratch: Scratch, stream: int) -> None:
+        """The insertion is on the stream: the next batch of the scratch is another one."""
+        self._place.fill(scratch.address + SCRATCH_CHANGES, 0, 8, stream)
+        self._place.copy(scratch.address + SCRATCH_MISSED, scratch.address + SCRATCH_OWN_LIST, 8, stream)
+
+    def _kernel(self, counted: bool, out_type: str, aligned: bool) -> Kernel:
+        shape = (counted, out_type, aligned)
+        kernel = self._kernels.get(shape)
+        if kernel is None:
+            spec = KernelSpec(
+                name="answer_missed_kernel",
+                dim=self._store.dim,
+                policy=load_policy("lfu" if counted else "fifo"),  # one that counts, or does not
+                fixed=self._fixed,
+                out_type=out_type,
+                out_vector=aligned,
+            )
+            kernel = self._kernels[shape] = self._place.kernel(spec)
+        return kernel
+
+    def _take(self, n: int) -> _Staging:
+        """Memory for a batch of ``n`` keys; what is too small is given back."""
+        while self._idle:
+            try:
+                staging = self._idle.pop()
+            except IndexError:  # another thread was faster
+                break
+            if n <= staging.limit:
+                return staging
+            self._all.remove(staging)
+            staging.release()
+        staging = _Staging(self._place, self._store.dim, n, self._name)
+        self._all.append(staging)
+        return staging
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for staging in self._all:
+            staging.release()
+        self.renew()
+
+
+def _up(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _array(address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory at an address, which outlives the array."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)

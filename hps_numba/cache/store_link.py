@@ -1,0 +1,145 @@
+"""The way from a cache to the host store behind it, and what keeps the store from freeing what a device reads.
+
+*Which index is in force.* A word in the state of the cache leads to a descriptor (index block or a copy of it, its lines, the
+rows). When the store puts another index in force, the next descriptor of a ring is filled and then the word swung, so a kernel
+sees one of the two and never half of each.
+
+*When may memory go.* Warps count themselves in and out, in many stripes, so that counting costs no contention. A stripe whose
+count of those that left, read first, equals that of those that entered, read second, had nobody inside in between. Once every
+stripe was seen so since an epoch was current, all that was out of force before that epoch is free. Turned down: an event for
+each call (a replay of a captured graph records none) and waiting for streams (the writer would wait for the device).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import threading
+import time
+
+import numpy as np
+
+from hps_numba.cache.backends import Place
+from hps_numba.errors import HpsError
+from hps_numba.kernels.layouts.cache import (
+    DESC_BLOCK,
+    DESC_BYTES,
+    DESC_LINES,
+    DESC_ROWS,
+    DESC_SHIFT,
+    GUARD_ENTERED,
+    GUARD_LEFT,
+    GUARD_STRIPES,
+    HOST_RING,
+    RING_ENTRIES,
+    STATE_HOST,
+)
+from hps_numba.kernels.layouts.host_store import META_LINES, META_ROWS
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.storage.host.store import HostStore
+
+__all__ = ["HostLink"]
+
+log = logging.getLogger(__name__)
+_POLL_SECONDS = 1e-3
+
+
+class HostLink:
+    """The link of one cache to its store; on a device also the guard of the store's epochs.   **Threads:** all methods.
+
+    ``problem`` is what kept the device from being told of a new index: its cache must not be read any more.
+    """
+
+    def __init__(self, place: Place, state: int, store: HostStore) -> None:
+        self._place, self._state, self._store = place, state, store
+        self._stream = place.new_stream()
+        self._entry = 0
+        self.problem: HpsError | None = None
+        self._closed = False
+        self._free = 0  # epochs below this one are over
+        self._round = 0
+        self._inside = np.zeros(0, np.intp)  # stripes not yet seen without anybody inside in this round
+        self._polled = 0.0
+        self.renew()
+        renew_after_fork(self)
+        if place.ordinal is not None:
+            store.epochs.add_guard(self)
+        store.watch(self.follow)
+
+    def renew(self) -> None:
+        """Make the lock anew, as a forked child has to; devices are the parent's."""
+        self._polling = threading.Lock()
+
+    # -- the index in force -----------------------------------------------------------------------------------------------
+
+    def follow(self, block: int) -> None:
+        """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
+        self.lead(block)
+
+    def lead(self, block: int, copy: int = 0, shift: int = -1) -> bool:
+        """``follow``, to a ``copy`` of the index where the cache lives if there is one; False: the device could not be told.
+
+        ``shift``: of slots, to their regions of the rows (``kernels.layouts.cache.REGIONS``). By one thread at a time.
+        """
+        try:
+            with self._place.current():
+                described = self._describe(block, copy, shift) if block else 0
+                self._place.store_word(self._state + STATE_HOST, described, self._stream)
+        except HpsError as problem:
+            self.problem = problem
+            log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
+            return False
+        return True
+
+    def _describe(self, block: int, copy: int, shift: int) -> int:
+        """Fill the next descriptor of the ring; returns its address."""
+        descriptor = np.zeros(DESC_BYTES // 8, np.int64)
+        descriptor[DESC_BLOCK // 8] = copy or block
+        descriptor[DESC_LINES // 8] = ctypes.c_int64.from_address(block + META_LINES).value
+        descriptor[DESC_ROWS // 8] = ctypes.c_int64.from_address(block + META_ROWS).value
+        descriptor[DESC_SHIFT // 8] = shift
+        address = self._state + HOST_RING + DESC_BYTES * self._entry
+        self._entry = (self._entry + 1) % RING_ENTRIES
+        self._place.to_place(address, descriptor, self._stream)
+        return address
+
+    # -- readers on the device ------------------------------------------------------------------------------------------------
+
+    def oldest(self, now: int) -> int:
+        """The oldest epoch that kernels may still be in (``epochs.Guard``); looks at the device once a millisecond at most."""
+        if self._closed or sys.is_finalizing():
+            return now
+        if self._polling.acquire(blocking=False):
+            try:
+                if time.monotonic() - self._polled >= _POLL_SECONDS:
+                    self._poll(now)
+                    self._polled = time.monotonic()
+            finally:
+                self._polling.release()
+        return self._free
+
+    def _poll(self, now: int) -> None:
+        if not len(self._inside):  # a new round
+            self._round, self._inside = now, np.arange(GUARD_STRIPES)
+        left, entered = np.empty(GUARD_STRIPES, np.uint32), np.empty(GUARD_STRIPES, np.uint32)
+        try:
+            with self._place.current():
+                self._place.to_host(left, self._state + GUARD_LEFT, self._stream)
+                self._place.to_host(entered, self._state + GUARD_ENTERED, self._stream)
+        except HpsError as problem:  # no kernel runs on a device that failed
+            log.warning("%s: the device is no longer asked who reads: %s", self._store.name, problem)
+            self.problem, self._closed = problem, True
+            self._free = now
+            return
+        self._inside = self._inside[left[self._inside] != entered[self._inside]]
+        if not len(self._inside):
+            self._free = self._round
+
+    def close(self) -> None:
+        """Follow the store no more, and keep nothing of it; when no kernel of the cache runs."""
+        self._store.unwatch(self.follow)
+        self._closed = True
+        self._store.epochs.remove_guard(self)
+        with self._polling:
+            self._place.destroy_stream(self._stream)

@@ -1,0 +1,1 @@
+"""CUDA devices through the driver: contexts, streams, events, memory of device and host."""

@@ -1,0 +1,313 @@
+"""Where bytes live: reserved address ranges of host memory, how much is in use, how much the machine has.
+
+*Why reserve and commit.* Rows of a table must never move (a kernel may be reading them) and yet the table grows. A region
+reserves addresses for all it may ever hold, which costs nothing, and takes memory page by page as rows are written; so the
+address of a row is ``base + slot * row_bytes`` for ever. A pinned or shared allocator does its work in ``commit``.
+Regions of 4 MiB and more ask for 2 MB pages: random reads of a large table are bound by address translation otherwise.
+
+*Pinned memory and forks.* A pinned region is private memory like any other, registered piece by piece. When the process
+forks, Linux (5.10 and later) gives the child copies of registered pages at once instead of when one side writes: devices and
+parent go on sharing the same pages, and the child reads its own copy from the CPU. So a fork takes as much memory again as is
+pinned; older kernels may give the parent the copy, so fork there before a server is opened, or use spawn. Turned down: leaving
+the pages out of the child (``MADV_DONTFORK``: its lookups would crash), shared memory (its writes would change the parent's
+tables). ``subprocess`` does not copy pages.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hps_numba.device import driver
+from hps_numba.errors import CapacityError, ClosedError, DeviceError, HpsError
+from hps_numba.runtime.fork import renew_after_fork
+
+__all__ = [
+    "HostAllocator",
+    "HostRegion",
+    "PinnedHostAllocator",
+    "PlainHostAllocator",
+    "available_bytes",
+    "human_bytes",
+    "total_bytes",
+]
+
+logger = logging.getLogger(__name__)
+
+_HUGE = 4 << 20
+_PINNED_STEP = 2 << 20  # pinned memory grows by this, and by a 32nd of what there is: some hundred registrations at most
+_ADDRESSES = 64 << 40  # of the 128 TiB that a process has on the processors of today
+_NO_RESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)
+
+
+class HostRegion:
+    """A range of host addresses that never moves; ``committed`` bytes from its start may be used.
+
+    **Threads:** ``commit`` and ``release`` by one thread at a time.
+    """
+
+    def __init__(self, allocator: PlainHostAllocator, limit: int, purpose: str) -> None:
+        self._allocator = allocator
+        self._map: mmap.mmap | None = _reserve(limit, purpose)
+        self._bytes: np.ndarray | None = np.frombuffer(self._map, np.uint8)
+        self.purpose = purpose
+        self.limit = limit
+        self.committed = 0
+        self.address: int = self._bytes.__array_interface__["data"][0]
+
+    def commit(self, size: int) -> None:
+        """Make the first ``size`` bytes usable, or more as the allocator goes; they read as zero until written.
+
+        Raises:
+            CapacityError: more than was reserved, than the machine has free, or than can be pinned; what was committed stays.
+            DeviceError: pinned memory is wanted and there is no device.
+        """
+        if size <= self.committed:
+            return
+        memory = self._memory()
+        if size > self.limit:
+            raise CapacityError(f"{self.purpose}: {human_bytes(size)} wanted, {human_bytes(self.limit)} were reserved")
+        size = self._allocator.commit_end(self, size)
+        more = size - self.committed
+        crosses = size // _HUGE > self.committed // _HUGE  # small steps add up
+        if crosses and more > (free := available_bytes()):
+            raise CapacityError(f"{self.purpose}: {human_bytes(more)} more wanted, the machine has {human_bytes(free)} free")
+        if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            start = self.committed - self.committed % mmap.PAGESIZE
+            _advise(memory, mmap.MADV_HUGEPAGE, start, size - start)
+        self._allocator.on_commit(self, size)
+        self._allocator.add(more)
+        self.committed = size
+
+    def view(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
+        """The memory from byte ``offset`` on as an array; it keeps the memory alive, so let go of it soon."""
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(self._memory(), dtype, count, offset).reshape(shape)
+
+    def _memory(self) -> mmap.mmap:
+        if self._map is None:
+            raise ClosedError(f"{self.purpose}: the memory was given back")
+        return self._map
+
+    def release(self) -> None:
+        """Give the memory back. No address in the region may be used any more."""
+        if self._map is not None:
+            self._allocator.on_release(self)
+            if hasattr(mmap, "MADV_DONTNEED") and self.committed:  # at once, even if a view is still about
+                _advise(self._map, mmap.MADV_DONTNEED, 0, min(_page_up(self.committed), len(self._map)))
+            self._allocator.add(-self.committed, -self.limit)
+            self.committed = 0
+        self._map = self._bytes = None
+        self.address = 0
+
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if getattr(self, "_map", None) is not None and not ends():  # with the process the memory goes too
+            self._allocator.on_release(self)
+            self._allocator.add(-self.committed, -self.limit)
+
+
+class HostAllocator(Protocol):
+    """Hands out host memory; injected, so that pinned and shared memory need no import here."""
+
+    def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
+        """Reserve ``limit`` bytes of addresses, or fewer down to ``least``; nothing is committed."""
+
+    @property
+    def in_use(self) -> int:
+        """Bytes committed and not released."""
+
+
+class PlainHostAllocator:
+    """Anonymous private memory of the process.   **Threads:** all methods."""
+
+    def __init__(self) -> None:
+        self._in_use = 0
+        self._reserved = 0
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Make the lock anew, as a forked child has to."""
+        self._lock = threading.Lock()
+
+    def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
+        """Reserve ``limit`` bytes of addresses, or as many of them as the machine lets, down to ``least``.
+
+        Raises:
+            CapacityError: the addresses cannot be had.
+        """
+        least = limit if least is None else least
+        limit = max(least, min(limit, (_ADDRESSES - self._reserved) // 64))  # leaves room for many tables
+        while True:
+            try:
+                region = HostRegion(self, limit, purpose)
+                self.add(0, limit)
+                return region
+            except CapacityError:
+                if limit <= least:
+                    raise
+                limit = max(least, limit // 2)
+
+    def add(self, committed: int, reserved: int = 0) -> None:
+        """Account for bytes that a region took or, if negative, gave back."""
+        with self._lock:
+            self._in_use += committed
+            self._reserved += reserved
+
+    @property
+    def in_use(self) -> int:
+        """Bytes committed and not released."""
+        return self._in_use
+
+    def commit_end(self, region: HostRegion, size: int) -> int:
+        """How far a commit of the first ``size`` bytes goes; not beyond the last page of the region."""
+        return size
+
+    def on_commit(self, region: HostRegion, end: int) -> None:
+        """Called before the bytes from ``region.committed`` to ``end`` are used; an error leaves them uncommitted."""
+
+    def on_release(self, region: HostRegion) -> None:
+        """Called before the memory of a region goes; raises nothing."""
+
+
+class PinnedHostAllocator(PlainHostAllocator):
+    """Host memory that kernels of every device read and write at the same address: what is committed is registered.
+
+    A commit goes to the end of a page and, where the reserve has room, at least 2 MiB beyond the last: all of it is pinned
+    and counted as committed. A region is released when no stream uses it any more. In a forked child this hands out plain
+    memory, and what was registered is the parent's.   **Threads:** all methods.
+    """
+
+    def __init__(
+        self,
+        register: Callable[[int, int], object] = driver.register,
+        unregister: Callable[[int], object] = driver.unregister,
+    ) -> None:
+        """Pin by ``register(address, size)``, which raises ``CapacityError`` if it cannot, and ``unregister(address)``."""
+        self._register, self._unregister = register, unregister
+        self._process = os.getpid()
+        super().__init__()
+
+    def renew(self) -> None:
+        """Own no registration, as at the start and in a forked child."""
+        super().renew()
+        self._pins = os.getpid() == self._process
+        self._pieces: dict[int, list[tuple[int, int]]] = {}  # address of a region -> (start, end) of what is registered in it
+
+    def commit_end(self, region: HostRegion, size: int) -> int:
+        """A page's end, in steps that keep the number of registrations small."""
+        if not self._pins:
+            return size
+        step = max(_PINNED_STEP, region.committed // 32)
+        return min(_page_up(max(size, region.committed + step)), _page_up(region.limit))
+
+    def on_commit(self, region: HostRegion, end: int) -> None:
+        """Register one more piece of the region.
+
+        Raises:
+            CapacityError: the memory cannot be pinned.
+            DeviceError: there is no device.
+        """
+        if not self._pins:
+            return
+        pieces = self._pieces.setdefault(region.address, [])
+        while pieces and pieces[-1][1] > region.committed:  # a commit that was interrupted
+            self._unpin_last(pieces, region)
+        start, wanted = region.committed, human_bytes(end - region.committed)
+        pieces.append((start, end))  # first, so that an interrupt leaves nothing behind that is not known here
+        try:
+            self._register(region.address + start, end - start)
+        except HpsError as problem:
+            pieces.pop()
+            kind = CapacityError if isinstance(problem, CapacityError) else DeviceError
+            raise kind(f"{region.purpose}: {wanted} more of pinned host memory wanted: {problem}") from problem
+
+    def on_release(self, region: HostRegion) -> None:
+        """Unregister the region, the last piece first."""
+        pieces = self._pieces.get(region.address, [])
+        while pieces:
+            self._unpin_last(pieces, region)
+        self._pieces.pop(region.address, None)
+
+    def _unpin_last(self, pieces: list[tuple[int, int]], region: HostRegion) -> None:
+        try:
+            self._unregister(region.address + pieces[-1][0])
+        except HpsError as problem:  # the device is lost; its driver keeps the pages until the process ends
+            logger.warning("%s: pinned host memory was not unregistered: %s", region.purpose, problem)
+        pieces.pop()
+
+
+def _page_up(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _reserve(limit: int, purpose: str) -> mmap.mmap:
+    size = max(_page_up(limit), mmap.PAGESIZE)
+    try:
+        if os.name == "nt":
+            return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    except (OSError, ValueError, OverflowError) as problem:
+        raise CapacityError(f"{purpose}: cannot reserve {human_bytes(limit)} of addresses: {problem}") from problem
+
+
+def _advise(memory: mmap.mmap, advice: int, start: int, size: int) -> None:
+    try:
+        memory.madvise(advice, start, size)
+    except OSError:  # advice only: a kernel built without it serves as well
+        return
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def total_bytes() -> int:
+    """Physical memory of the machine, or of the control group if that is less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 36
+    limits = (_read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return min([machine, *(limit for limit in limits if limit)])
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without pushing anything out (an estimate of the system; at most ``total_bytes``)."""
+    free = total_bytes()
+    limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used + _cgroup_page_cache()))
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return min(free, int(line.split()[1]) * 1024)
+    except OSError:  # not Linux
+        return free
+    return free
+
+
+def _cgroup_page_cache() -> int:
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def human_bytes(size: float) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

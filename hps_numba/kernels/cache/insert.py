@@ -1,0 +1,340 @@
+"""Insert what a lookup listed: each set by one tile, newcomers in the order of their positions, victims by the policy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.kernels.cache.batch import counted, finish_batch
+from hps_numba.kernels.cache.probe import (
+    find_in_set,
+    guard_enter,
+    guard_leave,
+    home_in_host,
+    home_line_of,
+    row_at,
+)
+from hps_numba.kernels.cache.rows import store_in_cache
+from hps_numba.kernels.cache.sketch import estimate
+from hps_numba.kernels.layouts.cache import (
+    BATCH_MASK,
+    BUCKET_BYTES,
+    BUCKET_POSITIONS,
+    BUSY,
+    DESC_ROWS,
+    LINE_BYTES,
+    LINES_PER_SET,
+    LOCK,
+    META_AT,
+    OCCUPIED,
+    POSITION_BITS,
+    SCORES_AT,
+    SCRATCH_BATCH,
+    SCRATCH_BUCKETS,
+    SCRATCH_CHANGES,
+    SCRATCH_KEYS,
+    SCRATCH_LIST,
+    SCRATCH_LISTED,
+    SCRATCH_SET_STATES,
+    SCRATCH_WORDS,
+    SET_BYTES,
+    STATE_CHANGES,
+    STATE_EVICTED,
+    STATE_HOST,
+    STATE_INSERTED,
+    STATE_NOW,
+    STATE_REFUSED,
+    STATE_WITHDRAWN,
+    VERSION,
+    WAYS,
+    WAYS_PER_LINE,
+)
+from hps_numba.kernels.simt.reference import (
+    add64,
+    after_former,
+    bits_set,
+    cas32,
+    fence,
+    from_first_lane,
+    grid_tiles,
+    is_first_lane,
+    ld32,
+    ld64,
+    local_words,
+    probe_host_line,
+    st32,
+    st64,
+    sync_tile,
+    tile_in_warp,
+    tile_number,
+    tiles_in_warp,
+    warp_number,
+)
+
+__all__ = [
+    "begin_change",
+    "end_change",
+    "find_in_host_by_tile",
+    "first_score",
+    "insert_batch",
+    "insert_kernel",
+    "line_of_way",
+    "lock_set",
+    "score_of_way",
+    "unlock_set",
+]
+
+# bound when built
+COUNTED = ADMITS = HAS_VICTIM = KEYED = False
+SET_STATE = 0
+UINT32_MASK = 0xFFFFFFFF
+
+
+def policy_first(now, count):
+    """The policy's, bound when built, as are those that follow."""
+    return now
+
+
+def policy_admit(key, count, sketch):
+    """Whether a newcomer may take the place of another row."""
+    return True
+
+
+def policy_victim(scores, state):
+    """The way that leaves a full set."""
+    return 0
+
+
+def first_score(now, count, key):
+    """``policy_first`` of a policy that does not look at the key."""
+    return policy_first(now, count)
+
+
+def leaving_way(scores, state, now):
+    """``policy_victim`` of a policy that does not look at the time."""
+    return policy_victim(scores, state)
+
+
+def lock_set(place):
+    """Own a set among writers; readers go on.   **Writes:** meta."""
+    while True:
+        taken = np.int64(0)
+        if is_first_lane():
+            meta = ld32(place + META_AT)
+            taken = np.int64((meta & LOCK) == 0 and cas32(place + META_AT, meta, meta | LOCK) == meta)
+        if from_first_lane(taken) != 0:
+            fence()
+            return
+
+
+def unlock_set(place):
+    """Give a set back.   **Writes:** meta."""
+    fence()
+    sync_tile()
+    if is_first_lane():
+        st32(place + META_AT, ld32(place + META_AT) & ~LOCK)
+    sync_tile()
+
+
+def begin_change(line):
+    """Keep readers from keys and rows of a line; the set is locked.   **Writes:** meta."""
+    sync_tile()
+    if is_first_lane():
+        st32(line + META_AT, (ld32(line + META_AT) | BUSY) + VERSION)
+    fence()
+    sync_tile()
+
+
+def end_change(line, set_bits, clear_bits):
+    """Show a line to readers again, with ways taken or let go.   **Writes:** meta."""
+    fence()
+    sync_tile()
+    if is_first_lane():
+        st32(line + META_AT, ((ld32(line + META_AT) & ~(BUSY | clear_bits)) | set_bits) + VERSION)
+    sync_tile()
+
+
+def find_in_host_by_tile(descriptor, key):
+    """Index word of a key in the host store, by a tile for itself (``find_in_host`` is for whole warps): a line at a time."""
+    line, first, end = home_in_host(descriptor, key)
+    while True:
+        word, settled = probe_host_line(line, key, True)
+        if settled:
+            return word
+        line += LINE_BYTES
+        if line == end:
+            line = first
+
+
+def bit_of(place, line, way):
+    """The bit of a way among those of its set."""
+    return np.int64(1) << ((line - place) // LINE_BYTES * WAYS_PER_LINE + way)
+
+
+def choose_way(place, home, entered):
+    """``(line, way, evicts)``: an empty way, home line first, else the one with the smallest score, but none of ``entered``."""
+    for number in range(LINES_PER_SET):
+        line = place + (home ^ (number * LINE_BYTES))
+        taken = ld32(line + META_AT) & OCCUPIED
+        for way in range(WAYS_PER_LINE):
+            if (taken >> way) & 1 == 0:
+                return line, way, False
+    best_line, best_way, best = place + home, 0, UINT32_MASK + 1
+    for number in range(LINES_PER_SET):
+        line = place + (home ^ (number * LINE_BYTES))
+        for way in range(WAYS_PER_LINE):
+            score = ld32(line + SCORES_AT + 4 * way)
+            if score < best and entered & bit_of(place, line, way) == 0:
+                best_line, best_way, best = line, way, score
+    return best_line, best_way, True
+
+
+def ask_policy(lines, scratch, place, entered, now):
+    """``(line, way)`` that leaves a full set as the policy says, or the next one that is none of ``entered``.
+
+    **Writes:** scores, state of the set.
+    """
+    chosen = np.int64(0)
+    if is_first_lane():
+        scores = local_words(WAYS)
+        state = local_words(SET_STATE)
+        kept = ld64(scratch + SCRATCH_SET_STATES) + (place - lines) // SET_BYTES * (4 * SET_STATE)
+        for way in range(WAYS):
+            scores[way] = ld32(score_of_way(place, way))
+        for i in range(SET_STATE):
+            state[i] = ld32(kept + 4 * i)
+        chosen = np.int64(leaving_way(scores, state, now)) % WAYS
+        for way in range(WAYS):
+            st32(score_of_way(place, way), np.int64(scores[way]) & UINT32_MASK)
+        for i in range(SET_STATE):
+            st32(kept + 4 * i, np.int64(state[i]) & UINT32_MASK)
+    chosen = from_first_lane(chosen)
+    while (entered >> chosen) & 1:
+        chosen = (chosen + 1) % WAYS
+    return line_of_way(place, chosen), chosen % WAYS_PER_LINE
+
+
+def line_of_way(place, way):
+    """Address of the line with a way of a set, 0 to WAYS - 1."""
+    return place + way // WAYS_PER_LINE * LINE_BYTES
+
+
+def score_of_way(place, way):
+    """Address of the score of a way of a set, 0 to WAYS - 1."""
+    return line_of_way(place, way) + SCORES_AT + 4 * (way % WAYS_PER_LINE)
+
+
+def may_enter(state, scratch, key, count, entry):
+    """Whether the policy lets a key take the place of that at ``entry``.   **Writes:** counters."""
+    admitted = np.int64(0)
+    if is_first_lane():  # another batch may be counting on: one lane looks, for all
+        admitted = np.int64(policy_admit(key, count, (estimate(state, scratch, key), estimate(state, scratch, ld64(entry)))))
+        if admitted == 0:
+            add64(state + STATE_REFUSED, 1)
+    return from_first_lane(admitted) != 0
+
+
+def is_still_so(state, scratch, key, word, content):
+    """The host store has the row that the lookup read; a key without a host store stands for itself.
+
+    The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, no
+    look over the bus is needed: who changes the store announces it, then waits for the lock, and finds what was planted.
+    """
+    if content == 0:
+        return True
+    before = ld64(scratch + SCRATCH_CHANGES)
+    if before != 0:
+        changes = ld64(state + STATE_CHANGES)  # another kernel may be counting on: one lane looks, for all
+        changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
+        if changes == before:
+            return True
+        if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same place
+            return False
+    descriptor = ld64(state + STATE_HOST)
+    return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
+
+
+def insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered):
+    """Plant the row of a missing position in its set, which is locked.   **Writes:** line, row, counters.
+
+    Returns the ways that rows of this batch ``entered``, which it does not evict again, and whether another row left (0, 1).
+
+    Before the row is shown, the host store is asked whether it is still the row of the key. A change that comes later finds
+    the row in the cache, for it waits for the lock; so no old row is ever shown after a change.
+    """
+    key = ld64(ld64(scratch + SCRATCH_KEYS) + 8 * position)
+    home = home_line_of(key)
+    if find_in_set(place, home, key)[1] >= 0:
+        return entered, 0
+    words = ld64(scratch + SCRATCH_WORDS) + 16 * position
+    if not is_still_so(state, scratch, key, ld64(words), ld64(words + 8)):
+        if is_first_lane():
+            add64(state + STATE_WITHDRAWN, 1)
+        return entered, 0
+    count = counted(scratch, key, batch) if COUNTED else 1
+    line, way, evicts = choose_way(place, home, entered)
+    if HAS_VICTIM and evicts:
+        line, way = ask_policy(lines, scratch, place, entered, now)
+    if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
+        if is_first_lane():
+            add64(state + STATE_REFUSED, 1)
+        return entered, 0
+    if ADMITS and evicts and not may_enter(state, scratch, key, count, line + 8 * way):
+        return entered, 0
+    begin_change(line)
+    store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
+    if is_first_lane():
+        st64(line + 8 * way, key)
+        st32(line + SCORES_AT + 4 * way, np.int64(first_score(now, count, key)) & UINT32_MASK)
+    end_change(line, 1 << way, 0)
+    return entered | bit_of(place, line, way), 1 if evicts else 0
+
+
+def insert_kernel(lines, rows, state, source, stride, scratch, advance):
+    """Insert the newcomers of a batch; then begin the next batch.
+
+    Args:
+        source: address of float32 rows by position in the batch, ``stride`` bytes apart: the stage, or given rows.
+        advance: what is added to the clock of the policy.
+
+    **Writes:** lines, rows, counters, scratch.
+    """
+    after_former()
+    insert_batch(lines, rows, state, source, stride, scratch, advance)
+
+
+def insert_batch(lines, rows, state, source, stride, scratch, advance):
+    """``insert_kernel`` for a table.   **Writes:** as it does."""
+    now = ld64(state + STATE_NOW)
+    batch = ld64(scratch + SCRATCH_BATCH)
+    listed = ld64(scratch + SCRATCH_LISTED)
+    oldest = (BATCH_MASK - (batch & BATCH_MASK)) << POSITION_BITS
+    number = tile_number()
+    if number < listed:
+        stripe = warp_number() * tiles_in_warp() + tile_in_warp()
+        if is_first_lane():
+            guard_enter(state, stripe)
+        sync_tile()
+        inserted = evicted = np.int64(0)  # added once: all tiles fight for the two counters
+        while number < listed:
+            bucket = ld64(scratch + SCRATCH_BUCKETS) + BUCKET_BYTES * ld64(ld64(scratch + SCRATCH_LIST) + 8 * number)
+            place = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
+            lock_set(place)
+            entered = np.int64(0)
+            for i in range(WAYS):
+                value = ld64(bucket + BUCKET_POSITIONS + 8 * i)
+                if value >= oldest + (1 << POSITION_BITS):
+                    break
+                position = value - oldest
+                entered, left = insert_newcomer(
+                    lines, rows, state, scratch, place, position, source, stride, now, batch, entered
+                )
+                evicted += left
+            inserted += bits_set(entered)
+            unlock_set(place)
+            number += grid_tiles()
+        if is_first_lane():
+            add64(state + STATE_INSERTED, inserted)
+            if evicted > 0:
+                add64(state + STATE_EVICTED, evicted)
+            guard_leave(state, stripe)
+    finish_batch(state, scratch, batch, listed, advance)

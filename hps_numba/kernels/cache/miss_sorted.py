@@ -1,0 +1,160 @@
+"""Serve the keys that a large lookup missed and only listed, by kernels of their own, in the order of their rows in memory.
+
+*Why.* A device reads random rows of a large table as fast as it can translate their addresses, which is far less than the bus
+could bring, and remembers few translations (on an H200 some 0.7 GiB of host memory). In the order of addresses most rows are
+near one that was just read: 131,072 rows of 128 bytes come from 1 GiB in 346 us instead of 1,230, from 4 GiB in 1,096 instead
+of 2,838. So the lookup tells of each missed key the region of its row, a second kernel sorts the keys by region (a counting
+sort: the lookup counted them), and a third serves them in that order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.kernels.cache.lookup import copy_after_all, count_misses, serve
+from hps_numba.kernels.cache.probe import guard_enter, guard_leave
+from hps_numba.kernels.layouts.cache import (
+    MISSED_BYTES,
+    MISSED_COUNT,
+    MISSED_COUNTS,
+    MISSED_OUT,
+    MISSED_SORTED,
+    MISSED_TICKET,
+    PLACE_RANK,
+    PLACE_REGION,
+    REGIONS,
+    SCRATCH_OWN_LIST,
+    STATE_HOST,
+)
+from hps_numba.kernels.simt.reference import (
+    add64,
+    after_former,
+    block_number,
+    block_tiles,
+    count_in_warp,
+    fence,
+    from_lane,
+    grid_blocks,
+    grid_warps,
+    is_block_leader,
+    is_warp_leader,
+    lane_in_warp,
+    ld64,
+    st64,
+    sync_block,
+    sync_warp,
+    tile_in_warp,
+    tiles_in_warp,
+    warp_number,
+)
+
+__all__ = ["serve_missed_kernel", "sort_missed_kernel"]
+
+# bound when built
+LANES = 1
+OUT_STRIDE = 4
+
+
+def sort_missed_kernel(scratch):
+    """Sort what ``list_by_region_kernel`` listed in the scratch by regions.   **Writes:** list."""
+    after_former()
+    missed = ld64(scratch + SCRATCH_OWN_LIST)
+    count = ld64(missed + MISSED_COUNT)
+    lanes = tiles_in_warp() * LANES
+    base = warp_number() * lanes
+    if base >= count:
+        return
+    target = ld64(missed + MISSED_SORTED)
+    before, first = scan_counts(missed)
+    while base < count:
+        wanted = base + lane_in_warp() < count
+        place, key = np.int64(0), np.int64(0)
+        if wanted:
+            entry = missed + MISSED_BYTES + 16 * (base + lane_in_warp())
+            place, key = ld64(entry), ld64(entry + 8)
+        region = (place >> PLACE_REGION) & (REGIONS - 1)
+        number = start_of(missed, before, first, region) + (place >> PLACE_RANK)
+        if wanted:
+            st64(target + 16 * number, place & ((1 << PLACE_REGION) - 1))
+            st64(target + 16 * number + 8, key)
+        base += grid_warps() * lanes
+
+
+def scan_counts(missed):
+    """``(before, first)`` for each lane of a warp: it has two regions; how many keys are of those before, and of its first."""
+    if LANES == 1:
+        return np.int64(0), np.int64(0)
+    lane = lane_in_warp()
+    counts = missed + MISSED_COUNTS + 16 * lane
+    first = ld64(counts)
+    both = first + ld64(counts + 8)
+    through = both
+    for step in (1, 2, 4, 8, 16):
+        below = from_lane(through, max(lane - step, 0))
+        if lane >= step:
+            through += below
+    return through - both, first
+
+
+def start_of(missed, before, first, region):
+    """How many keys are of the regions before ``region``; all lanes of a warp together, each with a region of its own."""
+    if LANES == 1:
+        start = np.int64(0)
+        for other in range(region):
+            start += ld64(missed + MISSED_COUNTS + 8 * other)
+        return start
+    start, half = from_lane(before, region >> 1), from_lane(first, region >> 1)
+    return start + half if region & 1 else start
+
+
+def serve_missed_kernel(lines, rows, sets, state, default, scratch):
+    """Answer what was listed and sorted in the scratch, from the host store, and list newcomers for the insertion.
+
+    Args (int64, addresses in memory of the device):
+        lines, rows, sets, state: of the cache.   default: float32.   scratch: of the batch, whose list is empty afterwards.
+
+    **Writes:** answers, scratch, counters, guard.
+    """
+    after_former()
+    missed = ld64(scratch + SCRATCH_OWN_LIST)
+    count = ld64(missed + MISSED_COUNT)
+    if block_number() * block_tiles() >= count:
+        return
+    serve_sorted(lines, rows, sets, state, default, scratch, missed, count)
+    sync_block()
+    if is_block_leader():
+        fence()
+        blocks = min(grid_blocks(), (count + block_tiles() - 1) // block_tiles())
+        if blocks == 1 or add64(missed + MISSED_TICKET, 1) == blocks - 1:
+            for region in range(REGIONS):
+                st64(missed + MISSED_COUNTS + 8 * region, 0)
+            st64(missed + MISSED_TICKET, 0)
+            st64(missed + MISSED_COUNT, 0)
+            fence()
+
+
+def serve_sorted(lines, rows, sets, state, default, scratch, missed, count):
+    """The share of a warp in the ``count`` keys that were sorted.   **Writes:** as ``serve``, counters, guard."""
+    out, entries = ld64(missed + MISSED_OUT), ld64(missed + MISSED_SORTED)
+    base = warp_number() * tiles_in_warp()
+    if base >= count:
+        return
+    stripe = warp_number()
+    if is_warp_leader():
+        guard_enter(state, stripe)
+    sync_warp()
+    absent = np.int64(0)
+    while base < count:
+        wanted = base + tile_in_warp() < count
+        entry = entries + 16 * (base + tile_in_warp() if wanted else base)
+        position, key = ld64(entry), ld64(entry + 8)
+        target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
+        if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
+            wanted = not copy_after_all(lines, rows, sets, key, target)
+        present = serve(lines, sets, state, key, position, target, default, scratch, wanted)
+        absent += count_in_warp(wanted & (not present))
+        base += grid_warps() * tiles_in_warp()
+    if is_warp_leader():
+        guard_leave(state, stripe)
+        if absent > 0:
+            count_misses(state, stripe, 0, absent)

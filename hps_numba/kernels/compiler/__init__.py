@@ -1,0 +1,1 @@
+"""Kernels specialized, compiled, kept on disk and launched."""

@@ -1,0 +1,264 @@
+"""Machine code of kernels on disk, for GPUs and for the CPU: found again, never trusted, never required.
+
+A file is named after the kernel, after the text of all sources that its code was made of (with the versions of the compilers),
+and after what it was made for. It repeats that name inside, under a checksum, so that a truncated, damaged or misplaced file is
+seen as such: then the kernel is compiled anew and the file replaced. Files appear at once (``os.replace``), so that any number
+of processes may look for and keep the same one. Code that another user could have written is not run: folder and file must
+belong to the user, and the file must be writable by no one else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FOLDERS",
+    "MOST_FILES",
+    "find",
+    "find_result",
+    "folder",
+    "host_target",
+    "keep",
+    "keep_result",
+    "name_of",
+    "source_digest",
+    "user_cache",
+]
+
+log = logging.getLogger(__name__)
+
+MOST_FILES = 400  # with more in the folder, those made from other sources go
+FOLDERS = {".cubin": "cuda", ".object": "cpu"}  # by how the names of files end
+_MAGIC = b"HPSK2\n"
+_CHECKSUM = hashlib.sha256().digest_size
+_ABANDONED = 3600.0  # seconds after which a file that is being written has no writer any more
+_PACKAGES = (
+    "numba-cuda",
+    "numba",
+    "llvmlite",
+    "cuda-core",
+    "nvidia-nvjitlink",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink-cu12",
+    "nvidia-cuda-nvcc-cu12",
+)
+_warning = threading.Lock()
+_warned = False
+
+
+def _versions() -> list[str]:
+    found = [sys.implementation.cache_tag or sys.version, getattr(sys, "abiflags", "")]
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def user_cache() -> Path:
+    """The folder for what this user's processes keep, wherever they run; it need not exist.
+
+    HPS_NUMBA_CACHE_DIR, else hps_numba in XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    chosen = os.environ.get("HPS_NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hps_numba"
+
+
+def _sources() -> list[Path]:
+    """All files whose text may become part of a kernel, in every folder below ``kernels``."""
+    return sorted(Path(__file__).parents[1].rglob("*.py"))
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the text of all that kernels are made of, and of the versions of their compilers (hex)."""
+    package = Path(__file__).parents[2]
+    digest = hashlib.sha256(", ".join(_versions()).encode())
+    for file in _sources():
+        digest.update(f"\n{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def host_target(target: Any) -> str:
+    """What machine code for the CPU depends on besides its source: compiler, options, processor and its features.
+
+    Args:
+        target: numba's context of the CPU.
+    """
+    import llvmlite
+    import numba
+
+    config = numba.config
+    options = [str(config.OPT), config.DEBUGINFO_DEFAULT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE]
+    return repr((numba.__version__, llvmlite.__version__, options, target.codegen().magic_tuple()))
+
+
+def name_of(kernel: str, made_for: str, ending: str = ".cubin") -> str:
+    """Name of the file of a kernel; ``made_for``: all that its code depends on besides the sources; ``ending``: see FOLDERS."""
+    return f"{kernel}-{source_digest()}-{hashlib.sha256(made_for.encode()).hexdigest()[:32]}{ending}"
+
+
+def folder(ending: str = ".cubin") -> Path | None:
+    """The folder of the files, mode 0700; None (with one WARNING a process) if the user has none of their own to write to."""
+    try:
+        chosen = user_cache() / FOLDERS[ending]
+        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(chosen)
+        if not os.access(chosen, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(f"{chosen} is not writable")
+    except (OSError, RuntimeError) as problem:
+        _warn(problem)
+        return None
+    return chosen
+
+
+def _check_owner(chosen: Path) -> None:
+    """Code of a stranger's folder is not run."""
+    if not hasattr(os, "getuid"):
+        return
+    status = chosen.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"{chosen} belongs to user {status.st_uid}, wanted a folder of user {os.getuid()}")
+    if status.st_mode & 0o077:
+        chosen.chmod(0o700)
+
+
+def _read(file: Path) -> bytes:
+    """What is in a file of the user's own: others may have put theirs here while the folder was open to them."""
+    with file.open("rb") as opened:
+        status = os.fstat(opened.fileno())
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            raise PermissionError(
+                f"user {status.st_uid}, mode {status.st_mode & 0o777:o}, wanted one that only its user writes"
+            )
+        return opened.read()
+
+
+def _warn(problem: Exception) -> None:
+    global _warned
+    with _warning:
+        if not _warned:
+            _warned = True
+            log.warning("compiled kernels are not kept on disk: %s (HPS_NUMBA_CACHE_DIR names another folder)", problem)
+
+
+def find(name: str) -> tuple[bytes, str] | None:
+    """``(machine code, symbol)`` of a file; None if there is none, or (with one WARNING) one that is not what it should be."""
+    place = folder(Path(name).suffix)
+    if place is None:
+        return None
+    try:
+        data = _read(place / name)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        log.warning("%s: cannot be read, compiled anew: %s", place / name, problem)
+        return None
+    head = _MAGIC + name.encode() + b"\n"
+    body = data[len(head) + _CHECKSUM :]
+    if data[: len(head) + _CHECKSUM] != head + hashlib.sha256(body).digest():
+        log.warning("%s: damaged or not the file of this kernel, compiled anew", place / name)
+        return None
+    symbol, _, code = body.partition(b"\n")
+    return code, symbol.decode()
+
+
+def keep(name: str, code: bytes, symbol: str) -> None:
+    """Put a file into the folder, in place of one of this name. Where that fails, one WARNING a process."""
+    place = folder(Path(name).suffix)
+    if place is None:
+        return
+    body = symbol.encode() + b"\n" + code
+    try:
+        _replace(place / name, _MAGIC + name.encode() + b"\n" + hashlib.sha256(body).digest() + body)
+        _sweep(place)
+    except OSError as problem:
+        _warn(problem)
+
+
+def find_result(name: str, target: Any) -> Any:
+    """numba's result of a compilation for the CPU, brought to life from a file without compiling; None where ``find`` has none.
+
+    Args:
+        target: numba's context of the CPU.
+    """
+    from numba.core.compiler import CompileResult
+    from numba.core.compiler_lock import global_compiler_lock
+
+    kept = find(name)
+    if kept is None:
+        return None
+    try:
+        with global_compiler_lock:  # numba allows one thread at a time
+            target.refresh()
+            return CompileResult._rebuild(target, *pickle.loads(kept[0]))
+    except Exception as problem:  # what numba has written may raise anything
+        log.warning("%s: cannot be used, compiled anew: %s: %s", name, type(problem).__name__, problem)
+        return None
+
+
+def keep_result(name: str, result: Any) -> None:
+    """``keep`` a result of numba's, as numba's own disk cache would write it; DEBUG if it cannot be written."""
+    from numba.core.serialize import dumps
+
+    if result.lifted or result.library.has_dynamic_globals:
+        log.debug("%s: not kept: the code holds addresses of this process", name)
+        return
+    try:
+        code = dumps(result._reduce())
+    except Exception as problem:
+        log.debug("%s: not kept: %s: %s", name, type(problem).__name__, problem)
+        return
+    keep(name, code, result.fndesc.llvm_func_name)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
+        written = Path(out.name)
+        try:
+            out.write(data)
+            out.close()
+            written.replace(file)
+        except BaseException:
+            with suppress(OSError):
+                written.unlink()
+            raise
+
+
+@functools.cache
+def _sweep_old_folders(cache: Path) -> None:
+    """Remove the folders ``host-<digest>`` in which versions up to 0.1 kept kernels for the CPU; once a process."""
+    for old in cache.glob("host-" + "[0-9a-f]" * 16):
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(place: Path) -> None:
+    """Where files pile up, remove those made from other sources, and what writers that died left. Others may do so too."""
+    _sweep_old_folders(place.parent)
+    files = list(place.iterdir())
+    if len(files) <= MOST_FILES:
+        return
+    ours = f"-{source_digest()}-"
+    for file in files:
+        with suppress(OSError):
+            abandoned = file.suffix == ".part" and time.time() - file.stat().st_mtime > _ABANDONED
+            if abandoned or (file.suffix in FOLDERS and ours not in file.name):
+                file.unlink()

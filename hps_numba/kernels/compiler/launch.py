@@ -1,0 +1,326 @@
+"""Launches cache kernels on a GPU: machine code kept on disk, raw pointers, the caller's stream, no numba on the way.
+
+``load`` gives a ``LoadedKernel`` for a spec and a device: from this process, from the cache folder (``disk_cache``), or
+compiled and linked.
+
+A launch packs the arguments into memory of the calling thread, at one stroke, and calls the driver: no conversion of types by
+anybody. *Why the driver and not numba or cuda.core.* Their launches look at each argument's type and attributes, which costs
+more than a small lookup takes on the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from hps_numba.device.driver import driver_addresses, driver_library
+from hps_numba.errors import DeviceError
+from hps_numba.kernels.compiler import disk_cache
+from hps_numba.kernels.compiler.launch_native import (
+    CAPTURED,
+    DRIVER_FUNCTIONS,
+    LOOKUP_WORDS,
+    WORK_WORDS,
+    start_kernels,
+    start_lookup,
+)
+from hps_numba.kernels.compiler.specialize import KernelSpec, ptx_of, starts_early
+
+__all__ = ["KernelsInTurn", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
+
+THREADS = 256
+# CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
+_CONFIG = "@7I4xQQI4x"
+# CUlaunchAttribute: a number, padding to 8 bytes, a value of 64 bytes
+_EARLY = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1))  # programmatic stream serialization: allowed
+_loading = threading.RLock()
+_loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
+
+
+class LoadedKernel:
+    """A kernel on the device whose context was current when it was made.   **Threads:** ``launch`` from any thread.
+
+    Args:
+        cubin: machine code.   symbol: of the kernel in it.   kinds: of its arguments, q (int64) and f (float32).
+        early: it may be started while the kernel before it on the stream still runs (``build.starts_early``).
+
+    Raises:
+        DeviceError: the driver refuses the code.
+    """
+
+    def __init__(self, cubin: bytes, symbol: str, kinds: str, *, early: bool = False) -> None:
+        self._driver = driver = importlib.import_module("cuda.bindings.driver")
+        self._symbol = symbol
+        self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), symbol)
+        self.handle = _check(driver.cuLibraryGetKernel(self._library, symbol.encode()), symbol)
+        # now and not at the first launch, which may stand in a graph capture, where nothing can be loaded
+        self._in_context = _check(driver.cuKernelGetFunction(self.handle), symbol)
+        self._function = int(self.handle)
+        self._launch = _launch_function()
+        self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
+        layout = struct.Struct(_CONFIG + kinds)
+        self._bytes, self._pack_into = layout.size, layout.pack_into
+        self._offsets = _offsets(_CONFIG, kinds)
+        self._threads = threading.local()
+
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> None:
+        """Start ``rows`` rows of ``blocks`` blocks of ``threads`` threads on a stream, with int and float arguments. Does not
+        wait.
+
+        The driver takes the arguments before it returns. On stream 0 the device's context has to be current.
+
+        Raises:
+            DeviceError: the driver refused.
+            struct.error: number or kinds of the arguments are not those of the kernel.
+        """
+        config, function, pointers = self.pack(blocks, stream, *args, threads=threads, rows=rows)
+        status = self._launch(config, function, pointers, None)
+        if status:
+            raise self.refused(status, f"in {blocks} blocks of {threads}")
+
+    def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> tuple[int, int, int]:
+        """What the driver's ``cuLaunchKernelEx`` takes for this launch: addresses of configuration, kernel and arguments.
+
+        They are good until this thread packs or launches this kernel again.
+        """
+        try:
+            buffer, config, pointers = self._threads.arguments
+        except AttributeError:
+            buffer, config, pointers = self._make_arguments()
+        self._pack_into(buffer, 0, blocks, rows, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        return config, self._function, pointers
+
+    def refused(self, status: int, how: str) -> DeviceError:
+        """The error for a launch that the driver refused."""
+        return DeviceError(f"launch of {self._symbol} {how}: the driver says {self._driver.CUresult(status).name}")
+
+    def _make_arguments(self) -> tuple[Any, int, int]:
+        """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
+        self._threads.memory = memory = _ArgumentMemory(self._bytes, self._offsets)
+        self._threads.arguments = arguments = memory.bytes, memory.config, memory.pointers
+        return arguments
+
+    def pack_apart(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> tuple[_ArgumentMemory, int]:
+        """``pack`` into memory of its own, and the handle of the kernel."""
+        memory = _ArgumentMemory(self._bytes, self._offsets)
+        self._pack_into(memory.bytes, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
+        return memory, self._function
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        what = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
+        return int(_check(self._driver.cuFuncGetAttribute(what, self._in_context), self._symbol))
+
+
+class _ArgumentMemory:
+    """Memory for the shape of a launch and the values of its arguments, and the list of their addresses."""
+
+    def __init__(self, size: int, offsets: Sequence[int]) -> None:
+        self.bytes = ctypes.create_string_buffer(size)
+        self.config = start = ctypes.addressof(self.bytes)
+        self.arguments = [start + offset for offset in offsets]
+        self._pointers = (ctypes.c_void_p * len(offsets))(*self.arguments)
+        self.pointers = ctypes.addressof(self._pointers)
+
+
+class PreparedLookup:
+    """A lookup of a cache on a stream, with one scratch, that is started again and again.   **Threads:** one at a time.
+
+    Args:
+        kernels: of the lookup, then of what follows it.
+        launches: as ``KernelsInTurn.start`` takes them, one row each; arguments that vary have any values.
+        context, stream, event: as for ``KernelsInTurn.start``.
+        keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
+            insertion.   touch_at, insert_at: which kernels are those, 0: none.
+        numbers: the other ``LOOKUP_WORDS``.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[LoadedKernel],
+        launches: Sequence[tuple[Any, ...]],
+        context: int,
+        stream: int,
+        event: int,
+        *,
+        keys_at: int,
+        advance_at: int,
+        touch_at: int,
+        insert_at: int,
+        numbers: Mapping[str, int],
+    ) -> None:
+        self._kernel = kernels[0]
+        self._functions = int(_driver_table().ctypes.data)
+        taken = [
+            kernel.pack_apart(blocks, stream, *args, threads=threads)
+            for kernel, (blocks, _, threads, args) in zip(kernels, launches, strict=True)
+        ]
+        memories = [memory for memory, _ in taken]
+        work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
+        work[WORK_WORDS:] = [word for memory, function in taken for word in (memory.config, function, memory.pointers)]
+        first, touch, insert = memories[0], memories[touch_at], memories[insert_at]
+        words = {
+            "work": int(work.ctypes.data),
+            "context": context,
+            "stream": stream,
+            "event": event,
+            "count": len(memories),
+            "keys": first.arguments[keys_at],
+            "blocks": first.config,
+            "touch_blocks": touch.config if touch_at else 0,
+            "insert_blocks": insert.config if insert_at else 0,
+            "advance": insert.arguments[advance_at] if insert_at else 0,
+            **numbers,
+        }
+        lookup = np.array([words[name] for name in LOOKUP_WORDS], np.int64)
+        self._lookup = int(lookup.ctypes.data)
+        self._keep = memories, work, lookup
+
+    def start(self, keys: int, n: int, out: int) -> bool:
+        """Start it for ``n`` keys, 1 or more; returns and raises as ``KernelsInTurn.start``."""
+        status = start_lookup(self._functions, self._lookup, keys, n, out)
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernel.refused(status, f"for {n} keys")
+
+
+class KernelsInTurn:
+    """Starts kernels of one device one after the other, with one step out of Python.   **Threads:** ``start`` from any."""
+
+    def __init__(self, kernels: Sequence[LoadedKernel]) -> None:
+        self._kernels = tuple(kernels)
+        self._functions = int(_driver_table().ctypes.data)
+        self._words = struct.Struct(f"@{WORK_WORDS + 3 * len(self._kernels)}q")
+        self._threads = threading.local()
+
+    def start(self, context: int, stream: int, event: int, *launches: tuple[Any, ...]) -> bool:
+        """Start the kernels and record ``event``, all on a stream of ``context``, unless the stream is being captured.
+
+        Args:
+            launches: for each kernel blocks, rows of so many blocks, threads of a block, and its arguments in a tuple.
+
+        Returns:
+            False: the stream is being captured by a graph, nothing was started.
+
+        Raises:
+            DeviceError: the driver refused; some of the kernels may have been started.
+        """
+        work = getattr(self._threads, "work", 0) or self._make_work(launches, stream)
+        for kernel, (blocks, rows, threads, args) in zip(self._kernels, launches):
+            kernel.pack(blocks, stream, *args, threads=threads, rows=rows)
+        status = start_kernels(self._functions, work, context, stream, event, len(self._kernels))
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernels[0].refused(status, "in {} x {} blocks of {}".format(*launches[0]))
+
+    def _make_work(self, launches: Sequence[tuple[Any, ...]], stream: int) -> int:
+        """Address of memory of this thread for ``start_kernels``: what it takes of each kernel stays where it is."""
+        memory = ctypes.create_string_buffer(self._words.size)
+        taken = [
+            kernel.pack(blocks, stream, *args, threads=threads, rows=rows)
+            for kernel, (blocks, rows, threads, args) in zip(self._kernels, launches)
+        ]
+        self._words.pack_into(memory, 0, *[0] * WORK_WORDS, *(word for words in taken for word in words))
+        self._threads.memory, self._threads.work = memory, ctypes.addressof(memory)
+        return ctypes.addressof(memory)
+
+
+def _offsets(before: str, kinds: str) -> list[int]:
+    """Where each value stands in memory packed by ``struct``, which aligns as C does."""
+    return [struct.calcsize(before + kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+
+
+@cache
+def _driver_table() -> np.ndarray:
+    return driver_addresses(DRIVER_FUNCTIONS)
+
+
+@cache
+def _launch_function() -> Any:
+    """``cuLaunchKernelEx``, called with addresses alone; other threads run Python meanwhile."""
+    function = driver_library().cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p,) * 4
+    function.restype = ctypes.c_int
+    return function
+
+
+def _check(answer: tuple[Any, ...], symbol: str) -> Any:
+    if answer[0]:
+        raise DeviceError(f"loading {symbol}: the driver says {answer[0].name}")
+    return answer[1]
+
+
+def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKernel:
+    """The kernel of a spec on a device, whose context is current.   **Threads:** any; each kernel is compiled once.
+
+    Raises:
+        DeviceError: it does not compile, or the driver refuses it.
+        PolicyError: the functions of the policy do not compile.
+    """
+    key = spec, device
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _loading:
+            kernel = _loaded.get(key)
+            if kernel is None:
+                cubin, symbol = cubin_of(spec, capability)
+                early = starts_early(spec, capability)
+                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, early=early)
+    return kernel
+
+
+def cubin_of(spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """``(machine code, symbol)`` of a kernel for a chip: from the cache folder, else compiled and put there.
+
+    Raises:
+        DeviceError: it does not compile.   PolicyError: the functions of the policy do not compile.
+    """
+    name = disk_cache.name_of(spec.name, _made_for(spec, capability))
+    kept = disk_cache.find(name)
+    if kept is not None:
+        return kept
+    ptx = ptx_of(spec, capability)
+    entry = re.search(r"\.visible \.entry (\w+)", ptx)
+    if entry is None:
+        raise DeviceError(f"{spec}: the PTX has no kernel in it")
+    try:
+        cubin = link(ptx, capability, spec.registers)
+    except DeviceError as problem:
+        raise DeviceError(f"{spec}: {problem}") from problem
+    disk_cache.keep(name, cubin, entry[1])
+    return cubin, entry[1]
+
+
+def _made_for(spec: KernelSpec, capability: tuple[int, int]) -> str:
+    values = [f"{field.name}={getattr(spec, field.name)!r}" for field in fields(spec) if field.name != "policy"]
+    return f"{capability} {spec.policy.digest} {' '.join(values)}"
+
+
+def link(ptx: str, capability: tuple[int, int], registers: int = 0) -> bytes:
+    """Machine code from PTX for a chip, with at most so many ``registers`` a thread (0: as many as it likes).
+
+    Raises:
+        DeviceError: the linker is missing or refuses.
+    """
+    chip = f"sm_{capability[0]}{capability[1]}"
+    try:
+        core = importlib.import_module("cuda.core")
+        options = core.LinkerOptions(arch=chip, max_register_count=registers or None)
+        return bytes(core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code)
+    except Exception as problem:
+        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DeviceError(f"linking for {chip}: {what}") from problem

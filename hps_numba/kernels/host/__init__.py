@@ -1,0 +1,1 @@
+"""Kernels of the host store and of training, for the CPU."""

@@ -1,0 +1,223 @@
+"""Change a host store: upsert, update and erase of a batch, and the fill of a new table. One writer at a time.
+
+A row is never overwritten where a reader could see it: an upsert writes a slot that no reader can hold and then swings the
+index word to it; the slot that the word left is reported as retired and comes back after an epoch.
+"""
+
+from __future__ import annotations
+
+from hps_numba.kernels.compiler.njit import host_function, host_kernel
+from hps_numba.kernels.host.atomics import copy_row, load_word, prefetch, store_word, store_word_release
+from hps_numba.kernels.host.probe import end_of, find_entry, home_address, slot_of
+from hps_numba.kernels.layouts.host_store import (
+    EMPTY,
+    ENTRY_BYTES,
+    ERASED,
+    FIRST_SLOT,
+    META_BYTES,
+    META_LINES,
+    META_RECENCY,
+    META_RECENCY_MODE,
+    META_ROW_BYTES,
+    META_ROWS,
+    RECENCY_COUNT,
+    RECENCY_NONE,
+    SLOT_BITS,
+)
+
+__all__ = [
+    "STATE_FREE",
+    "STATE_LIVE",
+    "STATE_MAX_USED",
+    "STATE_NEXT_SLOT",
+    "STATE_RETIRED",
+    "STATE_SLOT_LIMIT",
+    "STATE_USED",
+    "STATE_WORDS",
+    "STATE_WRITES",
+    "host_census",
+    "host_erase",
+    "host_fill",
+    "host_reindex",
+    "host_upsert",
+]
+
+# The writer's own words, one array a table: live rows, entries in use (live or erased), entries that may be in use,
+# free slots on the stack, first slot never used, end of the committed slots, slots on the list of retired ones, writes so far.
+(
+    STATE_LIVE,
+    STATE_USED,
+    STATE_MAX_USED,
+    STATE_FREE,
+    STATE_NEXT_SLOT,
+    STATE_SLOT_LIMIT,
+    STATE_RETIRED,
+    STATE_WRITES,
+) = range(8)
+STATE_WORDS = 8
+
+_AHEAD = 16
+_WRITE_MASK = (1 << (63 - SLOT_BITS)) - 1  # keeps an index word positive
+
+
+@host_function
+def _new_word(state, slot):
+    state[STATE_WRITES] += 1
+    return ((state[STATE_WRITES] & _WRITE_MASK) << SLOT_BITS) | (slot + FIRST_SLOT)
+
+
+@host_function
+def _take_slot(state, free):
+    """A slot that no reader can hold, or -1."""
+    if state[STATE_FREE] > 0:
+        state[STATE_FREE] -= 1
+        return free[state[STATE_FREE]]
+    if state[STATE_NEXT_SLOT] < state[STATE_SLOT_LIMIT]:
+        state[STATE_NEXT_SLOT] += 1
+        return state[STATE_NEXT_SLOT] - 1
+    return -1
+
+
+@host_function
+def _start_recency(block, slot, old_slot, now):
+    """Recency of a row that was just written: a count moves along with an updated row, a time is now."""
+    mode = load_word(block + META_RECENCY_MODE)
+    if mode == RECENCY_NONE:
+        return
+    recency = load_word(block + META_RECENCY)
+    value = now
+    if mode == RECENCY_COUNT:
+        value = load_word(recency + 8 * old_slot) if old_slot >= 0 else 0
+    store_word(recency + 8 * slot, value)
+
+
+@host_function
+def _entry_of(block, lines, end, keys, i, n):
+    """``(key, entry, word)`` of the i-th of n keys; asks for the line of a later one."""
+    if i + _AHEAD < n:
+        prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
+    key = load_word(keys + 8 * i)
+    entry, word = find_entry(block, end, home_address(block, lines, key), key)
+    return key, entry, word
+
+
+@host_kernel
+def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
+    """Write the rows of ``keys``; with ``only_present``, of those that have one already.
+
+    Args: addresses of the index block, of int64 keys and of float32 rows; state, free, retired: int64 arrays of the writer.
+
+    Returns ``(done, changed)``: keys dealt with, which is less than ``n`` when the index or the slots must grow first, and
+    how many of them were new (upsert) or present (update).   **Writes:** rows, index entries, recency, state, free, retired.
+    """
+    lines = load_word(block + META_LINES)
+    row_bytes = load_word(block + META_ROW_BYTES)
+    target = load_word(block + META_ROWS)
+    end = end_of(block)
+    changed = 0
+    for i in range(n):
+        key, entry, word = _entry_of(block, lines, end, keys, i, n)
+        old_slot = slot_of(word)
+        if old_slot < 0 and only_present:
+            continue
+        if word == EMPTY and state[STATE_USED] >= state[STATE_MAX_USED]:
+            return i, changed
+        slot = _take_slot(state, free)
+        if slot < 0:
+            return i, changed
+        copy_row(target + slot * row_bytes, rows + i * row_bytes, row_bytes)
+        _start_recency(block, slot, old_slot, now)
+        if word == EMPTY:
+            store_word(entry, key)
+            state[STATE_USED] += 1
+        store_word_release(entry + 8, _new_word(state, slot))
+        if old_slot >= 0:
+            retired[state[STATE_RETIRED]] = old_slot
+            state[STATE_RETIRED] += 1
+        else:
+            state[STATE_LIVE] += 1
+        changed += 1 if only_present or old_slot < 0 else 0
+    return n, changed
+
+
+@host_kernel
+def host_erase(block, keys, n, state, retired):
+    """Erase the rows of ``keys``; returns how many there were.   **Writes:** index words, state, retired."""
+    lines = load_word(block + META_LINES)
+    end = end_of(block)
+    erased = 0
+    for i in range(n):
+        _, entry, word = _entry_of(block, lines, end, keys, i, n)
+        slot = slot_of(word)
+        if slot >= 0:
+            store_word_release(entry + 8, ERASED)
+            retired[state[STATE_RETIRED]] = slot
+            state[STATE_RETIRED] += 1
+            erased += 1
+    state[STATE_LIVE] -= erased
+    return erased
+
+
+@host_kernel
+def host_fill(block, keys, n, first_slot, state, free, now):
+    """Index rows that already stand in the slots from ``first_slot`` on, of a table that nobody reads yet.
+
+    A key that comes again takes the later row (last wins); the slot of the earlier one is free at once.
+    **Writes:** index entries, recency, state, free.
+    """
+    lines = load_word(block + META_LINES)
+    end = end_of(block)
+    for i in range(n):
+        key, entry, word = _entry_of(block, lines, end, keys, i, n)
+        old_slot = slot_of(word)
+        if old_slot >= 0:
+            free[state[STATE_FREE]] = old_slot
+            state[STATE_FREE] += 1
+        else:
+            store_word(entry, key)
+            state[STATE_USED] += 1
+            state[STATE_LIVE] += 1
+        _start_recency(block, first_slot + i, -1, now)
+        store_word(entry + 8, _new_word(state, first_slot + i))
+
+
+@host_kernel
+def host_reindex(old, new):
+    """Enter every live entry of the index block ``old`` in the empty block ``new``; returns their number.
+
+    **Writes:** new.
+    """
+    lines = load_word(new + META_LINES)
+    end = end_of(new)
+    live = 0
+    old_end = end_of(old)
+    for entry in range(old + META_BYTES, old_end, ENTRY_BYTES):
+        ahead = entry + _AHEAD * ENTRY_BYTES
+        if ahead < old_end:
+            prefetch(home_address(new, lines, load_word(ahead)))
+        word = load_word(entry + 8)
+        if slot_of(word) >= 0:
+            key = load_word(entry)
+            place, _ = find_entry(new, end, home_address(new, lines, key), key)
+            store_word(place, key)
+            store_word(place + 8, word)
+            live += 1
+    return live
+
+
+@host_kernel
+def host_census(block, taken, state):
+    """Count what stands in an index, after a writer was interrupted: live rows and entries in use.
+
+    ``taken`` (uint8, one a slot, zeros) gets 1 where a live entry names the slot.   **Writes:** taken, state.
+    """
+    live = 0
+    used = 0
+    for entry in range(block + META_BYTES, end_of(block), ENTRY_BYTES):
+        word = load_word(entry + 8)
+        used += 1 if word != EMPTY else 0
+        if slot_of(word) >= 0:
+            taken[slot_of(word)] = 1
+            live += 1
+    state[STATE_LIVE] = live
+    state[STATE_USED] = used

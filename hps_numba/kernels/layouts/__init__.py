@@ -1,0 +1,1 @@
+"""Bytes that host and device agree on."""

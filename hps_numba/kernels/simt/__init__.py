@@ -1,0 +1,1 @@
+"""Memory accesses and warp operations of each target: reference, CPU, CUDA."""

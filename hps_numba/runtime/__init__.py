@@ -1,0 +1,1 @@
+"""Threads, background work, timers and forks."""

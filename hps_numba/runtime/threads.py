@@ -1,0 +1,142 @@
+"""One thread pool a process: large batches are cut into ranges that the caller and idle threads work off together.
+
+*Why not numba's own threads.* Its ``workqueue`` layer aborts when two Python threads enter it and its OpenMP layer dies
+under ``fork``. Here serial kernels that hold no GIL run on plain threads, and the caller never waits for a busy pool: it
+works through the ranges itself, and takes back what nobody started.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from hps_numba.runtime.fork import renew_after_fork
+
+__all__ = ["SPLIT_BYTES", "available_cores", "ranges_of", "run_ranges"]
+
+#: below this many bytes, about half a millisecond, a batch is not worth a second thread: to hand work over takes
+#: 30 microseconds if that thread's core is awake, and some hundred if not
+SPLIT_BYTES = 2 << 20
+
+#: how long a caller waits awake for the last ranges: to be woken takes 50 microseconds and, on a virtual machine, more
+_AWAKE_SECONDS = 2e-4
+_NAP_SECONDS = 5e-5
+_yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class _Pool:
+    """The idle threads of this process, started on first use and started anew in a forked child.
+
+    Not an executor of the standard library: those lock in Python code, and an interrupt (Ctrl-C) between two of its lines
+    leaves a lock taken for ever, for which the end of the process then waits. A ``SimpleQueue`` and a bare thread have no
+    such line.
+    """
+
+    def __init__(self) -> None:
+        self.threads = available_cores()
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Start with no thread."""
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.started = 0
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Let a thread call ``job``, which must not raise, sooner or later; never, where no thread can be had."""
+        if self.started < max(1, self.threads - 1):
+            try:
+                _thread.start_new_thread(_work_off, (self._jobs,))
+                self.started += 1
+            except RuntimeError:  # a limit of the system, or the interpreter ends
+                if not self.started:
+                    return
+        self._jobs.put(job)
+
+
+def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
+
+
+_pool = _Pool()
+
+
+def ranges_of(n: int, item_bytes: int, threads: int | None = None, *, least: int = SPLIT_BYTES // 2) -> list[tuple[int, int]]:
+    """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least ``least`` bytes."""
+    threads = _pool.threads if threads is None else threads
+    total = n * item_bytes
+    if threads == 1 or total < 2 * least:
+        return [(0, n)]
+    parts = max(1, min(4 * threads, total // least))
+    step = -(-n // parts)
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _taken(waiting: deque[int]) -> int | None:
+    try:
+        return waiting.popleft()
+    except IndexError:
+        return None
+
+
+def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, int]], threads: int | None = None) -> list[int]:
+    """``function(start, stop)`` for every range, on the caller's thread and idle ones; the results in order.
+
+    Raises what ``function`` raises. Returns or raises only when no thread is at work on a range any more, whatever interrupts
+    the caller: the ranges write to memory that is the caller's.
+    """
+    if len(ranges) == 1:
+        return [function(*ranges[0])]
+    results = [0] * len(ranges)
+    waiting = deque(range(len(ranges)))
+    busy: set[int] = set()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        me = threading.get_ident()
+        try:
+            busy.add(me)  # before a range is taken: whoever clears the ranges and then sees nobody busy is alone
+            while (number := _taken(waiting)) is not None:
+                results[number] = function(*ranges[number])
+        except BaseException as problem:
+            failures.append(problem)
+        finally:
+            busy.discard(me)
+
+    threads = _pool.threads if threads is None else threads
+    asked = done = False
+    while not done:
+        try:
+            if not asked:
+                asked = True
+                for _ in range(min(threads, len(ranges)) - 1):
+                    _pool.submit(work)  # one that comes too late finds nothing to do
+                work()
+            if failures:
+                waiting.clear()
+            busy.discard(threading.get_ident())  # an interrupt may have kept ``work`` from it
+            patience = time.monotonic() + _AWAKE_SECONDS
+            while busy:
+                if time.monotonic() < patience:
+                    _yield()
+                else:
+                    time.sleep(_NAP_SECONDS)
+            done = True
+        except BaseException as problem:  # an interrupt: remember it, let no further range begin, and wait for the rest
+            failures.append(problem)
+            waiting.clear()
+    if failures:
+        raise failures[0]
+    return results

@@ -1,0 +1,1 @@
+"""The parameter server: models, tables, lookups and writes."""

@@ -1,0 +1,59 @@
+"""What the config says of the size of a table's caches."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from hps_numba.cache.sizing import CacheShape
+from hps_numba.config import ModelConfig, TableSpec
+
+__all__ = ["cache_shape", "shape_bytes"]
+
+_SET_OF_THE_ORIGINAL = 64  # ways: capacities are rounded up to it (spec 6.4)
+
+
+def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | None:
+    """The shape of the caches of a table with ``rows`` rows, or None if it is not cached.
+
+    Capacity after spec 6.4: ``floor(gpucacheper * rows)``, at least 64, in steps of 64; with ``cache_size_bytes``, as many rows
+    as fit into so many bytes.
+    """
+    kind = model.embedding_cache_type
+    if kind == "static":
+        return CacheShape("static", max(rows, 1), True)
+    if kind == "dynamic" and not model.gpucache:
+        return None
+    if spec.cache_size_bytes:
+        return _shape_of_bytes(spec, kind, rows)
+    wanted = math.floor(rows * Fraction(repr(spec.gpucacheper)))
+    if kind == "uvm":
+        return CacheShape("uvm", max(wanted, 1), False)
+    rounded = -(-max(wanted, _SET_OF_THE_ORIGINAL) // _SET_OF_THE_ORIGINAL) * _SET_OF_THE_ORIGINAL
+    return CacheShape("dynamic", rounded, spec.gpucacheper == 1)
+
+
+def _shape_of_bytes(spec: TableSpec, kind: str, rows: int) -> CacheShape:
+    if kind == "uvm":
+        return CacheShape(kind, _most_rows(spec, rows, fixed=True, whole=False), False)
+    if shape_bytes(spec, CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)) <= spec.cache_size_bytes:
+        return CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)
+    return CacheShape(kind, _most_rows(spec, 1 << 40, fixed=False, whole=False), False)
+
+
+def _most_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
+    """The most rows, up to ``limit`` and at least one, whose cache fits into the bytes of the config."""
+    kind = "uvm" if fixed else "dynamic"
+    low, high = 1, max(1, min(limit, spec.cache_size_bytes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if shape_bytes(spec, CacheShape(kind, middle, whole)) <= spec.cache_size_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def shape_bytes(spec: TableSpec, shape: CacheShape) -> int:
+    """Bytes of a device that a cache of the table takes in this shape (``CacheShape.bytes``)."""
+    return shape.bytes(spec.dim, row_type=spec.cache_row_dtype, policy=spec.cache_policy)

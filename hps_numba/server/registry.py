@@ -1,0 +1,154 @@
+"""The servers of this process, one a config, shared by every layer of every framework."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hps_numba.config import ServerConfig, read_config
+from hps_numba.errors import ConfigError, UnknownModelError
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.server.hps import HPS
+
+__all__ = ["SERVERS", "Config", "Servers", "check_batch", "config_of", "server_of"]
+
+log = logging.getLogger(__name__)
+
+Config = str | Mapping[str, Any]
+"""``ps_config_file`` of a layer: a path, the content as a dict, or an empty path: a server that is there already."""
+
+
+def check_batch(config: ServerConfig, global_batch_size: int, replicas: int) -> None:
+    """Whether every replica can take its share of the batch (spec 2.1).
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if global_batch_size < 1:
+        raise ConfigError(f"global_batch_size: {global_batch_size} came, at least 1 is wanted")
+    if global_batch_size % replicas:
+        raise ConfigError(f"global_batch_size: {global_batch_size} came, a multiple of the {replicas} replicas is wanted")
+    share = global_batch_size // replicas
+    for number, model in enumerate(config.models):
+        if share > model.max_batch_size:
+            raise ConfigError(
+                f"global_batch_size: {global_batch_size} came, {share} for each of {replicas} replicas, but "
+                f"models[{number}].max_batch_size is {model.max_batch_size}"
+            )
+
+
+class Servers:
+    """Servers by config.
+
+    **Threads:** every method. Who wants a server that another thread builds waits for it; a server that could not be built is
+    tried again by whoever wants it next.
+    """
+
+    def __init__(self) -> None:
+        self._servers: dict[str, HPS] = {}
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """New locks, as a forked child needs them."""
+        self._lock = threading.Lock()
+        self._building: dict[str, threading.RLock] = {}
+
+    def open(self, config: Config, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
+        """The server of a config; built, with every row loaded, if this process has none yet.
+
+        Only a server that is built is checked against the batch: who comes later takes it as it is (spec 2.1).
+
+        Raises:
+            ConfigError: the config or the batch is wrong.   Otherwise as ``HPS``.
+        """
+        if not config:
+            raise ConfigError("ps_config_file: an empty one came, and no server was initialised before; give a path or a dict")
+        parsed = None
+        if isinstance(config, str):
+            identity = str(Path(config).resolve())
+        else:
+            parsed = read_config(config)
+            identity = parsed.identity
+        server = self._servers.get(identity)
+        if server is not None and not server.closed:
+            return server
+        with self._lock:
+            building = self._building.setdefault(identity, threading.RLock())
+        with building:
+            server = self._servers.get(identity)
+            if server is not None and not server.closed:
+                return server
+            parsed = read_config(config) if parsed is None else parsed
+            check_batch(parsed, global_batch_size, replicas)
+            others = len(self.opened)
+            server = HPS(parsed)
+            self._servers[identity] = server
+            log.info("%s: models %s%s", _short(config), ", ".join(server.models), f"; beside {others} others" if others else "")
+            return server
+
+    @property
+    def opened(self) -> list[HPS]:
+        """The servers that are open."""
+        return [server for server in list(self._servers.values()) if not server.closed]
+
+    def of_model(self, config: Config, model_name: str, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
+        """The server that a layer wants: of its config, or for an empty one the only open server with its model.
+
+        Raises:
+            UnknownModelError: an empty config, and no server or more than one has the model.   Otherwise as ``open``.
+        """
+        if config:
+            return self.open(config, global_batch_size=global_batch_size, replicas=replicas)
+        servers = self.opened
+        having = [server for server in servers if model_name in server.models]
+        if len(having) == 1:
+            return having[0]
+        if not servers:
+            return self.open(config)
+        names = ", ".join(sorted({name for server in servers for name in server.models}))
+        found = "several have it" if having else f"they have {names}"
+        raise UnknownModelError(
+            f"model_name: {model_name!r} came without ps_config_file, and of {len(servers)} initialised servers {found}"
+        )
+
+    def close(self) -> None:
+        """Close all servers; the next one who wants a server builds it anew."""
+        with self._lock:
+            servers, self._servers = self._servers, {}
+        for server in servers.values():
+            server.close()
+
+
+def _short(config: Config) -> str:
+    return config if isinstance(config, str) else "a config given as a dict"
+
+
+SERVERS = Servers()
+"""Those of this process."""
+
+
+def config_of(ps_config_file: Any) -> Config:
+    """What a user gave as ``ps_config_file``, as a path in text or a dict.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(ps_config_file, Mapping):
+        return dict(ps_config_file)
+    if isinstance(ps_config_file, (str, os.PathLike)):
+        return os.fspath(ps_config_file)
+    raise ConfigError(f"ps_config_file: {type(ps_config_file).__name__} came, a path or a dict is wanted")
+
+
+def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:
+    """The server of a config, built if this process has none: to update rows, read ``stats()`` and so on.
+
+    Raises:
+        As ``hps_numba.HPS``.
+    """
+    return SERVERS.open(config_of(ps_config_file))

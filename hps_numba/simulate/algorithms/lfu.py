@@ -1,0 +1,53 @@
+"""Least frequently used; of equal counts, the row that was asked for least recently leaves.
+
+Counts are of requests since the row came in: one that left begins anew. A list of rows for each count makes every step
+constant time (K. Shah, A. Mitra, D. Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme", 2010).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.kernels.compiler.njit import host_kernel
+from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, OWN, RESIDENT, Algorithm
+from hps_numba.simulate.algorithms._lists import PREV, cut, new_links, push
+
+LEAST = OWN
+
+
+@host_kernel
+def step(ids, hits, counters, capacity, counts, links):
+    """``counts`` of absent keys are 0; the end of the list of count c is at ``len(counts) + c``.   **Writes:** all."""
+    ends = len(counts)
+    for i in range(len(ids)):
+        key = ids[i]
+        count = np.int64(counts[key])
+        if count != 0:
+            hits[i] = 1
+            cut(links, key)
+            end = ends + count
+            if counters[LEAST] == count and links[end, PREV] == end:
+                counters[LEAST] = count + 1
+            counts[key] = count + 1
+            push(links, end + 1, key)
+            continue
+        hits[i] = 0
+        counters[ADMITTED] += 1
+        if counters[RESIDENT] == capacity:
+            victim = links[ends + counters[LEAST], PREV]
+            cut(links, victim)
+            counts[victim] = 0
+            counters[EVICTED] += 1
+        else:
+            counters[RESIDENT] += 1
+        counts[key] = 1
+        counters[LEAST] = 1
+        push(links, ends + 1, key)
+
+
+def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
+    """counts, links."""
+    return np.zeros(keys, np.int32), new_links(keys, most + 2)
+
+
+PART = Algorithm(step, state)

@@ -1,0 +1,41 @@
+"""Least recently used (R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal, 1970)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hps_numba.kernels.compiler.njit import host_kernel
+from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, RESIDENT, Algorithm
+from hps_numba.simulate.algorithms._lists import NEXT, NOWHERE, PREV, cut, new_links, push
+
+
+@host_kernel
+def step(ids, hits, counters, capacity, links):
+    """The front of the list is the latest.   **Writes:** as ``_algorithm`` says."""
+    end = len(links) - 1
+    for i in range(len(ids)):
+        key = ids[i]
+        if links[key, PREV] != NOWHERE:
+            hits[i] = 1
+            if links[end, NEXT] != key:
+                cut(links, key)
+                push(links, end, key)
+            continue
+        hits[i] = 0
+        counters[ADMITTED] += 1
+        if counters[RESIDENT] == capacity:
+            oldest = links[end, PREV]
+            cut(links, oldest)
+            links[oldest, PREV] = NOWHERE
+            counters[EVICTED] += 1
+        else:
+            counters[RESIDENT] += 1
+        push(links, end, key)
+
+
+def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
+    """links."""
+    return (new_links(keys, 1),)
+
+
+PART = Algorithm(step, state)

@@ -1,0 +1,1 @@
+"""The host store: rows of one table in host memory."""

@@ -1,0 +1,254 @@
+"""One version of a table in host memory: its rows, its index, and the writer's book of slots."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+
+import numpy as np
+
+from hps_numba.device.host_memory import HostAllocator, HostRegion, total_bytes
+from hps_numba.errors import CapacityError
+from hps_numba.kernels.host.write import (
+    STATE_FREE,
+    STATE_LIVE,
+    STATE_MAX_USED,
+    STATE_NEXT_SLOT,
+    STATE_RETIRED,
+    STATE_SLOT_LIMIT,
+    STATE_USED,
+    STATE_WORDS,
+    host_census,
+    host_fill,
+    host_reindex,
+)
+from hps_numba.kernels.layouts.host_store import (
+    ENTRIES_PER_LINE,
+    MAX_LOAD,
+    META_BYTES,
+    META_GENERATION,
+    META_LINES,
+    META_RECENCY,
+    META_RECENCY_MODE,
+    META_ROW_BYTES,
+    META_ROWS,
+    RECENCY_NONE,
+    index_bytes,
+    lines_for,
+)
+from hps_numba.storage.host.epochs import Epochs
+
+__all__ = ["TableContent", "address_of", "content_bytes", "entries_of"]
+
+
+def address_of(array: np.ndarray) -> int:
+    """Address of the first element."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def content_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
+    """Bytes that a table of ``rows`` distinct keys takes: rows, index and, if kept, recency words."""
+    return rows * 4 * dim + index_bytes(lines_for(rows)) + (8 * rows if recency != RECENCY_NONE else 0)
+
+
+def entries_of(block: int) -> int:
+    """Number of entries of the index block at an address."""
+    return ctypes.c_int64.from_address(block + META_LINES).value * ENTRIES_PER_LINE
+
+
+class TableContent:
+    """Rows, index and slots. Knows nothing of headers, locks or limits: that is ``HostStore``.
+
+    **Threads:** one writer; readers hold an epoch and see what is published.
+    """
+
+    def __init__(
+        self, dim: int, rows: int, *, allocator: HostAllocator, recency: int = RECENCY_NONE, purpose: str = "table"
+    ) -> None:
+        """Memory for ``rows`` keys of width ``dim``; it can grow beyond.
+
+        Raises:
+            CapacityError: the machine does not have it.
+        """
+        self.dim = dim
+        self.row_bytes = 4 * dim
+        self.purpose = purpose
+        self._allocator = allocator
+        self._recency_mode = recency
+        self.state = np.zeros(STATE_WORDS, np.int64)
+        self.free = np.empty(64, np.int64)
+        self.retired = np.empty(64, np.int64)
+        self._generation = 0
+        self._limbo: deque[tuple[int, np.ndarray]] = deque()
+        self._old_indexes: deque[tuple[int, HostRegion]] = deque()
+        self._regions: list[HostRegion] = []
+        self._indexes: list[HostRegion] = []  # all that a reader may be in: memory goes only by an explicit release
+        try:
+            self._rows = self._reserve(rows * self.row_bytes, max(rows * self.row_bytes, total_bytes()), "rows")
+            self._recency: HostRegion | None = None
+            if recency != RECENCY_NONE:
+                self._recency = self._reserve(8 * rows, 8 * (self._rows.limit // self.row_bytes), "recency")
+            self.commit_slots(rows)
+            self.use_index(self._new_index(lines_for(rows)), 0)
+        except CapacityError:
+            self.release()
+            raise
+
+    def _reserve(self, least: int, limit: int, what: str) -> HostRegion:
+        region = self._allocator.reserve(limit, f"{self.purpose}: {what}", least=least)
+        self._regions.append(region)
+        return region
+
+    @property
+    def block(self) -> int:
+        """Address of the index block."""
+        return self.index.address
+
+    @property
+    def live(self) -> int:
+        """Rows that a lookup can find."""
+        return int(self.state[STATE_LIVE])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in use: slots ever written, index, recency words."""
+        per_slot = self.row_bytes + (8 if self._recency is not None else 0)
+        return int(self.state[STATE_NEXT_SLOT]) * per_slot + self.index.committed
+
+    @property
+    def slots(self) -> int:
+        """Slots that were ever in use."""
+        return int(self.state[STATE_NEXT_SLOT])
+
+    def rows_view(self, start: int, stop: int) -> np.ndarray:
+        """Slots ``start`` to ``stop`` as float32 ``[stop - start, dim]``, to be written before they are indexed."""
+        return self._rows.view(np.float32, (stop - start, self.dim), start * self.row_bytes)
+
+    def commit_slots(self, slots: int) -> None:
+        """Make the first ``slots`` slots usable."""
+        self._rows.commit(slots * self.row_bytes)
+        if self._recency is not None:
+            self._recency.commit(8 * slots)
+        self.state[STATE_SLOT_LIMIT] = max(int(self.state[STATE_SLOT_LIMIT]), slots)
+
+    def grow_slots(self, step_bytes: int) -> None:
+        """Add ``step_bytes`` worth of slots, at least one; fewer where addresses or memory end.
+
+        Raises:
+            CapacityError: there is no room for one more.
+        """
+        slots = int(self.state[STATE_SLOT_LIMIT])
+        room = self._rows.limit // self.row_bytes - slots
+        if room <= 0:
+            raise CapacityError(f"{self.purpose}: all {slots} slots that could be reserved are in use")
+        step = min(room, max(1, step_bytes // self.row_bytes))
+        while True:
+            try:
+                self.commit_slots(slots + step)
+                return
+            except CapacityError:
+                if step == 1:
+                    raise
+                step //= 2
+
+    def _new_index(self, lines: int) -> HostRegion:
+        region = self._allocator.reserve(index_bytes(lines), f"{self.purpose}: index")
+        region.commit(index_bytes(lines))
+        self._indexes.append(region)
+        meta = region.view(np.int64, (META_BYTES // 8,))
+        meta[META_LINES // 8] = lines
+        meta[META_ROWS // 8] = self._rows.address
+        meta[META_ROW_BYTES // 8] = self.row_bytes
+        meta[META_RECENCY // 8] = self._recency.address if self._recency is not None else 0
+        meta[META_RECENCY_MODE // 8] = self._recency_mode
+        meta[META_GENERATION // 8] = self._generation
+        self._generation += 1
+        return region
+
+    @property
+    def index_is_full(self) -> bool:
+        """No further entry may be used before the index is rebuilt."""
+        return bool(self.state[STATE_USED] >= self.state[STATE_MAX_USED])
+
+    @property
+    def has_slots(self) -> bool:
+        """A row can be written without more memory."""
+        return bool(self.state[STATE_FREE] > 0 or self.state[STATE_NEXT_SLOT] < self.state[STATE_SLOT_LIMIT])
+
+    def build_index(self) -> tuple[HostRegion, int]:
+        """A roomier index without the erased entries, and its number of rows; nothing else changes yet."""
+        new = self._new_index(lines_for(self.live * 3 // 2 + 16))
+        return new, host_reindex(self.index.address, new.address)
+
+    def use_index(self, index: HostRegion, live: int) -> None:
+        """Write to ``index``, which holds ``live`` rows, from now on."""
+        self.index = index
+        self.state[STATE_LIVE] = self.state[STATE_USED] = live
+        self._limit_load()
+
+    def _limit_load(self) -> None:
+        self.state[STATE_MAX_USED] = int(entries_of(self.block) * MAX_LOAD)
+
+    def repair(self, block: int, epochs: Epochs) -> None:
+        """Write the book anew from the index at ``block``, after a writer was interrupted between two of its lines."""
+        self.index = next(index for index in self._indexes if index.address == block)
+        slots = int(self.state[STATE_NEXT_SLOT])
+        taken = np.zeros(slots, np.uint8)
+        host_census(block, taken, self.state)
+        self._limit_load()
+        self.state[STATE_FREE] = self.state[STATE_RETIRED] = 0
+        tag = epochs.advance()
+        self._limbo = deque([(tag, np.flatnonzero(taken == 0))])
+        self._old_indexes = deque((tag, index) for index in self._indexes if index is not self.index)
+
+    def fill(self, keys: np.ndarray, now: int) -> None:
+        """Index int64 ``keys`` for the rows that stand in the next slots, before anybody reads; the last of equal keys wins."""
+        first = int(self.state[STATE_NEXT_SLOT])
+        self._make_free_room(len(keys))
+        self.state[STATE_NEXT_SLOT] = first + len(keys)
+        host_fill(self.block, address_of(keys), len(keys), first, self.state, self.free, now)
+
+    def retire_index(self, index: HostRegion, tag: int) -> None:
+        """Keep a replaced index until the epoch ``tag`` is over."""
+        self._old_indexes.append((tag, index))
+
+    def room_to_retire(self, more: int) -> np.ndarray:
+        """The list that a kernel appends retired slots to, with room for ``more``."""
+        used = int(self.state[STATE_RETIRED])
+        if used + more > len(self.retired):
+            self.retired = np.concatenate([self.retired[:used], np.empty(more, np.int64)])
+        return self.retired
+
+    def retire_slots(self, epochs: Epochs) -> None:
+        """Keep the slots on the list from reuse until the epoch that ends now is over."""
+        count = int(self.state[STATE_RETIRED])
+        if count:
+            slots, self.state[STATE_RETIRED] = self.retired[:count].copy(), 0
+            self._limbo.append((epochs.advance(), slots))
+
+    def collect(self, epochs: Epochs) -> None:
+        """Take back what no reader can hold any more."""
+        if not self._limbo and not self._old_indexes:
+            return
+        oldest = epochs.oldest()
+        while self._limbo and self._limbo[0][0] < oldest:
+            slots = self._limbo.popleft()[1]
+            self._make_free_room(len(slots))
+            end = int(self.state[STATE_FREE])
+            self.free[end : end + len(slots)] = slots
+            self.state[STATE_FREE] = end + len(slots)
+        while self._old_indexes and self._old_indexes[0][0] < oldest:
+            index = self._old_indexes.popleft()[1]
+            self._indexes.remove(index)
+            index.release()
+
+    def _make_free_room(self, more: int) -> None:
+        used = int(self.state[STATE_FREE])
+        if used + more > len(self.free):
+            self.free = np.concatenate([self.free[:used], np.empty(max(used, more) + more, np.int64)])
+
+    def release(self) -> None:
+        """Give all memory back. Only when no reader can hold it."""
+        for region in [*self._regions, *self._indexes]:
+            region.release()

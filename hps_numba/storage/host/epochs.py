@@ -1,0 +1,108 @@
+"""When may memory be used again: epochs of readers (K. Fraser, "Practical lock-freedom", 2004, section 5.2.3).
+
+A reader writes the current epoch to a record of its own before it reads and clears it after. The writer first makes memory
+unreachable, then ends the epoch; that memory is free once no record shows that epoch or an older one. Readers never wait,
+and a reader that started later can no longer find the memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+
+from hps_numba.kernels.host.epoch import epoch_advance, epoch_enter, epoch_leave
+from hps_numba.runtime.fork import renew_after_fork
+
+__all__ = ["Epochs", "Guard"]
+
+_WORDS = 8  # a record has a cache line of its own
+_BLOCK = 64
+
+
+class Guard(Protocol):
+    """Readers that keep no record here, those on a device for instance."""
+
+    def oldest(self, now: int) -> int:
+        """The oldest epoch that they may still be in, ``now`` (the current one) if in none; it may lag behind the truth."""
+
+
+class Epochs:
+    """Records of all readers of one store: those of another need not be waited for.
+
+    **Threads:** every method; none takes a lock. Guards are added and removed by one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._now = np.ones(_WORDS, np.int64)
+        self.address: int = self._now.__array_interface__["data"][0]
+        self._blocks: list[np.ndarray] = []
+        self._idle: deque[int] = deque()
+        self._guards: tuple[Guard, ...] = ()
+        renew_after_fork(self)
+
+    def take(self) -> int:
+        """Address of a record for one reader; give it back with ``give``."""
+        while True:
+            try:
+                return self._idle.pop()
+            except IndexError:
+                block = np.zeros((_BLOCK, _WORDS), np.int64)
+                self._blocks.append(block)  # before any of its records is in use: the writer must see them all
+                first: int = block.__array_interface__["data"][0]
+                self._idle.extend(first + 8 * _WORDS * i for i in range(_BLOCK))
+
+    def give(self, record: int) -> None:
+        """Take a record back, after its reader left."""
+        self._idle.append(record)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Hold an epoch over several kernels."""
+        record = self.take()
+        try:
+            epoch_enter(self.address, record)
+            yield
+        finally:
+            epoch_leave(record)
+            self.give(record)
+
+    def add_guard(self, guard: Guard) -> None:
+        """Let ``oldest`` ask ``guard`` too."""
+        self._guards = (*self._guards, guard)
+
+    def remove_guard(self, guard: Guard) -> None:
+        """Ask ``guard`` no more: its readers have ended."""
+        self._guards = tuple(other for other in self._guards if other is not guard)
+
+    def advance(self) -> int:
+        """End the epoch; returns it, as the tag of what was made unreachable before the call."""
+        return epoch_advance(self.address)
+
+    def oldest(self) -> int:
+        """The oldest epoch that a reader is in, else the current one: tags below it are free."""
+        now = int(self._now[0])
+        active = [int(e) for block in list(self._blocks) for e in block[:, 0] if e]
+        active += [guard.oldest(now) for guard in self._guards]
+        return min(active, default=now)
+
+    def wait(self, tag: int, seconds: float) -> bool:
+        """Wait until ``tag`` is free; False if readers are still at work after ``seconds``."""
+        end = time.monotonic() + seconds
+        pause = 1e-5
+        while self.oldest() <= tag:
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
+        return True
+
+    def renew(self) -> None:
+        """In a forked child: the readers of the parent's other threads do not exist here."""
+        for block in self._blocks:
+            block[:] = 0
+        self._guards = ()  # devices are the parent's

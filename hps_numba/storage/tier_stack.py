@@ -1,0 +1,232 @@
+"""An ordered stack of slower tiers that looks like one.
+
+A row is in a slower tier before a faster one may drop it: writes go from the slowest to the fastest tier, reads the other
+way, and each tier is asked only for keys that the ones before it lack.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hps_numba import plugins
+from hps_numba.config import ServerConfig
+from hps_numba.device.host_memory import HostAllocator
+from hps_numba.errors import ClosedError, ConfigError, TierError, TierUnavailable
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage.tiers.hash_map import HashMapTier
+
+__all__ = ["StackAnswer", "TierStack", "open_tiers"]
+
+log = logging.getLogger(__name__)
+_TIERS = "hps_numba.storage.tiers"
+
+
+def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HashMapTier | None, TierStack]:
+    """The volatile tier, if it keeps rows in the memory of this process, and all other tiers of a config.
+
+    Raises:
+        TierUnavailable: a tier does not exist, is not installed or cannot be reached.
+        ConfigError: what the config names is not a tier. In any case, no tier stays open.
+    """
+    host: HashMapTier | None = None
+    slower: list[Tier] = []
+    with ExitStack() as undo:
+        for place, section in (("volatile_db", config.volatile_db), ("persistent_db", config.persistent_db)):
+            if section.type == "disabled":
+                continue
+            kind = _tier_class(place, section.type, config.folder, allow_code)
+            if kind is HashMapTier and place == "volatile_db":
+                host = HashMapTier(config.volatile_db, wide_keys=config.supportlonglong, allocator=allocator)
+            else:
+                slower.append(kind(section, wide_keys=config.supportlonglong))
+                undo.callback(slower[-1].close)
+        undo.pop_all()
+    return host, TierStack(slower)
+
+
+def _tier_class(place: str, name: str, folder: Path | None, allow_code: bool) -> type[Tier]:
+    known = plugins.names(_TIERS)
+    if not plugins.is_reference(name) and name not in known:
+        raise TierUnavailable(f"{place}.type: {name!r} is not part of this version, which has {', '.join(known)}")
+    kind = plugins.load(_TIERS, name, allow_code=allow_code, folder=folder, error=TierUnavailable)
+    if not (isinstance(kind, type) and issubclass(kind, Tier)):
+        raise ConfigError(f"{place}.type: {name!r} is {kind!r}, a subclass of Tier is wanted")
+    if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise ConfigError(f"{place}.type: {name!r} lacks {', '.join(missing)}, which a tier must have")
+    return kind
+
+
+@dataclass(frozen=True)
+class StackAnswer:
+    """What the stack found.
+
+    Attributes:
+        found: bool ``[n]``, which keys some tier had.
+        unsure: bool ``[n]``, which keys were not found while a tier was late or failed: they may exist.
+        errors: calls that failed.
+    """
+
+    found: np.ndarray
+    unsure: np.ndarray
+    errors: int
+
+
+class TierStack:
+    """Slower tiers, fastest first.
+
+    Reads at work are counted, and ``close`` waits for them, so that a lookup gets its rows. It does not wait for writes:
+    what becomes of a write beside ``close`` is up to the tier.
+
+    **Threads:** every method.
+    """
+
+    #: seconds that ``close`` waits for reads at work
+    GRACE_SECONDS = 30.0
+
+    def __init__(self, tiers: Iterable[Tier]) -> None:
+        self.tiers: Sequence[Tier] = tuple(tiers)
+        self._closed = False
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget the reads of threads that a forked child does not have."""
+        self._reads = 0
+        self._reads_changed = threading.Condition(threading.Lock())
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        changed = self._reads_changed
+        with changed:
+            self._check_open()
+            self._reads += 1
+        try:
+            yield
+        finally:
+            with changed:
+                self._reads -= 1
+                changed.notify_all()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the slower tiers are closed")
+
+    @property
+    def writable(self) -> Sequence[Tier]:
+        """The tiers that can be written, fastest first."""
+        return [tier for tier in self.tiers if not tier.read_only]
+
+    def __bool__(self) -> bool:
+        return bool(self.tiers)
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> StackAnswer:
+        """Copy the rows of those keys that some tier has to ``rows``; the others stay as they are.
+
+        A tier that fails is passed over: its keys are looked for in the next one and, if found nowhere, reported as unsure.
+
+        Raises:
+            TierError: the answer of a tier breaks its contract.   ClosedError: after ``close``.
+        """
+        with self._reading():
+            return self._fetch(table, keys, rows, deadline)
+
+    def _fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None) -> StackAnswer:
+        found = np.zeros(len(keys), bool)
+        unsure = np.zeros(len(keys), bool)
+        errors = 0
+        for tier in self.tiers:
+            wanted = np.flatnonzero(~found)
+            if not len(wanted):
+                break
+            some = np.ascontiguousarray(rows[wanted])
+            try:
+                answer = tier.fetch(table, keys[wanted], some, deadline=deadline)
+            except TierError as problem:
+                log.debug("%s: %s: fetch failed: %s", table, type(tier).__name__, problem)
+                errors += 1
+                unsure[wanted] = True
+                continue
+            _check_answer(tier, answer, len(wanted))
+            rows[wanted[answer.found]] = some[answer.found]
+            found[wanted[answer.found]] = True
+            unsure[wanted[answer.asked :]] = True
+        return StackAnswer(found, unsure & ~found, errors)
+
+    def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which keys some tier has."""
+        found = np.zeros(len(keys), bool)
+        with self._reading():
+            for tier in self.tiers:
+                here = tier.contains(table, keys)
+                _check_flags(tier, "contains", here, len(keys))
+                found |= here
+        return found
+
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Write rows to every tier that can be written, slowest first.
+
+        Raises:
+            TierError: a tier failed; faster ones were not written.
+        """
+        self._write(lambda tier: tier.insert(table, keys, rows))
+
+    def update(self, table: str, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Write the rows of those keys that a tier has already, in each tier that can be written."""
+
+        def update_one(tier: Tier) -> None:
+            present = tier.contains(table, keys)
+            tier.insert(table, keys[present], rows[present])
+
+        self._write(update_one)
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> None:
+        """Remove keys, or with None the whole table, from every tier that can be written.
+
+        Raises:
+            TierError: a tier failed. Faster ones keep the keys; a whole table is still dropped from all others.
+        """
+        if keys is not None:
+            self._write(lambda tier: tier.erase(table, keys))
+            return
+        self._check_open()
+        with ExitStack() as erasing:
+            for tier in self.writable:
+                erasing.callback(tier.erase, table)
+
+    def _write(self, change: Callable[[Tier], object]) -> None:
+        self._check_open()
+        for tier in reversed(self.writable):
+            change(tier)
+
+    def close(self) -> None:
+        """Refuse later calls, let reads at work end, then close every tier, also those after one that fails to."""
+        with self._reads_changed:
+            self._closed = True
+            if not self._reads_changed.wait_for(lambda: self._reads == 0, self.GRACE_SECONDS):
+                log.warning("slower tiers are closed under %d reads after %g s", self._reads, self.GRACE_SECONDS)
+        with ExitStack() as closing:
+            for tier in reversed(self.tiers):
+                closing.callback(tier.close)
+
+
+def _check_answer(tier: Tier, answer: object, n: int) -> None:
+    if not isinstance(answer, Fetched):
+        raise TierError(f"{type(tier).__name__}.fetch: {type(answer).__name__} came, Fetched is wanted")
+    _check_flags(tier, "fetch: found", answer.found, n)
+    if not (isinstance(answer.asked, (int, np.integer)) and 0 <= answer.asked <= n):
+        raise TierError(f"{type(tier).__name__}.fetch: asked: {answer.asked!r} came, 0 to {n} is wanted")
+
+
+def _check_flags(tier: Tier, place: str, flags: object, n: int) -> None:
+    """An int array would be taken for positions, and a row of another key would be the answer."""
+    if not (isinstance(flags, np.ndarray) and flags.dtype == np.bool_ and flags.shape == (n,)):
+        came = f"{flags.dtype}{list(flags.shape)}" if isinstance(flags, np.ndarray) else type(flags).__name__
+        raise TierError(f"{type(tier).__name__}.{place}: {came} came, bool[{n}] is wanted")

@@ -1,0 +1,1 @@
+"""Traces of requested keys: read, recorded."""

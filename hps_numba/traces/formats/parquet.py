@@ -1,0 +1,60 @@
+"""Parquet: one column of integers, by its name; else ``key``, or the only one. Needs pyarrow. Decoded as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba.errors import TraceError
+from hps_numba.traces.formats._format import BLOCK, Blocks, TraceFormat
+
+__all__ = ["PART"]
+
+
+def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TraceError(f'{path}: Parquet needs pyarrow: pip install "hps-numba[parquet]"') from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise TraceError(f"{path}: not a Parquet file: {' '.join(str(problem).split())}") from None
+    schema, rows = file.schema_arrow, file.metadata.num_rows
+    name = _column(path, schema.names, column)
+    if not pyarrow.types.is_integer(schema.field(name).type):
+        raise TraceError(f"{path}: column {name!r} is {schema.field(name).type}, wanted integers")
+
+    def blocks() -> Iterator[np.ndarray]:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as opened:
+                for batch in opened.iter_batches(batch_size=BLOCK, columns=[name], use_threads=False):
+                    yield _keys(path, name, batch.column(0))
+        except TraceError:
+            raise
+        except (pyarrow.ArrowException, OSError) as problem:
+            raise TraceError(f"{path}: damaged: {' '.join(str(problem).split())}") from None
+
+    return rows, blocks
+
+
+def _keys(path: Path, name: str, values: Any) -> np.ndarray:
+    if values.null_count:
+        raise TraceError(f"{path}: column {name!r} has {values.null_count} nulls, wanted integers")
+    keys: np.ndarray = values.to_numpy(zero_copy_only=False)
+    return keys
+
+
+def _column(path: Path, names: list[str], column: str | None) -> str:
+    if column is None:
+        column = "key" if len(names) != 1 else names[0]
+    if column not in names:
+        raise TraceError(f"{path}: column {column!r} is none of {', '.join(names)} (--column names one)")
+    return column
+
+
+PART = TraceFormat((".parquet", ".pq"), _open)

@@ -1,0 +1,1 @@
+"""Training of rows: optimizers, initializers, checkpoints."""

@@ -1,0 +1,86 @@
+"""Rows for keys that a table does not have yet: made of a seed and the key, so the same whenever and wherever the key comes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hps_numba.errors import ConfigError
+from hps_numba.kernels.host.optimizers import normal_rows, uniform_rows
+
+__all__ = ["Initializer", "Normal", "Uniform", "Zeros", "as_initializer", "initial_rows"]
+
+Initializer = Callable[[np.ndarray, int], Any]
+"""From distinct int64 keys ``[n]`` and ``dim`` to numbers ``[n, dim]``."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Rows of zeros."""
+
+    def __call__(self, keys: np.ndarray, dim: int) -> np.ndarray:
+        return np.zeros((len(keys), dim), np.float32)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal numbers around 0 of a standard deviation."""
+
+    std: float = 0.01
+    seed: int = 0
+
+    def __call__(self, keys: np.ndarray, dim: int) -> np.ndarray:
+        rows = np.empty((len(keys), dim), np.float32)
+        normal_rows(keys.view(np.uint64), rows, np.uint64(self.seed & _WORD), float(self.std))
+        return rows
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Numbers between ``-bound`` and ``bound``."""
+
+    bound: float = 0.05
+    seed: int = 0
+
+    def __call__(self, keys: np.ndarray, dim: int) -> np.ndarray:
+        rows = np.empty((len(keys), dim), np.float32)
+        uniform_rows(keys.view(np.uint64), rows, np.uint64(self.seed & _WORD), float(self.bound))
+        return rows
+
+
+_WORD = (1 << 64) - 1
+_BY_NAME: dict[str, Initializer] = {"zeros": Zeros(), "normal": Normal(), "uniform": Uniform()}
+
+
+def as_initializer(given: str | Initializer | None) -> Initializer | None:
+    """What a user gave: a name, a function, or None: the default value of the table.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if given is None or callable(given):
+        return given
+    if isinstance(given, str) and given in _BY_NAME:
+        return _BY_NAME[given]
+    raise ConfigError(f"initializer: {given!r} came, one of {', '.join(_BY_NAME)}, a function of (keys, dim) or None is wanted")
+
+
+def initial_rows(initializer: Initializer | None, keys: np.ndarray, dim: int, *, table: str, default: float) -> np.ndarray:
+    """float32 ``[n, dim]`` for distinct int64 keys of a table; tables draw other numbers than each other of one seed.
+
+    Raises:
+        ConfigError: a function gave something else.
+    """
+    if initializer is None:
+        return np.full((len(keys), dim), default, np.float32)
+    if isinstance(initializer, (Normal, Uniform)):
+        salt = zlib.crc32(table.encode()) << 32
+        initializer = type(initializer)(**{**vars(initializer), "seed": initializer.seed ^ salt})
+    rows = np.asarray(initializer(keys, dim), np.float32)
+    if rows.shape != (len(keys), dim):
+        raise ConfigError(f"initializer: {list(rows.shape)} came, [{len(keys)}, {dim}] is wanted")
+    return rows

@@ -1,0 +1,282 @@
+"""Gradients into the store: steps of an optimizer on rows of a table, whatever framework the gradients are from.
+
+A step is a write like any other: the rows are read past the caches, changed, and written to every tier by
+``HPS.rewrite``, which reaches every cache before it returns. What an optimizer remembers of a row (its state) is a row of a
+host store of its own, by the same key. A row that does not exist when its gradient comes starts with a fresh state.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hps_numba.arrays.buffer_pool import aligned_empty
+from hps_numba.config import TableSpec
+from hps_numba.errors import ConfigError
+from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
+from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.threads import ranges_of, run_ranges
+from hps_numba.server.hps import HPS
+from hps_numba.storage.host.store import HostStore
+from hps_numba.training.initializers import Initializer, initial_rows
+
+__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows", "summed_rows"]
+
+_FEW = 4096  # states that are kept without asking whether their rows are still there
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a row follows its gradient.
+
+    Attributes:
+        lr: learning rate.
+    """
+
+    name: ClassVar[str]
+    lr: float
+
+    def __post_init__(self) -> None:
+        for field, value in vars(self).items():
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{field}: {value!r} came, a number from 0 on is wanted")
+
+    def width(self, dim: int) -> int:
+        """Elements of the state of a row."""
+        return 0
+
+    @property
+    def fresh(self) -> float:
+        """What the state of a new row is filled with."""
+        return 0.0
+
+    def kernel(self, step: int) -> tuple[Any, tuple[Any, ...]]:
+        """The kernel, and its arguments behind the range of rows, for step 1, 2, ...."""
+        raise NotImplementedError
+
+    def apply(self, rows: np.ndarray, gradients: np.ndarray, state: np.ndarray, step: int) -> None:
+        """Change float32 rows ``[n, dim]`` and their state ``[n, width]`` in place."""
+        kernel, settings = self.kernel(step)
+
+        def some(start: int, stop: int) -> int:
+            kernel(rows, gradients, state, start, stop, *settings)
+            return stop - start
+
+        if len(rows):
+            run_ranges(some, ranges_of(len(rows), 8 * rows.shape[1] + 4 * state.shape[1]))
+
+
+@dataclass(frozen=True)
+class Sgd(Rule):
+    """``row -= lr * gradient``."""
+
+    name = "sgd"
+
+    def kernel(self, step: int) -> tuple[Any, tuple[Any, ...]]:
+        return sgd_rows, (np.float32(self.lr),)
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Row-wise Adagrad: one number a row, the sum of the mean squares of its gradients."""
+
+    name = "adagrad"
+    eps: float = 1e-10
+    initial_accumulator_value: float = 0.0
+
+    def width(self, dim: int) -> int:
+        return 1
+
+    @property
+    def fresh(self) -> float:
+        return self.initial_accumulator_value
+
+    def kernel(self, step: int) -> tuple[Any, tuple[Any, ...]]:
+        return adagrad_rows, (np.float32(self.lr), np.float32(self.eps))
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam (Kingma and Ba 2014), lazy: a row without a gradient stays, and so do its means; one count of steps for all rows."""
+
+    name = "adam"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta1 < 1 and self.beta2 < 1):
+            raise ConfigError(f"betas: {(self.beta1, self.beta2)} came, two numbers from 0 on and below 1 are wanted")
+
+    def width(self, dim: int) -> int:
+        return 2 * dim
+
+    def kernel(self, step: int) -> tuple[Any, tuple[Any, ...]]:
+        rate = self.lr * math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
+        return adam_rows, tuple(np.float32(value) for value in (rate, self.eps, 1 - self.beta1, 1 - self.beta2))
+
+
+class RowTrainer:
+    """Optimizer of one table: applies rules to rows of the server, and keeps their states.
+
+    Args:
+        server, model, table: the table.
+        rule: of the kind that is to come with every step; its settings may change from step to step, its kind may not.
+        initializer: of rows that do not exist when their first gradient comes; None: the table's default value.
+
+    **Threads:** every method; steps take turns.
+    """
+
+    def __init__(self, server: HPS, model: str, table: int | str, rule: Rule, initializer: Initializer | None = None) -> None:
+        self.server = server
+        self.spec = server.table_spec(model, table)
+        self.rule = rule
+        self.initializer = initializer
+        #: steps so far
+        self.steps = 0
+        self._states = self._new_states()
+        self._sweep_at = _FEW
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """A new lock, as a forked child needs it."""
+        self._lock = threading.RLock()
+
+    def _new_states(self) -> HostStore | None:
+        width = self.rule.width(self.spec.dim)
+        return HostStore(width, name=f"{self.spec.tag}: {self.rule.name}") if width else None
+
+    def step(self, keys: np.ndarray, gradients: np.ndarray, rule: Rule | None = None) -> None:
+        """Let the rows of distinct int64 keys ``[n]`` follow their gradients, float32 ``[n, dim]``.
+
+        Raises:
+            As ``HPS.rewrite``; then neither rows nor states have changed, but for what that says.
+        """
+        rule = rule or self.rule
+        if type(rule) is not type(self.rule):
+            raise ConfigError(f"rule: {rule.name} came, this table is trained by {self.rule.name}")
+        gradients = np.ascontiguousarray(gradients, np.float32)
+        keys = np.ascontiguousarray(keys, np.int64)
+        with self._lock:
+            states = np.empty((len(keys), 0), np.float32)
+
+            def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+                nonlocal states
+                fill_new(self.spec, keys, rows, found, self.initializer)
+                states = self._states_of(keys, found)
+                rule.apply(rows, gradients, states, self.steps + 1)
+                return rows
+
+            self.server.rewrite(keys, change, self.spec.model, self.spec.name)
+            self.steps += 1
+            if self._states is not None:
+                self._states.upsert(keys, states)
+                self._forget_erased()
+
+    def _states_of(self, keys: np.ndarray, found: np.ndarray) -> np.ndarray:
+        if self._states is None:
+            return np.empty((len(keys), 0), np.float32)
+        states = np.empty((len(keys), self._states.dim), np.float32)
+        self._states.lookup(keys, states, self.rule.fresh)
+        states[~found] = self.rule.fresh
+        return states
+
+    def _forget_erased(self) -> None:
+        """Drop the states of rows that are gone, whenever there are twice as many as when that was done last."""
+        states = self._states
+        assert states is not None
+        if len(states) > self._sweep_at:
+            keys = states.keys()
+            states.erase(keys[~self.server.contains(keys, self.spec.model, self.spec.name)])
+            self._sweep_at = max(_FEW, 2 * len(states))
+
+    # -- keeping it ---------------------------------------------------------------------
+
+    @property
+    def state_width(self) -> int:
+        """Elements of the state of a row."""
+        return self.rule.width(self.spec.dim)
+
+    def state_keys(self) -> np.ndarray:
+        """int64: the keys of the rows that have a state, ascending."""
+        return np.empty(0, np.int64) if self._states is None else np.sort(self._states.keys())
+
+    def read_states(self, keys: np.ndarray) -> np.ndarray:
+        """float32 ``[n, state_width]``: the states of int64 keys, fresh ones where there are none."""
+        return self._states_of(keys, np.ones(len(keys), bool))
+
+    def set_states(self, steps: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Remember ``steps`` and the states of ``parts``, as ``read_states`` gave them, in the place of the present.
+
+        Raises:
+            ConfigError: they are of another width; nothing changed.
+        """
+        states = self._new_states()
+        for keys, values in parts:
+            self.check_states(len(keys), values.shape)
+            if states is not None:
+                states.upsert(keys, values)
+        with self._lock:
+            old, self._states, self.steps = self._states, states, int(steps)
+        if old is not None:
+            old.close()
+
+    def check_states(self, n: int, shape: tuple[int, ...]) -> None:
+        """Raise ConfigError if the states of ``n`` rows cannot have this shape."""
+        if tuple(shape) != (n, self.state_width):
+            wanted, place = [n, self.state_width], f"{self.spec.tag}: {self.rule.name}"
+            raise ConfigError(f"{place}: state of shape {list(shape)} came, {wanted} is wanted")
+
+    def holding(self) -> AbstractContextManager[Any]:
+        """No step begins or ends inside the ``with`` block."""
+        return self._lock
+
+
+def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of rows in groups: float32 ``[m, dim]``, the same bits whatever threads there are.
+
+    Args:
+        rows: float32 ``[n, dim]``, of any strides.   order: int64 ``[n]``: the rows by group.
+        starts: int64 ``[m + 1]``: where in ``order`` each group begins, and the end of the last.
+    """
+    out = aligned_empty((len(starts) - 1, rows.shape[1]))
+
+    def some(start: int, stop: int) -> int:
+        sum_rows(rows, order, starts, out, start, stop)
+        return stop - start
+
+    if len(out):
+        run_ranges(some, ranges_of(len(out), 8 * rows.shape[1] + 16))
+    return out
+
+
+def fill_new(spec: TableSpec, keys: np.ndarray, rows: np.ndarray, found: np.ndarray, initializer: Initializer | None) -> None:
+    """Give the rows of distinct keys that were not found their first values, in place."""
+    if not found.all():
+        rows[~found] = initial_rows(initializer, keys[~found], spec.dim, table=spec.tag, default=spec.default_value)
+
+
+def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, initializer: Initializer) -> int:
+    """Give those int64 keys that have no row in any tier one from the initializer; returns how many.
+
+    Raises:
+        As ``HPS.rewrite``, and what the initializer raises.
+    """
+    spec = server.table_spec(model, table)
+    absent = np.unique(keys[~server.contains(keys, model, table)])
+    if not len(absent):
+        return 0
+
+    def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+        fill_new(spec, absent, rows, found, initializer)
+        return rows
+
+    return server.rewrite(absent, change, model, table)
