@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hps_numba.errors import (
+    ArrayError,
     CapacityError,
     ClosedError,
     ConfigError,
@@ -20,7 +21,6 @@ from hps_numba.errors import (
     HpsError,
     KeyDtypeError,
     ModelFileError,
-    OutputError,
     PolicyError,
     TierError,
     TierUnavailable,
@@ -80,6 +80,7 @@ _HOMES = {
 
 __all__ = [
     "HPS",
+    "ArrayError",
     "CapacityError",
     "ClosedError",
     "ConfigError",
@@ -91,7 +92,6 @@ __all__ = [
     "InferenceParams",
     "KeyDtypeError",
     "ModelFileError",
-    "OutputError",
     "ParameterServerConfig",
     "PersistentDatabaseParams",
     "Plan",

@@ -5,7 +5,7 @@
     HpsError
     ├── ConfigError       (ValueError)     a config value is missing, wrong or out of range
     ├── ModelFileError    (OSError)        a sparse model on disk is missing, damaged or does not fit its table
-    ├── OutputError       (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
+    ├── ArrayError       (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
     ├── KeyDtypeError     (TypeError)      keys are not integers, or do not fit the key width of the server
     ├── UnknownModelError (LookupError)    no such model, or no such table in it
     ├── CapacityError     (MemoryError)    a plan or an insertion does not fit the memory it may use
@@ -22,6 +22,7 @@ A message names the place, the value that came and what was wanted, in one line.
 from __future__ import annotations
 
 __all__ = [
+    "ArrayError",
     "CapacityError",
     "ClosedError",
     "ConfigError",
@@ -29,7 +30,6 @@ __all__ = [
     "HpsError",
     "KeyDtypeError",
     "ModelFileError",
-    "OutputError",
     "PolicyError",
     "TierError",
     "TierUnavailable",
@@ -52,7 +52,7 @@ class ModelFileError(HpsError, OSError):
     """A sparse model cannot be read: missing, truncated, misaligned, or of another width than its table."""
 
 
-class OutputError(HpsError, ValueError):
+class ArrayError(HpsError, ValueError):
     """An ``out=`` array or the rows of a write have the wrong shape or dtype, or cannot be written."""
 
 

@@ -1,6 +1,6 @@
 """The folder is the registry: a storage tier, a file format or a cache policy is found by its file name.
 
-Every file without a leading underscore in such a folder defines ``PART``: the class (or object) that the file is about.
+Every file without a leading underscore in such a folder defines ``PLUGIN``: the class (or object) that the file is about.
 A new part is one new file; nothing else is edited. A user's own part is named ``package.module:NAME`` or, where the caller
 allows code to run, ``path/to/file.py:NAME``.
 """
@@ -57,7 +57,7 @@ def load(
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise error(f"{package.rpartition('.')[2]}: {name!r} is unknown, known are {', '.join(known)}{hint}")
-    return importlib.import_module(f"{package}.{name}").PART
+    return importlib.import_module(f"{package}.{name}").PLUGIN
 
 
 def load_reference(

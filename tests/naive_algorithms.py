@@ -122,7 +122,7 @@ def s3fifo(trace: Trace, capacity: int) -> list[bool]:
     main: list[int] = []
     ghosts: list[int] = []
     asked: dict[int, int] = {}
-    most_small = max(1, capacity // 10)
+    max_small = max(1, capacity // 10)
     evicted = False
     hits = []
     for key in trace:
@@ -134,7 +134,7 @@ def s3fifo(trace: Trace, capacity: int) -> list[bool]:
         if was_ghost:
             ghosts.remove(key)
         while len(small) + len(main) == capacity:
-            if len(main) > capacity - most_small or not small:
+            if len(main) > capacity - max_small or not small:
                 victim = main.pop(0)
                 if asked[victim]:
                     asked[victim] -= 1
@@ -152,7 +152,7 @@ def s3fifo(trace: Trace, capacity: int) -> list[bool]:
                         ghosts.pop(0)
                     evicted = True
         asked[key] = 0
-        filling = not evicted and len(small) >= most_small
+        filling = not evicted and len(small) >= max_small
         (main if was_ghost or filling else small).append(key)
     return hits
 

@@ -79,7 +79,7 @@ def test_overhead(tmp_path: Path) -> None:
     for batch in ("1", "64"):
         times = {name: statistics.median(some) for name, some in report["microseconds"][batch].items()}
         assert 0 < times["host_lookup (kernel)"] < times["HPS.lookup(out=)"] < 1e5
-        assert {"HostStore.lookup", "TableSession.lookup", "numpy.take(out=)"} < times.keys()
+        assert {"HostStore.lookup", "ServedTable.lookup", "numpy.take(out=)"} < times.keys()
 
 
 def test_tensorflow_layer(tmp_path: Path) -> None:

@@ -14,26 +14,26 @@ from cache_bench import DEFAULT, DIM, Bench, ints
 from cache_oracle import CacheOracle
 from naive import EXTREME_64, assert_same_bits, rows_of
 
-from hps_numba.cache.backends import HostPlace
+from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.sizing import index_sets
-from hps_numba.cache.store_link import HostLink
-from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError, OutputError
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.errors import ArrayError, CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.cache.bulk_load import place_keys
-from hps_numba.kernels.cache.probe import home_line_of, other_set_of, set_of
+from hps_numba.kernels.cache.probe import alternate_set_of, primary_line_of, set_of
 from hps_numba.kernels.cache.sketch import sketch_places
 from hps_numba.kernels.compiler.njit import host_function
-from hps_numba.kernels.layouts.cache import CHAIN, GUARD_ENTERED, GUARD_LEFT, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, OVERFLOW, SET_BYTES, STATE_BYTES, STATE_HOST
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host.store import HostStore
 
-_set_of, _home_line_of, _other_set_of = map(host_function, (set_of, home_line_of, other_set_of))
+_set_of, _primary_line_of, _alternate_set_of = map(host_function, (set_of, primary_line_of, alternate_set_of))
 
 
 def place_in(sets: int) -> Callable[[int], tuple[int, int]]:
     def place(key: int) -> tuple[int, int]:
-        return _set_of(0, sets, key) // SET_BYTES, _home_line_of(key) // 64
+        return _set_of(0, sets, key) // SET_BYTES, _primary_line_of(key) // 64
 
     return place
 
@@ -214,7 +214,7 @@ def test_without_a_store_only_what_was_inserted_is_found(bench: Bench) -> None:
     assert cache.warm() == 0
 
 
-def test_batches_larger_than_the_scratch_before(bench: Bench) -> None:
+def test_batches_larger_than_the_workspace_before(bench: Bench) -> None:
     keys = np.arange(5000)
     cache = bench.cache(bench.store(keys), 6000)
     for n in (1, 300, 5000, 20):
@@ -238,7 +238,7 @@ class Addresses:
     [
         ("int32", np.int32, [-1, 5, -(2**31)], [-1, 5, -(2**31)]),
         ("uint32", np.uint32, [2**32 - 1, 5], [2**32 - 1, 5]),
-        ("narrow64", np.int64, [2**32 - 1, 5], [2**32 - 1, 5]),
+        ("checked32_in_int64", np.int64, [2**32 - 1, 5], [2**32 - 1, 5]),
     ],
 )
 def test_key_forms(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], known: list[int]) -> None:
@@ -251,7 +251,7 @@ def test_key_forms(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], kno
 def test_a_wide_key_is_absent_where_keys_are_narrow(cpu_bench: Bench) -> None:
     keys = ints([-1, 2**32])
     cache = cpu_bench.cache(cpu_bench.store(keys), 40)
-    out = Addresses(cache).lookup(keys, np.empty((2, DIM), np.float32), key_form="narrow64")
+    out = Addresses(cache).lookup(keys, np.empty((2, DIM), np.float32), key_form="checked32_in_int64")
     assert (out == np.float32(DEFAULT)).all()
     assert cache.resident() == 0
 
@@ -277,7 +277,7 @@ def test_positions_of_absent_keys(cpu_bench: Bench) -> None:
     assert absent[0] == 0
 
 
-def test_a_captured_call_keeps_its_scratch(cpu_bench: Bench) -> None:
+def test_a_captured_call_keeps_its_workspace(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
     before = cache.bytes
     out = Addresses(cache).lookup(np.arange(10), np.empty((10, DIM), np.float32), capturing=True)
@@ -321,7 +321,7 @@ def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch
     finish = cache._finish
 
     def change_and_finish(*args: Any) -> None:
-        cache._place.synchronize(cache._stream)  # the lookup has read the old row
+        cache._backend.synchronize(cache._stream)  # the lookup has read the old row
         if change == "upsert":
             store.upsert(ints([5]), rows_of([5], DIM, 1))
         else:
@@ -333,7 +333,7 @@ def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch
         patch.setattr(cache, "_finish", change_and_finish)
         assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
-    assert cache.counters().withdrawn == 1
+    assert cache.counters().stale_dropped == 1
     new = rows_of([5], DIM, 1) if change == "upsert" else np.full((1, DIM), DEFAULT, np.float32)
     assert_same_bits(cache.lookup_arrays(ints([5])), new)
 
@@ -480,9 +480,9 @@ def test_bad_calls(bench: Bench) -> None:
             cache.refresh(first, stop)
     with pytest.raises(KeyDtypeError, match=r"int32\[4\]"):
         cache.lookup_arrays(np.arange(4, dtype=np.int32))
-    with pytest.raises(OutputError, match="rows are float64"):
+    with pytest.raises(ArrayError, match="rows are float64"):
         cache.insert(np.arange(2), np.zeros((2, DIM)))
-    with pytest.raises(OutputError, match="wanted float32"):
+    with pytest.raises(ArrayError, match="wanted float32"):
         cache.lookup_arrays(np.arange(2), np.zeros((2, DIM + 1), np.float32))
 
 
@@ -577,7 +577,7 @@ def test_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(bench: Bench, ki
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, told[0]))
 
 
-def test_threads_take_turns_with_one_scratch(cpu_bench: Bench) -> None:
+def test_threads_take_turns_with_one_workspace(cpu_bench: Bench) -> None:
     keys = np.arange(2000)
     cache = cpu_bench.cache(cpu_bench.store(keys), 1000, buffers=1)
     answers: list[np.ndarray] = []
@@ -599,9 +599,9 @@ class Linked:
     """A link as a device has it, over memory of the process, whose warps are played by the test."""
 
     def __init__(self, store: HostStore) -> None:
-        place = HostPlace()
+        place = CpuBackend()
         self.memory = place.allocate(STATE_BYTES, "state")
-        self.link = HostLink(place, self.memory.address, store)
+        self.link = StoreLink(place, self.memory.address, store)
         self.store = store
         store.epochs.add_guard(self.link)
 
@@ -686,10 +686,10 @@ def test_a_crowded_image_has_each_key_in_one_of_its_two_sets(sets: int, n: int) 
         key = int(words[at, line, way])
         assert key not in found
         found[key] = int(scores[at, line, way])
-        home, other = _set_of(0, sets, key) // SET_BYTES, _other_set_of(0, sets, key) // SET_BYTES
+        home, other = _set_of(0, sets, key) // SET_BYTES, _alternate_set_of(0, sets, key) // SET_BYTES
         assert at in (home, other) and home != other
         if at != home:
-            assert (meta[home] & CHAIN).all()
+            assert (meta[home] & OVERFLOW).all()
     assert found == {int(key): number for number, key in enumerate(keys)}  # each with its own score
 
 
@@ -698,7 +698,7 @@ def test_an_image_that_is_too_full_leaves_keys_out() -> None:
     assert place_keys(lines.ctypes.data, 2, keys.ctypes.data, 30, 0, True, True) == 20
     alone = np.zeros(2 * SET_BYTES, np.uint8)
     assert place_keys(alone.ctypes.data, 2, keys.ctypes.data, 20, 0, True, False) < 20  # home sets only, of 20 keys
-    assert not (alone.view(np.uint32).reshape(-1, 16)[:, 15] & CHAIN).any()
+    assert not (alone.view(np.uint32).reshape(-1, 16)[:, 15] & OVERFLOW).any()
 
 
 def test_rows_of_a_whole_table_are_found_wherever_they_stand(bench: Bench) -> None:

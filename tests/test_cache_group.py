@@ -12,7 +12,7 @@ from naive import assert_same_bits, rows_of
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.group import CacheGroup
-from hps_numba.cache.workspace import Scratch
+from hps_numba.cache.workspace import Workspace
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.layouts.cache import MAX_BATCH, MAX_TABLES
 
@@ -246,17 +246,17 @@ def test_a_batch_that_finds_no_memory_leaves_a_group_that_serves(bench: Bench, m
     pair = Pair(bench, tables=3, rows=400)
     pair.look(*[ints(range(100))] * 3)
     calls = 0
-    reserve = Scratch.reserve
+    reserve = Workspace.reserve
 
-    def fail_at_the_third(scratch: Scratch, *args: Any) -> None:
+    def fail_at_the_third(workspace: Workspace, *args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise CapacityError("on purpose")
-        reserve(scratch, *args)
+        reserve(workspace, *args)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Scratch, "reserve", fail_at_the_third)
+        broken.setattr(Workspace, "reserve", fail_at_the_third)
         with pytest.raises(CapacityError, match="on purpose"):
             pair.group.lookup_arrays([ints(range(2000))] * 3)
     for n in (50, 100, 2000, 50):

@@ -104,7 +104,7 @@ class Pair:
                 cache.refresh()
         elif what == "copy":
             for cache in self.caches:
-                assert cache.copy_index()
+                assert cache.mirror_index()
         else:
             first = int(self.random.integers(0, device.sets))
             dumps = [np.sort(cache.dump(first, device.sets)) for cache in self.caches]
@@ -168,7 +168,7 @@ def test_a_captured_lookup_with_misses_is_replayed_while_the_table_changes(miss_
             store.adopt(content)
             cache.warm()
         if replay % 50 == 30:
-            assert cache.copy_index() == (miss_path == "auto")
+            assert cache.mirror_index() == (miss_path == "auto")
         batch = random.choice(universe, n)
         expected = np.empty((n, dim), np.float32)
         store.lookup(batch, expected, -1.0)
@@ -198,7 +198,7 @@ def test_an_old_row_in_flight_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_finish", update_before)
         assert np.array_equal(cache.lookup_arrays(keys), rows_of(keys, dim))  # read before the update
-    assert cache.counters().withdrawn == 500
+    assert cache.counters().stale_dropped == 500
     _, missing = cache.query(keys)
     assert np.array_equal(missing, keys[:500])
     assert np.array_equal(cache.lookup_arrays(keys[:500]), rows_of(keys[:500], dim, 7))
@@ -279,7 +279,7 @@ class Stress:
             if random.random() < 0.01:
                 self.cache.clear()
             if random.random() < 0.2:
-                self.copies += self.cache.copy_index()
+                self.copies += self.cache.mirror_index()
 
 
 @pytest.mark.timeout(300)

@@ -97,7 +97,7 @@ def test_an_erased_way_is_empty_and_the_first_to_be_taken() -> None:
 
 def test_other_geometries() -> None:
     cache = oracle(lines=1, ways=4)
-    cache.place = lambda key: (key % 2, 0)
+    cache.backend = lambda key: (key % 2, 0)
     for now, key in enumerate([0, 2, 4, 6, 8]):
         cache.lookup([key], 10 * now)
     assert keys_in(cache) == [8, 2, 4, 6]

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from naive import EXTREME_64, rows_of
 
-from hps_numba.cache.backends import HostPlace
-from hps_numba.cache.cache import EmbeddingCache, pooling
+from hps_numba.cache import pooling
+from hps_numba.cache.backends import CpuBackend
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.cache.pooling import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
-    MOST_ROWS,
+    MAX_ROWS,
     OFFSETS32,
     OPEN_END,
     PADDED,
@@ -95,7 +96,7 @@ class PlainKernel:
             self._run(*args)
 
 
-class PlainPlace(HostPlace):
+class PlainPlace(CpuBackend):
     """The memory of the process, and kernels that are not compiled."""
 
     def kernel(self, spec: KernelSpec) -> Any:
@@ -122,7 +123,7 @@ class Table:
         store = self.store if stored else None
         self.cache = EmbeddingCache(dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=store, **options)
         if where in ("plain", "ahead"):
-            self.cache._place = PlainPlace() if where == "plain" else AheadPlace()
+            self.cache._backend = PlainPlace() if where == "plain" else AheadPlace()
         if stored:
             self.cache.warm()
         else:
@@ -148,7 +149,7 @@ class Table:
         offsets = offsets[:-1] if options & OPEN_END else offsets
         keys = batch.keys.astype(FORMS.get(how.get("key_form", "int64"), np.int64))
         given = [keys, offsets] + ([weights] if weights is not None else [])
-        with cache.place.current(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room:
+        with cache.backend.current(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room:
             cache.pool(
                 *(places[0], len(keys), places[1], batch.bags, room + shift, cache._stream),
                 combiner=combiner,
@@ -157,7 +158,7 @@ class Table:
                 padding=PADDING,
                 **how,
             )
-            cache.place.to_host(out, room + shift, cache._stream)
+            cache.backend.to_host(out, room + shift, cache._stream)
         return out
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
@@ -280,7 +281,7 @@ def test_bags_of_equal_length_need_no_offsets(open_table: Any, where: str, each:
     batch = Batch(each, bags, 1)
     batch.offsets = np.arange(bags + 1) * each
     batch.keys = np.resize(batch.keys, bags * each) if len(batch.keys) else np.arange(bags * each)
-    place = table.cache.place
+    place = table.cache.backend
     for combiner in COMBINERS:
         wanted = table.pool(batch, combiner)
         out = np.full_like(wanted, 99)
@@ -419,7 +420,7 @@ def test_a_wide_key_is_nowhere_where_keys_are_narrow(open_table: Any, where: str
     table, batch = open_table(where, 3, known=[-3, 2**32 - 1, 2**32, *range(9)]), Batch(13, universe=[-3, 2**32, 2**32 - 1, 4])
     rows = table.rows_for(batch.keys)
     rows[(batch.keys < 0) | (batch.keys >= 2**32)] = DEFAULT
-    assert_same(table.pool(batch, "sum", key_form="narrow64"), naive_pool(batch, rows, "sum"))
+    assert_same(table.pool(batch, "sum", key_form="checked32_in_int64"), naive_pool(batch, rows, "sum"))
 
 
 @pytest.mark.parametrize("where", ["plain", "cpu", GPU])
@@ -521,8 +522,8 @@ def test_bad_calls(open_table: Any) -> None:
 
 def test_a_cache_of_too_many_rows_to_number_them(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table, batch = open_table("plain", 3), Batch(25)
-    monkeypatch.setattr(table.cache, "capacity", MOST_ROWS)
-    with pytest.raises(CapacityError, match=f"pooled lookups of {MOST_ROWS} rows, wanted less than {MOST_ROWS}"):
+    monkeypatch.setattr(table.cache, "capacity", MAX_ROWS)
+    with pytest.raises(CapacityError, match=f"pooled lookups of {MAX_ROWS} rows, wanted less than {MAX_ROWS}"):
         table.pool(batch, "sum")
 
 
@@ -552,7 +553,7 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, 
     assert table.cache.resident() > 0
 
 
-def test_a_captured_call_keeps_its_scratch(open_table: Any) -> None:
+def test_a_captured_call_keeps_its_workspace(open_table: Any) -> None:
     table, batch = open_table("plain", 3), Batch(21)
     table.pool(batch, "sum")
     before = table.cache.bytes

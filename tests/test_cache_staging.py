@@ -21,10 +21,11 @@ from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 from test_caches_in_service import Service, assert_adds_up, cache_of, defaults, stats_of, without_devices
 
-from hps_numba.cache.backends import HostPlace
-from hps_numba.cache.cache import EmbeddingCache, staging
-from hps_numba.cache.cache import lookup as cache_lookup
-from hps_numba.cache.staging import NEVER, is_staged, least_staged
+from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import staging
+from hps_numba.cache.backends import CpuBackend
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.staging import NEVER, is_staged, min_staged
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
 from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
@@ -37,7 +38,7 @@ from hps_numba.storage.host.store import HostStore
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows of DIM at a time, so that buffers are used again within a batch."""
     monkeypatch.setattr(staging, "PIECE_BYTES", 7 * 4 * DIM)
-    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 0)
+    monkeypatch.setattr(staging, "MIN_PIECE_BYTES", 0)
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
@@ -46,7 +47,7 @@ def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple
     return staged, direct
 
 
-DTYPES = {"int64": np.int64, "narrow64": np.int64, "int32": np.int32, "uint32": np.uint32}
+DTYPES = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32, "uint32": np.uint32}
 OUT = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 
 
@@ -63,9 +64,9 @@ def ask(
     keys = np.asarray(keys).astype(DTYPES[form])
     out = np.full((len(keys), cache.dim), 77, OUT[out_type])
     absent = np.zeros(1 + len(keys), np.int64)
-    place, stream, room_of = cache.place, cache._stream, cache._room
+    place, stream, room_of = cache.backend, cache._stream, cache._room
     with place.current(), cache._copies(keys) as (at,), room_of(out.nbytes + shift) as room, room_of(absent.nbytes) as some:
-        place.to_place(room + shift, out, stream)
+        place.from_host(room + shift, out, stream)
         to = 0 if no_answer else room + shift
         cache.lookup(at, len(keys), to, stream, key_form=form, out_type=out_type, absent_list=some)
         place.to_host(out, room + shift, stream)
@@ -132,11 +133,11 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
 
 
 TYPES = [
-    (None, "int8", "narrow64", "bfloat16", 2),
+    (None, "int8", "checked32_in_int64", "bfloat16", 2),
     (None, "float32", "int32", "float16", 0),
     pytest.param(0, "float16", "int32", "float16", 0, marks=pytest.mark.gpu),
     pytest.param(0, "bfloat16", "uint32", "bfloat16", 2, marks=pytest.mark.gpu),
-    pytest.param(0, "int8", "narrow64", "float32", 4, marks=pytest.mark.gpu),
+    pytest.param(0, "int8", "checked32_in_int64", "float32", 4, marks=pytest.mark.gpu),
     pytest.param(0, "float8_e4m3", "int64", "float16", 0, marks=pytest.mark.gpu),
     pytest.param(0, "float32", "int64", "float32", 4, marks=pytest.mark.gpu),
 ]
@@ -146,10 +147,10 @@ TYPES = [
 def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
     bench = Bench(device)
     rng = np.random.default_rng(5)
-    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "narrow64": [2**32 - 1], "int64": EXTREME_64}[form]
+    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
     store = bench.store([*keys, *range(300)])
     staged, direct = both(bench, store, 60, row_type=row_type)
-    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "narrow64" else [])])
+    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "checked32_in_int64" else [])])
     for n in (4, 300, 300):
         batch = rng.choice(known, n)
         answers = [ask(cache, batch, form, out_type, shift=shift) for cache in (staged, direct)]
@@ -232,9 +233,9 @@ def test_an_old_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: py
     between(cache, monkeypatch, lambda: renew([5]))
     assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
-    assert cache.counters().withdrawn == 1
+    assert cache.counters().stale_dropped == 1
     assert_same_bits(cache.lookup_arrays(ints([5, 6])), np.vstack([rows_of([5], DIM, 1), rows_of([6], DIM)]))
-    assert cache.counters().withdrawn == 1 and cache.resident() == 2
+    assert cache.counters().stale_dropped == 1 and cache.resident() == 2
 
 
 def test_a_change_of_another_row_keeps_nobody_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +243,7 @@ def test_a_change_of_another_row_keeps_nobody_out(bench: Bench, monkeypatch: pyt
     between(cache, monkeypatch, lambda: renew([7]))
     cache.lookup_arrays(ints([5, 6]))
     assert sorted(entry.key for entry in cache.entries()) == [5, 6]
-    assert cache.counters().withdrawn == 0
+    assert cache.counters().stale_dropped == 0
 
 
 @pytest.mark.parametrize("change", ["erase", "refresh"])
@@ -278,18 +279,18 @@ def test_nothing_of_a_table_that_was_replaced_is_inserted(bench: Bench, monkeypa
     gather = store.gather
     between(cache, monkeypatch, work)
     cache.lookup_arrays(ints([5, 6]))
-    assert cache.entries() == [] and cache.counters().withdrawn == 2
+    assert cache.entries() == [] and cache.counters().stale_dropped == 2
 
 
 def test_direct_batches_insert_after_staged_ones_and_a_clearing(bench: Bench) -> None:
-    """What a staged batch knew of changes is not taken for what the next one of its scratch knows."""
+    """What a staged batch knew of changes is not taken for what the next one of its workspace knows."""
     _, cache, _ = old_and_new(bench)
     cache.lookup_arrays(ints([5]))
     cache.clear()
     cache._staged_from = NEVER
     cache.lookup_arrays(ints([5, 6]))
     assert sorted(entry.key for entry in cache.entries()) == [5, 6]
-    assert (cache.counters().staged, cache.counters().withdrawn) == (1, 0)
+    assert (cache.counters().staged, cache.counters().stale_dropped) == (1, 0)
 
 
 def test_a_row_that_changes_while_the_batch_waits_is_read_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +305,7 @@ def test_a_row_that_changes_while_the_batch_waits_is_read_as_it_is(bench: Bench,
     monkeypatch.setattr(store, "gather", change_and_gather)
     wanted = np.vstack([rows_of([5], DIM, 1), rows_of([6], DIM)])
     assert_same_bits(cache.lookup_arrays(ints([5, 6])), wanted)
-    assert cache.counters().withdrawn == 0 and cache.resident() == 2
+    assert cache.counters().stale_dropped == 0 and cache.resident() == 2
     assert_same_bits(cache.query(ints([5, 6]))[0], wanted)
 
 
@@ -336,7 +337,7 @@ def test_the_table_is_replaced_between_two_pieces(bench: Bench, monkeypatch: pyt
 # -- the order of work ------------------------------------------------------------------------------------------
 
 
-class LatePlace(HostPlace):
+class LatePlace(CpuBackend):
     """Memory of the process whose one stream does nothing before somebody waits for it: as late as a device may be."""
 
     def __init__(self) -> None:
@@ -363,9 +364,9 @@ class LatePlace(HostPlace):
     def copy(self, dst: int, src: int, size: int, stream: int) -> None:
         self.later(super().copy, dst, src, size, stream)
 
-    def to_place(self, address: int, array: np.ndarray, stream: int) -> None:
+    def from_host(self, address: int, array: np.ndarray, stream: int) -> None:
         self.run(self.given)
-        super().to_place(address, array, stream)
+        super().from_host(address, array, stream)
 
     def to_host(self, array: np.ndarray, address: int, stream: int) -> None:
         self.run(self.given)
@@ -391,7 +392,7 @@ class LatePlace(HostPlace):
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> LatePlace:
     place = LatePlace()
-    monkeypatch.setattr(cache_lookup, "place_of", lambda device: place)
+    monkeypatch.setattr(cache_lookup, "backend_for", lambda device: place)
     return place
 
 
@@ -506,7 +507,7 @@ def test_memory_grows_with_batches_and_is_used_again(bench: Bench) -> None:
 
 def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = bench.cache(bench.store(range(30)), 40, miss_path="staged")
-    allocate = cache.place.allocate_pinned
+    allocate = cache.backend.allocate_pinned
 
     def refuse(size: int, purpose: str) -> Any:
         if "rows for the device" in purpose:
@@ -514,7 +515,7 @@ def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
         return allocate(size, purpose)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.place, "allocate_pinned", refuse)
+        patch.setattr(cache.backend, "allocate_pinned", refuse)
         with pytest.raises(CapacityError, match="table: rows for the device: none, on purpose"):
             cache.lookup_arrays(np.arange(30))
     misses: Any = cache._misses
@@ -550,8 +551,8 @@ def test_auto_goes_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_staged(many, **{**table, "ways": large // 128})  # room for every row
     behind = staging.STAGED_KEYS_BEHIND
     assert is_staged(behind, **{**table, "behind": True}) and not is_staged(behind - 1, **{**table, "behind": True})
-    assert (least_staged("direct"), least_staged("staged")) == (NEVER, 1)
-    assert least_staged("auto") == min(many, behind)
+    assert (min_staged("direct"), min_staged("staged")) == (NEVER, 1)
+    assert min_staged("auto") == min(many, behind)
 
 
 def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
@@ -572,16 +573,16 @@ def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: py
     cache = bench.cache(store, 40, miss_path="auto")
     if bench.device is None:  # as on a device
         cache._misses = staging.StagedMisses(
-            cache.place, cache._parts, store, always=False, ways=cache.capacity, fixed=False, default=DEFAULT, name="table"
+            cache.backend, cache._parts, store, always=False, ways=cache.capacity, fixed=False, default=DEFAULT, name="table"
         )
-        cache._staged_from = least_staged("auto")
+        cache._staged_from = min_staged("auto")
 
     def is_staged_with(n: int, **options: Any) -> bool:
         before = cache.counters().staged
-        with cache.place.current(), cache._copies(np.arange(n)) as (at,), cache._room(4 * DIM * n) as room:
+        with cache.backend.current(), cache._copies(np.arange(n)) as (at,), cache._room(4 * DIM * n) as room:
             cache.lookup(at, n, room, cache._stream, **options)
             rows = np.empty((n, DIM), np.float32)
-            cache.place.to_host(rows, room, cache._stream)
+            cache.backend.to_host(rows, room, cache._stream)
         assert_same_bits(rows, rows_of(range(n), DIM))
         return cache.counters().staged > before
 
@@ -589,8 +590,8 @@ def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: py
     store.upsert(ints([500]), rows_of([500], DIM))
     assert [is_staged_with(n) for n in (49, 50, 190)] == [False, True, True]
     assert not is_staged_with(190, capturing=True)
-    with cache.place.current():
-        absent = cache.place.allocate(8 * 60, "list")
+    with cache.backend.current():
+        absent = cache.backend.allocate(8 * 60, "list")
         assert [is_staged_with(n, absent_list=absent.address) for n in (29, 30)] == [False, True]
         absent.release()
 

@@ -84,12 +84,12 @@ def test_policies_with_different_clocks_have_different_digests() -> None:
 
 
 def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None:
-    assert warm_cache(bench).alone
+    assert warm_cache(bench).single_kernel
     for policy in ("lfu", "tinylfu", "fifo"):  # which count hits or requests, or whose clock goes on
-        assert not warm_cache(bench, policy=policy).alone
+        assert not warm_cache(bench, policy=policy).single_kernel
     part = bench.cache(bench.store(KNOWN), 100)
     part.warm()
-    assert not part.alone
+    assert not part.single_kernel
 
 
 def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
@@ -100,12 +100,12 @@ def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
     cache.update(KNOWN[:5])
     store.erase(KNOWN[5:9])
     cache.update(KNOWN[5:9])
-    assert cache.alone
+    assert cache.single_kernel
     store.upsert(LATER[:1], rows_of(LATER[:1], DIM))  # as many rows as before the erasure, and fewer
     cache.update(LATER[:1])
-    assert not cache.alone
+    assert not cache.single_kernel
     cache.lookup_arrays(LATER[:1])  # comes in
-    assert cache.check_complete() == len(store) and cache.alone
+    assert cache.check_fully_resident() == len(store) and cache.single_kernel
 
 
 def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
@@ -115,7 +115,7 @@ def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
     store.erase(KNOWN[:1])
     store.upsert(LATER[:1], rows_of(LATER[:1], DIM))
     cache.update(np.append(KNOWN[:1], LATER[:1]))
-    assert not cache.alone
+    assert not cache.single_kernel
 
 
 def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
@@ -124,14 +124,14 @@ def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
     metas = lines.view(np.uint32).reshape(-1, 16)[:, 15]
     for entry in entries:
         metas[2 * entry.set + entry.line] = metas[2 * entry.set + entry.line] & ~np.uint32(BUSY) | np.uint32(bit)
-    cache._place.to_place(cache._lines, lines, cache._stream)
-    cache._place.synchronize(cache._stream)
+    cache._backend.from_host(cache._lines, lines, cache._stream)
+    cache._backend.synchronize(cache._stream)
 
 
 def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:
     known = ints(range(3000))
     cache = cpu_bench.cache(cpu_bench.store(known), 3000, whole=True, set_count=375)
-    assert cache.warm() == 3000 and cache.alone
+    assert cache.warm() == 3000 and cache.single_kernel
     place = place_in(375)
     away = [entry for entry in cache.entries() if place(entry.key)[0] != entry.set][:20]
     assert len(away) == 20
@@ -140,8 +140,8 @@ def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> No
     busy(cache, away, 0)
     assert cache.counters().evicted > 0
     cache.update(known[:1])  # any change of the table
-    assert not cache.alone
-    assert cache.check_complete() == 3000 and not cache.alone  # as many rows, not as many keys
+    assert not cache.single_kernel
+    assert cache.check_fully_resident() == 3000 and not cache.single_kernel  # as many rows, not as many keys
 
 
 @pytest.mark.parametrize("change", ["erase", "insert", "clear"])
@@ -153,21 +153,21 @@ def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None
         cache.insert(LATER, rows_of(LATER, DIM))
     else:
         cache.clear()
-    assert not cache.alone
+    assert not cache.single_kernel
 
 
 def test_a_store_that_may_evict_never_makes_a_complete_cache(bench: Bench) -> None:
     cache = bench.cache(bench.store(KNOWN, max_rows=1000), len(KNOWN), whole=True)
     assert cache.warm() == len(KNOWN)
-    assert not cache.alone
+    assert not cache.single_kernel
 
 
 def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Bench) -> None:
     cache = warm_cache(bench)
     cache.set_policy(load_policy("lfu"))
-    assert not cache.alone
+    assert not cache.single_kernel
     cache.set_policy(load_policy("lru"))
-    assert cache.alone
+    assert cache.single_kernel
 
 
 def test_without_lists_the_kernel_serves_missing_rows_and_lists_none(cpu_bench: Bench) -> None:
@@ -201,14 +201,14 @@ def test_gpu_lookups_of_a_complete_cache(gpu_bench: Bench, n: int) -> None:
     for _ in range(3):
         keys = random.integers(-5, 910, n)
         assert_same_bits(cache.lookup_arrays(keys), rows_with(keys))
-    assert cache.alone and cache.counters().inserted == 0
+    assert cache.single_kernel and cache.counters().inserted == 0
     cache.lookup_arrays(KNOWN[: len(LATER)])  # the first lookup of a kind has all its kernels
     store.upsert(LATER, rows_of(LATER, DIM))  # nobody tells the cache
     for _ in range(2):
         assert_same_bits(cache.lookup_arrays(LATER), rows_of(LATER, DIM))
     assert cache.counters().inserted == 0
     cache.update(LATER)  # now somebody does
-    assert not cache.alone
+    assert not cache.single_kernel
     assert_same_bits(cache.lookup_arrays(LATER), rows_of(LATER, DIM))
     assert cache.counters().inserted == len(LATER)
     counts = cache.counters()
@@ -257,7 +257,7 @@ def test_gpu_pooled_lookups_of_a_complete_cache(gpu_bench: Bench, combiner: str)
             for given in (None, weights):
                 want = twin.pool_arrays(keys, offsets, given, combiner)
                 assert_same_bits(cache.pool_arrays(keys, offsets, given, combiner), want)
-        assert cache.alone and cache.counters().inserted == 0
+        assert cache.single_kernel and cache.counters().inserted == 0
     finally:
         other.close()
 
@@ -316,31 +316,31 @@ def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> No
     for thread in threads:
         thread.join()
     assert not problems
-    assert cache.alone
+    assert cache.single_kernel
 
 
-def test_a_scratch_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:
+def test_a_workspace_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:
     pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400)._pool
     seen: list[Any] = []
 
-    def start(scratch: Any, answer: Any) -> bool:
-        seen.append(scratch)
+    def start(workspace: Any, answer: Any) -> bool:
+        seen.append(workspace)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer)
 
-    assert not pool.again(0, 10, start, True)  # none was lent before
-    scratch = pool.take(0)
-    scratch.reserve(300, False, 0)
-    assert not pool.again(0, 10, start, True)  # it is lent
-    pool.give(scratch, 0)
+    assert not pool.reuse(0, 10, start, True)  # none was lent before
+    workspace = pool.acquire(0)
+    workspace.reserve(300, False, 0)
+    assert not pool.reuse(0, 10, start, True)  # it is lent
+    pool.release(workspace, 0)
     assert not seen
-    assert pool.again(0, scratch.limit, start, True)
-    assert not pool.again(0, scratch.limit, start, False)  # captured
-    assert not pool.again(0, scratch.limit + 1, start, True)  # too small
-    assert not pool.again(8, 10, start, True)  # another stream
-    assert seen == [scratch, scratch]
+    assert pool.reuse(0, workspace.limit, start, True)
+    assert not pool.reuse(0, workspace.limit, start, False)  # captured
+    assert not pool.reuse(0, workspace.limit + 1, start, True)  # too small
+    assert not pool.reuse(8, 10, start, True)  # another stream
+    assert seen == [workspace, workspace]
     with pytest.raises(OSError, match="refused"):
-        pool.again(0, 10, start, OSError("refused"))
-    assert scratch.limit == 0 and pool.take(0) is scratch  # begun anew, and given back
-    pool.give(scratch, 0)
+        pool.reuse(0, 10, start, OSError("refused"))
+    assert workspace.limit == 0 and pool.acquire(0) is workspace  # begun anew, and given back
+    pool.release(workspace, 0)

@@ -200,7 +200,7 @@ def test_c09_words_that_are_known_but_wrong_here() -> None:
 
 @pytest.mark.parametrize("path", ["volatile_db.type", "persistent_db.type", "models.0.cache_policy"])
 def test_c09_references_to_ones_own_parts(path: str) -> None:
-    for reference in ("mine:Tier", "my.tiers.fast:Tier_2", "folder/my tier.py:Tier", "/a/b.py:PART"):
+    for reference in ("mine:Tier", "my.tiers.fast:Tier_2", "folder/my tier.py:Tier", "/a/b.py:PLUGIN"):
         read_config(changed(MINIMAL, path, reference))
     for wrong in (":", "mine:", ":Tier", "a b:Tier", "a.py:T:U", "mine:a.b"):
         assert "module:NAME" in refused(changed(MINIMAL, path, wrong))

@@ -21,7 +21,7 @@ from conftest import has_cuda_device
 from processes import environment
 
 from hps_numba.device import driver as devices
-from hps_numba.errors import CapacityError, DeviceError, OutputError
+from hps_numba.errors import ArrayError, CapacityError, DeviceError
 
 MIB = 1 << 20
 
@@ -178,7 +178,7 @@ def test_this_machine_has_no_device_and_says_why():
 def test_without_the_packages_there_is_no_device():
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['cuda', 'cuda.bindings', 'cupy', 'torch']));"
-        "from hps_numba import devices; print(devices.device_count()); print(devices.why_no_device())"
+        "from hps_numba.device import driver as devices; print(devices.device_count()); print(devices.why_no_device())"
     )
     count, why = python(program).splitlines()
     assert count == "0"
@@ -396,7 +396,7 @@ def test_an_array_that_cannot_be_filled_is_refused(driver: PlayedDriver):
     frozen = np.zeros(4)
     frozen.flags.writeable = False
     for array in (frozen, np.zeros((4, 4), np.float32)[:, ::2]):
-        with pytest.raises(OutputError, match=r"to_host: an array of float\d\d\[4.*contiguous and writeable"):
+        with pytest.raises(ArrayError, match=r"to_host: an array of float\d\d\[4.*contiguous and writeable"):
             devices.to_host(array, 64, 0)
     assert driver.calls == []
 

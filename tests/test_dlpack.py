@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from hps_numba.arrays.dlpack import _Managed, _ManagedVersioned, device_of, is_capsule, view_of_capsule
 from hps_numba.arrays.host import as_keys, as_output
-from hps_numba.errors import DeviceError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, DeviceError, KeyDtypeError
 
 NAMES = {name: name.encode() for name in ("dltensor", "dltensor_versioned", "used_dltensor", "something")}
 new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
@@ -81,8 +81,8 @@ def test_read_only_and_copied_memory_is_not_written() -> None:
     for flags, message in ((1, "read-only"), (2, "a copy made for the export"), (3, "read-only")):
         forged.struct.flags = flags
         assert view_of_capsule(forged.capsule).tolist() == [0, 1, 2, 3, 4, 5]
-        with pytest.raises(OutputError, match=f"^out: .*{message}"):
-            view_of_capsule(forged.capsule, writable=True, place="out", error=OutputError)
+        with pytest.raises(ArrayError, match=f"^out: .*{message}"):
+            view_of_capsule(forged.capsule, writable=True, place="out", error=ArrayError)
 
 
 def test_view_keeps_the_memory_alive() -> None:
@@ -230,7 +230,7 @@ def test_the_way_of_lookup_fromdlpack(dtype: Any, wide: bool) -> None:
         assert (memory == value).all()
     with pytest.raises(KeyDtypeError, match="dtype float32 came"):
         as_keys(memory.__dlpack__(), wide=wide)
-    with pytest.raises(OutputError, match="dtype float64 came"):
+    with pytest.raises(ArrayError, match="dtype float64 came"):
         as_output(np.zeros((4, 3)).__dlpack__(), (4, 3))
 
 

@@ -141,8 +141,8 @@ class Prepared:
             "insert_blocks": place[2] * insert,
             "advance": int(self.advance.ctypes.data) * insert,
             "tiles_of_block": 32,
-            "most_blocks": 528,
-            "few_blocks": 66,
+            "max_blocks": 528,
+            "min_blocks": 66,
             "sets": sets,
             "capacity": capacity,
         }
@@ -158,7 +158,7 @@ def test_a_prepared_lookup_starts_what_a_lookup_of_so_many_keys_starts(driver, n
     prepared = Prepared(driver, touch=True, insert=True)
     assert prepared.start(n) == 0
     assert prepared.arguments.tolist() == [0x1000, n, 0x2000]
-    # as DevicePlace.lookup_blocks(n, 4), blocks_after(n, n), blocks_after(n, min(n, sets)), and EmbeddingCache._ticks
+    # as CudaBackend.lookup_blocks(n, 4), blocks_after(n, n), blocks_after(n, min(n, sets)), and EmbeddingCache._ticks
     most = min(528, max(66, n // KEYS_OF_A_BLOCK_AFTER))
     wanted = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), most)), max(1, min(-(-min(n, 1000) // 32), most))]
     assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in wanted]

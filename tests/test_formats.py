@@ -295,7 +295,7 @@ class CsvFormat(SparseModelFormat):
     def _open(self, path, dim):
         return CsvReader(path, dim)
 
-PART = CsvFormat()
+PLUGIN = CsvFormat()
 """
 
 
@@ -303,14 +303,14 @@ def test_a_format_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "csv_of_mine.py").write_text(_CSV_FORMAT)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a.csv").write_text("7,1.5,2\n-9,0,4\n")
-    with open_model(tmp_path / "a.csv", 2, format="csv_of_mine:PART") as model:
+    with open_model(tmp_path / "a.csv", 2, format="csv_of_mine:PLUGIN") as model:
         keys, rows, _ = read_all(model)
     assert keys.tolist() == [7, -9] and rows.tolist() == [[1.5, 2], [0, 4]]
     with pytest.raises(ModelFileError, match="emb_vector has rows of width 2, wanted 3"):
-        open_model(tmp_path / "a.csv", 3, format="csv_of_mine:PART")
+        open_model(tmp_path / "a.csv", 3, format="csv_of_mine:PLUGIN")
     (tmp_path / "a.csv").write_text("7,x\n")
     with pytest.raises(ModelFileError, match=r"a\.csv: cannot be read: ValueError: could not convert"):
-        open_model(tmp_path / "a.csv", format="csv_of_mine:PART")
+        open_model(tmp_path / "a.csv", format="csv_of_mine:PLUGIN")
 
 
 def test_libraries_are_imported_only_where_they_are_needed() -> None:

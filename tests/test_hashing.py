@@ -83,8 +83,10 @@ def test_plain_and_compiled_agree_on_every_key(key: int) -> None:  # D08
             wanted = murmur3_32_of_bytes(key.to_bytes(8, "little")[:size])
             assert int(hashing.murmur3_32(U(key), U(size))) == int(COMPILED["murmur3_32"](U(key), U(size))) == wanted
         for lines in (2, 7, 2**32 - 1):
-            line = int(hashing.home_line(U(key), U(lines)))
-            assert line == int(COMPILED["home_line"](U(key), U(lines))) == (int(hashing.index_hash(U(key))) >> 32) * lines >> 32
+            line = int(hashing.primary_line(U(key), U(lines)))
+            assert (
+                line == int(COMPILED["primary_line"](U(key), U(lines))) == (int(hashing.index_hash(U(key))) >> 32) * lines >> 32
+            )
             assert 0 <= line < lines
 
 
@@ -118,7 +120,7 @@ def test_usual_keys_spread_evenly(name: str, bins: int) -> None:  # D08
     keys = KEY_SETS[name].astype(np.uint64)
     with np.errstate(over="ignore"):
         places = {
-            "home_line": hashing.home_line(keys, U(bins)),
+            "primary_line": hashing.primary_line(keys, U(bins)),
             "partition_hash": hashing.partition_hash(keys) % U(bins),
             "murmur3_32": hashing.murmur3_32(keys, U(8)) % U(bins),
         }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from naive import assert_same_bits, rows_of
 
-from hps_numba.kernels.hashing import home_line
+from hps_numba.kernels.hashing import primary_line
 from hps_numba.kernels.layouts.host_store import ENTRIES_PER_LINE, lines_for
 from hps_numba.storage import loading
 from hps_numba.storage.host import store as host_store
@@ -30,7 +30,7 @@ def store_with(keys: Any, dim: int = 3, rows: int = 0) -> HostStore:
 def keys_at_home_in(line: int, count: int) -> list[int]:
     """The first ``count`` keys from 0 on whose search starts in a line of an index for ``ROWS`` rows."""
     with np.errstate(over="ignore"):
-        found = [key for key in range(2000) if home_line(np.uint64(key), np.uint64(LINES)) == line]
+        found = [key for key in range(2000) if primary_line(np.uint64(key), np.uint64(LINES)) == line]
     assert len(found) >= count
     return found[:count]
 
@@ -80,7 +80,7 @@ def test_keys_beyond_a_line_of_erased_ones_are_found() -> None:
 
 def test_key_0_is_told_from_the_zeros_of_empty_entries() -> None:
     with np.errstate(over="ignore"):
-        home = int(home_line(np.uint64(0), np.uint64(LINES)))
+        home = int(primary_line(np.uint64(0), np.uint64(LINES)))
     neighbour = keys_at_home_in(home, 2)[1]
     for present in ([0], [neighbour], [0, neighbour], [neighbour, 0]):
         out, misses = looked_up(store_with(present, rows=ROWS), [0, neighbour])

@@ -249,8 +249,8 @@ def test_epochs_hold_what_was_retired_until_readers_leave(readers):
 
 def test_more_readers_than_records_get_new_ones():
     epochs = Epochs()
-    records = [epochs.take() for _ in range(200)]
+    records = [epochs.acquire() for _ in range(200)]
     assert len(set(records)) == 200
     for record in records:
-        epochs.give(record)
-    assert epochs.take() in records
+        epochs.release(record)
+    assert epochs.acquire() in records

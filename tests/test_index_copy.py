@@ -19,10 +19,11 @@ from conftest import ON_BOTH, Workshop
 from naive import assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 
-from hps_numba.cache.backends import HostPlace
-from hps_numba.cache.cache import EmbeddingCache, index_mirror
-from hps_numba.cache.index_mirror import IndexCopy
-from hps_numba.cache.store_link import HostLink
+from hps_numba.cache import index_mirror
+from hps_numba.cache.backends import CpuBackend
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.index_mirror import IndexMirror
+from hps_numba.cache.store_link import StoreLink
 from hps_numba.cli.plan import _show as show_plan
 from hps_numba.config import read_config
 from hps_numba.device import driver
@@ -67,19 +68,19 @@ def led_to(cache: EmbeddingCache) -> int:
 def test_misses_are_looked_up_in_the_copy_until_the_store_changes(bench: CopyBench) -> None:
     store = bench.store(range(200))
     cache = bench.cache(store, 20)
-    assert cache.copy_index() and cache.copy_index()
+    assert cache.mirror_index() and cache.mirror_index()
     assert led_to(cache) != store.block
-    assert cache.index_copy_bytes == index_bytes(ctypes.c_int64.from_address(store.block + META_LINES).value)
+    assert cache.index_mirror_bytes == index_bytes(ctypes.c_int64.from_address(store.block + META_LINES).value)
     keys = ints(range(250))
     wanted = np.vstack([rows_of(keys[:200], DIM), np.full((50, DIM), DEFAULT, np.float32)])
     assert_same_bits(cache.lookup_arrays(keys), wanted)
     store.upsert(keys[190:210], rows_of(keys[190:210], DIM, 1))
     assert led_to(cache) == store.block
-    assert cache.index_copy_bytes == 0
+    assert cache.index_mirror_bytes == 0
     cache.update(keys[190:210])
     wanted[190:210] = rows_of(keys[190:210], DIM, 1)
     assert_same_bits(cache.lookup_arrays(keys), wanted)
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert led_to(cache) != store.block
     assert_same_bits(cache.lookup_arrays(keys), wanted)
 
@@ -88,7 +89,7 @@ def test_misses_are_looked_up_in_the_copy_until_the_store_changes(bench: CopyBen
 def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: str) -> None:
     store = bench.store(range(60))
     cache = bench.cache(store, 20)
-    assert cache.copy_index()
+    assert cache.mirror_index()
     copy = led_to(cache)
     at_start: list[int] = []
 
@@ -99,7 +100,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     keys = ints(range(40, 80))
     if change == "close":
         store.close()
-        assert copy not in at_start and not cache.index_copy_bytes
+        assert copy not in at_start and not cache.index_mirror_bytes
         assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
         return
     content, sibling = store.new_content(0), store.sibling()
@@ -121,25 +122,25 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     for _ in range(2):
         assert_same_bits(cache.lookup_arrays(ints(range(5000))), expected)
         cache.clear()
-        assert cache.copy_index()
+        assert cache.mirror_index()
 
 
 def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, keys = cache._place.copy, ints(range(100))
+    copied, keys = cache._backend.copy, ints(range(100))
 
     def change_meanwhile(*args: int) -> None:
         copied(*args)
         store.upsert(keys[:50], rows_of(keys[:50], DIM, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._place, "copy", change_meanwhile, raising=False)
-        assert not cache.copy_index()
+        patch.setattr(cache._backend, "copy", change_meanwhile, raising=False)
+        assert not cache.mirror_index()
     assert led_to(cache) == store.block
     cache.update(keys)
     assert_same_bits(cache.lookup_arrays(keys[:50]), rows_of(keys[:50], DIM, 1))
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(keys[50:]), rows_of(keys[50:], DIM))
 
 
@@ -149,20 +150,20 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
     keys = ints(range(50))
     store = bench.store(keys)
     cache = bench.cache(store, 200)
-    assert cache.copy_index()
+    assert cache.mirror_index()
     end = cache._end_batch
 
     def update_before(*args: Any) -> None:
-        cache.place.synchronize(args[3])  # the rows were read
+        cache.backend.synchronize(args[3])  # the rows were read
         store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
         cache.update(keys[:20])
-        assert cache.copy_index() == (bench.device is not None)  # a lookup on the CPU is a reader that still has the old one
+        assert cache.mirror_index() == (bench.device is not None)  # a lookup on the CPU is a reader that still has the old one
         end(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    assert cache.counters().withdrawn == 20
+    assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
     assert_same_bits(cache.lookup_arrays(keys[:20]), rows_of(keys[:20], DIM, 7))
 
@@ -176,10 +177,10 @@ def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: st
     for _ in range(120):
         operation = pair.rng.choice([*OPERATIONS, "copy", "copy"])
         if operation == "copy":
-            assert pair.cache.copy_index()
+            assert pair.cache.mirror_index()
         else:
             getattr(pair, operation)()
-        read += pair.cache.index_copy_bytes > 0
+        read += pair.cache.index_mirror_bytes > 0
         pair.check()
     assert isinstance(pair.oracle, CacheOracle) and read > 20
     bench.close()
@@ -191,7 +192,7 @@ def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
     cache = bench.cache(store, 30, kind="uvm")
     cache.warm()
     store.upsert(keys, rows_of(keys, DIM))
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     ends = ints(range(0, 301, 10))
     pooled = cache.pool_arrays(keys, ends)
@@ -205,11 +206,11 @@ def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
 
 def test_where_all_rows_are_resident_there_is_no_copy(bench: CopyBench) -> None:
     store = bench.store(range(100))
-    assert not bench.cache(store, 100, whole=True).copy_index()
-    assert not bench.cache(store, 100, kind="static").copy_index()
-    assert not bench.cache(None, 100).copy_index()
+    assert not bench.cache(store, 100, whole=True).mirror_index()
+    assert not bench.cache(store, 100, kind="static").mirror_index()
+    assert not bench.cache(None, 100).mirror_index()
     plain = Bench(bench.device)
-    assert not plain.cache(store, 20).copy_index()  # miss_path direct
+    assert not plain.cache(store, 20).mirror_index()  # miss_path direct
     plain.close()
 
 
@@ -226,24 +227,24 @@ def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
 @pytest.fixture
 def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of the CPU copy by themselves, as those of a device do."""
-    make = IndexCopy.__init__
+    make = IndexMirror.__init__
 
-    def made(self: IndexCopy, *args: Any) -> None:
+    def made(self: IndexMirror, *args: Any) -> None:
         make(self, *args)
         self._by_itself = True
         self.make_later()
 
-    monkeypatch.setattr(IndexCopy, "__init__", made)
+    monkeypatch.setattr(IndexMirror, "__init__", made)
 
 
 @pytest.mark.usefixtures("by_itself")
 def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    wait_for(lambda: cache.index_copy_bytes)
+    wait_for(lambda: cache.index_mirror_bytes)
     store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
-    assert cache.index_copy_bytes == 0
-    wait_for(lambda: cache.index_copy_bytes)
+    assert cache.index_mirror_bytes == 0
+    wait_for(lambda: cache.index_mirror_bytes)
     assert_same_bits(cache.lookup_arrays(ints([3])), rows_of(ints([3]), DIM, 1))
 
 
@@ -255,9 +256,9 @@ def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypat
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
         store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
-        assert cache.index_copy_bytes == 0
+        assert cache.index_mirror_bytes == 0
         time.sleep(0.01)
-    wait_for(lambda: cache.index_copy_bytes)
+    wait_for(lambda: cache.index_mirror_bytes)
 
 
 @pytest.mark.usefixtures("by_itself")
@@ -265,27 +266,27 @@ def test_it_does_not_come_while_all_rows_are_in_the_cache(bench: CopyBench) -> N
     store = bench.store(range(100))
     cache = bench.cache(store, 100, kind="uvm")
     assert cache.warm() == 100
-    assert cache.copy_index()  # when asked for
+    assert cache.mirror_index()  # when asked for
     store.upsert(ints([3]), rows_of([3], DIM, 1))
     cache.update(ints([3]))
     time.sleep(0.5)
-    assert cache.index_copy_bytes == 0
+    assert cache.index_mirror_bytes == 0
     store.upsert(ints([100]), rows_of([100], DIM))
     cache.update(ints([100]))
-    wait_for(lambda: cache.index_copy_bytes)
+    wait_for(lambda: cache.index_mirror_bytes)
     assert_same_bits(cache.lookup_arrays(ints([3, 100])), np.vstack([rows_of([3], DIM, 1), rows_of([100], DIM)]))
 
 
 def test_on_the_cpu_it_comes_when_asked_for(bench: CopyBench) -> None:
     cache = bench.cache(bench.store(range(100)), 20)
     cache.warm()
-    assert (cache.index_copy_bytes > 0) == (bench.device is not None)
+    assert (cache.index_mirror_bytes > 0) == (bench.device is not None)
 
 
 def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.copy_index()
+    assert cache.mirror_index()
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -294,9 +295,9 @@ def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench,
         patch.setattr(store, "_write_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
-    assert not cache.copy_index()
+    assert not cache.mirror_index()
     store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(ints([1])), rows_of(ints([1]), DIM, 1))
 
 
@@ -305,7 +306,7 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
 ) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.copy_index() and cache._link is not None
+    assert cache.mirror_index() and cache._link is not None
     lead = cache._link.lead
 
     def interrupted(*args: int) -> None:
@@ -321,14 +322,14 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
     store.erase(ints(range(50)))
     cache.erase(ints(range(50)))
     assert led_to(cache) == store.block
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert (cache.lookup_arrays(ints(range(50))) == np.float32(DEFAULT)).all()
 
 
 def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, begun = cache._place.copy, threading.Event()
+    copied, begun = cache._backend.copy, threading.Event()
 
     def slow(*args: int) -> None:
         begun.set()
@@ -336,9 +337,9 @@ def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, m
         copied(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._place, "copy", slow, raising=False)
+        patch.setattr(cache._backend, "copy", slow, raising=False)
         made: list[bool] = []
-        thread = threading.Thread(target=lambda: made.append(cache.copy_index()))
+        thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
         thread.start()
         assert begun.wait(10)
         started = time.monotonic()
@@ -354,18 +355,18 @@ def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
     cache = bench.cache(store, 20)
     answers: list[bool] = []
     with store._writing():
-        thread = threading.Thread(target=lambda: answers.append(cache.copy_index()))
+        thread = threading.Thread(target=lambda: answers.append(cache.mirror_index()))
         thread.start()
         thread.join(5)
         assert answers == [False]
-    assert cache.copy_index()
+    assert cache.mirror_index()
 
 
 def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copy, link = cache._index_copy, cache._link
-    assert cache.copy_index() and copy is not None and link is not None
+    copy, link = cache._index_mirror, cache._link
+    assert cache.mirror_index() and copy is not None and link is not None
     with monkeypatch.context() as patch:
         patch.setattr(link, "lead", lambda *_: False)
         store.upsert(ints([1]), rows_of([1], DIM, 1))
@@ -374,17 +375,17 @@ def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyB
     assert not copy.is_used and led_to(cache) == store.block
     with monkeypatch.context() as patch:
         patch.setattr(link, "problem", DeviceError("lost"))
-        assert not cache.copy_index()
+        assert not cache.mirror_index()
 
 
 @pytest.mark.usefixtures("by_itself")
 def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_mirror, "_AGAIN_SECONDS", 0.05)
     refusals = iter([False, False])
-    real = IndexCopy._has_room
-    monkeypatch.setattr(IndexCopy, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
+    real = IndexMirror._has_room
+    monkeypatch.setattr(IndexMirror, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
     cache = bench.cache(bench.store(range(100)), 20)
-    wait_for(lambda: cache.index_copy_bytes)
+    wait_for(lambda: cache.index_mirror_bytes)
     assert next(refusals, None) is None
 
 
@@ -392,8 +393,8 @@ def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
     bench = CopyBench(None)
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.copy_index() and cache._index_copy is not None
-    cache._index_copy.renew()
+    assert cache.mirror_index() and cache._index_mirror is not None
+    cache._index_mirror.reset_after_fork()
     store.upsert(ints(range(100)), rows_of(range(100), DIM, 1))
     cache.update(ints(range(100)))
     assert led_to(cache) == store.block
@@ -404,9 +405,9 @@ def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
 def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = limited(monkeypatch, total=16_000, free=16_000)
     copy._lent = copy._by_itself = True
-    copy.renew()
+    copy.reset_after_fork()
     assert not copy.is_used
-    copy.withdraw()
+    copy.invalidate()
     assert not copy._due
     copy.close()
 
@@ -429,10 +430,10 @@ class Played:
     """A copy for a device whose warps are played by the test, over memory of the process."""
 
     def __init__(self, store: HostStore) -> None:
-        place = HostPlace()
+        place = CpuBackend()
         self.state = place.allocate(STATE_BYTES, "state")
-        self.link = HostLink(place, self.state.address, store)
-        self.copy = IndexCopy(place, self.link, store, "table", lambda: True)
+        self.link = StoreLink(place, self.state.address, store)
+        self.copy = IndexMirror(place, self.link, store, "table", lambda: True)
         store.epochs.add_guard(self.link)
 
     def count(self, guard: int, stripe: int) -> None:
@@ -467,25 +468,25 @@ def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBenc
     store = bench.store(range(10))
     cache = bench.cache(store, 20)
     alone = cache.bytes
-    assert cache.copy_index()
-    small = cache.index_copy_bytes
+    assert cache.mirror_index()
+    small = cache.index_mirror_bytes
     assert cache.bytes == alone + small
     store.upsert(ints(range(3000)), rows_of(ints(range(3000)), DIM))
-    assert cache.copy_index()
-    assert cache.index_copy_bytes >= 3000 * 16 > small
+    assert cache.mirror_index()
+    assert cache.index_mirror_bytes >= 3000 * 16 > small
     assert_same_bits(cache.lookup_arrays(ints(range(3000))), rows_of(ints(range(3000)), DIM))
     cache.close()
     assert index_mirror._taken.get(bench.device if bench.device is not None else -1, 0) == 0
     with pytest.raises(ClosedError):
-        cache.copy_index()
+        cache.mirror_index()
 
 
-def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexCopy:
+def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexMirror:
     """A copy for a device that there is not: memory is that of the process."""
-    place = HostPlace()
+    place = CpuBackend()
     store = HostStore(DIM)
     link = SimpleNamespace(lead=lambda *_: True, problem=None)
-    copy = IndexCopy(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
+    copy = IndexMirror(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
     place.ordinal = 41
     monkeypatch.setattr(index_mirror.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
     monkeypatch.setattr(index_mirror.devices, "free_bytes", lambda ordinal: free)
@@ -523,10 +524,10 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
         raise CapacityError(f"{purpose}: full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._place, "allocate", full, raising=False)
-        assert not cache.copy_index()
+        patch.setattr(cache._backend, "allocate", full, raising=False)
+        assert not cache.mirror_index()
     assert led_to(cache) == store.block
-    assert cache.copy_index()
+    assert cache.mirror_index()
 
 
 @pytest.mark.parametrize(
@@ -547,9 +548,9 @@ def test_a_plan_tells_its_bytes(
     model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
     planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
     wanted = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]
-    assert [table.index_copy_bytes for table in planned.tables] == wanted
-    assert planned.index_copy_bytes == {1: sum(wanted)}
-    assert planned.as_dict()["index_copy_bytes"] == {"1": sum(wanted)}
+    assert [table.index_mirror_bytes for table in planned.tables] == wanted
+    assert planned.index_mirror_bytes == {1: sum(wanted)}
+    assert planned.as_dict()["index_mirror_bytes"] == {"1": sum(wanted)}
     show_plan(planned)
     assert ("for copies of indexes if there is room" in capsys.readouterr().out) == copies
 
@@ -562,8 +563,8 @@ def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
     server = workshop.open(model)
     (table,) = server.stats()["m"].values()
     (cache,) = table.caches
-    assert 0 < cache.index_copy_bytes < cache.bytes
-    assert cache.index_copy_bytes == server.plan().index_copy_bytes[0]
+    assert 0 < cache.index_mirror_bytes < cache.bytes
+    assert cache.index_mirror_bytes == server.plan().index_mirror_bytes[0]
     asked = torch.arange(5000, device="cuda")
     assert_same_bits(server.lookup(asked, "m", 0).cpu().numpy(), rows_of(keys, 32))
     server.update(keys[:100], rows_of(keys[:100], 32, 1), "m", 0)
@@ -581,7 +582,7 @@ def test_threads_beside_writers_and_copies_see_whole_fresh_rows(device: int | No
     copies: list[int] = []
 
     def copy() -> None:
-        if cache.copy_index():
+        if cache.mirror_index():
             copies.append(1)
         time.sleep(0.001)
 

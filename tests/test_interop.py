@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_output, as_rows, new_output, wrap_output
-from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, DeviceError, HpsError, KeyDtypeError
 
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
@@ -339,7 +339,7 @@ def test_a_framework_on_a_gpu_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -
     rows[...] = [[1, 2, 3], [4, 5, 6]]
     finish()
     assert out.memory.tolist() == [[1, 2, 3], [4, 5, 6]]
-    with pytest.raises(OutputError, match="out: dtype float64 came"):
+    with pytest.raises(ArrayError, match="out: dtype float64 came"):
         as_output(CupyArray(np.zeros((2, 3))), (2, 3))
 
 
@@ -352,9 +352,9 @@ def test_an_unknown_gpu_output_without_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     finish()
     assert out.memory.tolist() == [[1] * 3] * 2 + [[7] * 3] * 2
     for memory in (np.zeros((3, 2), np.float32).T, read_only(np.zeros((2, 3), np.float32))):
-        with pytest.raises(OutputError, match="read-only or non-contiguous GPU array"):
+        with pytest.raises(ArrayError, match="read-only or non-contiguous GPU array"):
             as_output(StandIn(memory), (2, 3))
-    with pytest.raises(OutputError, match=r"shape \(4, 3\) came, \(2, 3\) is wanted"):
+    with pytest.raises(ArrayError, match=r"shape \(4, 3\) came, \(2, 3\) is wanted"):
         as_output(out, (2, 3))
 
 
@@ -400,7 +400,7 @@ def test_larger_out_keeps_its_tail(step: int) -> None:
     rows[...] = [[0, 1], [2, 3], [4, 5]]
     finish()
     assert out.tolist() == [0, 1, 2, 3, 4, 5, *[7] * (len(out) - 6)]
-    with pytest.raises(OutputError, match=r"shape \(\d+,\) came, \(30, 2\) or more elements is wanted"):
+    with pytest.raises(ArrayError, match=r"shape \(\d+,\) came, \(30, 2\) or more elements is wanted"):
         as_output(out, (30, 2), larger=True)
 
 
@@ -431,7 +431,7 @@ def test_out_of_other_kinds_shares_memory(kind: Any) -> None:
     ],
 )
 def test_what_cannot_be_an_output_is_refused(out: Any, message: str) -> None:
-    with pytest.raises(OutputError, match=f"^answer: .*{message}") as error:
+    with pytest.raises(ArrayError, match=f"^answer: .*{message}") as error:
         as_output(out, (2, 3), place="answer")
     assert isinstance(error.value, HpsError) and isinstance(error.value, ValueError)
 
@@ -493,5 +493,5 @@ def test_rows_of_torch() -> None:
     ],
 )
 def test_what_is_not_rows_is_refused(rows: object, said: str) -> None:
-    with pytest.raises(OutputError, match=said):
+    with pytest.raises(ArrayError, match=said):
         as_rows(rows, (3, 2))

@@ -33,10 +33,10 @@ from hps_numba.arrays.cuda import (
 from hps_numba.arrays.dlpack import cuda_device_of, cuda_memory_of
 from hps_numba.arrays.host import NUMPY, ArrayKind
 from hps_numba.device import driver as devices
-from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, CapacityError, DeviceError, HpsError, KeyDtypeError
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-READ_AS = {"int64": np.int64, "narrow64": np.int64, "int32": np.int32, "uint32": np.uint32}
+READ_AS = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32, "uint32": np.uint32}
 LAYOUTS = {
     "contiguous": lambda a: a,
     "transposed": lambda a: a.T,
@@ -294,7 +294,7 @@ def test_private_frameworks_are_left_to_the_host_path() -> None:
         name = module.partition(".")[0]
         with pytest.raises(DeviceError, match=f"^ids: {name} arrays cannot be served in CUDA memory"):
             as_device_keys(array, wide=True, place="ids")
-        with pytest.raises(OutputError, match=f"^out: {name} arrays cannot be written"):
+        with pytest.raises(ArrayError, match=f"^out: {name} arrays cannot be written"):
             as_device_output(array, (3,), "float32", 0)
 
 
@@ -346,8 +346,8 @@ def test_torch_keys_of_every_dtype_shape_and_stride(on_cuda: Any, data: Any, dty
         ("uint32", True, "uint32"),
         ("int8", True, "int32"),
         ("uint16", True, "int32"),
-        ("int64", False, "narrow64"),
-        ("uint64", False, "narrow64"),
+        ("int64", False, "checked32_in_int64"),
+        ("uint64", False, "checked32_in_int64"),
         ("int32", False, "uint32"),
         ("uint32", False, "uint32"),
         ("int16", False, "uint32"),
@@ -410,7 +410,7 @@ def test_larger_torch_outputs_keep_their_tail(on_cuda: Any) -> None:
         memory_at(address, (3, 2), np.float32)[...] = [[0, 1], [2, 3], [4, 5]]
         finish()
         assert plain.flatten().tolist() == [0, 1, 2, 3, 4, 5, *[7] * 14]
-    with pytest.raises(OutputError, match=r"shape \(20,\) came, \(30, 2\) or more elements is wanted"):
+    with pytest.raises(ArrayError, match=r"shape \(20,\) came, \(30, 2\) or more elements is wanted"):
         as_device_output(on_cuda(torch.zeros(20)), (30, 2), "float32", 1, larger=True)
 
 
@@ -430,13 +430,13 @@ def test_torch_outputs_that_are_refused(on_cuda: Any) -> None:
     import torch
 
     for out, error, message in (
-        (on_cuda(torch.zeros(2, 3, requires_grad=True)), OutputError, "a tensor that requires grad came"),
+        (on_cuda(torch.zeros(2, 3, requires_grad=True)), ArrayError, "a tensor that requires grad came"),
         (torch.zeros(2, 3), DeviceError, "Tensor in host memory came"),
-        (on_cuda(torch.zeros(2, 3, dtype=torch.float64)), OutputError, "dtype float64 came, float32 is wanted"),
-        (on_cuda(torch.zeros(3, 2)), OutputError, "shape (3, 2) came, (2, 3) is wanted"),
-        (on_cuda(torch.zeros(4, 3)), OutputError, "shape (4, 3) came, (2, 3) is wanted"),
-        (on_cuda(torch.zeros(1, 3).expand(2, 3)), OutputError, "overlaps itself (strides (0, 1))"),
-        (on_cuda(torch.zeros(2, 3, device="meta")), OutputError, "an array at address 0x0 came"),
+        (on_cuda(torch.zeros(2, 3, dtype=torch.float64)), ArrayError, "dtype float64 came, float32 is wanted"),
+        (on_cuda(torch.zeros(3, 2)), ArrayError, "shape (3, 2) came, (2, 3) is wanted"),
+        (on_cuda(torch.zeros(4, 3)), ArrayError, "shape (4, 3) came, (2, 3) is wanted"),
+        (on_cuda(torch.zeros(1, 3).expand(2, 3)), ArrayError, "overlaps itself (strides (0, 1))"),
+        (on_cuda(torch.zeros(2, 3, device="meta")), ArrayError, "an array at address 0x0 came"),
     ):
         with pytest.raises(error, match=r"^answer: ") as raised:
             as_device_output(out, (2, 3), "float32", 1, place="answer")
@@ -451,7 +451,7 @@ def test_a_copy_back_that_fails_is_an_output_error(on_cuda: Any) -> None:
     with torch.inference_mode():
         out = torch.zeros(3, 2).T
     _, finish, _ = as_device_output(on_cuda(out), (2, 3), "float32", 1)
-    with pytest.raises(OutputError, match=r"^out: OnCuda cannot be written from here: RuntimeError: .*inference"):
+    with pytest.raises(ArrayError, match=r"^out: OnCuda cannot be written from here: RuntimeError: .*inference"):
         finish()
 
 
@@ -616,11 +616,11 @@ def test_cupy_keys_and_outputs_that_are_refused(cupy: FakeCupy) -> None:
         as_device_keys(bytes_, wide=True, place="ids")
     with pytest.raises(KeyDtypeError, match="FakeCupyArray of dtype float64 came, integers"):
         as_device_keys(FakeCupyArray(np.zeros(3)), wide=False)
-    with pytest.raises(OutputError, match="dtype bfloat16 came, one of float32, float16 is wanted for keys of cupy"):
+    with pytest.raises(ArrayError, match="dtype bfloat16 came, one of float32, float16 is wanted for keys of cupy"):
         new_device_output(ArrayKind("cupy", cupy.cuda.Device(0)), (2, 3), "bfloat16")
-    with pytest.raises(OutputError, match="overlaps itself"):
+    with pytest.raises(ArrayError, match="overlaps itself"):
         as_device_output(FakeCupyArray(np.broadcast_to(np.zeros(3, np.float32), (2, 3))), (2, 3), "float32", 0)
-    with pytest.raises(OutputError, match="aligned memory is wanted"):
+    with pytest.raises(ArrayError, match="aligned memory is wanted"):
         as_device_output(FakeCupyArray(np.zeros(9, np.uint8)[1:].view(np.float32)), (2,), "float32", 0)
 
 
@@ -639,7 +639,7 @@ def test_what_cannot_be_allocated(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatc
 
 
 def test_outputs_of_other_kinds() -> None:
-    with pytest.raises(OutputError, match="dtype float64 came, one of float32, float16, bfloat16 is wanted for keys of torch"):
+    with pytest.raises(ArrayError, match="dtype float64 came, one of float32, float16, bfloat16 is wanted for keys of torch"):
         new_device_output(ArrayKind("torch"), (2, 3), "float64")
     with pytest.raises(DeviceError, match="keys of numpy in host memory came"):
         new_device_output(NUMPY, (2, 3), "float32")
@@ -731,7 +731,7 @@ def test_capsules_that_are_refused() -> None:
         as_device_keys(capsule_of(np.zeros(3, bool)), wide=True)
     locked = Capsule(np.zeros(3, np.float32), versioned=True)
     locked.struct.flags = 1
-    with pytest.raises(OutputError, match=r"^out: the array is read-only"):
+    with pytest.raises(ArrayError, match=r"^out: the array is read-only"):
         as_device_output(locked.capsule, (3,), "float32", 0)
 
 
@@ -758,11 +758,11 @@ def test_arrays_of_unknown_frameworks_that_are_refused(no_cupy: None, driver: Dr
             as_device_keys(keys, wide=True, place="ids")
         assert message in str(raised.value)
     for out, error, message in (
-        (Placed(read_only(row.copy())), OutputError, "the array is read-only"),
-        (Placed(row, mask=np.zeros(3)), OutputError, "a masked array came"),
+        (Placed(read_only(row.copy())), ArrayError, "the array is read-only"),
+        (Placed(row, mask=np.zeros(3)), ArrayError, "a masked array came"),
         (Placed(row.reshape(3, 2).T), DeviceError, "needs CuPy here"),
         (row, DeviceError, "ndarray in host memory came"),
-        (Placed(row, shape=None), OutputError, "Placed cannot be written from here: TypeError"),
+        (Placed(row, shape=None), ArrayError, "Placed cannot be written from here: TypeError"),
         (object(), DeviceError, "object in host memory came"),
     ):
         with pytest.raises(error, match=r"^out: ") as raised:
@@ -904,7 +904,7 @@ def test_gpu_arrays_that_are_refused() -> None:
         with pytest.raises(KeyDtypeError, match=r"^ids: "):
             as_device_keys(keys, wide=True, place="ids")
     for out in (sparse, torch.zeros(1, 3, device="cuda").expand(3, 3), cupy.zeros((3, 3)), cupy.zeros((3, 4), np.float32)):
-        with pytest.raises(OutputError, match=r"^answer: "):
+        with pytest.raises(ArrayError, match=r"^answer: "):
             as_device_output(out, (3, 3), "float32", 0, place="answer")
 
 

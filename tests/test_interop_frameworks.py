@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_output, kind_of, new_output, wrap_output
-from hps_numba.errors import DeviceError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, DeviceError, KeyDtypeError
 
 # ---- Torch, TensorFlow, JAX ----------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def test_torch_outputs() -> None:
         (torch.zeros(2, 3, device="meta"), "cannot be written"),
         (torch.zeros(2, 4), "shape"),
     ):
-        with pytest.raises(OutputError, match=message):
+        with pytest.raises(ArrayError, match=message):
             as_output(out, (2, 3))
 
 
@@ -120,7 +120,7 @@ def test_tensorflow_refusals(tensorflow: Any) -> None:
     for keys in (tf.constant([1.0]), tf.constant(["a"]), tf.ragged.constant([[1], [2, 3]]), tf.sparse.from_dense([[1]])):
         with pytest.raises(KeyDtypeError):
             as_keys(keys, wide=True)
-    with pytest.raises(OutputError, match="tensorflow arrays cannot be written"):
+    with pytest.raises(ArrayError, match="tensorflow arrays cannot be written"):
         as_output(tf.zeros((2, 3)), (2, 3))
 
 
@@ -138,7 +138,7 @@ def test_jax_round_trip() -> None:
     assert answer.device == keys.device
     with pytest.raises(KeyDtypeError):
         as_keys(keys.astype(np.float32), wide=True)
-    with pytest.raises(OutputError, match="jax arrays cannot be written"):
+    with pytest.raises(ArrayError, match="jax arrays cannot be written"):
         as_output(answer, (2, 3, 4))
 
 
@@ -195,7 +195,7 @@ def test_torch_on_gpu_outputs() -> None:
     rows[...] = 1
     finish()
     assert tail.tolist() == [[1] * 3] * 2 + [[7] * 3] * 2
-    with pytest.raises(OutputError, match="dtype float16 came"):
+    with pytest.raises(ArrayError, match="dtype float16 came"):
         as_output(torch.zeros(2, 3, dtype=torch.float16, device="cuda"), (2, 3))
 
 
@@ -248,5 +248,5 @@ def test_cuda_array_interface_alone_is_read_and_written_by_numba() -> None:
     rows[...] = 5
     finish()
     assert out.tolist() == [[5] * 3] * 2
-    with pytest.raises(OutputError, match="non-contiguous"):
+    with pytest.raises(ArrayError, match="non-contiguous"):
         as_output(CudaInterfaceOf(torch.zeros(3, 2, device="cuda").T), (2, 3))

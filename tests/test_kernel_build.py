@@ -23,7 +23,7 @@ from hps_numba import plugins
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
 from hps_numba.kernels.cache import sketch
 from hps_numba.kernels.compiler import launch, specialize
-from hps_numba.kernels.compiler.specialize import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, starts_early
+from hps_numba.kernels.compiler.specialize import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, uses_pdl
 from hps_numba.kernels.dtypes import TYPE_NUMBERS
 from hps_numba.kernels.policies._functions import for_compiler
 from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
@@ -137,8 +137,8 @@ def test_the_number_of_registers_is_kept_to():
 def test_a_kernel_waits_for_the_one_before_it_where_the_chip_can_start_it_early():
     early, late = (ptx_of(SPEC, chip) for chip in ((9, 0), (8, 9)))
     assert "griddepcontrol.wait" in early and "griddepcontrol" not in late
-    assert starts_early(SPEC, (9, 0)) and not starts_early(SPEC, (8, 9))
-    assert not starts_early(replace(SPEC, name="dump_kernel"), (9, 0))
+    assert uses_pdl(SPEC, (9, 0)) and not uses_pdl(SPEC, (8, 9))
+    assert not uses_pdl(replace(SPEC, name="dump_kernel"), (9, 0))
 
 
 @needs_compiler
@@ -225,21 +225,21 @@ def test_a_kernel_of_a_user_policy_is_another_kernel():
 #: stand-ins of ``lanes`` that are right for a tile of one lane as they are, wherever they run
 RIGHT_FOR_ONE_LANE = {
     *(
-        "after_former",
+        "grid_dependency_sync",
         "all_in_tile",
         "any_in_warp",
         "block_number",
         "block_tiles",
         "count_in_warp",
         "from_first_lane",
-        "from_lane",
+        "shfl",
         "grid_blocks",
     ),
     *("grid_row", "grid_rows"),
     *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
-    *("lane_in_warp", "max_in_tile", "out_of_line", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
+    *("lane_in_warp", "max_in_tile", "noinline", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
     *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),
-    *("votes_of_warp", "warp_number"),
+    *("ballot", "warp_number"),
 }
 
 

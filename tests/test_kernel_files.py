@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing_behind(place, compiler, caplog, monkeypatch)
 def test_files_of_older_sources_go_when_many_pile_up(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
     (own,) = files(place)
-    monkeypatch.setattr(disk_cache, "MOST_FILES", 5)
+    monkeypatch.setattr(disk_cache, "MAX_FILES", 5)
     for i in range(4):
         (place / f"erase_kernel-{i:016}-{i:032}.cubin").write_bytes(b"old")
     (place / "kept.txt").write_text("of somebody else")
@@ -265,7 +265,7 @@ def test_few_old_files_stay(place, compiler):
 
 def test_what_a_dead_writer_left_goes_and_what_is_being_written_stays(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
-    monkeypatch.setattr(disk_cache, "MOST_FILES", 2)
+    monkeypatch.setattr(disk_cache, "MAX_FILES", 2)
     left, fresh = place / "tmpa.part", place / "tmpb.part"
     left.write_bytes(b"half")
     os.utime(left, (1, 1))
@@ -279,7 +279,7 @@ def test_what_a_dead_writer_left_goes_and_what_is_being_written_stays(place, com
 PROGRAM = """
 import hashlib, sys
 from hps_numba.kernels.compiler import disk_cache
-disk_cache.MOST_FILES = 4
+disk_cache.MAX_FILES = 4
 def code(i, n):
     return hashlib.sha256(b"%d" % i).digest() * n, f"symbol{i}"
 seen = 0
@@ -391,7 +391,7 @@ def test_a_launch_passes_values_as_they_are(driver):
 
 
 def test_a_kernel_that_may_start_early_says_so(driver):
-    launch.LoadedKernel(CUBIN, "symbol", "qfq", early=True).launch(1, 0, 1, 1.0, 1)
+    launch.LoadedKernel(CUBIN, "symbol", "qfq", pdl=True).launch(1, 0, 1, 1.0, 1)
     launch.LoadedKernel(CUBIN, "symbol", "qfq").launch(1, 0, 1, 1.0, 1)
     assert driver.starts == [True, False]
 

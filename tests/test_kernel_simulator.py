@@ -107,7 +107,7 @@ def hash_of(key: int) -> int:
         return int(index_hash(np.int64(key).view(np.uint64)))
 
 
-def place_of(key: int) -> tuple[int, int]:
+def backend_for(key: int) -> tuple[int, int]:
     """(set, home line) of a key."""
     return (hash_of(key) >> 32) * SETS >> 32, hash_of(key) & 1
 
@@ -159,8 +159,8 @@ class SimulatedCache:
         self.state = self.zeros(layout.STATE_BYTES).view(np.int64)
         self.state[layout.STATE_PENDING // 8] = address(self.zeros(4 * SETS * WAYS))
         self.state[layout.STATE_CAPACITY // 8] = SETS * WAYS
-        self.scratch = self.zeros(layout.SCRATCH_BYTES).view(np.int64)
-        self.fill_scratch()
+        self.workspace = self.zeros(layout.WORKSPACE_BYTES).view(np.int64)
+        self.fill_workspace()
         ring = layout.HOST_RING
         self.descriptor = address(self.state) + ring
         words = (layout.DESC_BLOCK, layout.DESC_LINES, layout.DESC_ROWS)
@@ -171,31 +171,31 @@ class SimulatedCache:
         self.kept.append(np.zeros(size, np.uint8))
         return self.kept[-1]
 
-    def fill_scratch(self) -> None:
+    def fill_workspace(self) -> None:
         buckets = 4
         parts = {
-            layout.SCRATCH_KEYS: 8 * MOST,
-            layout.SCRATCH_WORDS: 16 * MOST,
-            layout.SCRATCH_STAGE: 4 * DIM * MOST,
-            layout.SCRATCH_BUCKETS: layout.BUCKET_BYTES * buckets,
-            layout.SCRATCH_LIST: 8 * buckets,
-            layout.SCRATCH_ABSENT_LIST: 8 * MOST,
-            layout.SCRATCH_COUNTS: 16 * 2 * MOST,
-            layout.SCRATCH_TOUCHED_LIST: 8 * MOST,
+            layout.WORKSPACE_KEYS: 8 * MOST,
+            layout.WORKSPACE_WORDS: 16 * MOST,
+            layout.WORKSPACE_STAGE: 4 * DIM * MOST,
+            layout.WORKSPACE_BUCKETS: layout.BUCKET_BYTES * buckets,
+            layout.WORKSPACE_LIST: 8 * buckets,
+            layout.WORKSPACE_ABSENT_LIST: 8 * MOST,
+            layout.WORKSPACE_COUNTS: 16 * 2 * MOST,
+            layout.WORKSPACE_TOUCHED_LIST: 8 * MOST,
         }
         for word, size in parts.items():
-            self.scratch[word // 8] = address(self.zeros(size))
-            if word == layout.SCRATCH_BUCKETS:
+            self.workspace[word // 8] = address(self.zeros(size))
+            if word == layout.WORKSPACE_BUCKETS:
                 self.kept[-1][:] = layout.UNUSED_BUCKET
-        self.scratch[layout.SCRATCH_BATCH // 8] = layout.FIRST_BATCH
-        self.scratch[layout.SCRATCH_STAGE_STRIDE // 8] = 4 * DIM
-        self.scratch[layout.SCRATCH_MASK // 8] = buckets - 1
-        self.scratch[layout.SCRATCH_COUNTS_MASK // 8] = 2 * MOST - 1
+        self.workspace[layout.WORKSPACE_BATCH // 8] = layout.FIRST_BATCH
+        self.workspace[layout.WORKSPACE_STAGE_STRIDE // 8] = 4 * DIM
+        self.workspace[layout.WORKSPACE_MASK // 8] = buckets - 1
+        self.workspace[layout.WORKSPACE_COUNTS_MASK // 8] = 2 * MOST - 1
         words, shift = sketch_shape(SETS * WAYS)
-        self.scratch[layout.SCRATCH_SET_STATES // 8] = address(self.zeros(4 * SETS * max(1, self.policy.state)))
-        self.scratch[layout.SCRATCH_SKETCH // 8] = address(self.zeros(8 * words))
-        self.scratch[layout.SCRATCH_SKETCH_WORDS // 8] = words
-        self.scratch[layout.SCRATCH_SKETCH_SHIFT // 8] = shift
+        self.workspace[layout.WORKSPACE_SET_STATES // 8] = address(self.zeros(4 * SETS * max(1, self.policy.state)))
+        self.workspace[layout.WORKSPACE_SKETCH // 8] = address(self.zeros(8 * words))
+        self.workspace[layout.WORKSPACE_SKETCH_WORDS // 8] = words
+        self.workspace[layout.WORKSPACE_SKETCH_SHIFT // 8] = shift
 
     def run(self, name: str, *args: Any) -> None:
         kernel = bindings(KernelSpec(name=name, dim=DIM, policy=self.policy), lambda function: function, GRID)
@@ -203,18 +203,18 @@ class SimulatedCache:
 
     def reading_host(self, yes: bool) -> None:
         self.state[layout.STATE_HOST // 8] = self.descriptor if yes else 0
-        self.scratch[layout.SCRATCH_ASSUME // 8] = 0 if yes else 1
+        self.workspace[layout.WORKSPACE_ASSUME // 8] = 0 if yes else 1
 
     def finish(self, source: int, stride: int) -> None:
-        cache, state, scratch = self.lines, address(self.state), address(self.scratch)
+        cache, state, workspace = self.lines, address(self.state), address(self.workspace)
         if self.policy.needs_count:
-            self.run("touch_kernel", cache, SETS, state, scratch)
-        self.run("insert_kernel", cache, address(self.rows), state, source, stride, scratch, 0)
+            self.run("touch_kernel", cache, SETS, state, workspace)
+        self.run("insert_kernel", cache, address(self.rows), state, source, stride, workspace, 0)
 
     def look_up(self, keys: np.ndarray, out: int, now: int) -> None:
         self.state[layout.STATE_NOW // 8] = now
-        state, scratch = address(self.state), address(self.scratch)
-        arguments = (state, address(keys), len(keys), out, np.float32(DEFAULT), scratch)
+        state, workspace = address(self.state), address(self.workspace)
+        arguments = (state, address(keys), len(keys), out, np.float32(DEFAULT), workspace)
         self.run("lookup_kernel", self.lines, address(self.rows), SETS, *arguments)
 
     def lookup(self, keys: np.ndarray, now: int) -> np.ndarray:
@@ -222,8 +222,8 @@ class SimulatedCache:
         out = np.full((len(keys), DIM), 99, np.float32)
         self.look_up(keys, address(out), now)
         if self.policy.admit is not None:
-            self.run("sketch_kernel", address(self.state), address(keys), len(keys), 0, 0, address(self.scratch))
-        self.finish(int(self.scratch[layout.SCRATCH_STAGE // 8]), 4 * DIM)
+            self.run("sketch_kernel", address(self.state), address(keys), len(keys), 0, 0, address(self.workspace))
+        self.finish(int(self.workspace[layout.WORKSPACE_STAGE // 8]), 4 * DIM)
         return out
 
     def insert(self, keys: np.ndarray, rows: np.ndarray, now: int) -> None:
@@ -283,7 +283,7 @@ def check(policy: Policy, blocks: int, threads: int) -> int:
     rows = {int(key): row for key, row in zip(known, rows_for(known, 1))}
     host = HostIndex(rows)
     cache = SimulatedCache(policy, blocks, threads, host)
-    oracle = CacheOracle(SETS, policy, DIM, DEFAULT, place_of, rows, counters_of=counters_of)
+    oracle = CacheOracle(SETS, policy, DIM, DEFAULT, backend_for, rows, counters_of=counters_of)
     agreed = 0
 
     def compare() -> None:

@@ -16,8 +16,9 @@ from naive import EXTREME_64, assert_same_bits, rows_of
 from test_cache import OPERATIONS, Pair
 from test_cache_staging import TYPES, ask
 
-from hps_numba.cache.cache import EmbeddingCache, index_mirror
-from hps_numba.cache.cache import lookup as cache_lookup
+from hps_numba.cache import index_mirror
+from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.index_mirror import _shift_of, is_scattered
 from hps_numba.cache.staging import NEVER
 from hps_numba.device.host_memory import PinnedHostAllocator
@@ -45,12 +46,12 @@ def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple
 
 
 def list_words(cache: EmbeddingCache) -> list[int]:
-    """What is left of the lists of missed keys of each scratch: all counts, and the ticket."""
+    """What is left of the lists of missed keys of each workspace: all counts, and the ticket."""
     words: list[int] = []
-    for scratch in (*cache._pool._all, *cache._captured):
-        if scratch.own_list:
-            words += cache._words(scratch.own_list + MISSED_COUNTS, REGIONS).tolist()
-            words += [int(cache._words(scratch.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
+    for workspace in (*cache._pool._all, *cache._captured):
+        if workspace.own_list:
+            words += cache._words(workspace.own_list + MISSED_COUNTS, REGIONS).tolist()
+            words += [int(cache._words(workspace.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
     return words
 
 
@@ -98,7 +99,7 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
         cache.warm()
     store.upsert(np.arange(100, 400), rows_of(np.arange(100, 400), DIM))
     for cache in caches:
-        cache.check_complete()
+        cache.check_fully_resident()
     caches[1]._lists_missed_from = NEVER
     keys = np.random.default_rng(1).integers(0, 450, 900)
     for _ in range(2):
@@ -125,10 +126,10 @@ def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
 def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
     bench = Bench(device)
     rng = np.random.default_rng(5)
-    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "narrow64": [2**32 - 1], "int64": EXTREME_64}[form]
+    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
     store = bench.store([*keys, *range(300)])
     caches = both(bench, store, 60, row_type=row_type)
-    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "narrow64" else [])])
+    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "checked32_in_int64" else [])])
     for n in (4, 300, 300):
         batch = rng.choice(known, n)
         answers = [ask(cache, batch, form, out_type, shift=shift) for cache in caches]
@@ -183,7 +184,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
     end = cache._end_batch
 
     def update_before(*args: Any) -> None:
-        cache.place.synchronize(args[3])  # the rows were read
+        cache.backend.synchronize(args[3])  # the rows were read
         store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
         cache.update(keys[:20])
         end(*args)
@@ -191,7 +192,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    assert cache.counters().withdrawn == 20
+    assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
 
 
@@ -210,7 +211,7 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
     bench = Bench(device)
     table = Versions(bench)
     cache = bench.cache(table.store, 60, buffers=3, miss_path="auto")
-    table.race(cache, readers=4, after_write=lambda rng: rng.random() < 0.05 and cache.copy_index())
+    table.race(cache, readers=4, after_write=lambda rng: rng.random() < 0.05 and cache.mirror_index())
     assert not any(list_words(cache))
     bench.close()
 
@@ -231,7 +232,7 @@ def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatc
     options: dict[str, Any] = {"device": 0, "policy": load_policy(policy), "store": store, "default": DEFAULT}
     lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
     plain._may_list_from = plain._lists_missed_from = NEVER
-    lists.copy_index()
+    lists.mirror_index()
     for turn, n in enumerate((131_072, 131_071, 200_000, 140_000, 1_000_000 if dim < 64 else 300_000)):
         keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)
         answers = [cache.lookup_arrays(keys) for cache in (lists, plain)]
@@ -250,10 +251,10 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     store = bench.store(range(5000), rows=5000)
     cache = bench.cache(store, 300, miss_path="auto")
     keys = np.random.default_rng(4).permutation(5000)
-    assert cache.copy_index()
+    assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    (scratch,) = cache._pool._all
-    listed = cache._words(int(cache._words(scratch.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    (workspace,) = cache._pool._all
+    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
     assert (keys[listed[:, 0]] == listed[:, 1]).all()
     regions = listed[:, 1] >> (13 - 6)  # rows were written in the order of keys: slots are keys, 5000 of 8192 in 64 regions
@@ -261,7 +262,7 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order in which they came
     cache.clear()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    listed = cache._words(int(cache._words(scratch.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
 
 
@@ -274,7 +275,7 @@ class Warp:
         self._values = [0] * 32
         self._barrier = threading.Barrier(32, timeout=30)
 
-    def from_lane(self, value: int, number: int) -> int:
+    def shfl(self, value: int, number: int) -> int:
         self._values[self._lane.number] = int(value)
         self._barrier.wait()
         got = self._values[number]
@@ -292,7 +293,7 @@ class Warp:
         names = {
             "LANES": 8,
             "lane_in_warp": self.number,
-            "from_lane": self.from_lane,
+            "shfl": self.shfl,
             "ld64": self.load,
         }
         answers: list[Any] = [None] * 32
@@ -357,11 +358,11 @@ def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyP
     for path in ("direct", "auto"):
         cache = bench.cache(store, 20, miss_path=path)
         assert not cache._in_order()
-        assert cache.copy_index() == cache._in_order() == (path == "auto")
+        assert cache.mirror_index() == cache._in_order() == (path == "auto")
     store.upsert(ints([1]), rows_of([1], DIM))
     assert not cache._in_order()
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 40)
-    assert cache.copy_index() and not cache._in_order()
+    assert cache.mirror_index() and not cache._in_order()
 
 
 @pytest.mark.gpu
@@ -372,7 +373,7 @@ def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> 
     keys = np.random.default_rng(1).integers(0, 520, 300)
     for _ in range(3):
         cache.lookup_arrays(keys)
-    cache.alone = True  # as a check that ends between the choice of the kernels and their start has it
+    cache.single_kernel = True  # as a check that ends between the choice of the kernels and their start has it
     rows = cache.lookup_arrays(keys)
     assert_same_bits(rows[keys < 500], rows_of(keys[keys < 500], DIM))
     assert (rows[keys >= 500] == np.float32(DEFAULT)).all()
@@ -403,7 +404,7 @@ def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
             store.upsert(some, rows_of(some, dim, replay // 20))
             cache.update(some)
         if replay % 50 == 30:
-            cache.copy_index()
+            cache.mirror_index()
         batch = rng.choice(universe, n)
         expected = np.empty((n, dim), np.float32)
         store.lookup(batch, expected, -1.0)

@@ -17,7 +17,7 @@ from naive import DictTier, assert_same_bits, rows_of
 import hps_numba
 from hps_numba.device import driver
 from hps_numba.errors import CapacityError, ConfigError, DeviceError, ModelFileError, TierError, UnknownModelError
-from hps_numba.server.table import TableSession
+from hps_numba.server.table import ServedTable
 
 DIM = 3
 KEYS = list(range(9))
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop)
     assert_same_bits(server.lookup(KEYS, "broken", 1), rows_of(KEYS, 5))
 
 
-class RefusedSession(TableSession):
+class RefusedTable(ServedTable):
     """Sessions of tables of width 5 cannot be made."""
 
     def __init__(self, spec: Any, *args: Any, **options: Any) -> None:
@@ -217,7 +217,7 @@ def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
     if early == "sessions":
-        monkeypatch.setattr("hps_numba.server.model.TableSession", RefusedSession)
+        monkeypatch.setattr("hps_numba.server.model.ServedTable", RefusedTable)
     else:  # the files vanish after the plan was made
         monkeypatch.setattr("hps_numba.server.hps.make_plan", lambda config: SimpleNamespace(check=lambda: None))
         entry["sparse_files"][1] += ".gone"

@@ -189,7 +189,7 @@ class TestEveryPolicy:
 
     def test_it_passes_all_checks_of_a_users_own(self, name: str) -> None:
         """Built-in ones are not compiled when loaded by name; here they are."""
-        policy = load_policy(f"{FOLDER}.{name}:PART")
+        policy = load_policy(f"{FOLDER}.{name}:PLUGIN")
         assert policy.digest == load_policy(name).digest
         assert policy.first is load_policy(name).first
 

@@ -42,18 +42,18 @@ def played(policy: Policy, ways: int, requests: Iterable[tuple[int, str]]) -> tu
     return hits, "".join(ALPHABET[entry.key] for entry in cache.dump(0, 1))
 
 
-def in_turn(letters: str, step: int = 1) -> list[tuple[int, str]]:
+def launch_chain(letters: str, step: int = 1) -> list[tuple[int, str]]:
     return [(step * number, letter) for number, letter in enumerate(letters, start=1)]
 
 
 #: policy, ways, (now, key) of each request, hits, keys in the ways at the end
 TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
     # B is the least recent when D comes, then C, then A
-    "lru": ("lru", 3, in_turn("ABCADEDF", 8), "---+--+-", "FDE"),
+    "lru": ("lru", 3, launch_chain("ABCADEDF", 8), "---+--+-", "FDE"),
     # A leaves when D comes although it was just asked for, then B
-    "fifo": ("fifo", 3, in_turn("ABCADAB"), "---+---", "DAB"),
+    "fifo": ("fifo", 3, launch_chain("ABCADAB"), "---+---", "DAB"),
     # A was asked for twice; B and C once, B stands first; D leaves for E
-    "lfu": ("lfu", 3, in_turn("ABCADEA"), "---+--+", "AEC"),
+    "lfu": ("lfu", 3, launch_chain("ABCADEA"), "---+--+", "AEC"),
     # A 288 / 438 with a half-life of 8; C comes at 1280, when three requests for A at 0, 1 and 2 are worth less than one
     "lfu_decay": (
         policy_with(LFUDecay, HALF_LIFE=8),
@@ -63,17 +63,17 @@ TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
         "DC",
     ),
     # the generator says 3C6E, 4750, D1CC, AAF9, 6252 (hex), and modulo 4: 2, 0, 0, 1, 2
-    "random": ("random", 4, in_turn("ABCDEFGHDI"), "--------+-", "GHID"),
+    "random": ("random", 4, launch_chain("ABCDEFGHDI"), "--------+-", "GHID"),
     # D: the hand spares A and takes B's place; E: takes C's; F: spares A and D and takes E's; G: takes A's, whose turn is over
-    "clock": ("clock", 3, in_turn("ABCADAEDFG"), "---+-+-+--", "GDF"),
+    "clock": ("clock", 3, launch_chain("ABCADAEDFG"), "---+-+-+--", "GDF"),
     # as CLOCK up to F, for which the newest leaves, so that the hand begins with the oldest again: it spares A, D leaves for G,
     # F for H
-    "sieve": ("sieve", 3, in_turn("ABCADAEDFGH"), "---+-+-+---", "AGH"),
+    "sieve": ("sieve", 3, launch_chain("ABCADAEDFGH"), "---+-+-+---", "AGH"),
     # C: once against twice for A, no; twice, no; three times, A leaves; A: three times against once for B
-    "tinylfu": ("tinylfu", 2, in_turn("AABCCCAC"), "-+-----+", "CA"),
+    "tinylfu": ("tinylfu", 2, launch_chain("AABCCCAC"), "-+-----+", "CA"),
     # D: A goes to the main queue, B leaves; E: C leaves; F: D to the main queue, E leaves; G: F to the main queue, A goes round
     # again, D, which nobody asked for there, leaves
-    "s3fifo": ("s3fifo", 3, in_turn("ABACDEADFFG"), "--+---++-+-", "AGF"),
+    "s3fifo": ("s3fifo", 3, launch_chain("ABACDEADFFG"), "--+---++-+-", "AGF"),
     # D: B was idle for longest; E: A came in 70 ticks ago and leaves, although it is the most recent; F: C did too
     "ttl": (
         ttl(64),
@@ -83,7 +83,7 @@ TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
         "EDF",
     ),
     # B is pinned; the others come and go in the second way, or wherever it is not
-    "pinned": (pinned([1], "fifo"), 2, in_turn("ABCDBEB"), "----+-+", "EB"),
+    "pinned": (pinned([1], "fifo"), 2, launch_chain("ABCDBEB"), "----+-+", "EB"),
 }
 
 

@@ -22,12 +22,12 @@ from hps_numba.kernels.cache.pooling import PADDED
 from hps_numba.kernels.cache.sketch import MOST, estimate, sketch_places
 from hps_numba.kernels.compiler.njit import host_function
 from hps_numba.kernels.layouts.cache import (
-    SCRATCH_BYTES,
-    SCRATCH_SKETCH,
-    SCRATCH_SKETCH_SHIFT,
-    SCRATCH_SKETCH_WORDS,
     SET_BYTES,
     STATE_BYTES,
+    WORKSPACE_BYTES,
+    WORKSPACE_SKETCH,
+    WORKSPACE_SKETCH_SHIFT,
+    WORKSPACE_SKETCH_WORDS,
 )
 from hps_numba.kernels.policies._load import as_policy, load_policy
 from hps_numba.kernels.policies._policy import Policy
@@ -146,13 +146,13 @@ def plain_cache(policy: str) -> EmbeddingCache:
     store = HostStore(1)
     store.upsert(np.arange(60), rows_of(np.arange(60), 1))
     cache = EmbeddingCache(1, 20, device=None, policy=load_policy(policy), store=store)
-    cache._place = PlainPlace()
+    cache._backend = PlainPlace()
     return cache
 
 
 def sketch_of(cache: EmbeddingCache) -> list[int]:
     words = cache._policy_memory.words
-    return cache._words(words[SCRATCH_SKETCH], words[SCRATCH_SKETCH_WORDS]).tolist()
+    return cache._words(words[WORKSPACE_SKETCH], words[WORKSPACE_SKETCH_WORDS]).tolist()
 
 
 def test_pooled_lookups_count_requests_as_lookups_do() -> None:
@@ -183,18 +183,20 @@ def test_the_sketch_never_says_too_little_and_forgets() -> None:
     cache = plain_cache("tinylfu")
     keys = np.random.default_rng(1).integers(0, 60, 100)
     cache.lookup_arrays(keys)
-    words = {name: cache._policy_memory.words[name] for name in (SCRATCH_SKETCH, SCRATCH_SKETCH_WORDS, SCRATCH_SKETCH_SHIFT)}
-    scratch = np.zeros(SCRATCH_BYTES // 8, np.int64)
+    words = {
+        name: cache._policy_memory.words[name] for name in (WORKSPACE_SKETCH, WORKSPACE_SKETCH_WORDS, WORKSPACE_SKETCH_SHIFT)
+    }
+    workspace = np.zeros(WORKSPACE_BYTES // 8, np.int64)
     for name, value in words.items():
-        scratch[name // 8] = value
+        workspace[name // 8] = value
     with np.errstate(over="ignore"):
-        counted = [estimate(cache._state, scratch.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
         exact = [int((keys == key).sum()) for key in range(60)]
         assert all(many >= few for many, few in zip(counted, exact, strict=True))
         assert sum(many == few for many, few in zip(counted, exact, strict=True)) > 50
         for _ in range(6):
             cache.lookup_arrays(np.full(256, 7))
-        counted = [estimate(cache._state, scratch.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
     assert counted[7] == MOST and sum(counted) <= 3 * MOST
 
 

@@ -141,7 +141,7 @@ def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
 
     cache.lookup_arrays(ints(range(50)))
     with monkeypatch.context() as patch, pytest.raises(hps_numba.CapacityError, match="frequency sketch"):
-        patch.setattr(cache.place, "allocate", full)
+        patch.setattr(cache.backend, "allocate", full)
         cache.set_policy(load_policy("tinylfu"))
     assert cache.policy == load_policy("lru")
     assert_same_bits(cache.lookup_arrays(ints(range(50))), rows_of(ints(range(50)), 1))
@@ -158,12 +158,12 @@ def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:
 
 
 def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -> None:
-    """The twin has no graphs; a call that is captured takes a scratch for good, and here the kernels behind it too."""
+    """The twin has no graphs; a call that is captured takes a workspace for good, and here the kernels behind it too."""
     keys = np.arange(40)
     cache = cpu_bench.cache(cpu_bench.store(keys, 1), policy="tinylfu", set_count=2)
     out = np.empty((40, 1), np.float32)
     cache.lookup(keys.ctypes.data, 40, out.ctypes.data, 0, capturing=True)
-    (scratch,) = cache._captured
+    (workspace,) = cache._captured
     replay = [dict(cache._kernels), cache._parts, cache._admits, cache._counted]
     size = cache._policy_memory.bytes
     cache.set_policy(load_policy("sieve"))
@@ -171,7 +171,7 @@ def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -
     cache.set_policy(load_policy("lru"))
     now = dict(cache._kernels), cache._parts, cache._admits, cache._counted
     cache._kernels, cache._parts, cache._admits, cache._counted = replay
-    cache._batches(scratch, keys.ctypes.data, 40, out.ctypes.data, 0, "int64", "float32", 0)
+    cache._batches(workspace, keys.ctypes.data, 40, out.ctypes.data, 0, "int64", "float32", 0)
     cache._kernels, cache._parts, cache._admits, cache._counted = now
     assert_same_bits(out, rows_of(keys, 1))
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, 1))

@@ -10,7 +10,7 @@ import pytest
 from naive import rows_of
 
 import hps_numba
-from hps_numba.errors import ConfigError, OutputError
+from hps_numba.errors import ArrayError, ConfigError
 from hps_numba.storage.host.pooling import offsets_of
 
 DEFAULT = -7.5
@@ -138,9 +138,9 @@ def test_what_does_not_fit(workshop: Any) -> None:
         server.lookup_pooled([1], [0, 1], "m", 0, combiner="average")
     with pytest.raises(ConfigError, match="max_norm: -1"):
         server.lookup_pooled([1], [0, 1], "m", 0, max_norm=-1)
-    with pytest.raises(OutputError, match="weights"):
+    with pytest.raises(ArrayError, match="weights"):
         server.lookup_pooled([1], [0, 1], "m", 0, weights=[1, 2])
-    with pytest.raises(OutputError, match=r"float32\[1, 3\]"):
+    with pytest.raises(ArrayError, match=r"float32\[1, 3\]"):
         server.lookup_pooled([1], [0, 1], "m", 0, out=np.empty((1, 4), np.float32))
     server.close()
     with pytest.raises(hps_numba.ClosedError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from naive import rows_of
 
-from hps_numba.errors import ConfigError, DeviceError, OutputError, UnknownModelError
+from hps_numba.errors import ArrayError, ConfigError, DeviceError, UnknownModelError
 
 DIM = 16
 COMBINERS = ("sum", "mean", "sqrtn", "max")
@@ -16,7 +16,7 @@ Place = Any
 
 
 @pytest.fixture(params=[pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)])
-def to_place(request: pytest.FixtureRequest) -> Place:
+def from_host(request: pytest.FixtureRequest) -> Place:
     """Arrays as NumPy has them, or in the memory of a GPU."""
     if request.param is None:
         return np.asarray
@@ -41,19 +41,19 @@ def bags(seed: int, count: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("combiner", COMBINERS)
-def test_bags_where_they_lie(server: Any, to_place: Place, combiner: str) -> None:
+def test_bags_where_they_lie(server: Any, from_host: Place, combiner: str) -> None:
     keys, offsets, weights = bags(1)
     for some in (None, weights):
         wanted = server.lookup_pooled(keys, offsets, "m", 0, weights=some, combiner=combiner)
         for dtype in (np.int64, np.int32):
-            given = None if some is None else to_place(some)
-            where = to_place(keys.astype(dtype)), to_place(offsets.astype(dtype))
+            given = None if some is None else from_host(some)
+            where = from_host(keys.astype(dtype)), from_host(offsets.astype(dtype))
             rows = server.lookup_pooled(*where, "m", 0, weights=given, combiner=combiner)
             assert type(rows) is type(where[0]) and rows.dtype == np.float32
             np.testing.assert_allclose(on_host(rows), wanted, rtol=2e-6, atol=1e-3)
 
 
-def test_an_open_end_and_a_key_that_does_not_count(server: Any, to_place: Place) -> None:
+def test_an_open_end_and_a_key_that_does_not_count(server: Any, from_host: Place) -> None:
     keys, offsets, weights = bags(2)
     kept = keys != 7
     keys[::3] = 7
@@ -63,8 +63,8 @@ def test_an_open_end_and_a_key_that_does_not_count(server: Any, to_place: Place)
     for open_end in (False, True):
         given = offsets[:-1] if open_end else offsets
         rows = server.lookup_pooled(
-            *(to_place(keys), to_place(given), "m", 0),
-            weights=to_place(weights),
+            *(from_host(keys), from_host(given), "m", 0),
+            weights=from_host(weights),
             combiner="mean",
             padding=7,
             open_end=open_end,
@@ -72,33 +72,33 @@ def test_an_open_end_and_a_key_that_does_not_count(server: Any, to_place: Place)
         np.testing.assert_allclose(on_host(rows), wanted, rtol=2e-6, atol=1e-3)
 
 
-def test_an_answer_of_ones_own(server: Any, to_place: Place) -> None:
+def test_an_answer_of_ones_own(server: Any, from_host: Place) -> None:
     keys, offsets, _ = bags(3)
-    out = to_place(np.zeros((50, DIM), np.float32))
-    assert server.lookup_pooled(to_place(keys), to_place(offsets), "m", 0, out=out) is out
+    out = from_host(np.zeros((50, DIM), np.float32))
+    assert server.lookup_pooled(from_host(keys), from_host(offsets), "m", 0, out=out) is out
     np.testing.assert_allclose(on_host(out), server.lookup_pooled(keys, offsets, "m", 0), rtol=2e-6, atol=1e-3)
-    with pytest.raises(OutputError, match="wanted"):
-        server.lookup_pooled(to_place(keys), to_place(offsets), "m", 0, out=to_place(np.zeros((3, DIM), np.float32)))
+    with pytest.raises(ArrayError, match="wanted"):
+        server.lookup_pooled(from_host(keys), from_host(offsets), "m", 0, out=from_host(np.zeros((3, DIM), np.float32)))
 
 
-def test_empty_bags_and_none(server: Any, to_place: Place) -> None:
-    none = to_place(np.empty(0, np.int64))
-    assert on_host(server.lookup_pooled(none, to_place(np.zeros(4, np.int64)), "m", 0)).tolist() == [[0.0] * DIM] * 3
-    assert server.lookup_pooled(none, to_place(np.zeros(1, np.int64)), "m", 0).shape == (0, DIM)
-    one = server.lookup_pooled(to_place(np.array([3])), to_place(np.array([0, 0, 1])), "m", 0)
+def test_empty_bags_and_none(server: Any, from_host: Place) -> None:
+    none = from_host(np.empty(0, np.int64))
+    assert on_host(server.lookup_pooled(none, from_host(np.zeros(4, np.int64)), "m", 0)).tolist() == [[0.0] * DIM] * 3
+    assert server.lookup_pooled(none, from_host(np.zeros(1, np.int64)), "m", 0).shape == (0, DIM)
+    one = server.lookup_pooled(from_host(np.array([3])), from_host(np.array([0, 0, 1])), "m", 0)
     assert on_host(one).tolist() == [[0.0] * DIM, rows_of([3], DIM)[0].tolist()]
 
 
-def test_what_does_not_fit(server: Any, to_place: Place) -> None:
-    keys, offsets = to_place(np.arange(4)), to_place(np.array([0, 2, 4]))
+def test_what_does_not_fit(server: Any, from_host: Place) -> None:
+    keys, offsets = from_host(np.arange(4)), from_host(np.array([0, 2, 4]))
     with pytest.raises(ConfigError, match="combiner: 'best' came"):
         server.lookup_pooled(keys, offsets, "m", 0, combiner="best")
-    with pytest.raises(OutputError, match="weights"):
-        server.lookup_pooled(keys, offsets, "m", 0, weights=to_place(np.ones(3, np.float32)))
+    with pytest.raises(ArrayError, match="weights"):
+        server.lookup_pooled(keys, offsets, "m", 0, weights=from_host(np.ones(3, np.float32)))
     with pytest.raises(UnknownModelError):
         server.lookup_pooled(keys, offsets, "other", 0)
     with pytest.raises(ConfigError, match="offsets"):
-        server.lookup_pooled(keys, to_place(np.zeros((2, 2), np.int64)), "m", 0)
+        server.lookup_pooled(keys, from_host(np.zeros((2, 2), np.int64)), "m", 0)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from conftest import COLD, Workshop
 from naive import EXTREME_32, NaiveServer, assert_same_bits, rows_of
 
 import hps_numba
-from hps_numba import OutputError, TierError, TierUnavailable
+from hps_numba import ArrayError, TierError, TierUnavailable
 from hps_numba.errors import CapacityError
 from hps_numba.storage.host.store import HostStore
 
@@ -67,10 +67,10 @@ def test_rows_of_a_write_are_checked(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     for write in (server.insert, server.update):
         for shape in [(2, DIM + 1), (1, DIM), (2 * DIM,), (2, 1, DIM)]:
-            with pytest.raises(OutputError, match=rf"rows: shape .* came, \(2, {DIM}\) is wanted"):
+            with pytest.raises(ArrayError, match=rf"rows: shape .* came, \(2, {DIM}\) is wanted"):
                 write([0, 1], np.zeros(shape, np.float32), "m", 0)
         for dtype in ROW_DTYPES_REFUSED:
-            with pytest.raises(OutputError, match=r"rows: dtype .* came, float32 is wanted"):
+            with pytest.raises(ArrayError, match=r"rows: dtype .* came, float32 is wanted"):
                 write([0, 1], np.zeros((2, DIM), dtype), "m", 0)
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from naive import rows_of
 
-from hps_numba import ConfigError, HpsError, KeyDtypeError, OutputError, UnknownModelError
+from hps_numba import ArrayError, ConfigError, HpsError, KeyDtypeError, UnknownModelError
 from hps_numba.frontends import _requests
-from hps_numba.frontends._requests import Request, Wanted, answer
+from hps_numba.frontends._requests import Request, TableQuery, answer
 from hps_numba.server.registry import Servers
 
 
@@ -102,7 +102,10 @@ def test_without_a_config_the_server_that_has_the_model(workshop: Any, servers: 
 
 
 def test_a_request_is_text_and_back() -> None:
-    wanted = (Wanted("m", 0, 4), Wanted("m", "t", 8, combiner="sum", weighted=True, paired=True, clipped=True, default_id=7))
+    wanted = (
+        TableQuery("m", 0, 4),
+        TableQuery("m", "t", 8, combiner="sum", weighted=True, paired=True, clipped=True, default_id=7),
+    )
     for config in ("ps.json", {"models": [1.5, None]}):
         request = Request(config, wanted, 8, 2)
         assert Request.of_text(request.text) == request
@@ -111,14 +114,14 @@ def test_a_request_is_text_and_back() -> None:
 
 
 def test_a_request_of_pieces() -> None:
-    wanted = (Wanted("m", 0, 4), Wanted("m", "t", 8), Wanted("m", 2, 16))
+    wanted = (TableQuery("m", 0, 4), TableQuery("m", "t", 8), TableQuery("m", 2, 16))
     head, pieces, tail = Request({"models": []}, wanted).pieces()
     assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, wanted[1:])
 
 
 def test_rows_and_pooled_rows_in_one_answer(workshop: Any, servers: Servers) -> None:
-    pooled = Wanted("m", 0, 4, combiner="sum", weighted=True, paired=True, clipped=True, default_id=5)
-    request = Request(config_of(workshop), (Wanted("m", 0, 4), pooled))
+    pooled = TableQuery("m", 0, 4, combiner="sum", weighted=True, paired=True, clipped=True, default_id=5)
+    request = Request(config_of(workshop), (TableQuery("m", 0, 4), pooled))
     keys, indices = np.array([[1, 2], [3, 99]]), np.array([[0, 0], [0, 1], [2, 0]])
     inputs = [keys, np.array([1, 2, 3]), indices, np.int64(4), np.array([1.0, 2.0, 0.5]), indices.copy(), np.float32(1e9)]
     rows, sums = answer(request.text, inputs, servers)
@@ -132,7 +135,7 @@ def test_rows_and_pooled_rows_in_one_answer(workshop: Any, servers: Servers) -> 
 def test_many_tables_are_looked_up_by_all_threads(workshop: Any, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_requests, "SPLIT_BYTES", 1)
     config = {"supportlonglong": True, "models": [workshop.model(*[(range(20), 4 + i) for i in range(9)])]}
-    request = Request(config, tuple(Wanted("m", i, 4 + i) for i in range(9)))
+    request = Request(config, tuple(TableQuery("m", i, 4 + i) for i in range(9)))
     for _ in range(20):
         keys = [np.arange(i, 20) for i in range(9)]
         answers = answer(request.text, keys, servers)
@@ -143,7 +146,7 @@ def test_many_tables_are_looked_up_by_all_threads(workshop: Any, servers: Server
 
 def test_a_request_follows_its_server(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop)
-    text = Request(config, (Wanted("m", 0, 4),)).text
+    text = Request(config, (TableQuery("m", 0, 4),)).text
     for _ in range(2):
         (rows,) = answer(text, [np.arange(5)], servers)
         assert np.array_equal(rows, rows_of(np.arange(5), 4))
@@ -154,13 +157,13 @@ def test_a_request_follows_its_server(workshop: Any, servers: Servers) -> None:
 @pytest.mark.parametrize(
     ("wanted", "error", "match"),
     [
-        (Wanted("x", 0, 4), UnknownModelError, "'x' is not deployed"),
-        (Wanted("m", 9, 4), UnknownModelError, "no table 9"),
-        (Wanted("m", 0, 5), ConfigError, "emb_vec_size: 5 came, rows of .* have 4 elements"),
+        (TableQuery("x", 0, 4), UnknownModelError, "'x' is not deployed"),
+        (TableQuery("m", 9, 4), UnknownModelError, "no table 9"),
+        (TableQuery("m", 0, 5), ConfigError, "emb_vec_size: 5 came, rows of .* have 4 elements"),
     ],
 )
 def test_what_a_server_does_not_have(
-    workshop: Any, servers: Servers, wanted: Wanted, error: type[HpsError], match: str
+    workshop: Any, servers: Servers, wanted: TableQuery, error: type[HpsError], match: str
 ) -> None:
     with pytest.raises(error, match=match):
         answer(Request(config_of(workshop), (wanted,)).text, [np.arange(3)], servers)
@@ -178,7 +181,7 @@ def test_what_a_server_does_not_have(
 def test_sparse_matrices_that_are_none(
     workshop: Any, servers: Servers, indices: Any, bags: int, weights: Any, others: Any, match: str
 ) -> None:
-    request = Request(config_of(workshop), (Wanted("m", 0, 4, combiner="sum", weighted=True, paired=True),))
+    request = Request(config_of(workshop), (TableQuery("m", 0, 4, combiner="sum", weighted=True, paired=True),))
     where = np.array(indices)
     inputs = [np.array([1, 2]), where, np.int64(bags), np.array(weights), where if others is None else np.array(others)]
     with pytest.raises(ConfigError, match=match):
@@ -187,7 +190,7 @@ def test_sparse_matrices_that_are_none(
 
 def test_rows_in_few_bits_are_served_as_float32(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop, output_dtype="bfloat16")
-    (rows,) = answer(Request(config, (Wanted("m", 0, 4),)).text, [np.arange(5)], servers)
+    (rows,) = answer(Request(config, (TableQuery("m", 0, 4),)).text, [np.arange(5)], servers)
     assert np.array_equal(rows, rows_of(np.arange(5), 4))
 
 
@@ -198,7 +201,7 @@ def test_rows_into_memory_of_a_front_end(workshop: Any, servers: Servers) -> Non
     server.lookup_into(keys, "m", 0, out)
     assert np.array_equal(out, rows_of(keys, 4))
     for wrong in (np.empty((2, 3, 5), np.float32), np.empty((2, 3, 4)), np.empty((2, 3, 8), np.float32)[..., ::2]):
-        with pytest.raises(OutputError, match=r"out: float.* came, contiguous writable float32\[2, 3, 4\]"):
+        with pytest.raises(ArrayError, match=r"out: float.* came, contiguous writable float32\[2, 3, 4\]"):
             server.lookup_into(keys, "m", 0, wrong)
 
 

@@ -13,15 +13,15 @@ import hps_numba
 from hps_numba.errors import ClosedError, UnknownModelError
 from hps_numba.kernels.layouts.cache import MAX_TABLES
 from hps_numba.server import fused_tables
-from hps_numba.server.fused_tables import TogetherOnDevice
-from hps_numba.server.table import TableSession
+from hps_numba.server.fused_tables import FusedLookup
+from hps_numba.server.table import ServedTable
 
 __all__ = ["on_cpu", "service"]  # fixtures
 DIM = 17
 ROWS = range(200)
 
 
-def parts_of(server: hps_numba.HPS, tables: Any, device: int | None = None) -> TogetherOnDevice | None:
+def parts_of(server: hps_numba.HPS, tables: Any, device: int | None = None) -> FusedLookup | None:
     deployment = server._deployment("m")
     return deployment.groups.on(device, [deployment.table(table) for table in tables])  # type: ignore[arg-type]
 
@@ -60,7 +60,7 @@ def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(o
 
 
 def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_tables, "_MOST", 2)
+    monkeypatch.setattr(fused_tables, "_MAX", 2)
     server = on_cpu.open(*[(ROWS, DIM)] * 3)
     assert [parts_of(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
     together = parts_of(server, [0, 1, 2])
@@ -131,7 +131,7 @@ def test_one_launch_for_tables_of_one_width(workshop: Any, monkeypatch: pytest.M
     keys = [service.keys(range(table, table + 9)) for table in range(4)]
     server.lookup_many(keys, "m")
     alone = []
-    monkeypatch.setattr(TableSession, "lookup_cached", lambda *args: alone.append(args))
+    monkeypatch.setattr(ServedTable, "lookup_cached", lambda *args: alone.append(args))
     for table, rows in enumerate(server.lookup_many(keys, "m")):
         assert_same_bits(rows.get(), rows_of(range(table, table + 9), DIM))
     assert not alone

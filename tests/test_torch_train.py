@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorflow_rig import ROWS, Rig, rig_of
 
-from hps_numba import ClosedError, ConfigError, KeyDtypeError, OutputError
+from hps_numba import ArrayError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.server.registry import SERVERS
 from hps_numba.training.initializers import Normal, Uniform
 
@@ -254,7 +254,7 @@ def test_clipping_is_by_the_norm_of_rows_and_head(rig: Rig, device: str) -> None
     layer.rows.grad = layer.rows.grad * 2
     torch.nn.utils.clip_grad_value_([layer.rows], 1e-3)
     assert float(layer.rows.grad.abs().max()) <= 1.01e-3
-    with pytest.raises(OutputError, match=r"grad of rows: \[1, 17\] came, \[3, 17\] is wanted"):
+    with pytest.raises(ArrayError, match=r"grad of rows: \[1, 17\] came, \[3, 17\] is wanted"):
         layer.rows.grad = torch.ones(1, DIM)
 
 

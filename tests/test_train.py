@@ -10,7 +10,7 @@ import pytest
 from conftest import KEEPING, Workshop
 from naive import rows_of
 
-from hps_numba import ClosedError, ConfigError, OutputError, TierError
+from hps_numba import ArrayError, ClosedError, ConfigError, TierError
 from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
 from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
@@ -83,7 +83,7 @@ def test_rewrite_is_one_turn(workshop: Workshop) -> None:
 
     def add() -> None:
         for _ in range(25):
-            assert server.rewrite(np.arange(50), lambda rows, found: rows + 1, "m", 0) == 0
+            assert server.read_modify_write(np.arange(50), lambda rows, found: rows + 1, "m", 0) == 0
 
     threads = [threading.Thread(target=add) for _ in range(8)]
     looking = threading.Thread(target=look)
@@ -104,23 +104,23 @@ def test_rewrite_reads_every_tier(workshop: Workshop) -> None:
         seen.append((rows.copy(), found))
         return rows * 2
 
-    assert server.rewrite([3, 100], change, "m", 0) == 2  # new to host memory, which is the fastest tier
+    assert server.read_modify_write([3, 100], change, "m", 0) == 2  # new to host memory, which is the fastest tier
     rows, found = seen[0]
     assert found.tolist() == [True, False] and np.array_equal(rows[0], rows_of(3, 3)) and (rows[1] == -7.5).all()
     assert np.array_equal(server.lookup([3, 100], "m", 0), rows * 2)
     found_behind = behind.fetch("hps_et.m.sparse_embedding0", np.array([3]), out := np.zeros((1, 3), np.float32)).found
     assert not found_behind.any() or np.array_equal(out, rows[:1] * 2)
-    with server.held("m", 0) as (keys, read):
+    with server.locked_table("m", 0) as (keys, read):
         assert keys.tolist() == [*range(9), 100] and np.array_equal(read(np.array([4])), rows_of([4], 3))
 
 
 def test_what_goes_wrong_leaves_rows_alone(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 2)))
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
-    with pytest.raises(OutputError):
-        server.rewrite([1], lambda rows, found: rows[:, :1], "m", 0)
+    with pytest.raises(ArrayError):
+        server.read_modify_write([1], lambda rows, found: rows[:, :1], "m", 0)
     with pytest.raises(ZeroDivisionError):
-        server.rewrite([1], lambda rows, found: 1 // 0, "m", 0)
+        server.read_modify_write([1], lambda rows, found: 1 // 0, "m", 0)
     with pytest.raises(ConfigError, match=r"initializer: \[1, 1\] came, \[1, 2\] is wanted"):
         create_rows(server, "m", 0, np.array([70]), lambda keys, dim: np.zeros((1, 1)))
     assert np.array_equal(server.lookup(np.arange(5), "m", 0), rows_of(np.arange(5), 2)) and not trainer.steps

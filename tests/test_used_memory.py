@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from hps_numba.arrays.buffer_pool import UsedMemory, _rounded, aligned_empty
+from hps_numba.arrays.buffer_pool import BufferPool, _rounded, aligned_empty
 
 FLOAT = np.dtype(np.float32)
 
@@ -27,7 +27,7 @@ def test_arrays_are_aligned_and_writable(shape: tuple[int, ...]) -> None:
 
 
 def test_memory_is_used_again_when_the_last_view_is_gone() -> None:
-    used = UsedMemory(1 << 20)
+    used = BufferPool(1 << 20)
     first = used.array((100, 10), FLOAT)
     where, view = address(first), first[5:]
     del first
@@ -41,14 +41,14 @@ def test_memory_is_used_again_when_the_last_view_is_gone() -> None:
 
 
 def test_no_more_is_kept_than_the_bound() -> None:
-    used = UsedMemory(10_000)
+    used = BufferPool(10_000)
     arrays = [used.array((1000,), FLOAT) for _ in range(5)]
     arrays.clear()
     assert used.bytes == 2 * _rounded(4000) <= 10_000
     large = used.array((10_000,), FLOAT)
     del large
     assert used.bytes <= 10_000
-    used.renew()
+    used.reset_after_fork()
     assert used.bytes == 0
 
 
@@ -59,7 +59,7 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most() -> None:
 
 
 def test_threads_never_share_memory() -> None:
-    used, wrong = UsedMemory(1 << 24), []
+    used, wrong = BufferPool(1 << 24), []
 
     def work(number: int) -> None:
         for turn in range(2000):

@@ -31,7 +31,7 @@ P1_FROM = 262_144
 P2_NODE, P2_NODE_UP_TO, P2_FASTER_FROM = 1.4, 16_384, 4096
 P2_WALL = 1.5
 
-Contenders = dict[str, Call]
+Candidates = dict[str, Call]
 Figures = dict[str, dict[int, float]]
 
 
@@ -99,11 +99,11 @@ class Table:
             cache.close()
         self.store.close()
 
-    def contenders(self, batches: Batches) -> Contenders:
+    def contenders(self, batches: Batches) -> Candidates:
         """By name: the call that looks one batch up."""
         numbers, out, rows = batches.numbers, batches.out, self.rows
         embedding = torch.nn.functional.embedding
-        calls: Contenders = {GATHER: lambda turn, stream: self._gather(numbers[turn], rows, out, stream)}
+        calls: Candidates = {GATHER: lambda turn, stream: self._gather(numbers[turn], rows, out, stream)}
         calls |= {f"hps {policy}": self._lookup(cache, batches) for policy, cache in self.caches.items()}
         calls[EMBEDDING] = lambda turn, stream: embedding(numbers[turn], rows)
         calls[SELECT] = lambda turn, stream: torch.index_select(rows, 0, numbers[turn], out=out)
@@ -115,7 +115,7 @@ class Table:
         lookup = cache.lookup
         return lambda turn, stream: lookup(keys[turn], n, out, stream)
 
-    def check(self, calls: Contenders, batches: Batches) -> None:
+    def check(self, calls: Candidates, batches: Batches) -> None:
         """Every contender gives the right rows."""
         for name, call in calls.items():
             batches.out.fill_(float("nan"))
@@ -221,7 +221,7 @@ def server_times(run: Run, dim: int, sizes: Sizes) -> Figures:
     return figures
 
 
-def server_calls(server: Any, batches: Batches, weights: torch.Tensor) -> Contenders:
+def server_calls(server: Any, batches: Batches, weights: torch.Tensor) -> Candidates:
     """``HPS.lookup`` of Torch's tensors, and ``F.embedding``."""
     keys, numbers, out = batches.keys, batches.numbers, batches.out
     return {

@@ -96,9 +96,9 @@ class Table:
         self.caches = self._caches()
         add_rows(self.machine, self.store, sizes.hot, self.rows)
         for cache in (self.few, *self.caches.values()):
-            if cache.copy_index():
-                run.say(f"a copy of the index: {cache.index_copy_bytes / (1 << 20):.0f} MiB")
-            cache.check_complete()
+            if cache.mirror_index():
+                run.say(f"a copy of the index: {cache.index_mirror_bytes / (1 << 20):.0f} MiB")
+            cache.check_fully_resident()
         self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
 
     def _caches(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def one_pair(run: Run, cache: Any, batches: Batches, answer: str, sizes: Sizes) 
         cache.lookup(keys[turn], n, out.data_ptr(), stream, out_type=answer, capturing=False)
 
     for shape in shapes_of(Shape(spec.lanes, spec.group, spec.depth, spec.registers), sizes):
-        cache._kernels[form] = cache._place.kernel(replace(spec, **shape._asdict())), shape.group
+        cache._kernels[form] = cache._backend.kernel(replace(spec, **shape._asdict())), shape.group
         out.fill_(float("nan"))
         call(0, machine.stream())
         machine.wait()

@@ -1,7 +1,7 @@
 """Where the microseconds of a small lookup go: the same keys through one layer after the other, from the kernel up.
 
 ``host_lookup`` is the compiled kernel, called with addresses that are known; ``HostStore.lookup`` checks the arrays and finds
-their addresses; ``TableSession.lookup`` counts and would go on to slower tiers; ``HPS.lookup`` finds the table and takes any
+their addresses; ``ServedTable.lookup`` counts and would go on to slower tiers; ``HPS.lookup`` finds the table and takes any
 array. All rows lie in the processor's caches and one thread works, so that what differs is the way and not the memory.
 """
 
@@ -45,7 +45,7 @@ def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str
     return {
         "host_lookup (kernel)": kernel_call(store, keys, out),
         "HostStore.lookup": lambda: store.lookup(keys, out),
-        "TableSession.lookup": lambda: session.lookup(keys, out),
+        "ServedTable.lookup": lambda: session.lookup(keys, out),
         TOP: lambda: server.lookup(keys, "m", 0, out=out),
         "HPS.lookup": lambda: server.lookup(keys, "m", 0),
     }

@@ -8,9 +8,9 @@ from typing import Any
 from hps_numba.arrays.cuda import DeviceKeys, as_device_floats, as_device_keys, device_of_array
 from hps_numba.errors import ConfigError, DeviceError
 from hps_numba.kernels.cache.pooling import COMBINERS, EQUAL, OFFSETS32, OPEN_END, PADDED
-from hps_numba.kernels.layouts.cache import MAX_BATCH as MOST_KEYS
+from hps_numba.kernels.layouts.cache import MAX_BATCH as MAX_KEYS
 
-__all__ = ["EQUAL", "MOST_KEYS", "OFFSETS32", "OPEN_END", "DeviceBags", "as_device_bags", "as_key"]
+__all__ = ["EQUAL", "MAX_KEYS", "OFFSETS32", "OPEN_END", "DeviceBags", "as_device_bags", "as_key"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def as_device_bags(
     Raises:
         ConfigError: shapes that do not fit, or an unknown combiner.
         DeviceError: offsets or weights are not where the keys are.
-        KeyDtypeError, OutputError: of a type that does not do.
+        KeyDtypeError, ArrayError: of a type that does not do.
     """
     if combiner not in COMBINERS:
         raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["USED", "UsedMemory", "aligned_empty"]
+__all__ = ["USED", "BufferPool", "aligned_empty"]
 
 #: bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds, and enough for JAX to take memory over
 ALIGNMENT = 64
@@ -27,15 +27,15 @@ class _Block:
 
     __slots__ = ("__array_interface__", "_memory", "_owner")
 
-    def __init__(self, owner: UsedMemory, memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, owner: BufferPool, memory: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._owner, self._memory = owner, memory
         self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (_address(memory), False), "version": 3}
 
     def __del__(self) -> None:
-        self._owner.give(self._memory)
+        self._owner.release(self._memory)
 
 
-class UsedMemory:
+class BufferPool:
     """Memory by size, kept for the next array of about that size.
 
     Args:
@@ -46,10 +46,10 @@ class UsedMemory:
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Keep nothing."""
         self._kept: dict[int, deque[NDArray[np.uint8]]] = {}
 
@@ -67,7 +67,7 @@ class UsedMemory:
             memory = _aligned_bytes(size)
         return np.asarray(_Block(self, memory, shape, dtype))
 
-    def give(self, memory: NDArray[np.uint8]) -> None:
+    def release(self, memory: NDArray[np.uint8]) -> None:
         """Keep memory of an array that is gone, if the bound allows it."""
         size = len(memory)
         if self.bytes + size <= self.bound:
@@ -91,7 +91,7 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-USED = UsedMemory(512 << 20)
+USED = BufferPool(512 << 20)
 """That of this process."""
 
 _SMALL = 64 << 10  # bytes; smaller arrays are the business of malloc

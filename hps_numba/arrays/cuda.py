@@ -34,7 +34,7 @@ import numpy as np
 from hps_numba.arrays.dlpack import DeviceMemory, capsule_of, cuda_device_of, cuda_memory_of, is_capsule
 from hps_numba.arrays.host import ArrayKind, Finish
 from hps_numba.device.driver import device_of_address
-from hps_numba.errors import CapacityError, DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, CapacityError, DeviceError, HpsError, KeyDtypeError
 
 __all__ = [
     "FORMS",
@@ -52,9 +52,9 @@ _LEGACY_STREAM, _PER_THREAD_STREAM = 1, 2  # cudaStreamLegacy, cudaStreamPerThre
 _CONVERTED = frozenset({"int8", "int16", "uint8", "uint16"})  # kernels read 32 and 64 bits only
 FORMS = {  # by "are the server's keys 64 bits wide", then by dtype
     True: {"int64": "int64", "uint64": "int64", "int32": "int32", "uint32": "uint32", **dict.fromkeys(_CONVERTED, "int32")},
-    False: dict.fromkeys(["int64", "uint64"], "narrow64") | dict.fromkeys(["int32", "uint32", *_CONVERTED], "uint32"),
+    False: dict.fromkeys(["int64", "uint64"], "checked32_in_int64") | dict.fromkeys(["int32", "uint32", *_CONVERTED], "uint32"),
 }
-_MISALIGNED = {"int64": 7, "narrow64": 7, "int32": 3, "uint32": 3}  # address bits that must be 0
+_MISALIGNED = {"int64": 7, "checked32_in_int64": 7, "int32": 3, "uint32": 3}  # address bits that must be 0
 _OUTPUT_DTYPES = ("float32", "float16", "bfloat16")
 _HOST_TYPES = frozenset({np.ndarray, list, tuple, range, int, float, str, bytes, bytearray, memoryview, type(None)})
 
@@ -73,8 +73,8 @@ class DeviceKeys(NamedTuple):
         address: device address of ``n`` contiguous integers; may be 0 if ``n`` is 0.
         n: how many.
         shape: the shape of the keys as given; rows have ``shape + (dim,)``.
-        form: how to read one: ``int64``; ``int32``, sign-extended; ``uint32``, zero-extended; ``narrow64``, an int64 that is an
-            absent key unless it lies within 0..2^32-1.
+        form: how to read one: ``int64``; ``int32``, sign-extended; ``uint32``, zero-extended; ``checked32_in_int64``, an int64
+            that is an absent key unless it lies within 0..2^32-1.
         kind: what :func:`new_device_output` and :func:`stream_handle` need.
         device: CUDA ordinal.
         keep: whatever owns the memory; hold it until the kernels that read the keys are launched.
@@ -111,7 +111,7 @@ def as_device_keys(keys: Any, *, wide: bool, place: str = "keys", stream: Any = 
     Args:
         keys: an array for which :func:`device_of_array` has an answer.
         wide: 64-bit keys: every integer as its value, uint64 reinterpreted. Otherwise 32-bit keys: the bits of int32 and uint32
-            zero-extended, narrower integers extended to 32 bits first, wider ones left to the kernel (``narrow64``).
+            zero-extended, narrower integers extended to 32 bits first, wider ones left to the kernel (``checked32_in_int64``).
         place: what the keys are, for messages.
         stream: the stream that the lookup runs on, if not the framework's current one; see :func:`stream_handle`.
 
@@ -149,18 +149,18 @@ def as_device_floats(array: Any, shape: tuple[int, ...], device: int, *, place: 
         ``(address, keep)``; zero-copy for contiguous float32.
 
     Raises:
-        OutputError: another shape, or no numbers.   DeviceError: not on that device.
+        ArrayError: another shape, or no numbers.   DeviceError: not on that device.
     """
     came = device_of_array(array)
     if came != device:
         raise DeviceError(f"{place}: numbers {_place_name(came)} came, ones on cuda:{device}, as the keys, are wanted")
     if tuple(array.shape) != shape:
-        raise OutputError(f"{place}: shape {list(array.shape)} came, {list(shape)} is wanted")
+        raise ArrayError(f"{place}: shape {list(array.shape)} came, {list(shape)} is wanted")
     family = _family(type(array))
     if family == "torch":
         torch = sys.modules["torch"]
         if array.is_complex():
-            raise OutputError(f"{place}: dtype {_dtype_name(array.dtype)} came, float32 is wanted")
+            raise ArrayError(f"{place}: dtype {_dtype_name(array.dtype)} came, float32 is wanted")
         with _torch_order(device, stream):
             floats = array.detach().to(torch.float32).contiguous()
         return floats.data_ptr(), floats
@@ -169,7 +169,7 @@ def as_device_floats(array: Any, shape: tuple[int, ...], device: int, *, place: 
         if family != "cupy":
             array = cupy.from_dlpack(array)
         if array.dtype.kind not in "fiub":
-            raise OutputError(f"{place}: dtype {array.dtype} came, float32 is wanted")
+            raise ArrayError(f"{place}: dtype {array.dtype} came, float32 is wanted")
         floats = cupy.ascontiguousarray(array, dtype=cupy.float32)
     return floats.data.ptr, floats
 
@@ -188,13 +188,13 @@ def new_device_output(kind: ArrayKind, shape: tuple[int, ...], dtype: str, *, st
         stream: the stream that the lookup runs on, if not the framework's current one.
 
     Raises:
-        OutputError: a dtype that the framework has not.
+        ArrayError: a dtype that the framework has not.
         DeviceError: ``kind`` is not of CUDA memory, or CuPy is needed and missing.
         CapacityError: the device has no room for it.
     """
     if dtype not in _OUTPUT_DTYPES or (dtype == "bfloat16" and kind.framework != "torch"):
         wanted = ", ".join(_OUTPUT_DTYPES if kind.framework == "torch" else _OUTPUT_DTYPES[:2])
-        raise OutputError(f"output: dtype {dtype} came, one of {wanted} is wanted for keys of {kind.framework}")
+        raise ArrayError(f"output: dtype {dtype} came, one of {wanted} is wanted for keys of {kind.framework}")
     try:
         if kind.framework == "torch":
             return _new_torch(kind, shape, dtype, stream)
@@ -235,7 +235,7 @@ def as_device_output(
         ``finish`` launches the copy back.
 
     Raises:
-        OutputError: wrong shape or dtype, read-only, immutable, requiring grad, or overlapping with itself.
+        ArrayError: wrong shape or dtype, read-only, immutable, requiring grad, or overlapping with itself.
         DeviceError: host memory or another device, or a copy is needed and CuPy is not there to make it.
     """
     family = _family(type(out))
@@ -481,16 +481,16 @@ def _check_target(target: _Target, shape: tuple[int, ...], dtype: str, device: i
     if target.device != device:
         raise DeviceError(f"{place}: an array on cuda:{target.device} came, one on cuda:{device}, as the keys, is wanted")
     if target.dtype != dtype:
-        raise OutputError(f"{place}: dtype {target.dtype} came, {dtype} is wanted")
+        raise ArrayError(f"{place}: dtype {target.dtype} came, {dtype} is wanted")
     size = math.prod(target.shape)
     if target.shape != shape and not (larger and size >= math.prod(shape)):
-        raise OutputError(f"{place}: shape {target.shape} came, {shape}{' or more elements' if larger else ''} is wanted")
+        raise ArrayError(f"{place}: shape {target.shape} came, {shape}{' or more elements' if larger else ''} is wanted")
     if target.read_only:
-        raise OutputError(f"{place}: the array is read-only, one that can be written is wanted")
+        raise ArrayError(f"{place}: the array is read-only, one that can be written is wanted")
     if size and target.strides and any(stride == 0 and n > 1 for stride, n in zip(target.strides, target.shape)):
-        raise OutputError(f"{place}: the array overlaps itself (strides {target.strides}), memory for every row is wanted")
+        raise ArrayError(f"{place}: the array overlaps itself (strides {target.strides}), memory for every row is wanted")
     if size and (not target.address or target.address % target.itemsize):
-        raise OutputError(f"{place}: an array at address {target.address:#x} came, aligned memory is wanted")
+        raise ArrayError(f"{place}: an array at address {target.address:#x} came, aligned memory is wanted")
 
 
 def _address_of_rows(out: Any, shape: tuple[int, ...], dtype: str, device: int) -> int:
@@ -505,7 +505,7 @@ def _address_of_rows(out: Any, shape: tuple[int, ...], dtype: str, device: int) 
 
 def _torch_target(out: Any, place: str, stream: Any) -> _Target:
     if out.requires_grad:
-        raise OutputError(f"{place}: a tensor that requires grad came, one that does not is wanted")
+        raise ArrayError(f"{place}: a tensor that requires grad came, one that does not is wanted")
     if not out.is_cuda:
         raise _in_host_memory(out, place)
     contiguous = out.is_contiguous() and not out.is_neg()
@@ -546,7 +546,7 @@ def _cupy_temporary(cupy: Any, out: Any, stream: Any, device: int, shape: tuple[
 
 
 def _foreign_target(out: Any, place: str, stream: Any) -> _Target:
-    memory, origin, keep = _described(out, place, OutputError, stream)
+    memory, origin, keep = _described(out, place, ArrayError, stream)
 
     def temporary(shape: tuple[int, ...]) -> tuple[int, Finish, object]:
         cupy = _cupy(place)
@@ -559,7 +559,7 @@ def _foreign_target(out: Any, place: str, stream: Any) -> _Target:
 
 def _private_target(out: Any, place: str, stream: Any) -> _Target:
     framework = type(out).__module__.partition(".")[0]
-    raise OutputError(f"{place}: {framework} arrays cannot be written; leave out= away and take the answer")
+    raise ArrayError(f"{place}: {framework} arrays cannot be written; leave out= away and take the answer")
 
 
 _TARGETS = {"torch": _torch_target, "cupy": _cupy_target, "private": _private_target}
@@ -569,9 +569,9 @@ def _nothing_to_do() -> None:
     """``finish`` of an output that was written in place."""
 
 
-def _not_writable(out: Any, place: str, problem: Exception) -> OutputError:
+def _not_writable(out: Any, place: str, problem: Exception) -> ArrayError:
     what = f"{type(out).__name__} cannot be written from here"
-    return OutputError(f"{place}: {what}: {type(problem).__name__}: {_line(problem)}")
+    return ArrayError(f"{place}: {what}: {type(problem).__name__}: {_line(problem)}")
 
 
 # ---- arrays of unknown frameworks ----------------------------------------------------------------------------------------

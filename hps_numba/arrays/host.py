@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hps_numba.arrays.buffer_pool import ALIGNMENT, aligned_empty
 from hps_numba.arrays.dlpack import capsule_of, device_of, is_capsule, view_of_capsule
-from hps_numba.errors import DeviceError, HpsError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, DeviceError, HpsError, KeyDtypeError
 
 __all__ = ["NUMPY", "ArrayKind", "KeyBatch", "as_keys", "as_output", "as_rows", "kind_of", "new_output", "wrap_output"]
 
@@ -128,7 +128,7 @@ def as_output(
         on the CPU ``rows`` is the caller's memory and ``finish`` does nothing; else ``finish`` copies back.
 
     Raises:
-        OutputError: wrong shape or dtype, read-only or immutable (TensorFlow, JAX, Torch with ``requires_grad``), or
+        ArrayError: wrong shape or dtype, read-only or immutable (TensorFlow, JAX, Torch with ``requires_grad``), or
             overlapping with itself (expanded).
         DeviceError: memory on a device to which nothing here can copy.
     """
@@ -138,9 +138,9 @@ def as_output(
     view = out if type(out) is np.ndarray else _writable_view(out, place)
     target = _HostTarget(view, place) if view is not None else _DeviceTarget(out, place)
     if target.dtype != str(dtype):
-        raise OutputError(f"{place}: dtype {target.dtype} came, {dtype} is wanted")
+        raise ArrayError(f"{place}: dtype {target.dtype} came, {dtype} is wanted")
     if target.shape != shape and not (larger and math.prod(target.shape) >= math.prod(shape)):
-        raise OutputError(f"{place}: shape {target.shape} came, {shape}{' or more elements' if larger else ''} is wanted")
+        raise ArrayError(f"{place}: shape {target.shape} came, {shape}{' or more elements' if larger else ''} is wanted")
     return target.rows(shape, dtype)
 
 
@@ -152,19 +152,19 @@ def as_rows(rows: Any, shape: tuple[int, ...], *, place: str = "rows") -> NDArra
             are taken.
 
     Raises:
-        OutputError: another shape, no numbers, not readable, or a value that float32 cannot hold.
+        ArrayError: another shape, no numbers, not readable, or a value that float32 cannot hold.
     """
     if type(rows) is not np.ndarray:
         rows = _rows_on_host(rows, place)
     if rows.dtype.kind not in "fiub":
-        raise OutputError(f"{place}: dtype {rows.dtype} came, float32 is wanted")
+        raise ArrayError(f"{place}: dtype {rows.dtype} came, float32 is wanted")
     if rows.shape != shape:
-        raise OutputError(f"{place}: shape {rows.shape} came, {shape} is wanted")
+        raise ArrayError(f"{place}: shape {rows.shape} came, {shape} is wanted")
     try:
         with np.errstate(over="raise"):
             return np.ascontiguousarray(rows, np.float32)
     except FloatingPointError:
-        raise OutputError(f"{place}: a value of the {rows.dtype} rows is beyond what float32 holds") from None
+        raise ArrayError(f"{place}: a value of the {rows.dtype} rows is beyond what float32 holds") from None
 
 
 def _rows_on_host(rows: Any, place: str) -> NDArray[Any]:
@@ -178,7 +178,7 @@ def _rows_on_host(rows: Any, place: str) -> NDArray[Any]:
     except Exception as problem:  # foreign code may raise anything
         if isinstance(problem, DeviceError):
             raise
-        raise OutputError(f"{place}: {type(rows).__name__} cannot be read as float32 rows: {_line(problem)}") from problem
+        raise ArrayError(f"{place}: {type(rows).__name__} cannot be read as float32 rows: {_line(problem)}") from problem
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------------
@@ -278,9 +278,9 @@ class _HostTarget:
     def __init__(self, view: NDArray[Any], place: str) -> None:
         self.view, self.shape, self.dtype = view, view.shape, str(view.dtype)
         if not view.flags.writeable:
-            raise OutputError(f"{place}: the array is read-only, one that can be written is wanted")
+            raise ArrayError(f"{place}: the array is read-only, one that can be written is wanted")
         if view.size and any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape)):
-            raise OutputError(f"{place}: the array overlaps itself (strides {view.strides}), memory for every row is wanted")
+            raise ArrayError(f"{place}: the array overlaps itself (strides {view.strides}), memory for every row is wanted")
 
     def rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Finish]:
         view, size = self.view, math.prod(shape)
@@ -328,7 +328,7 @@ def _cuda_array(out: Any, place: str) -> Any:
             f"{place}: {what} cannot be written from here: {type(problem).__name__}: {_line(problem)}"
         ) from problem
     if read_only or not array.is_c_contiguous():
-        raise OutputError(f"{place}: a read-only or non-contiguous GPU array came, a writable and contiguous one is wanted")
+        raise ArrayError(f"{place}: a read-only or non-contiguous GPU array came, a writable and contiguous one is wanted")
     return array
 
 
@@ -336,9 +336,9 @@ def _writable_view(out: Any, place: str) -> NDArray[Any] | None:
     """The memory of ``out`` itself, never a copy of it; None if it is on a device."""
     framework = _framework_of(out)
     if framework is not None and framework not in _WRITERS:  # their arrays are immutable
-        raise OutputError(f"{place}: {framework} arrays cannot be written; leave out= away and take the answer")
+        raise ArrayError(f"{place}: {framework} arrays cannot be written; leave out= away and take the answer")
     if getattr(out, "requires_grad", False):
-        raise OutputError(f"{place}: a tensor that requires grad came, one that does not is wanted")
+        raise ArrayError(f"{place}: a tensor that requires grad came, one that does not is wanted")
     try:
         if not is_capsule(out) and device_of(out) is not None:
             return None
@@ -346,7 +346,7 @@ def _writable_view(out: Any, place: str) -> NDArray[Any] | None:
     except HpsError:
         raise
     except Exception as problem:  # foreign code may raise anything
-        raise OutputError(
+        raise ArrayError(
             f"{place}: {type(out).__name__} cannot be written from here: {type(problem).__name__}: {_line(problem)}"
         ) from problem
 
@@ -356,7 +356,7 @@ def _shared(out: Any, framework: str | None, place: str) -> NDArray[Any]:
     if framework == "torch" or hasattr(out, "__array_interface__"):
         return np.asarray(out)
     if is_capsule(out) or hasattr(out, "__dlpack__"):
-        return view_of_capsule(out, writable=True, place=place, error=OutputError)
+        return view_of_capsule(out, writable=True, place=place, error=ArrayError)
     return np.asarray(memoryview(out))
 
 

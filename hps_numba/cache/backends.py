@@ -20,9 +20,9 @@ from hps_numba.kernels.host.epoch import publish
 from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
 if TYPE_CHECKING:
-    from hps_numba.kernels.compiler.launch import KernelsInTurn, LoadedKernel, PreparedLookup
+    from hps_numba.kernels.compiler.launch import LaunchChain, LoadedKernel, PreparedLookup
 
-__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "DevicePlace", "HostPlace", "Kernel", "Memory", "Place", "place_of"]
+__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "Backend", "CpuBackend", "CudaBackend", "Kernel", "Memory", "backend_for"]
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
@@ -48,7 +48,7 @@ class Kernel(Protocol):
         """Start it on a stream; does not wait."""
 
 
-class DevicePlace:
+class CudaBackend:
     """A CUDA device. Raises ``DeviceError`` where the driver refuses, ``CapacityError`` where memory ends."""
 
     def __init__(self, ordinal: int) -> None:
@@ -56,9 +56,9 @@ class DevicePlace:
         self.ordinal: int | None = ordinal
         self._capability = info.capability
         self.copies = info.capability >= (8, 0)  # to shared memory by itself
-        self._most_blocks, self._few_blocks = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
-        self._most_after = 4 * info.multiprocessors
-        self.serving_blocks = self._most_blocks
+        self._max_blocks, self._min_blocks_after = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
+        self._max_blocks_after = 4 * info.multiprocessors
+        self.serving_blocks = self._max_blocks
         self._setup = driver.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
         self.new_stream = partial(driver.new_stream, ordinal)
@@ -69,7 +69,7 @@ class DevicePlace:
     is_capturing = staticmethod(driver.is_capturing)
     fill = staticmethod(driver.fill)
     copy = staticmethod(driver.copy)
-    to_place = staticmethod(driver.to_device)
+    from_host = staticmethod(driver.to_device)
     to_host = staticmethod(driver.to_host)
     destroy_stream = staticmethod(driver.destroy_stream)
     synchronize = staticmethod(driver.synchronize)
@@ -135,8 +135,8 @@ class DevicePlace:
         numbers = {
             "keys_of_block": group * (LOOKUP_THREADS // 32),
             "tiles_of_block": OTHER_THREADS // _LANES,
-            "most_blocks": self._most_after,
-            "few_blocks": self._few_blocks,
+            "max_blocks": self._max_blocks_after,
+            "min_blocks": self._min_blocks_after,
             "sets": sets,
             "capacity": capacity,
         }
@@ -144,11 +144,11 @@ class DevicePlace:
         places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION, "touch_at": touch_at, "insert_at": insert_at}
         return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
 
-    def in_turn(self, kernels: Sequence[Kernel | None]) -> KernelsInTurn:
+    def launch_chain(self, kernels: Sequence[Kernel | None]) -> LaunchChain:
         """Kernels of this device that are started one after the other."""
-        from hps_numba.kernels.compiler.launch import KernelsInTurn
+        from hps_numba.kernels.compiler.launch import LaunchChain
 
-        return KernelsInTurn(cast("Sequence[LoadedKernel]", kernels))
+        return LaunchChain(cast("Sequence[LoadedKernel]", kernels))
 
     @property
     def context(self) -> int:
@@ -158,12 +158,12 @@ class DevicePlace:
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
         """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus."""
-        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._most_blocks // rows))
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._max_blocks // rows))
 
     def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
         """``blocks`` of a kernel that follows a lookup of ``n`` keys and mostly finds nothing to do: fewer, unless ``n`` is
         large, as starting them takes its time."""
-        most = min(self._most_after, max(self._few_blocks, n // KEYS_OF_A_BLOCK_AFTER))
+        most = min(self._max_blocks_after, max(self._min_blocks_after, n // KEYS_OF_A_BLOCK_AFTER))
         return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), most // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:
@@ -175,7 +175,7 @@ class DevicePlace:
         driver.destroy_stream(self._setup)
 
 
-class _HostMemory:
+class _CpuMemory:
     def __init__(self, size: int) -> None:
         self._bytes: np.ndarray | None = np.zeros(size + _ALIGNMENT, np.uint8)
         start: int = self._bytes.__array_interface__["data"][0]
@@ -195,10 +195,10 @@ class _Borrowed:
         self._array = None
 
 
-class _HostKernel:
-    def __init__(self, run: HostKernel, kinds: str) -> None:
+class _CpuKernel:
+    def __init__(self, run: HostKernel, arg_types: str) -> None:
         self._run = run
-        self._before_words = kinds.find("t")
+        self._before_words = arg_types.find("t")
 
     def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
         if self._before_words >= 0:
@@ -206,7 +206,7 @@ class _HostKernel:
         self._run(*args)
 
 
-class HostPlace:
+class CpuBackend:
     """The memory of the process; kernels run in the calling thread, without the GIL."""
 
     ordinal: int | None = None
@@ -223,13 +223,13 @@ class HostPlace:
 
     def allocate(self, size: int, purpose: str) -> Memory:
         """Cleared memory, taken as it is written."""
-        return _HostMemory(size)
+        return _CpuMemory(size)
 
     allocate_pinned = allocate
 
     def kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled on its first call."""
-        return _HostKernel(for_host(spec), spec.source.kinds)
+        return _CpuKernel(for_host(spec), spec.source.arg_types)
 
     def ready_kernel(self, spec: KernelSpec) -> Kernel:
         """Loaded or compiled now."""
@@ -267,7 +267,7 @@ class HostPlace:
         """At once."""
         ctypes.memmove(dst, src, size)
 
-    def to_place(self, address: int, array: np.ndarray, stream: int) -> None:
+    def from_host(self, address: int, array: np.ndarray, stream: int) -> None:
         """At once."""
         array = np.ascontiguousarray(array)
         ctypes.memmove(address, array.__array_interface__["data"][0], array.nbytes)
@@ -305,13 +305,13 @@ class HostPlace:
 
 
 _NOTHING = nullcontext()
-Place = DevicePlace | HostPlace
+Backend = CudaBackend | CpuBackend
 
 
-def place_of(device: int | None) -> Place:
+def backend_for(device: int | None) -> Backend:
     """The place of a cache: a CUDA device, or None for the CPU.
 
     Raises:
         DeviceError: no such device.
     """
-    return HostPlace() if device is None else DevicePlace(device)
+    return CpuBackend() if device is None else CudaBackend(device)

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hps_numba.cache.backends import LOOKUP_THREADS, Place
+from hps_numba.cache.backends import LOOKUP_THREADS, Backend
 from hps_numba.cache.lookup import KEY_BYTES, STATE_WORDS
 from hps_numba.cache.policy_switch import CachePolicy
-from hps_numba.errors import CapacityError, ConfigError, OutputError
+from hps_numba.errors import ArrayError, CapacityError, ConfigError
 from hps_numba.kernels.cache.bulk_load import keys_twice, place_keys
 from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.layouts.cache import (
@@ -33,8 +33,6 @@ from hps_numba.kernels.layouts.cache import (
     META_AT,
     OCCUPIED,
     SCORES_AT,
-    SCRATCH_ABSENT,
-    SCRATCH_ASSUME,
     SET_BYTES,
     STATE_BYTES,
     STATE_CALLS,
@@ -46,12 +44,14 @@ from hps_numba.kernels.layouts.cache import (
     STATE_KEYS,
     STATE_NOW,
     STATE_REFUSED,
-    STATE_WITHDRAWN,
+    STATE_STALE_DROPPED,
     STRIPE_BYTES,
     STRIPES,
     STRIPES_AT,
     WAYS,
     WAYS_PER_LINE,
+    WORKSPACE_ABSENT,
+    WORKSPACE_ASSUME,
 )
 from hps_numba.kernels.policies._load import load_policy
 
@@ -74,7 +74,7 @@ class CacheCounters:
     absent: int
     inserted: int
     evicted: int
-    withdrawn: int
+    stale_dropped: int
     refused: int
     staged: int
 
@@ -124,10 +124,10 @@ class EmbeddingCache(CachePolicy):
         keys = self.keys_of(keys)
         out = np.empty((len(keys), self.dim), np.float32) if out is None else out
         if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
-            raise OutputError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
-        with self._place.current(), self._copies(keys) as (address,), self._room(out.nbytes) as room:
+            raise ArrayError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+        with self._backend.current(), self._copies(keys) as (address,), self._room(out.nbytes) as room:
             self.lookup(address, len(keys), room, self._stream)
-            self._place.to_host(out, room, self._stream)
+            self._backend.to_host(out, room, self._stream)
         return out
 
     def query(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,15 +141,15 @@ class EmbeddingCache(CachePolicy):
             for start in range(0, len(keys), MAX_BATCH):
                 n = min(MAX_BATCH, len(keys) - start)
                 missing.append(start + self._query_batch(address + 8 * start, n, room + 4 * self.dim * start))
-            self._place.to_host(rows, room, self._stream)
+            self._backend.to_host(rows, room, self._stream)
         return rows, np.concatenate(missing) if missing else np.empty(0, np.int64)
 
     def _query_batch(self, keys: int, n: int, out: int) -> np.ndarray:
         self._lookup_apart(keys, n, out, assume=0)
         if not self.fixed:
             self._finish(self._own, n, 0, 0, 0, self._stream)
-        missing = np.empty(int(self._words(self._own.address + SCRATCH_ABSENT, 1)[0]), np.int64)
-        self._place.to_host(missing, self._own.absent_list, self._stream)
+        missing = np.empty(int(self._words(self._own.address + WORKSPACE_ABSENT, 1)[0]), np.int64)
+        self._backend.to_host(missing, self._own.absent_list, self._stream)
         return np.sort(missing)
 
     def insert(self, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -162,24 +162,24 @@ class EmbeddingCache(CachePolicy):
         stride = 4 * self.dim
         with self._controlled(), self._copies(keys, rows) as (key_address, row_address):
             self._used = True
-            self._say_complete(False)  # a row may have to leave
+            self._set_fully_resident(False)  # a row may have to leave
             for start in range(0, len(keys), MAX_BATCH):
                 n = min(MAX_BATCH, len(keys) - start)
                 self._lookup_apart(key_address + 8 * start, n, 0, assume=1)
                 self._finish(self._own, n, row_address + stride * start, stride, self._ticks(n), self._stream)
-            self._place.synchronize(self._stream)
+            self._backend.synchronize(self._stream)
 
     def _lookup_apart(self, keys: int, n: int, out: int, *, assume: int) -> None:
         """The lookup of a cache without a host store; ``assume``: what is missing is listed as newcomers."""
-        place, stream = self._place, self._stream
+        backend, stream = self._backend, self._stream
         self._own.reserve(n, True, stream)
-        place.copy(self._apart, self._state, 8 * STATE_WORDS, stream)
-        place.fill(self._apart + STATE_HOST, 0, 8, stream)
-        place.fill(self._own.address + SCRATCH_ABSENT, 0, 8, stream)
-        place.store_word(self._own.address + SCRATCH_ASSUME, assume, stream)
+        backend.copy(self._apart, self._state, 8 * STATE_WORDS, stream)
+        backend.fill(self._apart + STATE_HOST, 0, 8, stream)
+        backend.fill(self._own.address + WORKSPACE_ABSENT, 0, 8, stream)
+        backend.store_word(self._own.address + WORKSPACE_ASSUME, assume, stream)
         kernel, group = self._lookup_kernel("int64", "float32", True, n < self.large_batch)
         args = (self._lines, self._rows, self.sets, self._apart, keys, n, out, np.float32(0), self._own.address)
-        kernel.launch(place.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
+        kernel.launch(backend.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
 
     def scatter(self, positions: np.ndarray, rows: np.ndarray, out: int, stream: int, out_type: str = "float32") -> None:
         """Write rows float32 ``[m, dim]`` to the places ``positions`` (int64 ``[m]``) of an answer, in stream order.
@@ -188,13 +188,13 @@ class EmbeddingCache(CachePolicy):
         """
         self._check_open()
         spec = KernelSpec(name="scatter_kernel", dim=self.dim, policy=load_policy("fifo"), out_type=out_type, out_vector=False)
-        with self._place.current():
+        with self._backend.current():
             kernel = self._kernels.get(spec)
             if kernel is None:
-                kernel = self._kernels[spec] = self._place.kernel(spec)
-            with self._copies_on(stream, positions, np.ascontiguousarray(rows, np.float32)) as (place, source):
-                kernel.launch(self._place.blocks(len(positions)), stream, place, source, len(positions), out)
-                self._place.synchronize(stream)
+                kernel = self._kernels[spec] = self._backend.kernel(spec)
+            with self._copies_on(stream, positions, np.ascontiguousarray(rows, np.float32)) as (backend, source):
+                kernel.launch(self._backend.blocks(len(positions)), stream, backend, source, len(positions), out)
+                self._backend.synchronize(stream)
 
     def update(self, keys: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Renew the rows of those keys that the cache has; scores stay. Done when this returns (spec 6.3, Update).
@@ -208,23 +208,23 @@ class EmbeddingCache(CachePolicy):
         if rows is None:
             with self._controlled(), self._copies(keys) as (address,):
                 self._update(address, len(keys), 0)
-                self._follow_store()
+                self._note_store_changes()
             return
         rows = self._rows_of(keys, rows)
         last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
         with self._controlled(), self._copies(keys[last], rows[last]) as (address, source):
             self._update(address, len(last), source)
 
-    def _follow_store(self) -> None:
+    def _note_store_changes(self) -> None:
         """The store was changed: a key more, or a row evicted meanwhile, and not all rows are here."""
-        if self._complete and self._seen != self._see():
-            self._say_complete(False)
+        if self._fully_resident and self._seen != self._see():
+            self._set_fully_resident(False)
 
     def _see(self) -> tuple[int, int]:
         """Keys that came into the store so far, and rows that were evicted here."""
         return 0 if self._store is None else self._store.added, int(self._words(self._state + STATE_EVICTED, 1)[0])
 
-    def check_complete(self) -> int:
+    def check_fully_resident(self) -> int:
         """See whether all rows of the store are here, which makes lookups cheaper; returns how many are. Reads the index."""
         with self._controlled():
             seen = self._see()
@@ -235,17 +235,17 @@ class EmbeddingCache(CachePolicy):
             if complete and not self.fixed:
                 complete = keys_twice(lines.__array_interface__["data"][0], self.sets) == 0
             self._seen = seen
-            self._say_complete(complete)
+            self._set_fully_resident(complete)
             return resident
 
-    def copy_index(self) -> bool:
+    def mirror_index(self) -> bool:
         """With ``miss_path`` auto: copy the index of the host store to where the cache lives, unless the copy is there already.
 
         On a device that happens by itself, after a warming and when the store was not changed for a while
         (``cache.index_mirror``). Returns whether lookups read a copy now.
         """
         self._check_open()
-        return self._index_copy is not None and self._index_copy.make()
+        return self._index_mirror is not None and self._index_mirror.make()
 
     def _update(self, keys: int, n: int, source: int) -> None:
         args = (self._lines, self._rows, self.sets, self._state, keys, n, source, 4 * self.dim, 1)
@@ -255,8 +255,8 @@ class EmbeddingCache(CachePolicy):
         """Drop those keys that the cache has; returns how many. Done when this returns."""
         keys = self.keys_of(keys)
         with self._controlled(), self._copies(keys) as (address,):
-            self._say_complete(False)
-            self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
+            self._set_fully_resident(False)
+            self._backend.fill(self._state + STATE_COUNT, 0, 8, self._stream)
             self._change("erase_kernel", len(keys), self._lines, self.sets, self._state, address, len(keys))
             return int(self._words(self._state + STATE_COUNT, 1)[0])
 
@@ -278,7 +278,7 @@ class EmbeddingCache(CachePolicy):
         if n:
             with self.reading():
                 self._launch(kernel, n, self._stream, *args)
-                self._place.synchronize(self._stream)
+                self._backend.synchronize(self._stream)
 
     def dump(self, first_set: int = 0, stop_set: int | None = None) -> np.ndarray:
         """The keys in a range of sets, int64 ``[n]``, in no order (spec 6.3, Dump).
@@ -288,16 +288,16 @@ class EmbeddingCache(CachePolicy):
         """
         first, stop = self._range(first_set, stop_set)
         with self._controlled(), self._room(8 * WAYS * (stop - first)) as room:
-            self._place.fill(self._state + STATE_COUNT, 0, 8, self._stream)
+            self._backend.fill(self._state + STATE_COUNT, 0, 8, self._stream)
             self._change("dump_kernel", stop - first, self._lines, self._state, first, stop, room)
             return self._words(room, int(self._words(self._state + STATE_COUNT, 1)[0]))
 
     def clear(self) -> None:
         """Drop all rows. Done when this returns."""
         with self._controlled():
-            self._say_complete(False)
+            self._set_fully_resident(False)
             changes = int(self._words(self._state + STATE_CHANGES, 1)[0])  # nobody else counts: all changes are controlled
-            self._place.store_word(self._state + STATE_CHANGES, changes + CLEARED, self._stream)
+            self._backend.store_word(self._state + STATE_CHANGES, changes + CLEARED, self._stream)
             self._change("clear_kernel", self.sets, self._lines, self.sets)
 
     # -- warming ------------------------------------------------------------------------------------------------------------
@@ -324,10 +324,10 @@ class EmbeddingCache(CachePolicy):
             if self._used and not self.fixed:
                 self._warm_by_lookup(keys)
             else:
-                self._warm_at_once(keys[: self.capacity] if self._chains else keys)
-            resident = self.check_complete()
-            if self.device is not None and not self._complete:
-                self.copy_index()
+                self._warm_at_once(keys[: self.capacity] if self._overflows else keys)
+            resident = self.check_fully_resident()
+            if self.device is not None and not self._fully_resident:
+                self.mirror_index()
             return resident
 
     def _warm_at_once(self, keys: np.ndarray) -> None:
@@ -340,7 +340,7 @@ class EmbeddingCache(CachePolicy):
         meta = lines.view(np.uint32).reshape(-1, LINE_BYTES // 4)[:, META_AT // 4]
         meta[(meta & OCCUPIED) != 0] |= BUSY
         try:
-            self._place.to_place(self._lines, lines, self._stream)
+            self._backend.from_host(self._lines, lines, self._stream)
             self._refresh(0, self.sets, True)
             if self.policy.takes_key and not self.fixed:
                 self._rescore()
@@ -354,7 +354,7 @@ class EmbeddingCache(CachePolicy):
         now = int(self._words(self._state + STATE_NOW, 1)[0])
         score = 0 if self.fixed or self.policy.takes_key else self.policy.first(now, 1) & 0xFFFFFFFF
         address, keys_at = (array.__array_interface__["data"][0] for array in (lines, keys))
-        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, self._chains)
+        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, self._overflows)
         if placed < len(keys) and self.kind == "static":
             raise CapacityError(f"{self.name}: {len(keys)} rows for {self.sets} sets, which took {placed}; wanted more sets")
         log.debug("%s: %d of %d keys placed", self.name, placed, len(keys))
@@ -366,33 +366,33 @@ class EmbeddingCache(CachePolicy):
             some = keys[start : min(start + step, self.capacity)]
             with self._copies(some) as (address,):
                 self.lookup(address, len(some), 0, self._stream)
-                self._place.synchronize(self._stream)
+                self._backend.synchronize(self._stream)
 
     # -- what there is --------------------------------------------------------------------------------------------------------
 
     @property
-    def place(self) -> Place:
+    def backend(self) -> Backend:
         """Where the cache lives: its memory, streams and events."""
-        return self._place
+        return self._backend
 
     @property
     def device(self) -> int | None:
         """CUDA ordinal, None for the CPU."""
-        return self._place.ordinal
+        return self._backend.ordinal
 
     @property
     def bytes(self) -> int:
         """Bytes of memory: index, rows, state, the buffers of batches so far, and the copy of the store's index."""
         policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
-        buffers = self._pool.bytes + self._own.bytes + sum(scratch.bytes for scratch in self._captured)
+        buffers = self._pool.bytes + self._own.bytes + sum(workspace.bytes for workspace in self._captured)
         buffers += 0 if self._misses is None else self._misses.bytes
-        buffers += 0 if self._index_copy is None else self._index_copy.bytes
+        buffers += 0 if self._index_mirror is None else self._index_mirror.bytes
         return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
 
     @property
-    def index_copy_bytes(self) -> int:
+    def index_mirror_bytes(self) -> int:
         """Bytes of the copy of the host store's index that lookups read now; 0: they read that in host memory."""
-        return 0 if self._index_copy is None or not self._index_copy.is_used else self._index_copy.bytes
+        return 0 if self._index_mirror is None or not self._index_mirror.is_used else self._index_mirror.bytes
 
     def resident(self) -> int:
         """Rows that the cache holds; reads its whole index."""
@@ -414,7 +414,7 @@ class EmbeddingCache(CachePolicy):
         with self._controlled():
             words = self._words(self._state, STATE_WORDS)
             stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
-        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_WITHDRAWN, STATE_REFUSED)
+        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_STALE_DROPPED, STATE_REFUSED)
         asked, calls, *rest = (int(words[at // 8]) for at in named)
         staged = 0 if self._misses is None else self._misses.batches
         return CacheCounters(*(asked, calls, int(stripes[0]), int(stripes[1]), *rest, staged))
@@ -423,7 +423,7 @@ class EmbeddingCache(CachePolicy):
 
     def _read_lines(self) -> np.ndarray:
         lines = np.empty(self.sets * SET_BYTES, np.uint8)
-        self._place.to_host(lines, self._lines, self._stream)
+        self._backend.to_host(lines, self._lines, self._stream)
         return lines
 
     @staticmethod
@@ -446,5 +446,5 @@ class EmbeddingCache(CachePolicy):
 
     def _rows_of(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
         if rows.dtype != np.float32 or rows.shape != (len(keys), self.dim):
-            raise OutputError(f"{self.name}: rows are {rows.dtype}{list(rows.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+            raise ArrayError(f"{self.name}: rows are {rows.dtype}{list(rows.shape)}, wanted float32[{len(keys)}, {self.dim}]")
         return np.ascontiguousarray(rows)

@@ -30,18 +30,18 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from hps_numba.cache.backends import Memory, Place
-from hps_numba.cache.store_link import HostLink
+from hps_numba.cache.backends import Backend, Memory
+from hps_numba.cache.store_link import StoreLink
 from hps_numba.device import driver
 from hps_numba.device.host_memory import human_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.cache import REGIONS
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["IndexCopy", "is_scattered", "may_copy", "most_bytes"]
+__all__ = ["IndexMirror", "is_scattered", "max_bytes", "may_mirror"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
@@ -62,12 +62,12 @@ _taking = threading.Lock()
 _numbers = itertools.count()
 
 
-def may_copy(kind: str, whole: bool, miss_path: str) -> bool:
+def may_mirror(kind: str, whole: bool, miss_path: str) -> bool:
     """A cache of this kind, over a host store, has a copy; one that has all rows from the start misses nothing."""
     return miss_path == "auto" and kind != "static" and not whole
 
 
-def most_bytes(total: int) -> int:
+def max_bytes(total: int) -> int:
     """Bytes that copies of indexes take at most on a device with so many."""
     return total // _SHARE
 
@@ -83,7 +83,7 @@ def _shift_of(slots: int) -> int:
     return max(0, (slots - 1).bit_length() - (REGIONS - 1).bit_length())
 
 
-class IndexCopy:
+class IndexMirror:
     """The copy for one cache, and when it is made: on a device by itself, on the CPU only when ``make`` is called.
 
     Args:
@@ -93,8 +93,8 @@ class IndexCopy:
     **Threads:** all methods.
     """
 
-    def __init__(self, place: Place, link: HostLink, store: HostStore, name: str, needed: Callable[[], bool]) -> None:
-        self._place, self._link, self._store, self._needed = place, link, store, needed
+    def __init__(self, backend: Backend, link: StoreLink, store: HostStore, name: str, needed: Callable[[], bool]) -> None:
+        self._backend, self._link, self._store, self._needed = backend, link, store, needed
         self.name = f"{name}, copy {next(_numbers)} of the index"
         self._memory: Memory | None = None
         self._size = 0  # of the memory
@@ -105,18 +105,18 @@ class IndexCopy:
         self._refused = 0  # bytes that were not to be had, when that was last said
         self._closed = self._due = False
         self._changed = time.monotonic()  # when the store was, last
-        self._by_itself = place.ordinal is not None
-        self._stream = place.new_stream()
+        self._by_itself = backend.ordinal is not None
+        self._stream = backend.new_stream()
         self._making = threading.RLock()
-        renew_after_fork(self)
-        store.watch_turns(self.withdraw)
+        register_fork_reset(self)
+        store.watch_turns(self.invalidate)
         self.make_later()
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a forked child: the device is the parent's, and so is a copy there; one in host memory is the child's too."""
         self._making = threading.RLock()
         self._due = False
-        if self._place.ordinal is not None:
+        if self._backend.ordinal is not None:
             self._lent = self._by_itself = False
 
     @property
@@ -134,9 +134,9 @@ class IndexCopy:
         """There is a copy, and rows that it names are better read in the order of their addresses."""
         return self._lent and self._scattered
 
-    def withdraw(self) -> None:
+    def invalidate(self) -> None:
         """Lead the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
-        if self._lent and self._link.lead(self._store.block):
+        if self._lent and self._link.point_to(self._store.block):
             self._tag = self._store.epochs.advance()
             self._lent = False  # last: a writer that is interrupted before, or could not tell the device, does it again
         self._changed = time.monotonic()
@@ -192,7 +192,7 @@ class IndexCopy:
             return False
         if self._size >= size:
             return True
-        with self._place.current():
+        with self._backend.current():
             self._release()
             try:
                 self._take(size)
@@ -204,28 +204,28 @@ class IndexCopy:
         return True
 
     def _take(self, size: int) -> None:
-        if self._place.ordinal is not None:
-            total, free = driver.device_info(self._place.ordinal).total_bytes, driver.free_bytes(self._place.ordinal)
+        if self._backend.ordinal is not None:
+            total, free = driver.device_info(self._backend.ordinal).total_bytes, driver.free_bytes(self._backend.ordinal)
             with _taking:
-                taken = _taken.get(self._place.ordinal, 0)
-                if taken + size > most_bytes(total) or free - size < most_bytes(total):
+                taken = _taken.get(self._backend.ordinal, 0)
+                if taken + size > max_bytes(total) or free - size < max_bytes(total):
                     raise CapacityError(
-                        f"{self.name}: {human_bytes(size)} of device {self._place.ordinal} wanted, where all copies may take "
-                        f"{human_bytes(most_bytes(total))} and {human_bytes(taken)} are taken, {human_bytes(free)} are free"
+                        f"{self.name}: {human_bytes(size)} of device {self._backend.ordinal} wanted, where all copies may take "
+                        f"{human_bytes(max_bytes(total))} and {human_bytes(taken)} are taken, {human_bytes(free)} are free"
                     )
-                _taken[self._place.ordinal] = taken + size
+                _taken[self._backend.ordinal] = taken + size
         self._size = size
         try:
-            self._memory = self._place.allocate(size, self.name)
+            self._memory = self._backend.allocate(size, self.name)
         except BaseException:
             self._release()
             raise
 
     def _release(self) -> None:
         memory, size, self._memory, self._size = self._memory, self._size, None, 0
-        if size and self._place.ordinal is not None:
+        if size and self._backend.ordinal is not None:
             with _taking:
-                _taken[self._place.ordinal] -= size
+                _taken[self._backend.ordinal] -= size
         if memory is not None:
             memory.release()
 
@@ -234,19 +234,19 @@ class IndexCopy:
         memory = self._memory
         assert memory is not None
         started = time.monotonic()
-        with self._place.current(), self._place.relaxed(), ExitStack() as held:
+        with self._backend.current(), self._backend.relaxed(), ExitStack() as held:
             with self._store.at_rest() as (now, block):
                 if block == 0 or now != turn:
                     return False
                 held.enter_context(self._store.reading())  # what is in force now stays in memory
-            self._place.copy(memory.address, block, size, self._stream)
-            self._place.synchronize(self._stream)
+            self._backend.copy(memory.address, block, size, self._stream)
+            self._backend.synchronize(self._stream)
         with self._store.at_rest() as (now, still):  # and, in the same turn, is in force
             if still != block or now != turn:
                 return False
             self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
             self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
-            if not self._link.lead(block, memory.address, _shift_of(self._store.slots)):
+            if not self._link.point_to(block, memory.address, _shift_of(self._store.slots)):
                 return False
         self._seconds = time.monotonic() - started
         log.debug("%s: %s in %.3g s", self.name, human_bytes(size), self._seconds)
@@ -256,8 +256,8 @@ class IndexCopy:
         """Give the memory back; when no kernel of the cache runs."""
         self._closed = True
         _timer.remove(self.name)
-        self._store.unwatch_turns(self.withdraw)
-        with self._making, self._place.current():
+        self._store.unwatch_turns(self.invalidate)
+        with self._making, self._backend.current():
             self._lent = False
             self._release()
-            self._place.destroy_stream(self._stream)
+            self._backend.destroy_stream(self._stream)

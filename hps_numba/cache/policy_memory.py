@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from hps_numba.cache.backends import Memory, Place
+from hps_numba.cache.backends import Backend, Memory
 from hps_numba.errors import HpsError
 from hps_numba.kernels.cache.sketch import sketch_shape
-from hps_numba.kernels.layouts.cache import SCRATCH_SET_STATES, SCRATCH_SKETCH, SCRATCH_SKETCH_SHIFT, SCRATCH_SKETCH_WORDS, WAYS
+from hps_numba.kernels.layouts.cache import (
+    WAYS,
+    WORKSPACE_SET_STATES,
+    WORKSPACE_SKETCH,
+    WORKSPACE_SKETCH_SHIFT,
+    WORKSPACE_SKETCH_WORDS,
+)
 from hps_numba.kernels.policies._policy import Policy
 
 __all__ = ["PolicyMemory", "policy_bytes"]
@@ -21,7 +27,7 @@ def policy_bytes(policy: Policy, sets: int) -> int:
 class PolicyMemory:
     """Memory of one policy in one cache; none for a policy that only scores.
 
-    Scratches lead to it, and not the state of the cache: so a graph that was captured under another policy goes on with the
+    Workspaces lead to it, and not the state of the cache: so a graph that was captured under another policy goes on with the
     memory of that one, which is kept as long as the graph may run.
 
     Args:
@@ -31,25 +37,25 @@ class PolicyMemory:
         CapacityError: the memory is not there.
     """
 
-    def __init__(self, place: Place, policy: Policy | None, sets: int, name: str) -> None:
-        self._place = place
+    def __init__(self, backend: Backend, policy: Policy | None, sets: int, name: str) -> None:
+        self._backend = backend
         self._parts: list[tuple[Memory, int]] = []
-        #: words of the header of a scratch
+        #: words of the header of a workspace
         self.words: dict[int, int] = {}
         self.admits = policy is not None and policy.admit is not None
         try:
             if policy is not None and policy.state:
-                self.words[SCRATCH_SET_STATES] = self._take(4 * policy.state * sets, f"{name}: cache: state of sets")
+                self.words[WORKSPACE_SET_STATES] = self._take(4 * policy.state * sets, f"{name}: cache: state of sets")
             if self.admits:
                 words, shift = sketch_shape(sets * WAYS)
-                self.words[SCRATCH_SKETCH] = self._take(8 * words, f"{name}: cache: frequency sketch")
-                self.words |= {SCRATCH_SKETCH_WORDS: words, SCRATCH_SKETCH_SHIFT: shift}
+                self.words[WORKSPACE_SKETCH] = self._take(8 * words, f"{name}: cache: frequency sketch")
+                self.words |= {WORKSPACE_SKETCH_WORDS: words, WORKSPACE_SKETCH_SHIFT: shift}
         except HpsError:
             self.release()
             raise
 
     def _take(self, size: int, purpose: str) -> int:
-        memory = self._place.allocate(size, purpose)
+        memory = self._backend.allocate(size, purpose)
         self._parts.append((memory, size))
         return memory.address
 
@@ -61,7 +67,7 @@ class PolicyMemory:
     def clear(self, stream: int) -> None:
         """As it was in the beginning."""
         for memory, size in self._parts:
-            self._place.fill(memory.address, 0, size, stream)
+            self._backend.fill(memory.address, 0, size, stream)
 
     def release(self) -> None:
         """Give the memory back; again does nothing."""

@@ -44,7 +44,7 @@ class CachePolicy(CachePooling):
             PolicyError: a function of the policy does not compile here.
         """
         if not self.fixed:
-            with self._place.current():
+            with self._backend.current():
                 self._kernels |= {name: self._kernel_for(self.policy, name) for name in _insertion_by(self.policy)}
 
     def set_policy(self, policy: Policy) -> None:
@@ -68,9 +68,9 @@ class CachePolicy(CachePooling):
             raise ConfigError(f"{self.name}: a policy for a {self.kind} cache, which evicts nothing; wanted a dynamic one")
         with self._controlled():
             self._count_hits(policy)
-        with self._place.current():
+        with self._backend.current():
             kernels = self._kernels_for(policy)
-            return PolicyChange(policy, kernels, PolicyMemory(self._place, policy, self.sets, self.name))
+            return PolicyChange(policy, kernels, PolicyMemory(self._backend, policy, self.sets, self.name))
 
     def adopt_policy(self, change: PolicyChange) -> None:
         """Put a policy that was prepared in force."""
@@ -79,14 +79,14 @@ class CachePolicy(CachePooling):
                 self._own.release(self._stream)
                 before = self._policy_memory
                 self._use_policy(change.policy, change.memory)
-                pool.make = self.new_scratch
+                pool.make = self.new_workspace
                 self._kernels = change.kernels
                 if self._captured or self.in_graphs:
                     self._policies_of_graphs.append(before)
                 else:
                     before.release()
                 inserted = int(self._words(self._state + STATE_INSERTED, 1)[0])  # before its clock began to count
-                self._place.store_word(self._state + STATE_TOLD, TICKS_OF_A_CACHE * inserted, self._stream)
+                self._backend.store_word(self._state + STATE_TOLD, TICKS_OF_A_CACHE * inserted, self._stream)
                 self._rescore()
         except BaseException:
             if self._policy_memory is not change.memory:
@@ -105,15 +105,15 @@ class CachePolicy(CachePooling):
             return self._kernels[key]
         if isinstance(key, str):
             spec = self._plain_spec(key)
-            return self._place.ready_kernel(replace(spec, policy=policy) if key in BY_POLICY else spec)
+            return self._backend.ready_kernel(replace(spec, policy=policy) if key in BY_POLICY else spec)
         if key[0] == "serve_missed_kernel":
-            return self._place.ready_kernel(self._serving_spec(*key[1:], counted=policy.needs_count))
+            return self._backend.ready_kernel(self._serving_spec(*key[1:], counted=policy.needs_count))
         if key[0] == "pool_kernel":
-            return self._place.ready_kernel(replace(self._pool_spec(*key[1:]), policy=for_hits(policy)))
+            return self._backend.ready_kernel(replace(self._pool_spec(*key[1:]), policy=for_hits(policy)))
         spec = replace(self._lookup_spec(*key), policy=for_hits(policy))
-        return self._place.ready_kernel(spec), spec.group
+        return self._backend.ready_kernel(spec), spec.group
 
     def _rescore(self) -> None:
         """Score all rows as newcomers; with the cache's own stream, and done when this returns."""
         self._launch("rescore_kernel", self.sets, self._stream, self._lines, self.sets, self._state)
-        self._place.synchronize(self._stream)
+        self._backend.synchronize(self._stream)

@@ -9,9 +9,9 @@ import numpy as np
 
 from hps_numba.cache.backends import Kernel
 from hps_numba.cache.lookup import CacheLookup
-from hps_numba.cache.workspace import Scratch
+from hps_numba.cache.workspace import Workspace
 from hps_numba.errors import CapacityError, ConfigError
-from hps_numba.kernels.cache.pooling import COMBINERS, MOST_ROWS, PADDED, THREADS, pool_blocks, pool_registers, pool_run
+from hps_numba.kernels.cache.pooling import COMBINERS, MAX_ROWS, PADDED, THREADS, pool_blocks, pool_registers, pool_run
 from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.dtypes import TYPE_NUMBERS
 from hps_numba.kernels.layouts.cache import MAX_BATCH
@@ -75,46 +75,46 @@ class CachePooling(CacheLookup):
         blocks = pool_blocks(bags, self.dim, run)
         args = (keys, n, offsets, bags, run, weights, out, number, self._default, options, padding)
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
-        if self._turns and capturing is None and n:
+        if self._chains and capturing is None and n:
             launch = (blocks, THREADS, (*self._parts, *args))
-            if self._pool.again(stream, n, self._start_in_turn, shape, n, stream, launch):
+            if self._pool.reuse(stream, n, self._start_chain, shape, n, stream, launch):
                 return
-        with self._place.current():
+        with self._backend.current():
             if capturing is None:
-                capturing = self._place.is_capturing(stream)
-            self._with_scratch(capturing, stream, self._pool_batch, shape[1:], n, blocks, args, stream)
+                capturing = self._backend.is_capturing(stream)
+            self._with_workspace(capturing, stream, self._pool_batch, shape[1:], n, blocks, args, stream)
 
     def _pool_batch(
         self,
-        scratch: Scratch,
+        workspace: Workspace,
         built: tuple[str, str, bool],
         n: int,
         blocks: int,
         args: tuple[int | np.float32, ...],
         stream: int,
     ) -> None:
-        scratch.reserve(max(n, 1), False, self._stream)
+        workspace.reserve(max(n, 1), False, self._stream)
         shape = ("pool_kernel", *built)
         kernel = self._pool_kernel(*shape)
-        kernel.launch(blocks, stream, *self._parts, *args, scratch.address, threads=THREADS)
+        kernel.launch(blocks, stream, *self._parts, *args, workspace.address, threads=THREADS)
         if n and self._admits:
             keys, options, padding = int(args[0]), int(args[-2]), int(args[-1])
-            self._count_requests(scratch, keys, n, stream, built[0], options & PADDED, padding)
+            self._count_requests(workspace, keys, n, stream, built[0], options & PADDED, padding)
         if n and not self.fixed:
-            self._finish(scratch, n, scratch.stage, 4 * self.dim, self._ticks(n), stream)
-        self._keep_turn(shape, kernel)
+            self._finish(workspace, n, workspace.stage, 4 * self.dim, self._ticks(n), stream)
+        self._keep_chain(shape, kernel)
 
     def _pool_kernel(self, *shape: Any) -> Kernel:
         kernel: Kernel | None = self._kernels.get(shape)
         if kernel is None:
-            if self.capacity >= MOST_ROWS:
-                raise CapacityError(f"{self.name}: pooled lookups of {self.capacity} rows, wanted less than {MOST_ROWS}")
-            kernel = self._kernels[shape] = self._place.kernel(self._pool_spec(*shape[1:]))
+            if self.capacity >= MAX_ROWS:
+                raise CapacityError(f"{self.name}: pooled lookups of {self.capacity} rows, wanted less than {MAX_ROWS}")
+            kernel = self._kernels[shape] = self._backend.kernel(self._pool_spec(*shape[1:]))
         return kernel
 
     def _pool_spec(self, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
         spec = self._answer_spec("pool_kernel", key_form, out_type, aligned)
-        return replace(spec, registers=pool_registers(spec.dim, TYPE_NUMBERS[spec.row_type], copies=self._place.copies))
+        return replace(spec, registers=pool_registers(spec.dim, TYPE_NUMBERS[spec.row_type], copies=self._backend.copies))
 
     def pool_arrays(
         self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"
@@ -138,10 +138,10 @@ class CachePooling(CacheLookup):
         if weights is not None:
             given.append(self._weights_of(weights, len(keys)))
         out = np.empty((len(offsets) - 1, self.dim), np.float32)
-        with self._place.current(), self._copies(*given) as addresses, self._room(out.nbytes) as room:
+        with self._backend.current(), self._copies(*given) as addresses, self._room(out.nbytes) as room:
             at, starts, factors = (*addresses, 0)[:3]
             self.pool(at, len(keys), starts, len(out), room, self._stream, combiner=combiner, weights=factors)
-            self._place.to_host(out, room, self._stream)
+            self._backend.to_host(out, room, self._stream)
         return out
 
     def _offsets_of(self, offsets: np.ndarray, n: int) -> np.ndarray:

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.cache.backends import Kernel, Memory, Place
-from hps_numba.cache.workspace import Scratch
+from hps_numba.cache.backends import Backend, Kernel, Memory
+from hps_numba.cache.workspace import Workspace
 from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.cache import (
@@ -38,16 +38,16 @@ from hps_numba.kernels.layouts.cache import (
     MISSED_COUNT,
     MISSED_KEYS,
     MISSED_SELF,
-    SCRATCH_CHANGES,
-    SCRATCH_MISSED,
-    SCRATCH_OWN_LIST,
     STATE_CHANGES,
+    WORKSPACE_CHANGES,
+    WORKSPACE_MISSED,
+    WORKSPACE_OWN_LIST,
 )
 from hps_numba.kernels.policies._load import load_policy
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "least_staged"]
+__all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "min_staged"]
 
 MISS_PATHS = ("direct", "staged", "auto")
 NEVER = sys.maxsize
@@ -64,13 +64,13 @@ STAGED_TABLE_BYTES = NEVER
 
 #: bytes of rows that are gathered at a time: few enough to stay in the cache of the host, and to begin soon
 PIECE_BYTES = 16 << 20
-LEAST_PIECE_BYTES = 4 << 20
+MIN_PIECE_BYTES = 4 << 20
 _PIECES = 3  # that a batch is cut into at least, if they are not too small
 _BUFFERS = 3  # one is being gathered, one read; one more, as neither takes always the same time
 _LEAST = 256
 
 
-def least_staged(path: str) -> int:
+def min_staged(path: str) -> int:
     """Keys of the smallest batch that may be staged."""
     return {"direct": NEVER, "staged": 1, "auto": min(STAGED_KEYS, STAGED_KEYS_BEHIND)}[path]
 
@@ -94,19 +94,19 @@ class _Staging:
     **Threads:** one at a time.
     """
 
-    def __init__(self, place: Place, dim: int, n: int, name: str) -> None:
-        self._place = place
+    def __init__(self, backend: Backend, dim: int, n: int, name: str) -> None:
+        self._backend = backend
         self.limit = max(_LEAST, 1 << (n - 1).bit_length())
         self.rows = max(1, min(self.limit, PIECE_BYTES // (4 * dim)))  # of a buffer
         self._memories: list[Memory] = []
         self._events: list[int] = []
         self._turn = 0
         try:
-            entries = self._take(place.allocate(MISSED_BYTES + 16 * self.limit, f"{name}: list of missed keys"))
-            keys = self._take(place.allocate_pinned(8 * self.limit, f"{name}: missed keys"))
+            entries = self._take(backend.allocate(MISSED_BYTES + 16 * self.limit, f"{name}: list of missed keys"))
+            keys = self._take(backend.allocate_pinned(8 * self.limit, f"{name}: missed keys"))
             size = _up(4 * dim * self.rows) + 8 * self.rows
-            buffers = [self._take(place.allocate_pinned(size, f"{name}: rows for the device")) for _ in range(_BUFFERS)]
-            self._events += [place.new_event() for _ in range(_BUFFERS)]
+            buffers = [self._take(backend.allocate_pinned(size, f"{name}: rows for the device")) for _ in range(_BUFFERS)]
+            self._events += [backend.new_event() for _ in range(_BUFFERS)]
         except BaseException:
             self.release()
             raise
@@ -128,33 +128,33 @@ class _Staging:
     def begin(self, stream: int) -> None:
         """The list is empty, behind the work on the stream and behind that of the batch before."""
         if not self._begun:
-            self._place.to_place(self.address, self._header, stream)
+            self._backend.from_host(self.address, self._header, stream)
             self._begun = True
             return
-        self._place.wait(stream, self._events[self._turn - 1])  # the last that was recorded
-        self._place.fill(self.address + MISSED_COUNT, 0, 8, stream)
+        self._backend.wait(stream, self._events[self._turn - 1])  # the last that was recorded
+        self._backend.fill(self.address + MISSED_COUNT, 0, 8, stream)
 
     def missed(self, stream: int) -> int:
         """How many keys are on the list: the wait of a staged batch."""
         word = np.empty(1, np.int64)
-        self._place.to_host(word, self.address + MISSED_COUNT, stream)
+        self._backend.to_host(word, self.address + MISSED_COUNT, stream)
         return int(word[0])
 
     def buffer(self) -> tuple[np.ndarray, np.ndarray]:
         """``(rows, words)`` to be written, as soon as the device has read what was there."""
-        self._place.wait_for(self._events[self._turn])
+        self._backend.wait_for(self._events[self._turn])
         return self._buffers[self._turn]
 
     def sent(self, stream: int) -> None:
         """The stream has the work that reads the buffer."""
-        self._place.record(self._events[self._turn], stream)
+        self._backend.record(self._events[self._turn], stream)
         self._turn = (self._turn + 1) % _BUFFERS
 
     def release(self) -> None:
         """Give everything back, after the device has read all."""
         for event in self._events:
-            self._place.wait_for(event)
-            self._place.destroy_event(event)
+            self._backend.wait_for(event)
+            self._backend.destroy_event(event)
         for memory in self._memories:
             memory.release()
         self._events, self._memories = [], []
@@ -172,7 +172,7 @@ class StagedMisses:
 
     def __init__(
         self,
-        place: Place,
+        backend: Backend,
         parts: tuple[int, int, int, int],
         store: HostStore,
         *,
@@ -182,15 +182,15 @@ class StagedMisses:
         default: float,
         name: str,
     ) -> None:
-        self._place, self._store, self._name = place, store, name
+        self._backend, self._store, self._name = backend, store, name
         self._lines, _, self._sets, self._state = parts
         self._always, self._ways, self._fixed, self._default = always, ways, fixed, default
         self._kernels: dict[tuple[bool, str, bool], Kernel] = {}
         self._staged = np.zeros(1, np.int64)
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Own no memory, as at the start and in a forked child."""
         self._all: list[_Staging] = []
         self._idle: deque[_Staging] = deque()
@@ -214,7 +214,7 @@ class StagedMisses:
     def answer(
         self,
         list_misses: Callable[[], None],
-        scratch: Scratch,
+        workspace: Workspace,
         n: int,
         out: int,
         stream: int,
@@ -225,50 +225,50 @@ class StagedMisses:
         """Write the answer of a batch in stream order, and list what is to be inserted.
 
         Args:
-            list_misses: starts ``list_kernel`` with this scratch on the stream, which writes what the cache has to ``out``.
+            list_misses: starts ``list_kernel`` with this workspace on the stream, which writes what the cache has to ``out``.
             built: type of the answer, and whether it is 16-byte aligned.
             counted: the policy counts how often newcomers were asked for.
 
         Raises:
             ClosedError: the store was closed.   CapacityError: no memory.   DeviceError: the driver refused.
         """
-        place = self._place
+        backend = self._backend
         staging = self._take(n)
         done = False
         try:
-            place.copy(scratch.address + SCRATCH_CHANGES, self._state + STATE_CHANGES, 8, stream)
+            backend.copy(workspace.address + WORKSPACE_CHANGES, self._state + STATE_CHANGES, 8, stream)
             staging.begin(stream)
-            place.copy(scratch.address + SCRATCH_MISSED, staging.address + MISSED_SELF, 8, stream)
+            backend.copy(workspace.address + WORKSPACE_MISSED, staging.address + MISSED_SELF, 8, stream)
             list_misses()
             kernel = self._kernel(counted, *built)
             missed = staging.missed(stream)
             step = self._step(missed, staging.rows)
             for start in range(0, missed, step):
-                self._send(staging, kernel, scratch, start, min(step, missed - start), out, stream)
+                self._send(staging, kernel, workspace, start, min(step, missed - start), out, stream)
             done = True
         finally:
             if not done:
-                place.synchronize(stream)  # a kernel may read a buffer for which no event was recorded
+                backend.synchronize(stream)  # a kernel may read a buffer for which no event was recorded
             self._idle.append(staging)
         count(self._staged.ctypes.data, 1)
 
     def _step(self, missed: int, most: int) -> int:
         """Rows of a piece."""
         row_bytes = 4 * self._store.dim
-        return max(1, min(most, max(-(-missed // _PIECES), LEAST_PIECE_BYTES // row_bytes)))
+        return max(1, min(most, max(-(-missed // _PIECES), MIN_PIECE_BYTES // row_bytes)))
 
-    def _send(self, staging: _Staging, kernel: Kernel, scratch: Scratch, start: int, n: int, out: int, stream: int) -> None:
+    def _send(self, staging: _Staging, kernel: Kernel, workspace: Workspace, start: int, n: int, out: int, stream: int) -> None:
         """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that takes them to their places."""
         rows, words = staging.buffer()
         _, content = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], self._default)
         at = (staging.entries + 16 * start, _address(words), _address(rows), content, n, out)
-        kernel.launch(self._place.blocks(n), stream, self._lines, self._sets, self._state, scratch.address, *at)
+        kernel.launch(self._backend.blocks(n), stream, self._lines, self._sets, self._state, workspace.address, *at)
         staging.sent(stream)
 
-    def end(self, scratch: Scratch, stream: int) -> None:
-        """The insertion is on the stream: the next batch of the scratch is another one."""
-        self._place.fill(scratch.address + SCRATCH_CHANGES, 0, 8, stream)
-        self._place.copy(scratch.address + SCRATCH_MISSED, scratch.address + SCRATCH_OWN_LIST, 8, stream)
+    def end(self, workspace: Workspace, stream: int) -> None:
+        """The insertion is on the stream: the next batch of the workspace is another one."""
+        self._backend.fill(workspace.address + WORKSPACE_CHANGES, 0, 8, stream)
+        self._backend.copy(workspace.address + WORKSPACE_MISSED, workspace.address + WORKSPACE_OWN_LIST, 8, stream)
 
     def _kernel(self, counted: bool, out_type: str, aligned: bool) -> Kernel:
         shape = (counted, out_type, aligned)
@@ -282,7 +282,7 @@ class StagedMisses:
                 out_type=out_type,
                 out_vector=aligned,
             )
-            kernel = self._kernels[shape] = self._place.kernel(spec)
+            kernel = self._kernels[shape] = self._backend.kernel(spec)
         return kernel
 
     def _take(self, n: int) -> _Staging:
@@ -296,7 +296,7 @@ class StagedMisses:
                 return staging
             self._all.remove(staging)
             staging.release()
-        staging = _Staging(self._place, self._store.dim, n, self._name)
+        staging = _Staging(self._backend, self._store.dim, n, self._name)
         self._all.append(staging)
         return staging
 
@@ -304,7 +304,7 @@ class StagedMisses:
         """Give all memory back."""
         for staging in self._all:
             staging.release()
-        self.renew()
+        self.reset_after_fork()
 
 
 def _up(size: int) -> int:

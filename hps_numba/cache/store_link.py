@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from hps_numba.cache.backends import Place
+from hps_numba.cache.backends import Backend
 from hps_numba.errors import HpsError
 from hps_numba.kernels.layouts.cache import (
     DESC_BLOCK,
@@ -36,24 +36,24 @@ from hps_numba.kernels.layouts.cache import (
     STATE_HOST,
 )
 from hps_numba.kernels.layouts.host_store import META_LINES, META_ROWS
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["HostLink"]
+__all__ = ["StoreLink"]
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 1e-3
 
 
-class HostLink:
+class StoreLink:
     """The link of one cache to its store; on a device also the guard of the store's epochs.   **Threads:** all methods.
 
     ``problem`` is what kept the device from being told of a new index: its cache must not be read any more.
     """
 
-    def __init__(self, place: Place, state: int, store: HostStore) -> None:
-        self._place, self._state, self._store = place, state, store
-        self._stream = place.new_stream()
+    def __init__(self, backend: Backend, state: int, store: HostStore) -> None:
+        self._backend, self._state, self._store = backend, state, store
+        self._stream = backend.new_stream()
         self._entry = 0
         self.problem: HpsError | None = None
         self._closed = False
@@ -61,13 +61,13 @@ class HostLink:
         self._round = 0
         self._inside = np.zeros(0, np.intp)  # stripes not yet seen without anybody inside in this round
         self._polled = 0.0
-        self.renew()
-        renew_after_fork(self)
-        if place.ordinal is not None:
+        self.reset_after_fork()
+        register_fork_reset(self)
+        if backend.ordinal is not None:
             store.epochs.add_guard(self)
         store.watch(self.follow)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make the lock anew, as a forked child has to; devices are the parent's."""
         self._polling = threading.Lock()
 
@@ -75,17 +75,17 @@ class HostLink:
 
     def follow(self, block: int) -> None:
         """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
-        self.lead(block)
+        self.point_to(block)
 
-    def lead(self, block: int, copy: int = 0, shift: int = -1) -> bool:
+    def point_to(self, block: int, copy: int = 0, shift: int = -1) -> bool:
         """``follow``, to a ``copy`` of the index where the cache lives if there is one; False: the device could not be told.
 
         ``shift``: of slots, to their regions of the rows (``kernels.layouts.cache.REGIONS``). By one thread at a time.
         """
         try:
-            with self._place.current():
+            with self._backend.current():
                 described = self._describe(block, copy, shift) if block else 0
-                self._place.store_word(self._state + STATE_HOST, described, self._stream)
+                self._backend.store_word(self._state + STATE_HOST, described, self._stream)
         except HpsError as problem:
             self.problem = problem
             log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
@@ -101,7 +101,7 @@ class HostLink:
         descriptor[DESC_SHIFT // 8] = shift
         address = self._state + HOST_RING + DESC_BYTES * self._entry
         self._entry = (self._entry + 1) % RING_ENTRIES
-        self._place.to_place(address, descriptor, self._stream)
+        self._backend.from_host(address, descriptor, self._stream)
         return address
 
     # -- readers on the device ------------------------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ class HostLink:
             self._round, self._inside = now, np.arange(GUARD_STRIPES)
         left, entered = np.empty(GUARD_STRIPES, np.uint32), np.empty(GUARD_STRIPES, np.uint32)
         try:
-            with self._place.current():
-                self._place.to_host(left, self._state + GUARD_LEFT, self._stream)
-                self._place.to_host(entered, self._state + GUARD_ENTERED, self._stream)
+            with self._backend.current():
+                self._backend.to_host(left, self._state + GUARD_LEFT, self._stream)
+                self._backend.to_host(entered, self._state + GUARD_ENTERED, self._stream)
         except HpsError as problem:  # no kernel runs on a device that failed
             log.warning("%s: the device is no longer asked who reads: %s", self._store.name, problem)
             self.problem, self._closed = problem, True
@@ -142,4 +142,4 @@ class HostLink:
         self._closed = True
         self._store.epochs.remove_guard(self)
         with self._polling:
-            self._place.destroy_stream(self._stream)
+            self._backend.destroy_stream(self._stream)

@@ -1,6 +1,6 @@
 """``hps-numba``: the command line. The folder is the menu: one file a command, found by its name.
 
-A command file defines ``PART``: a function (its docstring is the help text) or a ``typer.Typer`` with subcommands. Files with
+A command file defines ``PLUGIN``: a function (its docstring is the help text) or a ``typer.Typer`` with subcommands. Files with
 a leading underscore hold what a command is made of. Nothing heavy is imported before a command runs.
 """
 

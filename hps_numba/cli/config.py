@@ -15,12 +15,12 @@ from hps_numba.errors import ConfigError, HpsError
 if TYPE_CHECKING:
     from hps_numba.config import ServerConfig, TableSpec
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
-PART = typer.Typer(no_args_is_help=True, help="Check config files, print their schema.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Check config files, print their schema.")
 
 
-@PART.command("schema")
+@PLUGIN.command("schema")
 def schema() -> None:
     """Print the JSON schema of config files.
 
@@ -31,7 +31,7 @@ def schema() -> None:
     print_json(json_schema())
 
 
-@PART.command("check")
+@PLUGIN.command("check")
 def check(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A ps_config JSON file.")],
     strict: Annotated[bool, typer.Option("--strict", help="Unknown keys are errors instead of warnings.")] = False,

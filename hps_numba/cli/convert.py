@@ -11,7 +11,7 @@ import typer
 from hps_numba.cli._models import Overwrite, WriteFormat, counted, describe, size_on_disk
 from hps_numba.cli._output import AsJson, human_seconds, print_json
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 
 def convert(
@@ -44,4 +44,4 @@ def convert(
         typer.echo(f"{describe(dst, rows, dim)}, converted in {human_seconds(seconds)}")
 
 
-PART = convert
+PLUGIN = convert

@@ -13,7 +13,7 @@ import typer
 
 from hps_numba.cli._output import AsJson, console, human_rate, human_seconds, print_facts, print_json, print_table
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 
 def demo(
@@ -65,7 +65,7 @@ def demo(
         raise typer.Exit(1)
 
 
-PART = demo
+PLUGIN = demo
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hps_numba.cli._output import AsJson, human_seconds, print_facts, print_json
 if TYPE_CHECKING:
     from hps_numba.cli._hardware import Hardware
 
-__all__ = ["EXTRAS", "PART", "gpu_advice"]
+__all__ = ["EXTRAS", "PLUGIN", "gpu_advice"]
 
 REQUIRED = ("numba", "numpy", "h5py", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -215,4 +215,4 @@ def _verdict(hardware: Hardware, report: dict[str, Any]) -> str:
     return f"verdict: ready, serves from {where}" + (", GPUs are not used by this version" if hardware.gpus else "")
 
 
-PART = doctor
+PLUGIN = doctor

@@ -16,16 +16,16 @@ from hps_numba.errors import ModelFileError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
-PART = typer.Typer(no_args_is_help=True, help="Make synthetic models and keys.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Make synthetic models and keys.")
 
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same content.")]
 _DISTRIBUTIONS = ("power-law", "hot-key", "histogram", "uniform")
 _KEYS_AT_ONCE = 1 << 20
 
 
-@PART.command("model")
+@PLUGIN.command("model")
 def model(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The name decides the format (.h5 HDF5, none a directory).")],
     rows: Annotated[int, typer.Option(min=0, help="Rows, with keys 0 to ROWS - 1.")],
@@ -53,7 +53,7 @@ def model(
         typer.echo(f"{describe(path, rows, dim)}, made in {human_seconds(seconds)}")
 
 
-@PART.command("keys")
+@PLUGIN.command("keys")
 def keys(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The .npy file to write: int64, one dimension.")],
     count: Annotated[int, typer.Option(min=0, help="How many keys.")],

@@ -13,7 +13,7 @@ from hps_numba.cli._output import AsJson, print_facts, print_json
 if TYPE_CHECKING:
     from hps_numba.cli._survey import Survey
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 _SHOWN = 6  # values of a row
 
@@ -79,4 +79,4 @@ def _row(key: int, values: list[float]) -> str:
     return f"{key}: [{', '.join(f'{value:.5f}' for value in values[:_SHOWN])}{more}]"
 
 
-PART = inspect
+PLUGIN = inspect

@@ -12,7 +12,7 @@ from hps_numba.cli._output import AsJson, print_json, print_table
 if TYPE_CHECKING:
     from hps_numba.server.plan import Plan
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 
 def plan(
@@ -60,7 +60,7 @@ def _show(planned: Plan) -> None:
     heads = ("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent", "each cache")
     print_table(heads[: 7 if cached else 6], rows)
     for device, size in planned.device_bytes.items():
-        copies = planned.index_copy_bytes[device]
+        copies = planned.index_mirror_bytes[device]
         more = f", and {human_bytes(copies)} for copies of indexes if there is room" if copies else ""
         typer.echo(f"{human_bytes(size)} of device {device}{more}")
     peak, free = planned.host_bytes + planned.loading_bytes, planned.available_bytes
@@ -68,4 +68,4 @@ def _show(planned: Plan) -> None:
     typer.echo(f"{human_bytes(peak)} of host memory while loading, {human_bytes(free)} available: {verdict}")
 
 
-PART = plan
+PLUGIN = plan

@@ -13,7 +13,7 @@ import typer
 from hps_numba.cli import _profile_options as options
 from hps_numba.cli._output import console, human_rate, human_seconds, print_facts, print_json, print_table
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 _STDOUT = Path("-")
 _TIMES = ("p50", "p95", "p99")
@@ -94,7 +94,7 @@ def profile(
         raise typer.Exit(1)
 
 
-PART = profile
+PLUGIN = profile
 
 
 def _check_options_of(what: str, used: bool, given: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from hps_numba.cli._output import human_seconds, print_facts, print_json, print_
 if TYPE_CHECKING:
     from hps_numba.simulate import Advice, Run, Simulation
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 _STDOUT = Path("-")
 _WHERE = {"gpu": "GPU", "associative": "assoc."}
@@ -82,7 +82,7 @@ def simulate(
             _show_advice(advice, blank=result is not None)
 
 
-PART = simulate
+PLUGIN = simulate
 
 
 def _check_file(option: str, path: Path | None) -> None:

@@ -34,8 +34,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hps_numba.errors import CapacityError, DeviceError, HpsError, OutputError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.errors import ArrayError, CapacityError, DeviceError, HpsError
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = [
     "CupyDeviceAllocator",
@@ -107,10 +107,10 @@ class _Cuda:
         self.count: int | None = None
         self.why = ""
         self.is_the_parents = False  # this is a child of a process that used CUDA
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget the driver, as a forked child has to."""
         self.lock = threading.RLock()
         self.driver: Any = _UnaskedDriver(self)
@@ -463,10 +463,10 @@ def to_host(array: np.ndarray, address: int, stream: int) -> None:
     """Fill an array from device memory, behind the work on the stream. When this returns the array is filled.
 
     Raises:
-        OutputError: the array is not contiguous, or cannot be written.
+        ArrayError: the array is not contiguous, or cannot be written.
     """
     if not (array.flags.c_contiguous and array.flags.writeable):
-        raise OutputError(f"to_host: an array of {array.dtype}{list(array.shape)} that is contiguous and writeable is wanted")
+        raise ArrayError(f"to_host: an array of {array.dtype}{list(array.shape)} that is contiguous and writeable is wanted")
     _copy_now("cuMemcpyDtoHAsync", array.__array_interface__["data"][0], address, array.nbytes, stream)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from hps_numba.device import driver
 from hps_numba.errors import CapacityError, ClosedError, DeviceError, HpsError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = [
     "HostAllocator",
@@ -131,10 +131,10 @@ class PlainHostAllocator:
     def __init__(self) -> None:
         self._in_use = 0
         self._reserved = 0
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make the lock anew, as a forked child has to."""
         self._lock = threading.Lock()
 
@@ -196,9 +196,9 @@ class PinnedHostAllocator(PlainHostAllocator):
         self._process = os.getpid()
         super().__init__()
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Own no registration, as at the start and in a forked child."""
-        super().renew()
+        super().reset_after_fork()
         self._pins = os.getpid() == self._process
         self._pieces: dict[int, list[tuple[int, int]]] = {}  # address of a region -> (start, end) of what is registered in it
 

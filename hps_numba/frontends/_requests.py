@@ -21,14 +21,14 @@ from hps_numba.server.hps import HPS
 from hps_numba.server.registry import SERVERS, Config, Servers
 from hps_numba.storage.host.pooling import offsets_of
 
-__all__ = ["Request", "Wanted", "answer", "tables_of"]
+__all__ = ["Request", "TableQuery", "answer", "tables_of"]
 
 
 _WANTED = {"dim": "an integer from 1 on", "table": "the number or name of a table", "default_id": "an integer or None"}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TableQuery:
     """Rows of one table.
 
     Attributes:
@@ -70,7 +70,7 @@ class Request:
     """Rows of some tables of the server of one config; ``global_batch_size`` and ``replicas`` count if it must be built."""
 
     config: Config
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[TableQuery, ...]
     global_batch_size: int = 1
     replicas: int = 1
 
@@ -95,7 +95,7 @@ class Request:
     def of_text(cls, text: str | bytes) -> Request:
         """The request that ``text`` made this of."""
         values = json.loads(text)
-        return cls(**{**values, "wanted": tuple(Wanted(**one) for one in values["wanted"])})
+        return cls(**{**values, "wanted": tuple(TableQuery(**one) for one in values["wanted"])})
 
 
 Lookup = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -170,7 +170,7 @@ def answer(text: str | bytes, arrays: Sequence[np.ndarray], servers: Servers = S
     return _ready_for(text, servers).answer(arrays)
 
 
-def tables_of(text: str | bytes, servers: Servers = SERVERS) -> list[tuple[HPS, Wanted]]:
+def tables_of(text: str | bytes, servers: Servers = SERVERS) -> list[tuple[HPS, TableQuery]]:
     """The server of each table of a request, and what is wanted of it: for keys on a GPU, which ``answer`` cannot take.
 
     Raises:
@@ -187,7 +187,7 @@ def _ready_for(text: str | bytes, servers: Servers) -> _Ready:
     return ready
 
 
-def _lookup_of(server: HPS, wanted: Wanted) -> Lookup:
+def _lookup_of(server: HPS, wanted: TableQuery) -> Lookup:
     model, table, dim = wanted.model, wanted.table, wanted.dim
 
     def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,15 +11,15 @@ import numpy as np
 
 from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
 from hps_numba.training import trainer as row_training
 from hps_numba.training.initializers import Initializer
 
-__all__ = ["NotedRows", "RowOptimizer", "noted_rows"]
+__all__ = ["GradientAccumulator", "RowOptimizer", "noted_rows"]
 
 
-class NotedRows:
+class GradientAccumulator:
     """Gradients of the rows of one table, noted until an optimizer takes them.
 
     **Threads:** every method.
@@ -31,10 +31,10 @@ class NotedRows:
         self.server = weakref.ref(server)
         self.initializer: Initializer | None = None
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """A new lock, as a forked child needs it."""
         self._lock = threading.Lock()
 
@@ -61,11 +61,11 @@ def _summed(keys: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.nda
     return ordered[begins], row_training.summed_rows(gradients, order, np.append(begins, len(keys)))
 
 
-_known: weakref.WeakKeyDictionary[HPS, dict[str, NotedRows]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[HPS, dict[str, GradientAccumulator]] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def noted_rows(server: HPS, model: str, table: int | str) -> NotedRows:
+def noted_rows(server: HPS, model: str, table: int | str) -> GradientAccumulator:
     """Those of a table of a server.
 
     Raises:
@@ -75,7 +75,7 @@ def noted_rows(server: HPS, model: str, table: int | str) -> NotedRows:
     with _making:
         tables = _known.setdefault(server, {})
         if spec.tag not in tables:
-            tables[spec.tag] = NotedRows(server, spec.model, spec.name, spec.dim)
+            tables[spec.tag] = GradientAccumulator(server, spec.model, spec.name, spec.dim)
         return tables[spec.tag]
 
 
@@ -89,7 +89,9 @@ class RowOptimizer:
     **Threads:** steps take turns; gradients are noted meanwhile.
     """
 
-    def __init__(self, tables: Sequence[NotedRows], rule: Callable[..., row_training.Rule], **settings: float) -> None:
+    def __init__(
+        self, tables: Sequence[GradientAccumulator], rule: Callable[..., row_training.Rule], **settings: float
+    ) -> None:
         if not tables:
             raise ConfigError("no trained rows came, layers of trainable=True, or models with such, are wanted")
         self._rule, self._names = rule, tuple(settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["home_line", "index_hash", "murmur3_32", "partition_hash"]
+__all__ = ["index_hash", "murmur3_32", "partition_hash", "primary_line"]
 
 _U = np.uint64
 _LOW32 = _U(0xFFFFFFFF)
@@ -33,7 +33,7 @@ def index_hash(key):
     return x ^ (x >> _F33)
 
 
-def home_line(key, lines):
+def primary_line(key, lines):
     """Number of the index line where the search for ``key`` starts, in 0..lines-1 (lines < 2**32)."""
     return ((index_hash(key) >> _32) * lines) >> _32
 

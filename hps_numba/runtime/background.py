@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from hps_numba.errors import ClosedError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["BackgroundJobs"]
 
@@ -24,10 +24,10 @@ class BackgroundJobs:
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
         self._closed = False
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Start with no thread and no job, as a forked child has to."""
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()

@@ -6,25 +6,28 @@ import os
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["renew_after_fork"]
+__all__ = ["register_fork_reset"]
 
 
 class _Renewable(Protocol):
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make anew what does not outlive a fork."""
 
 
 _renewable: WeakSet[_Renewable] = WeakSet()
 
 
-def renew_after_fork(thing: _Renewable) -> None:
-    """Call ``thing.renew()`` in every forked child, as long as ``thing`` lives: threads end there and locks may stay taken."""
+def register_fork_reset(thing: _Renewable) -> None:
+    """Call ``thing.reset_after_fork()`` in every forked child, as long as ``thing`` lives.
+
+    Threads end there, and locks may stay taken.
+    """
     _renewable.add(thing)
 
 
 def _after_fork() -> None:
     for thing in list(_renewable):
-        thing.renew()
+        thing.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

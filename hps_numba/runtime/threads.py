@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["SPLIT_BYTES", "available_cores", "ranges_of", "run_ranges"]
 
@@ -45,10 +45,10 @@ class _Pool:
 
     def __init__(self) -> None:
         self.threads = available_cores()
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Start with no thread."""
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.started = 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from hps_numba.errors import ClosedError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["Timer"]
 
@@ -27,10 +27,10 @@ class Timer:
         self._what = what
         self._due: dict[str, tuple[float, float, Callable[[], object]]] = {}
         self._closed = False
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Start with no thread and nothing due, as a forked child has to: what is called belongs to its parent."""
         self._due = {}
         self._thread: threading.Thread | None = None

@@ -35,13 +35,13 @@ def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | 
 
 def _shape_of_bytes(spec: TableSpec, kind: str, rows: int) -> CacheShape:
     if kind == "uvm":
-        return CacheShape(kind, _most_rows(spec, rows, fixed=True, whole=False), False)
+        return CacheShape(kind, _max_rows(spec, rows, fixed=True, whole=False), False)
     if shape_bytes(spec, CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)) <= spec.cache_size_bytes:
         return CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)
-    return CacheShape(kind, _most_rows(spec, 1 << 40, fixed=False, whole=False), False)
+    return CacheShape(kind, _max_rows(spec, 1 << 40, fixed=False, whole=False), False)
 
 
-def _most_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
+def _max_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
     """The most rows, up to ``limit`` and at least one, whose cache fits into the bytes of the config."""
     kind = "uvm" if fixed else "dynamic"
     low, high = 1, max(1, min(limit, spec.cache_size_bytes))

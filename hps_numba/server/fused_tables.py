@@ -11,16 +11,16 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.group import CacheGroup
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.layouts.cache import MAX_TABLES
-from hps_numba.runtime.fork import renew_after_fork
-from hps_numba.server.table import TableSession
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.server.table import ServedTable
 
-__all__ = ["TableGroups", "TogetherOnDevice"]
+__all__ = ["FusedLookup", "FusedTables"]
 
 log = logging.getLogger(__name__)
-_MOST = 32  # selections of tables of a model that get buffers of their own
+_MAX = 32  # selections of tables of a model that get buffers of their own
 
 
-class TogetherOnDevice:
+class FusedLookup:
     """Some tables of a model on one device, in a fixed order, a table perhaps more than once.   **Threads:** ``lookup``."""
 
     def __init__(self, parts: Sequence[tuple[EmbeddingCache | CacheGroup, tuple[int, ...]]]) -> None:
@@ -67,7 +67,7 @@ class TogetherOnDevice:
                 part.close()
 
 
-class TableGroups:
+class FusedTables:
     """The selections of tables that were asked for, of one model.   **Threads:** all methods.
 
     Args:
@@ -76,17 +76,17 @@ class TableGroups:
 
     def __init__(self, buffers: int) -> None:
         self._buffers = buffers
-        self._made: dict[tuple[int, tuple[TableSession, ...]], TogetherOnDevice] = {}
-        self._retired: list[TogetherOnDevice] = []
+        self._made: dict[tuple[int, tuple[ServedTable, ...]], FusedLookup] = {}
+        self._retired: list[FusedLookup] = []
         self._closed = False
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """A new lock, in a forked child."""
         self._lock = threading.Lock()
 
-    def on(self, device: int, tables: Sequence[TableSession]) -> TogetherOnDevice | None:
+    def on(self, device: int, tables: Sequence[ServedTable]) -> FusedLookup | None:
         """How these tables are looked up on a device; None if one has no cache there, or slower tiers to wait for.
 
         Raises:
@@ -104,10 +104,10 @@ class TableGroups:
                     raise ClosedError("the tables are closed")
                 made = self._made.get(key)
                 if made is None:
-                    if len(self._made) == _MOST:
-                        log.warning("more than %d selections of tables: the others are looked up table by table", _MOST)
-                    alone = len(self._made) >= _MOST
-                    made = self._made[key] = TogetherOnDevice(self._parts(present, alone))
+                    if len(self._made) == _MAX:
+                        log.warning("more than %d selections of tables: the others are looked up table by table", _MAX)
+                    alone = len(self._made) >= _MAX
+                    made = self._made[key] = FusedLookup(self._parts(present, alone))
         return made
 
     def _parts(
@@ -119,7 +119,7 @@ class TableGroups:
         open_: list[dict[EmbeddingCache, int]] = []
         for i, cache in enumerate(caches):
             for launch in open_:
-                if len(launch) < MAX_TABLES and cache not in launch and next(iter(launch)).kin == cache.kin:
+                if len(launch) < MAX_TABLES and cache not in launch and next(iter(launch)).fusion_key == cache.fusion_key:
                     launch[cache] = i
                     break
             else:
@@ -137,10 +137,10 @@ class TableGroups:
         return parts
 
     @contextmanager
-    def without(self, table: TableSession) -> Iterator[None]:
+    def without(self, table: ServedTable) -> Iterator[None]:
         """A block in which no table is looked up together with this one, as its caches change their kind.
 
-        Who has a ``TogetherOnDevice`` of it meets ClosedError, and asks again, which waits for the end of the block.
+        Who has a ``FusedLookup`` of it meets ClosedError, and asks again, which waits for the end of the block.
         """
         with self._lock:
             for key in [key for key in self._made if table in key[1]]:

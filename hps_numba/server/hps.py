@@ -17,14 +17,14 @@ from hps_numba.config.spec import TableSpec, locate
 from hps_numba.device import driver
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import ConfigError, DeviceError, ModelFileError, TierUnavailable
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.progress import rows_progress
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.lookups import ServerLookups
-from hps_numba.server.model import Deployment, Policies, config_of_model, load_policies
+from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
 from hps_numba.server.plan import Plan, make_plan, plan_of
 from hps_numba.server.stats import TableStats
-from hps_numba.server.table import Change, TableSession
+from hps_numba.server.table import Change, ServedTable
 from hps_numba.storage.tier_stack import TierStack, open_tiers
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
@@ -66,12 +66,12 @@ class HPS(ServerLookups):
         self._wide = self.config.supportlonglong
         self._progress = progress
         self._closed = False
-        self._recordings: tuple[tuple[TableSession, TraceRecording], ...] = ()
-        self.renew()
-        renew_after_fork(self)
+        self._recordings: tuple[tuple[ServedTable, TraceRecording], ...] = ()
+        self.reset_after_fork()
+        register_fork_reset(self)
         self._allow_code = allow_code
         self._timer = Timer("refresh")  # for ``refresh_delay`` and ``refresh_interval``
-        self._models: dict[str, Deployment] = {}
+        self._models: dict[str, ServedModel] = {}
         on_devices = self._check_devices(self.config.models)
         policies = [self._policies(self.config, model) for model in self.config.models]
         self._allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
@@ -87,7 +87,7 @@ class HPS(ServerLookups):
             self.close()
             raise
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make the lock of changes of models anew, as a forked child has to."""
         self._changing = threading.RLock()
 
@@ -137,7 +137,7 @@ class HPS(ServerLookups):
         return load_policies(config, model, allow_code=self._allow_code) if self._places(model) else ()
 
     def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies) -> None:
-        deployment = Deployment(
+        deployment = ServedModel(
             config, model, self._host_for(model), self._slower, devices=self._places(model), policies=policies
         )
         try:
@@ -162,7 +162,7 @@ class HPS(ServerLookups):
         Returns how many keys were new.
 
         Raises:
-            KeyDtypeError, UnknownModelError, ClosedError as ``lookup``; OutputError for rows of another shape or dtype.
+            KeyDtypeError, UnknownModelError, ClosedError as ``lookup``; ArrayError for rows of another shape or dtype.
             CapacityError: no memory for more rows in host memory; slower tiers, if any, have them and serve them.
             TierError: a slower tier failed, faster ones were not written; or a key that host memory might evict has a row in
                 a tier that is read only, which would show again.
@@ -175,7 +175,7 @@ class HPS(ServerLookups):
         table = self._table(model_name, table_id)
         return table.update(*self._keys_and_rows(keys, rows, table))
 
-    def rewrite(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
+    def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
         """Write what a function makes of the rows of some keys, with no other write to the table between.
 
         Args:
@@ -190,10 +190,12 @@ class HPS(ServerLookups):
         """
         table = self._table(model_name, table_id)
         flat = as_keys(keys, wide=self._wide).flat
-        return table.rewrite(flat, lambda rows, found: as_rows(change(rows, found), (len(flat), table.spec.dim)))
+        return table.read_modify_write(flat, lambda rows, found: as_rows(change(rows, found), (len(flat), table.spec.dim)))
 
     @contextmanager
-    def held(self, model_name: str, table_id: int | str) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
+    def locked_table(
+        self, model_name: str, table_id: int | str
+    ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
         """All keys of a table, and a function that reads rows of some of them; writes to it wait until the block ends.
 
         Gives int64 ``[n]``, ascending, and a function from int64 keys ``[m]`` to float32 ``[m, dim]``.
@@ -216,7 +218,7 @@ class HPS(ServerLookups):
         batch = as_keys(keys, wide=self._wide)
         return table.contains(batch.flat).reshape(batch.shape)
 
-    def _keys_and_rows(self, keys: Any, rows: Any, table: TableSession) -> tuple[np.ndarray, np.ndarray]:
+    def _keys_and_rows(self, keys: Any, rows: Any, table: ServedTable) -> tuple[np.ndarray, np.ndarray]:
         batch = as_keys(keys, wide=self._wide)
         return batch.flat, as_rows(rows, (*batch.shape, table.spec.dim)).reshape(-1, table.spec.dim)
 
@@ -244,7 +246,7 @@ class HPS(ServerLookups):
             table.insert(keys, rows)
         return dump.pairs
 
-    def _fastest(self, table: TableSession) -> Tier:
+    def _fastest(self, table: ServedTable) -> Tier:
         host = self._host or (self._host_of_fixed if table.store is not None else None)
         tier = host if host is not None else next(iter(self._slower.tiers), None)
         if tier is None:

@@ -1,8 +1,8 @@
 """How a parameter server answers: keys of any kind, where they lie, one table or several, rows or bags.
 
-Keys in host memory: ``HPS.lookup`` (here) -> ``TableSession.lookup`` (session.py) -> ``HostStore.lookup``
+Keys in host memory: ``HPS.lookup`` (here) -> ``ServedTable.lookup`` (session.py) -> ``HostStore.lookup``
 (storage/host_store.py) -> ``kernels.host.lookup`` (kernels/host/lookup.py). Keys on a GPU: ``HPS.lookup`` ->
-``TableSession.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache_memory.py) -> ``lookup_kernel`` (kernels/cache/lookup.py) and
+``ServedTable.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache_memory.py) -> ``lookup_kernel`` (kernels/cache/lookup.py) and
 ``insert_kernel``.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from hps_numba.arrays.bags import MOST_KEYS, DeviceBags, as_device_bags, as_key
+from hps_numba.arrays.bags import MAX_KEYS, DeviceBags, as_device_bags, as_key
 from hps_numba.arrays.cuda import (
     DeviceKeys,
     as_device_keys,
@@ -29,10 +29,10 @@ from hps_numba.arrays.cuda import (
 from hps_numba.arrays.host import NUMPY, as_keys, as_output, as_rows, new_output, wrap_output
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device import driver
-from hps_numba.errors import ClosedError, DeviceError, KeyDtypeError, OutputError, UnknownModelError
-from hps_numba.server.fused_tables import TogetherOnDevice
-from hps_numba.server.model import Deployment
-from hps_numba.server.table import TableSession
+from hps_numba.errors import ArrayError, ClosedError, DeviceError, KeyDtypeError, UnknownModelError
+from hps_numba.server.fused_tables import FusedLookup
+from hps_numba.server.model import ServedModel
+from hps_numba.server.table import ServedTable
 from hps_numba.storage.host.pooling import Bags, without_padding
 from hps_numba.traces.recording import TraceRecording
 
@@ -42,8 +42,8 @@ __all__ = ["ServerLookups"]
 class ServerLookups:
     """Lookups of a parameter server; ``server.hps.HPS`` builds and changes what is looked up."""
 
-    _models: dict[str, Deployment]
-    _recordings: tuple[tuple[TableSession, TraceRecording], ...]
+    _models: dict[str, ServedModel]
+    _recordings: tuple[tuple[ServedTable, TraceRecording], ...]
     _changing: threading.RLock
     _wide: bool
     _closed: bool
@@ -88,8 +88,8 @@ class ServerLookups:
 
     def _lookup(
         self,
-        deployment: Deployment,
-        table: TableSession,
+        deployment: ServedModel,
+        table: ServedTable,
         keys: Any,
         out: Any = None,
         device: int | None = None,
@@ -112,8 +112,8 @@ class ServerLookups:
 
     def _answer_on_device(
         self,
-        deployment: Deployment,
-        table: TableSession,
+        deployment: ServedModel,
+        table: ServedTable,
         cache: EmbeddingCache,
         keys: DeviceKeys,
         shape: tuple[int, ...],
@@ -144,7 +144,7 @@ class ServerLookups:
         del keep
         return rows
 
-    def _say_who_closed(self, deployment: Deployment, problem: ClosedError) -> NoReturn:
+    def _say_who_closed(self, deployment: ServedModel, problem: ClosedError) -> NoReturn:
         """Raise what a caller is to know: the server was closed, or a model was unloaded meanwhile."""
         if self._closed:
             raise ClosedError("the server is closed") from problem
@@ -152,7 +152,7 @@ class ServerLookups:
             raise problem
         raise UnknownModelError(f"model_name: {deployment.name!r} was unloaded during the lookup") from problem
 
-    def _answer(self, deployment: Deployment, table: TableSession, keys: np.ndarray, rows: np.ndarray) -> None:
+    def _answer(self, deployment: ServedModel, table: ServedTable, keys: np.ndarray, rows: np.ndarray) -> None:
         """Look up into ``rows``, which may be of another dtype than float32."""
         flat = rows.reshape(-1, table.spec.dim)
         wide = flat if rows.dtype == np.float32 else np.empty(flat.shape, np.float32)
@@ -172,7 +172,7 @@ class ServerLookups:
             keys: integers of any shape ``S``.   out: float32 ``S + (dim,)``, contiguous; all of it is written.
 
         Raises:
-            As ``lookup``; OutputError for ``out``.
+            As ``lookup``; ArrayError for ``out``.
         """
         deployment = self._deployment(model_name)
         table = deployment.table(table_id)
@@ -220,7 +220,7 @@ class ServerLookups:
         Tables with slower tiers, and ``max_norm``, take keys to the host.
 
         Raises:
-            As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; OutputError for ``weights`` and
+            As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; ArrayError for ``weights`` and
             ``out``.
         """
         device = None if type(keys) is np.ndarray else device_of_array(keys)
@@ -325,7 +325,7 @@ class ServerLookups:
             return dict(zip(keys, answers, strict=True))
         return answers
 
-    def _lookup_together(self, deployment: Deployment, tables: Sequence[tuple[TableSession, Any]]) -> list[Any]:
+    def _lookup_together(self, deployment: ServedModel, tables: Sequence[tuple[ServedTable, Any]]) -> list[Any]:
         """Rows of several tables: those with keys on one GPU in as few launches as they can be."""
         devices = [device_of_array(some) for _, some in tables]
         device = devices[0] if len(tables) > 1 and not self._recordings else None
@@ -336,7 +336,7 @@ class ServerLookups:
         batches = [as_device_keys(some, wide=self._wide) for _, some in tables]
         first = batches[0]
         alike = all(batch.form == first.form and batch.kind == first.kind for batch in batches)
-        if together is None or not alike or max(batch.n for batch in batches) > MOST_KEYS:
+        if together is None or not alike or max(batch.n for batch in batches) > MAX_KEYS:
             return [self._lookup(deployment, table, some, None, device) for table, some in tables]
         shapes = [(*batch.shape, table.spec.dim) for batch, (table, _) in zip(batches, tables)]
         out_type = tables[0][0].output_type
@@ -354,7 +354,7 @@ class ServerLookups:
             return [self._lookup(deployment, table, some, None, device) for table, some in tables]
         return [rows for rows, _ in outs]
 
-    def together_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> TogetherOnDevice | None:
+    def fused_lookup_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> FusedLookup | None:
         """``cache_on`` for several tables of a model, which are then looked up in as few launches as they can be.
 
         Raises:
@@ -374,7 +374,7 @@ class ServerLookups:
             out_tensor: capsule of float32 with room for ``n * dim`` elements; the first are written, in C order.
 
         Raises:
-            As ``lookup``; OutputError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only.
+            As ``lookup``; ArrayError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only.
         """
         deployment = self._deployment(model_name, device_id)
         table = deployment.table(table_id)
@@ -432,12 +432,12 @@ class ServerLookups:
         with self._changing:
             self._recordings = tuple(entry for entry in self._recordings if entry[1] is not done)
 
-    def _record(self, table: TableSession, keys: np.ndarray) -> None:
+    def _record(self, table: ServedTable, keys: np.ndarray) -> None:
         for recorded, recording in self._recordings:
             if recorded is table:
                 recording.saw(keys)
 
-    def _record_on_device(self, table: TableSession, keys: DeviceKeys, stream: int) -> None:
+    def _record_on_device(self, table: ServedTable, keys: DeviceKeys, stream: int) -> None:
         with driver.current(keys.device):
             for recorded, recording in self._recordings:
                 if recorded is table and not driver.is_capturing(stream):
@@ -449,7 +449,7 @@ class ServerLookups:
         if self._closed:
             raise ClosedError("the server is closed")
 
-    def _deployment(self, model_name: str, device_id: int | None = None) -> Deployment:
+    def _deployment(self, model_name: str, device_id: int | None = None) -> ServedModel:
         deployment = self._models.get(model_name) if isinstance(model_name, str) else None
         if deployment is None:
             self._check_open()
@@ -461,14 +461,14 @@ class ServerLookups:
             )
         return deployment
 
-    def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> TableSession:
+    def _table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> ServedTable:
         return self._deployment(model_name, device_id).table(table_id)
 
 
 def _check_rows(out: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise OutputError unless rows can be written to ``out`` as they are."""
+    """Raise ArrayError unless rows can be written to ``out`` as they are."""
     if out.dtype != np.float32 or out.shape != shape or not out.flags.carray:
-        raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
+        raise ArrayError(f"out: {out.dtype}{list(out.shape)} came, contiguous writable float32{list(shape)} is wanted")
 
 
 def _on_host(rows: Any) -> np.ndarray:

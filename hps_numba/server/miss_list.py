@@ -7,12 +7,12 @@ import numpy as np
 from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.cache.cache import EmbeddingCache
 
-__all__ = ["AbsentKeys"]
+__all__ = ["MissList"]
 
-_DTYPES = {"int64": np.int64, "narrow64": np.int64, "int32": np.int32, "uint32": np.uint32}
+_DTYPES = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32, "uint32": np.uint32}
 
 
-class AbsentKeys:
+class MissList:
     """A list in the memory of a cache that its lookup fills, for one batch.
 
     Args:
@@ -23,7 +23,7 @@ class AbsentKeys:
     """
 
     def __init__(self, cache: EmbeddingCache, keys: DeviceKeys, stream: int, *, later: bool) -> None:
-        self._place, self._keys, self._stream = cache.place, keys, stream
+        self._place, self._keys, self._stream = cache.backend, keys, stream
         size = keys.n * np.dtype(_DTYPES[keys.form]).itemsize if later else 0
         list_bytes = 8 * (1 + keys.n)
         with self._place.current():

@@ -17,9 +17,9 @@ from hps_numba.kernels.policies._load import as_policy, load_policy
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.server.cache_shape import cache_shape
-from hps_numba.server.fused_tables import TableGroups
+from hps_numba.server.fused_tables import FusedTables
 from hps_numba.server.plan import Plan, plan_of, plan_table
-from hps_numba.server.table import TableSession
+from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
@@ -28,7 +28,7 @@ from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
-__all__ = ["Deployment", "Policies", "Progress", "config_of_model", "load_policies"]
+__all__ = ["Policies", "Progress", "ServedModel", "config_of_model", "load_policies"]
 
 log = logging.getLogger(__name__)
 Policies = tuple[Policy, ...]
@@ -74,7 +74,7 @@ def load_policies(config: ServerConfig, model: ModelConfig, *, allow_code: bool 
     return tuple(load_policy(name, allow_code=allow_code, folder=config.folder) for name in names)
 
 
-class Deployment:
+class ServedModel:
     """The tables of one model.
 
     Args:
@@ -110,16 +110,16 @@ class Deployment:
             undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
         #: of tables that are looked up together on a device
-        self.groups = TableGroups(model.num_of_worker_buffer_in_pool)
+        self.groups = FusedTables(model.num_of_worker_buffer_in_pool)
         #: even while one version of all tables is in force, odd while they are being switched
         self.switches = 0
 
-    def _session(self, spec: TableSpec, undo: ExitStack) -> TableSession:
+    def _session(self, spec: TableSpec, undo: ExitStack) -> ServedTable:
         store = None
         if self._host is not None:
             store = self._host.store(spec.tag, spec.dim)
             undo.callback(self._host.erase, spec.tag)
-        return TableSession(
+        return ServedTable(
             spec,
             store,
             self._slower,
@@ -135,7 +135,7 @@ class Deployment:
         """Number of the content: 1 at first, one more with each replacement."""
         return 1 + self.switches // 2
 
-    def table(self, table_id: int | str) -> TableSession:
+    def table(self, table_id: int | str) -> ServedTable:
         """A table by number or name.
 
         Raises:
@@ -322,13 +322,13 @@ class Deployment:
         """A new version is loaded into host memory, because it is at the start too, or because nothing else has the rows."""
         return self._fills_host() or (self._host is not None and not self._slower.writable)
 
-    def _aside(self, table: TableSession, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
+    def _aside(self, table: ServedTable, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
         """The new version of a table for host memory; empty where host memory fills itself from the tiers behind."""
         if table.store is None:
             return None
         return self._filled(table, path, on_rows) if fill else table.store.sibling()
 
-    def _filled(self, table: TableSession, path: str, on_rows: Progress) -> HostStore:
+    def _filled(self, table: ServedTable, path: str, on_rows: Progress) -> HostStore:
         assert table.store is not None
         with open_model(path, table.spec.dim) as reader:
             return load_table(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hps_numba.cache.index_mirror import may_copy
+from hps_numba.cache.index_mirror import may_mirror
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.device import driver
 from hps_numba.device.host_memory import available_bytes, human_bytes
@@ -36,7 +36,7 @@ class TablePlan:
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
         cache_rows: rows that each cache has room for, or 0.
         cache_bytes: bytes that each cache takes, without the buffers of batches.
-        index_copy_bytes: bytes that a copy of host memory's index takes beside each cache on a device, if there is room.
+        index_mirror_bytes: bytes that a copy of host memory's index takes beside each cache on a device, if there is room.
         devices: CUDA ordinals that have a cache of the table; with none, ``cache_bytes`` are of host memory.
     """
 
@@ -49,7 +49,7 @@ class TablePlan:
     persistent_bytes: int
     cache_rows: int = 0
     cache_bytes: int = 0
-    index_copy_bytes: int = 0
+    index_mirror_bytes: int = 0
     devices: tuple[int, ...] = ()
 
 
@@ -78,9 +78,9 @@ class Plan:
         return self._on_devices(lambda table: table.cache_bytes)
 
     @property
-    def index_copy_bytes(self) -> dict[int, int]:
+    def index_mirror_bytes(self) -> dict[int, int]:
         """Bytes of the copies of indexes on each device, if there is room for all of them (``cache.index_mirror``)."""
-        return self._on_devices(lambda table: table.index_copy_bytes)
+        return self._on_devices(lambda table: table.index_mirror_bytes)
 
     def _on_devices(self, size_of: Callable[[TablePlan], int]) -> dict[int, int]:
         devices = sorted({device for table in self.tables for device in table.devices})
@@ -111,7 +111,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        sizes = {"device_bytes": self.device_bytes, "index_copy_bytes": self.index_copy_bytes}
+        sizes = {"device_bytes": self.device_bytes, "index_mirror_bytes": self.index_mirror_bytes}
         by_device = {name: {str(device): size for device, size in of.items()} for name, of in sizes.items()}
         return {**asdict(self), "host_bytes": self.host_bytes, **by_device, "fits": self.fits}
 
@@ -150,8 +150,8 @@ def plan_table(
     model = next(model for model in config.models if model.model == spec.model)
     places = _cache_places(config, model.deployed_device_list)
     shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
-    copies = shape is not None and places and keeps_rows and may_copy(shape.kind, shape.whole, model.miss_path)
-    index_copy = index_bytes(lines_for(host_rows)) if copies else 0
+    copies = shape is not None and places and keeps_rows and may_mirror(shape.kind, shape.whole, model.miss_path)
+    index_mirror = index_bytes(lines_for(host_rows)) if copies else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
     return TablePlan(
         model=spec.model,
@@ -163,7 +163,7 @@ def plan_table(
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
         cache_rows=0 if shape is None else shape.rows,
         cache_bytes=0 if shape is None else shape_bytes(spec, shape),
-        index_copy_bytes=index_copy,
+        index_mirror_bytes=index_mirror,
         devices=places if shape is not None and places else (),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hps_numba.config import ServerConfig, read_config
 from hps_numba.errors import ConfigError, UnknownModelError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
 
 __all__ = ["SERVERS", "Config", "Servers", "check_batch", "config_of", "server_of"]
@@ -50,10 +50,10 @@ class Servers:
 
     def __init__(self) -> None:
         self._servers: dict[str, HPS] = {}
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """New locks, as a forked child needs them."""
         self._lock = threading.Lock()
         self._building: dict[str, threading.RLock] = {}

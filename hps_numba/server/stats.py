@@ -33,10 +33,10 @@ class CacheStats:
         calls, keys: lookups and keys asked for.   hits, misses: keys that it had, or lacked.
         absent: keys that host memory lacked too.
         insertions: rows that entered after a lookup.   evictions: rows that left for others.
-        withdrawn: rows that changed in host memory on their way into the cache, and were not shown.
+        stale_dropped: rows that changed in host memory on their way into the cache, and were not shown.
         refused: newcomers that the policy did not admit.   policy: its name.
         staged: lookups whose missed rows were gathered by host threads (``miss_path``).
-        index_copy_bytes: of ``bytes``, those of a copy of host memory's index that misses are looked up in now, or 0.
+        index_mirror_bytes: of ``bytes``, those of a copy of host memory's index that misses are looked up in now, or 0.
     """
 
     device: int | None
@@ -49,10 +49,10 @@ class CacheStats:
     absent: int
     insertions: int
     evictions: int
-    withdrawn: int
+    stale_dropped: int
     refused: int
     staged: int
-    index_copy_bytes: int
+    index_mirror_bytes: int
     policy: str
 
     @property

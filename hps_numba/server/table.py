@@ -1,6 +1,6 @@
 """One batch through the hierarchy: host store, then slower tiers, then the default value.
 
-The way of a lookup: ``HPS.lookup`` (server_lookups.py) -> ``TableSession.lookup`` (here) -> ``HostStore.lookup``
+The way of a lookup: ``HPS.lookup`` (server_lookups.py) -> ``ServedTable.lookup`` (here) -> ``HostStore.lookup``
 (storage/host_store.py) -> ``kernels.host.lookup`` (kernels/host/lookup.py); what the host store lacks -> ``TierStack.fetch``
 (hierarchy.py).
 """
@@ -21,7 +21,7 @@ from hps_numba.arrays.host import NUMPY
 from hps_numba.cache.cache import KEY_BYTES, EmbeddingCache
 from hps_numba.config import TableSpec
 from hps_numba.device.driver import is_capturing
-from hps_numba.errors import DeviceError, OutputError, TierError, TierUnavailable
+from hps_numba.errors import ArrayError, DeviceError, TierError, TierUnavailable
 from hps_numba.kernels.dtypes import ELEMENT_BYTES
 from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import (
@@ -33,8 +33,8 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_TIER_HITS,
     COUNTER_UNANSWERED,
 )
-from hps_numba.runtime.fork import renew_after_fork
-from hps_numba.server.miss_list import AbsentKeys
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.server.miss_list import MissList
 from hps_numba.server.stats import Counters, TableStats
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.storage.host.content import address_of
@@ -42,7 +42,7 @@ from hps_numba.storage.host.pooling import Bags, Missing, pool_bags
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
 
-__all__ = ["Change", "TableSession"]
+__all__ = ["Change", "ServedTable"]
 
 Background = Callable[[Callable[[], None]], bool]
 """Runs a job later; False if it never will."""
@@ -50,7 +50,7 @@ Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From float32 rows ``[n, dim]``, its own to write to, and bool ``[n]``, which of them exist, to new rows."""
 
 
-class TableSession:
+class ServedTable:
     """One table as it is served.
 
     Args:
@@ -96,21 +96,21 @@ class TableSession:
         self._keeps_missed = keep_missed and store is not None
         self._counters = Counters()
         self._writes = 0
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
     @property
     def output_dtype(self) -> np.dtype:
         """NumPy's dtype of answers in host memory.
 
         Raises:
-            OutputError: it has none.
+            ArrayError: it has none.
         """
         if self.output_type == "bfloat16":
-            raise OutputError("output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32 or float16")
+            raise ArrayError("output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32 or float16")
         return np.dtype(self.output_type)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """New locks: in a forked child nobody gives back those that another thread held."""
         self._write_lock = threading.RLock()
         self._taking_in = threading.Lock()
@@ -230,7 +230,7 @@ class TableSession:
         writes = self._writes
         background = self._background
         never_waits = self._threshold <= 0 and background is not None
-        absent = AbsentKeys(cache, keys, stream, later=self._threshold <= 1)
+        absent = MissList(cache, keys, stream, later=self._threshold <= 1)
         handed_over = False
         try:
             cache.lookup(keys.address, keys.n, out, stream, key_form=keys.form, out_type=out_type, absent_list=absent.address)
@@ -252,7 +252,7 @@ class TableSession:
             if not handed_over:
                 absent.release()
 
-    def _fetch_later(self, cache: EmbeddingCache, absent: AbsentKeys, missing: int, writes: int) -> None:
+    def _fetch_later(self, cache: EmbeddingCache, absent: MissList, missing: int, writes: int) -> None:
         try:
             if missing < 0:
                 missing = absent.count()
@@ -469,7 +469,7 @@ class TableSession:
             found[behind] = here
         return rows, found
 
-    def rewrite(self, keys: np.ndarray, change: Change) -> int:
+    def read_modify_write(self, keys: np.ndarray, change: Change) -> int:
         """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write between.
 
         Returns how many keys were new.   Raises as ``read`` and ``insert``.

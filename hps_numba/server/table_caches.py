@@ -140,7 +140,7 @@ class TableCaches:
             step = max(1, math.ceil(cache.sets * (self._share or 1.0)))
             for first in range(0, cache.sets, step):
                 self._refresh_sets(cache, first, min(first + step, cache.sets), fetch, drop=drop)
-            self._resident[device] = cache.check_complete()
+            self._resident[device] = cache.check_fully_resident()
 
     def _refresh_sets(self, cache: EmbeddingCache, first: int, stop: int, fetch: Fetch | None, *, drop: bool) -> None:
         if self._store is not None:
@@ -174,10 +174,10 @@ class TableCaches:
             absent=counts.absent,
             insertions=counts.inserted,
             evictions=counts.evicted,
-            withdrawn=counts.withdrawn,
+            stale_dropped=counts.stale_dropped,
             refused=counts.refused,
             staged=counts.staged,
-            index_copy_bytes=cache.index_copy_bytes,
+            index_mirror_bytes=cache.index_mirror_bytes,
             policy=cache.policy.name,
         )
 

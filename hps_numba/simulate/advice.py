@@ -8,7 +8,7 @@ from typing import Any
 
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.progress import rows_progress
-from hps_numba.simulate.candidates import Contender, contenders, known_names
+from hps_numba.simulate.candidates import Candidate, contenders, known_names
 from hps_numba.simulate.dense_trace import NumberedTrace, OnRequests
 from hps_numba.simulate.geometry import WAYS
 from hps_numba.simulate.lookup_time import ASSUMPTIONS, lookup_seconds
@@ -120,7 +120,7 @@ def advise(
     ceiling = search.at_rest(chosen[0]).hit_rate
     with rows_progress(0, progress, unit="requests", doing="searching") as advance:
 
-        def work(one: Contender, check: Callable[[], None]) -> Run | None:
+        def work(one: Candidate, check: Callable[[], None]) -> Run | None:
             def on_requests(n: int) -> None:
                 check()
                 advance(one.name, n)
@@ -166,14 +166,14 @@ class _Search:
         self._trace, self._settings, self._target = trace, settings, target
         trace.firsts(max(1, round(settings.batch * trace.rate)))
 
-    def _run(self, one: Contender, rows: int, on_requests: OnRequests) -> Run:
+    def _run(self, one: Candidate, rows: int, on_requests: OnRequests) -> Run:
         return simulate_one(one, "gpu", rows, self._trace, self._settings, on_requests)
 
-    def at_rest(self, one: Contender, on_requests: OnRequests = lambda n: None) -> Run:
+    def at_rest(self, one: Candidate, on_requests: OnRequests = lambda n: None) -> Run:
         """The cache that is never full."""
         return self._run(one, _ROOM * max(1, round(self._trace.distinct / self._trace.rate)), on_requests)
 
-    def smallest(self, one: Contender, on_requests: OnRequests) -> Run | None:
+    def smallest(self, one: Candidate, on_requests: OnRequests) -> Run | None:
         """The smallest cache with the target, to ``_PRECISION`` or a set; None if there is none."""
         best = self.at_rest(one, on_requests)
         if best.hit_rate < self._target:

@@ -14,7 +14,7 @@ from hps_numba.kernels.policies._policy import Policy
 from hps_numba.simulate.algorithms._algorithm import Algorithm
 from hps_numba.simulate.algorithms._scored import scored
 
-__all__ = ["BOUNDS", "Contender", "contender", "contenders", "known_names"]
+__all__ = ["BOUNDS", "Candidate", "contender", "contenders", "known_names"]
 
 _ALGORITHMS = "hps_numba.simulate.algorithms"
 _POLICIES = "hps_numba.kernels.policies"
@@ -23,7 +23,7 @@ _IN_SETS_ONLY = ("admit", "victim", "takes_key")  # what a policy may have that 
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One line of a comparison.
 
     Attributes:
@@ -65,7 +65,7 @@ def known_names() -> tuple[list[str], list[str]]:
     return plugins.names(_ALGORITHMS), plugins.names(_POLICIES)
 
 
-def contender(policy: Any, *, allow_code: bool = False) -> Contender:
+def contender(policy: Any, *, allow_code: bool = False) -> Candidate:
     """What a name, a class or a ``Policy`` stands for.
 
     Args:
@@ -78,27 +78,27 @@ def contender(policy: Any, *, allow_code: bool = False) -> Contender:
     """
     if not isinstance(policy, str):
         made = as_policy(policy)
-        return Contender(made.name, None, made)
+        return Candidate(made.name, None, made)
     if plugins.is_reference(policy):
-        return Contender(policy.rpartition(":")[2], None, load_policy(policy, allow_code=allow_code, folder=Path.cwd()))
+        return Candidate(policy.rpartition(":")[2], None, load_policy(policy, allow_code=allow_code, folder=Path.cwd()))
     algorithms, policies = known_names()
     if policy not in algorithms and policy not in policies:
         known = ", ".join(sorted({*algorithms, *policies}))
         raise PolicyError(f"policy {policy!r} is unknown, known are {known}; one of your own is file.py:NAME or module:NAME")
-    return Contender(
+    return Candidate(
         policy,
         plugins.load(_ALGORITHMS, policy, error=PolicyError) if policy in algorithms else None,
         load_policy(policy) if policy in policies else None,
     )
 
 
-def contenders(policies: Sequence[Any], *, allow_code: bool = False) -> list[Contender]:
+def contenders(policies: Sequence[Any], *, allow_code: bool = False) -> list[Candidate]:
     """Each ``contender`` once, names made unique.
 
     Raises:
         PolicyError: as ``contender``, or two different policies have the same name.
     """
-    found: dict[str, Contender] = {}
+    found: dict[str, Candidate] = {}
     for policy in policies:
         one = contender(policy, allow_code=allow_code)
         if one.name in found and found[one.name] != one:

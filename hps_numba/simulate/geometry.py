@@ -9,7 +9,7 @@ import numpy as np
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.errors import ConfigError
-from hps_numba.kernels.layouts.cache import MAX_BATCH, SCRATCH_ASSUME, SET_BYTES, STATE_BYTES, WAYS
+from hps_numba.kernels.layouts.cache import MAX_BATCH, SET_BYTES, STATE_BYTES, WAYS, WORKSPACE_ASSUME
 from hps_numba.kernels.policies._policy import Policy
 
 __all__ = ["WAYS", "GpuGeometry"]
@@ -31,7 +31,7 @@ class GpuGeometry(EmbeddingCache):
             raise ConfigError(f"batch: {batch} keys in a call, wanted 1 to {MAX_BATCH}")
         super().__init__(1, rows, device=None, policy=policy, default=float(_MISSED), name="simulation")
         self._own.reserve(batch, False, 0)
-        self._place.store_word(self._own.address + SCRATCH_ASSUME, 1, 0)  # every key has a row behind the cache
+        self._backend.store_word(self._own.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row behind the cache
         self._answers = np.empty(batch, np.float32)
 
     @property
@@ -43,7 +43,7 @@ class GpuGeometry(EmbeddingCache):
     def replay(self, keys: np.ndarray, hits: np.ndarray, batch: int) -> None:
         """Ask for int64 ``[n]`` keys in batches, and write which were there when their batch began: uint8 ``[n]``.
 
-        Newcomers get the rows that the scratch of the batch has for them, which nobody wrote: they are 0.
+        Newcomers get the rows that the workspace of the batch has for them, which nobody wrote: they are 0.
         """
         address = keys.__array_interface__["data"][0]
         out = self._answers.__array_interface__["data"][0]

@@ -24,7 +24,7 @@ from hps_numba.kernels.host.numbering import sample_keys, tally
 from hps_numba.runtime.progress import rows_progress
 from hps_numba.runtime.threads import available_cores
 from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, RESIDENT
-from hps_numba.simulate.candidates import BOUNDS, Contender, contenders
+from hps_numba.simulate.candidates import BOUNDS, Candidate, contenders
 from hps_numba.simulate.dense_trace import HASH_BITS, NumberedTrace, number_trace
 from hps_numba.simulate.geometry import WAYS, GpuGeometry
 from hps_numba.simulate.results import Run, Simulation
@@ -167,7 +167,7 @@ def number_for(trace: Trace, sample: float, progress: bool | None) -> NumberedTr
 def simulate_numbered(
     numbered: NumberedTrace,
     format: str,
-    chosen: list[Contender],
+    chosen: list[Candidate],
     sizes: Any,
     *,
     geometry: str,
@@ -274,12 +274,12 @@ def warmup_of(warmup: float, requests: int, batch: int) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    contender: Contender
+    contender: Candidate
     geometry: str
     rows: int
 
 
-def _jobs(chosen: list[Contender], rows: list[int], geometry: str, bounds: bool) -> tuple[list[_Job], tuple[str, ...]]:
+def _jobs(chosen: list[Candidate], rows: list[int], geometry: str, bounds: bool) -> tuple[list[_Job], tuple[str, ...]]:
     """What is to be simulated, and what of it cannot be."""
     jobs, skipped = [], []
     deployable = [one for one in chosen if not one.is_bound]
@@ -304,7 +304,7 @@ def _jobs(chosen: list[Contender], rows: list[int], geometry: str, bounds: bool)
 
 
 def simulate_one(
-    one: Contender,
+    one: Candidate,
     geometry: str,
     rows: int,
     trace: NumberedTrace,
@@ -369,7 +369,7 @@ _Step = Callable[[int, np.ndarray, np.ndarray], None]
 _Counted = Callable[[], np.ndarray]
 
 
-def _associative(one: Contender, capacity: int, batch: int, trace: NumberedTrace) -> tuple[_Step, _Counted]:
+def _associative(one: Candidate, capacity: int, batch: int, trace: NumberedTrace) -> tuple[_Step, _Counted]:
     algorithm = one.associative(batch, max(1, 4 * batch // capacity))
     size = min(capacity, max(1, trace.distinct))  # what a larger one holds is the same
     if one.algorithm is not None and not algorithm.bound:

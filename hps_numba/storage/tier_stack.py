@@ -19,7 +19,7 @@ from hps_numba import plugins
 from hps_numba.config import ServerConfig
 from hps_numba.device.host_memory import HostAllocator
 from hps_numba.errors import ClosedError, ConfigError, TierError, TierUnavailable
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.tiers._tier import Fetched, Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
@@ -94,10 +94,10 @@ class TierStack:
     def __init__(self, tiers: Iterable[Tier]) -> None:
         self.tiers: Sequence[Tier] = tuple(tiers)
         self._closed = False
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget the reads of threads that a forked child does not have."""
         self._reads = 0
         self._reads_changed = threading.Condition(threading.Lock())

@@ -22,7 +22,7 @@ import numpy as np
 from hps_numba.device import driver
 from hps_numba.errors import ConfigError, TraceError
 from hps_numba.kernels.host.numbering import sample_keys
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["TraceRecording", "facts_beside"]
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _BUFFER = 1 << 17  # keys that wait to be written
 _HEADER = 128
 _HASH_BITS = 24
-_FORMS = {"int64": np.int64, "int32": np.int32, "uint32": np.uint32, "narrow64": np.int64}
+_FORMS = {"int64": np.int64, "int32": np.int32, "uint32": np.uint32, "checked32_in_int64": np.int64}
 
 
 def facts_beside(path: Path) -> Path:
@@ -64,15 +64,15 @@ class TraceRecording:
         self.keys = self.requests = self.calls = 0
         self.done = False
         self._buffer, self._waiting, self._written = np.empty(_BUFFER, np.int64), 0, 0
-        self.renew()
+        self.reset_after_fork()
         try:
             self._file: BinaryIO = self.path.open("wb")
         except OSError as problem:
             raise TraceError(f"record_trace: {self.path}: {problem.strerror}") from None
-        renew_after_fork(self)
+        register_fork_reset(self)
         self._write()
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a forked child: the file belongs to the parent."""
         self._lock = threading.Lock()
         if self.calls or hasattr(self, "_file"):

@@ -31,7 +31,7 @@ def save_trained(
         extra: gives more members of the file, while steps wait.
 
     Raises:
-        ModelFileError: it cannot be written; an older one is as it was.   Otherwise as ``HPS.held``.
+        ModelFileError: it cannot be written; an older one is as it was.   Otherwise as ``HPS.locked_table``.
     """
     with ExitStack() as waiting:
         order = sorted(trainers, key=lambda one: one.spec.tag)  # of all who save, so that none waits for another in a circle
@@ -44,7 +44,7 @@ def save_trained(
 
 
 def _held(trainer: RowTrainer) -> AbstractContextManager[tuple[np.ndarray, Read]]:
-    return trainer.server.held(trainer.spec.model, trainer.spec.name)
+    return trainer.server.locked_table(trainer.spec.model, trainer.spec.name)
 
 
 def _saved(trainer: RowTrainer, keys: np.ndarray, rows: Read) -> SavedTable:
@@ -105,7 +105,7 @@ def set_rows(
     Raises:
         As ``HPS.insert`` and ``HPS.erase``.
     """
-    with server.held(model, table) as (present, _):
+    with server.locked_table(model, table) as (present, _):
         stale = np.setdiff1d(present, keys)
         if len(stale):
             server.erase(stale, model, table)

@@ -20,7 +20,7 @@ from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.server.hps import HPS
 from hps_numba.storage.host.store import HostStore
@@ -143,10 +143,10 @@ class RowTrainer:
         self.steps = 0
         self._states = self._new_states()
         self._sweep_at = _FEW
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """A new lock, as a forked child needs it."""
         self._lock = threading.RLock()
 
@@ -175,7 +175,7 @@ class RowTrainer:
                 rule.apply(rows, gradients, states, self.steps + 1)
                 return rows
 
-            self.server.rewrite(keys, change, self.spec.model, self.spec.name)
+            self.server.read_modify_write(keys, change, self.spec.model, self.spec.name)
             self.steps += 1
             if self._states is not None:
                 self._states.upsert(keys, states)
@@ -279,4 +279,4 @@ def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, ini
         fill_new(spec, absent, rows, found, initializer)
         return rows
 
-    return server.rewrite(absent, change, model, table)
+    return server.read_modify_write(absent, change, model, table)

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._row_training import NotedRows
+from hps_numba.frontends._row_training import GradientAccumulator
 from hps_numba.frontends.tensorflow.lookup import (
     Table,
     clipped,
@@ -104,7 +104,7 @@ class _TableLayer(_Layer):
         super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
         self.table = Table(model_name, table_id, emb_vec_size, ps_config_file, global_batch_size)
 
-    def trained_tables(self) -> list[NotedRows]:
+    def trained_tables(self) -> list[GradientAccumulator]:
         """What optimizers of ours train; builds the server if this process has none."""
         return [table_rows(self.table, self.initializer)] if self.train_rows else []
 
@@ -190,7 +190,7 @@ class LookupCollection(_Layer):
             for feature, (table_id, size) in tables.items()
         }
 
-    def trained_tables(self) -> list[NotedRows]:
+    def trained_tables(self) -> list[GradientAccumulator]:
         """As of ``LookupLayer``."""
         return [table_rows(table, self.initializer) for table in self._tables.values()] if self.train_rows else []
 

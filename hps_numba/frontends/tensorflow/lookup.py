@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError, KeyDtypeError
-from hps_numba.frontends._requests import Request, Wanted
+from hps_numba.frontends._requests import Request, TableQuery
 from hps_numba.frontends.tensorflow.initialize import replica_count
 from hps_numba.frontends.tensorflow.operator import lookup_op
 from hps_numba.server.registry import Config, config_of
@@ -45,11 +45,11 @@ class Table:
     ps_config_file: Config = ""
     global_batch_size: int = 1
     #: a row a key of this table
-    wanted: Wanted = field(init=False, repr=False, compare=False)
+    wanted: TableQuery = field(init=False, repr=False, compare=False)
     _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        wanted = Wanted(self.model_name, self.table_id, self.emb_vec_size)  # checked there, once
+        wanted = TableQuery(self.model_name, self.table_id, self.emb_vec_size)  # checked there, once
         for name, value in (
             ("ps_config_file", config_of(self.ps_config_file)),
             ("wanted", wanted),
@@ -58,7 +58,7 @@ class Table:
         ):
             object.__setattr__(self, name, value)
 
-    def request(self, *wanted: Wanted) -> Request:
+    def request(self, *wanted: TableQuery) -> Request:
         """For lookups of this table's server; made once."""
         replicas = replica_count()
         made = self._requests.get((wanted, replicas))
@@ -105,7 +105,7 @@ def embedding_lookup_many(lookups: Any) -> list[Any]:
     return [answer if ragged is None else ragged.with_flat_values(answer) for answer, (_, _, _, ragged) in zip(answers, pieces)]
 
 
-def _piece(table: Table, ids: Any, combiner: str | None = None) -> tuple[Wanted, list[Any], Any, Any]:
+def _piece(table: Table, ids: Any, combiner: str | None = None) -> tuple[TableQuery, list[Any], Any, Any]:
     """``(wanted, inputs, static shape, ids if they are ragged)`` of one table."""
     ragged = None
     if isinstance(ids, tf.SparseTensor):

@@ -25,7 +25,7 @@ import tensorflow as tf
 from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
-from hps_numba.frontends._row_training import NotedRows, RowOptimizer, noted_rows
+from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, noted_rows
 from hps_numba.frontends.tensorflow.lookup import Table, check_sparse, clipped, embedding_lookup
 from hps_numba.frontends.tensorflow.operator import python_op
 from hps_numba.training import trainer
@@ -102,7 +102,7 @@ _create_op = python_op("hps_numba.create_rows.1", _create)
 _note_op = python_op("hps_numba.note_gradient.1", _note)
 
 
-def table_rows(table: Table, initializer: Initializer | None = None) -> NotedRows:
+def table_rows(table: Table, initializer: Initializer | None = None) -> GradientAccumulator:
     """What was noted of a table; builds its server if this process has none.
 
     Raises:
@@ -180,7 +180,7 @@ def trained_lookup_sparse(
 # -- optimizers ---------------------------------------------------------------------
 
 
-def _tables_in(layers: Any) -> Iterator[NotedRows]:
+def _tables_in(layers: Any) -> Iterator[GradientAccumulator]:
     if isinstance(layers, keras.layers.Layer):
         own = getattr(layers, "trained_tables", None)
         if own is not None:
@@ -228,7 +228,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> in
     """Write the rows of an optimizer's tables and its state to one file, whole or not there; returns how many rows.
 
     Raises:
-        ModelFileError: it cannot be written.   Otherwise as ``HPS.held``.
+        ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
     """
     return save_trained(path, optimizer.trainers)
 

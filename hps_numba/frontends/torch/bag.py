@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hps_numba.arrays.bags import MOST_KEYS
+from hps_numba.arrays.bags import MAX_KEYS
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._requests import tables_of
 from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
@@ -119,7 +119,7 @@ class HPSEmbeddingBag(OneTableLayer):
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return False
         check_keys(keys)
-        if keys.numel() <= MOST_KEYS and bound_to(self.request, keys.get_device()) is not None:
+        if keys.numel() <= MAX_KEYS and bound_to(self.request, keys.get_device()) is not None:
             return True
         ((server, wanted),) = tables_of(self.request)
         return server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel())

@@ -28,7 +28,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
             belongs to: ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
 
     Raises:
-        ModelFileError: it cannot be written.   Otherwise as ``HPS.held``.
+        ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
     """
 
     def extra() -> dict[str, bytes]:

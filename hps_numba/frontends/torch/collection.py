@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hps_numba.arrays.bags import MOST_KEYS
+from hps_numba.arrays.bags import MAX_KEYS
 from hps_numba.errors import ClosedError, ConfigError
-from hps_numba.frontends._requests import Request, Wanted, answer, tables_of
+from hps_numba.frontends._requests import Request, TableQuery, answer, tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
@@ -38,10 +38,10 @@ def _lookup_many_on_cuda(
     """``in_one``: the answers may be parts of one tensor, which is sooner made."""
     device, dtype = keys[0].get_device(), keys[0].dtype
     operator.check_keys(keys[0])
-    bound = operator.tables_bound_to(request, device)
+    bound = operator.fused_lookup_for(request, device)
     form = None if bound is None else bound.forms.get(dtype)
     counts = [some.numel() for some in keys]
-    if bound is not None and form is not None and max(counts) <= MOST_KEYS and _are_alike(keys, dtype, device):
+    if bound is not None and form is not None and max(counts) <= MAX_KEYS and _are_alike(keys, dtype, device):
         make = _parts_of_one if in_one else _one_by_one
         rows = make(keys, counts, dims)
         try:
@@ -68,11 +68,11 @@ def _are_alike(keys: list[torch.Tensor], dtype: torch.dtype, device: int) -> boo
 def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor | None:
     """Rows of keys ``[tables, ...]`` on a GPU; None where that takes more than the kernels of caches."""
     device = keys.get_device()
-    bound = operator.tables_bound_to(request, device)
+    bound = operator.fused_lookup_for(request, device)
     form = None if bound is None else bound.forms.get(keys.dtype)
     tables = keys.shape[0]
     n = keys.numel() // tables
-    if bound is None or form is None or not keys.is_contiguous() or n > MOST_KEYS:
+    if bound is None or form is None or not keys.is_contiguous() or n > MAX_KEYS:
         return None
     rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
     first, to = keys.data_ptr(), rows.data_ptr()
@@ -148,7 +148,7 @@ class LookupCollection(TrainableLayer):
         super().__init__()
         if not tables:
             raise ConfigError("tables: none came, {feature: (table_id, emb_vec_size)} is wanted")
-        self._wanted = {feature: Wanted(model_name, table, dim) for feature, (table, dim) in tables.items()}
+        self._wanted = {feature: TableQuery(model_name, table, dim) for feature, (table, dim) in tables.items()}
         # joined when called, by what a compiler can follow
         self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
         self._texts = dict(zip(self._wanted, texts, strict=True))

@@ -21,8 +21,8 @@ import torch
 from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.arrays.cuda import FORMS
 from hps_numba.errors import ClosedError, ConfigError, KeyDtypeError
-from hps_numba.frontends._requests import Wanted, tables_of
-from hps_numba.server.fused_tables import TogetherOnDevice
+from hps_numba.frontends._requests import TableQuery, tables_of
+from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.hps import HPS
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ __all__ = [
     "check_keys",
     "current_stream",
     "follow_vmap",
+    "fused_lookup_for",
     "is_plain",
     "library",
     "lookup",
     "rows_of",
     "rows_on_cpu",
     "rows_on_cuda",
-    "tables_bound_to",
     "unbind",
 ]
 
@@ -64,7 +64,7 @@ def check_keys(keys: torch.Tensor) -> None:
         raise KeyDtypeError(f"keys: {str(keys.dtype).removeprefix('torch.')} came, one of {names} is wanted")
 
 
-def _table_of(request: str, dim: int) -> tuple[HPS, Wanted]:
+def _table_of(request: str, dim: int) -> tuple[HPS, TableQuery]:
     ((server, wanted),) = tables_of(request)
     if wanted.dim != dim:
         raise ConfigError(f"dim: {dim} came, {wanted.dim} is wanted, as the request says")
@@ -75,7 +75,7 @@ def _lookup_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     return rows_on_cpu(keys, *_table_of(request, dim))
 
 
-def rows_on_cpu(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
+def rows_on_cpu(keys: torch.Tensor, server: HPS, wanted: TableQuery) -> torch.Tensor:
     """float32 rows of keys on the CPU."""
     check_keys(keys)
     shape = (*keys.shape, wanted.dim)
@@ -88,7 +88,7 @@ def rows_on_cpu(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor
     return torch.from_numpy(memory)
 
 
-def rows_on_cuda(keys: torch.Tensor, server: HPS, wanted: Wanted) -> torch.Tensor:
+def rows_on_cuda(keys: torch.Tensor, server: HPS, wanted: TableQuery) -> torch.Tensor:
     """float32 rows of keys on a GPU, in the order of its current stream."""
     check_keys(keys)
     rows: torch.Tensor = server.lookup(keys, wanted.model, wanted.table)
@@ -108,7 +108,7 @@ def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
 
 
-OnDevice = TypeVar("OnDevice", "EmbeddingCache", TogetherOnDevice)
+OnDevice = TypeVar("OnDevice", "EmbeddingCache", FusedLookup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Bound(Generic[OnDevice]):
 
 _At = tuple[str, int]  # a request and the number of a GPU
 _bound: dict[_At, Bound[EmbeddingCache]] = {}
-_bound_tables: dict[_At, Bound[TogetherOnDevice]] = {}
+_bound_tables: dict[_At, Bound[FusedLookup]] = {}
 _FORMS = {wide: {kind: FORMS[wide][str(kind).removeprefix("torch.")] for kind in KEY_TYPES} for wide in (False, True)}
 
 
@@ -136,7 +136,7 @@ def bound_to(request: str, device: int) -> Bound[EmbeddingCache] | None:
     return None if bound is None or bound.server.records else bound
 
 
-def tables_bound_to(request: str, device: int) -> Bound[TogetherOnDevice] | None:
+def fused_lookup_for(request: str, device: int) -> Bound[FusedLookup] | None:
     """``bound_to`` of a request for several tables, which are looked up together."""
     bound = _bound_tables.get((request, device)) or _bind(_bound_tables, (request, device), _together_on)
     return None if bound is None or bound.server.records else bound
@@ -145,7 +145,7 @@ def tables_bound_to(request: str, device: int) -> Bound[TogetherOnDevice] | None
 def _bind(
     known: dict[_At, Bound[OnDevice]],
     at: _At,
-    cache_on: Callable[[int, list[tuple[HPS, Wanted]]], OnDevice | None],
+    cache_on: Callable[[int, list[tuple[HPS, TableQuery]]], OnDevice | None],
 ) -> Bound[OnDevice] | None:
     request, device = at
     tables = tables_of(request)
@@ -157,16 +157,16 @@ def _bind(
     return bound
 
 
-def _cache_on(device: int, tables: list[tuple[HPS, Wanted]]) -> EmbeddingCache | None:
+def _cache_on(device: int, tables: list[tuple[HPS, TableQuery]]) -> EmbeddingCache | None:
     ((server, wanted),) = tables
     return server.cache_on(device, wanted.model, wanted.table)
 
 
-def _together_on(device: int, tables: list[tuple[HPS, Wanted]]) -> TogetherOnDevice | None:
+def _together_on(device: int, tables: list[tuple[HPS, TableQuery]]) -> FusedLookup | None:
     server, model = tables[0][0], tables[0][1].model
     if any(other is not server or wanted.model != model for other, wanted in tables):
         return None
-    return server.together_on(device, model, [wanted.table for _, wanted in tables])
+    return server.fused_lookup_on(device, model, [wanted.table for _, wanted in tables])
 
 
 def unbind(request: str, device: int) -> None:

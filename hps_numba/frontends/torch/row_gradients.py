@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hps_numba.errors import ClosedError, ConfigError, OutputError
+from hps_numba.errors import ArrayError, ClosedError, ConfigError
 from hps_numba.frontends._requests import tables_of
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
 from hps_numba.training.initializers import Initializer
 from hps_numba.training.trainer import summed_rows
@@ -71,10 +71,10 @@ class Rows(torch.nn.Parameter):
         self.initializer: Initializer | None = None
         #: how gradients of the processes of ``torch.distributed`` become one, and of which group; None: each keeps its own
         self.reduction: tuple[str, Any] | None = None
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """A new lock, as a forked child needs it."""
         self._lock = threading.RLock()
 
@@ -128,7 +128,7 @@ class Rows(torch.nn.Parameter):
             wanted = [0 if self._sum is None else len(self._sum.keys), self.width]
             if self._sum is None or list(gradients.shape) != wanted:
                 came = list(gradients.shape)
-                raise OutputError(f"grad of rows: {came} came, {wanted} is wanted: a row for each touched key")
+                raise ArrayError(f"grad of rows: {came} came, {wanted} is wanted: a row for each touched key")
             self._sum = self._sum._replace(gradients=gradients)
 
     @property

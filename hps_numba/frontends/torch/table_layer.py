@@ -40,7 +40,7 @@ class TableLayer(torch.nn.Module):
         if self.rows_in_state_dict:
             state["rows"] = []
             for server, wanted in tables_of(text):
-                with server.held(wanted.model, wanted.table) as (keys, read):
+                with server.locked_table(wanted.model, wanted.table) as (keys, read):
                     state["rows"].append([torch.from_numpy(keys), torch.from_numpy(read(keys))])
         return state
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, Wanted, tables_of
+from hps_numba.frontends._requests import Request, TableQuery, tables_of
 from hps_numba.frontends.torch import operator, pooling
 from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
 from hps_numba.frontends.torch.table_layer import TableLayer
@@ -288,7 +288,7 @@ class OneTableLayer(TrainableLayer):
         initializer: str | Initializer | None,
     ) -> None:
         super().__init__()
-        wanted = Wanted(model_name, table_id, emb_vec_size)
+        wanted = TableQuery(model_name, table_id, emb_vec_size)
         self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
         self.emb_vec_size: int = wanted.dim
         self._set_training(trainable, initializer)

@@ -1,4 +1,4 @@
-"""What a batch leaves for its later kernels, in its scratch: positions to serve, newcomers by set, hits and keys to count."""
+"""What a batch leaves for its later kernels, in its workspace: positions to serve, newcomers by set, hits and keys to count."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from hps_numba.kernels.layouts.cache import (
     LINE_BYTES,
     POSITION_BITS,
     SCORES_AT,
-    SCRATCH_BATCH,
-    SCRATCH_BUCKETS,
-    SCRATCH_COUNTS,
-    SCRATCH_COUNTS_MASK,
-    SCRATCH_KEYS,
-    SCRATCH_LIST,
-    SCRATCH_LISTED,
-    SCRATCH_MASK,
-    SCRATCH_TICKET,
-    SCRATCH_TOUCHED,
-    SCRATCH_TOUCHED_LIST,
-    SCRATCH_WORDS,
     SET_BYTES,
     STATE_CAPACITY,
     STATE_INSERTED,
@@ -33,17 +21,29 @@ from hps_numba.kernels.layouts.cache import (
     TICKS_OF_A_CACHE,
     WAYS,
     WAYS_PER_LINE,
+    WORKSPACE_BATCH,
+    WORKSPACE_BUCKETS,
+    WORKSPACE_COUNTS,
+    WORKSPACE_COUNTS_MASK,
+    WORKSPACE_KEYS,
+    WORKSPACE_LIST,
+    WORKSPACE_LISTED,
+    WORKSPACE_MASK,
+    WORKSPACE_TICKET,
+    WORKSPACE_TOUCHED,
+    WORKSPACE_TOUCHED_LIST,
+    WORKSPACE_WORDS,
 )
 from hps_numba.kernels.simt.reference import (
     add32,
     add64,
-    after_former,
     block_number,
     block_tiles,
     cas32,
     cas64,
     fence,
     grid_blocks,
+    grid_dependency_sync,
     grid_tiles,
     is_block_leader,
     is_first_lane,
@@ -71,31 +71,31 @@ def policy_touch(score, now, count):
     return score
 
 
-def touch_later(state, scratch, slot):
-    """Count a hit of a way; the first of the batch lists it for ``touch_kernel``.   **Writes:** pending counts, scratch."""
+def touch_later(state, workspace, slot):
+    """Count a hit of a way; the first of the batch lists it for ``touch_kernel``.   **Writes:** pending counts, workspace."""
     if add32(ld64(state + STATE_PENDING) + 4 * slot, 1) == 0:
-        number = add64(scratch + SCRATCH_TOUCHED, 1)
-        st64(ld64(scratch + SCRATCH_TOUCHED_LIST) + 8 * number, slot)
+        number = add64(workspace + WORKSPACE_TOUCHED, 1)
+        st64(ld64(workspace + WORKSPACE_TOUCHED_LIST) + 8 * number, slot)
 
 
-def list_newcomer(scratch, place, lines, key, position, word, content):
+def list_newcomer(workspace, place, lines, key, position, word, content):
     """Enter a missing position with its set: of each set the lowest WAYS positions stay.
 
     The word of a bucket tells its batch, so that nothing need be cleared between batches; in the positions the batch counts
     down, so that those of older batches are larger. Each displaced position moves one place on: whatever the order in which
-    lanes arrive, the same positions stay, ascending.   **Writes:** scratch.
+    lanes arrive, the same positions stay, ascending.   **Writes:** workspace.
     """
-    batch = ld64(scratch + SCRATCH_BATCH)
-    st64(ld64(scratch + SCRATCH_KEYS) + 8 * position, key)
-    words = ld64(scratch + SCRATCH_WORDS) + 16 * position
+    batch = ld64(workspace + WORKSPACE_BATCH)
+    st64(ld64(workspace + WORKSPACE_KEYS) + 8 * position, key)
+    words = ld64(workspace + WORKSPACE_WORDS) + 16 * position
     st64(words, word)
     st64(words + 8, content)
     if COUNTED:
         fence()
-        count_key(scratch, key, position, batch)
+        count_key(workspace, key, position, batch)
     number = (place - lines) // SET_BYTES
-    buckets = ld64(scratch + SCRATCH_BUCKETS)
-    mask = ld64(scratch + SCRATCH_MASK)
+    buckets = ld64(workspace + WORKSPACE_BUCKETS)
+    mask = ld64(workspace + WORKSPACE_MASK)
     mine = ((batch & 0x7FFFFFFF) << 32) | number
     at = number & mask
     while True:
@@ -108,7 +108,7 @@ def list_newcomer(scratch, place, lines, key, position, word, content):
             if owner == mine:
                 break
             if owner >> 32 != batch & 0x7FFFFFFF:
-                st64(ld64(scratch + SCRATCH_LIST) + 8 * add64(scratch + SCRATCH_LISTED, 1), at)
+                st64(ld64(workspace + WORKSPACE_LIST) + 8 * add64(workspace + WORKSPACE_LISTED, 1), at)
                 break
         at = (at + 1) & mask
     oldest = (BATCH_MASK - (batch & BATCH_MASK)) << POSITION_BITS
@@ -124,11 +124,11 @@ def list_newcomer(scratch, place, lines, key, position, word, content):
             return
 
 
-def count_key(scratch, key, position, batch):
+def count_key(workspace, key, position, batch):
     """Count a missing key of the batch (a policy asks for counts).   **Writes:** counts: (tag | position, tag | count)."""
-    table = ld64(scratch + SCRATCH_COUNTS)
-    mask = ld64(scratch + SCRATCH_COUNTS_MASK)
-    keys = ld64(scratch + SCRATCH_KEYS)
+    table = ld64(workspace + WORKSPACE_COUNTS)
+    mask = ld64(workspace + WORKSPACE_COUNTS_MASK)
+    keys = ld64(workspace + WORKSPACE_KEYS)
     tag = (batch & BATCH_MASK) << POSITION_BITS
     entry = np.int64(index_hash(np.uint64(np.int64(key))) >> np.uint64(20)) & mask
     while True:
@@ -145,13 +145,13 @@ def count_key(scratch, key, position, batch):
         entry = (entry + 1) & mask
 
 
-def counted(scratch, key, batch):
+def counted(workspace, key, batch):
     """How often ``count_key`` counted a key in this batch, at least 1."""
-    table = ld64(scratch + SCRATCH_COUNTS)
+    table = ld64(workspace + WORKSPACE_COUNTS)
     if table == 0:
         return 1
-    mask = ld64(scratch + SCRATCH_COUNTS_MASK)
-    keys = ld64(scratch + SCRATCH_KEYS)
+    mask = ld64(workspace + WORKSPACE_COUNTS_MASK)
+    keys = ld64(workspace + WORKSPACE_KEYS)
     entry = np.int64(index_hash(np.uint64(np.int64(key))) >> np.uint64(20)) & mask
     while True:
         word = ld64(table + 16 * entry)
@@ -162,8 +162,8 @@ def counted(scratch, key, batch):
         entry = (entry + 1) & mask
 
 
-def finish_batch(state, scratch, batch, listed, advance):
-    """The last block to end leaves scratch as the next batch wants it.   **Writes:** scratch, clock.
+def finish_batch(state, workspace, batch, listed, advance):
+    """The last block to end leaves workspace as the next batch wants it.   **Writes:** workspace, clock.
 
     Only blocks that had some of the ``listed`` sets count, or the first if there were none: most blocks of most batches have
     nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met. After a batch
@@ -178,11 +178,11 @@ def finish_batch(state, scratch, batch, listed, advance):
         return
     fence()
     blocks = min(grid_blocks(), (listed + block_tiles() - 1) // block_tiles()) if listed > 0 else 1
-    if blocks == 1 or add64(scratch + SCRATCH_TICKET, 1) == blocks - 1:
-        st64(scratch + SCRATCH_TICKET, 0)
-        st64(scratch + SCRATCH_LISTED, 0)
-        st64(scratch + SCRATCH_TOUCHED, 0)
-        st64(scratch + SCRATCH_BATCH, batch + 1)
+    if blocks == 1 or add64(workspace + WORKSPACE_TICKET, 1) == blocks - 1:
+        st64(workspace + WORKSPACE_TICKET, 0)
+        st64(workspace + WORKSPACE_LISTED, 0)
+        st64(workspace + WORKSPACE_TOUCHED, 0)
+        st64(workspace + WORKSPACE_BATCH, batch + 1)
         move_clock(state, advance)
         fence()
 
@@ -199,23 +199,23 @@ def move_clock(state, advance):
         add64(state + STATE_NOW, ticks)
 
 
-def touch_kernel(lines, sets, state, scratch):
+def touch_kernel(lines, sets, state, workspace):
     """Touch the ways that the batch hit, each once with its count.   **Writes:** scores, pending counts.
 
     For policies that need counts; between the lookup and the insertion of a batch.
     """
-    after_former()
-    touch_batch(lines, state, scratch)
+    grid_dependency_sync()
+    touch_batch(lines, state, workspace)
 
 
-def touch_batch(lines, state, scratch):
+def touch_batch(lines, state, workspace):
     """``touch_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     pending = ld64(state + STATE_PENDING)
-    touched = ld64(scratch + SCRATCH_TOUCHED)
+    touched = ld64(workspace + WORKSPACE_TOUCHED)
     i = warp_number() * tiles_in_warp() + tile_in_warp()
     while i < touched:
-        slot = ld64(ld64(scratch + SCRATCH_TOUCHED_LIST) + 8 * i)
+        slot = ld64(ld64(workspace + WORKSPACE_TOUCHED_LIST) + 8 * i)
         score_at = lines + slot // WAYS_PER_LINE * LINE_BYTES + SCORES_AT + slot % WAYS_PER_LINE * 4
         if is_first_lane():
             count = ld32(pending + 4 * slot)

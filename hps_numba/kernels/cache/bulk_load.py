@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from hps_numba.kernels.cache.probe import home_line_of, other_set_of, set_of
+from hps_numba.kernels.cache.probe import alternate_set_of, primary_line_of, set_of
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.host.atomics import load_word, store_word
 from hps_numba.kernels.layouts.cache import (
-    CHAIN,
     LINE_BYTES,
     LINES_PER_SET,
     META_AT,
     OCCUPIED,
+    OVERFLOW,
     SCORES_AT,
     SET_BYTES,
     VERSION,
@@ -21,9 +21,9 @@ from hps_numba.kernels.simt.cpu import NAMES
 __all__ = ["keys_twice", "place_keys"]
 
 _set_of = host_function(set_of)
-_home_line_of = host_function(home_line_of)
-_other_set_of = host_function(other_set_of)
-_MOST_TURNS = 500
+_primary_line_of = host_function(primary_line_of)
+_alternate_set_of = host_function(alternate_set_of)
+_MAX_MOVES = 500
 _ld32, _st32 = NAMES["ld32"], NAMES["st32"]
 
 
@@ -44,7 +44,7 @@ def _mark_chain(place):
     """A key whose home set is at ``place`` stands in its other set.   **Writes:** meta."""
     for half in range(2):
         meta = place + half * LINE_BYTES + META_AT
-        _st32(meta, _ld32(meta) | CHAIN)
+        _st32(meta, _ld32(meta) | OVERFLOW)
 
 
 @host_function
@@ -59,7 +59,7 @@ def _put(line, way, key, score):
 def _away_set(lines, sets, place, key):
     """The one of the two sets of a key that is not at ``place``."""
     home = _set_of(lines, sets, key)
-    return _other_set_of(lines, sets, key) if home == place else home
+    return _alternate_set_of(lines, sets, key) if home == place else home
 
 
 @host_function
@@ -73,7 +73,7 @@ def _make_room(lines, sets, place):
         for way in range(WAYS_PER_LINE):
             key = load_word(line + 8 * way)
             away = _away_set(lines, sets, place, key)
-            to_line, to_way = _empty_way(away, _home_line_of(key))
+            to_line, to_way = _empty_way(away, _primary_line_of(key))
             if to_way >= 0:
                 _put(to_line, to_way, key, _ld32(line + SCORES_AT + 4 * way))
                 if _set_of(lines, sets, key) == place:
@@ -121,7 +121,7 @@ def place_keys(lines, sets, keys, n, score, numbered, chains):
 
     Args:
         score: uint32 of all keys, or, if ``numbered``, of the first key, the next counting on (row numbers).
-        chains: keys may stand in their other set; their home set is then marked CHAIN.
+        chains: keys may stand in their other set; their home set is then marked OVERFLOW.
 
     Returns how many found a place; of those that are left out none is in the cache.   **Writes:** lines.
     """
@@ -130,11 +130,11 @@ def place_keys(lines, sets, keys, n, score, numbered, chains):
         key = load_word(keys + 8 * i)
         mine = score + i if numbered else score
         place = _set_of(lines, sets, key)
-        line, way = _empty_way(place, _home_line_of(key))
+        line, way = _empty_way(place, _primary_line_of(key))
         turn = 0
-        while way < 0 and chains and turn < _MOST_TURNS:
+        while way < 0 and chains and turn < _MAX_MOVES:
             away = _away_set(lines, sets, place, key)
-            line, way = _empty_way(away, _home_line_of(key))
+            line, way = _empty_way(away, _primary_line_of(key))
             if way < 0:
                 line, way = _make_room(lines, sets, away)
             if way >= 0:

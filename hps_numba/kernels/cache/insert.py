@@ -10,7 +10,7 @@ from hps_numba.kernels.cache.probe import (
     guard_enter,
     guard_leave,
     home_in_host,
-    home_line_of,
+    primary_line_of,
     row_at,
 )
 from hps_numba.kernels.cache.rows import store_in_cache
@@ -28,14 +28,6 @@ from hps_numba.kernels.layouts.cache import (
     OCCUPIED,
     POSITION_BITS,
     SCORES_AT,
-    SCRATCH_BATCH,
-    SCRATCH_BUCKETS,
-    SCRATCH_CHANGES,
-    SCRATCH_KEYS,
-    SCRATCH_LIST,
-    SCRATCH_LISTED,
-    SCRATCH_SET_STATES,
-    SCRATCH_WORDS,
     SET_BYTES,
     STATE_CHANGES,
     STATE_EVICTED,
@@ -43,23 +35,31 @@ from hps_numba.kernels.layouts.cache import (
     STATE_INSERTED,
     STATE_NOW,
     STATE_REFUSED,
-    STATE_WITHDRAWN,
+    STATE_STALE_DROPPED,
     VERSION,
     WAYS,
     WAYS_PER_LINE,
+    WORKSPACE_BATCH,
+    WORKSPACE_BUCKETS,
+    WORKSPACE_CHANGES,
+    WORKSPACE_KEYS,
+    WORKSPACE_LIST,
+    WORKSPACE_LISTED,
+    WORKSPACE_SET_STATES,
+    WORKSPACE_WORDS,
 )
 from hps_numba.kernels.simt.reference import (
     add64,
-    after_former,
-    bits_set,
     cas32,
     fence,
     from_first_lane,
+    grid_dependency_sync,
     grid_tiles,
     is_first_lane,
     ld32,
     ld64,
     local_words,
+    popcount,
     probe_host_line,
     st32,
     st64,
@@ -71,8 +71,6 @@ from hps_numba.kernels.simt.reference import (
 )
 
 __all__ = [
-    "begin_change",
-    "end_change",
     "find_in_host_by_tile",
     "first_score",
     "insert_batch",
@@ -81,6 +79,8 @@ __all__ = [
     "lock_set",
     "score_of_way",
     "unlock_set",
+    "write_begin",
+    "write_end",
 ]
 
 # bound when built
@@ -109,7 +109,7 @@ def first_score(now, count, key):
     return policy_first(now, count)
 
 
-def leaving_way(scores, state, now):
+def victim_way(scores, state, now):
     """``policy_victim`` of a policy that does not look at the time."""
     return policy_victim(scores, state)
 
@@ -135,7 +135,7 @@ def unlock_set(place):
     sync_tile()
 
 
-def begin_change(line):
+def write_begin(line):
     """Keep readers from keys and rows of a line; the set is locked.   **Writes:** meta."""
     sync_tile()
     if is_first_lane():
@@ -144,7 +144,7 @@ def begin_change(line):
     sync_tile()
 
 
-def end_change(line, set_bits, clear_bits):
+def write_end(line, set_bits, clear_bits):
     """Show a line to readers again, with ways taken or let go.   **Writes:** meta."""
     fence()
     sync_tile()
@@ -188,7 +188,7 @@ def choose_way(place, home, entered):
     return best_line, best_way, True
 
 
-def ask_policy(lines, scratch, place, entered, now):
+def ask_policy(lines, workspace, place, entered, now):
     """``(line, way)`` that leaves a full set as the policy says, or the next one that is none of ``entered``.
 
     **Writes:** scores, state of the set.
@@ -197,12 +197,12 @@ def ask_policy(lines, scratch, place, entered, now):
     if is_first_lane():
         scores = local_words(WAYS)
         state = local_words(SET_STATE)
-        kept = ld64(scratch + SCRATCH_SET_STATES) + (place - lines) // SET_BYTES * (4 * SET_STATE)
+        kept = ld64(workspace + WORKSPACE_SET_STATES) + (place - lines) // SET_BYTES * (4 * SET_STATE)
         for way in range(WAYS):
             scores[way] = ld32(score_of_way(place, way))
         for i in range(SET_STATE):
             state[i] = ld32(kept + 4 * i)
-        chosen = np.int64(leaving_way(scores, state, now)) % WAYS
+        chosen = np.int64(victim_way(scores, state, now)) % WAYS
         for way in range(WAYS):
             st32(score_of_way(place, way), np.int64(scores[way]) & UINT32_MASK)
         for i in range(SET_STATE):
@@ -223,17 +223,19 @@ def score_of_way(place, way):
     return line_of_way(place, way) + SCORES_AT + 4 * (way % WAYS_PER_LINE)
 
 
-def may_enter(state, scratch, key, count, entry):
+def may_enter(state, workspace, key, count, entry):
     """Whether the policy lets a key take the place of that at ``entry``.   **Writes:** counters."""
     admitted = np.int64(0)
     if is_first_lane():  # another batch may be counting on: one lane looks, for all
-        admitted = np.int64(policy_admit(key, count, (estimate(state, scratch, key), estimate(state, scratch, ld64(entry)))))
+        admitted = np.int64(
+            policy_admit(key, count, (estimate(state, workspace, key), estimate(state, workspace, ld64(entry))))
+        )
         if admitted == 0:
             add64(state + STATE_REFUSED, 1)
     return from_first_lane(admitted) != 0
 
 
-def is_still_so(state, scratch, key, word, content):
+def still_current(state, workspace, key, word, content):
     """The host store has the row that the lookup read; a key without a host store stands for itself.
 
     The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, no
@@ -241,7 +243,7 @@ def is_still_so(state, scratch, key, word, content):
     """
     if content == 0:
         return True
-    before = ld64(scratch + SCRATCH_CHANGES)
+    before = ld64(workspace + WORKSPACE_CHANGES)
     if before != 0:
         changes = ld64(state + STATE_CHANGES)  # another kernel may be counting on: one lane looks, for all
         changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
@@ -253,7 +255,7 @@ def is_still_so(state, scratch, key, word, content):
     return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
 
 
-def insert_newcomer(lines, rows, state, scratch, place, position, source, stride, now, batch, entered):
+def insert_newcomer(lines, rows, state, workspace, place, position, source, stride, now, batch, entered):
     """Plant the row of a missing position in its set, which is locked.   **Writes:** line, row, counters.
 
     Returns the ways that rows of this batch ``entered``, which it does not evict again, and whether another row left (0, 1).
@@ -261,52 +263,52 @@ def insert_newcomer(lines, rows, state, scratch, place, position, source, stride
     Before the row is shown, the host store is asked whether it is still the row of the key. A change that comes later finds
     the row in the cache, for it waits for the lock; so no old row is ever shown after a change.
     """
-    key = ld64(ld64(scratch + SCRATCH_KEYS) + 8 * position)
-    home = home_line_of(key)
+    key = ld64(ld64(workspace + WORKSPACE_KEYS) + 8 * position)
+    home = primary_line_of(key)
     if find_in_set(place, home, key)[1] >= 0:
         return entered, 0
-    words = ld64(scratch + SCRATCH_WORDS) + 16 * position
-    if not is_still_so(state, scratch, key, ld64(words), ld64(words + 8)):
+    words = ld64(workspace + WORKSPACE_WORDS) + 16 * position
+    if not still_current(state, workspace, key, ld64(words), ld64(words + 8)):
         if is_first_lane():
-            add64(state + STATE_WITHDRAWN, 1)
+            add64(state + STATE_STALE_DROPPED, 1)
         return entered, 0
-    count = counted(scratch, key, batch) if COUNTED else 1
+    count = counted(workspace, key, batch) if COUNTED else 1
     line, way, evicts = choose_way(place, home, entered)
     if HAS_VICTIM and evicts:
-        line, way = ask_policy(lines, scratch, place, entered, now)
+        line, way = ask_policy(lines, workspace, place, entered, now)
     if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
         if is_first_lane():
             add64(state + STATE_REFUSED, 1)
         return entered, 0
-    if ADMITS and evicts and not may_enter(state, scratch, key, count, line + 8 * way):
+    if ADMITS and evicts and not may_enter(state, workspace, key, count, line + 8 * way):
         return entered, 0
-    begin_change(line)
+    write_begin(line)
     store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
     if is_first_lane():
         st64(line + 8 * way, key)
         st32(line + SCORES_AT + 4 * way, np.int64(first_score(now, count, key)) & UINT32_MASK)
-    end_change(line, 1 << way, 0)
+    write_end(line, 1 << way, 0)
     return entered | bit_of(place, line, way), 1 if evicts else 0
 
 
-def insert_kernel(lines, rows, state, source, stride, scratch, advance):
+def insert_kernel(lines, rows, state, source, stride, workspace, advance):
     """Insert the newcomers of a batch; then begin the next batch.
 
     Args:
         source: address of float32 rows by position in the batch, ``stride`` bytes apart: the stage, or given rows.
         advance: what is added to the clock of the policy.
 
-    **Writes:** lines, rows, counters, scratch.
+    **Writes:** lines, rows, counters, workspace.
     """
-    after_former()
-    insert_batch(lines, rows, state, source, stride, scratch, advance)
+    grid_dependency_sync()
+    insert_batch(lines, rows, state, source, stride, workspace, advance)
 
 
-def insert_batch(lines, rows, state, source, stride, scratch, advance):
+def insert_batch(lines, rows, state, source, stride, workspace, advance):
     """``insert_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
-    batch = ld64(scratch + SCRATCH_BATCH)
-    listed = ld64(scratch + SCRATCH_LISTED)
+    batch = ld64(workspace + WORKSPACE_BATCH)
+    listed = ld64(workspace + WORKSPACE_LISTED)
     oldest = (BATCH_MASK - (batch & BATCH_MASK)) << POSITION_BITS
     number = tile_number()
     if number < listed:
@@ -316,7 +318,7 @@ def insert_batch(lines, rows, state, source, stride, scratch, advance):
         sync_tile()
         inserted = evicted = np.int64(0)  # added once: all tiles fight for the two counters
         while number < listed:
-            bucket = ld64(scratch + SCRATCH_BUCKETS) + BUCKET_BYTES * ld64(ld64(scratch + SCRATCH_LIST) + 8 * number)
+            bucket = ld64(workspace + WORKSPACE_BUCKETS) + BUCKET_BYTES * ld64(ld64(workspace + WORKSPACE_LIST) + 8 * number)
             place = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
             lock_set(place)
             entered = np.int64(0)
@@ -326,10 +328,10 @@ def insert_batch(lines, rows, state, source, stride, scratch, advance):
                     break
                 position = value - oldest
                 entered, left = insert_newcomer(
-                    lines, rows, state, scratch, place, position, source, stride, now, batch, entered
+                    lines, rows, state, workspace, place, position, source, stride, now, batch, entered
                 )
                 evicted += left
-            inserted += bits_set(entered)
+            inserted += popcount(entered)
             unlock_set(place)
             number += grid_tiles()
         if is_first_lane():
@@ -337,4 +339,4 @@ def insert_batch(lines, rows, state, source, stride, scratch, advance):
             if evicted > 0:
                 add64(state + STATE_EVICTED, evicted)
             guard_leave(state, stripe)
-    finish_batch(state, scratch, batch, listed, advance)
+    finish_batch(state, workspace, batch, listed, advance)

@@ -7,18 +7,17 @@ import numpy as np
 from hps_numba.kernels.cache.batch import list_newcomer, touch_later
 from hps_numba.kernels.cache.miss_list import list_missed
 from hps_numba.kernels.cache.probe import (
+    alternate_set_of,
     find_in_host,
     guard_enter,
     guard_leave,
-    home_line_of,
-    other_set_of,
+    primary_line_of,
     row_at,
     set_of,
 )
 from hps_numba.kernels.cache.rows import copy_from_cache, copy_from_host, copy_rows, fill_answer
 from hps_numba.kernels.layouts.cache import (
     BUSY,
-    CHAIN,
     DESC_ROWS,
     DESC_SHIFT,
     LINE_BYTES,
@@ -26,17 +25,11 @@ from hps_numba.kernels.layouts.cache import (
     META_AT,
     MISSED_COUNTS,
     MISSED_OUT,
+    OVERFLOW,
     PLACE_RANK,
     PLACE_REGION,
     REGIONS,
     SCORES_AT,
-    SCRATCH_ABSENT,
-    SCRATCH_ABSENT_LIST,
-    SCRATCH_ASSUME,
-    SCRATCH_BUCKETS,
-    SCRATCH_MISSED,
-    SCRATCH_STAGE,
-    SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
     STATE_HOST,
     STATE_KEYS,
@@ -45,16 +38,23 @@ from hps_numba.kernels.layouts.cache import (
     STRIPES,
     STRIPES_AT,
     WAYS_PER_LINE,
+    WORKSPACE_ABSENT,
+    WORKSPACE_ABSENT_LIST,
+    WORKSPACE_ASSUME,
+    WORKSPACE_BUCKETS,
+    WORKSPACE_MISSED,
+    WORKSPACE_STAGE,
+    WORKSPACE_STAGE_STRIDE,
 )
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.simt.reference import (
     add64,
-    after_former,
     any_in_warp,
-    bits_set,
+    ballot,
     count_in_warp,
+    ctz,
     fence,
-    from_lane,
+    grid_dependency_sync,
     grid_warps,
     is_first_lane,
     is_grid_leader,
@@ -62,21 +62,21 @@ from hps_numba.kernels.simt.reference import (
     lane_in_warp,
     ld32,
     ld64,
-    lowest_bit,
-    out_of_line,
+    noinline,
+    popcount,
     probe_alone,
     probe_both,
+    shfl,
     st32,
     st64,
     sync_warp,
     tile_in_warp,
     tiles_in_warp,
     tiles_of,
-    votes_of_warp,
     warp_number,
 )
 
-__all__ = ["answer_batch", "copy_after_all", "count_misses", "list_by_region_kernel", "list_kernel", "lookup_kernel", "serve"]
+__all__ = ["answer_batch", "count_misses", "list_by_region_kernel", "list_kernel", "lookup_kernel", "serve", "wait_and_copy"]
 
 # bound when built
 FIXED = COUNTED = False
@@ -114,11 +114,11 @@ def load_key(keys, i):
 def find_entry(lines, sets, key):
     """``(entry, tags)`` of a key in the cache, by one lane: the address of its key and score << 32 | meta; entry 0 if none."""
     place = set_of(lines, sets, key)
-    home = home_line_of(key)
+    home = primary_line_of(key)
     entry, tags = probe_alone(place + home, key)
     if entry == 0:
         entry, tags = probe_alone(place + LINE_BYTES - home, key)
-    if entry == 0 and (tags & CHAIN) != 0:
+    if entry == 0 and (tags & OVERFLOW) != 0:
         entry, tags = look_further(lines, sets, key)
     return entry, tags
 
@@ -126,9 +126,9 @@ def find_entry(lines, sets, key):
 def find_by_tile(lines, sets, key):
     """``find_entry`` by a tile, all tiles of a warp together."""
     place = set_of(lines, sets, key)
-    home = home_line_of(key)
+    home = primary_line_of(key)
     entry, tags = probe_both(place + home, place + LINE_BYTES - home, key)
-    further = entry == 0 and (tags & CHAIN) != 0
+    further = entry == 0 and (tags & OVERFLOW) != 0
     if any_in_warp(further):
         found, found_tags = look_further_by_tile(lines, sets, key)
         if further:
@@ -138,8 +138,8 @@ def find_by_tile(lines, sets, key):
 
 def look_further(lines, sets, key):
     """``find_entry`` in the other set of a key."""
-    out_of_line()
-    line = other_set_of(lines, sets, key) + home_line_of(key)
+    noinline()
+    line = alternate_set_of(lines, sets, key) + primary_line_of(key)
     entry, tags = probe_alone(line, key)
     if entry == 0:
         entry, tags = probe_alone(line ^ LINE_BYTES, key)
@@ -148,14 +148,14 @@ def look_further(lines, sets, key):
 
 def look_further_by_tile(lines, sets, key):
     """``look_further`` by a tile, all tiles of a warp together."""
-    out_of_line()
-    line = other_set_of(lines, sets, key)
+    noinline()
+    line = alternate_set_of(lines, sets, key)
     return probe_both(line, line + LINE_BYTES, key)
 
 
 def has_after_all(lines, sets, key):
     """The key is in the cache, as soon as writers at work on its set have ended: for caches without a host store."""
-    out_of_line()
+    noinline()
     place = set_of(lines, sets, key)
     while ld32(place + META_AT) & (LOCK | BUSY) or ld32(place + LINE_BYTES + META_AT) & BUSY:
         fence()
@@ -172,19 +172,19 @@ def find_settled(lines, sets, key):
     return np.int64(0), np.int64(0)
 
 
-def is_changed(entry, tags, key):
+def read_validate(entry, tags, key):
     """The line of ``entry`` is no longer as it was when the key was found there."""
     there, meta = ld64(entry), ld32((entry & ~63) + META_AT)  # both on their way before either is looked at
     return (there != key) | ((meta | LOCK) != ((tags & 0xFFFFFFFF) | LOCK))
 
 
-def touch(lines, state, scratch, entry, tags, now):
-    """Count a hit.   **Writes:** score, or scratch."""
+def touch(lines, state, workspace, entry, tags, now):
+    """Count a hit.   **Writes:** score, or workspace."""
     if not FIXED:
         line = entry & ~63
         way = (entry & 63) >> 3
         if COUNTED:
-            touch_later(state, scratch, (line - lines) // LINE_BYTES * WAYS_PER_LINE + way)
+            touch_later(state, workspace, (line - lines) // LINE_BYTES * WAYS_PER_LINE + way)
         else:
             score = (tags >> 32) & 0xFFFFFFFF
             fresh = np.int64(policy_touch(score, now, 1)) & 0xFFFFFFFF
@@ -192,7 +192,7 @@ def touch(lines, state, scratch, entry, tags, now):
                 st32(line + SCORES_AT + 4 * way, fresh)
 
 
-def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
+def try_cache(lines, rows, sets, state, key, target, now, workspace, wanted):
     """Copy rows from the cache; whether the key of this lane, or of its tile, was there with no writer at work on it.
 
     BY_TILE: a tile searches for its key and copies its row to ``target``. Else each lane searches for a key of its own, and all
@@ -214,19 +214,19 @@ def try_cache(lines, rows, sets, state, key, target, now, scratch, wanted):
             copy_from_cache(target, row)
     if entry == 0:
         return False
-    if is_changed(entry, tags, key):
+    if read_validate(entry, tags, key):
         return False
     if not BY_TILE or is_first_lane():
-        touch(lines, state, scratch, entry, tags, now)
+        touch(lines, state, workspace, entry, tags, now)
     return True
 
 
-def serve(lines, sets, state, key, i, target, default, scratch, wanted):
+def serve(lines, sets, state, key, i, target, default, workspace, wanted):
     """Answer a key that the cache lacks from the host store, one for each tile of a warp; returns whether it has it.
 
-    **Writes:** target, scratch.
+    **Writes:** target, workspace.
     """
-    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
+    descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
     content = np.int64(0)
     slot = np.int64(-1)
     word = np.int64(0)
@@ -236,25 +236,25 @@ def serve(lines, sets, state, key, i, target, default, scratch, wanted):
         slot = (word & SLOT_MASK) - FIRST_SLOT
     present = wanted & (slot >= 0)
     if present:
-        stage = ld64(scratch + SCRATCH_STAGE)
+        stage = ld64(workspace + WORKSPACE_STAGE)
         if stage != 0:
-            stage += ld64(scratch + SCRATCH_STAGE_STRIDE) * i
+            stage += ld64(workspace + WORKSPACE_STAGE_STRIDE) * i
         copy_from_host(target, stage, content + slot * HOST_STRIDE)
     elif wanted and target != 0:
         fill_answer(target, default)
     if is_first_lane() and wanted:
-        lists = (not FIXED) and ld64(scratch + SCRATCH_BUCKETS) != 0
-        if lists and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
-            list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
+        lists = (not FIXED) and ld64(workspace + WORKSPACE_BUCKETS) != 0
+        if lists and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
+            list_newcomer(workspace, set_of(lines, sets, key), lines, key, i, word, content)
         elif not present:
-            absent_list = ld64(scratch + SCRATCH_ABSENT_LIST)
+            absent_list = ld64(workspace + WORKSPACE_ABSENT_LIST)
             if absent_list != 0:
-                st64(absent_list + 8 * add64(scratch + SCRATCH_ABSENT, 1), i)
+                st64(absent_list + 8 * add64(workspace + WORKSPACE_ABSENT, 1), i)
     sync_warp()
     return present
 
 
-def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
+def lookup_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
     """Write the row of each key to ``out``: from the cache, else from the host store, else ``default``.
 
     Small batches: a tile takes a key (BY_TILE), which is soonest done. Large ones: each lane searches for one key and a warp
@@ -263,41 +263,41 @@ def lookup_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
 
     Args (int64, addresses in memory of the device unless said otherwise):
         lines, rows, sets: the cache.   state: of the cache.   keys: of ``n`` keys (KEY_FORM).
-        out: of ``n`` rows, OUT_STRIDE bytes apart, or 0.   default: float32.   scratch: of this batch.
+        out: of ``n`` rows, OUT_STRIDE bytes apart, or 0.   default: float32.   workspace: of this batch.
 
-    **Writes:** out, scores, scratch, counters.
+    **Writes:** out, scores, workspace, counters.
     """
-    after_former()
-    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+    grid_dependency_sync()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
 
 
-def list_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
+def list_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
     """``lookup_kernel`` that reads no memory of the host: keys that the cache lacks are listed (LISTS) and not answered.
 
-    A kernel of its own, so that the other one has no more registers to save for it.   **Writes:** out, scores, scratch, list,
+    A kernel of its own, so that the other one has no more registers to save for it.   **Writes:** out, scores, workspace, list,
     counters.
     """
-    after_former()
-    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+    grid_dependency_sync()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
 
 
-def list_by_region_kernel(lines, rows, sets, state, keys, n, out, default, scratch):
+def list_by_region_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
     """``list_kernel`` that also tells of each key where in the rows of the host store its row is, roughly (BY_REGION).
 
     **Writes:** as it does.
     """
-    after_former()
-    answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+    grid_dependency_sync()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
 
 
-def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
+def answer_batch(lines, rows, sets, state, keys, n, out, default, workspace):
     """``lookup_kernel`` for a table.   **Writes:** as it does."""
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)
         add64(state + STATE_CALLS, 1)
         if LISTS:
-            st64(ld64(scratch + SCRATCH_MISSED) + MISSED_OUT, out)
+            st64(ld64(workspace + WORKSPACE_MISSED) + MISSED_OUT, out)
     base = warp_number() * GROUP
     while base < n:
         number = tile_in_warp() if BY_TILE else lane_in_warp()
@@ -306,49 +306,49 @@ def answer_batch(lines, rows, sets, state, keys, n, out, default, scratch):
         if active:
             key, legal = load_key(keys, base + number)
         target = out + (base + number if BY_TILE else base) * OUT_STRIDE if out != 0 else np.int64(0)
-        found = try_cache(lines, rows, sets, state, key, target, now, scratch, active & legal)
-        missing = votes_of_warp(active & (not found))
+        found = try_cache(lines, rows, sets, state, key, target, now, workspace, active & legal)
+        missing = ballot(active & (not found))
         if BY_TILE and missing != 0:
             missing = tiles_of(missing)
         if missing != 0:
-            serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing)
+            serve_missing(lines, rows, sets, state, keys, base, out, default, workspace, missing)
         if ONE_GROUP:
             break
         base += grid_warps() * GROUP
 
 
-def serve_missing(lines, rows, sets, state, keys, base, out, default, scratch, missing):
+def serve_missing(lines, rows, sets, state, keys, base, out, default, workspace, missing):
     """``serve_group``, or ``list_group`` if that is left to others.   **Writes:** as they do."""
     if LISTS:
-        list_group(state, keys, base, out, default, scratch, missing)
+        list_group(state, keys, base, out, default, workspace, missing)
     else:
-        serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing)
+        serve_group(lines, rows, sets, state, keys, base, out, default, workspace, missing)
 
 
-def list_group(state, keys, base, out, default, scratch, missing):
+def list_group(state, keys, base, out, default, workspace, missing):
     """List the keys of a warp that are in ``missing`` (bits, from position ``base``).
 
     A position without a legal key gets the default now.   **Writes:** list, target, counters.
     """
-    out_of_line()
+    noinline()
     mine = (missing >> lane_in_warp()) & 1 != 0
     position = base + lane_in_warp()
     key, legal = np.int64(0), False
     if mine:
         key, legal = load_key(keys, position)
-    missed = ld64(scratch + SCRATCH_MISSED)
+    missed = ld64(workspace + WORKSPACE_MISSED)
     total, entry = list_missed(missed, position, key, mine & legal)
     if is_warp_leader() and total > 0:
         count_misses(state, warp_number(), total, 0)
     if BY_REGION and total > 0:
-        tell_regions(state, missed, position, key, entry, votes_of_warp(mine & legal))
-    illegal = votes_of_warp(mine & (not legal))
+        tell_regions(state, missed, position, key, entry, ballot(mine & legal))
+    illegal = ballot(mine & (not legal))
     while illegal != 0 and out != 0:
         bits = illegal
         for _ in range(tile_in_warp()):
             bits &= bits - 1
         if bits != 0:
-            fill_answer(out + (base + lowest_bit(bits)) * OUT_STRIDE, default)
+            fill_answer(out + (base + ctz(bits)) * OUT_STRIDE, default)
         for _ in range(tiles_in_warp()):
             illegal &= illegal - 1
 
@@ -363,13 +363,13 @@ def tell_regions(state, missed, position, key, entry, listed):
     if is_warp_leader():
         guard_enter(state, stripe)
     sync_warp()
-    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all
+    descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all
     shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
     if shift < 0:
         first = np.int64(0)
         if is_warp_leader():
-            first = add64(missed + MISSED_COUNTS, np.int64(bits_set(listed)))
-        rank = from_lane(first, 0) + np.int64(bits_set(listed & ((np.int64(1) << lane_in_warp()) - 1)))
+            first = add64(missed + MISSED_COUNTS, np.int64(popcount(listed)))
+        rank = shfl(first, 0) + np.int64(popcount(listed & ((np.int64(1) << lane_in_warp()) - 1)))
         if (listed >> lane_in_warp()) & 1 != 0:
             st64(entry, position | rank << PLACE_RANK)
         listed = np.int64(0)
@@ -378,8 +378,8 @@ def tell_regions(state, missed, position, key, entry, listed):
         for _ in range(tile_in_warp()):
             mine &= mine - 1
         wanted = mine != 0
-        lane = lowest_bit(mine) if wanted else np.int64(0)
-        wanted_key, at, to = from_lane(key, lane), from_lane(position, lane), from_lane(entry, lane)
+        lane = ctz(mine) if wanted else np.int64(0)
+        wanted_key, at, to = shfl(key, lane), shfl(position, lane), shfl(entry, lane)
         region = np.int64(0)
         slot = (find_in_host(descriptor, wanted_key, wanted) & SLOT_MASK) - FIRST_SLOT
         if slot >= 0:
@@ -393,12 +393,12 @@ def tell_regions(state, missed, position, key, entry, listed):
         guard_leave(state, stripe)
 
 
-def serve_group(lines, rows, sets, state, keys, base, out, default, scratch, missing):
+def serve_group(lines, rows, sets, state, keys, base, out, default, workspace, missing):
     """Serve the keys of a warp that are in ``missing`` (bits, from position ``base``), as many at a time as it has tiles.
 
     **Writes:** as ``serve``, counters.
     """
-    out_of_line()
+    noinline()
     stripe = warp_number()
     if is_warp_leader():
         guard_enter(state, stripe)
@@ -410,15 +410,15 @@ def serve_group(lines, rows, sets, state, keys, base, out, default, scratch, mis
         for _ in range(tile_in_warp()):
             mine &= mine - 1
         wanted = mine != 0
-        position = base + (lowest_bit(mine) if wanted else np.int64(0))
+        position = base + (ctz(mine) if wanted else np.int64(0))
         key, legal = load_key(keys, position)
         target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
         if wanted and not legal and out != 0:
             fill_answer(target, default)
         wanted = wanted & legal
         if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
-            wanted = not copy_after_all(lines, rows, sets, key, target)
-        present = serve(lines, sets, state, key, position, target, default, scratch, wanted)
+            wanted = not wait_and_copy(lines, rows, sets, key, target)
+        present = serve(lines, sets, state, key, position, target, default, workspace, wanted)
         total += count_in_warp(wanted)
         absent += count_in_warp(wanted & (not present))
         for _ in range(tiles_in_warp()):
@@ -436,12 +436,12 @@ def count_misses(state, stripe, missing, absent):
         add64(counters + 8, absent)
 
 
-def copy_after_all(lines, rows, sets, key, target):
+def wait_and_copy(lines, rows, sets, key, target):
     """Copy a row from the cache by a tile, waiting for writers at work on it; False if the key is not there.
 
     **Writes:** target.
     """
-    out_of_line()
+    noinline()
     while True:
         entry, tags = find_settled(lines, sets, key)
         if entry == 0:
@@ -449,5 +449,5 @@ def copy_after_all(lines, rows, sets, key, target):
         if target != 0:
             copy_from_cache(target, row_at(lines, rows, entry, tags >> 32))
         fence()
-        if not is_changed(entry, tags, key):
+        if not read_validate(entry, tags, key):
             return True

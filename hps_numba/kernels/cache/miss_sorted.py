@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.lookup import copy_after_all, count_misses, serve
+from hps_numba.kernels.cache.lookup import count_misses, serve, wait_and_copy
 from hps_numba.kernels.cache.probe import guard_enter, guard_leave
 from hps_numba.kernels.layouts.cache import (
     MISSED_BYTES,
@@ -23,23 +23,23 @@ from hps_numba.kernels.layouts.cache import (
     PLACE_RANK,
     PLACE_REGION,
     REGIONS,
-    SCRATCH_OWN_LIST,
     STATE_HOST,
+    WORKSPACE_OWN_LIST,
 )
 from hps_numba.kernels.simt.reference import (
     add64,
-    after_former,
     block_number,
     block_tiles,
     count_in_warp,
     fence,
-    from_lane,
     grid_blocks,
+    grid_dependency_sync,
     grid_warps,
     is_block_leader,
     is_warp_leader,
     lane_in_warp,
     ld64,
+    shfl,
     st64,
     sync_block,
     sync_warp,
@@ -55,10 +55,10 @@ LANES = 1
 OUT_STRIDE = 4
 
 
-def sort_missed_kernel(scratch):
-    """Sort what ``list_by_region_kernel`` listed in the scratch by regions.   **Writes:** list."""
-    after_former()
-    missed = ld64(scratch + SCRATCH_OWN_LIST)
+def sort_missed_kernel(workspace):
+    """Sort what ``list_by_region_kernel`` listed in the workspace by regions.   **Writes:** list."""
+    grid_dependency_sync()
+    missed = ld64(workspace + WORKSPACE_OWN_LIST)
     count = ld64(missed + MISSED_COUNT)
     lanes = tiles_in_warp() * LANES
     base = warp_number() * lanes
@@ -90,7 +90,7 @@ def scan_counts(missed):
     both = first + ld64(counts + 8)
     through = both
     for step in (1, 2, 4, 8, 16):
-        below = from_lane(through, max(lane - step, 0))
+        below = shfl(through, max(lane - step, 0))
         if lane >= step:
             through += below
     return through - both, first
@@ -103,24 +103,24 @@ def start_of(missed, before, first, region):
         for other in range(region):
             start += ld64(missed + MISSED_COUNTS + 8 * other)
         return start
-    start, half = from_lane(before, region >> 1), from_lane(first, region >> 1)
+    start, half = shfl(before, region >> 1), shfl(first, region >> 1)
     return start + half if region & 1 else start
 
 
-def serve_missed_kernel(lines, rows, sets, state, default, scratch):
-    """Answer what was listed and sorted in the scratch, from the host store, and list newcomers for the insertion.
+def serve_missed_kernel(lines, rows, sets, state, default, workspace):
+    """Answer what was listed and sorted in the workspace, from the host store, and list newcomers for the insertion.
 
     Args (int64, addresses in memory of the device):
-        lines, rows, sets, state: of the cache.   default: float32.   scratch: of the batch, whose list is empty afterwards.
+        lines, rows, sets, state: of the cache.   default: float32.   workspace: of the batch, whose list is empty afterwards.
 
-    **Writes:** answers, scratch, counters, guard.
+    **Writes:** answers, workspace, counters, guard.
     """
-    after_former()
-    missed = ld64(scratch + SCRATCH_OWN_LIST)
+    grid_dependency_sync()
+    missed = ld64(workspace + WORKSPACE_OWN_LIST)
     count = ld64(missed + MISSED_COUNT)
     if block_number() * block_tiles() >= count:
         return
-    serve_sorted(lines, rows, sets, state, default, scratch, missed, count)
+    serve_sorted(lines, rows, sets, state, default, workspace, missed, count)
     sync_block()
     if is_block_leader():
         fence()
@@ -133,7 +133,7 @@ def serve_missed_kernel(lines, rows, sets, state, default, scratch):
             fence()
 
 
-def serve_sorted(lines, rows, sets, state, default, scratch, missed, count):
+def serve_sorted(lines, rows, sets, state, default, workspace, missed, count):
     """The share of a warp in the ``count`` keys that were sorted.   **Writes:** as ``serve``, counters, guard."""
     out, entries = ld64(missed + MISSED_OUT), ld64(missed + MISSED_SORTED)
     base = warp_number() * tiles_in_warp()
@@ -150,8 +150,8 @@ def serve_sorted(lines, rows, sets, state, default, scratch, missed, count):
         position, key = ld64(entry), ld64(entry + 8)
         target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
         if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
-            wanted = not copy_after_all(lines, rows, sets, key, target)
-        present = serve(lines, sets, state, key, position, target, default, scratch, wanted)
+            wanted = not wait_and_copy(lines, rows, sets, key, target)
+        present = serve(lines, sets, state, key, position, target, default, workspace, wanted)
         absent += count_in_warp(wanted & (not present))
         base += grid_warps() * tiles_in_warp()
     if is_warp_leader():

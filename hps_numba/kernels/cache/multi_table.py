@@ -25,7 +25,7 @@ from hps_numba.kernels.layouts.cache import (
     TABLE_STATE,
     TABLE_WORDS,
 )
-from hps_numba.kernels.simt.reference import after_former, bits_float, grid_row, grid_rows, ld64
+from hps_numba.kernels.simt.reference import bits_float, grid_dependency_sync, grid_row, grid_rows, ld64
 
 __all__ = ["insert_tables_kernel", "lookup_tables_kernel", "touch_tables_kernel"]
 
@@ -40,7 +40,7 @@ def lookup_tables_kernel(tables, count, words):
 
     **Writes:** as ``lookup_kernel``.
     """
-    after_former()
+    grid_dependency_sync()
     row = grid_row()
     while row < count:
         table = tables + TABLE_BYTES * row
@@ -48,8 +48,8 @@ def lookup_tables_kernel(tables, count, words):
         if n > 0:
             lines, rows, sets = ld64(table + TABLE_LINES), ld64(table + TABLE_ROWS), ld64(table + TABLE_SETS)
             default = np.float32(bits_float(ld64(table + TABLE_DEFAULT)))
-            state, scratch = ld64(table + TABLE_STATE), ld64(table + TABLE_SCRATCH)
-            answer_batch(lines, rows, sets, state, keys, n, out, default, scratch)
+            state, workspace = ld64(table + TABLE_STATE), ld64(table + TABLE_SCRATCH)
+            answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
         if ONE_GROUP:
             break
         row += grid_rows()
@@ -57,7 +57,7 @@ def lookup_tables_kernel(tables, count, words):
 
 def touch_tables_kernel(tables, count):
     """``touch_kernel`` for ``count`` tables.   **Writes:** as it does."""
-    after_former()
+    grid_dependency_sync()
     row = grid_row()
     while row < count:
         table = tables + TABLE_BYTES * row
@@ -72,16 +72,16 @@ def insert_tables_kernel(tables, count, words):
 
     **Writes:** as ``insert_kernel``.
     """
-    after_former()
+    grid_dependency_sync()
     row = grid_row()
     while row < count:
         table = tables + TABLE_BYTES * row
         n = words[TABLE_WORDS * row + 1]
         if n > 0:
             lines, rows, state = ld64(table + TABLE_LINES), ld64(table + TABLE_ROWS), ld64(table + TABLE_STATE)
-            stage, stride, scratch = ld64(table + TABLE_STAGE), ld64(table + TABLE_STAGE_STRIDE), ld64(table + TABLE_SCRATCH)
+            stage, stride, workspace = ld64(table + TABLE_STAGE), ld64(table + TABLE_STAGE_STRIDE), ld64(table + TABLE_SCRATCH)
             advance = max(np.int64(1), 4 * n // ld64(table + TABLE_CAPACITY))
-            insert_batch(lines, rows, state, stage, stride, scratch, advance)
+            insert_batch(lines, rows, state, stage, stride, workspace, advance)
         if ONE_GROUP:
             break
         row += grid_rows()

@@ -14,13 +14,13 @@ from __future__ import annotations
 import numpy as np
 
 from hps_numba.kernels.cache.batch import list_newcomer
-from hps_numba.kernels.cache.lookup import count_misses, find_entry, find_settled, is_changed, load_key, touch
+from hps_numba.kernels.cache.lookup import count_misses, find_entry, find_settled, load_key, read_validate, touch
 from hps_numba.kernels.cache.probe import (
+    alternate_set_of,
     find_in_host,
     guard_enter,
     guard_leave,
-    home_line_of,
-    other_set_of,
+    primary_line_of,
     row_at,
     set_of,
 )
@@ -28,30 +28,30 @@ from hps_numba.kernels.cache.rows import copy_from_host, element_of_row, put_ans
 from hps_numba.kernels.dtypes import FLOAT32
 from hps_numba.kernels.layouts.cache import (
     BUSY,
-    CHAIN,
     DESC_ROWS,
     LINE_BYTES,
+    OVERFLOW,
     SCORES_AT,
-    SCRATCH_ASSUME,
-    SCRATCH_BUCKETS,
-    SCRATCH_STAGE,
-    SCRATCH_STAGE_STRIDE,
     STATE_CALLS,
     STATE_HOST,
     STATE_KEYS,
     STATE_NOW,
     WAYS_PER_LINE,
+    WORKSPACE_ASSUME,
+    WORKSPACE_BUCKETS,
+    WORKSPACE_STAGE,
+    WORKSPACE_STAGE_STRIDE,
 )
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.simt.reference import (
     add64,
-    after_former,
     any_in_warp,
+    ballot,
     bits_float,
-    bits_set,
     count_in_warp,
+    ctz,
     float_bits,
-    from_lane,
+    grid_dependency_sync,
     grid_warps,
     is_first_lane,
     is_grid_leader,
@@ -59,13 +59,13 @@ from hps_numba.kernels.simt.reference import (
     lane_in_warp,
     ld32,
     ld64,
-    lowest_bit,
-    out_of_line,
+    noinline,
+    popcount,
     probe_alone,
+    shfl,
     sync_warp,
     tile_in_warp,
     tiles_in_warp,
-    votes_of_warp,
     warp_number,
 )
 
@@ -73,7 +73,7 @@ __all__ = [
     "COMBINERS",
     "EMPTY_DEFAULT",
     "EQUAL",
-    "MOST_ROWS",
+    "MAX_ROWS",
     "NO_ROW",
     "OFFSETS32",
     "OPEN_END",
@@ -96,7 +96,7 @@ PADDED, EMPTY_DEFAULT, OFFSETS32, OPEN_END, EQUAL = 1, 2, 4, 8, 16
 
 NOWHERE = 1  # in place of the address of a row: the default
 NO_ROW = -1  # in place of the number of a row, an int32 taken as unsigned
-MOST_ROWS = (1 << 32) - 1  # of a cache: more than it may have
+MAX_ROWS = (1 << 32) - 1  # of a cache: more than it may have
 
 THREADS = 128  # of a block
 _MOST_BLOCKS = 1 << 20
@@ -299,12 +299,12 @@ def root_rounded(a):
 # -- one key a lane ---------------------------------------------------------------------
 
 
-def find_behind(lines, sets, state, key, i, scratch, wanted):
+def find_behind(lines, sets, state, key, i, workspace, wanted):
     """Address of the row of a key that the cache lacks, or NOWHERE; one key for each tile of a warp, inside a guard.
 
-    A row of the host store is staged, and the key listed for insertion, as a lookup does.   **Writes:** scratch.
+    A row of the host store is staged, and the key listed for insertion, as a lookup does.   **Writes:** workspace.
     """
-    descriptor = from_lane(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
+    descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane looks, for all of the warp
     content = np.int64(0)
     slot = np.int64(-1)
     word = np.int64(0)
@@ -316,46 +316,46 @@ def find_behind(lines, sets, state, key, i, scratch, wanted):
     found = np.int64(NOWHERE)
     if present:
         found = content + slot * HOST_STRIDE
-        stage = ld64(scratch + SCRATCH_STAGE)
+        stage = ld64(workspace + WORKSPACE_STAGE)
         if stage != 0:
-            stage += ld64(scratch + SCRATCH_STAGE_STRIDE) * i
+            stage += ld64(workspace + WORKSPACE_STAGE_STRIDE) * i
             copy_from_host(np.int64(0), stage, found)
             found = stage
-    lists = (not FIXED) and ld64(scratch + SCRATCH_BUCKETS) != 0
-    if lists and is_first_lane() and wanted and (present or ld64(scratch + SCRATCH_ASSUME) != 0):
-        list_newcomer(scratch, set_of(lines, sets, key), lines, key, i, word, content)
+    lists = (not FIXED) and ld64(workspace + WORKSPACE_BUCKETS) != 0
+    if lists and is_first_lane() and wanted and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
+        list_newcomer(workspace, set_of(lines, sets, key), lines, key, i, word, content)
     sync_warp()
     return found
 
 
-def settle_missing(lines, sets, state, key, position, scratch, wanted, guarded):
+def settle_missing(lines, sets, state, key, position, workspace, wanted, guarded):
     """``(entry, tags, behind)`` of the keys of those lanes of a warp that found none, or a writer at work.
 
-    ``guarded``: 1 if the warp is inside a guard; when this returns it is.   **Writes:** scratch, counters, guard.
+    ``guarded``: 1 if the warp is inside a guard; when this returns it is.   **Writes:** workspace, counters, guard.
     """
-    out_of_line()
+    noinline()
     entry, tags, behind = np.int64(0), np.int64(0), np.int64(0)
     if ld64(state + STATE_HOST) == 0 and wanted:  # nobody else has a row that a writer is at work on
         entry, tags = find_settled(lines, sets, key)
-    missing = votes_of_warp(wanted and entry == 0)
+    missing = ballot(wanted and entry == 0)
     stripe = warp_number()
     if is_warp_leader() and guarded == 0:
         guard_enter(state, stripe)
     sync_warp()
     absent = np.int64(0)
-    total = bits_set(missing)
+    total = popcount(missing)
     while missing != 0:
         mine = missing
         for _ in range(tile_in_warp()):
             mine &= mine - 1
         searching = mine != 0
-        place = lowest_bit(mine) if searching else np.int64(0)
-        wanted_key = from_lane(key, place)
-        at = from_lane(position, place)
-        found = find_behind(lines, sets, state, wanted_key, at, scratch, searching)
+        place = ctz(mine) if searching else np.int64(0)
+        wanted_key = shfl(key, place)
+        at = shfl(position, place)
+        found = find_behind(lines, sets, state, wanted_key, at, workspace, searching)
         absent += count_in_warp(searching & (found == NOWHERE))
-        rank = bits_set(missing & ((1 << lane_in_warp()) - 1))
-        answer = from_lane(found, min(rank, tiles_in_warp() - 1) * LANES)
+        rank = popcount(missing & ((1 << lane_in_warp()) - 1))
+        answer = shfl(found, min(rank, tiles_in_warp() - 1) * LANES)
         if (missing >> lane_in_warp()) & 1 and rank < tiles_in_warp():
             behind = answer
         for _ in range(tiles_in_warp()):
@@ -383,7 +383,7 @@ def bag_start(offsets, bag, bags, n, options):
 
 def answer_bag(target, sums, total, filled, combiner, default, options):
     """Write the pooled row of a bag.   **Writes:** target."""
-    out_of_line()
+    noinline()
     if not filled:
         sums = fill_part(sums, default if options & EMPTY_DEFAULT else np.float32(0.0))
     elif combiner in (MEAN, SQRTN):
@@ -475,8 +475,8 @@ def use_four(
     return sums, total, filled, bag, stop
 
 
-def use_with_care(
-    lines, rows, sets, state, keys, scratch, sums, total, filled, bag, stop, i, end, count, stops, first, weights, now, out,
+def accumulate_slow_path(
+    lines, rows, sets, state, keys, workspace, sums, total, filled, bag, stop, i, end, count, stops, first, weights, now, out,
     combiner, default, options, padding,
 ):  # fmt: skip
     """``(sums, total, filled, bag, stop, i, end, count, stops, first, now)`` with the rows of the keys of a tile from position
@@ -487,9 +487,9 @@ def use_with_care(
     meanwhile where it is called. ``sums`` to ``first`` are given with all bits turned: as they are, the compiler would have one
     place for each, there and here, and that would be in memory, as there are too few registers here.
 
-    **Writes:** out, scores, scratch, counters, guard.
+    **Writes:** out, scores, workspace, counters, guard.
     """
-    out_of_line()
+    noinline()
     sums, total, filled = turned_part(sums), bits_float(~total & 0xFFFFFFFF), not filled
     bag, stop, i, end = np.int32(~bag), np.int32(~stop), np.int32(~i), np.int32(~end)
     count, stops, first = np.int32(~count), np.int32(~stops), ~first
@@ -498,7 +498,7 @@ def use_with_care(
     lane = lane_in_warp() % POOL_LANES
     position = np.int64(i) + lane
     key, entry, tags, row, behind, guarded = find_rows(
-        lines, rows, sets, state, keys, position, np.int64(end), options, padding, scratch
+        lines, rows, sets, state, keys, position, np.int64(end), options, padding, workspace
     )
     weight = weight_at(weights, position, end)
     for j in range(0, POOL_LANES, POOL_DEPTH):
@@ -506,26 +506,26 @@ def use_with_care(
             mine = (lane >= j) & (lane < j + POOL_DEPTH)
             again = True
             while again:
-                part0 = load_part(part0, from_lane(row, base + j))
+                part0 = load_part(part0, shfl(row, base + j))
                 if POOL_MANY:
-                    part1 = load_part(part1, from_lane(row, base + j + 1))
-                    part2 = load_part(part2, from_lane(row, base + j + 2))
-                    part3 = load_part(part3, from_lane(row, base + j + 3))
+                    part1 = load_part(part1, shfl(row, base + j + 1))
+                    part2 = load_part(part2, shfl(row, base + j + 2))
+                    part3 = load_part(part3, shfl(row, base + j + 3))
                 await_parts(part0, part1, part2, part3)
-                changed = mine & (row != 0) and is_changed(entry, tags, key)
+                changed = mine & (row != 0) and read_validate(entry, tags, key)
                 again = any_in_warp(changed)
                 if again:
                     late, late_tags, late_behind = settle_missing(
-                        lines, sets, state, key, position, scratch, changed, np.int64(guarded)
+                        lines, sets, state, key, position, workspace, changed, np.int64(guarded)
                     )
                     guarded = True
                     if changed:
                         entry, tags, behind = late, late_tags, late_behind
                         row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
             if mine & (row != 0):
-                touch(lines, state, scratch, entry, tags, now)
+                touch(lines, state, workspace, entry, tags, now)
             some = any_in_warp(behind != 0)
-            used = votes_of_warp((row != 0) | (behind != 0)) >> base
+            used = ballot((row != 0) | (behind != 0)) >> base
             for d in range(rows_in_flight()):
                 sums, total, filled, bag, stop = close_bags(
                     np.int32(i + j + d),
@@ -544,7 +544,7 @@ def use_with_care(
                 )
                 part = pick_part(part0, part1, part2, part3, d)
                 if some:
-                    part = behind_part(part, from_lane(behind, base + j + d), default)
+                    part = behind_part(part, shfl(behind, base + j + d), default)
                 sums, total, filled = use_row(sums, total, filled, part, weight, used, j + d, combiner)
     if guarded:
         sync_warp()
@@ -565,11 +565,11 @@ def weight_at(weights, position, end):
     return bits_float(ld32(weights + 4 * np.int64(position))) if (weights != 0) & (position < end) else np.float32(1.0)
 
 
-def find_rows(lines, rows, sets, state, keys, position, end, options, padding, scratch):
+def find_rows(lines, rows, sets, state, keys, position, end, options, padding, workspace):
     """``(key, entry, tags, row, behind, guarded)``: where each lane finds the row of the key at its position.
 
     ``row`` is its address in the cache, or 0; then ``behind`` is that of float32 elements, or NOWHERE, or 0 if there is no key
-    to be added.   **Writes:** scratch, counters, guard.
+    to be added.   **Writes:** workspace, counters, guard.
     """
     key, wanted, legal = key_at(keys, position, end, options, padding)
     entry, tags = np.int64(0), np.int64(0)
@@ -582,7 +582,7 @@ def find_rows(lines, rows, sets, state, keys, position, end, options, padding, s
     missing = wanted & (entry == 0)
     guarded = any_in_warp(missing)
     if guarded:
-        late, late_tags, late_behind = settle_missing(lines, sets, state, key, position, scratch, missing, np.int64(0))
+        late, late_tags, late_behind = settle_missing(lines, sets, state, key, position, workspace, missing, np.int64(0))
         if missing:
             entry, tags, behind = late, late_tags, late_behind
     row = row_at(lines, rows, entry, tags >> 32) if entry != 0 else np.int64(0)
@@ -599,11 +599,11 @@ def find_here(lines, sets, keys, position, end, options, padding, now):
     key, wanted, legal = key_at(keys, position, end, options, padding)
     entry, tags, row, stale = np.int64(0), np.int64(0), np.int32(NO_ROW), False
     if wanted & legal:
-        line = set_of(lines, sets, key) + home_line_of(key)
+        line = set_of(lines, sets, key) + primary_line_of(key)
         entry, tags = probe_alone(line, key)
         looked = 1
-        while entry == 0 and looked < 4 and (looked != 2 or tags & CHAIN != 0):
-            line = other_set_of(lines, sets, key) + home_line_of(key) if looked == 2 else line ^ LINE_BYTES
+        while entry == 0 and looked < 4 and (looked != 2 or tags & OVERFLOW != 0):
+            line = alternate_set_of(lines, sets, key) + primary_line_of(key) if looked == 2 else line ^ LINE_BYTES
             entry, tags = probe_alone(line, key)
             looked += 1
         if entry != 0 and tags & BUSY == 0:
@@ -632,7 +632,7 @@ def entry_of(lines, row, entry):
 
 
 def pool_kernel(
-    lines, rows, sets, state, keys, n, offsets, bags, run, weights, out, combiner, default, options, padding, scratch
+    lines, rows, sets, state, keys, n, offsets, bags, run, weights, out, combiner, default, options, padding, workspace
 ):
     """Write the pooled row of each bag to ``out``: its rows from the cache, else from the host store, else ``default``.
 
@@ -642,11 +642,11 @@ def pool_kernel(
             EQUAL: the number of keys of each bag.
         run: bags that a tile takes at a time.   weights: of ``n`` float32, or 0.   combiner: SUM, MEAN, SQRTN or MAX.
         out: of ``bags`` rows, OUT_STRIDE bytes apart.   default: float32.   padding: key to skip, if ``options`` say so.
-        scratch: of this batch; positions are those of ``keys``.
+        workspace: of this batch; positions are those of ``keys``.
 
-    **Writes:** out, scores, scratch, counters, guard.
+    **Writes:** out, scores, workspace, counters, guard.
     """
-    after_former()
+    grid_dependency_sync()
     now = ld64(state + STATE_NOW)
     if is_grid_leader():
         add64(state + STATE_KEYS, n)
@@ -674,7 +674,7 @@ def pool_kernel(
                 settled = not any_in_warp(lacks)
                 while settled:
                     then, then_total, then_filled, then_bag, then_stop = sums, total, filled, bag, stop
-                    have = votes_of_warp(row != NO_ROW) >> (lane_in_warp() // POOL_LANES * POOL_LANES)
+                    have = ballot(row != NO_ROW) >> (lane_in_warp() // POOL_LANES * POOL_LANES)
                     final = steps_of_tile() - POOL_DEPTH
                     for j in range(0, final, POOL_DEPTH):
                         if any_in_warp(i + j < end):
@@ -701,21 +701,21 @@ def pool_kernel(
                     entry, changed = entry_of(lines, row, entry), False
                     if row != NO_ROW:
                         key, _legal = load_key(keys, np.int64(i) + lane)
-                        changed = is_changed(entry, np.int64(meta), key)
+                        changed = read_validate(entry, np.int64(meta), key)
                     settled = not any_in_warp(changed)
                     if settled:
                         sums, total, filled, bag, stop = then, then_total, then_filled, then_bag, then_stop
                         if (row != NO_ROW) & stale:
                             score = np.int64(0) if COUNTED else ld32((entry & ~63) + SCORES_AT + ((entry & 63) >> 1))
-                            touch(lines, state, scratch, entry, score << 32, now)
+                            touch(lines, state, workspace, entry, score << 32, now)
                         row, entry, meta, stale, weight = next_row, next_entry, next_meta, next_stale, next_weight
                         i = np.int32(i + POOL_LANES)
                         settled = any_in_warp(i < end) and not any_in_warp(lacks)
             if any_in_warp(i < end):
-                sums, total, filled, bag, stop, i, end, count, stops, first, now = use_with_care(
-                    lines, rows, sets, state, keys, scratch, turned_part(sums), ~float_bits(total), not filled, np.int32(~bag),
-                    np.int32(~stop), np.int32(~i), np.int32(~end), np.int32(~count), np.int32(~stops), ~first, weights, now,
-                    out, combiner, default, options, padding,
+                sums, total, filled, bag, stop, i, end, count, stops, first, now = accumulate_slow_path(
+                    lines, rows, sets, state, keys, workspace, turned_part(sums), ~float_bits(total), not filled,
+                    np.int32(~bag), np.int32(~stop), np.int32(~i), np.int32(~end), np.int32(~count), np.int32(~stops), ~first,
+                    weights, now, out, combiner, default, options, padding,
                 )  # fmt: skip
         close_bags(max(i, end), stops, first, out, count, combiner, default, options, sums, total, filled, bag, stop)
         first += grid_warps() * POOL_TILES * run

@@ -6,7 +6,6 @@ import numpy as np
 
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.layouts.cache import (
-    CHAIN,
     DESC_BLOCK,
     DESC_LINES,
     GUARD_ENTERED,
@@ -14,6 +13,7 @@ from hps_numba.kernels.layouts.cache import (
     GUARD_STRIPES,
     LINE_BYTES,
     META_AT,
+    OVERFLOW,
     SET_BYTES,
     WAYS_PER_LINE,
 )
@@ -21,13 +21,13 @@ from hps_numba.kernels.layouts.host_store import EMPTY, META_BYTES
 from hps_numba.kernels.simt.reference import add32, any_in_warp, fence, ld32, ld64, probe_host_line, probe_line
 
 __all__ = [
+    "alternate_set_of",
     "find_in_host",
     "find_in_set",
     "guard_enter",
     "guard_leave",
     "home_in_host",
-    "home_line_of",
-    "other_set_of",
+    "primary_line_of",
     "row_at",
     "set_of",
 ]
@@ -43,12 +43,12 @@ def set_of(lines, sets, key):
     return lines + np.int64(((hashed >> np.uint64(32)) * np.uint64(sets)) >> np.uint64(32)) * SET_BYTES
 
 
-def home_line_of(key):
+def primary_line_of(key):
     """Byte of the home line of a key in its set."""
     return np.int64(index_hash(np.uint64(np.int64(key))) & np.uint64(1)) * LINE_BYTES
 
 
-def other_set_of(lines, sets, key):
+def alternate_set_of(lines, sets, key):
     """Address of the set where a key stands that did not fit into its home set: never the home set, of 2 or more."""
     hashed = index_hash(np.uint64(np.int64(key)))
     home = np.int64(((hashed >> np.uint64(32)) * np.uint64(sets)) >> np.uint64(32))
@@ -79,7 +79,7 @@ def find_in_set(place, home, key):
 
 def has_chain(place):
     """A key whose home set is at ``place`` may stand in its other set."""
-    return (ld32(place + META_AT) & CHAIN) != 0
+    return (ld32(place + META_AT) & OVERFLOW) != 0
 
 
 def guard_enter(state, stripe):

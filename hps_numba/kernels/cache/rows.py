@@ -29,12 +29,12 @@ from hps_numba.kernels.dtypes import (
 from hps_numba.kernels.simt.reference import (
     bits_float,
     float_bits,
-    from_lane,
     lane,
     ld8,
     ld16,
     ld32,
     max_in_tile,
+    shfl,
     st8,
     st16,
     st32,
@@ -101,7 +101,7 @@ def copy_rows(target, source):
     """
     for first in range(0, GROUP, tiles_in_warp()):
         number = first + tile_in_warp()
-        row = from_lane(source, number)
+        row = shfl(source, number)
         if row != 0:
             copy_from_cache(target + number * OUT_STRIDE, row)
 

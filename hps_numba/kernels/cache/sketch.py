@@ -24,12 +24,12 @@ import numpy as np
 from hps_numba.kernels.cache.lookup import load_key
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.layouts.cache import (
-    SCRATCH_SKETCH,
-    SCRATCH_SKETCH_SHIFT,
-    SCRATCH_SKETCH_WORDS,
     STATE_KEYS,
+    WORKSPACE_SKETCH,
+    WORKSPACE_SKETCH_SHIFT,
+    WORKSPACE_SKETCH_WORDS,
 )
-from hps_numba.kernels.simt.reference import after_former, cas64, grid_warps, lane_in_warp, ld64, warp_number
+from hps_numba.kernels.simt.reference import cas64, grid_dependency_sync, grid_warps, lane_in_warp, ld64, warp_number
 
 __all__ = ["EPOCHS", "MOST", "estimate", "sketch_kernel", "sketch_places", "sketch_shape"]
 
@@ -62,9 +62,9 @@ def sketch_places(words, key):
     return word, 8 + 4 * a, 8 + 4 * b, 8 + 4 * c, 8 + 4 * d
 
 
-def epoch_of(state, scratch):
+def epoch_of(state, workspace):
     """The epoch of the requests so far."""
-    return (ld64(state + STATE_KEYS) >> ld64(scratch + SCRATCH_SKETCH_SHIFT)) & (EPOCHS - 1)
+    return (ld64(state + STATE_KEYS) >> ld64(workspace + WORKSPACE_SKETCH_SHIFT)) & (EPOCHS - 1)
 
 
 def as_of(word, epoch):
@@ -75,10 +75,10 @@ def as_of(word, epoch):
     return (word & ~(EPOCHS - 1)) | epoch
 
 
-def estimate(state, scratch, key):
+def estimate(state, workspace, key):
     """About how often a key was asked for lately, 0 to ``MOST``; never less than it was, as far as that goes."""
-    number, a, b, c, d = sketch_places(ld64(scratch + SCRATCH_SKETCH_WORDS), key)
-    word = as_of(ld64(ld64(scratch + SCRATCH_SKETCH) + 8 * number), epoch_of(state, scratch))
+    number, a, b, c, d = sketch_places(ld64(workspace + WORKSPACE_SKETCH_WORDS), key)
+    word = as_of(ld64(ld64(workspace + WORKSPACE_SKETCH) + 8 * number), epoch_of(state, workspace))
     return min(min((word >> a) & MOST, (word >> b) & MOST), min((word >> c) & MOST, (word >> d) & MOST))
 
 
@@ -95,19 +95,19 @@ def count_request(place, a, b, c, d, epoch):
             return
 
 
-def sketch_kernel(state, keys, n, skips, skipped, scratch):
+def sketch_kernel(state, keys, n, skips, skipped, workspace):
     """Count the requests of a batch; between its lookup and its insertion.
 
     Args (int64):
-        state: of the cache.   keys: address of ``n`` keys (KEY_FORM).   scratch: of this batch.
+        state: of the cache.   keys: address of ``n`` keys (KEY_FORM).   workspace: of this batch.
         skips: 1: the key ``skipped`` (padding of bags) is no request.
 
     **Writes:** sketch.
     """
-    after_former()
-    epoch = epoch_of(state, scratch)
-    sketch = ld64(scratch + SCRATCH_SKETCH)
-    words = ld64(scratch + SCRATCH_SKETCH_WORDS)
+    grid_dependency_sync()
+    epoch = epoch_of(state, workspace)
+    sketch = ld64(workspace + WORKSPACE_SKETCH)
+    words = ld64(workspace + WORKSPACE_SKETCH_WORDS)
     number = lane_in_warp()
     base = warp_number() * GROUP
     while base < n:

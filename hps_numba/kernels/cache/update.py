@@ -1,33 +1,33 @@
 """Change what a cache holds: update and erase keys, refresh or clear sets, list keys. Each set under its lock.
 
-A key of a set marked CHAIN may stand twice: an insertion looks at the home set only, and a lookup that met a writer lists a key
-that stands in its other set. So updates and erasures look at both.
+A key of a set marked OVERFLOW may stand twice: an insertion looks at the primary set only, and a lookup that met a writer lists
+a key that stands in its alternate set. So updates and erasures look at both.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.insert import begin_change, end_change, find_in_host_by_tile, lock_set, unlock_set
+from hps_numba.kernels.cache.insert import find_in_host_by_tile, lock_set, unlock_set, write_begin, write_end
 from hps_numba.kernels.cache.probe import (
+    alternate_set_of,
     find_in_set,
     guard_enter,
     guard_leave,
     has_chain,
-    home_line_of,
-    other_set_of,
+    primary_line_of,
     row_at,
     set_of,
 )
 from hps_numba.kernels.cache.rows import store_in_cache
 from hps_numba.kernels.layouts.cache import (
     BUSY,
-    CHAIN,
     DESC_ROWS,
     LINE_BYTES,
     LINES_PER_SET,
     META_AT,
     OCCUPIED,
+    OVERFLOW,
     SCORES_AT,
     SET_BYTES,
     STATE_CHANGES,
@@ -82,12 +82,12 @@ def renew_row(state, key, line, way, row, drop):
     source = row_in_host(descriptor, key)
     if source == 0 and drop == 0:
         return
-    begin_change(line)
+    write_begin(line)
     if source != 0:
         store_in_cache(row, source)
-        end_change(line, 0, 0)
+        write_end(line, 0, 0)
     else:
-        end_change(line, 0, 1 << way)
+        write_end(line, 0, 1 << way)
 
 
 def renew_line(lines, rows, state, line, drop):
@@ -96,7 +96,7 @@ def renew_line(lines, rows, state, line, drop):
     taken = ld32(line + META_AT) & OCCUPIED
     if descriptor == 0 or taken == 0:
         return
-    begin_change(line)
+    write_begin(line)
     gone = 0
     for way in range(WAYS_PER_LINE):
         if (taken >> way) & 1:
@@ -106,7 +106,7 @@ def renew_line(lines, rows, state, line, drop):
                 store_in_cache(row, source)
             elif drop != 0:
                 gone |= 1 << way
-    end_change(line, 0, gone)
+    write_end(line, 0, gone)
 
 
 def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
@@ -128,7 +128,7 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
     sync_tile()
     while number < n:
         key = ld64(keys + 8 * number)
-        home = home_line_of(key)
+        home = primary_line_of(key)
         place = set_of(lines, sets, key)
         for number_of_set in range(2):
             lock_set(place)
@@ -138,14 +138,14 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
                 if source == 0:
                     renew_row(state, key, line, way, row, drop)
                 else:
-                    begin_change(line)
+                    write_begin(line)
                     store_in_cache(row, source + number * stride)
-                    end_change(line, 0, 0)
+                    write_end(line, 0, 0)
             further = has_chain(place)
             unlock_set(place)
             if number_of_set == 1 or not further:
                 break
-            place = other_set_of(lines, sets, key)
+            place = alternate_set_of(lines, sets, key)
         number += grid_tiles()
     if is_first_lane():
         guard_leave(state, stripe)
@@ -160,21 +160,21 @@ def erase_kernel(lines, sets, state, keys, n):
     fence()
     while number < n:
         key = ld64(keys + 8 * number)
-        home = home_line_of(key)
+        home = primary_line_of(key)
         place = set_of(lines, sets, key)
         for number_of_set in range(2):
             lock_set(place)
             line, way, _meta, _score = find_in_set(place, home, key)
             if way >= 0:
-                begin_change(line)
-                end_change(line, 0, 1 << way)
+                write_begin(line)
+                write_end(line, 0, 1 << way)
                 if is_first_lane():
                     add64(state + STATE_COUNT, 1)
             further = has_chain(place)
             unlock_set(place)
             if number_of_set == 1 or not further:
                 break
-            place = other_set_of(lines, sets, key)
+            place = alternate_set_of(lines, sets, key)
         number += grid_tiles()
 
 
@@ -208,7 +208,7 @@ def clear_kernel(lines, sets):
         for half in range(LINES_PER_SET):
             line = place + half * LINE_BYTES
             if is_first_lane():
-                st32(line + META_AT, (ld32(line + META_AT) & ~(OCCUPIED | CHAIN | BUSY)) + VERSION)
+                st32(line + META_AT, (ld32(line + META_AT) & ~(OCCUPIED | OVERFLOW | BUSY)) + VERSION)
         unlock_set(place)
         number += grid_tiles()
 

@@ -26,7 +26,7 @@ from typing import Any
 
 __all__ = [
     "FOLDERS",
-    "MOST_FILES",
+    "MAX_FILES",
     "find",
     "find_result",
     "folder",
@@ -40,7 +40,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MOST_FILES = 400  # with more in the folder, those made from other sources go
+MAX_FILES = 400  # with more in the folder, those made from other sources go
 FOLDERS = {".cubin": "cuda", ".object": "cpu"}  # by how the names of files end
 _MAGIC = b"HPSK2\n"
 _CHECKSUM = hashlib.sha256().digest_size
@@ -254,7 +254,7 @@ def _sweep(place: Path) -> None:
     """Where files pile up, remove those made from other sources, and what writers that died left. Others may do so too."""
     _sweep_old_folders(place.parent)
     files = list(place.iterdir())
-    if len(files) <= MOST_FILES:
+    if len(files) <= MAX_FILES:
         return
     ours = f"-{source_digest()}-"
     for file in files:

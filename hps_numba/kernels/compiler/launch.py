@@ -33,9 +33,9 @@ from hps_numba.kernels.compiler.launch_native import (
     start_kernels,
     start_lookup,
 )
-from hps_numba.kernels.compiler.specialize import KernelSpec, ptx_of, starts_early
+from hps_numba.kernels.compiler.specialize import KernelSpec, ptx_of, uses_pdl
 
-__all__ = ["KernelsInTurn", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
+__all__ = ["LaunchChain", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
 
 THREADS = 256
 # CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
@@ -50,14 +50,14 @@ class LoadedKernel:
     """A kernel on the device whose context was current when it was made.   **Threads:** ``launch`` from any thread.
 
     Args:
-        cubin: machine code.   symbol: of the kernel in it.   kinds: of its arguments, q (int64) and f (float32).
-        early: it may be started while the kernel before it on the stream still runs (``build.starts_early``).
+        cubin: machine code.   symbol: of the kernel in it.   arg_types: of its arguments, q (int64) and f (float32).
+        pdl: it may be started while the kernel before it on the stream still runs (``build.uses_pdl``).
 
     Raises:
         DeviceError: the driver refuses the code.
     """
 
-    def __init__(self, cubin: bytes, symbol: str, kinds: str, *, early: bool = False) -> None:
+    def __init__(self, cubin: bytes, symbol: str, arg_types: str, *, pdl: bool = False) -> None:
         self._driver = driver = importlib.import_module("cuda.bindings.driver")
         self._symbol = symbol
         self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), symbol)
@@ -66,10 +66,10 @@ class LoadedKernel:
         self._in_context = _check(driver.cuKernelGetFunction(self.handle), symbol)
         self._function = int(self.handle)
         self._launch = _launch_function()
-        self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
-        layout = struct.Struct(_CONFIG + kinds)
+        self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if pdl else (0, 0)
+        layout = struct.Struct(_CONFIG + arg_types)
         self._bytes, self._pack_into = layout.size, layout.pack_into
-        self._offsets = _offsets(_CONFIG, kinds)
+        self._offsets = _offsets(_CONFIG, arg_types)
         self._threads = threading.local()
 
     def launch(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> None:
@@ -134,12 +134,12 @@ class _ArgumentMemory:
 
 
 class PreparedLookup:
-    """A lookup of a cache on a stream, with one scratch, that is started again and again.   **Threads:** one at a time.
+    """A lookup of a cache on a stream, with one workspace, that is started again and again.   **Threads:** one at a time.
 
     Args:
         kernels: of the lookup, then of what follows it.
-        launches: as ``KernelsInTurn.start`` takes them, one row each; arguments that vary have any values.
-        context, stream, event: as for ``KernelsInTurn.start``.
+        launches: as ``LaunchChain.start`` takes them, one row each; arguments that vary have any values.
+        context, stream, event: as for ``LaunchChain.start``.
         keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
             insertion.   touch_at, insert_at: which kernels are those, 0: none.
         numbers: the other ``LOOKUP_WORDS``.
@@ -187,7 +187,7 @@ class PreparedLookup:
         self._keep = memories, work, lookup
 
     def start(self, keys: int, n: int, out: int) -> bool:
-        """Start it for ``n`` keys, 1 or more; returns and raises as ``KernelsInTurn.start``."""
+        """Start it for ``n`` keys, 1 or more; returns and raises as ``LaunchChain.start``."""
         status = start_lookup(self._functions, self._lookup, keys, n, out)
         if status == 0:
             return True
@@ -196,7 +196,7 @@ class PreparedLookup:
         raise self._kernel.refused(status, f"for {n} keys")
 
 
-class KernelsInTurn:
+class LaunchChain:
     """Starts kernels of one device one after the other, with one step out of Python.   **Threads:** ``start`` from any."""
 
     def __init__(self, kernels: Sequence[LoadedKernel]) -> None:
@@ -239,9 +239,9 @@ class KernelsInTurn:
         return ctypes.addressof(memory)
 
 
-def _offsets(before: str, kinds: str) -> list[int]:
+def _offsets(before: str, arg_types: str) -> list[int]:
     """Where each value stands in memory packed by ``struct``, which aligns as C does."""
-    return [struct.calcsize(before + kinds[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(kinds)]
+    return [struct.calcsize(before + arg_types[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(arg_types)]
 
 
 @cache
@@ -278,8 +278,8 @@ def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKe
             kernel = _loaded.get(key)
             if kernel is None:
                 cubin, symbol = cubin_of(spec, capability)
-                early = starts_early(spec, capability)
-                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, early=early)
+                pdl = uses_pdl(spec, capability)
+                kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, pdl=pdl)
     return kernel
 
 

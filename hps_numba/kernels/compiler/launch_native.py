@@ -49,8 +49,8 @@ LOOKUP_WORDS = (
     "insert_blocks",  # of the insertion, or 0: there is none
     "advance",  # address of its argument
     "tiles_of_block",  # of both
-    "most_blocks",
-    "few_blocks",
+    "max_blocks",
+    "min_blocks",
     "sets",
     "capacity",
 )

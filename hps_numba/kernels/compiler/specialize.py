@@ -39,11 +39,11 @@ __all__ = [
     "bindings",
     "for_host",
     "ptx_of",
-    "starts_early",
+    "uses_pdl",
 ]
 
 #: how keys lie in the caller's memory, in the order of the numbers that ``kernels.cache.lookup`` gives them
-KEY_FORMS = ("int64", "int32", "uint32", "narrow64")
+KEY_FORMS = ("int64", "int32", "uint32", "checked32_in_int64")
 _OUT_TYPES = ("float32", "float16", "bfloat16")
 _LANES = (4, 8)
 
@@ -52,28 +52,28 @@ class KernelSource(NamedTuple):
     """Where a kernel stands in ``hps_numba.kernels``, and what its source says of it."""
 
     module: str
-    kinds: str  # of its arguments: q int64, f float32, t the words of MAX_TABLES tables
+    arg_types: str  # of its arguments: q int64, f float32, t the words of MAX_TABLES tables
     whole_warps: bool  # all tiles of a warp take every branch with lane operations together
-    early: bool = False  # begins with ``lanes.after_former``
+    pdl: bool = False  # begins with ``lanes.grid_dependency_sync``
 
     @property
     def scalars(self) -> str:
         """``kinds`` as a launch gives them: each word of the tables is an argument."""
-        return self.kinds.replace("t", "q" * (MAX_TABLES * TABLE_WORDS))
+        return self.arg_types.replace("t", "q" * (MAX_TABLES * TABLE_WORDS))
 
 
 KERNELS = {
-    "lookup_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, early=True),
-    "list_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, early=True),
-    "list_by_region_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, early=True),
-    "sort_missed_kernel": KernelSource("cache.miss_sorted", "q", True, early=True),
-    "pool_kernel": KernelSource("cache.pooling", "qqqqqqqqqqqqfqqq", True, early=True),
-    "touch_kernel": KernelSource("cache.batch", "qqqq", False, early=True),
-    "sketch_kernel": KernelSource("cache.sketch", "qqqqqq", False, early=True),
-    "insert_kernel": KernelSource("cache.insert", "qqqqqqq", False, early=True),
-    "lookup_tables_kernel": KernelSource("cache.multi_table", "qqt", True, early=True),
-    "touch_tables_kernel": KernelSource("cache.multi_table", "qq", False, early=True),
-    "insert_tables_kernel": KernelSource("cache.multi_table", "qqt", False, early=True),
+    "lookup_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, pdl=True),
+    "list_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, pdl=True),
+    "list_by_region_kernel": KernelSource("cache.lookup", "qqqqqqqfq", True, pdl=True),
+    "sort_missed_kernel": KernelSource("cache.miss_sorted", "q", True, pdl=True),
+    "pool_kernel": KernelSource("cache.pooling", "qqqqqqqqqqqqfqqq", True, pdl=True),
+    "touch_kernel": KernelSource("cache.batch", "qqqq", False, pdl=True),
+    "sketch_kernel": KernelSource("cache.sketch", "qqqqqq", False, pdl=True),
+    "insert_kernel": KernelSource("cache.insert", "qqqqqqq", False, pdl=True),
+    "lookup_tables_kernel": KernelSource("cache.multi_table", "qqt", True, pdl=True),
+    "touch_tables_kernel": KernelSource("cache.multi_table", "qq", False, pdl=True),
+    "insert_tables_kernel": KernelSource("cache.multi_table", "qqt", False, pdl=True),
     "rescore_kernel": KernelSource("cache.rescore", "qqq", False),
     "update_kernel": KernelSource("cache.update", "qqqqqqqqq", False),
     "erase_kernel": KernelSource("cache.update", "qqqqq", False),
@@ -81,7 +81,7 @@ KERNELS = {
     "clear_kernel": KernelSource("cache.update", "qq", False),
     "dump_kernel": KernelSource("cache.update", "qqqqq", False),
     "scatter_kernel": KernelSource("cache.scatter", "qqqq", False),
-    "serve_missed_kernel": KernelSource("cache.miss_sorted", "qqqqfq", True, early=True),
+    "serve_missed_kernel": KernelSource("cache.miss_sorted", "qqqqfq", True, pdl=True),
     "answer_missed_kernel": KernelSource("cache.miss_list", "qqqqqqqqqq", False),
 }
 
@@ -179,7 +179,7 @@ class KernelSpec:
         if policy.takes_key:
             functions["first_score"] = functions["policy_first"]
         if policy.takes_now:
-            functions["leaving_way"] = functions["policy_victim"]
+            functions["victim_way"] = functions["policy_victim"]
         switches = {"ADMITS": policy.admit is not None, "HAS_VICTIM": policy.victim is not None, "KEYED": policy.takes_key}
         return {**switches, "SET_STATE": policy.state, **functions}
 
@@ -335,8 +335,8 @@ def _tagged(function: FunctionType, tag: str) -> FunctionType:
 
 def _argument_types(spec: KernelSpec, types: Any) -> tuple[Any, ...]:
     """numba's types of the arguments of a kernel, by the names that ``types`` has."""
-    kinds = {"q": types.int64, "f": types.float32, "t": types.UniTuple(types.int64, MAX_TABLES * TABLE_WORDS)}
-    return tuple(kinds[kind] for kind in spec.source.kinds)
+    arg_types = {"q": types.int64, "f": types.float32, "t": types.UniTuple(types.int64, MAX_TABLES * TABLE_WORDS)}
+    return tuple(arg_types[kind] for kind in spec.source.arg_types)
 
 
 def _compile_scalar(function: FunctionType, signature: Any) -> None:
@@ -376,12 +376,12 @@ def ptx_of(spec: KernelSpec, capability: tuple[int, int]) -> str:
         raise _refused(spec, f"sm_{capability[0]}{capability[1]}", problem, compile_scalar) from problem
 
 
-def starts_early(spec: KernelSpec, capability: tuple[int, int]) -> bool:
+def uses_pdl(spec: KernelSpec, capability: tuple[int, int]) -> bool:
     """The kernel is started while the one before it on the stream still runs, and waits for its end by itself.
 
     So the time to start a kernel passes meanwhile (programmatic dependent launch; CUDA C++ Programming Guide). From Hopper on.
     """
-    return capability >= (9, 0) and spec.source.early
+    return capability >= (9, 0) and spec.source.pdl
 
 
 def _device_function(function: FunctionType) -> Any:
@@ -399,7 +399,7 @@ def _compile_for_chip(spec: KernelSpec, capability: tuple[int, int]) -> str:
         lanes=spec.lanes,
         uniform=spec.source.whole_warps,
         out_vector=spec.out_vector,
-        early=starts_early(spec, capability),
+        pdl=uses_pdl(spec, capability),
         copies=capability >= (8, 0),
         constants=constants,
         device=_device_function,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from hps_numba.kernels.compiler.njit import host_function
-from hps_numba.kernels.hashing import home_line
+from hps_numba.kernels.hashing import primary_line
 from hps_numba.kernels.host.atomics import exchange_word, full_fence, load_word, load_word_acquire, store_word_release
 from hps_numba.kernels.layouts.host_store import (
     EMPTY,
@@ -36,13 +36,13 @@ __all__ = [
 #: what ``home_word`` says of a key that may stand in a later line; no index word is negative
 UNSETTLED = -1
 
-_home_line = host_function(home_line)
+_primary_line = host_function(primary_line)
 
 
 @host_function
 def home_address(block, lines, key):
     """Address of the line where the search for ``key`` starts."""
-    return block + META_BYTES + np.int64(_home_line(np.uint64(key), np.uint64(lines))) * LINE_BYTES
+    return block + META_BYTES + np.int64(_primary_line(np.uint64(key), np.uint64(lines))) * LINE_BYTES
 
 
 @host_function

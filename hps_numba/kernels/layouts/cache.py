@@ -1,4 +1,4 @@
-"""The bytes of an embedding cache on a device: sets, lines, ways, its state, and the scratch of one batch.
+"""The bytes of an embedding cache on a device: sets, lines, ways, its state, and the workspace of one batch.
 
 ::
 
@@ -10,7 +10,7 @@
     rows                way w of line l: row 5 * l + w at  rows + row * row_stride
 
     meta                bits 0-4   way is taken (no key is special: occupancy lives here)
-                        bit 5      CHAIN: a key with this home set may stand in its other set
+                        bit 5      OVERFLOW: a key with this home set may stand in its other set
                         bit 6      BUSY: a writer is changing keys or rows of this line
                         bit 7      LOCK: in the first line of a set, one writer owns both
                         bits 8-31  version, one more with each change
@@ -30,7 +30,7 @@ LINE_BYTES = 64
 SET_BYTES = LINE_BYTES * LINES_PER_SET
 SCORES_AT, META_AT = 8 * WAYS_PER_LINE, 60
 
-OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
+OCCUPIED, OVERFLOW, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
 
 # state of a cache, in its device's memory: words, then counters and guards in stripes, so that no address is fought for
 (
@@ -40,7 +40,7 @@ OCCUPIED, CHAIN, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
     STATE_CALLS,
     STATE_INSERTED,
     STATE_EVICTED,
-    STATE_WITHDRAWN,  # rows that changed in the host store on their way to the cache
+    STATE_STALE_DROPPED,  # rows that changed in the host store on their way to the cache
     STATE_COUNT,  # result of an erasure or a dump
     STATE_PENDING,  # address of uint32 [ways]: hits of this batch, for policies that need counts
     STATE_REFUSED,  # newcomers that the policy did not admit
@@ -57,38 +57,38 @@ DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_SHIFT, DESC_BYTES = 0, 8, 16, 24, 32
 GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
 GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
 GUARD_LEFT = GUARD_ENTERED + 4 * GUARD_STRIPES
-NO_LISTS = GUARD_LEFT + 4 * GUARD_STRIPES  # the scratch of a batch that leaves nothing to do: all of it is 0
+NO_LISTS = GUARD_LEFT + 4 * GUARD_STRIPES  # the workspace of a batch that leaves nothing to do: all of it is 0
 STATE_BYTES = NO_LISTS + 192
 
-# scratch of one batch: words, the rest by address
+# workspace of one batch: words, the rest by address
 (
-    SCRATCH_BATCH,  # number of the batch, counted up by the insertion that ends it
-    SCRATCH_LISTED,  # sets that have newcomers
-    SCRATCH_TICKET,  # blocks of the insertion that have ended
-    SCRATCH_KEYS,  # address of int64 [n]: keys of the missing positions
-    SCRATCH_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
-    SCRATCH_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
-    SCRATCH_STAGE_STRIDE,  # bytes from row to row there
-    SCRATCH_BUCKETS,  # address of the buckets, one a set with newcomers; 0: newcomers are not listed
-    SCRATCH_MASK,  # number of buckets - 1
-    SCRATCH_LIST,  # address of int64: numbers of the buckets in use
-    SCRATCH_ABSENT,  # keys found nowhere
-    SCRATCH_ABSENT_LIST,  # address of int64 [n]: their positions, or 0
-    SCRATCH_ASSUME,  # 1: keys that the cache lacks are newcomers although there is no host store
-    SCRATCH_COUNTS,  # address of the counts of keys in the batch, or 0
-    SCRATCH_TOUCHED,  # ways touched by a policy that needs counts
-    SCRATCH_TOUCHED_LIST,  # address of int64 [n]: their rows
-    SCRATCH_COUNTS_MASK,  # number of the counts - 1
-    # of the policy with which the scratch was made; memory that lives as long as a graph may use the scratch
-    SCRATCH_SET_STATES,  # address of uint32 [sets, words]: what the policy remembers of each set
-    SCRATCH_SKETCH,  # address of the frequency sketch, see kernels.cache_sketch
-    SCRATCH_SKETCH_WORDS,
-    SCRATCH_SKETCH_SHIFT,
-    SCRATCH_MISSED,  # address of the list of missed keys (``list_kernel``)
-    SCRATCH_CHANGES,  # STATE_CHANGES before any row of the batch was read, or 0: not known
-    SCRATCH_OWN_LIST,  # address of a list of missed keys that belongs to the scratch, or 0; SCRATCH_MISSED leads there too
+    WORKSPACE_BATCH,  # number of the batch, counted up by the insertion that ends it
+    WORKSPACE_LISTED,  # sets that have newcomers
+    WORKSPACE_TICKET,  # blocks of the insertion that have ended
+    WORKSPACE_KEYS,  # address of int64 [n]: keys of the missing positions
+    WORKSPACE_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
+    WORKSPACE_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
+    WORKSPACE_STAGE_STRIDE,  # bytes from row to row there
+    WORKSPACE_BUCKETS,  # address of the buckets, one a set with newcomers; 0: newcomers are not listed
+    WORKSPACE_MASK,  # number of buckets - 1
+    WORKSPACE_LIST,  # address of int64: numbers of the buckets in use
+    WORKSPACE_ABSENT,  # keys found nowhere
+    WORKSPACE_ABSENT_LIST,  # address of int64 [n]: their positions, or 0
+    WORKSPACE_ASSUME,  # 1: keys that the cache lacks are newcomers although there is no host store
+    WORKSPACE_COUNTS,  # address of the counts of keys in the batch, or 0
+    WORKSPACE_TOUCHED,  # ways touched by a policy that needs counts
+    WORKSPACE_TOUCHED_LIST,  # address of int64 [n]: their rows
+    WORKSPACE_COUNTS_MASK,  # number of the counts - 1
+    # of the policy with which the workspace was made; memory that lives as long as a graph may use the workspace
+    WORKSPACE_SET_STATES,  # address of uint32 [sets, words]: what the policy remembers of each set
+    WORKSPACE_SKETCH,  # address of the frequency sketch, see kernels.cache_sketch
+    WORKSPACE_SKETCH_WORDS,
+    WORKSPACE_SKETCH_SHIFT,
+    WORKSPACE_MISSED,  # address of the list of missed keys (``list_kernel``)
+    WORKSPACE_CHANGES,  # STATE_CHANGES before any row of the batch was read, or 0: not known
+    WORKSPACE_OWN_LIST,  # address of a list of missed keys that belongs to the workspace, or 0; WORKSPACE_MISSED too
 ) = (8 * i for i in range(24))
-SCRATCH_BYTES = STATE_BYTES - NO_LISTS
+WORKSPACE_BYTES = STATE_BYTES - NO_LISTS
 
 # list of the keys that a batch missed, for a kernel of its own or for the host: words, counts, then int64 [n, 2]: place, key
 (

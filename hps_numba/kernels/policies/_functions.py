@@ -15,11 +15,11 @@ import numpy as np
 
 from hps_numba.errors import PolicyError
 
-__all__ = ["MOST_CONSTANTS", "broken", "described", "does_not_compile", "for_compiler", "is_simple", "isolated"]
+__all__ = ["MAX_CONSTANTS", "broken", "described", "does_not_compile", "for_compiler", "is_simple", "isolated"]
 
 _BUILTINS = ("abs", "int", "len", "max", "min", "range")
 #: of a tuple; constants of a kernel stand in 64 KiB of a GPU
-MOST_CONSTANTS = 4096
+MAX_CONSTANTS = 4096
 
 #: bytecode that cannot run on every device, by what it does
 _REFUSED = {
@@ -140,8 +140,8 @@ def _global(
 
 def _checked(name: str, function: FunctionType, used: str, value: tuple[Any, ...], line: int | None) -> tuple[int, ...]:
     """A tuple that a compiler can take."""
-    if not 1 <= len(value) <= MOST_CONSTANTS:
-        raise broken(name, function, f"{used!r} has {len(value)} elements, wanted 1 to {MOST_CONSTANTS}", line)
+    if not 1 <= len(value) <= MAX_CONSTANTS:
+        raise broken(name, function, f"{used!r} has {len(value)} elements, wanted 1 to {MAX_CONSTANTS}", line)
     for element in value:
         if type(element) is not int or not -(2**63) <= element < 2**63:
             raise broken(name, function, f"{used!r} has {element!r} in it, wanted integers of 64 bits", line)

@@ -13,7 +13,7 @@ from typing import Any
 from hps_numba import plugins
 from hps_numba.errors import PolicyError
 from hps_numba.kernels.policies._functions import broken, described, is_simple, isolated
-from hps_numba.kernels.policies._policy import MOST_STATE, OPTIONAL, PARAMETERS, Policy
+from hps_numba.kernels.policies._policy import MAX_STATE, OPTIONAL, PARAMETERS, Policy
 from hps_numba.kernels.policies._probes import check_compiled, check_plain
 
 __all__ = ["as_policy", "for_hits", "load_policy", "policy_with"]
@@ -160,8 +160,8 @@ def _check_attributes(kind: Any, name: str) -> None:
     if clock not in _CLOCKS:
         raise PolicyError(f"policy {name!r}: clock is {clock!r}, wanted {' or '.join(map(repr, _CLOCKS))}")
     state = getattr(kind, "state", 0)
-    if type(state) is not int or not 0 <= state <= MOST_STATE:
-        raise PolicyError(f"policy {name!r}: state is {state!r}, wanted a number of uint32 a set, 0 to {MOST_STATE}")
+    if type(state) is not int or not 0 <= state <= MAX_STATE:
+        raise PolicyError(f"policy {name!r}: state is {state!r}, wanted a number of uint32 a set, 0 to {MAX_STATE}")
     if state and getattr(kind, "victim", None) is None:
         raise PolicyError(f"policy {name!r}: state is {state}, but there is no victim(scores, state) that would use it")
 

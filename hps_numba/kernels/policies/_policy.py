@@ -55,9 +55,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MOST_STATE", "OPTIONAL", "PARAMETERS", "Policy"]
+__all__ = ["MAX_STATE", "OPTIONAL", "PARAMETERS", "Policy"]
 
-MOST_STATE = 16  # uint32 that a policy may keep of each set
+MAX_STATE = 16  # uint32 that a policy may keep of each set
 #: parameters of the functions of a policy
 PARAMETERS = {
     "first": ("now", "count"),

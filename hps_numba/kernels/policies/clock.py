@@ -29,4 +29,4 @@ class Clock:
         return hand
 
 
-PART = Clock
+PLUGIN = Clock

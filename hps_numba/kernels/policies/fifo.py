@@ -20,4 +20,4 @@ class FIFO:
         return score
 
 
-PART = FIFO
+PLUGIN = FIFO

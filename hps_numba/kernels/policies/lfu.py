@@ -25,4 +25,4 @@ class LFU:
         return min(score + count, MOST)
 
 
-PART = LFU
+PLUGIN = LFU

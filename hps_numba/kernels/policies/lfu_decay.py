@@ -42,4 +42,4 @@ class LFUDecay:
         return max(fresh, score) + (GAIN[apart] if apart < len(GAIN) else 0)
 
 
-PART = LFUDecay
+PLUGIN = LFUDecay

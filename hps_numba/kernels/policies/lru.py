@@ -33,4 +33,4 @@ class LRU:
         return now if ((now - score) & LOW32) >= SLACK else score
 
 
-PART = LRU
+PLUGIN = LRU

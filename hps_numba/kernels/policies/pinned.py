@@ -75,4 +75,4 @@ def pinned(keys: Iterable[int], order: Any = "lru") -> type:
     )
 
 
-PART = pinned(())
+PLUGIN = pinned(())

@@ -27,4 +27,4 @@ class Random:
         return (state[0] >> 16) % len(scores)
 
 
-PART = Random
+PLUGIN = Random

@@ -56,4 +56,4 @@ class S3FIFO:
         return 0
 
 
-PART = S3FIFO
+PLUGIN = S3FIFO

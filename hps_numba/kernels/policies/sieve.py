@@ -51,4 +51,4 @@ class Sieve:
         return 0
 
 
-PART = Sieve
+PLUGIN = Sieve

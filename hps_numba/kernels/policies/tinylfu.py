@@ -28,4 +28,4 @@ class TinyLFU:
         return sketch[0] > sketch[1]
 
 
-PART = TinyLFU
+PLUGIN = TinyLFU

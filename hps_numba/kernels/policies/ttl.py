@@ -49,4 +49,4 @@ def ttl(ticks: int) -> type:
     return policy_with(TTL, LIFE=ticks)
 
 
-PART = TTL
+PLUGIN = TTL

@@ -358,7 +358,7 @@ def names(
     lanes: int,
     uniform: bool,
     out_vector: bool,
-    early: bool,
+    pdl: bool,
     copies: bool,
     constants: dict[str, Any],
     device: Callable[..., Any],
@@ -369,7 +369,7 @@ def names(
         lanes: in a tile, 4 or 8.
         uniform: all tiles of a warp take every branch with lane operations together, else each tile for itself.
         out_vector: answers are 16-byte aligned.
-        early: the kernel may be started before the work that it follows has ended (``build.starts_early``).
+        pdl: the kernel may be started before the work that it follows has ended (``uses_pdl``).
         copies: the chip copies from global to shared memory by itself.
         constants: DIM and the types of rows.
         device: makes a device function.
@@ -467,15 +467,15 @@ def names(
         return cuda.gridDim.x * cuda.blockDim.x >> 5
 
     @device
-    def votes_of_warp(condition):
+    def ballot(condition):
         return vote(FULL, condition)
 
     @device
-    def bits_set(bits):
+    def popcount(bits):
         return cuda.popc(bits)
 
     @device
-    def from_lane(value, number):
+    def shfl(value, number):
         return shuffle(FULL, value, number, 32) | shuffle(FULL, value >> 32, number, 32) << 32
 
     @device
@@ -616,11 +616,11 @@ def names(
         "lane": lane,
         "lane_in_warp": lane_in_warp,
         "grid_warps": grid_warps,
-        "votes_of_warp": votes_of_warp,
+        "ballot": ballot,
         "local_words": _local_words,
-        "lowest_bit": zeros,
-        "bits_set": bits_set,
-        "from_lane": from_lane,
+        "ctz": zeros,
+        "popcount": popcount,
+        "shfl": shfl,
         "sync_warp": sync_warp,
         "probe_alone": probe_alone,
         "probe_both": probe_both,
@@ -664,8 +664,8 @@ def names(
         "min64": _atomic("atom.relaxed.gpu.global.min.s64"),
         "max64": _atomic("atom.relaxed.gpu.global.max.s64"),
         "fence": _instruction("fence.acq_rel.gpu;"),
-        "after_former": _instruction("griddepcontrol.wait; griddepcontrol.launch_dependents;" if early else ""),
-        "out_of_line": _out_of_line,
+        "grid_dependency_sync": _instruction("griddepcontrol.wait; griddepcontrol.launch_dependents;" if pdl else ""),
+        "noinline": _out_of_line,
         "float_bits": _float_bits,
         "bits_float": _bits_float,
     }

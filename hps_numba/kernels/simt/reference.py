@@ -22,21 +22,21 @@ from hps_numba.kernels.layouts.host_store import EMPTY, ENTRIES_PER_LINE, ENTRY_
 __all__ = [
     "add32",
     "add64",
-    "after_former",
     "all_in_tile",
     "any_in_warp",
+    "ballot",
     "bits_float",
-    "bits_set",
     "block_number",
     "block_tiles",
     "cas32",
     "cas64",
     "count_in_warp",
+    "ctz",
     "fence",
     "float_bits",
     "from_first_lane",
-    "from_lane",
     "grid_blocks",
+    "grid_dependency_sync",
     "grid_row",
     "grid_rows",
     "grid_tiles",
@@ -53,15 +53,16 @@ __all__ = [
     "ld64",
     "ld64_host",
     "local_words",
-    "lowest_bit",
     "max64",
     "max_in_tile",
     "min64",
-    "out_of_line",
+    "noinline",
+    "popcount",
     "probe_alone",
     "probe_both",
     "probe_host_line",
     "probe_line",
+    "shfl",
     "st8",
     "st16",
     "st32",
@@ -73,7 +74,6 @@ __all__ = [
     "tile_number",
     "tiles_in_warp",
     "tiles_of",
-    "votes_of_warp",
     "warp_number",
 ]
 
@@ -220,7 +220,7 @@ def lane_in_warp():
     return 0
 
 
-def votes_of_warp(condition):
+def ballot(condition):
     """Bit i: lane i of the warp has the condition."""
     return 1 if condition else 0
 
@@ -230,17 +230,17 @@ def tiles_of(votes):
     return votes
 
 
-def bits_set(bits):
+def popcount(bits):
     """Number of bits that are set."""
     return int(bits).bit_count()
 
 
-def lowest_bit(bits):
+def ctz(bits):
     """Number of the lowest bit that is set; some bit is."""
     return (bits & -bits).bit_length() - 1
 
 
-def from_lane(value, number):
+def shfl(value, number):
     """What lane ``number`` of the warp has."""
     return value
 
@@ -343,11 +343,11 @@ def sync_tile():
     """Lanes of a tile wait for each other; what they stored is seen by all of them."""
 
 
-def after_former():
+def grid_dependency_sync():
     """Wait until the work before this kernel on its stream is done: nothing else may come before this in a kernel."""
 
 
-def out_of_line():
+def noinline():
     """Keep the function that calls this out of its callers, so that what is rare takes no registers from what is not.
 
     Such a function is called from one that does little else: numba clears memory for its result where the calling function

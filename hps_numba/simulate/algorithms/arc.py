@@ -93,4 +93,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), new_links(keys, 4), np.zeros(5, np.int64), np.zeros(1)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

@@ -46,4 +46,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(capacity, np.int64), np.full(keys, NOT_IN_HEAP, np.int32), np.zeros(capacity, np.int32)
 
 
-PART = Algorithm(step, state, looks_ahead=True, bound=True)
+PLUGIN = Algorithm(step, state, looks_ahead=True, bound=True)

@@ -25,4 +25,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return (np.zeros(keys, np.uint8),)
 
 
-PART = Algorithm(step, state, bound=True)
+PLUGIN = Algorithm(step, state, bound=True)

@@ -50,4 +50,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.int32), new_links(keys, most + 2)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

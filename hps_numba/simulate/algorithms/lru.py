@@ -38,4 +38,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return (new_links(keys, 1),)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

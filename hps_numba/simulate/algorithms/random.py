@@ -47,4 +47,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), np.zeros(capacity, np.int32), np.array([SEED], np.uint64)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

@@ -36,7 +36,7 @@ def evict_from_main(counters, where, asked, links, main):
 
 
 @host_function
-def evict_from_small(counters, where, asked, links, small, most_ghosts):
+def evict_from_small(counters, where, asked, links, small, max_ghosts):
     """Evicts one row, or none if all of them went to the main queue.   **Writes:** all."""
     main, ghosts = small + 1, small + 2
     while counters[SMALLS] > 0:
@@ -49,7 +49,7 @@ def evict_from_small(counters, where, asked, links, small, most_ghosts):
             push(links, main, victim)
             counters[MAINS] += 1
             continue
-        if counters[GHOSTS] == most_ghosts:
+        if counters[GHOSTS] == max_ghosts:
             oldest = links[ghosts, PREV]
             cut(links, oldest)
             where[oldest] = ABSENT
@@ -66,8 +66,8 @@ def evict_from_small(counters, where, asked, links, small, most_ghosts):
 def step(ids, hits, counters, capacity, where, asked, links):
     """Lists: small, main, ghosts.   **Writes:** as ``_algorithm`` says."""
     small, main = len(where), len(where) + 1
-    most_small = max(1, capacity // 10)
-    most_main, most_ghosts = capacity - most_small, max(1, capacity * 9 // 10)
+    max_small = max(1, capacity // 10)
+    max_main, max_ghosts = capacity - max_small, max(1, capacity * 9 // 10)
     for i in range(len(ids)):
         key = ids[i]
         place = where[key]
@@ -82,12 +82,12 @@ def step(ids, hits, counters, capacity, where, asked, links):
             cut(links, key)
             counters[GHOSTS] -= 1
         while counters[RESIDENT] == capacity:
-            if counters[MAINS] > most_main or counters[SMALLS] == 0:
+            if counters[MAINS] > max_main or counters[SMALLS] == 0:
                 evict_from_main(counters, where, asked, links, main)
             else:
-                evict_from_small(counters, where, asked, links, small, most_ghosts)
+                evict_from_small(counters, where, asked, links, small, max_ghosts)
         asked[key] = 0
-        filling = counters[EVICTED] == 0 and counters[SMALLS] >= most_small
+        filling = counters[EVICTED] == 0 and counters[SMALLS] >= max_small
         if place == GHOST or filling:
             where[key] = MAIN
             push(links, main, key)
@@ -104,4 +104,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), np.zeros(keys, np.uint8), new_links(keys, 3)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

@@ -51,4 +51,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), new_links(keys, 1)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

@@ -22,7 +22,7 @@ def step(ids, hits, counters, capacity, where, links):
     """Lists: newcomers, main, ghosts.   **Writes:** as ``_algorithm`` says."""
     keys = len(where)
     news, main, ghosts = keys, keys + 1, keys + 2
-    most_news, most_ghosts = max(1, capacity // 4), max(1, capacity // 2)
+    max_news, max_ghosts = max(1, capacity // 4), max(1, capacity // 2)
     for i in range(len(ids)):
         key = ids[i]
         place = where[key]
@@ -39,11 +39,11 @@ def step(ids, hits, counters, capacity, where, links):
             counters[GHOSTS] -= 1
         if counters[RESIDENT] == capacity:
             counters[EVICTED] += 1
-            if counters[NEWS] > most_news or links[main, PREV] == main:
+            if counters[NEWS] > max_news or links[main, PREV] == main:
                 victim = links[news, PREV]
                 cut(links, victim)
                 counters[NEWS] -= 1
-                if counters[GHOSTS] == most_ghosts:
+                if counters[GHOSTS] == max_ghosts:
                     oldest = links[ghosts, PREV]
                     cut(links, oldest)
                     where[oldest] = ABSENT
@@ -71,4 +71,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), new_links(keys, 3)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

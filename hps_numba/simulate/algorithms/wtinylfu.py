@@ -54,8 +54,8 @@ def estimate(sketch, hashed):
 def step(ids, hits, counters, capacity, where, links, sketch):
     """Lists: window, probation, protected.   **Writes:** as ``_algorithm`` says."""
     window, probation, protected = len(where), len(where) + 1, len(where) + 2
-    most_window = max(1, capacity // 100)
-    most_protected = (capacity - most_window) * 4 // 5
+    max_window = max(1, capacity // 100)
+    max_protected = (capacity - max_window) * 4 // 5
     for i in range(len(ids)):
         key = ids[i]
         count(sketch, _hash(np.uint64(key) + np.uint64(1)))
@@ -76,7 +76,7 @@ def step(ids, hits, counters, capacity, where, links, sketch):
             if place == PROBATION:
                 where[key] = PROTECTED
                 counters[PROTECTEDS] += 1
-                if counters[PROTECTEDS] > most_protected:
+                if counters[PROTECTEDS] > max_protected:
                     moved = links[protected, PREV]
                     cut(links, moved)
                     where[moved] = PROBATION
@@ -91,7 +91,7 @@ def step(ids, hits, counters, capacity, where, links, sketch):
         full = counters[RESIDENT] == capacity
         if not full:
             counters[RESIDENT] += 1
-        if counters[WINDOWS] > most_window:
+        if counters[WINDOWS] > max_window:
             candidate = links[window, PREV]
             cut(links, candidate)
             counters[WINDOWS] -= 1
@@ -120,4 +120,4 @@ def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
     return np.zeros(keys, np.uint8), new_links(keys, 3), np.zeros((ROWS, width), np.uint8)
 
 
-PART = Algorithm(step, state)
+PLUGIN = Algorithm(step, state)

@@ -1,7 +1,7 @@
 """What a sparse-model format promises.
 
 A sparse model is one embedding table on disk: ``key`` (n integers), ``emb_vector`` (n rows of ``dim`` floats) and, optionally,
-``meta`` (n integers). A format is one file in this folder with a ``PART``; it gives a :class:`SparseModelFormat` that opens
+``meta`` (n integers). A format is one file in this folder with a ``PLUGIN``; it gives a :class:`SparseModelFormat` that opens
 files as :class:`SparseModelReader`. To add one, write ``_fill`` and ``_close`` of a reader, and ``detect`` and ``_open`` of a
 format; :mod:`hps_numba.storage.formats._arrays` holds the checks that all formats share.
 

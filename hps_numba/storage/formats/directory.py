@@ -19,7 +19,7 @@ from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat
 from hps_numba.storage.formats._raw import RawArray, RawArrayReader, names_in, open_file, open_folder
 
-__all__ = ["PART", "DirectoryFormat"]
+__all__ = ["PLUGIN", "DirectoryFormat"]
 
 _KEY = np.dtype("<i8")
 _VALUE = np.dtype("<f4")
@@ -103,4 +103,4 @@ def _inferred_dim(path: Path, rows: int, emb_vector: int) -> int:
     return emb_vector // (4 * rows)
 
 
-PART = DirectoryFormat()
+PLUGIN = DirectoryFormat()

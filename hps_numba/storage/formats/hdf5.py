@@ -27,7 +27,7 @@ from hps_numba.storage.formats._raw import open_file
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["PART", "Hdf5Format", "Hdf5Reader"]
+__all__ = ["PLUGIN", "Hdf5Format", "Hdf5Reader"]
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHUNK_BYTES = 128 << 10  # a table of one row takes a chunk, too
@@ -200,4 +200,4 @@ def _check_allocated(path: Path, name: str, dataset: h5py.Dataset) -> None:
         raise ModelFileError(f"{path}: {name} has {found} of {wanted} {unit}; its writer did not finish")
 
 
-PART = Hdf5Format()
+PLUGIN = Hdf5Format()

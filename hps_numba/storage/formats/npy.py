@@ -12,7 +12,7 @@ from hps_numba.storage.formats._format import SparseModelFormat
 from hps_numba.storage.formats._npy_header import read_npy_header
 from hps_numba.storage.formats._raw import RawArray, RawArrayReader, names_in, open_file, open_folder
 
-__all__ = ["PART", "NpyFormat"]
+__all__ = ["PLUGIN", "NpyFormat"]
 
 
 class NpyFormat(SparseModelFormat):
@@ -46,4 +46,4 @@ def _array(file: io.FileIO, path: Path, name: str) -> RawArray:
     return RawArray(file, path, name, offset, header.shape, header.dtype)
 
 
-PART = NpyFormat()
+PLUGIN = NpyFormat()

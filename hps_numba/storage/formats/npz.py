@@ -21,7 +21,7 @@ from hps_numba.storage.formats._format import SparseModelFormat, SparseModelRead
 from hps_numba.storage.formats._npy_header import read_npy_header
 from hps_numba.storage.formats._raw import open_file
 
-__all__ = ["PART", "NpzFormat", "NpzReader"]
+__all__ = ["PLUGIN", "NpzFormat", "NpzReader"]
 
 _MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 
@@ -98,4 +98,4 @@ class NpzFormat(SparseModelFormat):
             return NpzReader(path, dim, members, handles)
 
 
-PART = NpzFormat()
+PLUGIN = NpzFormat()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-__all__ = ["PART", "ParquetFormat", "ParquetReader"]
+__all__ = ["PLUGIN", "ParquetFormat", "ParquetReader"]
 
 _MAGIC = b"PAR1"
 
@@ -181,4 +181,4 @@ def _width(file: pyarrow.parquet.ParquetFile, path: Path, kind: pyarrow.DataType
     raise ModelFileError(f"{path}: has no first row to tell the width of emb_vector; pass dim")
 
 
-PART = ParquetFormat()
+PLUGIN = ParquetFormat()

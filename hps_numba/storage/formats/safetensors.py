@@ -22,7 +22,7 @@ from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._format import SparseModelFormat
 from hps_numba.storage.formats._raw import RawArray, RawArrayReader, open_file, read_exactly
 
-__all__ = ["PART", "SafetensorsFormat"]
+__all__ = ["PLUGIN", "SafetensorsFormat"]
 
 _HEADER_LIMIT = 100_000_000
 _NUMBERS = {
@@ -90,4 +90,4 @@ def _array(file: io.FileIO, path: Path, name: str, entry: dict[str, Any], offset
     return RawArray(file, path, name, offset + begin, shape, dtype)
 
 
-PART = SafetensorsFormat()
+PLUGIN = SafetensorsFormat()

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from hps_numba.kernels.host.epoch import epoch_advance, epoch_enter, epoch_leave
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["Epochs", "Guard"]
 
@@ -43,9 +43,9 @@ class Epochs:
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
         self._guards: tuple[Guard, ...] = ()
-        renew_after_fork(self)
+        register_fork_reset(self)
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         """Address of a record for one reader; give it back with ``give``."""
         while True:
             try:
@@ -56,20 +56,20 @@ class Epochs:
                 first: int = block.__array_interface__["data"][0]
                 self._idle.extend(first + 8 * _WORDS * i for i in range(_BLOCK))
 
-    def give(self, record: int) -> None:
+    def release(self, record: int) -> None:
         """Take a record back, after its reader left."""
         self._idle.append(record)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Hold an epoch over several kernels."""
-        record = self.take()
+        record = self.acquire()
         try:
             epoch_enter(self.address, record)
             yield
         finally:
             epoch_leave(record)
-            self.give(record)
+            self.release(record)
 
     def add_guard(self, guard: Guard) -> None:
         """Let ``oldest`` ask ``guard`` too."""
@@ -101,7 +101,7 @@ class Epochs:
             pause = min(2 * pause, 1e-3)
         return True
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a forked child: the readers of the parent's other threads do not exist here."""
         for block in self._blocks:
             block[:] = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hps_numba.errors import ConfigError, OutputError
+from hps_numba.errors import ArrayError, ConfigError
 from hps_numba.kernels.cache.pooling import COMBINERS
 from hps_numba.kernels.host.pooling import bag_starts, host_pool
 from hps_numba.runtime.threads import ranges_of, run_ranges
@@ -138,7 +138,7 @@ def pool_bags(
     Returns the number of keys that the store lacks, or -1 if it is closed.
     """
     if out.dtype != np.float32 or out.ndim != 2 or len(out) != len(bags) or not out.flags.c_contiguous:
-        raise OutputError(f"out: {out.dtype}{list(out.shape)} came, contiguous float32[{len(bags)}, dim] is wanted")
+        raise ArrayError(f"out: {out.dtype}{list(out.shape)} came, contiguous float32[{len(bags)}, dim] is wanted")
     if not len(bags):
         return 0
     n, dim = len(bags.keys), out.shape[1]
@@ -150,13 +150,13 @@ def pool_bags(
     after = (dim, answer, COMBINERS[bags.combiner], np.float32(default), bound, side, rows, listed)
 
     def pool_range(first: int, stop: int) -> int:
-        record = 0 if epochs is None else epochs.take()
+        record = 0 if epochs is None else epochs.acquire()
         try:
             shared = 0 if epochs is None else epochs.address
             missed: int = host_pool(header, *before, first, stop, *after, shared, record, time.monotonic_ns(), counters)
         finally:
             if epochs is not None:
-                epochs.give(record)
+                epochs.release(record)
         return missed
 
     ends = np.array([stop for _, stop in ranges_of(n, 4 * dim + 64)])

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
-from hps_numba.errors import CapacityError, ClosedError, HpsError, KeyDtypeError, OutputError
+from hps_numba.errors import ArrayError, CapacityError, ClosedError, HpsError, KeyDtypeError
 from hps_numba.kernels.host.epoch import publish
 from hps_numba.kernels.host.evict import HISTOGRAM, host_evict
 from hps_numba.kernels.host.gather import host_gather
@@ -35,7 +35,7 @@ from hps_numba.kernels.layouts.host_store import (
     RECENCY_NONE,
     RECENCY_TIME,
 )
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.storage.host.content import TableContent, address_of, entries_of
 from hps_numba.storage.host.epochs import Epochs
@@ -105,8 +105,8 @@ class HostStore:
         self._watchers: tuple[Callable[[int], object], ...] = ()
         self._before_turns: tuple[Callable[[], object], ...] = ()
         self._turns = 0  # of writers, so far
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
         self._closed = False
         self._unfinished = False  # a writer was interrupted, or is at work
         self._next: TableContent | None = None  # a version that is being put in force
@@ -122,7 +122,7 @@ class HostStore:
         self._content = self.new_content(rows)
         publish(self.header, self._content.block)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make the lock anew, as a forked child has to; a turn that another thread had not finished is repaired by the next."""
         self._lock = threading.RLock()
 
@@ -186,7 +186,7 @@ class HostStore:
         """
         self._check_keys(keys)
         if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
-            raise OutputError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
+            raise ArrayError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
         return self._lookup(keys, out, default, misses, time.monotonic_ns(), counters, threads)
 
     def _check_keys(self, keys: np.ndarray) -> None:
@@ -238,7 +238,7 @@ class HostStore:
     ) -> int:
         """``kernels.host.lookup`` in an epoch of its own; returns the number of missing keys."""
         epochs = self._epochs
-        record = epochs.take()
+        record = epochs.acquire()
         try:
             missing: int = host_lookup(
                 header,
@@ -255,7 +255,7 @@ class HostStore:
                 streamed,
             )
         finally:
-            epochs.give(record)
+            epochs.release(record)
         if missing < 0:
             raise self._is_closed()
         return missing
@@ -312,11 +312,11 @@ class HostStore:
         """bool ``[n]``: which of the int64 keys have a row."""
         self._check_keys(keys)
         found = np.empty(len(keys), np.int64)
-        record = self._epochs.take()
+        record = self._epochs.acquire()
         try:
             done = host_contains(self.header, address_of(keys), len(keys), address_of(found), self._epochs.address, record)
         finally:
-            self._epochs.give(record)
+            self._epochs.release(record)
         if done < 0:
             raise self._is_closed()
         return found.astype(bool)
@@ -456,7 +456,7 @@ class HostStore:
         keys = np.ascontiguousarray(keys, np.int64)
         rows = np.ascontiguousarray(rows, np.float32)
         if rows.shape != (len(keys), self.dim):
-            raise OutputError(f"{self.name}: rows of shape {rows.shape}, wanted ({len(keys)}, {self.dim})")
+            raise ArrayError(f"{self.name}: rows of shape {rows.shape}, wanted ({len(keys)}, {self.dim})")
         changed = 0
         now = time.monotonic_ns()
         with self._writing() as content:

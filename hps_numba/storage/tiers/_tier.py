@@ -1,6 +1,6 @@
 """What a storage tier promises: rows of embedding tables by key, in memory, on disk or across a network.
 
-A tier is one file in this folder that defines ``PART``, a subclass of :class:`Tier`; or a class of the user's own, named in
+A tier is one file in this folder that defines ``PLUGIN``, a subclass of :class:`Tier`; or a class of the user's own, named in
 the config as ``module:NAME`` or ``file.py:NAME``. Six methods are enough; everything else is built on them. Tables are named
 by tag, ``hps_et.<model>.<table>``. The same contract tests run over every tier (spec 8.1).
 

@@ -10,11 +10,11 @@ import numpy as np
 from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import TierError
-from hps_numba.runtime.fork import renew_after_fork
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 
-__all__ = ["PART", "HashMapTier"]
+__all__ = ["PLUGIN", "HashMapTier"]
 
 
 class HashMapTier(Tier):
@@ -32,10 +32,10 @@ class HashMapTier(Tier):
         self.allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
         self._stores: dict[str, HostStore] = {}
         self._closed = False
-        self.renew()
-        renew_after_fork(self)
+        self.reset_after_fork()
+        register_fork_reset(self)
 
-    def renew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Make the lock anew, as a forked child has to."""
         self._lock = threading.Lock()
 
@@ -81,12 +81,12 @@ class HashMapTier(Tier):
         asked = 0
         for part in self.batches(len(keys), deadline):
             some = np.ascontiguousarray(keys[part], np.int64)
-            scratch = np.empty((len(some), store.dim), np.float32)
+            workspace = np.empty((len(some), store.dim), np.float32)
             misses = np.empty(len(some), np.int64)
-            missing = store.lookup(some, scratch, 0.0, misses)
+            missing = store.lookup(some, workspace, 0.0, misses)
             here = np.ones(len(some), bool)
             here[misses[:missing]] = False
-            rows[part][here] = scratch[here]
+            rows[part][here] = workspace[here]
             found[part] = here
             asked = part.stop
         return Fetched(found, asked)
@@ -133,4 +133,4 @@ class HashMapTier(Tier):
             store.close()
 
 
-PART = HashMapTier
+PLUGIN = HashMapTier

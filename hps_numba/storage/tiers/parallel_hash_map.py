@@ -2,6 +2,6 @@
 
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
-PART = HashMapTier
+PLUGIN = HashMapTier

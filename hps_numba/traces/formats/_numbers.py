@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["first_wrong", "integers"]
 
-_LEAST, _MOST = -(1 << 63), (1 << 64) - 1
+_LEAST, _MAX = -(1 << 63), (1 << 64) - 1
 
 
 def integers(words: Sequence[Any]) -> np.ndarray | None:
@@ -23,9 +23,9 @@ def integers(words: Sequence[Any]) -> np.ndarray | None:
     try:
         return np.array(values, np.int64)
     except OverflowError:
-        if min(values) < _LEAST or max(values) > _MOST:
+        if min(values) < _LEAST or max(values) > _MAX:
             return None
-        return np.array([value & _MOST for value in values], np.uint64).view(np.int64)
+        return np.array([value & _MAX for value in values], np.uint64).view(np.int64)
 
 
 def first_wrong(words: Sequence[Any]) -> int | None:

@@ -19,7 +19,7 @@ from hps_numba.errors import TraceError
 from hps_numba.traces.formats._format import Blocks, TraceFormat
 from hps_numba.traces.formats._numbers import first_wrong, integers
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 _ROWS = 1 << 17  # read at a time
 _USUAL = ("key", "item_id", "id", "obj_id")
@@ -97,4 +97,4 @@ def _column(path: Path, first: list[str], column: str | None) -> tuple[int, bool
     raise TraceError(f"{path}: column {column or 'key'!r} is none of {', '.join(first)} (--column names one)")
 
 
-PART = TraceFormat((".csv", ".tsv", ".inter"), _open)
+PLUGIN = TraceFormat((".csv", ".tsv", ".inter"), _open)

@@ -10,7 +10,7 @@ import numpy as np
 from hps_numba.errors import TraceError
 from hps_numba.traces.formats._format import BLOCK, Blocks, TraceFormat
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 
 def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
@@ -33,4 +33,4 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
     return len(flat), blocks
 
 
-PART = TraceFormat((".npy",), _open)
+PLUGIN = TraceFormat((".npy",), _open)

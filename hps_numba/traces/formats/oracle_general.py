@@ -14,7 +14,7 @@ import numpy as np
 from hps_numba.errors import TraceError
 from hps_numba.traces.formats._format import BLOCK, Blocks, TraceFormat
 
-__all__ = ["PART", "RECORD"]
+__all__ = ["PLUGIN", "RECORD"]
 
 RECORD = np.dtype([("time", "<u4"), ("object", "<u8"), ("size", "<u4"), ("next", "<i8")])
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -38,4 +38,4 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
     return len(records), blocks
 
 
-PART = TraceFormat((".oraclegeneral", ".oraclegeneral.bin"), _open)
+PLUGIN = TraceFormat((".oraclegeneral", ".oraclegeneral.bin"), _open)

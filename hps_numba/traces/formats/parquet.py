@@ -11,7 +11,7 @@ import numpy as np
 from hps_numba.errors import TraceError
 from hps_numba.traces.formats._format import BLOCK, Blocks, TraceFormat
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 
 def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
@@ -57,4 +57,4 @@ def _column(path: Path, names: list[str], column: str | None) -> str:
     return column
 
 
-PART = TraceFormat((".parquet", ".pq"), _open)
+PLUGIN = TraceFormat((".parquet", ".pq"), _open)

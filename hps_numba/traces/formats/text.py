@@ -11,7 +11,7 @@ from hps_numba.errors import TraceError
 from hps_numba.traces.formats._format import BLOCK, Blocks, TraceFormat
 from hps_numba.traces.formats._numbers import first_wrong, integers
 
-__all__ = ["PART"]
+__all__ = ["PLUGIN"]
 
 _LINES = 1 << 22  # bytes of lines read at a time
 
@@ -45,4 +45,4 @@ def _where(lines: list[bytes]) -> tuple[int, str]:
     raise AssertionError("all words are integers")
 
 
-PART = TraceFormat((".txt", ".text", ".trace"), _open)
+PLUGIN = TraceFormat((".txt", ".text", ".trace"), _open)
