@@ -15,7 +15,7 @@ TABLE = HERE / "ACCEPTANCE.md"
 
 #: how many rows the checklist has of each letter (spec section 11)
 ROWS = {"C": 22, "T": 31, "P": 11, "N": 10, "F": 15, "G": 40, "D": 25, "U": 13, "O": 14}
-_NAMED = re.compile(r"tests/(\w+\.py)::(\w+)")
+_NAMED = re.compile(r"tests/([\w/]+\.py)::(\w+)")
 
 
 def rows(letter: str, numbers: Iterable[int]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 PACKAGE = ROOT / "hps_numba"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 FOLDER = ROOT / "benchmarks" / "host"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")

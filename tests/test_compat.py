@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import environment
-from tensorflow_rig import DIM, rig_of, run_program, tensorflow
+from support.framework_rig import DIM, rig_of, run_program, tensorflow
+from support.processes import environment
 
 from hps_numba import compat
 

@@ -7,25 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT
-from test_caches_in_service import without_devices
+from support.docs import blocks_of
+from support.processes import ROOT
+from support.services import without_devices
 
 from hps_numba import plugins
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 STEPS = [page for page in PAGES if page.stem != "performance"]  # which has figures only
-
-
-def block_with(page: str, text: str) -> str:
-    """The first block of Python of a page that has a text in it."""
-    return next(block for _, block in blocks_of(ROOT / "docs" / page) if text in block)
-
-
-def blocks_of(page: Path) -> list[tuple[int, str]]:
-    """(line, text) of the Python blocks of a page."""
-    text = page.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(text[: block.start(1)].count("\n"), block[1]) for block in found]
 
 
 @pytest.mark.parametrize("page", STEPS, ids=lambda page: page.stem)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 EXAMPLE = ROOT / "examples" / "gpu_cache.py"
 SMALL = ("--rows", "3000", "--dim", "4", "--batches", "20", "--batch", "300")

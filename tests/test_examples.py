@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 IN_CELLS = [path for path in EXAMPLES if path.read_text().startswith("# %%")]

@@ -1,0 +1,612 @@
+"""The embedding cache against its oracle: every way, score and row, on the CPU twin and (marker gpu) on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from support.cache_bench import DEFAULT, DIM, Bench, ints
+from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, place_in
+from support.oracles import EXTREME_64, assert_same_bits, rows_of
+
+from hps_numba.cache.backends import CpuBackend
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.sizing import index_sets
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.errors import ArrayError, CapacityError, ClosedError, ConfigError, KeyDtypeError
+from hps_numba.kernels.cache.bulk_load import place_keys
+from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, OVERFLOW, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.policies._load import load_policy
+from hps_numba.storage.host.store import HostStore
+
+
+def keys_of_set(sets: int, wanted: int, count: int) -> list[int]:
+    place = place_in(sets)
+    return [key for key in range(200 * sets) if place(key)[0] == wanted][:count]
+
+
+# -- any operations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 1), ("lfu", 3), ("fifo", 16), ("lru", 17)])
+def test_any_operations_leave_what_the_oracle_has(bench: Bench, policy: str, dim: int) -> None:
+    pair = Pair(bench, policy, dim, seed=dim)
+    for _ in range(150):
+        getattr(pair, pair.rng.choice(OPERATIONS))()
+        pair.check()
+    entries = pair.oracle.dump(0, pair.sets)
+    assert len(entries) > 10
+    rows, missing = pair.cache.query(ints(entry.key for entry in entries))
+    assert not len(missing)
+    assert_same_bits(rows, np.stack([entry.row for entry in entries]))
+
+
+# -- lookups ----------------------------------------------------------------------------------
+
+
+def test_extreme_keys_are_keys_like_any_others(bench: Bench) -> None:
+    keys = ints(EXTREME_64)
+    cache = bench.cache(bench.store(keys), 40)
+    for _ in range(2):
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().misses == len(keys)
+    assert cache.erase(keys) == len(keys)
+    assert cache.resident() == 0
+
+
+def test_extreme_keys_that_are_nowhere_are_missed(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), 40)
+    out = cache.lookup_arrays(ints(EXTREME_64[1:2] + EXTREME_64[3:]))
+    assert (out == np.float32(DEFAULT)).all()
+    assert cache.counters().absent == len(out)
+
+
+def test_no_keys(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), 40)
+    nothing = ints([])
+    assert cache.lookup_arrays(nothing).shape == (0, DIM)
+    rows, missing = cache.query(nothing)
+    assert rows.shape == (0, DIM) and len(missing) == 0
+    cache.insert(nothing, np.empty((0, DIM), np.float32))
+    cache.update(nothing)
+    cache.update(nothing, np.empty((0, DIM), np.float32))
+    assert cache.erase(nothing) == 0
+    assert len(cache.dump(1, 1)) == 0
+    assert cache.counters().calls == 0
+
+
+def test_duplicates_in_a_batch_enter_once(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(5)), policy="lfu", set_count=2)
+    keys = ints([3, 1, 3, 3, 1, 99, 99])
+    assert_same_bits(cache.lookup_arrays(keys)[:5], rows_of(keys[:5], DIM))
+    assert {entry.key: entry.score for entry in cache.entries()} == {1: 2, 3: 3}
+    cache.lookup_arrays(keys)
+    assert {entry.key: entry.score for entry in cache.entries()} == {1: 4, 3: 6}
+    assert cache.counters().inserted == 2
+
+
+def test_default_rows_are_never_cached(bench: Bench) -> None:
+    store = bench.store([1])
+    cache = bench.cache(store, 40)
+    assert (cache.lookup_arrays(ints([7, 7])) == np.float32(DEFAULT)).all()
+    assert cache.resident() == 0
+    store.upsert(ints([7]), rows_of([7], DIM))
+    assert_same_bits(cache.lookup_arrays(ints([7])), rows_of([7], DIM))
+    assert cache.counters().absent == 2
+
+
+def test_without_a_store_only_what_was_inserted_is_found(bench: Bench) -> None:
+    cache = bench.cache(None, 40)
+    keys = ints([1, 2])
+    cache.insert(keys, rows_of(keys, DIM))
+    cache.insert(keys, rows_of(keys, DIM, 1))  # present: touched only
+    wanted = np.vstack([rows_of(keys, DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2, 3])), wanted)
+    assert cache.warm() == 0
+
+
+def test_batches_larger_than_the_workspace_before(bench: Bench) -> None:
+    keys = np.arange(5000)
+    cache = bench.cache(bench.store(keys), 6000)
+    for n in (1, 300, 5000, 20):
+        assert_same_bits(cache.lookup_arrays(keys[:n]), rows_of(keys[:n], DIM))
+    assert cache.bytes > 6000 * 4 * DIM
+
+
+class Addresses:
+    """Raw calls on NumPy arrays of the CPU twin."""
+
+    def __init__(self, cache: EmbeddingCache) -> None:
+        self.cache = cache
+
+    def lookup(self, keys: np.ndarray, out: np.ndarray, **options: Any) -> np.ndarray:
+        self.cache.lookup(keys.ctypes.data, len(keys), out.ctypes.data, 0, **options)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "keys", "known"),
+    [
+        ("int32", np.int32, [-1, 5, -(2**31)], [-1, 5, -(2**31)]),
+        ("uint32", np.uint32, [2**32 - 1, 5], [2**32 - 1, 5]),
+        ("checked32_in_int64", np.int64, [2**32 - 1, 5], [2**32 - 1, 5]),
+    ],
+)
+def test_key_forms(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], known: list[int]) -> None:
+    call = Addresses(cpu_bench.cache(cpu_bench.store(known), 40))
+    for _ in range(2):
+        out = call.lookup(np.array(keys, dtype), np.empty((len(keys), DIM), np.float32), key_form=form)
+        assert_same_bits(out, rows_of(ints(known), DIM))
+
+
+def test_a_wide_key_is_absent_where_keys_are_narrow(cpu_bench: Bench) -> None:
+    keys = ints([-1, 2**32])
+    cache = cpu_bench.cache(cpu_bench.store(keys), 40)
+    out = Addresses(cache).lookup(keys, np.empty((2, DIM), np.float32), key_form="checked32_in_int64")
+    assert (out == np.float32(DEFAULT)).all()
+    assert cache.resident() == 0
+
+
+def test_half_precision_answers(cpu_bench: Bench) -> None:
+    keys = np.arange(20)
+    call = Addresses(cpu_bench.cache(cpu_bench.store(keys), 40))
+    rows = rows_of(keys, DIM)
+    for _ in range(2):  # from the host store, from the cache
+        half = call.lookup(keys, np.empty((20, DIM), np.float16), out_type="float16")
+        np.testing.assert_array_equal(half, rows.astype(np.float16))
+        brain = call.lookup(keys, np.empty((20, DIM), np.uint16), out_type="bfloat16")
+        np.testing.assert_allclose((brain.astype(np.uint32) << 16).view(np.float32), rows, rtol=2**-8)
+
+
+def test_positions_of_absent_keys(cpu_bench: Bench) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
+    out, absent = np.empty((4, DIM), np.float32), np.full(5, -1, np.int64)
+    for keys, wanted in (([50, 1, 60, 2], [0, 2]), ([1, 2, 3, 4], []), ([9, 9, 9, 70], [3])):
+        Addresses(cache).lookup(ints(keys), out, absent_list=absent.ctypes.data)
+        assert absent[1 : 1 + absent[0]].tolist() == wanted
+    cache.lookup(0, 0, 0, 0, absent_list=absent.ctypes.data)
+    assert absent[0] == 0
+
+
+def test_a_captured_call_keeps_its_workspace(cpu_bench: Bench) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
+    before = cache.bytes
+    out = Addresses(cache).lookup(np.arange(10), np.empty((10, DIM), np.float32), capturing=True)
+    assert_same_bits(out, rows_of(np.arange(10), DIM))
+    captured = cache.bytes - before
+    assert captured > 0
+    Addresses(cache).lookup(np.arange(10), out, capturing=True)
+    assert cache.bytes - before == 2 * captured
+
+
+# -- rows in few bits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row_type", "dim", "relative", "absolute"),
+    [("float16", 16, 2**-11, 0), ("bfloat16", 3, 2**-8, 0), ("int8", 3, 0, 0.01), ("float8_e4m3", 16, 0, 0.05)],
+)
+def test_stored_types(bench: Bench, row_type: str, dim: int, relative: float, absolute: float) -> None:
+    store = bench.store(dim=dim)
+    keys = np.arange(50)
+    rows = np.random.default_rng(1).uniform(-1, 1, (50, dim)).astype(np.float32)
+    rows[0], rows[1] = 0, -0.5
+    store.upsert(keys, rows)
+    cache = bench.cache(store, 200, row_type=row_type)
+    assert_same_bits(cache.lookup_arrays(keys), rows)  # from the host store
+    once, again = cache.lookup_arrays(keys), cache.lookup_arrays(keys)
+    assert cache.counters().misses == 50
+    np.testing.assert_allclose(once, rows, rtol=relative, atol=absolute or 2**-25)
+    assert_same_bits(once, again)
+    cache.refresh()
+    assert_same_bits(cache.lookup_arrays(keys), once)
+
+
+# -- the store behind ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["upsert", "erase"])
+def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    store = bench.store([5, 6])
+    cache = bench.cache(store, 40)
+    finish = cache._finish
+
+    def change_and_finish(*args: Any) -> None:
+        cache._backend.synchronize(cache._stream)  # the lookup has read the old row
+        if change == "upsert":
+            store.upsert(ints([5]), rows_of([5], DIM, 1))
+        else:
+            store.erase(ints([5]))
+        cache.update(ints([5]))  # finds nothing yet
+        finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_finish", change_and_finish)
+        assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
+    assert [entry.key for entry in cache.entries()] == [6]
+    assert cache.counters().stale_dropped == 1
+    new = rows_of([5], DIM, 1) if change == "upsert" else np.full((1, DIM), DEFAULT, np.float32)
+    assert_same_bits(cache.lookup_arrays(ints([5])), new)
+
+
+def test_the_store_grows_and_is_replaced_between_lookups(bench: Bench) -> None:
+    store = bench.store(range(4), growth_bytes=4 * DIM)
+    cache = bench.cache(store, 100)
+    for end in (4, 50, 700, 3000):
+        keys = np.arange(end)
+        store.upsert(keys, rows_of(keys, DIM))
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    sibling = store.sibling()
+    sibling.upsert(np.arange(20), rows_of(np.arange(20), DIM, 1))
+    store.adopt(sibling)
+    cache.refresh()
+    keys = np.arange(40)
+    wanted = np.vstack([rows_of(keys[:20], DIM, 1), np.full((20, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+
+
+def test_many_indexes_one_after_the_other(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 100)
+    for stamp in range(70):  # more than the ring of descriptors has
+        content = store.new_content(1)
+        content.rows_view(0, 1)[:] = rows_of([9], DIM, stamp % 3)
+        content.fill(ints([9]), 1)
+        store.replace(content)
+        cache.update(ints([9]))
+        assert_same_bits(cache.lookup_arrays(ints([9])), rows_of([9], DIM, stamp % 3))
+
+
+def test_a_closed_store_answers_no_more(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 100)
+    cache.lookup_arrays(ints([1]))
+    store.close()
+    wanted = np.vstack([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2])), wanted)
+    with pytest.raises(ClosedError):
+        cache.warm()
+
+
+# -- warming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 16, 1000])
+def test_a_whole_cache_holds_every_row(bench: Bench, rows: int) -> None:
+    keys = np.random.default_rng(2).permutation(np.arange(-500, 5000))[:rows]
+    cache = bench.cache(bench.store(keys), rows, whole=True)
+    assert cache.warm() == rows
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().misses == 0
+    assert sorted(cache.dump().tolist()) == sorted(keys.tolist())
+
+
+def test_rows_beyond_their_set_are_updated_and_erased(bench: Bench) -> None:
+    keys = ints(keys_of_set(3, 1, 14))  # set 1 has 10 ways, four rows stand in set 2
+    store = bench.store(keys)
+    cache = bench.cache(store, 14, whole=True, set_count=3)
+    assert cache.warm() == 14
+    store.upsert(keys, rows_of(keys, DIM, 1))
+    cache.update(keys)
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, 1))
+    assert cache.counters().misses == 0
+    assert cache.erase(keys) == 14
+
+
+@pytest.mark.parametrize("kind", ["static", "uvm"])
+def test_fixed_caches_hold_their_rows(bench: Bench, kind: str) -> None:
+    keys = np.arange(300)
+    store = bench.store(keys)
+    cache = bench.cache(store, 300, kind=kind, pagelock=True)
+    assert cache.warm() == 300
+    asked = np.arange(310)
+    wanted = np.vstack([rows_of(keys, DIM), np.full((10, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(asked), wanted)
+    assert (cache.counters().misses, cache.counters().inserted) == (10, 0)
+    store.upsert(ints([5, 305]), rows_of([5, 305], DIM, 2))
+    cache.update(ints([5, 305]))
+    assert_same_bits(cache.lookup_arrays(ints([5, 305])), rows_of([5, 305], DIM, 2))
+    rows, missing = cache.query(ints([305, 7]))
+    assert missing.tolist() == [0]
+    assert_same_bits(rows, np.vstack([np.zeros((1, DIM), np.float32), rows_of([7], DIM)]))
+    with pytest.raises(ConfigError, match="dynamic"):
+        cache.insert(ints([400]), rows_of([400], DIM))
+
+
+def test_a_static_cache_that_is_too_small(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(11)), 10, kind="static")
+    with pytest.raises(CapacityError, match="11 rows for a static cache of 10"):
+        cache.warm()
+
+
+def test_uvm_holds_as_many_as_fit_and_serves_all(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(100)), 40, kind="uvm")
+    assert cache.warm() == 40
+    assert_same_bits(cache.lookup_arrays(np.arange(100)), rows_of(np.arange(100), DIM))
+    assert (cache.counters().misses, cache.resident()) == (60, 40)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_in_use_is_warmed_anew(bench: Bench, kind: str) -> None:
+    keys = np.arange(100)
+    store = bench.store(keys)
+    cache = bench.cache(store, 400, kind=kind)
+    assert cache.warm() == 100
+    cache.lookup_arrays(keys)
+    sibling = store.sibling()
+    sibling.upsert(keys[:60], rows_of(keys[:60], DIM, 1))
+    store.adopt(sibling)
+    assert cache.warm() == 60
+    before = cache.counters().misses
+    assert_same_bits(cache.lookup_arrays(keys[:60]), rows_of(keys[:60], DIM, 1))
+    assert cache.counters().misses == before
+
+
+def test_warming_stops_when_sets_are_full(bench: Bench) -> None:
+    keys = np.arange(200)
+    cache = bench.cache(bench.store(keys), set_count=3, policy="lfu")
+    warm = cache.warm()
+    assert 20 < warm <= 30
+    assert {entry.score for entry in cache.entries()} == {1}
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+
+
+def test_sets_are_made_for_the_rows() -> None:
+    assert index_sets(1000, fixed=False, whole=False) == 100
+    assert index_sets(1001, fixed=False, whole=False) == 101
+    assert index_sets(1000, fixed=False, whole=True) == 125
+    assert index_sets(600, fixed=True, whole=False) == 100
+    assert index_sets(0, fixed=False, whole=False) == 2
+
+
+# -- bad calls, the end -------------------------------------------------------------------------
+
+
+def test_bad_calls(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(4)), 40)
+    for first, stop in ((-1, 2), (3, 2), (0, 5)):
+        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+            cache.dump(first, stop)
+        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+            cache.refresh(first, stop)
+    with pytest.raises(KeyDtypeError, match=r"int32\[4\]"):
+        cache.lookup_arrays(np.arange(4, dtype=np.int32))
+    with pytest.raises(ArrayError, match="rows are float64"):
+        cache.insert(np.arange(2), np.zeros((2, DIM)))
+    with pytest.raises(ArrayError, match="wanted float32"):
+        cache.lookup_arrays(np.arange(2), np.zeros((2, DIM + 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "stochastic"}, "stochastic"),
+        ({"row_type": "int4"}, "int4"),
+        ({"rows": -1}, "rows of the cache is -1"),
+        ({"buffers": 0}, "buffers of the cache is 0"),
+    ],
+)
+def test_bad_options(cpu_bench: Bench, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cpu_bench.cache(None, **options)
+    with pytest.raises(ConfigError, match=f"width 4, its host store {DIM}"):
+        EmbeddingCache(4, 10, device=None, policy=load_policy("lru"), store=cpu_bench.store())
+
+
+def test_after_close(bench: Bench) -> None:
+    store = bench.store(range(4))
+    cache = bench.cache(store, 40)
+    cache.lookup_arrays(np.arange(4))
+    cache.close()
+    cache.close()
+    for call in (cache.dump, cache.clear, cache.warm, cache.counters, lambda: cache.lookup_arrays(np.arange(4))):
+        with pytest.raises(ClosedError):
+            call()
+    store.upsert(np.arange(500), rows_of(np.arange(500), DIM))  # nobody follows its indexes any more
+    store.close()
+
+
+def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(20)), 40, buffers=1)
+
+    def fails(*args: Any) -> None:
+        raise CapacityError("between two kernels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_finish", fails)
+        for _ in range(3):
+            with pytest.raises(CapacityError, match="between"):
+                cache.lookup_arrays(np.arange(10))
+    assert cache.resident() == 0
+    assert_same_bits(cache.lookup_arrays(np.arange(10, 20)), rows_of(np.arange(10, 20), DIM))
+    assert sorted(cache.dump().tolist()) == list(range(10, 20))
+
+
+# -- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(bench: Bench, kind: str) -> None:
+    keys = np.arange(60)
+    store = bench.store(keys)
+    cache = bench.cache(store, kind=kind, rows=60, set_count=None if kind == "static" else 4, buffers=2)
+    cache.warm()
+    cache.lookup_arrays(keys)  # kernels are compiled before the clock starts
+    cache.update(keys)
+    told = [0]  # the stamp that every cache was told of
+    problems: list[str] = []
+    end = time.monotonic() + 1.0
+
+    def look() -> None:
+        rng = np.random.default_rng()
+        while time.monotonic() < end and not problems:
+            asked = rng.choice(keys, 25)
+            least = told[0]
+            rows = cache.lookup_arrays(asked)
+            stamps = np.log2(rows[:, 0] / rows_of(asked, DIM)[:, 0])
+            whole = all((row == rows_of(key, DIM, int(s))).all() for key, row, s in zip(asked, rows, stamps, strict=True))
+            if not whole or (stamps < least).any():
+                problems.append(f"{stamps} after {least}, whole: {whole}")
+
+    def write() -> None:
+        stamp = 0
+        while time.monotonic() < end and stamp < 100:
+            stamp += 1
+            store.upsert(keys, rows_of(keys, DIM, stamp))
+            cache.update(keys)
+            told[0] = stamp
+            if stamp % 7 == 0:
+                cache.refresh()
+
+    threads = [threading.Thread(target=look) for _ in range(3)] + [threading.Thread(target=write)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert problems == []
+    assert told[0] > 3
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, told[0]))
+
+
+def test_threads_take_turns_with_one_workspace(cpu_bench: Bench) -> None:
+    keys = np.arange(2000)
+    cache = cpu_bench.cache(cpu_bench.store(keys), 1000, buffers=1)
+    answers: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: answers.append(cache.lookup_arrays(keys))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == 6
+    for answer in answers:
+        assert_same_bits(answer, rows_of(keys, DIM))
+    assert len(cache._pool._all) == 1
+
+
+# -- the guard of host memory ---------------------------------------------------------------------
+
+
+class Linked:
+    """A link as a device has it, over memory of the process, whose warps are played by the test."""
+
+    def __init__(self, store: HostStore) -> None:
+        place = CpuBackend()
+        self.memory = place.allocate(STATE_BYTES, "state")
+        self.link = StoreLink(place, self.memory.address, store)
+        self.store = store
+        store.epochs.add_guard(self.link)
+
+    def enter(self, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.memory.address + GUARD_ENTERED + 4 * stripe).value += 1
+
+    def leave(self, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.memory.address + GUARD_LEFT + 4 * stripe).value += 1
+
+    def is_free(self, tag: int) -> bool:
+        return self.store.epochs.wait(tag, 0.02)
+
+
+def test_memory_is_kept_while_a_warp_may_read_it(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    assert linked.is_free(store.epochs.advance())
+    linked.enter(3)
+    linked.enter(9)
+    tag = store.epochs.advance()
+    assert not linked.is_free(tag)
+    linked.leave(3)
+    assert not linked.is_free(tag)
+    linked.leave(9)
+    assert linked.is_free(tag)
+    linked.link.close()
+
+
+def test_stripes_need_not_be_left_all_at_once(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    linked.enter(1)
+    tag = store.epochs.advance()
+    assert not linked.is_free(tag)
+    linked.enter(2)
+    linked.leave(1)
+    assert linked.is_free(tag)  # stripe 2 was seen empty in this round before it was entered
+    linked.leave(2)
+    linked.link.close()
+
+
+def test_a_link_that_ended_keeps_nothing(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    linked.enter(1)
+    assert not linked.is_free(store.epochs.advance())
+    linked.link.close()
+    assert linked.is_free(store.epochs.advance())
+
+
+def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    linked = Linked(store)
+    at = linked.memory.address + STATE_HOST
+
+    def block() -> int:
+        descriptor = ctypes.c_int64.from_address(at).value
+        return ctypes.c_int64.from_address(descriptor).value if descriptor else 0
+
+    first = block()
+    assert first == store.block
+    store.upsert(np.arange(500), rows_of(np.arange(500), DIM))
+    assert block() == store.block != first
+    store.close()
+    assert block() == 0
+
+
+# -- where keys stand that do not fit into their home set ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sets", "n"), [(2, 20), (3, 27), (100, 950), (1000, 9000), (1000, 9700)])
+def test_a_crowded_image_has_each_key_in_one_of_its_two_sets(sets: int, n: int) -> None:
+    keys = np.random.default_rng(sets).choice(1 << 62, n, replace=False) - (1 << 61)
+    lines = np.zeros(sets * SET_BYTES, np.uint8)
+    placed = place_keys(lines.ctypes.data, sets, keys.ctypes.data, n, 0, True, True)
+    assert placed == n
+    words = lines.view(np.int64).reshape(sets, 2, 8)
+    scores = lines.view(np.uint32).reshape(sets, 2, 16)[:, :, 10:15]
+    meta = lines.view(np.uint32).reshape(sets, 2, 16)[:, :, 15]
+    found = {}
+    for at, line, way in np.argwhere((meta[:, :, None] >> np.arange(5)) & 1):
+        key = int(words[at, line, way])
+        assert key not in found
+        found[key] = int(scores[at, line, way])
+        home, other = _set_of(0, sets, key) // SET_BYTES, _alternate_set_of(0, sets, key) // SET_BYTES
+        assert at in (home, other) and home != other
+        if at != home:
+            assert (meta[home] & OVERFLOW).all()
+    assert found == {int(key): number for number, key in enumerate(keys)}  # each with its own score
+
+
+def test_an_image_that_is_too_full_leaves_keys_out() -> None:
+    lines, keys = np.zeros(2 * SET_BYTES, np.uint8), np.arange(30)
+    assert place_keys(lines.ctypes.data, 2, keys.ctypes.data, 30, 0, True, True) == 20
+    alone = np.zeros(2 * SET_BYTES, np.uint8)
+    assert place_keys(alone.ctypes.data, 2, keys.ctypes.data, 20, 0, True, False) < 20  # home sets only, of 20 keys
+    assert not (alone.view(np.uint32).reshape(-1, 16)[:, 15] & OVERFLOW).any()
+
+
+def test_rows_of_a_whole_table_are_found_wherever_they_stand(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(15_900)), 16_000, whole=True, set_count=1600)  # nearly every set overflows
+    assert cache.warm() == 15_900
+    keys = np.random.default_rng(0).permutation(16_000)
+    for part in (keys[:9], keys[:3000], keys):
+        rows = cache.lookup_arrays(part)
+        assert_same_bits(rows[part < 15_900], rows_of(part[part < 15_900], DIM))
+        assert (rows[part >= 15_900] == np.float32(DEFAULT)).all()
+    assert cache.counters().misses == sum(int((part >= 15_900).sum()) for part in (keys[:9], keys[:3000], keys))
+    some = ints(range(0, 15_900, 7))
+    cache.update(some, rows_of(some, DIM, 3))
+    assert_same_bits(cache.query(some)[0], rows_of(some, DIM, 3))
+    assert cache.erase(some) == len(some)
+    assert len(cache.query(some)[1]) == len(some)

@@ -1,0 +1,593 @@
+"""The copy of the host store's index: read when it is right, withdrawn before it is not, and never written under a reader."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.cache_bench import DEFAULT, DIM, Bench, Versions, ints
+from support.cache_oracle import CacheOracle
+from support.cache_pairs import OPERATIONS, Pair
+from support.factories import ON_BOTH, Workshop
+from support.oracles import assert_same_bits, rows_of
+
+from hps_numba.cache import index_mirror
+from hps_numba.cache.backends import CpuBackend
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.index_mirror import IndexMirror
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.cli.plan import _show as show_plan
+from hps_numba.config import read_config
+from hps_numba.device import driver
+from hps_numba.errors import CapacityError, ClosedError, DeviceError
+from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.server.plan import make_plan
+from hps_numba.storage.host.store import HostStore
+
+
+class CopyBench(Bench):
+    """Caches that copy the index."""
+
+    def cache(self, store: HostStore | None, rows: int = 0, *, policy: str | Policy = "lru", **options: Any) -> EmbeddingCache:
+        return super().cache(store, rows, policy=policy, miss_path="auto", **options)
+
+
+@pytest.fixture(params=ON_BOTH)
+def bench(request: pytest.FixtureRequest) -> Iterator[CopyBench]:
+    made = CopyBench(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device too an index is copied when a test says so, but where ``by_itself`` is what is tested."""
+    if "by_itself" not in request.fixturenames:
+        monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)
+
+
+def led_to(cache: EmbeddingCache) -> int:
+    """Address of the index that lookups read."""
+    descriptor = int(cache._words(cache._state + STATE_HOST, 1)[0])
+    return int(cache._words(descriptor + DESC_BLOCK, 1)[0])
+
+
+# -- what lookups read ------------------------------------------------------------------------------
+
+
+def test_misses_are_looked_up_in_the_copy_until_the_store_changes(bench: CopyBench) -> None:
+    store = bench.store(range(200))
+    cache = bench.cache(store, 20)
+    assert cache.mirror_index() and cache.mirror_index()
+    assert led_to(cache) != store.block
+    assert cache.index_mirror_bytes == index_bytes(ctypes.c_int64.from_address(store.block + META_LINES).value)
+    keys = ints(range(250))
+    wanted = np.vstack([rows_of(keys[:200], DIM), np.full((50, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    store.upsert(keys[190:210], rows_of(keys[190:210], DIM, 1))
+    assert led_to(cache) == store.block
+    assert cache.index_mirror_bytes == 0
+    cache.update(keys[190:210])
+    wanted[190:210] = rows_of(keys[190:210], DIM, 1)
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    assert cache.mirror_index()
+    assert led_to(cache) != store.block
+    assert_same_bits(cache.lookup_arrays(keys), wanted)
+
+
+@pytest.mark.parametrize("change", ["upsert", "update", "erase", "clear", "replace", "adopt", "grow", "close"])
+def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: str) -> None:
+    store = bench.store(range(60))
+    cache = bench.cache(store, 20)
+    assert cache.mirror_index()
+    copy = led_to(cache)
+    at_start: list[int] = []
+
+    def look() -> None:
+        at_start.append(led_to(cache))
+
+    store.watch_turns(look)
+    keys = ints(range(40, 80))
+    if change == "close":
+        store.close()
+        assert copy not in at_start and not cache.index_mirror_bytes
+        assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
+        return
+    content, sibling = store.new_content(0), store.sibling()
+    {
+        "upsert": lambda: store.upsert(keys, rows_of(keys, DIM, 1)),
+        "update": lambda: store.update(keys, rows_of(keys, DIM, 1)),
+        "erase": lambda: store.erase(keys),
+        "clear": store.clear,
+        "replace": lambda: store.replace(content),
+        "adopt": lambda: store.adopt(sibling),
+        "grow": lambda: store.upsert(ints(range(5000)), rows_of(ints(range(5000)), DIM, 2)),
+    }[change]()
+    store.unwatch_turns(look)
+    assert at_start and copy not in at_start
+    assert led_to(cache) == store.block
+    cache.clear()
+    expected = np.empty((5000, DIM), np.float32)
+    store.lookup(ints(range(5000)), expected, DEFAULT)
+    for _ in range(2):
+        assert_same_bits(cache.lookup_arrays(ints(range(5000))), expected)
+        cache.clear()
+        assert cache.mirror_index()
+
+
+def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copied, keys = cache._backend.copy, ints(range(100))
+
+    def change_meanwhile(*args: int) -> None:
+        copied(*args)
+        store.upsert(keys[:50], rows_of(keys[:50], DIM, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._backend, "copy", change_meanwhile, raising=False)
+        assert not cache.mirror_index()
+    assert led_to(cache) == store.block
+    cache.update(keys)
+    assert_same_bits(cache.lookup_arrays(keys[:50]), rows_of(keys[:50], DIM, 1))
+    assert cache.mirror_index()
+    assert_same_bits(cache.lookup_arrays(keys[50:]), rows_of(keys[50:], DIM))
+
+
+def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
+    bench: CopyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ints(range(50))
+    store = bench.store(keys)
+    cache = bench.cache(store, 200)
+    assert cache.mirror_index()
+    end = cache._end_batch
+
+    def update_before(*args: Any) -> None:
+        cache.backend.synchronize(args[3])  # the rows were read
+        store.upsert(keys[:20], rows_of(keys[:20], DIM, 7))
+        cache.update(keys[:20])
+        assert cache.mirror_index() == (bench.device is not None)  # a lookup on the CPU is a reader that still has the old one
+        end(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_end_batch", update_before)
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.counters().stale_dropped == 20
+    assert cache.query(keys)[1].tolist() == keys[:20].tolist()
+    assert_same_bits(cache.lookup_arrays(keys[:20]), rows_of(keys[:20], DIM, 7))
+
+
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 3)])
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+    bench = CopyBench(device)
+    pair = Pair(bench, policy, dim, seed=dim)
+    read = 0
+    for _ in range(120):
+        operation = pair.rng.choice([*OPERATIONS, "copy", "copy"])
+        if operation == "copy":
+            assert pair.cache.mirror_index()
+        else:
+            getattr(pair, operation)()
+        read += pair.cache.index_mirror_bytes > 0
+        pair.check()
+    assert isinstance(pair.oracle, CacheOracle) and read > 20
+    bench.close()
+
+
+def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
+    keys = ints(range(300))
+    store = bench.store(keys[:30])
+    cache = bench.cache(store, 30, kind="uvm")
+    cache.warm()
+    store.upsert(keys, rows_of(keys, DIM))
+    assert cache.mirror_index()
+    assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    ends = ints(range(0, 301, 10))
+    pooled = cache.pool_arrays(keys, ends)
+    wanted = np.zeros((30, DIM), np.float32)
+    for bag in range(30):
+        for key in keys[10 * bag : 10 * bag + 10]:
+            wanted[bag] += rows_of(ints([key]), DIM)[0]
+    assert_same_bits(pooled, wanted)
+    assert led_to(cache) != store.block
+
+
+def test_where_all_rows_are_resident_there_is_no_copy(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    assert not bench.cache(store, 100, whole=True).mirror_index()
+    assert not bench.cache(store, 100, kind="static").mirror_index()
+    assert not bench.cache(None, 100).mirror_index()
+    plain = Bench(bench.device)
+    assert not plain.cache(store, 20).mirror_index()  # miss_path direct
+    plain.close()
+
+
+# -- when it is made --------------------------------------------------------------------------------
+
+
+def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the CPU copy by themselves, as those of a device do."""
+    make = IndexMirror.__init__
+
+    def made(self: IndexMirror, *args: Any) -> None:
+        make(self, *args)
+        self._by_itself = True
+        self.make_later()
+
+    monkeypatch.setattr(IndexMirror, "__init__", made)
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    wait_for(lambda: cache.index_mirror_bytes)
+    store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+    assert cache.index_mirror_bytes == 0
+    wait_for(lambda: cache.index_mirror_bytes)
+    assert_same_bits(cache.lookup_arrays(ints([3])), rows_of(ints([3]), DIM, 1))
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 0.3)
+    store = bench.store(range(10))
+    cache = bench.cache(store, 20)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+        assert cache.index_mirror_bytes == 0
+        time.sleep(0.01)
+    wait_for(lambda: cache.index_mirror_bytes)
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_it_does_not_come_while_all_rows_are_in_the_cache(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 100, kind="uvm")
+    assert cache.warm() == 100
+    assert cache.mirror_index()  # when asked for
+    store.upsert(ints([3]), rows_of([3], DIM, 1))
+    cache.update(ints([3]))
+    time.sleep(0.5)
+    assert cache.index_mirror_bytes == 0
+    store.upsert(ints([100]), rows_of([100], DIM))
+    cache.update(ints([100]))
+    wait_for(lambda: cache.index_mirror_bytes)
+    assert_same_bits(cache.lookup_arrays(ints([3, 100])), np.vstack([rows_of([3], DIM, 1), rows_of([100], DIM)]))
+
+
+def test_on_the_cpu_it_comes_when_asked_for(bench: CopyBench) -> None:
+    cache = bench.cache(bench.store(range(100)), 20)
+    cache.warm()
+    assert (cache.index_mirror_bytes > 0) == (bench.device is not None)
+
+
+def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.mirror_index()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
+    assert not cache.mirror_index()
+    store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
+    assert cache.mirror_index()
+    assert_same_bits(cache.lookup_arrays(ints([1])), rows_of(ints([1]), DIM, 1))
+
+
+def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
+    bench: CopyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.mirror_index() and cache._link is not None
+    lead = cache._link.lead
+
+    def interrupted(*args: int) -> None:
+        lead(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._link, "lead", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.erase(ints(range(100)))
+    assert len(store) == 100
+    assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(ints(range(100)), DIM))
+    store.erase(ints(range(50)))
+    cache.erase(ints(range(50)))
+    assert led_to(cache) == store.block
+    assert cache.mirror_index()
+    assert (cache.lookup_arrays(ints(range(50))) == np.float32(DEFAULT)).all()
+
+
+def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copied, begun = cache._backend.copy, threading.Event()
+
+    def slow(*args: int) -> None:
+        begun.set()
+        time.sleep(0.2)
+        copied(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._backend, "copy", slow, raising=False)
+        made: list[bool] = []
+        thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
+        thread.start()
+        assert begun.wait(10)
+        started = time.monotonic()
+        store.clear()  # waits for readers of the old content, at most a second
+        assert time.monotonic() - started < 0.9
+        thread.join()
+    assert made == [False]
+    assert store._old_contents == []
+
+
+def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    answers: list[bool] = []
+    with store._writing():
+        thread = threading.Thread(target=lambda: answers.append(cache.mirror_index()))
+        thread.start()
+        thread.join(5)
+        assert answers == [False]
+    assert cache.mirror_index()
+
+
+def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    copy, link = cache._index_mirror, cache._link
+    assert cache.mirror_index() and copy is not None and link is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "lead", lambda *_: False)
+        store.upsert(ints([1]), rows_of([1], DIM, 1))
+    assert copy.is_used and led_to(cache) != store.block
+    store.upsert(ints([2]), rows_of([2], DIM, 1))
+    assert not copy.is_used and led_to(cache) == store.block
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "problem", DeviceError("lost"))
+        assert not cache.mirror_index()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_mirror, "_AGAIN_SECONDS", 0.05)
+    refusals = iter([False, False])
+    real = IndexMirror._has_room
+    monkeypatch.setattr(IndexMirror, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
+    cache = bench.cache(bench.store(range(100)), 20)
+    wait_for(lambda: cache.index_mirror_bytes)
+    assert next(refusals, None) is None
+
+
+def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
+    bench = CopyBench(None)
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    assert cache.mirror_index() and cache._index_mirror is not None
+    cache._index_mirror.reset_after_fork()
+    store.upsert(ints(range(100)), rows_of(range(100), DIM, 1))
+    cache.update(ints(range(100)))
+    assert led_to(cache) == store.block
+    assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(range(100), DIM, 1))
+    bench.close()
+
+
+def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = limited(monkeypatch, total=16_000, free=16_000)
+    copy._lent = copy._by_itself = True
+    copy.reset_after_fork()
+    assert not copy.is_used
+    copy.invalidate()
+    assert not copy._due
+    copy.close()
+
+
+def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = limited(monkeypatch, total=16_000, free=16_000)
+    copy._by_itself = True
+    copy._call_in(60.0)
+    copy._store.unwatch_turns(copy.withdraw)
+    seen = weakref.ref(copy)
+    del copy
+    gc.collect()
+    assert seen() is None
+
+
+# -- its memory ---------------------------------------------------------------------------------------
+
+
+class Played:
+    """A copy for a device whose warps are played by the test, over memory of the process."""
+
+    def __init__(self, store: HostStore) -> None:
+        place = CpuBackend()
+        self.state = place.allocate(STATE_BYTES, "state")
+        self.link = StoreLink(place, self.state.address, store)
+        self.copy = IndexMirror(place, self.link, store, "table", lambda: True)
+        store.epochs.add_guard(self.link)
+
+    def count(self, guard: int, stripe: int) -> None:
+        ctypes.c_uint32.from_address(self.state.address + guard + 4 * stripe).value += 1
+
+    def close(self) -> None:
+        self.copy.close()
+        self.link.close()
+
+
+def test_it_is_not_written_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_mirror, "_READERS_SECONDS", 0.05)
+    bench = CopyBench(None)
+    store = bench.store(range(100))
+    played = Played(store)
+    assert played.copy.make()
+    memory = played.copy._memory
+    assert memory is not None
+    before = ctypes.string_at(memory.address, played.copy.bytes)
+    played.count(GUARD_ENTERED, 7)  # a warp that reads the copy
+    store.upsert(ints(range(100)), rows_of(ints(range(100)), DIM, 1))
+    assert not played.copy.make()
+    assert ctypes.string_at(memory.address, played.copy.bytes) == before
+    played.count(GUARD_LEFT, 7)
+    assert played.copy.make()
+    assert ctypes.string_at(memory.address, played.copy.bytes) != before
+    played.close()
+    bench.close()
+
+
+def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBench) -> None:
+    store = bench.store(range(10))
+    cache = bench.cache(store, 20)
+    alone = cache.bytes
+    assert cache.mirror_index()
+    small = cache.index_mirror_bytes
+    assert cache.bytes == alone + small
+    store.upsert(ints(range(3000)), rows_of(ints(range(3000)), DIM))
+    assert cache.mirror_index()
+    assert cache.index_mirror_bytes >= 3000 * 16 > small
+    assert_same_bits(cache.lookup_arrays(ints(range(3000))), rows_of(ints(range(3000)), DIM))
+    cache.close()
+    assert index_mirror._taken.get(bench.device if bench.device is not None else -1, 0) == 0
+    with pytest.raises(ClosedError):
+        cache.mirror_index()
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexMirror:
+    """A copy for a device that there is not: memory is that of the process."""
+    place = CpuBackend()
+    store = HostStore(DIM)
+    link = SimpleNamespace(lead=lambda *_: True, problem=None)
+    copy = IndexMirror(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
+    place.ordinal = 41
+    monkeypatch.setattr(index_mirror.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
+    monkeypatch.setattr(index_mirror.devices, "free_bytes", lambda ordinal: free)
+    return copy
+
+
+def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (limited(monkeypatch, total=16_000, free=16_000) for _ in range(2))
+    first._take(700)
+    with pytest.raises(CapacityError, match=r"400 B of device 41 wanted, where all copies may take 1000 B and 700 B are taken"):
+        second._take(400)
+    second._take(300)
+    first.close()
+    second._release()
+    second._take(1000)
+    second.close()
+    assert index_mirror._taken[41] == 0
+
+
+def test_it_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    copy = limited(monkeypatch, total=16_000, free=1500)
+    caplog.set_level("INFO", "hps_numba.cache.index_mirror")
+    assert not copy._has_room(600)
+    assert not copy._has_room(600)
+    assert [record.getMessage().split(",")[-1] for record in caplog.records] == [" 1.5 KiB are free"]  # said once
+    assert copy._has_room(400)
+    copy.close()
+
+
+def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+
+    def full(size: int, purpose: str) -> Any:
+        raise CapacityError(f"{purpose}: full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._backend, "allocate", full, raising=False)
+        assert not cache.mirror_index()
+    assert led_to(cache) == store.block
+    assert cache.mirror_index()
+
+
+@pytest.mark.parametrize(
+    ("entry", "copies"),
+    [
+        ({}, True),
+        ({"miss_path": "direct"}, False),
+        ({"miss_path": "staged"}, False),
+        ({"embedding_cache_type": "static"}, False),
+        ({"embedding_cache_type": "uvm"}, True),
+        ({"gpucacheper": 1.0}, False),
+    ],
+)
+def test_a_plan_tells_its_bytes(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: dict[str, Any], copies: bool
+) -> None:
+    monkeypatch.setattr(driver, "device_count", lambda: 2)
+    model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
+    planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
+    wanted = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]
+    assert [table.index_mirror_bytes for table in planned.tables] == wanted
+    assert planned.index_mirror_bytes == {1: sum(wanted)}
+    assert planned.as_dict()["index_mirror_bytes"] == {"1": sum(wanted)}
+    show_plan(planned)
+    assert ("for copies of indexes if there is room" in capsys.readouterr().out) == copies
+
+
+@pytest.mark.gpu
+def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
+    torch = pytest.importorskip("torch")
+    keys = np.arange(5000)
+    model = workshop.model((keys, 32), gpucacheper=0.1, deployed_device_list=[0])
+    server = workshop.open(model)
+    (table,) = server.stats()["m"].values()
+    (cache,) = table.caches
+    assert 0 < cache.index_mirror_bytes < cache.bytes
+    assert cache.index_mirror_bytes == server.plan().index_mirror_bytes[0]
+    asked = torch.arange(5000, device="cuda")
+    assert_same_bits(server.lookup(asked, "m", 0).cpu().numpy(), rows_of(keys, 32))
+    server.update(keys[:100], rows_of(keys[:100], 32, 1), "m", 0)
+    assert_same_bits(server.lookup(asked[:100], "m", 0).cpu().numpy(), rows_of(keys[:100], 32, 1))
+
+
+# -- many threads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_threads_beside_writers_and_copies_see_whole_fresh_rows(device: int | None) -> None:
+    bench = CopyBench(device)
+    table = Versions(bench)
+    cache = bench.cache(table.store, 60, buffers=3)
+    copies: list[int] = []
+
+    def copy() -> None:
+        if cache.mirror_index():
+            copies.append(1)
+        time.sleep(0.001)
+
+    def rest(rng: np.random.Generator) -> None:
+        time.sleep(float(rng.choice([0.0, 0.0, 0.01])))
+
+    table.race(cache, readers=3, after_write=rest, beside=[copy], enough=lambda: len(copies) > 20)
+    bench.close()

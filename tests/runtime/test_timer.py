@@ -1,0 +1,195 @@
+"""The timer of background refreshes alone: what it calls and when, what a failure costs, how it ends (spec 1.3, 6.8)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.children import in_child
+
+from hps_numba.errors import ClosedError, TierError
+from hps_numba.runtime.timer import Timer
+
+SOON = 0.02
+NEVER = 3600.0
+
+
+@pytest.fixture
+def timer() -> Iterator[Timer]:
+    made = Timer("refresh")
+    yield made
+    made.close()
+
+
+class Calls:
+    """A refresh that notes when it was called."""
+
+    def __init__(self, work: Callable[[], None] = lambda: None) -> None:
+        self.times: list[float] = []
+        self.active = self.most_active = 0
+        self._work = work
+        self._changed = threading.Condition()
+
+    def __call__(self) -> None:
+        with self._changed:
+            self.times.append(time.monotonic())
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+            self._changed.notify_all()
+        try:
+            self._work()
+        finally:
+            with self._changed:
+                self.active -= 1
+
+    def wait(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.times) >= count, 30)
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "hps_numba_refresh"]
+
+
+def test_an_interval_of_fractions_of_a_second(timer: Timer) -> None:  # G21
+    calls, start = Calls(), time.monotonic()
+    timer.add("m", calls, delay=0, interval=0.05)
+    calls.wait(4)
+    assert calls.times[0] - start >= 0.05  # the first after an interval
+    assert calls.times[3] - start >= 0.2
+
+
+def test_a_delay_comes_before_the_first(timer: Timer) -> None:  # G21
+    calls, start = Calls(), time.monotonic()
+    timer.add("m", calls, delay=0.15, interval=SOON)
+    calls.wait(3)
+    assert calls.times[0] - start >= 0.15
+    assert calls.times[2] - calls.times[0] >= SOON  # then by the interval, which is shorter
+
+
+def test_a_delay_alone_is_one_refresh(timer: Timer) -> None:  # G21
+    calls, other = Calls(), Calls()
+    timer.add("once", calls, delay=SOON, interval=0)
+    timer.add("often", other, delay=0, interval=SOON)
+    other.wait(5)
+    assert len(calls.times) == 1
+
+
+def test_nothing_asked_for_is_no_thread(timer: Timer) -> None:  # G21
+    calls = Calls()
+    timer.add("m", calls, delay=0, interval=0)
+    assert not threads()
+    time.sleep(SOON)
+    assert not calls.times
+
+
+def test_one_that_is_far_off_does_not_hold_up_another(timer: Timer) -> None:
+    late, soon = Calls(), Calls()
+    timer.add("late", late, delay=NEVER, interval=0)
+    timer.add("soon", soon, delay=SOON, interval=0)  # the thread sleeps already, for an hour
+    soon.wait(1)
+    assert not late.times
+    assert len(threads()) == 1
+
+
+def test_a_slow_refresh_is_not_doubled() -> None:  # G19, G21
+    timer, go_on = Timer("refresh"), threading.Event()
+    calls = Calls(lambda: assert_waits(go_on))
+    timer.add("m", calls, delay=0, interval=0.01)
+    calls.wait(1)
+    time.sleep(0.1)  # many intervals pass
+    assert len(calls.times) == 1
+    go_on.set()
+    calls.wait(3)
+    timer.close()
+    assert calls.most_active == 1
+    assert len(calls.times) < 10  # those that were missed are not made up for
+
+
+def assert_waits(event: threading.Event) -> None:
+    assert event.wait(30)
+
+
+def test_a_refresh_that_fails_is_a_warning_and_the_next_one_comes(timer: Timer, caplog: pytest.LogCaptureFixture) -> None:
+    problems: Iterator[Exception] = iter(
+        [TierError("a tier is out of order"), ValueError("of somebody's own"), ClosedError("gone")]
+    )
+
+    def fail() -> None:
+        problem = next(problems, None)
+        if problem is not None:
+            raise problem
+
+    calls = Calls(fail)
+    with caplog.at_level(logging.WARNING):
+        timer.add("m", calls, delay=0, interval=SOON)
+        calls.wait(5)
+    assert [r.getMessage() for r in caplog.records] == [
+        "m: the refresh failed: a tier is out of order",
+        "m: the refresh failed: of somebody's own",
+    ]
+
+
+def test_a_model_that_is_removed_is_refreshed_no_more(timer: Timer) -> None:
+    gone, stays = Calls(), Calls()
+    timer.add("gone", gone, delay=0, interval=SOON)
+    timer.add("stays", stays, delay=0, interval=SOON)
+    gone.wait(1)
+    timer.remove("gone")
+    timer.remove("gone")
+    stays.wait(len(stays.times) + 2)  # one may have been at work
+    count = len(gone.times)
+    stays.wait(len(stays.times) + 3)
+    assert len(gone.times) == count
+
+
+def test_close_lets_the_refresh_at_work_end() -> None:
+    timer, go_on = Timer("refresh"), threading.Event()
+    calls = Calls(lambda: assert_waits(go_on))
+    timer.add("m", calls, delay=SOON, interval=SOON)
+    calls.wait(1)
+    closing = threading.Thread(target=timer.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert not threads()
+    assert len(calls.times) == 1
+    timer.close()
+    timer.add("m", calls, delay=0, interval=SOON)  # too late
+    assert not threads()
+
+
+def test_a_refresh_may_close_the_timer(timer: Timer) -> None:
+    calls = Calls(timer.close)
+    timer.add("m", calls, delay=SOON, interval=SOON)
+    calls.wait(1)
+    for thread in threads():
+        thread.join(30)
+    assert not threads()
+    assert len(calls.times) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_starts_with_nothing_due(timer: Timer) -> None:
+    go_on = threading.Event()
+    calls = Calls(lambda: assert_waits(go_on))
+    timer.add("m", calls, delay=SOON, interval=SOON)
+    calls.wait(1)  # a refresh that never ends in a child
+
+    def in_the_child() -> bool:
+        own, before = Calls(), len(calls.times)
+        timer.add("own", own, delay=0, interval=SOON)
+        own.wait(3)
+        timer.close()
+        return len(calls.times) == before
+
+    assert in_child(in_the_child) == 0
+    go_on.set()
+    calls.wait(2)

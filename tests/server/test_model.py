@@ -1,0 +1,485 @@
+"""Models that come, change and go while the server serves; and two models from a file in the original's form."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.factories import COLD, KEEPING, Workshop
+from support.fakes import DictTier
+from support.oracles import assert_same_bits, rows_of
+
+import hps_numba
+from hps_numba.device import driver
+from hps_numba.errors import CapacityError, ConfigError, DeviceError, ModelFileError, TierError, UnknownModelError
+from hps_numba.server.table import ServedTable
+
+DIM = 3
+KEYS = list(range(9))
+TAG = "hps_et.m.sparse_embedding0"
+HEADERS = 64  # bytes a table that stay for readers that come late
+
+
+def stats_of(server: hps_numba.HPS, model: str = "m", table: int = 0) -> Any:
+    return server.stats()[model][f"sparse_embedding{table}"]
+
+
+# --- the original's form ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def original_form(workshop: Workshop) -> Path:
+    """The two models of the original's samples, with its ``//`` comments and keys that it documented and never read."""
+    one = workshop.table("demo_model_sparse.model", range(500), 16)
+    two = [workshop.table(f"demo_model2_sparse_{i}.model", range(100 * i, 300), dim) for i, dim in enumerate((64, 32))]
+    text = f"""
+    {{
+        // keys are int64
+        "supportlonglong": true,
+        "models": [{{
+            "model": "demo_model",
+            "sparse_files": [{json.dumps(one)}],
+            "dense_file": "",
+            "network_file": "demo_model.json",
+            "num_of_worker_buffer_in_pool": 3,
+            "embedding_table_names": ["sparse_embedding1"],
+            "embedding_vecsize_per_table": [16],
+            "maxnum_catfeature_query_per_table_per_sample": [10],
+            "default_value_for_each_table": [1.0],
+            "deployed_device_list": [0],
+            "max_batch_size": 16384,
+            "cache_refresh_percentage_per_iteration": 0.2,
+            "hit_rate_threshold": 1.0,
+            "gpucacheper": 1.0,
+            "gpucache": true
+        }},
+        {{
+            "model": "demo_model2",
+            "sparse_files": [{json.dumps(two[0])}, {json.dumps(two[1])}],  // one a table
+            "embedding_table_names": ["sparse_embedding0", "sparse_embedding1"],
+            "embedding_vecsize_per_table": [64, 32],
+            "maxnum_catfeature_query_per_table_per_sample": [3, 5],
+            "default_value_for_each_table": [0.5, 2.0],
+            "deployed_device_list": [0],
+            "max_batch_size": 16384,
+            "cache_refresh_percentage_per_iteration": 0.2,
+            "hit_rate_threshold": 1.0,
+            "gpucacheper": 1.0,
+            "gpucache": true
+        }}],
+        "volatile_db": {{"type": "parallel_hash_map", "num_partitions": 4, "initial_cache_rate": 1.0}}
+    }}"""
+    path = workshop.folder / "hps_conf.json"
+    path.write_text(text)
+    return path
+
+
+def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
+    with caplog.at_level(logging.WARNING), hps_numba.HPS(original_form) as server:
+        said = [f"deployed_device_list [0]: {driver.why_no_device()}: host memory serves all lookups"]
+        assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ([] if driver.device_count() else said)
+        rng = np.random.default_rng(0)
+        keys = rng.integers(0, 500, (64, 10))
+        assert_same_bits(server.lookup(keys, "demo_model", 0, 0), rows_of(keys, 16))
+        assert_same_bits(server.lookup([[7]], "demo_model", "sparse_embedding1"), rows_of([[7]], 16))
+        first, second = rng.integers(0, 300, (64, 3)), rng.integers(100, 300, (64, 5))
+        got = server.lookup_many([first, second], "demo_model2")
+        assert_same_bits(got[0], rows_of(first, 64))
+        assert_same_bits(got[1], rows_of(second, 32))
+        assert (server.lookup([500], "demo_model", 0) == 1).all()
+        assert (server.lookup([300], "demo_model2", 0) == 0.5).all()
+        assert (server.lookup([99], "demo_model2", 1) == 2).all()
+        assert [table.rows for model in server.stats().values() for table in model.values()] == [500, 300, 200]
+        assert [spec.max_keys for spec in server.config.tables()] == [163840, 49152, 81920]
+        with pytest.raises(DeviceError, match="device_id"):
+            server.lookup([1], "demo_model", 0, 1)
+
+
+def test_relative_files_lie_beside_the_config(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # C01
+    entry = workshop.model((KEYS, DIM), sparse_files=["m_0.model"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    server = workshop.open_file(entry)
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    workshop.table("later.model", KEYS, DIM, 1)
+    server.load_model({**entry, "model": "later", "sparse_files": ["later.model"]})
+    assert_same_bits(server.lookup(KEYS, "later", 0), rows_of(KEYS, DIM, 1))
+    workshop.table("elsewhere/m_0.model", KEYS, DIM, 2)  # the working directory comes first
+    assert_same_bits(workshop.open_file(entry).lookup(KEYS, "m", 0), rows_of(KEYS, DIM, 2))
+
+
+# --- load and unload --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dict", "object", "config"])
+def test_a_model_is_added_while_others_serve(workshop: Workshop, form: str) -> None:  # D25
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    entry = workshop.model(([5], 2), ([6], 4), name="added")
+    described: Any = entry
+    if form == "object":
+        described = hps_numba.InferenceParams(
+            "added",
+            4,
+            0.9,
+            "",
+            entry["sparse_files"],
+            False,
+            0.2,
+            True,
+            default_value_for_each_table=[-7.5, -8.5],
+            maxnum_catfeature_query_per_table_per_sample=[2, 2],
+            embedding_vecsize_per_table=[2, 4],
+        )
+    elif form == "config":
+        described = hps_numba.read_config({"supportlonglong": True, "models": [entry]}).models[0]
+    server.load_model(described)
+    assert server.models == ("m", "added")
+    assert_same_bits(server.lookup([5], "added", 0), rows_of([5], 2))
+    assert_same_bits(server.lookup([6, 7], "added", 1)[:1], rows_of([6], 4))
+    assert (server.lookup([7], "added", 1) == -8.5).all()
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+
+def test_a_name_that_is_taken_is_refused(workshop: Workshop) -> None:
+    entry = workshop.model((KEYS, DIM))
+    server = workshop.open(entry)
+    with pytest.raises(ConfigError, match="model: 'm' is deployed already"):
+        server.load_model(entry)
+    assert server.models == ("m",)
+
+
+def test_a_description_that_is_wrong_is_refused(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    for wrong in ({"gpucacheper": 1.4}, {"embedding_vecsize_per_table": [3, 3]}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            server.load_model({**workshop.model((KEYS, DIM), name="n"), **wrong})
+    assert server.models == ("m",)
+
+
+def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
+    entry = workshop.model((KEYS, DIM), name="n", gpucachepr=0.5)
+    with hps_numba.HPS({"supportlonglong": True, "models": [workshop.model((KEYS, DIM))]}, strict=True) as server:
+        with pytest.raises(ConfigError, match="gpucachepr: unknown key"):
+            server.load_model(entry)
+        assert server.models == ("m",)
+
+
+def test_a_model_that_does_not_fit_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    before = server._allocator.in_use
+    monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: 1000)
+    with pytest.raises(CapacityError, match="the plan takes"):
+        server.load_model(workshop.model((range(500), 64), name="big"))
+    with pytest.raises(CapacityError, match="the plan takes"):
+        server.replace_model("m")
+    assert (server.models, server._allocator.in_use) == (("m",), before)
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    before = server._allocator.in_use
+    entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
+    path = Path(entry["sparse_files"][1], "emb_vector")
+    path.write_bytes(path.read_bytes()[:-4])
+    for _ in range(3):
+        with pytest.raises(ModelFileError, match="broken_1"):
+            server.load_model(entry)
+    assert server.models == ("m",)
+    assert server._allocator.in_use == before
+    with pytest.raises(UnknownModelError):
+        server.lookup([1], "broken", 0)
+    server.load_model(workshop.model((KEYS, DIM), (KEYS, 5), name="broken"))
+    assert_same_bits(server.lookup(KEYS, "broken", 1), rows_of(KEYS, 5))
+
+
+class RefusedTable(ServedTable):
+    """Sessions of tables of width 5 cannot be made."""
+
+    def __init__(self, spec: Any, *args: Any, **options: Any) -> None:
+        if spec.dim == 5:
+            raise ConfigError("no session of width 5")
+        super().__init__(spec, *args, **options)
+
+
+@pytest.mark.parametrize("early", ["sessions", "plan"])
+def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str
+) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
+    if early == "sessions":
+        monkeypatch.setattr("hps_numba.server.model.ServedTable", RefusedTable)
+    else:  # the files vanish after the plan was made
+        monkeypatch.setattr("hps_numba.server.hps.make_plan", lambda config: SimpleNamespace(check=lambda: None))
+        entry["sparse_files"][1] += ".gone"
+    with pytest.raises((ConfigError, ModelFileError)):
+        server.load_model(entry)
+    assert server._host is not None
+    assert server._host.tables() == [TAG]
+    assert server.models == ("m",)
+
+
+def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24, D25
+    first, second = workshop.model((KEYS, DIM)), workshop.model((range(2000), 64), name="second")
+    server = workshop.open(first)
+    before = server._allocator.in_use
+    server.load_model(second)
+    assert server._allocator.in_use >= before + 2000 * 64 * 4
+    server.unload_model("second")
+    assert server.models == ("m",)
+    assert server._allocator.in_use <= before + HEADERS
+    with pytest.raises(UnknownModelError, match="'second' is not deployed, deployed are m"):
+        server.lookup([1], "second", 0)
+    with pytest.raises(UnknownModelError):
+        server.unload_model("second")
+    server.load_model(workshop.model((KEYS, 2), name="second"))  # another width under the same name
+    assert_same_bits(server.lookup(KEYS, "second", 0), rows_of(KEYS, 2))
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_unloading_leaves_slower_tiers_alone_unless_told_to(workshop: Workshop, erase: bool) -> None:  # D24
+    server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier"})
+    server.unload_model("m", erase=erase)
+    assert server.models == ()
+    assert workshop.behind_host(server).size(TAG) == (0 if erase else 9)
+
+
+class StuckTableTier(DictTier):
+    """Cannot drop the first table of a model."""
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if table.endswith("0"):
+            raise TierError(f"{table}: stuck")
+        return super().erase(table, keys)
+
+
+def test_a_tier_that_fails_to_drop_rows_does_not_keep_the_rest_of_the_model(workshop: Workshop) -> None:  # D24
+    server = workshop.open(
+        workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "test_models_at_runtime:StuckTableTier"}
+    )
+    assert server._host is not None
+    with pytest.raises(TierError, match=f"{TAG}: stuck"):
+        server.unload_model("m", erase=True)
+    assert server.models == ()
+    assert server._host.tables() == []
+    assert server._allocator.in_use <= 2 * HEADERS
+    assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [9, 0]
+
+
+# --- keys without effect ----------------------------------------------------------------------------------------------
+
+UNUSED: list[tuple[dict[str, Any], str, list[str]]] = [
+    ({"miss_path": "staged"}, "disabled", ["miss_path"]),
+    ({"refresh_interval": 2.5, "refresh_delay": 1}, "disabled", ["refresh_interval", "refresh_delay"]),
+    ({"cache_policy": ["lru", "lfu"], "cache_row_dtype": "float16"}, "disabled", ["cache_policy", "cache_row_dtype"]),
+    ({"cache_size_bytes": [0, 4096]}, "disabled", ["cache_size_bytes"]),
+    ({"cache_size_bytes": [0, 0], "cache_policy": ["lru", "lru"], "miss_path": "auto"}, "disabled", []),
+    ({"hit_rate_threshold": 0.5}, "support.fakes:DictTier", ["hit_rate_threshold"]),
+    ({"hit_rate_threshold": -1}, "support.fakes:DictTier", ["hit_rate_threshold"]),
+    ({"hit_rate_threshold": 1.0}, "support.fakes:DictTier", []),
+    ({"hit_rate_threshold": 0.5}, "disabled", []),
+]
+
+
+@pytest.mark.parametrize(("entry", "persistent", "named"), UNUSED)
+def test_keys_without_effect_are_named_once_a_model(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture, entry: dict[str, Any], persistent: str, named: list[str]
+) -> None:
+    plain = workshop.model((KEYS, DIM), name="plain")
+    described = workshop.model((KEYS, DIM), (KEYS, 2), **entry)
+    with caplog.at_level(logging.WARNING):
+        server = workshop.open(plain, persistent_db={"type": persistent})
+        assert not caplog.records
+        server.load_model(described)
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [line.partition(": without effect")[0] for line in lines] == ([f"model m: {', '.join(named)}"] if named else [])
+
+
+# --- replace ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("volatile", "persistent"),
+    [("hash_map", "disabled"), ("disabled", "support.fakes:DictTier"), ("hash_map", "support.fakes:DictTier")],
+)
+def test_a_model_is_replaced_in_every_tier(workshop: Workshop, volatile: str, persistent: str) -> None:  # D25
+    server = workshop.open(
+        workshop.model((KEYS, DIM), (KEYS, 2)), volatile_db={"type": volatile}, persistent_db={"type": persistent}
+    )
+    server.insert([50, 1], rows_of([50, 1], DIM, 5), "m", 0)  # goes with the old version
+    new = [workshop.table("new0", [1, 2, 20], DIM, 1), workshop.table("new1", [3], 2, 1)]
+    server.replace_model("m", [Path(new[0]), new[1]])
+    assert_same_bits(server.lookup([1, 2, 20], "m", 0), rows_of([1, 2, 20], DIM, 1))
+    assert (server.lookup([0, 3, 50], "m", 0) == -7.5).all()
+    assert_same_bits(server.lookup([3], "m", 1), rows_of([3], 2, 1))
+    assert not server.contains([0, 1, 2, 4], "m", 1).any()
+    assert stats_of(server).version == 2
+    if persistent != "disabled":
+        assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [3, 1]
+
+
+def test_a_model_is_read_anew_from_its_own_files(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)))
+    workshop.table("m_0.model", [8, 9], DIM, 1)
+    server.replace_model("m")
+    assert_same_bits(server.lookup([8, 9], "m", 0), rows_of([8, 9], DIM, 1))
+    assert stats_of(server).rows == 2
+
+
+def test_a_replacement_reaches_tiers_that_are_not_initialised_at_the_start(workshop: Workshop) -> None:  # C19
+    server = workshop.open(
+        workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier", "initialize_after_startup": False}
+    )
+    tier = workshop.behind_host(server)
+    tier.insert(TAG, np.array([1, 70]), rows_of([1, 70], DIM))  # left there by an earlier server
+    server.replace_model("m", [workshop.table("new", [1, 2], DIM, 1)])
+    assert tier.content[TAG].rows.keys() == {1, 2}
+    assert (server.lookup([70], "m", 0) == -7.5).all()
+
+
+def test_a_replacement_leaves_host_memory_empty_that_fills_itself_from_behind(workshop: Workshop) -> None:  # C19
+    server, _ = workshop.open_cold("support.fakes:DictTier", volatile=KEEPING)
+    server.lookup([1, 2], "m", 0)
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 2
+    server.replace_model("m", [workshop.table("new", range(100), DIM, 1)])
+    assert stats_of(server).rows == 0
+    assert_same_bits(server.lookup([1, 99], "m", 0), rows_of([1, 99], DIM, 1))
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 2
+
+
+def test_a_replacement_fills_host_memory_where_nothing_else_could_hold_it(workshop: Workshop) -> None:  # C19
+    server = workshop.open(workshop.model((KEYS, DIM)), volatile_db={"type": "hash_map", "initialize_after_startup": False})
+    assert (server.lookup(KEYS, "m", 0) == -7.5).all()
+    server.replace_model("m")
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+
+def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop: Workshop) -> None:  # C20
+    volatile = {"type": "support.fakes:DictTier", "initial_cache_rate": 0.5}
+    server = workshop.open(workshop.model((range(10), DIM)), volatile_db=volatile)
+    workshop.table("m_0.model", range(9, -1, -1), DIM, 1)
+    server.replace_model("m")
+    assert_same_bits(server.lookup([9, 8, 7, 6, 5], "m", 0), rows_of([9, 8, 7, 6, 5], DIM, 1))
+    assert (server.lookup([4, 3, 2, 1, 0], "m", 0) == -7.5).all()
+
+
+@pytest.mark.parametrize("files", [0, 1, 3])
+def test_a_replacement_with_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)))
+    with pytest.raises(ConfigError, match=rf"sparse_files: {files} for the 2 tables of model 'm'"):
+        server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)] * files)
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert stats_of(server).version == 1
+
+
+@pytest.mark.parametrize("persistent", ["disabled", "support.fakes:DictTier"])
+def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Workshop, persistent: str) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": persistent})
+    before = server._allocator.in_use
+    good, narrow = workshop.table("good", [1], DIM, 1), workshop.table("narrow", KEYS, 5, 1)
+    for bad in (narrow, str(workshop.folder / "missing")):
+        with pytest.raises(ModelFileError, match=Path(bad).name):
+            server.replace_model("m", [good, bad])
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert_same_bits(server.lookup(KEYS, "m", 1), rows_of(KEYS, 2))
+    assert stats_of(server).version == 1
+    assert server._allocator.in_use == before
+
+
+@pytest.mark.parametrize("volatile", [COLD, {"type": "hash_map", "initial_cache_rate": 0.5}, {"type": "disabled"}])
+def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, volatile: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("hps_numba.storage.loading._CHUNK_BYTES", 160)
+    server = workshop.open(
+        workshop.model((range(50), 2), (KEYS, 2)),
+        supportlonglong=False,
+        volatile_db=volatile,
+        persistent_db={"type": "support.fakes:DictTier"},
+    )
+    good, bad = workshop.table("good", KEYS, 2, 4), workshop.table("bad", [*range(49), 2**40], 2, 4)
+    for files in ([good, bad], [bad, good]):
+        with pytest.raises(ModelFileError, match=f"bad: key {2**40} at row 49 does not fit 32 bits"):
+            server.replace_model("m", files)
+    tier = workshop.behind_host(server)
+    for tag, n in ((TAG, 50), (TAG[:-1] + "1", 9)):
+        rows = np.zeros((n, 2), np.float32)
+        assert tier.size(tag) == n
+        assert tier.fetch(tag, np.arange(n), rows).found.all()
+        assert_same_bits(rows, rows_of(range(n), 2))
+    assert stats_of(server).version == 1
+
+
+def test_a_replacement_of_an_unknown_model(workshop: Workshop) -> None:
+    with pytest.raises(UnknownModelError, match="'n' is not deployed"):
+        workshop.open(workshop.model((KEYS, DIM))).replace_model("n")
+
+
+def test_a_replacement_that_a_slower_tier_refuses_leaves_host_memory(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:FlakyDictTier"})
+    workshop.behind_host(server).fail_on.add("insert")
+    before = server._allocator.in_use
+    with pytest.raises(TierError, match="failed on purpose"):
+        server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)])
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert (server._allocator.in_use, stats_of(server).version) == (before, 1)
+    workshop.behind_host(server).fail_on.clear()
+    server.insert([1], rows_of([1], DIM, 2), "m", 0)  # no lock was left behind
+    assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM, 2))
+
+
+def test_many_replacements_take_no_more_memory(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(300), 16)))
+    sizes = set()
+    for stamp in range(12):
+        server.replace_model("m", [workshop.table(f"v{stamp % 2}", range(300), 16, stamp)])
+        sizes.add(server._allocator.in_use)
+    assert len(sizes) == 1
+    assert stats_of(server).version == 13
+
+
+def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
+    versions = [[workshop.table(f"v{v}_{i}", range(64), 4, v) for i in range(3)] for v in range(4)]
+    server = workshop.open(workshop.model(*[(range(64), 4)] * 3, sparse_files=versions[0]))
+    keys = np.arange(64)
+    wanted = [rows_of(keys, 4, v) for v in range(4)]
+    seen: set[int] = set()
+    wrong: list[Any] = []
+    stop = threading.Event()
+
+    def look_up() -> None:
+        while not stop.is_set():
+            got = server.lookup_many([keys] * 3, "m")
+            which = {v for v in range(4) for rows in got if np.array_equal(rows, wanted[v])}
+            seen.update(which)
+            if len(which) != 1 or not all(np.array_equal(rows, got[0]) for rows in got):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=look_up) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 9):
+        server.replace_model("m", versions[step % 4])
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert len(seen) > 1
+
+
+def test_a_replacement_by_a_single_path(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(5), 4)))
+    server.replace_model("m", workshop.table("new", range(5), 4, stamp=7))
+    assert_same_bits(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4, 7))

@@ -1,0 +1,266 @@
+"""``cache_missed_embeddings``: rows found behind enter host memory in the background, and only as they are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from support.factories import KEEPING, Workshop
+from support.fakes import DictTier
+from support.oracles import assert_same_bits, rows_of
+from support.processes import environment
+
+import hps_numba
+from hps_numba.config import PersistentDatabaseConfig
+from hps_numba.errors import ClosedError, HpsError
+from hps_numba.runtime.background import BackgroundJobs
+from hps_numba.storage.tier_stack import TierStack
+
+DIM = 3
+TAG = "hps_et.m.sparse_embedding0"
+KEYS = list(range(9))
+
+
+def stats_of(server: hps_numba.HPS) -> Any:
+    return server.stats()["m"]["sparse_embedding0"]
+
+
+def test_rows_found_behind_enter_host_memory_in_the_background(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold(volatile=KEEPING)
+    assert_same_bits(server.lookup([3, 4, 3], "m", 0), rows_of([3, 4, 3], DIM))
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 2
+    tier.calls.clear()
+    assert_same_bits(server.lookup([4, 3], "m", 0), rows_of([4, 3], DIM))
+    assert not tier.calls
+    assert (stats_of(server).host_hits, stats_of(server).tier_hits) == (2, 3)
+
+
+def test_keys_found_nowhere_are_not_kept(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold(volatile=KEEPING)
+    assert (server.lookup([50, 51, 50], "m", 0) == -7.5).all()
+    server.lookup([1, 52], "m", 0)
+    workshop.let_background_finish(server)
+    assert stats_of(server).rows == 1
+    tier.insert(TAG, np.array([50]), rows_of([50], DIM))
+    assert_same_bits(server.lookup([50], "m", 0), rows_of([50], DIM))
+
+
+class HeldTier(DictTier):
+    """Answers its first fetch, then waits for the test before it returns."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.fetched, self.go_on = threading.Event(), threading.Event()
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        answer = super().fetch(*args, **options)
+        if not self.fetched.is_set():
+            self.fetched.set()
+            assert self.go_on.wait(30)
+        return answer
+
+
+@pytest.mark.parametrize("change", ["erase", "update", "insert", "load_dump", "replace_model"])
+def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Workshop, change: str) -> None:  # D04
+    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    dump = workshop.folder / "new.bin"
+    other = DictTier(PersistentDatabaseConfig())
+    other.insert(TAG, np.array([3]), rows_of([3], DIM, 1))
+    other.dump(TAG, dump)
+    new_version = workshop.table("v2", [3], DIM, 1)
+    old: list[np.ndarray] = []
+    reader = threading.Thread(target=lambda: old.append(server.lookup([3, 4], "m", 0)))
+    reader.start()
+    assert tier.fetched.wait(30)
+    changes: dict[str, Any] = {
+        "erase": lambda: server.erase([3], "m", 0),
+        "update": lambda: server.update([3], rows_of([3], DIM, 1), "m", 0),
+        "insert": lambda: server.insert([3], rows_of([3], DIM, 1), "m", 0),
+        "load_dump": lambda: server.load_dump(dump, "m", 0),
+        "replace_model": lambda: server.replace_model("m", [new_version]),
+    }
+    changes[change]()
+    tier.go_on.set()
+    reader.join(30)
+    workshop.let_background_finish(server)
+    assert_same_bits(old[0], rows_of([3, 4], DIM))  # the answer is of the time when it was asked for
+    wanted = np.full((1, DIM), -7.5, np.float32) if change == "erase" else rows_of([3], DIM, 1)
+    assert_same_bits(server.lookup([3], "m", 0), wanted)
+    if change == "replace_model":
+        assert (server.lookup([4], "m", 0) == -7.5).all()
+
+
+class HeldEraseTier(DictTier):
+    """Waits for the test before it erases keys."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.erasing, self.go_on = threading.Event(), threading.Event()
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        self.erasing.set()
+        assert self.go_on.wait(30)
+        return super().erase(table, keys)
+
+
+def test_a_row_that_a_new_version_lacks_is_not_kept_while_it_is_dropped(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold("test_missed_rows:HeldEraseTier", volatile=KEEPING)
+    new_version = workshop.table("v2", [3], DIM, 1)
+    writer = threading.Thread(target=lambda: server.replace_model("m", [new_version]))
+    writer.start()
+    assert tier.erasing.wait(30)
+    server.lookup([4], "m", 0)  # finds the old row behind, just before it is dropped there
+    tier.go_on.set()
+    writer.join(30)
+    workshop.let_background_finish(server)
+    assert (server.lookup([4], "m", 0) == -7.5).all()
+
+
+def test_a_row_is_not_kept_while_a_write_goes_on_and_nobody_waits_for_it(workshop: Workshop) -> None:
+    server, _ = workshop.open_cold(volatile=KEEPING)
+    table = server._models["m"].tables[0]
+    held, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with table._write_lock:  # as an insert does that waits for a slow tier
+            held.set()
+            assert go_on.wait(60)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert held.wait(30)
+        server.lookup([3], "m", 0)
+        workshop.let_background_finish(server)
+        assert stats_of(server).rows == 0
+        server.close()
+    finally:
+        go_on.set()
+        writer.join(30)
+
+
+def test_a_job_that_cannot_start_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    jobs = BackgroundJobs()
+    ran: list[int] = []
+    with monkeypatch.context() as broken:
+        broken.setattr("concurrent.futures.ThreadPoolExecutor.submit", refuse)
+        for _ in range(2 * jobs.LIMIT):
+            jobs.submit(lambda: ran.append(0))
+    jobs.submit(lambda: ran.append(1))
+    jobs._executor.shutdown(wait=True)  # type: ignore[union-attr]
+    assert ran == [1]
+
+
+def look_up_during_close(server: hps_numba.HPS, tier: Any, outcome: list[Any]) -> threading.Thread:
+    """A thread that is in the tier's fetch."""
+
+    def look_up() -> None:
+        try:
+            outcome.append(server.lookup([3], "m", 0))
+        except HpsError as problem:
+            outcome.append(problem)
+
+    reader = threading.Thread(target=look_up)
+    reader.start()
+    assert tier.fetched.wait(30)
+    return reader
+
+
+def test_close_lets_a_fetch_at_work_end(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    outcome: list[Any] = []
+    reader = look_up_during_close(server, tier, outcome)
+    closer = threading.Thread(target=server.close)
+    with caplog.at_level(logging.WARNING):
+        closer.start()
+        time.sleep(0.1)
+        assert not tier.closed
+        with pytest.raises(ClosedError):
+            server.lookup([4], "m", 0)
+        tier.go_on.set()
+        closer.join(20)
+    reader.join(30)
+    assert tier.closed
+    assert_same_bits(outcome[0], rows_of([3], DIM))
+    assert not caplog.records
+
+
+def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TierStack, "GRACE_SECONDS", 0.05)
+    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    outcome: list[Any] = []
+
+    reader = look_up_during_close(server, tier, outcome)
+    server.close()
+    assert tier.closed
+    assert [r.getMessage() for r in caplog.records] == ["slower tiers are closed under 1 reads after 0.05 s"]
+    tier.go_on.set()
+    reader.join(30)
+    if not isinstance(outcome[0], ClosedError):
+        assert_same_bits(outcome[0], rows_of([3], DIM))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")]
+
+
+_FORK = """
+import os, signal, sys, threading
+import numpy as np
+from support.factories import KEEPING, Workshop
+from pathlib import Path
+
+shop = Workshop(Path(sys.argv[1]))
+server, tier = shop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+tier.fetched.set()                                    # the first fetch is not held
+server.lookup([0], "m", 0)
+shop.let_background_finish(server)                    # now there is a thread, which a child has not
+tier.fetched.clear()
+reader = threading.Thread(target=server.lookup, args=([1], "m", 0))
+reader.start()                                        # a read that never ends in a child
+assert tier.fetched.wait(30)
+held, go_on = threading.Event(), threading.Event()
+
+def write():
+    with server._models["m"].tables[0].changing():    # a lock that nobody gives back in a child
+        held.set()
+        go_on.wait(60)
+
+writer = threading.Thread(target=write)
+writer.start()
+assert held.wait(30)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    for key in (2, 3, 4):
+        server.lookup([key], "m", 0)
+        shop.let_background_finish(server)
+    kept = server.stats()["m"]["sparse_embedding0"].rows
+    server.insert([5], np.ones((1, 3), np.float32), "m", 0)
+    server.close()
+    os._exit(0 if kept == 4 else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+go_on.set()
+tier.go_on.set()
+writer.join(30)
+reader.join(30)
+server.close()
+assert status == 0, f"child failed: {status}"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_keeps_rows_writes_and_closes(workshop: Workshop) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(workshop.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,355 @@
+"""Slower tiers behind host memory: in which order they are asked, what is kept, what time and failures cost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from support.factories import KEEPING, Workshop
+from support.fakes import DictTier
+from support.oracles import NaiveServer, assert_same_bits, rows_of
+
+import hps_numba
+from hps_numba.config import PersistentDatabaseConfig
+from hps_numba.errors import ClosedError, HpsError, TierError
+from hps_numba.storage.tier_stack import TierStack
+from hps_numba.storage.tiers._tier import Fetched
+from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
+
+DIM = 3
+TAG = "hps_et.m.sparse_embedding0"
+KEYS = list(range(9))
+
+
+def stats_of(server: hps_numba.HPS) -> Any:
+    return server.stats()["m"]["sparse_embedding0"]
+
+
+# --- the order of tiers -----------------------------------------------------------------------------------------------
+
+
+def test_each_tier_is_asked_only_for_what_faster_ones_lack(workshop: Workshop) -> None:  # D01
+    server, tier = workshop.open_cold()
+    truth = NaiveServer(DIM, -7.5, places=2)
+    truth.places[1].upsert(KEYS, rows_of(KEYS, DIM))
+    for store in (server._models["m"].tables[0].store, truth.places[0]):
+        store.upsert(np.array([0, 1]), rows_of([0, 1], DIM, 1))
+    tier.calls.clear()
+    tier.keys.clear()
+    keys = [1, 5, 99, 5, 0, 98, 5, 7]
+    assert_same_bits(server.lookup(keys, "m", 0), truth.lookup(keys))
+    stats = stats_of(server)
+    assert [stats.host_hits, stats.tier_hits, stats.absent] == truth.answered == [2, 4, 2]
+    assert (tier.calls, tier.keys) == ({"fetch": 1}, {"fetch": 4})  # distinct keys: 5, 7, 98, 99
+
+
+def test_no_slower_tier_is_asked_if_host_memory_has_all(workshop: Workshop) -> None:  # D01
+    server, tier = workshop.open_cold(volatile={"type": "hash_map"})
+    tier.calls.clear()
+    for _ in range(3):
+        server.lookup(KEYS, "m", 0)
+    assert not tier.calls
+    assert stats_of(server).host_hits == 27
+
+
+def test_fetched_rows_are_not_kept_unless_asked_for(workshop: Workshop) -> None:  # D04
+    server, tier = workshop.open_cold()
+    for _ in range(2):
+        server.lookup(KEYS, "m", 0)
+    workshop.let_background_finish(server)
+    assert (stats_of(server).rows, tier.keys["fetch"]) == (0, 18)
+
+
+def stack_of(*contents: dict[int, int], wrap: Any = lambda tier: tier) -> Any:
+    """A stack of dicts, each given as key -> stamp of its row."""
+    tiers = []
+    for content in contents:
+        tier = DictTier(PersistentDatabaseConfig(max_batch_size=2))
+        for key, stamp in content.items():
+            tier.insert(TAG, np.array([key]), rows_of([key], DIM, stamp))
+        tiers.append(wrap(tier))
+    return TierStack(tiers)
+
+
+def test_a_stack_answers_from_its_first_tier_that_has_a_key() -> None:  # D01
+    stack = stack_of({1: 0, 2: 0}, {2: 1, 3: 1}, {3: 2, 4: 2}, wrap=CountingTier)
+    rows = np.full((5, DIM), 9, np.float32)
+    answer = stack.fetch(TAG, np.array([4, 3, 2, 1, 0]), rows)
+    assert (answer.found.tolist(), answer.unsure.any(), answer.errors) == ([True] * 4 + [False], False, 0)
+    wanted = [rows_of([4], DIM, 2), rows_of([3], DIM, 1), rows_of([2, 1], DIM), np.full((1, DIM), 9, np.float32)]
+    assert_same_bits(rows, np.concatenate(wanted))
+    assert [tier.keys["fetch"] for tier in stack.tiers] == [5, 3, 2]
+    assert stack.contains(TAG, np.array([0, 1, 4])).tolist() == [False, True, True]
+
+
+def test_a_stack_writes_the_slowest_tier_first_and_stops_at_a_failure() -> None:  # D01
+    stack = stack_of({1: 0}, {1: 0}, {1: 0}, wrap=lambda tier: FlakyTier(tier, set()))
+    stack.tiers[1].fail_on.add("insert")
+    with pytest.raises(TierError):
+        stack.insert(TAG, np.array([1, 5]), rows_of([1, 5], DIM, 3))
+    assert [tier.size(TAG) for tier in stack.tiers] == [1, 1, 2]
+
+
+def test_a_stack_updates_only_where_a_row_is() -> None:
+    stack = stack_of({1: 0, 2: 0}, {2: 0, 3: 0})
+    stack.update(TAG, np.array([1, 3, 4]), rows_of([1, 3, 4], DIM, 2))
+    assert [sorted(next(tier.scan(TAG))[0].tolist()) for tier in stack.tiers] == [[1, 2], [2, 3]]
+    rows = np.zeros((3, DIM), np.float32)
+    stack.fetch(TAG, np.array([1, 2, 3]), rows)
+    assert_same_bits(rows, np.concatenate([rows_of([1], DIM, 2), rows_of([2], DIM), rows_of([3], DIM, 2)]))
+
+
+def test_a_read_only_tier_is_not_written() -> None:
+    stack = TierStack([DictTier(PersistentDatabaseConfig(read_only=True)), DictTier(PersistentDatabaseConfig())])
+    stack.insert(TAG, np.array([1]), rows_of([1], DIM))
+    stack.update(TAG, np.array([1]), rows_of([1], DIM, 1))
+    assert [tier.size(TAG) for tier in stack.tiers] == [0, 1]
+    assert list(stack.writable) == list(stack.tiers[1:])
+    stack.erase(TAG)
+    assert stack.tiers[1].size(TAG) == 0
+
+
+def test_an_empty_stack_is_false_and_knows_nothing() -> None:
+    stack = TierStack([])
+    assert not stack
+    answer = stack.fetch(TAG, np.array([1]), np.zeros((1, DIM), np.float32))
+    assert not answer.found.any()
+    assert not answer.unsure.any()
+
+
+class StuckTier(DictTier):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        raise TierError("stuck")
+
+
+def test_a_tier_that_cannot_be_closed_does_not_keep_others_open() -> None:
+    tiers = [StuckTier(PersistentDatabaseConfig()), DictTier(PersistentDatabaseConfig())]
+    for order in (tiers, tiers[::-1]):
+        tiers[1].closed = False
+        with pytest.raises(TierError, match="stuck"):
+            TierStack(order).close()
+        assert tiers[1].closed
+
+
+def test_a_tier_that_cannot_drop_a_table_does_not_keep_it_in_others() -> None:
+    for stuck in (0, 1):
+        stack = stack_of({1: 0}, {1: 0}, wrap=lambda tier: FlakyTier(tier, set()))
+        stack.tiers[stuck].fail_on.add("erase")
+        with pytest.raises(TierError, match="erase: failed on purpose"):
+            stack.erase(TAG)
+        assert [tier.size(TAG) for tier in stack.tiers] == [int(stuck == 0), int(stuck == 1)]
+
+
+def test_a_closed_stack_asks_no_tier() -> None:
+    stack = stack_of({1: 0}, wrap=CountingTier)
+    stack.close()
+    keys, rows = np.array([1]), np.zeros((1, DIM), np.float32)
+    for call in (
+        lambda: stack.fetch(TAG, keys, rows),
+        lambda: stack.contains(TAG, keys),
+        lambda: stack.insert(TAG, keys, rows),
+        lambda: stack.erase(TAG),
+    ):
+        with pytest.raises(ClosedError, match="the slower tiers are closed"):
+            call()
+    assert not stack.tiers[0].calls
+
+
+# --- writes reach every tier ------------------------------------------------------------------------------------------
+
+
+def test_writes_reach_host_memory_and_the_tier_behind(workshop: Workshop) -> None:
+    server, tier = workshop.open_cold(volatile={"type": "hash_map"})
+    assert server.insert([2, 50], rows_of([2, 50], DIM, 1), "m", 0) == 1
+    assert server.update([3, 60], rows_of([3, 60], DIM, 2), "m", 0) == 1
+    assert server.erase([4, 70], "m", 0) == 1
+    behind = np.full((5, DIM), -7.5, np.float32)
+    assert tier.fetch(TAG, np.array([2, 50, 3, 60, 4]), behind).found.tolist() == [True, True, True, False, False]
+    assert_same_bits(server.lookup([2, 50, 3, 60, 4], "m", 0), behind)
+    assert_same_bits(behind[:3], np.concatenate([rows_of([2, 50], DIM, 1), rows_of([3], DIM, 2)]))
+
+
+def test_rows_that_host_memory_evicts_are_still_found(workshop: Workshop) -> None:  # D01, D03
+    bound = {"type": "hash_map", "num_partitions": 1, "overflow_margin": 4, "overflow_resolution_target": 0.5}
+    server, tier = workshop.open_cold(volatile={**bound, "max_batch_size": 1})
+    assert 2 <= stats_of(server).rows <= 4
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert stats_of(server).evicted == len(KEYS) - stats_of(server).rows
+    assert tier.size(TAG) == 9
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that only ``time.sleep`` lets pass."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_time_budget_gives_a_partial_answer_that_is_counted(workshop: Workshop, clock: list[float]) -> None:  # D07
+    server, tier = workshop.open_cold("support.fakes:SlowDictTier", entry={"time_budget_ms": 150.0}, max_batch_size=1)
+    tier.seconds = 0.1  # the batches begin after 0 and 100 ms; a third would after 200 ms
+    rows = server.lookup([0, 1, 2, 3, 4, 4], "m", 0)
+    assert_same_bits(rows[:2], rows_of([0, 1], DIM))
+    assert (rows[2:] == -7.5).all()
+    stats = stats_of(server)
+    assert (stats.tier_hits, stats.unanswered, stats.absent, stats.defaults) == (2, 4, 0, 4)
+    tier.seconds = 0.0
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert stats_of(server).unanswered == 4
+
+
+def test_a_time_budget_of_0_waits(workshop: Workshop, clock: list[float]) -> None:  # D07
+    server, tier = workshop.open_cold("support.fakes:SlowDictTier", entry={"time_budget_ms": 0}, max_batch_size=3)
+    tier.seconds = 1e6
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert stats_of(server).unanswered == 0
+
+
+def test_unanswered_keys_are_not_kept_as_default_rows(workshop: Workshop, clock: list[float]) -> None:  # D04, D07
+    server, tier = workshop.open_cold(
+        "support.fakes:SlowDictTier", volatile=KEEPING, entry={"time_budget_ms": 25.0}, max_batch_size=1
+    )
+    tier.seconds = 0.01
+    server.lookup(KEYS, "m", 0)
+    workshop.let_background_finish(server)
+    kept = [int(key) for keys, _ in server._models["m"].tables[0].store.scan() for key in keys]
+    assert sorted(kept) == [0, 1, 2]
+    tier.seconds = 0.0
+    assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+
+def test_a_stack_reports_late_keys_as_unsure_unless_a_later_tier_has_them() -> None:  # D07
+    stack = stack_of({1: 0, 2: 0, 3: 0}, {3: 1}, wrap=lambda tier: tier)
+    stack.tiers = (SlowTier(stack.tiers[0], 0.0), stack.tiers[1])
+    rows = np.zeros((3, DIM), np.float32)
+    answer = stack.fetch(TAG, np.array([1, 2, 3]), rows, deadline=time.monotonic() - 1)
+    assert (answer.found.tolist(), answer.unsure.tolist()) == ([False] * 3, [True] * 3)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_tier_is_counted_and_host_memory_serves_on(workshop: Workshop) -> None:
+    server, tier = workshop.open_cold("support.fakes:FlakyDictTier", volatile={"type": "hash_map", "initial_cache_rate": 0.5})
+    tier.fail_on.add("fetch")
+    rows = server.lookup([0, 4, 8, 8, 99], "m", 0)
+    assert_same_bits(rows[:2], rows_of([0, 4], DIM))
+    assert (rows[2:] == -7.5).all()
+    stats = stats_of(server)
+    assert (stats.host_hits, stats.unanswered, stats.absent, stats.tier_errors) == (2, 3, 0, 1)
+    tier.fail_on.clear()
+    assert_same_bits(server.lookup([8], "m", 0), rows_of([8], DIM))
+    assert stats_of(server).tier_hits == 1
+
+
+def test_lookups_log_nothing_above_debug(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    server, tier = workshop.open_cold("support.fakes:FlakyDictTier", volatile=KEEPING)
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG):
+        server.lookup([1, 99], "m", 0)
+        tier.fail_on.add("fetch")
+        server.lookup([2, 99], "m", 0)
+        workshop.let_background_finish(server)
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("DEBUG", f"{TAG}: FlakyDictTier: fetch failed: fetch: failed on purpose")
+    ]
+
+
+def test_a_tier_behind_a_failing_one_is_asked() -> None:
+    stack = stack_of({1: 0, 2: 0}, {2: 1}, wrap=lambda tier: FlakyTier(tier, set()))
+    stack.tiers[0].fail_on.add("fetch")
+    rows = np.zeros((2, DIM), np.float32)
+    answer = stack.fetch(TAG, np.array([1, 2]), rows)
+    assert (answer.found.tolist(), answer.unsure.tolist(), answer.errors) == ([False, True], [True, False], 1)
+    assert_same_bits(rows[1:], rows_of([2], DIM, 1))
+
+
+@pytest.mark.parametrize("call", ["insert", "erase"])
+def test_a_write_that_a_tier_refuses_raises_and_changes_nothing_before_it(workshop: Workshop, call: str) -> None:
+    server, tier = workshop.open_cold("support.fakes:FlakyDictTier", volatile={"type": "hash_map"})
+    tier.fail_on.add(call)
+    with pytest.raises(TierError, match=f"{call}: failed on purpose"):
+        if call == "insert":
+            server.insert([1], rows_of([1], DIM, 1), "m", 0)
+        else:
+            server.erase([1], "m", 0)
+    assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM))
+
+
+class NoisyTier(FlakyTier):
+    """Opens, and takes no rows. Remembers every tier that was opened."""
+
+    opened: ClassVar[list[DictTier]] = []
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        self.opened.append(DictTier(section, wide_keys=wide_keys))
+        super().__init__(self.opened[-1], {"insert"})
+
+
+def test_a_tier_that_cannot_be_filled_at_the_start_is_closed_again(workshop: Workshop) -> None:
+    NoisyTier.opened.clear()
+    with pytest.raises(TierError, match="insert: failed on purpose"):
+        workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "test_hierarchy:NoisyTier"})
+    assert [tier.closed for tier in NoisyTier.opened] == [True]
+
+
+def test_a_tier_is_closed_if_the_next_one_cannot_be_opened(workshop: Workshop) -> None:
+    NoisyTier.opened.clear()
+    with pytest.raises(HpsError, match="has no 'MissingTier'"):
+        workshop.open(
+            workshop.model((KEYS, DIM)),
+            volatile_db={"type": "test_hierarchy:NoisyTier"},
+            persistent_db={"type": "support.fakes:MissingTier"},
+        )
+    assert [tier.closed for tier in NoisyTier.opened] == [True]
+
+
+# --- answers that break the contract ----------------------------------------------------------------------------------
+
+BAD_ANSWERS: dict[str, tuple[Any, str]] = {
+    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: int64\[3\] came, bool\[3\] is wanted"),
+    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: bool\[2\] came, bool\[3\] is wanted"),
+    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: bool\[3, 1\] came, bool\[3\] is wanted"),
+    "list": (Fetched([True, False, True], 3), r"fetch: found: list came, bool\[3\] is wanted"),  # type: ignore[arg-type]
+    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: -1 came, 0 to 3 is wanted"),
+    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: 4 came, 0 to 3 is wanted"),
+    "none": (None, r"fetch: NoneType came, Fetched is wanted"),
+}
+
+
+class WrongTier(DictTier):
+    """Gives whatever answer the test sets."""
+
+    answer: Any = None
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        return self.answer
+
+    def contains(self, table: str, keys: np.ndarray) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: str) -> None:
+    server, tier = workshop.open_cold("test_hierarchy:WrongTier")
+    tier.answer, message = BAD_ANSWERS[kind]
+    with pytest.raises(TierError, match=f"WrongTier.{message}"):
+        server.lookup([0, 1, 2], "m", 0)
+    assert stats_of(server).tier_errors == 0  # not taken for a tier that is out of order
+
+
+def test_positions_for_flags_are_refused_by_contains() -> None:
+    tier = WrongTier(PersistentDatabaseConfig())
+    tier.answer = np.array([0, 2])
+    with pytest.raises(TierError, match=r"WrongTier.contains: int64\[2\] came, bool\[3\] is wanted"):
+        TierStack([tier]).contains(TAG, np.arange(3))

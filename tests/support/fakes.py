@@ -1,0 +1,111 @@
+"""Shared by tests: DictTier, CountedDictTier, SlowDictTier, FlakyDictTier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hps_numba.errors import TierError
+from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
+
+
+class NaiveStore:
+    """One table in one place: key -> row."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.rows: dict[int, np.ndarray] = {}
+
+    def upsert(self, keys: Any, rows: Any) -> int:
+        """Write all; returns how many keys were new. Of equal keys the last wins."""
+        before = len(self.rows)
+        for key, row in zip(keys, rows, strict=True):
+            self.rows[int(key)] = np.array(row, np.float32)
+        return len(self.rows) - before
+
+    def update(self, keys: Any, rows: Any) -> int:
+        """Write those that exist; returns how many of ``keys`` that were."""
+        changed = 0
+        for key, row in zip(keys, rows, strict=True):
+            if int(key) in self.rows:
+                self.rows[int(key)] = np.array(row, np.float32)
+                changed += 1
+        return changed
+
+    def erase(self, keys: Any) -> int:
+        """Remove; returns how many there were."""
+        return sum(self.rows.pop(int(key), None) is not None for key in keys)
+
+
+class DictTier(Tier):
+    """The contract of a tier, by dicts."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.content: dict[str, NaiveStore] = {}
+        self.closed = False
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        found = np.zeros(len(keys), bool)
+        asked = 0
+        for part in self.batches(len(keys), deadline):
+            for i in range(part.start, part.stop):
+                row = self._rows(table).get(int(keys[i]))
+                if row is not None:
+                    rows[i], found[i] = row, True
+            asked = part.stop
+        return Fetched(found, asked)
+
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        dim = rows.shape[1]
+        store = self.content.setdefault(table, NaiveStore(dim))
+        if store.dim != dim:
+            raise TierError(f"{table}: rows of width {dim} came, the table holds width {store.dim}")
+        return store.upsert(keys, rows)
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if keys is None:
+            return len(self.content.pop(table, NaiveStore(1)).rows)
+        return self.content.get(table, NaiveStore(1)).erase(keys)
+
+    def size(self, table: str) -> int:
+        return len(self._rows(table))
+
+    def tables(self) -> list[str]:
+        return sorted(self.content)
+
+    def scan(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        every = list(self._rows(table).items())
+        for start in range(0, len(every), chunk_rows):
+            chunk = every[start : start + chunk_rows]
+            yield np.array([key for key, _ in chunk], np.int64), np.stack([row for _, row in chunk])
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _rows(self, table: str) -> dict[int, np.ndarray]:
+        return self.content[table].rows if table in self.content else {}
+
+
+class CountedDictTier(CountingTier):
+    """``CountingTier`` over a dict."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(DictTier(section, wide_keys=wide_keys))
+
+
+class SlowDictTier(SlowTier):
+    """``SlowTier`` over a dict; not slow until ``seconds`` is set."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(DictTier(section, wide_keys=wide_keys), 0.0)
+
+
+class FlakyDictTier(FlakyTier):
+    """``FlakyTier`` over a dict; does not fail until calls are put into ``fail_on``."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(DictTier(section, wide_keys=wide_keys), set())

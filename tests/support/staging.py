@@ -1,0 +1,49 @@
+"""Shared by tests: TYPES, ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hps_numba.cache.cache import EmbeddingCache
+
+DTYPES = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32, "uint32": np.uint32}
+
+
+OUT = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+
+
+def ask(
+    cache: EmbeddingCache,
+    keys: Any,
+    form: str = "int64",
+    out_type: str = "float32",
+    *,
+    shift: int = 0,
+    no_answer: bool = False,
+) -> tuple[np.ndarray, list[int]]:
+    """Bits of the answer, and the positions of keys found nowhere; ``shift``: bytes by which the answer is not aligned."""
+    keys = np.asarray(keys).astype(DTYPES[form])
+    out = np.full((len(keys), cache.dim), 77, OUT[out_type])
+    absent = np.zeros(1 + len(keys), np.int64)
+    place, stream, room_of = cache.backend, cache._stream, cache._room
+    with place.current(), cache._copies(keys) as (at,), room_of(out.nbytes + shift) as room, room_of(absent.nbytes) as some:
+        place.from_host(room + shift, out, stream)
+        to = 0 if no_answer else room + shift
+        cache.lookup(at, len(keys), to, stream, key_form=form, out_type=out_type, absent_list=some)
+        place.to_host(out, room + shift, stream)
+        place.to_host(absent, some, stream)
+    return out, sorted(absent[1 : 1 + absent[0]].tolist())
+
+
+TYPES = [
+    (None, "int8", "checked32_in_int64", "bfloat16", 2),
+    (None, "float32", "int32", "float16", 0),
+    pytest.param(0, "float16", "int32", "float16", 0, marks=pytest.mark.gpu),
+    pytest.param(0, "bfloat16", "uint32", "bfloat16", 2, marks=pytest.mark.gpu),
+    pytest.param(0, "int8", "checked32_in_int64", "float32", 4, marks=pytest.mark.gpu),
+    pytest.param(0, "float8_e4m3", "int64", "float16", 0, marks=pytest.mark.gpu),
+    pytest.param(0, "float32", "int64", "float32", 4, marks=pytest.mark.gpu),
+]

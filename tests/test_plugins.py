@@ -1,0 +1,198 @@
+"""The folder is the registry: parts of the package by file name, and a user's own by reference, run only where allowed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.factories import Workshop
+from support.oracles import assert_same_bits, rows_of
+
+import hps_numba
+from hps_numba import plugins
+from hps_numba.config import json_schema
+from hps_numba.errors import ConfigError, HpsError, TierUnavailable
+from hps_numba.storage import tiers
+from hps_numba.storage.tiers._tier import Tier
+
+TIERS = "hps_numba.storage.tiers"
+FOLDERS = [TIERS, "hps_numba.storage.formats"]
+
+OWN_TIER = """
+import numpy as np
+from hps_numba.storage.tiers._tier import Fetched, Tier
+
+class Own(Tier):
+    rows = {}
+    def fetch(self, table, keys, rows, *, deadline=None):
+        found = np.array([(table, int(key)) in self.rows for key in keys], bool)
+        for i in np.flatnonzero(found):
+            rows[i] = self.rows[table, int(keys[i])]
+        return Fetched(found, len(keys))
+    def insert(self, table, keys, rows):
+        before = len(self.rows)
+        self.rows.update({(table, int(key)): row.copy() for key, row in zip(keys, rows)})
+        return len(self.rows) - before
+    def erase(self, table, keys=None):
+        gone = [place for place in self.rows if place[0] == table and (keys is None or place[1] in keys)]
+        return len([self.rows.pop(place) for place in gone])
+    def size(self, table):
+        return sum(place[0] == table for place in self.rows)
+    def tables(self):
+        return sorted({place[0] for place in self.rows})
+    def scan(self, table, chunk_rows=65536):
+        for (tag, key), row in list(self.rows.items()):
+            if tag == table:
+                yield np.array([key]), row[None]
+"""
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_names_are_the_files_of_the_folder(package: str) -> None:
+    folder = Path(plugins.__file__).parent.joinpath(*package.split(".")[1:])
+    files = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    assert plugins.names(package) == files
+    assert files
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_every_part_loads(package: str) -> None:
+    assert all(plugins.load(package, name) is not None for name in plugins.names(package))
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+@pytest.mark.parametrize("error", [ConfigError, TierUnavailable])
+def test_an_unknown_name_lists_the_known_ones(package: str, error: type[HpsError]) -> None:
+    with pytest.raises(error) as caught:
+        plugins.load(package, "no_such_part", error=error)
+    message = str(caught.value)
+    assert "'no_such_part' is unknown" in message
+    assert all(name in message for name in plugins.names(package))
+    assert "\n" not in message
+
+
+def test_a_slip_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'hash_map'"):
+        plugins.load(TIERS, "hashmap")
+
+
+@pytest.mark.parametrize("hidden", ["_tier", "_wrappers", "__init__"])
+def test_files_with_an_underscore_are_no_parts(hidden: str) -> None:
+    with pytest.raises(ConfigError, match="is unknown"):
+        plugins.load(TIERS, hidden)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no_such_package.module:Tier", "cannot import 'no_such_package.module'"),
+        ("support.fakes:NoSuchTier", "'naive' has no 'NoSuchTier'"),
+        ("{folder}/missing.py:Tier", "missing.py: no such file"),
+        ("{folder}/broken.py:Tier", "broken.py: ZeroDivisionError"),
+        ("{folder}/wrong.py:Tier", "wrong.py: SyntaxError"),
+        ("{folder}/empty.py:Tier", "has no 'Tier'"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_one_line(tmp_path: Path, reference: str, message: str) -> None:
+    for name, text in (("broken", "1 / 0"), ("wrong", "def"), ("empty", "")):
+        (tmp_path / f"{name}.py").write_text(text)
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match=message) as caught:
+        plugins.load(TIERS, reference.format(folder=tmp_path), allow_code=True)
+    assert "\n" not in str(caught.value)
+    assert not [name for name in set(sys.modules) - before if "broken" in name or "wrong" in name]
+
+
+def test_a_file_runs_only_where_code_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nTier = 1")
+    with pytest.raises(ConfigError, match="allow_code=True"):
+        plugins.load(TIERS, f"{tmp_path}/own.py:Tier")
+    assert not (tmp_path / "ran").exists()
+    assert plugins.load(TIERS, f"{tmp_path}/own.py:Tier", allow_code=True) == 1
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_tier_of_ones_own_in_twenty_lines(workshop: Workshop) -> None:
+    own = workshop.folder / "own.py"
+    own.write_text(OWN_TIER)
+    assert len(OWN_TIER.split("class", 1)[1].splitlines()) <= 22
+    entry = workshop.model((range(9), 3))
+    server = workshop.open(
+        entry,
+        volatile_db={"type": "hash_map", "initialize_after_startup": False},
+        persistent_db={"type": f"{own}:Own"},
+        allow_code=True,
+    )
+    assert_same_bits(server.lookup([3, 8, 3], "m", 0), rows_of([3, 8, 3], 3))
+    assert server.stats()["m"]["sparse_embedding0"].tier_hits == 3
+    assert (server.lookup([9], "m", 0) == -7.5).all()
+    server.insert([9], rows_of([9], 3), "m", 0)
+    assert server.erase([8], "m", 0) == 1
+    server.replace_model("m", [workshop.table("new", [3, 4], 3, 1)])
+    assert workshop.behind_host(server).size("hps_et.m.sparse_embedding0") == 2
+    assert_same_bits(server.lookup([3, 4], "m", 0), rows_of([3, 4], 3, 1))
+
+
+def test_a_tier_in_a_file_is_refused_without_allow_code(workshop: Workshop) -> None:
+    own = workshop.folder / "own.py"
+    own.write_text(f"open({str(workshop.folder / 'ran')!r}, 'w').close()\n{OWN_TIER}")
+    for place in ("persistent_db", "volatile_db"):
+        with pytest.raises(HpsError, match="allow_code=True"):
+            workshop.open(workshop.model((range(9), 3)), **{place: {"type": f"{own}:Own"}})
+    assert not (workshop.folder / "ran").exists()
+
+
+@pytest.mark.parametrize("what", ["rows_of", "EXTREME_64", "NaiveStore"])
+def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
+    with pytest.raises(ConfigError, match=rf"persistent_db\.type: 'naive:{what}' is .*, a subclass of Tier is wanted"):
+        workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"naive:{what}"})
+
+
+LATER = [("volatile_db", "redis_cluster"), ("volatile_db", "multi_process_hash_map"), ("persistent_db", "rocks_db")]
+NOT_THERE = [(place, name) for place, name in LATER if name not in plugins.names(TIERS)]
+
+
+@pytest.mark.parametrize(("place", "name"), NOT_THERE)
+def test_a_tier_that_is_not_there_yet_says_which_are(workshop: Workshop, place: str, name: str) -> None:
+    with pytest.raises(
+        TierUnavailable,
+        match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(plugins.names(TIERS))}",
+    ):
+        workshop.open(workshop.model((range(9), 3)), **{place: {"type": name}})
+
+
+def test_every_tier_of_the_folder_can_be_named_in_a_config(workshop: Workshop) -> None:
+    for name in plugins.names(TIERS):
+        kind = plugins.load(TIERS, name)
+        assert issubclass(kind, Tier)
+        if not kind.persistent and not kind.shared:
+            server = workshop.open(workshop.model((range(9), 3)), volatile_db={"type": name})
+            assert_same_bits(server.lookup([3], "m", 0), rows_of([3], 3))
+
+
+def test_a_new_file_in_the_tiers_folder_is_a_type_of_its_own(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One new file, nothing else edited: the config, its schema and the server know it by its file name."""
+    folder = workshop.folder / "more_tiers"
+    folder.mkdir()
+    (folder / "dict_of_mine.py").write_text("from support.fakes import DictTier\n\nPART = DictTier\n")
+    monkeypatch.setattr(tiers, "__path__", [*tiers.__path__, str(folder)])
+    server = workshop.open(
+        workshop.model((range(5), 4)), volatile_db={"type": "disabled"}, persistent_db={"type": "dict_of_mine"}
+    )
+    assert np.array_equal(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4))
+    kinds = json_schema()["$defs"]["PersistentDatabaseConfig"]["properties"]["type"]["anyOf"][0]["enum"]
+    assert "dict_of_mine" in kinds
+    with pytest.raises(hps_numba.ConfigError, match="dict_of_yours"):
+        workshop.open(workshop.model((range(5), 4), name="n"), persistent_db={"type": "dict_of_yours"})
+
+
+def test_a_file_that_is_edited_in_the_same_second_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    for value in (11, 22, 33):  # of one size
+        file.write_text(f"VALUE = {value}\n")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert plugins.load_reference(f"{file}:VALUE", allow_code=True) == value
+    assert not (tmp_path / "__pycache__").exists()

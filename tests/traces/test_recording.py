@@ -1,0 +1,171 @@
+"""``HPS.record_trace``: what lookups ask for becomes a trace, a sample of bounded size; off, nothing happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.factories import Workshop
+
+from hps_numba import HPS, simulate
+from hps_numba.errors import ClosedError, ConfigError, TraceError, UnknownModelError
+from hps_numba.traces.recording import _BUFFER, facts_beside
+
+
+@pytest.fixture
+def server(workshop: Workshop) -> HPS:
+    return workshop.open(workshop.model((range(50), 3), (range(9), 2)))
+
+
+def recorded(path: Path) -> list[int]:
+    return np.load(path).tolist()
+
+
+def test_all_ways_to_look_up_are_recorded(server: HPS, tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    with server.record_trace(path, "m", 0) as recording:
+        server.lookup([1, 5, 5, -9], "m", 0)
+        server.lookup(np.array([[7], [8]], np.uint8), "m", "sparse_embedding0")
+        server.lookup([3], "m", 1)  # another table
+        server.lookup_many({0: [2], 1: [4]}, "m")
+        server.lookup_pooled([6, 6], [0, 2], "m", 0)
+        server.lookup_into(np.array([9]), "m", 0, np.empty((1, 3), np.float32))
+        server.lookup([], "m", 0)
+        assert "recording" in repr(recording) and not recording.done
+    server.lookup([4], "m", 0)
+    assert recorded(path) == [1, 5, 5, -9, 7, 8, 2, 6, 6, 9]
+    assert recording.done and (recording.keys, recording.requests, recording.calls) == (10, 10, 6)
+    facts = json.loads(facts_beside(path).read_text())
+    assert facts == {"table": "m/sparse_embedding0", "rate": 1.0, "requests": 10, "keys": 10, "calls": 6, "every": 1}
+    assert server._recordings == ()
+    recording.close()
+
+
+def test_a_share_of_the_keys_of_some_calls_up_to_a_limit(server: HPS, tmp_path: Path) -> None:
+    asked = np.random.default_rng(0).integers(0, 1000, 4000)
+    shared, some, few = (tmp_path / f"{name}.npy" for name in ("shared", "some", "few"))
+    with (
+        server.record_trace(shared, "m", 0, rate=0.25),
+        server.record_trace(some, "m", 0, every=3),
+        server.record_trace(few, "m", 0, limit=25) as limited,
+    ):
+        for start in range(0, 4000, 10):
+            server.lookup(asked[start : start + 10], "m", 0)
+        assert limited.done and len(server._recordings) == 2
+    kept = set(recorded(shared))
+    assert 150 < len(kept) < 350 and recorded(shared) == [key for key in asked.tolist() if key in kept]
+    assert recorded(some) == np.concatenate([asked[at : at + 10] for at in range(0, 4000, 30)]).tolist()
+    assert recorded(few) == asked[:25].tolist()
+
+
+def test_the_simulator_knows_that_it_is_a_sample(server: HPS, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    asked = rng.zipf(1.2, 60_000) % 9000
+    with server.record_trace(tmp_path / "all.npy", "m", 0), server.record_trace(tmp_path / "some.npy", "m", 0, rate=0.4):
+        for start in range(0, 60_000, 5000):
+            server.lookup(asked[start : start + 5000], "m", 0)
+    true = simulate.run(tmp_path / "all.npy", "lru", 1000, geometry="associative", progress=False).runs
+    found = simulate.run(tmp_path / "some.npy", "lru", 1000, geometry="associative", progress=False)
+    assert found.requests == 60_000 and found.rate == pytest.approx(0.4, abs=1e-6) and found.simulated < 50_000
+    for one, estimate in zip(true[:2], found.runs):
+        assert abs(one.hit_rate - estimate.hit_rate) <= max(estimate.error, 0.02) and estimate.error > 0
+    part = simulate.open_trace(tmp_path / "some.npy", limit=found.simulated // 2)
+    assert part.whole == pytest.approx(30_000, rel=0.001)
+    facts_beside(tmp_path / "some.npy").write_text("{}")
+    with pytest.raises(TraceError, match=r"some\.npy\.json: not the facts about a recorded trace"):
+        simulate.open_trace(tmp_path / "some.npy")
+    facts_beside(tmp_path / "some.npy").write_text('{"rate": 0.5, "requests": 10, "keys": 3}')
+    with pytest.raises(TraceError, match=r"3 keys of 10 requests at rate 0\.5, but some\.npy has"):
+        simulate.open_trace(tmp_path / "some.npy")
+
+
+def test_the_file_can_be_read_while_it_grows(server: HPS, tmp_path: Path) -> None:
+    path, asked = tmp_path / "t.npy", np.arange(_BUFFER + 10) % 70
+    with server.record_trace(path, "m", 0):
+        assert recorded(path) == []
+        server.lookup(asked, "m", 0)
+        assert recorded(path) == asked[:_BUFFER].tolist()
+        assert simulate.open_trace(path).requests == _BUFFER
+        server.lookup(np.tile(asked, 2), "m", 0)
+    assert recorded(path) == np.tile(asked, 3).tolist()
+
+
+def test_threads_record_whole_calls(server: HPS, tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        for _ in range(200):
+            server.lookup(np.full(7, number), "m", 0)
+
+    with server.record_trace(tmp_path / "t.npy", "m", 0):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    calls = np.load(tmp_path / "t.npy").reshape(-1, 7)
+    assert len(calls) == 800 and (calls == calls[:, :1]).all()
+    assert np.bincount(calls[:, 0]).tolist() == [200] * 4
+
+
+def test_closing_the_server_ends_a_recording(workshop: Workshop, tmp_path: Path) -> None:
+    server = workshop.open(workshop.model((range(50), 3)))
+    recording = server.record_trace(tmp_path / "t.npy", "m", 0)
+    server.lookup([1, 2], "m", 0)
+    server.close()
+    assert recording.done and recorded(tmp_path / "t.npy") == [1, 2]
+    with pytest.raises(ClosedError):
+        server.record_trace(tmp_path / "u.npy", "m", 0)
+    assert not (tmp_path / "u.npy").exists()
+
+
+def test_misuse(server: HPS, tmp_path: Path) -> None:
+    for options, message in (
+        ({"rate": 0}, "rate is 0"),
+        ({"rate": 1.1}, "rate is 1.1"),
+        ({"every": 0}, "every is 0"),
+        ({"limit": 0}, "limit is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            server.record_trace(tmp_path / "t.npy", "m", 0, **options)
+    with pytest.raises(ConfigError, match=r"ends in \.npy"):
+        server.record_trace(tmp_path / "t.bin", "m", 0)
+    with pytest.raises(TraceError, match="No such file"):
+        server.record_trace(tmp_path / "none" / "t.npy", "m", 0)
+    with pytest.raises(UnknownModelError):
+        server.record_trace(tmp_path / "t.npy", "other", 0)
+    assert server._recordings == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_the_file_to_its_parent(server: HPS, tmp_path: Path) -> None:
+    with server.record_trace(tmp_path / "t.npy", "m", 0):
+        server.lookup([1], "m", 0)
+        child = os.fork()
+        if child == 0:
+            server.lookup([2], "m", 0)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        server.lookup([3], "m", 0)
+    assert recorded(tmp_path / "t.npy") == [1, 3]
+
+
+def test_a_full_disk_ends_the_recording_and_no_lookup(
+    server: HPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = np.arange(_BUFFER)
+    recording = server.record_trace(tmp_path / "t.npy", "m", 0)
+    server.lookup(asked, "m", 0)
+
+    def refuse(self: object, *args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hps_numba.traces.recording.TraceRecording._write", refuse)
+    assert server.lookup(asked, "m", 0).shape == (_BUFFER, 3)
+    assert recording.done and server._recordings == ()
+    assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
+    assert recorded(tmp_path / "t.npy") == asked.tolist()
+    recording.close()
