@@ -307,14 +307,14 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     assert cache.mirror_index() and cache._link is not None
-    lead = cache._link.lead
+    point_to = cache._link.point_to
 
     def interrupted(*args: int) -> None:
-        lead(*args)
+        point_to(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._link, "lead", interrupted)
+        patch.setattr(cache._link, "point_to", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.erase(ints(range(100)))
     assert len(store) == 100
@@ -368,7 +368,7 @@ def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyB
     copy, link = cache._index_mirror, cache._link
     assert cache.mirror_index() and copy is not None and link is not None
     with monkeypatch.context() as patch:
-        patch.setattr(link, "lead", lambda *_: False)
+        patch.setattr(link, "point_to", lambda *_: False)
         store.upsert(ints([1]), rows_of([1], DIM, 1))
     assert copy.is_used and led_to(cache) != store.block
     store.upsert(ints([2]), rows_of([2], DIM, 1))
@@ -485,7 +485,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexM
     """A copy for a device that there is not: memory is that of the process."""
     place = CpuBackend()
     store = HostStore(DIM)
-    link = SimpleNamespace(lead=lambda *_: True, problem=None)
+    link = SimpleNamespace(point_to=lambda *_: True, problem=None)
     copy = IndexMirror(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
     place.ordinal = 41
     monkeypatch.setattr(index_mirror.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))

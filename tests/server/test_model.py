@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import COLD, KEEPING, Workshop
-from support.fakes import DictTier
 from support.oracles import assert_same_bits, rows_of
 
 import hps_numba
@@ -254,19 +253,8 @@ def test_unloading_leaves_slower_tiers_alone_unless_told_to(workshop: Workshop, 
     assert workshop.behind_host(server).size(TAG) == (0 if erase else 9)
 
 
-class StuckTableTier(DictTier):
-    """Cannot drop the first table of a model."""
-
-    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
-        if table.endswith("0"):
-            raise TierError(f"{table}: stuck")
-        return super().erase(table, keys)
-
-
 def test_a_tier_that_fails_to_drop_rows_does_not_keep_the_rest_of_the_model(workshop: Workshop) -> None:  # D24
-    server = workshop.open(
-        workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "test_models_at_runtime:StuckTableTier"}
-    )
+    server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "support.fakes:StuckTableTier"})
     assert server._host is not None
     with pytest.raises(TierError, match=f"{TAG}: stuck"):
         server.unload_model("m", erase=True)

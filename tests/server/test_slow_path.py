@@ -53,24 +53,9 @@ def test_keys_found_nowhere_are_not_kept(workshop: Workshop) -> None:  # D04
     assert_same_bits(server.lookup([50], "m", 0), rows_of([50], DIM))
 
 
-class HeldTier(DictTier):
-    """Answers its first fetch, then waits for the test before it returns."""
-
-    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
-        super().__init__(section, wide_keys=wide_keys)
-        self.fetched, self.go_on = threading.Event(), threading.Event()
-
-    def fetch(self, *args: Any, **options: Any) -> Any:
-        answer = super().fetch(*args, **options)
-        if not self.fetched.is_set():
-            self.fetched.set()
-            assert self.go_on.wait(30)
-        return answer
-
-
 @pytest.mark.parametrize("change", ["erase", "update", "insert", "load_dump", "replace_model"])
 def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Workshop, change: str) -> None:  # D04
-    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     dump = workshop.folder / "new.bin"
     other = DictTier(PersistentDatabaseConfig())
     other.insert(TAG, np.array([3]), rows_of([3], DIM, 1))
@@ -98,21 +83,8 @@ def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Wo
         assert (server.lookup([4], "m", 0) == -7.5).all()
 
 
-class HeldEraseTier(DictTier):
-    """Waits for the test before it erases keys."""
-
-    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
-        super().__init__(section, wide_keys=wide_keys)
-        self.erasing, self.go_on = threading.Event(), threading.Event()
-
-    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
-        self.erasing.set()
-        assert self.go_on.wait(30)
-        return super().erase(table, keys)
-
-
 def test_a_row_that_a_new_version_lacks_is_not_kept_while_it_is_dropped(workshop: Workshop) -> None:  # D04
-    server, tier = workshop.open_cold("test_missed_rows:HeldEraseTier", volatile=KEEPING)
+    server, tier = workshop.open_cold("support.fakes:HeldEraseTier", volatile=KEEPING)
     new_version = workshop.table("v2", [3], DIM, 1)
     writer = threading.Thread(target=lambda: server.replace_model("m", [new_version]))
     writer.start()
@@ -178,7 +150,7 @@ def look_up_during_close(server: hps_numba.HPS, tier: Any, outcome: list[Any]) -
 
 
 def test_close_lets_a_fetch_at_work_end(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
-    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
     reader = look_up_during_close(server, tier, outcome)
     closer = threading.Thread(target=server.close)
@@ -200,7 +172,7 @@ def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(TierStack, "GRACE_SECONDS", 0.05)
-    server, tier = workshop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+    server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
 
     reader = look_up_during_close(server, tier, outcome)
@@ -221,7 +193,7 @@ from support.factories import KEEPING, Workshop
 from pathlib import Path
 
 shop = Workshop(Path(sys.argv[1]))
-server, tier = shop.open_cold("test_missed_rows:HeldTier", volatile=KEEPING)
+server, tier = shop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
 tier.fetched.set()                                    # the first fetch is not held
 server.lookup([0], "m", 0)
 shop.let_background_finish(server)                    # now there is a thread, which a child has not

@@ -190,7 +190,7 @@ def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
 
 
 def test_keys_that_were_overwritten_after_the_call_are_fetched_as_they_were(service: Service) -> None:  # G13
-    server, tier = service.open_cold("test_missed_rows:HeldTier", hit_rate_threshold=0)
+    server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     keys = service.keys([3, 4])
     server.lookup(keys, "m", 0)
     keys[:] = 8
@@ -421,25 +421,9 @@ def test_several_tables_in_one_call(service: Service, flat: bool) -> None:  # G3
     assert_same_bits(service.on_host(named[1]), rows_of([12], DIM))
 
 
-class CrowdTier(DictTier):
-    """Counts who is in ``fetch`` and lets nobody go before the test does."""
-
-    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
-        super().__init__(section, wide_keys=wide_keys)
-        self.inside: set[str] = set()
-        self.changed, self.go_on = threading.Condition(), threading.Event()
-
-    def fetch(self, *args: Any, **options: Any) -> Any:
-        with self.changed:
-            self.inside.add(threading.current_thread().name)
-            self.changed.notify_all()
-        assert self.go_on.wait(30)
-        return super().fetch(*args, **options)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_as_many_threads_fetch_as_the_config_says(service: Service, threads: int) -> None:  # G29
-    server, tier = service.open_cold("test_caches_in_service:CrowdTier", hit_rate_threshold=0, thread_pool_size=threads)
+    server, tier = service.open_cold("support.fakes:CrowdTier", hit_rate_threshold=0, thread_pool_size=threads)
     for key in range(6):
         assert_same_bits(service.lookup(server, [key]), defaults(1))
     with tier.changed:
@@ -476,7 +460,7 @@ def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyP
 
 
 def test_a_tier_that_breaks_its_contract_keeps_no_buffer(service: Service) -> None:  # G18
-    server, tier = service.open_cold("test_hierarchy:WrongTier", hit_rate_threshold=1.0)
+    server, tier = service.open_cold("support.fakes:WrongTier", hit_rate_threshold=1.0)
     for _ in range(5):
         with pytest.raises(TierError, match="NoneType came"):
             service.lookup(server, KEYS)
@@ -586,7 +570,7 @@ def test_a_write_is_in_the_cache_before_it_returns(service: Service, kind: str, 
 
 @pytest.mark.parametrize("change", ["erase", "update"])
 def test_a_row_changed_while_it_is_fetched_does_not_enter_the_cache(service: Service, change: str) -> None:
-    server, tier = service.open_cold("test_missed_rows:HeldTier", hit_rate_threshold=0)
+    server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     service.lookup(server, [3])
     assert tier.fetched.wait(30)
     if change == "erase":

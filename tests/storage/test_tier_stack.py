@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
-from support.fakes import DictTier
+from support.fakes import DictTier, NoisyTier, WrongTier
 from support.oracles import NaiveServer, assert_same_bits, rows_of
 
 import hps_numba
@@ -286,20 +286,10 @@ def test_a_write_that_a_tier_refuses_raises_and_changes_nothing_before_it(worksh
     assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM))
 
 
-class NoisyTier(FlakyTier):
-    """Opens, and takes no rows. Remembers every tier that was opened."""
-
-    opened: ClassVar[list[DictTier]] = []
-
-    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
-        self.opened.append(DictTier(section, wide_keys=wide_keys))
-        super().__init__(self.opened[-1], {"insert"})
-
-
 def test_a_tier_that_cannot_be_filled_at_the_start_is_closed_again(workshop: Workshop) -> None:
     NoisyTier.opened.clear()
     with pytest.raises(TierError, match="insert: failed on purpose"):
-        workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "test_hierarchy:NoisyTier"})
+        workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:NoisyTier"})
     assert [tier.closed for tier in NoisyTier.opened] == [True]
 
 
@@ -308,7 +298,7 @@ def test_a_tier_is_closed_if_the_next_one_cannot_be_opened(workshop: Workshop) -
     with pytest.raises(HpsError, match="has no 'MissingTier'"):
         workshop.open(
             workshop.model((KEYS, DIM)),
-            volatile_db={"type": "test_hierarchy:NoisyTier"},
+            volatile_db={"type": "support.fakes:NoisyTier"},
             persistent_db={"type": "support.fakes:MissingTier"},
         )
     assert [tier.closed for tier in NoisyTier.opened] == [True]
@@ -327,21 +317,9 @@ BAD_ANSWERS: dict[str, tuple[Any, str]] = {
 }
 
 
-class WrongTier(DictTier):
-    """Gives whatever answer the test sets."""
-
-    answer: Any = None
-
-    def fetch(self, *args: Any, **options: Any) -> Any:
-        return self.answer
-
-    def contains(self, table: str, keys: np.ndarray) -> Any:
-        return self.answer
-
-
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
 def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: str) -> None:
-    server, tier = workshop.open_cold("test_hierarchy:WrongTier")
+    server, tier = workshop.open_cold("support.fakes:WrongTier")
     tier.answer, message = BAD_ANSWERS[kind]
     with pytest.raises(TierError, match=f"WrongTier.{message}"):
         server.lookup([0, 1, 2], "m", 0)

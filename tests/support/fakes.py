@@ -1,9 +1,10 @@
-"""Shared by tests: DictTier, CountedDictTier, SlowDictTier, FlakyDictTier."""
+"""Storage tiers made of dicts, and tiers that block, fail or break the contract: named in configs as ``support.fakes:NAME``."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -109,3 +110,78 @@ class FlakyDictTier(FlakyTier):
 
     def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
         super().__init__(DictTier(section, wide_keys=wide_keys), set())
+
+
+class StuckTableTier(DictTier):
+    """Cannot drop the first table of a model."""
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if table.endswith("0"):
+            raise TierError(f"{table}: stuck")
+        return super().erase(table, keys)
+
+
+class HeldTier(DictTier):
+    """Answers its first fetch, then waits for the test before it returns."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.fetched, self.go_on = threading.Event(), threading.Event()
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        answer = super().fetch(*args, **options)
+        if not self.fetched.is_set():
+            self.fetched.set()
+            assert self.go_on.wait(30)
+        return answer
+
+
+class HeldEraseTier(DictTier):
+    """Waits for the test before it erases keys."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.erasing, self.go_on = threading.Event(), threading.Event()
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        self.erasing.set()
+        assert self.go_on.wait(30)
+        return super().erase(table, keys)
+
+
+class CrowdTier(DictTier):
+    """Counts who is in ``fetch`` and lets nobody go before the test does."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.inside: set[str] = set()
+        self.changed, self.go_on = threading.Condition(), threading.Event()
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        with self.changed:
+            self.inside.add(threading.current_thread().name)
+            self.changed.notify_all()
+        assert self.go_on.wait(30)
+        return super().fetch(*args, **options)
+
+
+class NoisyTier(FlakyTier):
+    """Opens, and takes no rows. Remembers every tier that was opened."""
+
+    opened: ClassVar[list[DictTier]] = []
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        self.opened.append(DictTier(section, wide_keys=wide_keys))
+        super().__init__(self.opened[-1], {"insert"})
+
+
+class WrongTier(DictTier):
+    """Gives whatever answer the test sets."""
+
+    answer: Any = None
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        return self.answer
+
+    def contains(self, table: str, keys: np.ndarray) -> Any:
+        return self.answer
