@@ -488,8 +488,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexM
     link = SimpleNamespace(point_to=lambda *_: True, problem=None)
     copy = IndexMirror(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
     place.ordinal = 41
-    monkeypatch.setattr(index_mirror.devices, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
-    monkeypatch.setattr(index_mirror.devices, "free_bytes", lambda ordinal: free)
+    monkeypatch.setattr(index_mirror.driver, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
+    monkeypatch.setattr(index_mirror.driver, "free_bytes", lambda ordinal: free)
     return copy
 
 
