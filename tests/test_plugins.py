@@ -89,7 +89,7 @@ def test_files_with_an_underscore_are_no_parts(hidden: str) -> None:
     ("reference", "message"),
     [
         ("no_such_package.module:Tier", "cannot import 'no_such_package.module'"),
-        ("support.fakes:NoSuchTier", "'naive' has no 'NoSuchTier'"),
+        ("support.fakes:NoSuchTier", "'support.fakes' has no 'NoSuchTier'"),
         ("{folder}/missing.py:Tier", "missing.py: no such file"),
         ("{folder}/broken.py:Tier", "broken.py: ZeroDivisionError"),
         ("{folder}/wrong.py:Tier", "wrong.py: SyntaxError"),
@@ -147,8 +147,11 @@ def test_a_tier_in_a_file_is_refused_without_allow_code(workshop: Workshop) -> N
 
 @pytest.mark.parametrize("what", ["rows_of", "EXTREME_64", "NaiveStore"])
 def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
-    with pytest.raises(ConfigError, match=rf"persistent_db\.type: 'naive:{what}' is .*, a subclass of Tier is wanted"):
-        workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"naive:{what}"})
+    expected = rf"persistent_db\.type: 'support.oracles:{what}' is .*, a subclass of Tier is wanted"
+    with pytest.raises(ConfigError, match=expected):
+        ConfigError, match=rf"persistent_db\.type: 'support.oracles:{what}' is .*, a subclass of Tier is wanted"
+    ):
+        workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"support.oracles:{what}"})
 
 
 LATER = [("volatile_db", "redis_cluster"), ("volatile_db", "multi_process_hash_map"), ("persistent_db", "rocks_db")]
@@ -177,7 +180,7 @@ def test_a_new_file_in_the_tiers_folder_is_a_type_of_its_own(workshop: Workshop,
     """One new file, nothing else edited: the config, its schema and the server know it by its file name."""
     folder = workshop.folder / "more_tiers"
     folder.mkdir()
-    (folder / "dict_of_mine.py").write_text("from support.fakes import DictTier\n\nPART = DictTier\n")
+    (folder / "dict_of_mine.py").write_text("from support.fakes import DictTier\n\nPLUGIN = DictTier\n")
     monkeypatch.setattr(tiers, "__path__", [*tiers.__path__, str(folder)])
     server = workshop.open(
         workshop.model((range(5), 4)), volatile_db={"type": "disabled"}, persistent_db={"type": "dict_of_mine"}

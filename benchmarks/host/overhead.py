@@ -33,7 +33,7 @@ Call = Callable[[], Any]
 
 
 def kernel_call(store: Any, keys: np.ndarray, out: np.ndarray) -> Call:
-    record = store._epochs.take()
+    record = store._epochs.acquire()
     places = keys.ctypes.data, 0, len(keys), out.ctypes.data
     return lambda: host_lookup(store.header, *places, 0.0, 0, store._epochs.address, record, 0, 0, False)
 

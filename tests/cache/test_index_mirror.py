@@ -416,7 +416,7 @@ def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPa
     copy = limited(monkeypatch, total=16_000, free=16_000)
     copy._by_itself = True
     copy._call_in(60.0)
-    copy._store.unwatch_turns(copy.withdraw)
+    copy._store.unwatch_turns(copy.invalidate)
     seen = weakref.ref(copy)
     del copy
     gc.collect()

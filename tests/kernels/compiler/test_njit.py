@@ -58,7 +58,7 @@ def test_host_and_device_kernels_share_one_cache(warm):
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_damaged_files_are_compiled_again_and_replaced(warm, damage):
     run(warm)
-    for file in warm.rglob("host_lookup*"):
+    for file in warm.rglob("*.host_lookup-*"):
         file.write_bytes(file.read_bytes()[:50] if damage is None else damage)
     assert run(warm).stdout.startswith("0 ")
     assert run(warm).stdout.startswith("1 ")

@@ -277,7 +277,7 @@ def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
     from hps_numba.kernels.simt import cuda as simt_cuda
 
     spec = replace(SPEC, lanes=lanes_of_tile)
-    how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "early": True, "copies": True}
+    how = {"lanes": lanes_of_tile, "uniform": True, "out_vector": True, "pdl": True, "copies": True}
     bound = simt_cuda.names(**how, constants=spec.constants, device=lambda function: function)
     assert set(reference.__all__) <= set(bound)
 
@@ -391,7 +391,7 @@ def listed(now, count):
     return [*now, "x"]
 
 
-LISTED = r"^policy 'broken', listed \(.*test_kernel_build\.py:\d+\)"
+LISTED = r"^policy 'broken', listed \(.*test_specialize\.py:\d+\)"
 
 
 def broken_policy() -> Policy:
@@ -418,7 +418,7 @@ def without_sense(scores, state):
 
 def test_function_line_and_target_of_a_victim_that_does_not_compile_are_named():
     policy = Policy("broken", LRU.first, LRU.touch, False, "1" * 32, victim=without_sense, state=1)
-    place = rf"without_sense \(.*test_kernel_build\.py:{without_sense.__code__.co_firstlineno + 2}\)"
+    place = rf"without_sense \(.*test_specialize\.py:{without_sense.__code__.co_firstlineno + 2}\)"
     with pytest.raises(PolicyError, match=rf"^policy 'broken', {place}: does not compile for the CPU: [^\n]+$"):
         for_host(replace(SPEC, name="insert_kernel", policy=policy))(*[0] * 7)
 
@@ -429,7 +429,7 @@ def test_function_line_and_target_of_an_admission_that_does_not_compile_for_the_
         return sketch.nowhere > 0
 
     policy = Policy("broken", LRU.first, LRU.touch, False, "2" * 32, admit=judge)
-    place = rf"judge \(.*test_kernel_build\.py:{judge.__code__.co_firstlineno + 1}\)"
+    place = rf"judge \(.*test_specialize\.py:{judge.__code__.co_firstlineno + 1}\)"
     with pytest.raises(PolicyError, match=rf"^policy 'broken', {place}: does not compile for sm_90: [^\n]+$"):
         ptx_of(replace(SPEC, name="insert_kernel", policy=policy), (9, 0))
 
@@ -482,7 +482,7 @@ def test_a_kernel_that_does_not_compile_for_the_gpu_is_named_with_its_spec(monke
 def test_what_the_linker_refuses_is_a_device_error(monkeypatch):
     with pytest.raises(DeviceError, match=r"^linking for sm_90: [^\n]+$"):
         launch.link("this is no PTX", (9, 0))
-    monkeypatch.setattr(launch.kernel_files, "find", lambda name: None)
+    monkeypatch.setattr(launch.disk_cache, "find", lambda name: None)
     monkeypatch.setattr(launch, "ptx_of", lambda spec, chip: ".visible .entry broken(")
     with pytest.raises(DeviceError, match=r"^lookup_kernel\(policy=lru, .*\): linking for sm_90: "):
         launch.cubin_of(SPEC, (9, 0))
