@@ -59,7 +59,7 @@ def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(o
 
 
 def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_tables, "_MAX", 2)
+    monkeypatch.setattr(fused_tables, "MAX_SELECTIONS", 2)
     server = on_cpu.open(*[(ROWS, DIM)] * 3)
     assert [parts_of(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
     together = parts_of(server, [0, 1, 2])

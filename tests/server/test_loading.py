@@ -175,11 +175,11 @@ def test_a_disk_that_fails_half_way_leaves_nothing_behind(
         monkeypatch.setattr(reader, "read", counted)
         return reader
 
-    monkeypatch.setattr("hps_numba.server.model.open_model", failing)
+    monkeypatch.setattr("hps_numba.server.table_loading.open_model", failing)
     with pytest.raises(ModelFileError, match="the disk failed at row"):
         workshop.open(entry)
     assert left(allocators) == 0
-    monkeypatch.setattr("hps_numba.server.model.open_model", open_model)
+    monkeypatch.setattr("hps_numba.server.table_loading.open_model", open_model)
     assert_same_bits(workshop.open(entry).lookup([599], "m", 1), rows_of([599], 64))
 
 

@@ -366,7 +366,7 @@ def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop:
 @pytest.mark.parametrize("files", [0, 1, 3])
 def test_a_replacement_with_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)))
-    with pytest.raises(ConfigError, match=rf"sparse_files: {files} for the 2 tables of model 'm'"):
+    with pytest.raises(ConfigError, match=rf"sparse_files: expected one for each of the 2 tables of model 'm', got {files}"):
         server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)] * files)
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
     assert stats_of(server).version == 1

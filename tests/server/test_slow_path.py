@@ -102,7 +102,7 @@ def test_a_row_is_not_kept_while_a_write_goes_on_and_nobody_waits_for_it(worksho
     held, go_on = threading.Event(), threading.Event()
 
     def write() -> None:
-        with table._write_lock:  # as an insert does that waits for a slow tier
+        with table.writes.changing():  # as an insert does that waits for a slow tier
             held.set()
             assert go_on.wait(60)
 
@@ -204,7 +204,7 @@ assert tier.fetched.wait(30)
 held, go_on = threading.Event(), threading.Event()
 
 def write():
-    with server._models["m"].tables[0].changing():    # a lock that nobody gives back in a child
+    with server._models["m"].tables[0].writes.changing():    # a lock that nobody gives back in a child
         held.set()
         go_on.wait(60)
 

@@ -165,7 +165,7 @@ def test_nothing_is_handed_to_the_background_if_nothing_is_missing(
     server, tier = service.open_cold(hit_rate_threshold=0.5)
     service.lookup(server, KEYS)
     table, jobs = server._models["m"].tables[0], []
-    monkeypatch.setattr(table, "_background", lambda job: bool(jobs.append(job)))
+    monkeypatch.setattr(table.slow_path, "background", lambda job: bool(jobs.append(job)))
     tier.calls.clear()
     assert_same_bits(service.lookup(server, KEYS), rows_of(KEYS, DIM))
     assert not jobs
@@ -183,7 +183,7 @@ def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
     service.settle(server)
     before = stats_of(server).unanswered
     with monkeypatch.context() as full:
-        full.setattr(server._models["m"].tables[0], "_background", lambda job: False)
+        full.setattr(server._models["m"].tables[0].slow_path, "background", lambda job: False)
         assert_same_bits(service.lookup(server, [0, 1, 2]), np.concatenate([rows_of([0, 1], DIM), defaults(1)]))
     assert stats_of(server).unanswered == before + 1
     assert_adds_up(server)
