@@ -33,24 +33,24 @@ def test_tables_of_one_width_share_a_launch(on_cpu: Service) -> None:
     assert parts_of(server, [0, 2, 4]) is parts_of(server, [0, 2, 4])
 
 
-def test_a_table_that_is_asked_for_twice_has_two_launches(on_cpu: Service) -> None:
+def test_a_table_asked_for_twice_takes_two_launches(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM))
     assert parts_of(server, [0, 1, 0]).launches == 2
     assert parts_of(server, [0, 0, 0]).launches == 3
 
 
-def test_a_launch_takes_only_so_many_tables(on_cpu: Service) -> None:
+def test_a_launch_takes_at_most_max_tables(on_cpu: Service) -> None:
     server = on_cpu.open(*[(range(3), 3)] * (MAX_TABLES + 2), gpucacheper=1.0)
     assert parts_of(server, range(MAX_TABLES)).launches == 1
     assert parts_of(server, range(MAX_TABLES + 1)).launches == 2
 
 
-def test_caches_of_different_kinds_have_launches_of_their_own(on_cpu: Service) -> None:
+def test_caches_of_different_policies_do_not_share_a_launch(on_cpu: Service) -> None:
     server = on_cpu.open(*[(ROWS, DIM)] * 3, cache_policy=["lru", "lfu", "lru"])
     assert parts_of(server, range(3)).launches == 2
 
 
-def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(on_cpu: Service) -> None:
+def test_tables_without_caches_or_with_slower_tiers_are_not_fused(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), gpucache=False)
     assert parts_of(server, [0, 1]) is None
     cold, _ = on_cpu.open_cold()
@@ -58,7 +58,7 @@ def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(o
     assert parts_of(server, []) is None
 
 
-def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selections_beyond_the_maximum_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_tables, "MAX_SELECTIONS", 2)
     server = on_cpu.open(*[(ROWS, DIM)] * 3)
     assert [parts_of(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
@@ -69,7 +69,7 @@ def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypat
         assert_same_bits(out, rows_of(keys[table], DIM))
 
 
-def test_a_closed_server_gives_their_memory_back(on_cpu: Service) -> None:
+def test_fused_lookups_of_a_closed_server_raise_closed_error(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM))
     together = parts_of(server, [0, 1])
     deployment = server._deployment("m")
@@ -80,7 +80,7 @@ def test_a_closed_server_gives_their_memory_back(on_cpu: Service) -> None:
         deployment.groups.on(None, list(deployment.tables))  # type: ignore[arg-type]
 
 
-def test_another_policy_makes_other_groups(on_cpu: Service) -> None:
+def test_switching_a_policy_retires_the_fused_lookups_of_its_table(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), (ROWS, DIM))
     all_three, others = parts_of(server, range(3)), parts_of(server, [1, 2])
     server.set_policy("sieve", "m", 0)
@@ -98,7 +98,7 @@ def test_another_policy_makes_other_groups(on_cpu: Service) -> None:
             assert_same_bits(out, rows_of(some, DIM))
 
 
-def test_policies_that_count_requests_are_looked_up_alone(on_cpu: Service) -> None:
+def test_tables_whose_policy_counts_requests_are_not_fused(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), cache_policy="tinylfu")
     assert parts_of(server, [0, 1]).launches == 2
 
@@ -106,7 +106,7 @@ def test_policies_that_count_requests_are_looked_up_alone(on_cpu: Service) -> No
 # -- in a server -------------------------------------------------------------------------------------------------------
 
 
-def test_a_lookup_of_many_tables(service: Service) -> None:  # G34, G39
+def test_lookup_many_returns_the_rows_of_every_table(service: Service) -> None:  # G34, G39
     dims = (DIM, 3, DIM)
     starts = (0, 1000, 2000)  # each table has keys of its own
     server = service.open(*[(range(start, start + 200), dim) for start, dim in zip(starts, dims)], gpucacheper=0.3)
@@ -124,7 +124,9 @@ def test_a_lookup_of_many_tables(service: Service) -> None:  # G34, G39
 
 
 @pytest.mark.gpu
-def test_one_launch_for_tables_of_one_width(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # G31, G34
+def test_gpu_lookup_many_uses_one_launch_for_tables_of_one_width(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # G31, G34
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 4)
     keys = [service.keys(range(table, table + 9)) for table in range(4)]
@@ -138,7 +140,7 @@ def test_one_launch_for_tables_of_one_width(workshop: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-def test_a_policy_changes_between_calls_of_a_layer(workshop: Any) -> None:
+def test_gpu_lookup_many_is_exact_across_policy_switches(workshop: Any) -> None:
     torch = pytest.importorskip("torch")
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 3, gpucacheper=0.3)
@@ -152,7 +154,7 @@ def test_a_policy_changes_between_calls_of_a_layer(workshop: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_mixed_and_empty_keys_of_many_tables(workshop: Any) -> None:
+def test_gpu_lookup_many_takes_mixed_and_empty_keys(workshop: Any) -> None:
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 3)
     some = server.lookup_many([service.keys([]), service.keys([[5]]), service.keys(range(4))], "m")

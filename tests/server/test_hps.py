@@ -131,7 +131,9 @@ def test_several_models_are_independent_and_share_the_databases(workshop: Worksh
 
 
 @pytest.mark.parametrize(("volatile", "persistent"), [(True, True), (True, False), (False, True), (False, False)])
-def test_initialize_after_startup_is_kept(workshop: Workshop, volatile: bool, persistent: bool) -> None:  # C19
+def test_initialize_after_startup_decides_which_tiers_are_loaded(
+    workshop: Workshop, volatile: bool, persistent: bool
+) -> None:  # C19
     server = workshop.open(
         workshop.model((KEYS, DIM)),
         volatile_db={"type": "hash_map", "initialize_after_startup": volatile},
@@ -145,7 +147,7 @@ def test_initialize_after_startup_is_kept(workshop: Workshop, volatile: bool, pe
 
 
 @pytest.mark.parametrize("volatile", [True, False])
-def test_initialize_after_startup_of_a_volatile_tier_of_ones_own(workshop: Workshop, volatile: bool) -> None:  # C19
+def test_initialize_after_startup_applies_to_user_defined_volatile_tiers(workshop: Workshop, volatile: bool) -> None:  # C19
     server = workshop.open(
         workshop.model((KEYS, DIM)), volatile_db={"type": "support.fakes:DictTier", "initialize_after_startup": volatile}
     )
@@ -161,7 +163,7 @@ def test_initial_cache_rate_takes_the_head_of_the_file(workshop: Workshop, rate:
     assert server.plan().tables[0].host_rows == rows
 
 
-def test_a_listed_device_is_a_warning_and_host_memory_serves(
+def test_without_a_gpu_listed_devices_are_a_warning_and_host_memory_serves(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(devices, "device_count", lambda: 0)
@@ -177,7 +179,7 @@ def test_a_listed_device_is_a_warning_and_host_memory_serves(
         server.lookup(KEYS, "m", 0, 1)
 
 
-def test_no_device_list_is_no_warning_and_device_0(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_device_list_only_device_0_is_accepted(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         server = workshop.open(workshop.model((KEYS, DIM)))
     assert not caplog.records
@@ -186,7 +188,7 @@ def test_no_device_list_is_no_warning_and_device_0(workshop: Workshop, caplog: p
         server.lookup(KEYS, "m", 0, 1)
 
 
-def test_the_start_says_how_many_rows_are_held(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:  # O08
+def test_start_logs_rows_in_host_memory(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:  # O08
     with caplog.at_level(logging.INFO, "hps_numba.server.model"):
         workshop.open(workshop.model((KEYS, DIM), (KEYS[:4], DIM)), volatile_db={"type": "hash_map", "initial_cache_rate": 0.5})
     assert [r.message for r in caplog.records if r.name == "hps_numba.server.model"] == [
@@ -195,12 +197,12 @@ def test_the_start_says_how_many_rows_are_held(workshop: Workshop, caplog: pytes
     ]
 
 
-def test_a_required_gpu_is_refused(workshop: Workshop) -> None:
+def test_require_gpu_raises_without_a_gpu(workshop: Workshop) -> None:
     with pytest.raises(DeviceError, match="require_gpu"):
         workshop.open(workshop.model((KEYS, DIM)), require_gpu=True)
 
 
-def test_a_plan_that_does_not_fit_is_refused_before_anything_is_taken(
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_allocated(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = workshop.model((KEYS, DIM), (range(500), 64))
@@ -229,7 +231,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_taken(
 
 @pytest.mark.parametrize("dim", [1, 2, 16, 33])
 @pytest.mark.parametrize("shape", [(0,), (1,), (5, 0), (7,), (3, 4), (2, 3, 4), ()])
-def test_keys_of_any_shape(workshop: Workshop, shape: tuple[int, ...], dim: int) -> None:
+def test_lookup_takes_keys_of_any_shape(workshop: Workshop, shape: tuple[int, ...], dim: int) -> None:
     server = workshop.open(workshop.model((KEYS, dim)))
     truth = NaiveServer(dim, -7.5)
     truth.insert(KEYS, rows_of(KEYS, dim))
@@ -286,7 +288,7 @@ def test_lookup_many_follows_the_order_of_tables(workshop: Workshop) -> None:  #
     assert_same_bits(server.lookup_many([], "m", flat=True), np.empty(0, np.float32))
 
 
-def test_lookup_many_of_more_tables_than_there_are(workshop: Workshop) -> None:  # G39
+def test_lookup_many_refuses_more_tables_than_the_model_has(workshop: Workshop) -> None:  # G39
     server = workshop.open(workshop.model((KEYS, 2)))
     with pytest.raises(UnknownModelError, match="has no table 1"):
         server.lookup_many([[1], [2]], "m")
@@ -294,7 +296,7 @@ def test_lookup_many_of_more_tables_than_there_are(workshop: Workshop) -> None: 
 
 @pytest.mark.parametrize("volatile", ["parallel_hash_map", "disabled"])
 @pytest.mark.parametrize("persistent", ["support.fakes:DictTier", "disabled"])
-def test_every_choice_of_databases(
+def test_every_combination_of_databases_serves(
     workshop: Workshop, caplog: pytest.LogCaptureFixture, volatile: str, persistent: str
 ) -> None:  # D03
     with caplog.at_level(logging.WARNING):
@@ -365,7 +367,7 @@ def test_a_table_id_may_be_a_numpy_integer(workshop: Workshop) -> None:
     assert_same_bits(server.lookup([1], "m", np.int64(0)), rows_of([1], DIM))  # type: ignore[arg-type]
 
 
-def test_closed_servers_say_so(workshop: Workshop, tmp_path: Path) -> None:  # N05
+def test_every_call_on_a_closed_server_raises_closed_error(workshop: Workshop, tmp_path: Path) -> None:  # N05
     entry = workshop.model((KEYS, DIM))
     with workshop.open(entry) as server:
         assert repr(server) == "<HPS m (1 tables)>"
@@ -413,18 +415,18 @@ def test_output_dtype_float16(workshop: Workshop) -> None:
         server.lookup([3], "m", 0, out=np.empty((1, 4), np.float32))
 
 
-def test_output_dtype_that_numpy_lacks_is_refused(workshop: Workshop) -> None:
+def test_bfloat16_answers_in_host_memory_are_refused(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 4), output_dtype="bfloat16"))  # for keys in the memory of a GPU
     with pytest.raises(ArrayError, match="output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32"):
         server.lookup([1], "m", 0)
 
 
-def test_what_this_version_has_not_is_said_at_the_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_update_source_is_a_warning_at_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"})
     assert "update_source.type: 'kafka_message_queue': this version reads no updates" in caplog.text
 
 
-def test_plain_slips_are_typed_errors(workshop: Workshop) -> None:
+def test_wrong_argument_types_raise_typed_errors(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 4)))
     with pytest.raises(hps_numba.UnknownModelError, match="model_name"):
         server.lookup([1], ["m"], 0)  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_the_last_of_equal_keys_wins(workshop: Workshop, databases: dict[str, An
     assert_same_bits(wanted, rows[[4, 3, 6, 5]])
 
 
-def test_equal_keys_in_different_chunks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:  # F08
+def test_the_last_of_equal_keys_wins_across_chunks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:  # F08
     monkeypatch.setattr(loading, "_CHUNK_BYTES", 5 * (4 * DIM + 8))
     keys = np.random.default_rng(0).integers(0, 30, 98)
     entry = workshop.model((keys, DIM))
@@ -96,7 +96,7 @@ def test_equal_keys_in_different_chunks(workshop: Workshop, monkeypatch: pytest.
 
 @pytest.mark.parametrize("key", [-1, 2**32, -(2**31), 2**63 - 1])
 @pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND}, PERSISTENT_ONLY])
-def test_a_key_in_the_file_that_needs_more_than_32_bits(
+def test_a_key_wider_than_32_bits_is_refused_by_a_32_bit_server(
     workshop: Workshop, allocators: list[PlainHostAllocator], key: int, databases: dict[str, Any]
 ) -> None:  # F03
     keys = [*range(40), key, 50]
@@ -106,13 +106,13 @@ def test_a_key_in_the_file_that_needs_more_than_32_bits(
     assert_same_bits(workshop.open(workshop.model((keys, DIM)), **databases).lookup([50], "m", 0), rows_of([50], DIM))
 
 
-def test_32_bit_models_load_the_whole_range(workshop: Workshop) -> None:  # F03
+def test_32_bit_servers_load_every_uint32_key(workshop: Workshop) -> None:  # F03
     keys = np.array([0, 2**31 - 1, 2**31, 2**32 - 1])
     server = workshop.open(workshop.model((keys, DIM)), supportlonglong=False)
     assert_same_bits(server.lookup(keys.astype(np.uint32), "m", 0), rows_of(keys, DIM))
 
 
-def test_a_bound_table_keeps_its_bound_and_counts_what_went(workshop: Workshop) -> None:  # D11
+def test_a_bounded_table_keeps_its_bound_and_counts_evictions(workshop: Workshop) -> None:  # D11
     server = workshop.open(workshop.model((range(100), DIM)), volatile_db=BOUND)
     stats = server.stats()["m"]["sparse_embedding0"]
     assert 16 <= stats.rows <= 20
@@ -123,7 +123,7 @@ def test_a_bound_table_keeps_its_bound_and_counts_what_went(workshop: Workshop) 
 
 
 @pytest.mark.parametrize("policy", ["evict_random", "evict_least_used", "evict_oldest"])
-def test_a_bound_table_takes_the_memory_that_was_planned(workshop: Workshop, policy: str) -> None:  # D11, F04
+def test_a_bounded_table_takes_the_planned_memory(workshop: Workshop, policy: str) -> None:  # D11, F04
     bound = {**BOUND, "overflow_margin": 100, "max_batch_size": 50, "overflow_policy": policy}
     for keys in (range(80), range(1000)):
         server = workshop.open(workshop.model((keys, DIM)), volatile_db=bound)
@@ -135,7 +135,7 @@ def test_a_bound_table_takes_the_memory_that_was_planned(workshop: Workshop, pol
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "width", "no key"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_damaged_model_leaves_nothing_behind(
+def test_a_damaged_model_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], which: int, damage: str
 ) -> None:
     entry = workshop.model((range(500), 64), (range(500), 64))
@@ -154,7 +154,7 @@ def test_a_damaged_model_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 5])
-def test_a_disk_that_fails_half_way_leaves_nothing_behind(
+def test_a_disk_failure_during_loading_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     entry = workshop.model((range(100), 64), (range(600), 64))
@@ -183,7 +183,7 @@ def test_a_disk_that_fails_half_way_leaves_nothing_behind(
     assert_same_bits(workshop.open(entry).lookup([599], "m", 1), rows_of([599], 64))
 
 
-def test_memory_that_runs_out_while_loading_leaves_nothing_behind(
+def test_running_out_of_memory_during_loading_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = workshop.model((range(100), 64), (range(30_000), 64))

@@ -79,7 +79,7 @@ def original_form(workshop: Workshop) -> Path:
     return path
 
 
-def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
+def test_a_hugectr_config_of_two_models_serves(original_form: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
     with caplog.at_level(logging.WARNING), hps_numba.HPS(original_form) as server:
         said = [f"deployed_device_list [0]: {driver.why_no_device()}: host memory serves all lookups"]
         assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ([] if driver.device_count() else said)
@@ -100,7 +100,7 @@ def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pyt
             server.lookup([1], "demo_model", 0, 1)
 
 
-def test_relative_files_lie_beside_the_config(
+def test_relative_files_are_found_beside_the_config(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # C01
     entry = workshop.model((KEYS, DIM), sparse_files=["m_0.model"])
@@ -120,7 +120,7 @@ def test_relative_files_lie_beside_the_config(
 
 
 @pytest.mark.parametrize("form", ["dict", "object", "config"])
-def test_a_model_is_added_while_others_serve(workshop: Workshop, form: str) -> None:  # D25
+def test_load_model_adds_a_model_to_a_running_server(workshop: Workshop, form: str) -> None:  # D25
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model(([5], 2), ([6], 4), name="added")
     described: Any = entry
@@ -148,7 +148,7 @@ def test_a_model_is_added_while_others_serve(workshop: Workshop, form: str) -> N
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_name_that_is_taken_is_refused(workshop: Workshop) -> None:
+def test_load_model_refuses_the_name_of_a_deployed_model(workshop: Workshop) -> None:
     entry = workshop.model((KEYS, DIM))
     server = workshop.open(entry)
     with pytest.raises(ConfigError, match="model: 'm' is deployed already"):
@@ -156,7 +156,7 @@ def test_a_name_that_is_taken_is_refused(workshop: Workshop) -> None:
     assert server.models == ("m",)
 
 
-def test_a_description_that_is_wrong_is_refused(workshop: Workshop) -> None:
+def test_load_model_refuses_an_invalid_description(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     for wrong in ({"gpucacheper": 1.4}, {"embedding_vecsize_per_table": [3, 3]}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -164,7 +164,7 @@ def test_a_description_that_is_wrong_is_refused(workshop: Workshop) -> None:
     assert server.models == ("m",)
 
 
-def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
+def test_load_model_of_a_strict_server_refuses_unknown_keys(workshop: Workshop) -> None:
     entry = workshop.model((KEYS, DIM), name="n", gpucachepr=0.5)
     with hps_numba.HPS({"supportlonglong": True, "models": [workshop.model((KEYS, DIM))]}, strict=True) as server:
         with pytest.raises(ConfigError, match="gpucachepr: unknown key"):
@@ -172,7 +172,7 @@ def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
         assert server.models == ("m",)
 
 
-def test_a_model_that_does_not_fit_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_into_memory_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     before = server._allocator.in_use
     monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: 1000)
@@ -184,7 +184,7 @@ def test_a_model_that_does_not_fit_is_refused(workshop: Workshop, monkeypatch: p
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop) -> None:
+def test_a_failed_load_model_leaves_no_memory_in_use(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     before = server._allocator.in_use
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
@@ -211,9 +211,7 @@ class RefusedTable(ServedTable):
 
 
 @pytest.mark.parametrize("early", ["sessions", "plan"])
-def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str
-) -> None:
+def test_a_load_model_that_fails_early_leaves_no_table(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
     if early == "sessions":
@@ -228,7 +226,7 @@ def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
     assert server.models == ("m",)
 
 
-def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24, D25
+def test_unload_model_frees_host_memory(workshop: Workshop) -> None:  # D24, D25
     first, second = workshop.model((KEYS, DIM)), workshop.model((range(2000), 64), name="second")
     server = workshop.open(first)
     before = server._allocator.in_use
@@ -246,14 +244,14 @@ def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24
 
 
 @pytest.mark.parametrize("erase", [False, True])
-def test_unloading_leaves_slower_tiers_alone_unless_told_to(workshop: Workshop, erase: bool) -> None:  # D24
+def test_unload_model_erases_slower_tiers_only_if_asked_to(workshop: Workshop, erase: bool) -> None:  # D24
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier"})
     server.unload_model("m", erase=erase)
     assert server.models == ()
     assert workshop.behind_host(server).size(TAG) == (0 if erase else 9)
 
 
-def test_a_tier_that_fails_to_drop_rows_does_not_keep_the_rest_of_the_model(workshop: Workshop) -> None:  # D24
+def test_unload_model_erases_the_other_tables_if_a_tier_fails_on_one(workshop: Workshop) -> None:  # D24
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "support.fakes:StuckTableTier"})
     assert server._host is not None
     with pytest.raises(TierError, match=f"{TAG}: stuck"):
@@ -280,7 +278,7 @@ UNUSED: list[tuple[dict[str, Any], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("entry", "persistent", "named"), UNUSED)
-def test_keys_without_effect_are_named_once_a_model(
+def test_config_keys_without_effect_are_one_warning_a_model(
     workshop: Workshop, caplog: pytest.LogCaptureFixture, entry: dict[str, Any], persistent: str, named: list[str]
 ) -> None:
     plain = workshop.model((KEYS, DIM), name="plain")
@@ -300,7 +298,7 @@ def test_keys_without_effect_are_named_once_a_model(
     ("volatile", "persistent"),
     [("hash_map", "disabled"), ("disabled", "support.fakes:DictTier"), ("hash_map", "support.fakes:DictTier")],
 )
-def test_a_model_is_replaced_in_every_tier(workshop: Workshop, volatile: str, persistent: str) -> None:  # D25
+def test_replace_model_replaces_rows_in_every_tier(workshop: Workshop, volatile: str, persistent: str) -> None:  # D25
     server = workshop.open(
         workshop.model((KEYS, DIM), (KEYS, 2)), volatile_db={"type": volatile}, persistent_db={"type": persistent}
     )
@@ -316,7 +314,7 @@ def test_a_model_is_replaced_in_every_tier(workshop: Workshop, volatile: str, pe
         assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [3, 1]
 
 
-def test_a_model_is_read_anew_from_its_own_files(workshop: Workshop) -> None:
+def test_replace_model_without_files_reads_those_of_the_config_again(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     workshop.table("m_0.model", [8, 9], DIM, 1)
     server.replace_model("m")
@@ -324,7 +322,7 @@ def test_a_model_is_read_anew_from_its_own_files(workshop: Workshop) -> None:
     assert stats_of(server).rows == 2
 
 
-def test_a_replacement_reaches_tiers_that_are_not_initialised_at_the_start(workshop: Workshop) -> None:  # C19
+def test_replace_model_writes_tiers_that_are_not_initialized_at_start(workshop: Workshop) -> None:  # C19
     server = workshop.open(
         workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier", "initialize_after_startup": False}
     )
@@ -335,7 +333,7 @@ def test_a_replacement_reaches_tiers_that_are_not_initialised_at_the_start(works
     assert (server.lookup([70], "m", 0) == -7.5).all()
 
 
-def test_a_replacement_leaves_host_memory_empty_that_fills_itself_from_behind(workshop: Workshop) -> None:  # C19
+def test_replace_model_leaves_host_memory_empty_if_lookups_fill_it(workshop: Workshop) -> None:  # C19
     server, _ = workshop.open_cold("support.fakes:DictTier", volatile=KEEPING)
     server.lookup([1, 2], "m", 0)
     workshop.let_background_finish(server)
@@ -347,14 +345,14 @@ def test_a_replacement_leaves_host_memory_empty_that_fills_itself_from_behind(wo
     assert stats_of(server).rows == 2
 
 
-def test_a_replacement_fills_host_memory_where_nothing_else_could_hold_it(workshop: Workshop) -> None:  # C19
+def test_replace_model_fills_host_memory_if_no_other_tier_can_hold_the_rows(workshop: Workshop) -> None:  # C19
     server = workshop.open(workshop.model((KEYS, DIM)), volatile_db={"type": "hash_map", "initialize_after_startup": False})
     assert (server.lookup(KEYS, "m", 0) == -7.5).all()
     server.replace_model("m")
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop: Workshop) -> None:  # C20
+def test_replace_model_leaves_no_old_row_in_a_tier_with_an_initial_cache_rate(workshop: Workshop) -> None:  # C20
     volatile = {"type": "support.fakes:DictTier", "initial_cache_rate": 0.5}
     server = workshop.open(workshop.model((range(10), DIM)), volatile_db=volatile)
     workshop.table("m_0.model", range(9, -1, -1), DIM, 1)
@@ -364,7 +362,7 @@ def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop:
 
 
 @pytest.mark.parametrize("files", [0, 1, 3])
-def test_a_replacement_with_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
+def test_replace_model_refuses_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)))
     with pytest.raises(ConfigError, match=rf"sparse_files: expected one for each of the 2 tables of model 'm', got {files}"):
         server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)] * files)
@@ -373,7 +371,7 @@ def test_a_replacement_with_a_wrong_number_of_files(workshop: Workshop, files: i
 
 
 @pytest.mark.parametrize("persistent", ["disabled", "support.fakes:DictTier"])
-def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Workshop, persistent: str) -> None:
+def test_a_failed_replace_model_leaves_the_old_version_in_force(workshop: Workshop, persistent: str) -> None:
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": persistent})
     before = server._allocator.in_use
     good, narrow = workshop.table("good", [1], DIM, 1), workshop.table("narrow", KEYS, 5, 1)
@@ -387,7 +385,7 @@ def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Wo
 
 
 @pytest.mark.parametrize("volatile", [COLD, {"type": "hash_map", "initial_cache_rate": 0.5}, {"type": "disabled"}])
-def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
+def test_replace_model_changes_no_tier_if_a_file_has_a_bad_key_near_its_end(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, volatile: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("hps_numba.storage.loading._CHUNK_BYTES", 160)
@@ -410,12 +408,12 @@ def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
     assert stats_of(server).version == 1
 
 
-def test_a_replacement_of_an_unknown_model(workshop: Workshop) -> None:
+def test_replace_model_of_an_unknown_model_raises(workshop: Workshop) -> None:
     with pytest.raises(UnknownModelError, match="'n' is not deployed"):
         workshop.open(workshop.model((KEYS, DIM))).replace_model("n")
 
 
-def test_a_replacement_that_a_slower_tier_refuses_leaves_host_memory(workshop: Workshop) -> None:
+def test_replace_model_leaves_host_memory_if_a_slower_tier_fails(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:FlakyDictTier"})
     workshop.behind_host(server).fail_on.add("insert")
     before = server._allocator.in_use
@@ -428,7 +426,7 @@ def test_a_replacement_that_a_slower_tier_refuses_leaves_host_memory(workshop: W
     assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM, 2))
 
 
-def test_many_replacements_take_no_more_memory(workshop: Workshop) -> None:
+def test_repeated_replace_model_takes_no_more_memory(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(300), 16)))
     sizes = set()
     for stamp in range(12):
@@ -467,7 +465,7 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
     assert len(seen) > 1
 
 
-def test_a_replacement_by_a_single_path(workshop: Workshop) -> None:
+def test_replace_model_takes_a_single_path(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 4)))
     server.replace_model("m", workshop.table("new", range(5), 4, stamp=7))
     assert_same_bits(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4, 7))

@@ -41,7 +41,7 @@ def bags(seed: int, count: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("combiner", COMBINERS)
-def test_bags_where_they_lie(server: Any, from_host: Place, combiner: str) -> None:
+def test_pooling_where_the_keys_are_equals_pooling_in_host_memory(server: Any, from_host: Place, combiner: str) -> None:
     keys, offsets, weights = bags(1)
     for some in (None, weights):
         wanted = server.lookup_pooled(keys, offsets, "m", 0, weights=some, combiner=combiner)
@@ -53,7 +53,7 @@ def test_bags_where_they_lie(server: Any, from_host: Place, combiner: str) -> No
             np.testing.assert_allclose(on_host(rows), wanted, rtol=2e-6, atol=1e-3)
 
 
-def test_an_open_end_and_a_key_that_does_not_count(server: Any, from_host: Place) -> None:
+def test_offsets_without_the_last_and_a_padding_key(server: Any, from_host: Place) -> None:
     keys, offsets, weights = bags(2)
     kept = keys != 7
     keys[::3] = 7
@@ -72,7 +72,7 @@ def test_an_open_end_and_a_key_that_does_not_count(server: Any, from_host: Place
         np.testing.assert_allclose(on_host(rows), wanted, rtol=2e-6, atol=1e-3)
 
 
-def test_an_answer_of_ones_own(server: Any, from_host: Place) -> None:
+def test_pooled_rows_are_written_to_out(server: Any, from_host: Place) -> None:
     keys, offsets, _ = bags(3)
     out = from_host(np.zeros((50, DIM), np.float32))
     assert server.lookup_pooled(from_host(keys), from_host(offsets), "m", 0, out=out) is out
@@ -81,7 +81,7 @@ def test_an_answer_of_ones_own(server: Any, from_host: Place) -> None:
         server.lookup_pooled(from_host(keys), from_host(offsets), "m", 0, out=from_host(np.zeros((3, DIM), np.float32)))
 
 
-def test_empty_bags_and_none(server: Any, from_host: Place) -> None:
+def test_empty_bags_and_no_bags(server: Any, from_host: Place) -> None:
     none = from_host(np.empty(0, np.int64))
     assert on_host(server.lookup_pooled(none, from_host(np.zeros(4, np.int64)), "m", 0)).tolist() == [[0.0] * DIM] * 3
     assert server.lookup_pooled(none, from_host(np.zeros(1, np.int64)), "m", 0).shape == (0, DIM)
@@ -89,7 +89,7 @@ def test_empty_bags_and_none(server: Any, from_host: Place) -> None:
     assert on_host(one).tolist() == [[0.0] * DIM, rows_of([3], DIM)[0].tolist()]
 
 
-def test_what_does_not_fit(server: Any, from_host: Place) -> None:
+def test_invalid_arguments_are_refused(server: Any, from_host: Place) -> None:
     keys, offsets = from_host(np.arange(4)), from_host(np.array([0, 2, 4]))
     with pytest.raises(ConfigError, match="combiner: 'best' came"):
         server.lookup_pooled(keys, offsets, "m", 0, combiner="best")
@@ -102,7 +102,7 @@ def test_what_does_not_fit(server: Any, from_host: Place) -> None:
 
 
 @pytest.mark.gpu
-def test_offsets_and_weights_have_to_be_where_the_keys_are(server: Any) -> None:
+def test_gpu_offsets_and_weights_must_be_on_the_device_of_the_keys(server: Any) -> None:
     cupy = pytest.importorskip("cupy")
     keys, offsets = cupy.arange(4), np.array([0, 2, 4])
     with pytest.raises(DeviceError, match="offsets: integers in host memory came, ones on cuda:0, as the keys, are wanted"):
@@ -112,7 +112,7 @@ def test_offsets_and_weights_have_to_be_where_the_keys_are(server: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_bound_goes_through_the_host(server: Any) -> None:
+def test_gpu_max_norm_pools_on_the_host(server: Any) -> None:
     cupy = pytest.importorskip("cupy")
     keys, offsets, _ = bags(4)
     rows = server.lookup_pooled(cupy.asarray(keys), cupy.asarray(offsets), "m", 0, max_norm=0.5)
@@ -120,7 +120,7 @@ def test_a_bound_goes_through_the_host(server: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_rows_of_torch_and_any_strides(server: Any) -> None:
+def test_gpu_torch_keys_of_any_strides_are_pooled(server: Any) -> None:
     torch = pytest.importorskip("torch")
     keys, offsets, weights = bags(5)
     wide = torch.zeros((len(keys), 2), dtype=torch.int64, device="cuda")

@@ -32,7 +32,7 @@ def stats_of(server: hps_numba.HPS) -> Any:
     return server.stats()["m"]["sparse_embedding0"]
 
 
-def test_rows_found_behind_enter_host_memory_in_the_background(workshop: Workshop) -> None:  # D04
+def test_rows_found_in_slower_tiers_enter_host_memory_in_the_background(workshop: Workshop) -> None:  # D04
     server, tier = workshop.open_cold(volatile=KEEPING)
     assert_same_bits(server.lookup([3, 4, 3], "m", 0), rows_of([3, 4, 3], DIM))
     workshop.let_background_finish(server)
@@ -43,7 +43,7 @@ def test_rows_found_behind_enter_host_memory_in_the_background(workshop: Worksho
     assert (stats_of(server).host_hits, stats_of(server).tier_hits) == (2, 3)
 
 
-def test_keys_found_nowhere_are_not_kept(workshop: Workshop) -> None:  # D04
+def test_keys_in_no_tier_are_not_kept(workshop: Workshop) -> None:  # D04
     server, tier = workshop.open_cold(volatile=KEEPING)
     assert (server.lookup([50, 51, 50], "m", 0) == -7.5).all()
     server.lookup([1, 52], "m", 0)
@@ -54,7 +54,7 @@ def test_keys_found_nowhere_are_not_kept(workshop: Workshop) -> None:  # D04
 
 
 @pytest.mark.parametrize("change", ["erase", "update", "insert", "load_dump", "replace_model"])
-def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Workshop, change: str) -> None:  # D04
+def test_a_row_written_after_its_fetch_does_not_come_back(workshop: Workshop, change: str) -> None:  # D04
     server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     dump = workshop.folder / "new.bin"
     other = DictTier(PersistentDatabaseConfig())
@@ -83,7 +83,7 @@ def test_a_row_changed_between_fetch_and_keeping_does_not_come_back(workshop: Wo
         assert (server.lookup([4], "m", 0) == -7.5).all()
 
 
-def test_a_row_that_a_new_version_lacks_is_not_kept_while_it_is_dropped(workshop: Workshop) -> None:  # D04
+def test_a_row_that_a_new_version_drops_is_not_kept(workshop: Workshop) -> None:  # D04
     server, tier = workshop.open_cold("support.fakes:HeldEraseTier", volatile=KEEPING)
     new_version = workshop.table("v2", [3], DIM, 1)
     writer = threading.Thread(target=lambda: server.replace_model("m", [new_version]))
@@ -96,7 +96,7 @@ def test_a_row_that_a_new_version_lacks_is_not_kept_while_it_is_dropped(workshop
     assert (server.lookup([4], "m", 0) == -7.5).all()
 
 
-def test_a_row_is_not_kept_while_a_write_goes_on_and_nobody_waits_for_it(workshop: Workshop) -> None:
+def test_keeping_rows_never_waits_for_a_write(workshop: Workshop) -> None:
     server, _ = workshop.open_cold(volatile=KEEPING)
     table = server._models["m"].tables[0]
     held, go_on = threading.Event(), threading.Event()
@@ -149,7 +149,7 @@ def look_up_during_close(server: hps_numba.HPS, tier: Any, outcome: list[Any]) -
     return reader
 
 
-def test_close_lets_a_fetch_at_work_end(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_waits_for_a_fetch_in_progress(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
     reader = look_up_during_close(server, tier, outcome)

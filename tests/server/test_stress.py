@@ -33,7 +33,7 @@ def is_whole(keys, rows):
     return np.array_equal(rows[:, 1:], np.asarray(keys, np.float32)[:, None] + version * COLUMNS)
 
 
-def test_lookups_beside_replacements_and_upserts(tmp_path):
+def test_lookups_during_replacements_and_upserts_see_whole_rows(tmp_path):
     keys = np.arange(ROWS, dtype=np.int64)
     for number in range(2):
         hps_numba.write_model(tmp_path / f"v{number}", DIM, [(keys, rows_of(keys, number))])

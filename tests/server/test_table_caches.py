@@ -55,7 +55,7 @@ EVERY_TYPE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [0, 10, 130, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
-def test_capacity_is_at_least_that_of_the_original(service: Service, share: float, rows: int) -> None:  # G09
+def test_capacity_is_at_least_that_of_hugectr(service: Service, share: float, rows: int) -> None:  # G09
     server = service.open((range(rows), DIM), gpucacheper=share, init_ec=False)
     wanted = max(64, math.floor(Fraction(str(share)) * rows))
     cache = cache_of(server)
@@ -64,13 +64,13 @@ def test_capacity_is_at_least_that_of_the_original(service: Service, share: floa
     assert cache.resident == 0
 
 
-def test_shares_are_taken_as_they_are_written(on_cpu: Service) -> None:  # G09
+def test_gpucacheper_is_taken_as_a_decimal_fraction(on_cpu: Service) -> None:  # G09
     """0.29 * 1000 is 289.99 in floats, and 290 on paper: what matters here is the step of 64 above it."""
     server = on_cpu.open((range(6400), DIM), gpucacheper=0.29, init_ec=False)  # 1856 = 29 * 64, less in floats
     assert 1856 <= cache_of(server).capacity < 1856 + 64
 
 
-def test_a_capacity_in_bytes(service: Service) -> None:  # G10
+def test_cache_size_bytes_bounds_the_cache(service: Service) -> None:  # G10
     tables = [(range(2000), DIM)] * 3
     server = service.open(*tables, cache_size_bytes=[20_000, 0, 10_000_000], gpucacheper=0.5, init_ec=False)
     small, share, large = (cache_of(server, table) for table in range(3))
@@ -82,7 +82,7 @@ def test_a_capacity_in_bytes(service: Service) -> None:  # G10
     assert large.capacity >= 2000
 
 
-def test_a_budget_for_the_whole_table_holds_every_row(service: Service) -> None:  # G10
+def test_cache_size_bytes_for_the_whole_table_holds_every_row(service: Service) -> None:  # G10
     server = service.open((range(300), DIM), cache_size_bytes=1_000_000, gpucacheper=0.0)
     assert cache_of(server).resident == 300
     assert_same_bits(service.lookup(server, range(300)), rows_of(range(300), DIM))
@@ -94,7 +94,7 @@ def test_a_budget_for_the_whole_table_holds_every_row(service: Service) -> None:
 
 @pytest.mark.parametrize("percentage", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_cache_is_full_at_the_start(service: Service, share: float, percentage: float) -> None:  # G17
+def test_caches_are_warm_at_start(service: Service, share: float, percentage: float) -> None:  # G17
     server = service.open((range(200), DIM), gpucacheper=share, cache_refresh_percentage_per_iteration=percentage)
     cache = cache_of(server)
     assert cache.resident == len(next(iter(table_caches(server))).entries())
@@ -104,7 +104,7 @@ def test_the_cache_is_full_at_the_start(service: Service, share: float, percenta
     assert_adds_up(server)
 
 
-def test_an_empty_start_fills_by_use(service: Service) -> None:  # G17
+def test_without_init_ec_lookups_fill_the_cache(service: Service) -> None:  # G17
     server = service.open((range(30), DIM), gpucacheper=1.0, init_ec=False)
     for hits in (0, 30):
         assert_same_bits(service.lookup(server, range(30)), rows_of(range(30), DIM))
@@ -120,7 +120,7 @@ def table_caches(server: hps_numba.HPS, table: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("threshold", [0, -1])
-def test_a_threshold_of_0_answers_with_the_default_and_fetches_later(service: Service, threshold: float) -> None:  # G11, G13
+def test_threshold_0_answers_with_the_default_and_fetches_later(service: Service, threshold: float) -> None:  # G11, G13
     server, tier = service.open_cold(hit_rate_threshold=threshold)
     keys = [3, 4, 3, 50]
     assert_same_bits(service.lookup(server, keys), defaults(4))
@@ -134,7 +134,7 @@ def test_a_threshold_of_0_answers_with_the_default_and_fetches_later(service: Se
 
 
 @pytest.mark.parametrize("threshold", [1.0, 1.1, 100])
-def test_a_threshold_of_1_is_exact(service: Service, threshold: float) -> None:  # G11, G12
+def test_threshold_1_is_exact(service: Service, threshold: float) -> None:  # G11, G12
     server, _ = service.open_cold(hit_rate_threshold=threshold)
     rng = np.random.default_rng(2)
     for _ in range(5):
@@ -146,7 +146,7 @@ def test_a_threshold_of_1_is_exact(service: Service, threshold: float) -> None: 
     assert_adds_up(server)
 
 
-def test_the_hit_rate_is_by_requests(service: Service) -> None:  # G11, G13
+def test_the_hit_rate_counts_requests_not_distinct_keys(service: Service) -> None:  # G11, G13
     server, _ = service.open_cold(hit_rate_threshold=0.5)
     assert_same_bits(service.lookup(server, [0]), rows_of([0], DIM))  # 0 of 1: waited for
     assert_same_bits(service.lookup(server, [0, 1, 2]), rows_of([0, 1, 2], DIM))  # 1 of 3
@@ -159,9 +159,7 @@ def test_the_hit_rate_is_by_requests(service: Service) -> None:  # G11, G13
     assert_adds_up(server)
 
 
-def test_nothing_is_handed_to_the_background_if_nothing_is_missing(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:  # G13
+def test_no_background_job_is_started_if_no_key_is_missing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G13
     server, tier = service.open_cold(hit_rate_threshold=0.5)
     service.lookup(server, KEYS)
     table, jobs = server._models["m"].tables[0], []
@@ -175,7 +173,7 @@ def test_nothing_is_handed_to_the_background_if_nothing_is_missing(
 
 
 @pytest.mark.parametrize("threshold", [0, 0.5])
-def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
+def test_keys_of_dropped_background_jobs_are_counted_as_unanswered(
     service: Service, monkeypatch: pytest.MonkeyPatch, threshold: float
 ) -> None:  # G13
     server, _ = service.open_cold(hit_rate_threshold=threshold)
@@ -189,7 +187,7 @@ def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
     assert_adds_up(server)
 
 
-def test_keys_that_were_overwritten_after_the_call_are_fetched_as_they_were(service: Service) -> None:  # G13
+def test_background_jobs_fetch_the_keys_as_they_were_at_the_call(service: Service) -> None:  # G13
     server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     keys = service.keys([3, 4])
     server.lookup(keys, "m", 0)
@@ -205,7 +203,7 @@ def table_keys(server: hps_numba.HPS, table: int = 0) -> list[int]:
     return [int(key) for key in cache.dump()]
 
 
-def test_missed_rows_are_kept_in_host_memory_if_asked_to(service: Service) -> None:  # D04
+def test_cache_missed_embeddings_keeps_rows_in_host_memory(service: Service) -> None:  # D04
     for threshold, entry in ((1.0, "m"), (0.0, "m")):
         server, _ = service.open_cold(volatile=KEEPING, hit_rate_threshold=threshold, name=entry)
         service.lookup(server, [1, 2, 99])
@@ -214,7 +212,7 @@ def test_missed_rows_are_kept_in_host_memory_if_asked_to(service: Service) -> No
         assert_same_bits(service.lookup(server, [1, 2]), rows_of([1, 2], DIM))
 
 
-def test_an_answer_is_given_even_if_host_memory_has_no_room_to_keep_it(
+def test_lookups_are_answered_if_host_memory_has_no_room_to_keep_rows(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, _ = service.open_cold(volatile=KEEPING, hit_rate_threshold=1.0)
@@ -228,7 +226,7 @@ def test_an_answer_is_given_even_if_host_memory_has_no_room_to_keep_it(
     assert_same_bits(service.lookup(server, [2, 1]), rows_of([2, 1], DIM))
 
 
-def test_a_cache_without_host_memory(service: Service) -> None:
+def test_a_cache_serves_without_host_memory(service: Service) -> None:
     server, tier = service.open_cold(volatile={"type": "disabled"}, hit_rate_threshold=1.0)
     for _ in range(2):
         assert_same_bits(service.lookup(server, [1, 2, 99]), np.concatenate([rows_of([1, 2], DIM), defaults(1)]))
@@ -247,7 +245,7 @@ def test_a_cache_without_host_memory(service: Service) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_every_table_has_its_default(service: Service, kind: str) -> None:  # G14, G26
+def test_absent_keys_get_the_default_of_their_table(service: Service, kind: str) -> None:  # G14, G26
     server = service.open((range(20), DIM), (range(5, 40), DIM), **EVERY_TYPE[kind])
     assert_same_bits(service.lookup(server, [0, 99, 19, -1]), splice([0, 99, 19, -1], range(20), -7.5))
     assert_same_bits(service.lookup(server, [0, 99, 19, -1], 1), splice([0, 99, 19, -1], range(5, 40), -8.5))
@@ -260,7 +258,7 @@ def splice(keys: Any, known: Any, default: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_a_default_row_is_never_kept(service: Service, kind: str) -> None:  # G15
+def test_default_rows_are_never_cached(service: Service, kind: str) -> None:  # G15
     server = service.open((range(20), DIM), **EVERY_TYPE[kind])
     for _ in range(3):
         assert_same_bits(service.lookup(server, [50, 51, 50]), defaults(3))
@@ -268,7 +266,7 @@ def test_a_default_row_is_never_kept(service: Service, kind: str) -> None:  # G1
     assert_same_bits(service.lookup(server, [50, 51]), np.concatenate([rows_of([50], DIM), defaults(1)]))
 
 
-def test_a_default_row_does_not_hide_what_comes_to_a_slower_tier(service: Service) -> None:  # G15
+def test_default_rows_do_not_hide_later_rows_of_slower_tiers(service: Service) -> None:  # G15
     server, tier = service.open_cold(hit_rate_threshold=1.0)
     for _ in range(3):
         assert_same_bits(service.lookup(server, [50]), defaults(1))
@@ -279,7 +277,7 @@ def test_a_default_row_does_not_hide_what_comes_to_a_slower_tier(service: Servic
 # --- kinds of caches --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_cache_the_same_values(service: Service) -> None:  # G16
+def test_a_table_without_a_cache_gives_the_same_rows(service: Service) -> None:  # G16
     keys = [7, 99, 0, 7]
     cached, plain = (service.open((range(20), DIM), gpucache=on) for on in (True, False))
     assert_same_bits(service.lookup(plain, keys), service.lookup(cached, keys))
@@ -288,7 +286,7 @@ def test_without_a_cache_the_same_values(service: Service) -> None:  # G16
 
 
 @pytest.mark.parametrize("pagelock", [False, True])
-def test_static_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22, G23
+def test_a_static_cache_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22, G23
     server = service.open((range(200), DIM), embedding_cache_type="static", enable_pagelock=pagelock, gpucacheper=0.1)
     assert (cache_of(server).resident, cache_of(server).capacity) == (200, 200)
     keys = np.random.default_rng(3).integers(-20, 220, (10, 7))
@@ -297,13 +295,13 @@ def test_static_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22
     assert cache_of(server).absent == np.sum((keys < 0) | (keys >= 200))
 
 
-def test_static_needs_no_database(service: Service) -> None:  # G22
+def test_a_static_cache_needs_no_database(service: Service) -> None:  # G22
     server = service.open((range(20), DIM), volatile={"type": "disabled"}, embedding_cache_type="static")
     assert_same_bits(service.lookup(server, [3, 99]), splice([3, 99], range(20), -7.5))
     assert cache_of(server).hits == 1
 
 
-def test_static_serves_what_came_after_the_start(service: Service, caplog: pytest.LogCaptureFixture) -> None:  # G22
+def test_a_static_cache_serves_rows_inserted_later(service: Service, caplog: pytest.LogCaptureFixture) -> None:  # G22
     server = service.open((range(20), DIM), embedding_cache_type="static")
     server.insert([20, 3], rows_of([20, 3], DIM, 1), "m", 0)
     assert_same_bits(service.lookup(server, [20, 3]), rows_of([20, 3], DIM, 1))
@@ -314,7 +312,7 @@ def test_static_serves_what_came_after_the_start(service: Service, caplog: pytes
     assert_same_bits(service.lookup(server, [3, 10, 45, 19]), wanted)
 
 
-def test_uvm_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G26
+def test_a_uvm_cache_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G26
     server = service.open((range(100), DIM), embedding_cache_type="uvm", gpucacheper=0.3)
     keys = [*range(100), 100, -1]
     assert_same_bits(service.lookup(server, keys), splice(keys, range(100), -7.5))
@@ -324,7 +322,7 @@ def test_uvm_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G
 
 
 @pytest.mark.parametrize("kind", ["uvm", "dynamic"])
-def test_many_threads_look_up_at_once(service: Service, kind: str) -> None:  # G26
+def test_threads_look_up_concurrently(service: Service, kind: str) -> None:  # G26
     entry = {"embedding_cache_type": kind, "gpucacheper": 0.2, "num_of_worker_buffer_in_pool": 2}
     server = service.open((range(500), DIM), **entry)
     problems: list[BaseException] = []
@@ -358,7 +356,7 @@ def test_many_threads_look_up_at_once(service: Service, kind: str) -> None:  # G
         ("static", "fp8_quant", 16, 0, 0.05),
     ],
 )
-def test_rows_in_few_bits(
+def test_low_precision_rows_are_near_the_stored_values(
     service: Service, kind: str, row_type: str, dim: int, relative: float, absolute: float
 ) -> None:  # G24, G25
     entry = {"fp8_quant": True} if row_type == "fp8_quant" else {"cache_row_dtype": row_type}
@@ -386,14 +384,14 @@ NO_DIFFERENCE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("entry", NO_DIFFERENCE, ids=lambda entry: "-".join(entry))
-def test_settings_of_the_original_are_accepted_and_change_no_answer(service: Service, entry: dict[str, Any]) -> None:
+def test_hugectr_settings_are_accepted_and_change_no_answer(service: Service, entry: dict[str, Any]) -> None:
     server = service.open((range(30), DIM), (range(10, 40), DIM), **entry)
     assert_same_bits(service.lookup(server, [5, 15, 35]), splice([5, 15, 35], range(30), -7.5))
     assert_same_bits(service.lookup(server, [5, 15, 35], 1), splice([5, 15, 35], range(10, 40), -8.5))
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_equal_keys_of_tables_of_one_width_stay_apart(service: Service, fuse: bool) -> None:  # G32, G35
+def test_equal_keys_of_tables_of_one_width_are_independent(service: Service, fuse: bool) -> None:  # G32, G35
     workshop = service.workshop
     model = service.model(*[(range(30), DIM)] * 3)
     for number in (1, 2):
@@ -407,7 +405,7 @@ def test_equal_keys_of_tables_of_one_width_stay_apart(service: Service, fuse: bo
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_several_tables_in_one_call(service: Service, flat: bool) -> None:  # G39
+def test_lookup_many_serves_from_caches(service: Service, flat: bool) -> None:  # G39
     server = service.open((range(30), DIM), (range(10, 40), DIM))
     asked = [[3, 99], [[12, 3]]]
     wanted = [splice([3, 99], range(30), -7.5), splice([12, 3], range(10, 40), -8.5)[None]]
@@ -422,7 +420,7 @@ def test_several_tables_in_one_call(service: Service, flat: bool) -> None:  # G3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_as_many_threads_fetch_as_the_config_says(service: Service, threads: int) -> None:  # G29
+def test_thread_pool_size_bounds_concurrent_fetches(service: Service, threads: int) -> None:  # G29
     server, tier = service.open_cold("support.fakes:CrowdTier", hit_rate_threshold=0, thread_pool_size=threads)
     for key in range(6):
         assert_same_bits(service.lookup(server, [key]), defaults(1))
@@ -440,7 +438,7 @@ def test_as_many_threads_fetch_as_the_config_says(service: Service, threads: int
 # --- worker buffers ---------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G18
+def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G18
     server = service.open((range(500), DIM), num_of_worker_buffer_in_pool=2)
     keys = range(300)
     service.lookup(server, keys)
@@ -459,7 +457,7 @@ def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyP
     assert cache_of(server).bytes <= 2 * before
 
 
-def test_a_tier_that_breaks_its_contract_keeps_no_buffer(service: Service) -> None:  # G18
+def test_tiers_that_break_their_contract_leak_no_workspace(service: Service) -> None:  # G18
     server, tier = service.open_cold("support.fakes:WrongTier", hit_rate_threshold=1.0)
     for _ in range(5):
         with pytest.raises(TierError, match="NoneType came"):
@@ -473,7 +471,7 @@ def test_a_tier_that_breaks_its_contract_keeps_no_buffer(service: Service) -> No
 
 @pytest.mark.parametrize("percentage", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_refresh_brings_what_changed_behind_our_back(service: Service, percentage: float, drop: bool) -> None:  # G20
+def test_refresh_reloads_rows_changed_in_slower_tiers(service: Service, percentage: float, drop: bool) -> None:  # G20
     keys = range(30)  # few enough that each finds a way in its own set
     entry = {"cache_refresh_percentage_per_iteration": percentage, "gpucacheper": 1.0}
     server, tier = service.open_cold(keys=keys, hit_rate_threshold=1.0, **entry)
@@ -487,7 +485,7 @@ def test_a_refresh_brings_what_changed_behind_our_back(service: Service, percent
     assert cache_of(server).resident == (20 if drop else 30)
 
 
-def test_a_refresh_keeps_what_host_memory_has(service: Service) -> None:  # G20
+def test_refresh_asks_no_slower_tier_for_rows_in_host_memory(service: Service) -> None:  # G20
     server = service.open((range(60), DIM), persistent="support.fakes:CountedDictTier", gpucacheper=1.0)
     tier = service.workshop.behind_host(server)
     tier.calls.clear()
@@ -497,7 +495,7 @@ def test_a_refresh_keeps_what_host_memory_has(service: Service) -> None:  # G20
     assert_same_bits(service.lookup(server, range(60)), rows_of(range(60), DIM))
 
 
-def test_one_table_is_refreshed_alone(service: Service) -> None:  # G20
+def test_refresh_of_one_table_leaves_the_others(service: Service) -> None:  # G20
     server = service.open(*[(KEYS, DIM)] * 2, volatile=COLD, persistent="support.fakes:DictTier", hit_rate_threshold=1.0)
     tier = service.workshop.behind_host(server)
     for table in (0, 1):
@@ -512,7 +510,7 @@ def test_one_table_is_refreshed_alone(service: Service) -> None:  # G20
         server.refresh("other")
 
 
-def test_a_refresh_that_fails_drops_nothing(service: Service) -> None:  # G20
+def test_a_failed_refresh_drops_nothing(service: Service) -> None:  # G20
     server, tier = service.open_cold("support.fakes:FlakyDictTier", hit_rate_threshold=1.0)
     service.lookup(server, KEYS)
     tier.fail_on.add("fetch")
@@ -524,7 +522,7 @@ def test_a_refresh_that_fails_drops_nothing(service: Service) -> None:  # G20
 @pytest.mark.parametrize(
     "entry", [{"refresh_delay": 0.1}, {"refresh_interval": 0.05}, {"refresh_delay": 0.01, "refresh_interval": 0.2}]
 )
-def test_refreshes_come_by_themselves(service: Service, entry: dict[str, float]) -> None:  # G21
+def test_refresh_runs_on_its_timer(service: Service, entry: dict[str, float]) -> None:  # G21
     server, tier = service.open_cold(hit_rate_threshold=1.0)
     server.load_model(service.workshop.model((KEYS, DIM), name="timed", deployed_device_list=[service.device or 0], **entry))
     service.lookup(server, KEYS, model="timed")
@@ -543,7 +541,7 @@ def test_refreshes_come_by_themselves(service: Service, entry: dict[str, float])
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_a_write_is_in_the_cache_before_it_returns(service: Service, kind: str, behind: bool) -> None:  # D25
+def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, behind: bool) -> None:  # D25
     tier = {"persistent": "support.fakes:DictTier", "hit_rate_threshold": 1.0} if behind else {}
     server = service.open((range(40), DIM), **EVERY_TYPE[kind], **tier)
     workshop = service.workshop
@@ -569,7 +567,7 @@ def test_a_write_is_in_the_cache_before_it_returns(service: Service, kind: str, 
 
 
 @pytest.mark.parametrize("change", ["erase", "update"])
-def test_a_row_changed_while_it_is_fetched_does_not_enter_the_cache(service: Service, change: str) -> None:
+def test_a_row_written_during_its_fetch_does_not_enter_the_cache(service: Service, change: str) -> None:
     server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     service.lookup(server, [3])
     assert tier.fetched.wait(30)
@@ -598,20 +596,20 @@ def test_32_bit_keys(service: Service) -> None:  # C10
     assert cache_of(server).absent == 2
 
 
-def test_half_precision_answers(service: Service) -> None:
+def test_float16_answers(service: Service) -> None:
     server = service.open((range(30), DIM), output_dtype="float16")
     got = service.on_host(server.lookup(service.keys([3, 99, 29]), "m", 0))
     assert got.dtype == np.float16
     np.testing.assert_array_equal(got, splice([3, 99, 29], range(30), -7.5).astype(np.float16))
 
 
-def test_no_keys_at_all(service: Service) -> None:
+def test_a_lookup_of_no_keys_counts_nothing(service: Service) -> None:
     server, _ = service.open_cold()
     assert service.lookup(server, np.empty((0, 3))).shape == (0, 3, DIM)
     assert stats_of(server).keys == 0
 
 
-def test_statistics_add_up_whatever_was_asked(service: Service) -> None:
+def test_stats_count_every_key_once(service: Service) -> None:
     server = service.open(
         (range(400), DIM),
         volatile={"type": "hash_map", "initial_cache_rate": 0.5},
@@ -664,7 +662,7 @@ def test_every_policy_serves(service: Service, policy: str, dim: int) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"), [("lur", "lur"), ("own.py:MostRecent", "allow_code"), (["lru", "math:pi"], "math:pi")]
 )
-def test_a_wrong_policy_is_refused_before_anything_is_allocated(
+def test_an_invalid_policy_is_refused_before_anything_is_allocated(
     service: Service, monkeypatch: pytest.MonkeyPatch, policy: Any, message: str
 ) -> None:
     server = service.open((KEYS, DIM), gpucache=False)
@@ -690,7 +688,7 @@ def threads_of_ours() -> list[str]:
 
 
 @pytest.mark.parametrize("end", ["unload", "close"])
-def test_a_model_goes_with_its_caches_and_threads(service: Service, end: str) -> None:  # D24
+def test_unload_and_close_free_caches_and_threads(service: Service, end: str) -> None:  # D24
     server, _ = service.open_cold(gpucache=False)
     in_use = server._allocator.in_use
     entry = {"name": "second", "hit_rate_threshold": 0, "refresh_interval": 0.01}
@@ -715,7 +713,7 @@ def test_a_model_goes_with_its_caches_and_threads(service: Service, end: str) ->
     assert [cache() for cache in caches] == [None]
 
 
-def test_a_server_that_cannot_be_opened_keeps_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_be_opened_closes_its_caches(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[EmbeddingCache] = []
     warm = EmbeddingCache.warm
 
@@ -774,7 +772,7 @@ def capture(server: hps_numba.HPS, keys: Any, out: Any, stream: Any) -> Any:
 
 
 @pytest.mark.gpu
-def test_gpu_a_captured_lookup_serves_the_table_as_it_is(workshop: Workshop) -> None:  # G40
+def test_gpu_a_captured_lookup_follows_changes_of_the_table(workshop: Workshop) -> None:  # G40
     import cupy
 
     service = Service(workshop, 0)
@@ -830,7 +828,7 @@ def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # 
 
 
 @pytest.mark.gpu
-def test_gpu_a_part_of_the_devices_serves(workshop: Workshop) -> None:  # G38
+def test_gpu_only_listed_devices_serve(workshop: Workshop) -> None:  # G38
     count = driver.device_count()
     if count < 2:
         pytest.skip(f"{count} device, wanted 2")

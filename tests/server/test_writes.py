@@ -23,7 +23,7 @@ ROW_DTYPES_REFUSED = ["complex64", "U1", "M8[s]"]
 
 @pytest.mark.parametrize("persistent", ["support.fakes:DictTier", "disabled"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_any_order_of_writes_equals_dicts(workshop: Workshop, seed: int, persistent: str) -> None:  # N05, N06
+def test_random_writes_equal_dicts(workshop: Workshop, seed: int, persistent: str) -> None:  # N05, N06
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": persistent})
     truth = NaiveServer(DIM, -7.5, places=1 if persistent == "disabled" else 2)
     truth.insert(KEYS, rows_of(KEYS, DIM))
@@ -63,7 +63,7 @@ def test_rows_are_stored_bit_for_bit(workshop: Workshop) -> None:  # promise 1
     assert_same_bits(server.lookup([3], "m", 0), rows)
 
 
-def test_rows_of_a_write_are_checked(workshop: Workshop) -> None:
+def test_writes_refuse_rows_of_wrong_shape_or_dtype(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     for write in (server.insert, server.update):
         for shape in [(2, DIM + 1), (1, DIM), (2 * DIM,), (2, 1, DIM)]:
@@ -75,7 +75,7 @@ def test_rows_of_a_write_are_checked(workshop: Workshop) -> None:
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_rows_of_a_write_may_be_strided_or_of_another_float(workshop: Workshop) -> None:
+def test_writes_take_strided_rows_and_other_floats(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     wide = rows_of([[0, 1], [2, 3]], 2 * DIM, 1)
     server.insert([[0, 1], [2, 3]], wide[..., ::2], "m", 0)
@@ -85,7 +85,7 @@ def test_rows_of_a_write_may_be_strided_or_of_another_float(workshop: Workshop) 
     assert server.lookup([4], "m", 0).tolist() == [[1.0, 2.0, 3.0]]
 
 
-def test_dump_and_load(workshop: Workshop, tmp_path: Path) -> None:  # N06
+def test_a_dump_round_trips(workshop: Workshop, tmp_path: Path) -> None:  # N06
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 5)))
     server.insert([100], rows_of([100], DIM), "m", 0)
     path = tmp_path / "table.bin"
@@ -124,7 +124,7 @@ def test_a_32_bit_dump_round_trips_and_does_not_fit_a_64_bit_server(workshop: Wo
         wide.load_dump(path, "m", 0)
 
 
-def test_a_dump_is_a_bin_file(workshop: Workshop, tmp_path: Path) -> None:  # N06
+def test_a_dump_needs_the_suffix_bin(workshop: Workshop, tmp_path: Path) -> None:  # N06
     server = workshop.open(workshop.model((KEYS, DIM)))
     with pytest.raises(hps_numba.TierError, match=r"a dump is a \.bin file"):
         server.dump(tmp_path / "table.sst", "m", 0)
@@ -139,7 +139,7 @@ def test_writes_without_any_database_are_refused(workshop: Workshop, tmp_path: P
     assert (server.update([1], rows_of([1], DIM), "m", 0), server.erase([1], "m", 0)) == (0, 0)
 
 
-def test_a_write_that_only_a_read_only_tier_could_take_is_refused(workshop: Workshop) -> None:
+def test_an_insert_into_read_only_tiers_is_refused(workshop: Workshop) -> None:
     server = workshop.open(
         workshop.model((KEYS, DIM)), volatile_db=NO_VOLATILE, persistent_db={**DICT_BEHIND, "read_only": True}
     )
@@ -148,7 +148,7 @@ def test_a_write_that_only_a_read_only_tier_could_take_is_refused(workshop: Work
         server.insert([1], rows_of([1], DIM), "m", 0)
 
 
-def test_a_read_only_tier_refuses_what_it_cannot_do(workshop: Workshop) -> None:
+def test_writes_that_a_read_only_tier_would_undo_are_refused(workshop: Workshop) -> None:
     """The old row would be served from there: an erase or update that left it must not count as done."""
     persistent = {"type": "support.fakes:DictTier"}
     entry = workshop.model((range(10), 4))
@@ -169,7 +169,7 @@ def test_a_read_only_tier_refuses_what_it_cannot_do(workshop: Workshop) -> None:
     assert server.erase([77], "m", 0) == 0
 
 
-def test_a_bounded_host_memory_is_no_place_to_hide_rows_of_a_read_only_tier(workshop: Workshop) -> None:
+def test_bounded_host_memory_may_not_shadow_rows_of_a_read_only_tier(workshop: Workshop) -> None:
     """It would evict the new row some day, and the old one would show again."""
     bounded = {**COLD, "overflow_margin": 10, "num_partitions": 1, "max_batch_size": 8}
     server = workshop.open(workshop.model((range(50), DIM)), volatile_db=bounded, persistent_db=DICT_BEHIND)
@@ -189,7 +189,7 @@ def test_a_bounded_host_memory_is_no_place_to_hide_rows_of_a_read_only_tier(work
 
 @pytest.mark.parametrize("persistent", ["support.fakes:DictTier", "disabled"])
 @pytest.mark.parametrize("call", ["insert", "update"])
-def test_host_memory_without_room_does_not_serve_rows_older_than_those_behind(
+def test_host_memory_without_room_serves_no_row_older_than_slower_tiers(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, call: str, persistent: str
 ) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": persistent})

@@ -37,7 +37,7 @@ def trained(workshop: Workshop, rule: Any, rows: int = 300, steps: int = 3) -> R
 
 
 @pytest.mark.parametrize("rule", [Sgd(0.1), Adagrad(0.1), Adam(0.1)], ids=lambda rule: rule.name)
-def test_back_to_what_was_saved(workshop: Workshop, tmp_path: Path, rule: Any) -> None:
+def test_load_restores_rows_states_and_steps(workshop: Workshop, tmp_path: Path, rule: Any) -> None:
     trainer, path = trained(workshop, rule), tmp_path / "c.npz"
     keys = np.arange(-200, 400)
     server = trainer.server
@@ -56,7 +56,7 @@ def test_back_to_what_was_saved(workshop: Workshop, tmp_path: Path, rule: Any) -
         assert one.steps == 3 and np.array_equal(one.read_states(keys), states)
 
 
-def test_steps_wait_and_all_tables_fit_together(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_checkpoint_is_consistent_across_tables_while_training(workshop: Workshop, tmp_path: Path) -> None:
     """Every row of both tables makes the same steps, so what is saved must be of one step, while lookups go on."""
     server = workshop.open(workshop.model((range(40_000), 4), (range(40_000), 4)))
     keys, gradients = np.arange(40_000), np.ones((40_000, 4), np.float32)
@@ -121,7 +121,7 @@ def number_in(path: Path) -> int:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on this system")
-def test_a_writer_that_is_killed_leaves_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_checkpoint_intact(tmp_path: Path) -> None:
     rig, path = rig_of(tmp_path), tmp_path / "c.npz"
     mid = start_program(_WRITE, rig.path, str(path), "until 3")
     out, _ = mid.communicate(timeout=100)
@@ -141,7 +141,7 @@ def test_a_writer_that_is_killed_leaves_the_old_one_whole(tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".c.npz.*.hps-partial"))  # the next writer sweeps up
 
 
-def test_what_is_damaged_or_of_others_changes_nothing(workshop: Workshop, tmp_path: Path) -> None:
+def test_damaged_and_foreign_checkpoints_change_nothing(workshop: Workshop, tmp_path: Path) -> None:
     trainer, path = trained(workshop, Adagrad(0.1)), tmp_path / "c.npz"
     save_trained(path, [trainer])
     whole = path.read_bytes()
@@ -211,7 +211,7 @@ with torch.no_grad():
 """
 
 
-def test_a_new_process_goes_on_where_the_old_one_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_process_resumes_training_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     rig = rig_of(tmp_path)
     path = str(tmp_path / "c.npz")

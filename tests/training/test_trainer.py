@@ -34,7 +34,7 @@ def naive_step(rule: Rule, row: np.ndarray, gradient: np.ndarray, state: dict[st
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("cached", [False, True])
-def test_steps_are_those_of_the_formula(workshop: Workshop, rule: Rule, cached: bool) -> None:
+def test_steps_equal_the_formula(workshop: Workshop, rule: Rule, cached: bool) -> None:
     """Rows of a table larger than its cache, some of them new, one of them erased on the way."""
     server = workshop.open(workshop.model((range(100), DIM), gpucacheper=0.2), cache_on_cpu=cached)
     trainer = RowTrainer(server, "m", 0, rule, Zeros())
@@ -57,7 +57,7 @@ def test_steps_are_those_of_the_formula(workshop: Workshop, rule: Rule, cached: 
     assert trainer.steps == 29 and set(trainer.state_keys()) <= (set() if isinstance(rule, Sgd) else set(table) | {keys[0]})
 
 
-def test_the_settings_of_a_step_are_its_own(workshop: Workshop) -> None:
+def test_a_step_may_have_other_settings_of_the_same_rule(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(3), 2)))
     trainer = RowTrainer(server, "m", 0, Sgd(0.0))
     trainer.step(np.array([1]), np.ones((1, 2), np.float32), Sgd(2.0))
@@ -69,7 +69,7 @@ def test_the_settings_of_a_step_are_its_own(workshop: Workshop) -> None:
             Sgd(wrong)
 
 
-def test_rewrite_is_one_turn(workshop: Workshop) -> None:
+def test_read_modify_write_is_atomic(workshop: Workshop) -> None:
     """Eight threads add 1 to the same rows, beside lookups that see whole rows."""
     server = workshop.open(workshop.model((range(50), DIM), gpucacheper=0.2), cache_on_cpu=True)
     server.insert(np.arange(50), np.zeros((50, DIM)), "m", 0)
@@ -96,7 +96,7 @@ def test_rewrite_is_one_turn(workshop: Workshop) -> None:
     assert not torn and (server.lookup(np.arange(50), "m", 0) == 200).all()
 
 
-def test_rewrite_reads_every_tier(workshop: Workshop) -> None:
+def test_read_modify_write_reads_every_tier(workshop: Workshop) -> None:
     server, behind = workshop.open_cold(volatile=KEEPING)
     seen = []
 
@@ -114,7 +114,7 @@ def test_rewrite_reads_every_tier(workshop: Workshop) -> None:
         assert keys.tolist() == [*range(9), 100] and np.array_equal(read(np.array([4])), rows_of([4], 3))
 
 
-def test_what_goes_wrong_leaves_rows_alone(workshop: Workshop) -> None:
+def test_a_failed_step_changes_no_row(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 2)))
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
     with pytest.raises(ArrayError):
@@ -132,7 +132,7 @@ def test_what_goes_wrong_leaves_rows_alone(workshop: Workshop) -> None:
     assert not trainer.steps and not len(trainer.state_keys())
 
 
-def test_a_tier_that_fails_stops_a_step(workshop: Workshop) -> None:
+def test_a_failing_tier_fails_the_step(workshop: Workshop) -> None:
     server, behind = workshop.open_cold("support.fakes:FlakyDictTier")
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
     behind.fail_on = {"fetch"}
@@ -141,7 +141,7 @@ def test_a_tier_that_fails_stops_a_step(workshop: Workshop) -> None:
     assert not trainer.steps and not len(trainer.state_keys())
 
 
-def test_states_of_rows_that_are_gone_are_forgotten(workshop: Workshop) -> None:
+def test_states_of_erased_rows_are_dropped(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(4), 2)))
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
     for start in range(0, 20_000, 2_000):
@@ -155,7 +155,7 @@ def test_states_of_rows_that_are_gone_are_forgotten(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("initializer", [Normal(0.1, seed=4), Uniform(0.1, seed=4)])
-def test_rows_are_named_by_seed_and_key(initializer: Any) -> None:
+def test_initial_rows_depend_on_seed_table_and_key_only(initializer: Any) -> None:
     keys = np.array([5, -(2**63), 2**63 - 1, 0, -1])
 
     def rows(some: Any, table: str = "t") -> np.ndarray:
@@ -174,7 +174,7 @@ def test_rows_are_named_by_seed_and_key(initializer: Any) -> None:
     assert isinstance(initializer, Normal) or np.abs(many).max() <= 0.1
 
 
-def test_rows_are_made_once(workshop: Workshop) -> None:
+def test_create_rows_leaves_existing_rows(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(4), DIM)))
     keys = np.array([1, 9, 9, 10])
     assert create_rows(server, "m", 0, keys, Normal()) == 2
