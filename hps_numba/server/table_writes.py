@@ -227,7 +227,7 @@ class TableWrites:
         rows = np.zeros((len(keys), self._spec.dim), np.float32)
         answer = self._tiers.fetch(self._spec.tag, keys, rows)
         if answer.unsure.any():
-            raise TierError(f"{self._spec.tag}: refresh: a slower tier failed, {int(answer.unsure.sum())} keys are in doubt")
+            raise TierError(f"{self._spec.tag}: a slower tier failed, {int(answer.unsure.sum())} keys are in doubt")
         return answer.found, rows
 
     # -- what may be written ---------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.fakes import NaiveStore
+from support.internals import bytes_in_use
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
 
@@ -24,8 +25,8 @@ from hps_numba.storage import loading
 
 DIM = 3
 BOUND = {"type": "hash_map", "num_partitions": 1, "overflow_margin": 20, "max_batch_size": 7}
-BEHIND = {"type": "support.fakes:DictTier"}
-PERSISTENT_ONLY: dict[str, Any] = {"volatile_db": {}, "persistent_db": BEHIND}
+DICT_TIER = {"type": "support.fakes:DictTier"}
+PERSISTENT_ONLY: dict[str, Any] = {"volatile_db": {}, "persistent_db": DICT_TIER}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[PlainHostAllocator]:
 
 
 def left(allocators: list[PlainHostAllocator]) -> int:
-    """Bytes still in use once the error and what it held are gone."""
+    """Bytes still in use once the error and what it refers to are gone."""
     gc.collect()
     return sum(allocator.in_use for allocator in allocators)
 
@@ -63,7 +64,7 @@ def test_tables_of_0_to_9_rows(workshop: Workshop, rows: int, cache_type: str) -
 
 
 @pytest.mark.parametrize("cache_type", ["dynamic", "static", "uvm"])
-@pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND, "persistent_db": BEHIND}, PERSISTENT_ONLY])
+@pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND, "persistent_db": DICT_TIER}, PERSISTENT_ONLY])
 def test_the_last_of_equal_keys_wins(workshop: Workshop, databases: dict[str, Any], cache_type: str) -> None:  # F08
     keys = np.array([5, 1, 5, 2, 1, 5, 3])
     entry = workshop.model((keys, DIM), embedding_cache_type=cache_type)
@@ -72,9 +73,9 @@ def test_the_last_of_equal_keys_wins(workshop: Workshop, databases: dict[str, An
     truth = NaiveStore(DIM)
     truth.upsert(keys, rows)
     server = workshop.open(entry, **databases)
-    wanted = np.stack([truth.rows[key] for key in (1, 2, 3, 5)])
-    assert_same_bits(server.lookup([1, 2, 3, 5], "m", 0), wanted)
-    assert_same_bits(wanted, rows[[4, 3, 6, 5]])
+    expected = np.stack([truth.rows[key] for key in (1, 2, 3, 5)])
+    assert_same_bits(server.lookup([1, 2, 3, 5], "m", 0), expected)
+    assert_same_bits(expected, rows[[4, 3, 6, 5]])
 
 
 def test_the_last_of_equal_keys_wins_across_chunks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:  # F08
@@ -127,10 +128,10 @@ def test_a_bounded_table_takes_the_planned_memory(workshop: Workshop, policy: st
     bound = {**BOUND, "overflow_margin": 100, "max_batch_size": 50, "overflow_policy": policy}
     for keys in (range(80), range(1000)):
         server = workshop.open(workshop.model((keys, DIM)), volatile_db=bound)
-        assert server.host_bytes <= server._allocator.in_use <= 1.15 * server.plan().host_bytes + 64
+        assert server.host_bytes <= bytes_in_use(server) <= 1.15 * server.plan().host_bytes + 64
 
 
-# --- failures leave nothing behind ------------------------------------------------------------------------------------
+# --- failures leave no memory in use ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "width", "no key"])
@@ -141,7 +142,7 @@ def test_a_damaged_model_leaves_no_memory_in_use(
     entry = workshop.model((range(500), 64), (range(500), 64))
     folder = Path(entry["sparse_files"][which])
     if damage == "missing":
-        entry["sparse_files"][which] = str(workshop.folder / "nowhere" / folder.name)
+        entry["sparse_files"][which] = str(workshop.folder / "missing" / folder.name)
     elif damage == "truncated":
         os.truncate(folder / "emb_vector", 64 * 4 * 400)
     elif damage == "width":

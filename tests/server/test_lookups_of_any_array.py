@@ -91,9 +91,9 @@ def test_torch_rows_can_be_written(server: hps_numba.HPS) -> None:
 def test_torch_keys_of_a_32_bit_server(narrow: hps_numba.HPS) -> None:  # C10, N03
     torch = pytest.importorskip("torch")
     keys = np.array(EXTREME_32, np.uint32)
-    wanted = rows_of(EXTREME_32, DIM)
-    assert_same_bits(narrow.lookup(torch.from_numpy(keys.view(np.int32)), "m", 0).numpy(), wanted)
-    assert_same_bits(narrow.lookup(torch.from_numpy(keys.astype(np.int64)), "m", 0).numpy(), wanted)
+    expected = rows_of(EXTREME_32, DIM)
+    assert_same_bits(narrow.lookup(torch.from_numpy(keys.view(np.int32)), "m", 0).numpy(), expected)
+    assert_same_bits(narrow.lookup(torch.from_numpy(keys.astype(np.int64)), "m", 0).numpy(), expected)
 
 
 # --- DLPack -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``HPS.lookup_pooled``: bags of keys, their rows combined in the pass that reads them, against float64 and the CPU twin."""
+"""``HPS.lookup_pooled``: bags of keys, their rows combined in the pass that reads them, against float64 and the CPU cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.internals import served_table
 from support.oracles import rows_of
 
 import hps_numba
@@ -58,9 +59,9 @@ def test_pooled_rows_equal_those_computed_in_float64(
         keys = random.integers(-5, 505, n)
         weights = random.uniform(0.1, 2, n).astype(np.float32) if weighted else None
         answer = server.lookup_pooled(keys, offsets, "m", 0, weights=weights, combiner=combiner, max_norm=max_norm)
-        wanted, scale = pooled(server.lookup(keys, "m", 0), offsets, weights, combiner, max_norm)
+        expected, scale = pooled(server.lookup(keys, "m", 0), offsets, weights, combiner, max_norm)
         assert answer.dtype == np.float32 and answer.shape == (bags, dim)
-        assert (np.abs(answer - wanted) <= 6e-8 * (longest + 20) * scale).all()  # half a unit in the last place an addition
+        assert (np.abs(answer - expected) <= 6e-8 * (longest + 20) * scale).all()  # half a ulp for each addition
 
 
 def test_bags_are_split_over_threads(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +74,8 @@ def test_bags_are_split_over_threads(workshop: Any, monkeypatch: pytest.MonkeyPa
     offsets = bags_of(random, 2000, 4)
     keys = random.integers(0, 1100, offsets[-1])
     answer = server.lookup_pooled(keys, offsets, "m", 0)
-    wanted, scale = pooled(server.lookup(keys, "m", 0), offsets, None, "sum", None)
-    assert (np.abs(answer - wanted) <= 1e-6 * scale).all()
+    expected, scale = pooled(server.lookup(keys, "m", 0), offsets, None, "sum", None)
+    assert (np.abs(answer - expected) <= 1e-6 * scale).all()
     empty = np.zeros(2001, np.int64)
     empty[1:] = 5000
     keys = np.arange(5000) % 1000
@@ -86,14 +87,14 @@ def test_bags_are_split_over_threads(workshop: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("combiner", COMBINERS)
 def test_the_cpu_cache_pools_bit_for_bit_as_host_memory(workshop: Any, combiner: str) -> None:
     server = workshop.open(workshop.model((range(50), 16), gpucacheper=1.0), cache_on_cpu=True)
-    twin = server._table("m", 0).cache_on(None)
-    assert twin is not None
+    cache = served_table(server).cache_on(None)
+    assert cache is not None
     random = np.random.default_rng(1)
     offsets = bags_of(random, 40, 6)
     keys = random.integers(0, 60, offsets[-1])
     weights = random.uniform(-1, 1, len(keys)).astype(np.float32)
     answer = server.lookup_pooled(keys, offsets, "m", 0, weights=weights, combiner=combiner)
-    assert answer.tobytes() == twin.pool_arrays(keys, offsets, weights, combiner).tobytes()
+    assert answer.tobytes() == cache.pool_arrays(keys, offsets, weights, combiner).tobytes()
 
 
 def test_zero_divisors_and_empty_bags_give_zero(workshop: Any) -> None:
@@ -120,8 +121,8 @@ def test_pooling_fetches_keys_from_slower_tiers(workshop: Any, volatile: Any) ->
     offsets = np.array([0, 2, 2, 4, 5])
     answer = server.lookup_pooled(keys, offsets, "m", 0, weights=np.arange(5))
     rows = np.concatenate((rows_of(np.array([3, 3, 8]), 3), np.full((1, 3), DEFAULT), rows_of(np.array([1]), 3)))
-    wanted, scale = pooled(rows.astype(np.float32), offsets, np.arange(5, dtype=np.float32), "sum", None)
-    assert (np.abs(answer - wanted) <= 1e-6 * scale).all()
+    expected, scale = pooled(rows.astype(np.float32), offsets, np.arange(5, dtype=np.float32), "sum", None)
+    assert (np.abs(answer - expected) <= 1e-6 * scale).all()
     stats = server.stats()["m"]["sparse_embedding0"]
     assert (stats.keys, stats.host_hits, stats.tier_hits, stats.absent) == (5, 0, 4, 1)
 

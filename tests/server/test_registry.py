@@ -1,4 +1,4 @@
-"""The servers of a process, by config, and the requests of layers: no framework is needed here."""
+"""The servers of a process, by config, and the requests of layers, without any framework."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_equal_configs_share_a_server(workshop: Any, servers: Servers, monkeypat
 def test_threads_share_the_server_that_one_of_them_builds(workshop: Any, servers: Servers) -> None:
     config, found, start = config_of(workshop), [], threading.Barrier(8)
 
-    def want() -> None:
+    def open_server() -> None:
         start.wait()
         found.append(servers.open(config))
 
-    threads = [threading.Thread(target=want) for _ in range(8)]
+    threads = [threading.Thread(target=open_server) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,7 +88,7 @@ def test_open_refuses_a_batch_that_replicas_cannot_share(
         servers.open(config, global_batch_size=batch, replicas=replicas)
     assert servers.opened == []
     servers.open(config, global_batch_size=8, replicas=2)
-    servers.open(config, global_batch_size=batch, replicas=replicas)  # it is there: the first call decided
+    servers.open(config, global_batch_size=batch, replicas=replicas)  # the server is there: the first call decides
 
 
 def test_an_empty_config_finds_the_only_server_with_the_model(workshop: Any, servers: Servers) -> None:
@@ -104,21 +104,21 @@ def test_an_empty_config_finds_the_only_server_with_the_model(workshop: Any, ser
 
 
 def test_a_request_round_trips_through_json() -> None:
-    wanted = (
+    queries = (
         TableQuery("m", 0, 4),
         TableQuery("m", "t", 8, combiner="sum", weighted=True, paired=True, clipped=True, default_id=7),
     )
     for config in ("ps.json", {"models": [1.5, None]}):
-        request = Request(config, wanted, 8, 2)
+        request = Request(config, queries, 8, 2)
         assert Request.of_text(request.text) == request
     with pytest.raises(ConfigError, match=r"ps_config_file: .*not JSON serializable"):
-        _ = Request({"models": object()}, wanted).text
+        _ = Request({"models": object()}, queries).text
 
 
 def test_a_request_is_joined_from_pieces() -> None:
-    wanted = (TableQuery("m", 0, 4), TableQuery("m", "t", 8), TableQuery("m", 2, 16))
-    head, pieces, tail = Request({"models": []}, wanted).pieces()
-    assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, wanted[1:])
+    queries = (TableQuery("m", 0, 4), TableQuery("m", "t", 8), TableQuery("m", 2, 16))
+    head, pieces, tail = Request({"models": []}, queries).pieces()
+    assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, queries[1:])
 
 
 def test_an_answer_holds_rows_and_pooled_rows(workshop: Any, servers: Servers) -> None:
@@ -157,7 +157,7 @@ def test_a_request_reopens_its_server_after_close(workshop: Any, servers: Server
 
 
 @pytest.mark.parametrize(
-    ("wanted", "error", "match"),
+    ("query", "error", "match"),
     [
         (TableQuery("x", 0, 4), UnknownModelError, "'x' is not deployed"),
         (TableQuery("m", 9, 4), UnknownModelError, "no table 9"),
@@ -165,10 +165,10 @@ def test_a_request_reopens_its_server_after_close(workshop: Any, servers: Server
     ],
 )
 def test_answers_refuse_unknown_models_tables_and_widths(
-    workshop: Any, servers: Servers, wanted: TableQuery, error: type[HpsError], match: str
+    workshop: Any, servers: Servers, query: TableQuery, error: type[HpsError], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        answer(Request(config_of(workshop), (wanted,)).text, [np.arange(3)], servers)
+        answer(Request(config_of(workshop), (query,)).text, [np.arange(3)], servers)
 
 
 @pytest.mark.parametrize(

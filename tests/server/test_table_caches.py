@@ -1,6 +1,6 @@
-"""A server with caches: what the keys of a config do, and that no tier, write, thread or fork makes an answer wrong.
+"""A server with caches: what config keys do, and that answers stay exact whatever tiers, writes, threads and forks do.
 
-Every test runs with the cache in host memory; those of the fixture ``service`` also with CuPy keys on a GPU.
+Every test runs with the cache in host memory; those with the fixture ``service`` also with CuPy keys on a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 from support.children import in_child
 from support.factories import COLD, KEEPING, Workshop
 from support.fakes import DictTier
+from support.internals import HANG_SECONDS, bytes_in_use, due_refreshes, served_table, slower_tier
 from support.oracles import assert_same_bits, rows_of
 from support.services import (
     DEFAULT,
@@ -57,15 +58,15 @@ EVERY_TYPE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 def test_capacity_is_at_least_that_of_hugectr(service: Service, share: float, rows: int) -> None:  # G09
     server = service.open((range(rows), DIM), gpucacheper=share, init_ec=False)
-    wanted = max(64, math.floor(Fraction(str(share)) * rows))
+    expected = max(64, math.floor(Fraction(str(share)) * rows))
     cache = cache_of(server)
-    assert cache.capacity >= -(-wanted // 64) * 64
+    assert cache.capacity >= -(-expected // 64) * 64
     assert cache.device == service.device
     assert cache.resident == 0
 
 
 def test_gpucacheper_is_taken_as_a_decimal_fraction(on_cpu: Service) -> None:  # G09
-    """0.29 * 1000 is 289.99 in floats, and 290 on paper: what matters here is the step of 64 above it."""
+    """0.29 * 1000 is 289.99 in floats and 290 on paper; the capacity may not be a step of 64 lower."""
     server = on_cpu.open((range(6400), DIM), gpucacheper=0.29, init_ec=False)  # 1856 = 29 * 64, less in floats
     assert 1856 <= cache_of(server).capacity < 1856 + 64
 
@@ -75,7 +76,7 @@ def test_cache_size_bytes_bounds_the_cache(service: Service) -> None:  # G10
     server = service.open(*tables, cache_size_bytes=[20_000, 0, 10_000_000], gpucacheper=0.5, init_ec=False)
     small, share, large = (cache_of(server, table) for table in range(3))
     table_bytes = [spec.bytes for spec in (small, share, large)]
-    buffers = table_bytes[1] - (share.capacity // 10 * 128 + share.capacity * 80)  # what every cache needs besides
+    buffers = table_bytes[1] - (share.capacity // 10 * 128 + share.capacity * 80)  # what every cache takes besides
     assert table_bytes[0] - buffers <= 20_000
     assert small.capacity * (4 * DIM) >= 0.6 * 20_000 - buffers
     assert 1000 <= share.capacity < 1100
@@ -113,7 +114,7 @@ def test_without_init_ec_lookups_fill_the_cache(service: Service) -> None:  # G1
 
 
 def table_caches(server: hps_numba.HPS, table: int = 0) -> Any:
-    return server._models["m"].tables[table].caches
+    return served_table(server, table).caches
 
 
 # --- slower tiers and the threshold -----------------------------------------------------------------------------------
@@ -139,8 +140,8 @@ def test_threshold_1_is_exact(service: Service, threshold: float) -> None:  # G1
     rng = np.random.default_rng(2)
     for _ in range(5):
         keys = rng.integers(0, 12, 20)
-        wanted = np.where((keys < 9)[:, None], rows_of(keys, DIM), DEFAULT)
-        assert_same_bits(service.lookup(server, keys), wanted)
+        expected = np.where((keys < 9)[:, None], rows_of(keys, DIM), DEFAULT)
+        assert_same_bits(service.lookup(server, keys), expected)
     service.settle(server)
     assert stats_of(server).unanswered == 0
     assert_adds_up(server)
@@ -148,9 +149,9 @@ def test_threshold_1_is_exact(service: Service, threshold: float) -> None:  # G1
 
 def test_the_hit_rate_counts_requests_not_distinct_keys(service: Service) -> None:  # G11, G13
     server, _ = service.open_cold(hit_rate_threshold=0.5)
-    assert_same_bits(service.lookup(server, [0]), rows_of([0], DIM))  # 0 of 1: waited for
+    assert_same_bits(service.lookup(server, [0]), rows_of([0], DIM))  # 0 of 1: waits
     assert_same_bits(service.lookup(server, [0, 1, 2]), rows_of([0, 1, 2], DIM))  # 1 of 3
-    keys = [0, 0, 0, 3, 4, 5]  # 3 of 6, though of 4 distinct keys one was there
+    keys = [0, 0, 0, 3, 4, 5]  # 3 of 6 requests, though 1 of 4 distinct keys
     assert_same_bits(service.lookup(server, keys), np.concatenate([rows_of([0, 0, 0], DIM), defaults(3)]))
     service.settle(server)
     assert stats_of(server).unanswered == 3
@@ -162,7 +163,7 @@ def test_the_hit_rate_counts_requests_not_distinct_keys(service: Service) -> Non
 def test_no_background_job_is_started_if_no_key_is_missing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G13
     server, tier = service.open_cold(hit_rate_threshold=0.5)
     service.lookup(server, KEYS)
-    table, jobs = server._models["m"].tables[0], []
+    table, jobs = served_table(server), []
     monkeypatch.setattr(table.slow_path, "background", lambda job: bool(jobs.append(job)))
     tier.calls.clear()
     assert_same_bits(service.lookup(server, KEYS), rows_of(KEYS, DIM))
@@ -181,7 +182,7 @@ def test_keys_of_dropped_background_jobs_are_counted_as_unanswered(
     service.settle(server)
     before = stats_of(server).unanswered
     with monkeypatch.context() as full:
-        full.setattr(server._models["m"].tables[0].slow_path, "background", lambda job: False)
+        full.setattr(served_table(server).slow_path, "background", lambda job: False)
         assert_same_bits(service.lookup(server, [0, 1, 2]), np.concatenate([rows_of([0, 1], DIM), defaults(1)]))
     assert stats_of(server).unanswered == before + 1
     assert_adds_up(server)
@@ -192,7 +193,7 @@ def test_background_jobs_fetch_the_keys_as_they_were_at_the_call(service: Servic
     keys = service.keys([3, 4])
     server.lookup(keys, "m", 0)
     keys[:] = 8
-    assert tier.fetched.wait(30)
+    assert tier.fetched.wait(HANG_SECONDS)
     tier.go_on.set()
     service.settle(server)
     assert sorted(table_keys(server)) == [3, 4]
@@ -236,8 +237,8 @@ def test_a_cache_serves_without_host_memory(service: Service) -> None:
     assert_same_bits(service.lookup(server, [1, 2]), np.concatenate([rows_of([1], DIM, 1), defaults(1)]))
     service.lookup(server, KEYS)
     server.replace_model("m", service.workshop.table("v2", [1, 5], DIM, 2))
-    wanted = np.concatenate([rows_of([1, 5], DIM, 2), defaults(1)])
-    assert_same_bits(service.lookup(server, [1, 5, 6]), wanted)
+    expected = np.concatenate([rows_of([1, 5], DIM, 2), defaults(1)])
+    assert_same_bits(service.lookup(server, [1, 5, 6]), expected)
     assert_adds_up(server)
 
 
@@ -308,8 +309,8 @@ def test_a_static_cache_serves_rows_inserted_later(service: Service, caplog: pyt
     with caplog.at_level(logging.WARNING):
         server.replace_model("m", service.workshop.table("v2", range(10, 50), DIM, 2))
     assert "40 rows for a static cache of 20" in caplog.text
-    wanted = np.concatenate([defaults(1), rows_of([10, 45, 19], DIM, 2)])
-    assert_same_bits(service.lookup(server, [3, 10, 45, 19]), wanted)
+    expected = np.concatenate([defaults(1), rows_of([10, 45, 19], DIM, 2)])
+    assert_same_bits(service.lookup(server, [3, 10, 45, 19]), expected)
 
 
 def test_a_uvm_cache_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G26
@@ -340,7 +341,7 @@ def test_threads_look_up_concurrently(service: Service, kind: str) -> None:  # G
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert problems == []
     assert stats_of(server).keys == 4 * 20 * 40
     assert_adds_up(server)
@@ -408,13 +409,13 @@ def test_equal_keys_of_tables_of_one_width_are_independent(service: Service, fus
 def test_lookup_many_serves_from_caches(service: Service, flat: bool) -> None:  # G39
     server = service.open((range(30), DIM), (range(10, 40), DIM))
     asked = [[3, 99], [[12, 3]]]
-    wanted = [splice([3, 99], range(30), -7.5), splice([12, 3], range(10, 40), -8.5)[None]]
+    expected = [splice([3, 99], range(30), -7.5), splice([12, 3], range(10, 40), -8.5)[None]]
     got = server.lookup_many([service.keys(keys) for keys in asked], "m", flat=flat)
     if flat:
-        assert_same_bits(got, np.concatenate([rows.reshape(-1) for rows in wanted]))
+        assert_same_bits(got, np.concatenate([rows.reshape(-1) for rows in expected]))
         return
-    for rows, expected in zip(got, wanted, strict=True):
-        assert_same_bits(service.on_host(rows), expected)
+    for rows, expected_rows in zip(got, expected, strict=True):
+        assert_same_bits(service.on_host(rows), expected_rows)
     named = server.lookup_many({1: service.keys([12])}, "m")
     assert_same_bits(service.on_host(named[1]), rows_of([12], DIM))
 
@@ -425,7 +426,7 @@ def test_thread_pool_size_bounds_concurrent_fetches(service: Service, threads: i
     for key in range(6):
         assert_same_bits(service.lookup(server, [key]), defaults(1))
     with tier.changed:
-        assert tier.changed.wait_for(lambda: len(tier.inside) >= threads, 30)
+        assert tier.changed.wait_for(lambda: len(tier.inside) >= threads, HANG_SECONDS)
     time.sleep(0.05)  # time for one too many
     working = {thread.name for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")}
     assert len(tier.inside) == threads
@@ -435,7 +436,7 @@ def test_thread_pool_size_bounds_concurrent_fetches(service: Service, threads: i
     assert_same_bits(service.lookup(server, range(6)), rows_of(range(6), DIM))
 
 
-# --- worker buffers ---------------------------------------------------------------------------------------------------
+# --- workspaces -------------------------------------------------------------------------------------------------------
 
 
 def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G18
@@ -445,9 +446,9 @@ def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.
     before = cache_of(server).bytes
 
     def fail(*args: Any) -> None:
-        raise DeviceError("on purpose, in the midst of a lookup")
+        raise DeviceError("on purpose, during a lookup")
 
-    for _ in range(5):  # more often than there are buffers
+    for _ in range(5):  # more often than there are workspaces
         with monkeypatch.context() as broken:
             broken.setattr(EmbeddingCache, "_finish", fail)
             broken.setattr(PreparedLookup, "start", fail)
@@ -472,13 +473,13 @@ def test_tiers_that_break_their_contract_leak_no_workspace(service: Service) -> 
 @pytest.mark.parametrize("percentage", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("drop", [True, False])
 def test_refresh_reloads_rows_changed_in_slower_tiers(service: Service, percentage: float, drop: bool) -> None:  # G20
-    keys = range(30)  # few enough that each finds a way in its own set
+    keys = range(30)  # so few that each finds a way in its set
     entry = {"cache_refresh_percentage_per_iteration": percentage, "gpucacheper": 1.0}
     server, tier = service.open_cold(keys=keys, hit_rate_threshold=1.0, **entry)
     service.lookup(server, keys)
     tier.insert(TAG, np.arange(10, 30), rows_of(range(10, 30), DIM, 1))
     tier.erase(TAG, np.arange(10))
-    assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))  # the cache does not know
+    assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))  # the cache is not told
     server.refresh("m", drop=drop)
     gone = defaults(10) if drop else rows_of(range(10), DIM)
     assert_same_bits(service.lookup(server, keys), np.concatenate([gone, rows_of(range(10, 30), DIM, 1)]))
@@ -487,7 +488,7 @@ def test_refresh_reloads_rows_changed_in_slower_tiers(service: Service, percenta
 
 def test_refresh_asks_no_slower_tier_for_rows_in_host_memory(service: Service) -> None:  # G20
     server = service.open((range(60), DIM), persistent="support.fakes:CountedDictTier", gpucacheper=1.0)
-    tier = service.workshop.behind_host(server)
+    tier = slower_tier(server)
     tier.calls.clear()
     server.refresh("m")
     assert not tier.calls
@@ -497,7 +498,7 @@ def test_refresh_asks_no_slower_tier_for_rows_in_host_memory(service: Service) -
 
 def test_refresh_of_one_table_leaves_the_others(service: Service) -> None:  # G20
     server = service.open(*[(KEYS, DIM)] * 2, volatile=COLD, persistent="support.fakes:DictTier", hit_rate_threshold=1.0)
-    tier = service.workshop.behind_host(server)
+    tier = slower_tier(server)
     for table in (0, 1):
         service.lookup(server, KEYS, table)
         tier.insert(f"hps_et.m.sparse_embedding{table}", np.array(KEYS), rows_of(KEYS, DIM, 1))
@@ -527,22 +528,22 @@ def test_refresh_runs_on_its_timer(service: Service, entry: dict[str, float]) ->
     server.load_model(service.workshop.model((KEYS, DIM), name="timed", deployed_device_list=[service.device or 0], **entry))
     service.lookup(server, KEYS, model="timed")
     tier.insert("hps_et.timed.sparse_embedding0", np.array(KEYS), rows_of(KEYS, DIM, 1))
-    for _ in range(1000):
+    for _ in range(12_000):  # two minutes: a hang
         if service.lookup(server, [0], model="timed")[0, 0] == rows_of([0], DIM, 1)[0, 0]:
             break
         time.sleep(0.01)
     assert_same_bits(service.lookup(server, KEYS, model="timed"), rows_of(KEYS, DIM, 1))
     server.unload_model("timed")
-    assert not server._timer._due
+    assert not due_refreshes(server)
 
 
 # --- writes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("slower", [False, True])
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, behind: bool) -> None:  # D25
-    tier = {"persistent": "support.fakes:DictTier", "hit_rate_threshold": 1.0} if behind else {}
+def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, slower: bool) -> None:  # D25
+    tier = {"persistent": "support.fakes:DictTier", "hit_rate_threshold": 1.0} if slower else {}
     server = service.open((range(40), DIM), **EVERY_TYPE[kind], **tier)
     workshop = service.workshop
     service.lookup(server, range(40))
@@ -559,9 +560,9 @@ def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, 
     assert_same_bits(service.lookup(server, [3, 91, 4]), np.concatenate([rows_of([3, 91], DIM, 3), rows_of([4], DIM)]))
     server.replace_model("m", workshop.table("v2", range(20, 50), DIM, 4))
     keys = [*range(60), 90, 91]
-    wanted = np.where(((np.array(keys) >= 20) & (np.array(keys) < 50))[:, None], rows_of(keys, DIM, 4), DEFAULT)
+    expected = np.where(((np.array(keys) >= 20) & (np.array(keys) < 50))[:, None], rows_of(keys, DIM, 4), DEFAULT)
     for _ in range(2):
-        assert_same_bits(service.lookup(server, keys), wanted)
+        assert_same_bits(service.lookup(server, keys), expected)
     assert stats_of(server).version == 2
     assert_adds_up(server)
 
@@ -570,7 +571,7 @@ def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, 
 def test_a_row_written_during_its_fetch_does_not_enter_the_cache(service: Service, change: str) -> None:
     server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     service.lookup(server, [3])
-    assert tier.fetched.wait(30)
+    assert tier.fetched.wait(HANG_SECONDS)
     if change == "erase":
         server.erase([3], "m", 0)
     else:
@@ -666,11 +667,11 @@ def test_an_invalid_policy_is_refused_before_anything_is_allocated(
     service: Service, monkeypatch: pytest.MonkeyPatch, policy: Any, message: str
 ) -> None:
     server = service.open((KEYS, DIM), gpucache=False)
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     model = service.model((KEYS, DIM), (KEYS, DIM), name="wrong", cache_policy=policy)
     with pytest.raises(PolicyError, match=message):
         server.load_model(model)
-    assert (server._allocator.in_use, server.models) == (before, ("m",))
+    assert (bytes_in_use(server), server.models) == (before, ("m",))
     opened: list[object] = []
     monkeypatch.setattr("hps_numba.server.hps.open_tiers", lambda *args, **options: opened.append(args))
     with pytest.raises(PolicyError, match=message):
@@ -681,7 +682,7 @@ def test_an_invalid_policy_is_refused_before_anything_is_allocated(
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def threads_of_ours() -> list[str]:
+def server_threads() -> list[str]:
     return [
         thread.name for thread in threading.enumerate() if thread.name.startswith(("hps_numba_background", "hps_numba_ref"))
     ]
@@ -690,25 +691,25 @@ def threads_of_ours() -> list[str]:
 @pytest.mark.parametrize("end", ["unload", "close"])
 def test_unload_and_close_free_caches_and_threads(service: Service, end: str) -> None:  # D24
     server, _ = service.open_cold(gpucache=False)
-    in_use = server._allocator.in_use
+    in_use = bytes_in_use(server)
     entry = {"name": "second", "hit_rate_threshold": 0, "refresh_interval": 0.01}
     server.load_model(service.model((range(2000), DIM), **entry))
     service.lookup(server, range(1000), model="second")
-    assert threads_of_ours()
-    caches = [weakref.ref(cache) for cache in server._models["second"].tables[0].caches]
+    assert server_threads()
+    caches = [weakref.ref(cache) for cache in served_table(server, model="second").caches]
     assert len(caches) == 1
     if end == "unload":
         server.unload_model("second")
-        assert server._allocator.in_use <= in_use + 64  # the header of a table stays for readers that come late
+        assert bytes_in_use(server) <= in_use + 64  # the header of a table stays for late readers
         with pytest.raises(UnknownModelError):
             service.lookup(server, [1], model="second")
-        assert threads_of_ours() == ["hps_numba_refresh"]  # the server's, which has nothing to do
+        assert server_threads() == ["hps_numba_refresh"]  # the server's, which is idle
     else:
         server.close()
-        assert server._allocator.in_use == 0
+        assert bytes_in_use(server) == 0
         with pytest.raises(hps_numba.ClosedError):
             service.lookup(server, [1], model="second")
-        assert not threads_of_ours()
+        assert not server_threads()
     gc.collect()
     assert [cache() for cache in caches] == [None]
 
@@ -726,7 +727,10 @@ def test_a_server_that_cannot_be_opened_closes_its_caches(service: Service, monk
     monkeypatch.setattr(EmbeddingCache, "warm", fail)
     with pytest.raises(hps_numba.CapacityError, match="on purpose"):
         service.open((KEYS, DIM), (KEYS, DIM))
-    assert [cache._closed for cache in made] == [True, True]
+    assert len(made) == 2
+    for cache in made:
+        with pytest.raises(hps_numba.ClosedError):
+            warm(cache)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -741,12 +745,12 @@ def test_a_forked_child_answers_from_its_own_cache(on_cpu: Service) -> None:
     keys = [*range(60), 150, 99, 500]
     on_cpu.lookup(server, keys)
     on_cpu.settle(server)
-    wanted = splice(keys, range(200), -7.5)
+    expected = splice(keys, range(200), -7.5)
 
-    def in_the_child() -> bool:
+    def in_child_process() -> bool:
         on_cpu.lookup(server, keys)
         on_cpu.settle(server)
-        right = bool((on_cpu.lookup(server, keys) == wanted).all())
+        right = bool((on_cpu.lookup(server, keys) == expected).all())
         server.update([1], rows_of([1], DIM, 1), "m", 0)
         right &= bool((on_cpu.lookup(server, [1]) == rows_of([1], DIM, 1)).all())
         server.refresh("m")
@@ -754,8 +758,8 @@ def test_a_forked_child_answers_from_its_own_cache(on_cpu: Service) -> None:
         server.close()
         return right
 
-    assert in_child(in_the_child) == 0
-    assert_same_bits(on_cpu.lookup(server, keys), wanted)
+    assert in_child(in_child_process) == 0
+    assert_same_bits(on_cpu.lookup(server, keys), expected)
 
 
 # --- graphs and several devices -----------------------------------------------------------------------------------------
@@ -782,7 +786,7 @@ def test_gpu_a_captured_lookup_follows_changes_of_the_table(workshop: Workshop) 
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         graph = capture(server, keys, out, stream)
-        for first in (0, 150, 300):  # rows that the cache has, rows that it lacks, keys that are nowhere
+        for first in (0, 150, 300):  # rows in the cache, rows that it lacks, keys in no tier
             keys[:] = cupy.arange(first, first + 300)
             graph.launch(stream)
             stream.synchronize()
@@ -810,14 +814,14 @@ def test_gpu_a_graph_cannot_wait_for_slower_tiers(workshop: Workshop) -> None:  
 def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # G36, G38
     count = driver.device_count()
     if count < 2:
-        pytest.skip(f"{count} device, wanted 2")
+        pytest.skip(f"needs 2 devices, there are {count}")
     order = [1, 0]
     server = workshop.open(workshop.model((range(500), DIM), deployed_device_list=order))
     keys = np.random.default_rng(7).integers(0, 520, 300)
-    wanted = splice(keys, range(500), -7.5)
+    expected = splice(keys, range(500), -7.5)
     services = [Service(workshop, device) for device in order]
     for service in services:
-        assert_same_bits(service.lookup(server, keys), wanted)
+        assert_same_bits(service.lookup(server, keys), expected)
     assert [cache.device for cache in stats_of(server).caches] == order
     assert [cache.keys for cache in stats_of(server).caches] == [300, 300]
     server.update([5], rows_of([5], DIM, 1), "m", 0)
@@ -831,7 +835,7 @@ def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # 
 def test_gpu_only_listed_devices_serve(workshop: Workshop) -> None:  # G38
     count = driver.device_count()
     if count < 2:
-        pytest.skip(f"{count} device, wanted 2")
+        pytest.skip(f"needs 2 devices, there are {count}")
     server = workshop.open(workshop.model((range(50), DIM), deployed_device_list=[1]))
     assert_same_bits(Service(workshop, 1).lookup(server, range(50)), rows_of(range(50), DIM))
     with pytest.raises(DeviceError, match=r"deployed on \[1\], not on 0"):

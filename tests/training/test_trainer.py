@@ -1,4 +1,4 @@
-"""Steps of an optimizer on rows of a server: what is read, written, remembered and made, without any framework."""
+"""Optimizer steps on rows of a server: what they read, write, keep and create, without any framework."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
+from support.internals import HANG_SECONDS
 from support.oracles import rows_of
 
 from hps_numba import ArrayError, ClosedError, ConfigError, TierError
 from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
 from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
-DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
+DIM = 17  # as in tests/cache, so that kernels are compiled once for both
 RULES: list[Rule] = [Sgd(0.1), Adagrad(0.1, initial_accumulator_value=0.5), Adam(0.1)]
 
 
@@ -35,7 +36,7 @@ def naive_step(rule: Rule, row: np.ndarray, gradient: np.ndarray, state: dict[st
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("cached", [False, True])
 def test_steps_equal_the_formula(workshop: Workshop, rule: Rule, cached: bool) -> None:
-    """Rows of a table larger than its cache, some of them new, one of them erased on the way."""
+    """Rows of a table larger than its cache, some of them new, one of them erased meanwhile."""
     server = workshop.open(workshop.model((range(100), DIM), gpucacheper=0.2), cache_on_cpu=cached)
     trainer = RowTrainer(server, "m", 0, rule, Zeros())
     table = {key: rows_of(key, DIM).astype(np.float64) for key in range(100)}
@@ -49,8 +50,8 @@ def test_steps_equal_the_formula(workshop: Workshop, rule: Rule, cached: bool) -
             row = table.get(key, np.zeros(DIM))
             table[key] = naive_step(rule, row, gradient, states.setdefault(key, {}), steps)
         some = random.integers(0, 110, 50)
-        wanted = np.array([table.get(key, np.full(DIM, -7.5)) for key in some.tolist()])
-        np.testing.assert_allclose(server.lookup(some, "m", 0), wanted, rtol=1e-4, atol=1e-4)
+        expected = np.array([table.get(key, np.full(DIM, -7.5)) for key in some.tolist()])
+        np.testing.assert_allclose(server.lookup(some, "m", 0), expected, rtol=1e-4, atol=1e-4)
         if steps == 15:
             server.erase([keys[0]], "m", 0)
             del table[keys[0]], states[keys[0]]
@@ -90,14 +91,14 @@ def test_read_modify_write_is_atomic(workshop: Workshop) -> None:
     for thread in (looking, *threads):
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(HANG_SECONDS)
     stop.set()
-    looking.join(100)
+    looking.join(HANG_SECONDS)
     assert not torn and (server.lookup(np.arange(50), "m", 0) == 200).all()
 
 
 def test_read_modify_write_reads_every_tier(workshop: Workshop) -> None:
-    server, behind = workshop.open_cold(volatile=KEEPING)
+    server, tier = workshop.open_cold(volatile=KEEPING)
     seen = []
 
     def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -108,8 +109,8 @@ def test_read_modify_write_reads_every_tier(workshop: Workshop) -> None:
     rows, found = seen[0]
     assert found.tolist() == [True, False] and np.array_equal(rows[0], rows_of(3, 3)) and (rows[1] == -7.5).all()
     assert np.array_equal(server.lookup([3, 100], "m", 0), rows * 2)
-    found_behind = behind.fetch("hps_et.m.sparse_embedding0", np.array([3]), out := np.zeros((1, 3), np.float32)).found
-    assert not found_behind.any() or np.array_equal(out, rows[:1] * 2)
+    found = tier.fetch("hps_et.m.sparse_embedding0", np.array([3]), out := np.zeros((1, 3), np.float32)).found
+    assert not found.any() or np.array_equal(out, rows[:1] * 2)
     with server.locked_table("m", 0) as (keys, read):
         assert keys.tolist() == [*range(9), 100] and np.array_equal(read(np.array([4])), rows_of([4], 3))
 
@@ -133,9 +134,9 @@ def test_a_failed_step_changes_no_row(workshop: Workshop) -> None:
 
 
 def test_a_failing_tier_fails_the_step(workshop: Workshop) -> None:
-    server, behind = workshop.open_cold("support.fakes:FlakyDictTier")
+    server, tier = workshop.open_cold("support.fakes:FlakyDictTier")
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
-    behind.fail_on = {"fetch"}
+    tier.fail_on = {"fetch"}
     with pytest.raises(TierError):
         trainer.step(np.array([3]), np.ones((1, 3), np.float32))
     assert not trainer.steps and not len(trainer.state_keys())
