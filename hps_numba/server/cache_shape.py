@@ -1,4 +1,4 @@
-"""What the config says of the size of a table's caches."""
+"""How large the caches of a table are, from the config."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hps_numba.config import ModelConfig, TableSpec
 
 __all__ = ["cache_shape", "shape_bytes"]
 
-_SET_OF_THE_ORIGINAL = 64  # ways: capacities are rounded up to it (spec 6.4)
+_CAPACITY_STEP = 64  # rows: a set of HugeCTR HPS, in whose multiples its capacities come (checklist G09)
 
 
 def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | None:
     """The shape of the caches of a table with ``rows`` rows, or None if it is not cached.
 
-    Capacity after spec 6.4: ``floor(gpucacheper * rows)``, at least 64, in steps of 64; with ``cache_size_bytes``, as many rows
-    as fit into so many bytes.
+    The capacity is ``floor(gpucacheper * rows)``, at least 64 and rounded up to a multiple of 64 (checklist G09); with
+    ``cache_size_bytes``, as many rows as fit into so many bytes (checklist G10).
     """
     kind = model.embedding_cache_type
     if kind == "static":
@@ -26,18 +26,18 @@ def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | 
         return None
     if spec.cache_size_bytes:
         return _shape_of_bytes(spec, kind, rows)
-    wanted = math.floor(rows * Fraction(repr(spec.gpucacheper)))
+    capacity = math.floor(rows * Fraction(repr(spec.gpucacheper)))
     if kind == "uvm":
-        return CacheShape("uvm", max(wanted, 1), False)
-    rounded = -(-max(wanted, _SET_OF_THE_ORIGINAL) // _SET_OF_THE_ORIGINAL) * _SET_OF_THE_ORIGINAL
+        return CacheShape("uvm", max(capacity, 1), False)
+    rounded = -(-max(capacity, _CAPACITY_STEP) // _CAPACITY_STEP) * _CAPACITY_STEP
     return CacheShape("dynamic", rounded, spec.gpucacheper == 1)
 
 
 def _shape_of_bytes(spec: TableSpec, kind: str, rows: int) -> CacheShape:
     if kind == "uvm":
         return CacheShape(kind, _max_rows(spec, rows, fixed=True, whole=False), False)
-    if shape_bytes(spec, CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)) <= spec.cache_size_bytes:
-        return CacheShape(kind, max(rows, _SET_OF_THE_ORIGINAL), True)
+    if shape_bytes(spec, CacheShape(kind, max(rows, _CAPACITY_STEP), True)) <= spec.cache_size_bytes:
+        return CacheShape(kind, max(rows, _CAPACITY_STEP), True)
     return CacheShape(kind, _max_rows(spec, 1 << 40, fixed=False, whole=False), False)
 
 

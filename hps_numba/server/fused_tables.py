@@ -1,4 +1,4 @@
-"""Which tables of a model are looked up together on a device: those of one width and kind, as many as a launch takes."""
+"""Which tables of a model are looked up together on a device: those of one width and type, as many as a launch takes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ from hps_numba.server.table import ServedTable
 __all__ = ["FusedLookup", "FusedTables"]
 
 log = logging.getLogger(__name__)
-_MAX = 32  # selections of tables of a model that get buffers of their own
+MAX_SELECTIONS = 32  # of tables of a model that get workspaces of their own
+Launch = tuple[EmbeddingCache | CacheGroup, tuple[int, ...]]
+"""What one launch looks up, and the positions of its tables in the selection."""
 
 
 class FusedLookup:
-    """Some tables of a model on one device, in a fixed order, a table perhaps more than once.   **Threads:** ``lookup``."""
+    """Some tables of a model on one device, in a fixed order, a table perhaps more than once.
 
-    def __init__(self, parts: Sequence[tuple[EmbeddingCache | CacheGroup, tuple[int, ...]]]) -> None:
-        self._parts = tuple(parts)
-        self._whole = parts[0][0] if len(parts) == 1 and isinstance(parts[0][0], CacheGroup) else None
+    Args:
+        launches: that look up all of them.
+
+    Thread safety: every method.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self._launches = tuple(launches)
+        only = launches[0][0] if len(launches) == 1 else None
+        self._single_group = only if isinstance(only, CacheGroup) else None
 
     @property
     def launches(self) -> int:
-        """Kernels that look up; those that insert are as many."""
-        return len(self._parts)
+        """How many kernels look up; as many insert."""
+        return len(self._launches)
 
     def lookup(
         self,
@@ -42,41 +51,52 @@ class FusedLookup:
         key_form: str = "int64",
         out_type: str = "float32",
     ) -> None:
-        """``CacheGroup.lookup``: addresses of keys, their numbers, and addresses of answers, in the order of the tables."""
-        if self._whole is not None:
-            self._whole.lookup(keys, counts, outs, stream, key_form=key_form, out_type=out_type)
+        """Look up every table, in the order of a stream.
+
+        Args:
+            keys: address of the keys of each table.   counts: how many.   outs: address of the rows of each table.
+            key_form, out_type: as for ``EmbeddingCache.lookup``, of all tables.
+
+        Raises:
+            ClosedError: the tables were closed, or a policy was switched; then ``FusedTables.on`` has another ``FusedLookup``.
+        """
+        if self._single_group is not None:
+            self._single_group.lookup(keys, counts, outs, stream, key_form=key_form, out_type=out_type)
             return
-        for part, positions in self._parts:
-            if isinstance(part, CacheGroup):
-                mine, n, to = ([given[i] for i in positions] for given in (keys, counts, outs))
-                part.lookup(mine, n, to, stream, key_form=key_form, out_type=out_type)
+        for target, positions in self._launches:
+            if isinstance(target, CacheGroup):
+                some_keys, some_counts, some_outs = ([given[i] for i in positions] for given in (keys, counts, outs))
+                target.lookup(some_keys, some_counts, some_outs, stream, key_form=key_form, out_type=out_type)
             else:
                 (i,) = positions
-                part.lookup(keys[i], counts[i], outs[i], stream, key_form=key_form, out_type=out_type)
+                target.lookup(keys[i], counts[i], outs[i], stream, key_form=key_form, out_type=out_type)
+
+    def _groups(self) -> list[CacheGroup]:
+        return [target for target, _ in self._launches if isinstance(target, CacheGroup)]
 
     def retire(self) -> None:
-        """Take no more lookups; graphs that captured one go on."""
-        for part, _ in self._parts:
-            if isinstance(part, CacheGroup):
-                part.retire()
+        """Refuse further lookups; graphs that captured one go on."""
+        for group in self._groups():
+            group.retire()
 
     def close(self) -> None:
-        """Give the buffers back; the caches stay."""
-        for part, _ in self._parts:
-            if isinstance(part, CacheGroup):
-                part.close()
+        """Free the workspaces; the caches stay."""
+        for group in self._groups():
+            group.close()
 
 
 class FusedTables:
-    """The selections of tables that were asked for, of one model.   **Threads:** all methods.
+    """The selections of tables that were asked for, of one model.
 
     Args:
         buffers: as for ``CacheGroup``.
+
+    Thread safety: every method.
     """
 
     def __init__(self, buffers: int) -> None:
         self._buffers = buffers
-        self._made: dict[tuple[int, tuple[ServedTable, ...]], FusedLookup] = {}
+        self._fused: dict[tuple[int, tuple[ServedTable, ...]], FusedLookup] = {}
         self._retired: list[FusedLookup] = []
         self._closed = False
         self.reset_after_fork()
@@ -87,14 +107,14 @@ class FusedTables:
         self._lock = threading.Lock()
 
     def on(self, device: int, tables: Sequence[ServedTable]) -> FusedLookup | None:
-        """How these tables are looked up on a device; None if one has no cache there, or slower tiers to wait for.
+        """How these tables are looked up on a device; None if one has no cache there, or has slower tiers to wait for.
 
         Raises:
             ClosedError: the model was unloaded.
         """
         key = device, tuple(tables)
-        made = self._made.get(key)
-        if made is None:
+        fused = self._fused.get(key)
+        if fused is None:
             caches = [table.cache_on(device) for table in tables]
             present = [cache for cache, table in zip(caches, tables) if cache is not None and table.pools_on(cache, 0)]
             if not tables or len(present) < len(tables):
@@ -102,59 +122,62 @@ class FusedTables:
             with self._lock:
                 if self._closed:
                     raise ClosedError("the tables are closed")
-                made = self._made.get(key)
-                if made is None:
-                    if len(self._made) == _MAX:
-                        log.warning("more than %d selections of tables: the others are looked up table by table", _MAX)
-                    alone = len(self._made) >= _MAX
-                    made = self._made[key] = FusedLookup(self._parts(present, alone))
-        return made
+                fused = self._fused.get(key)
+                if fused is None:
+                    fused = self._fused[key] = FusedLookup(self._launches(present))
+        return fused
 
-    def _parts(
-        self, caches: Sequence[EmbeddingCache], alone: bool
-    ) -> list[tuple[EmbeddingCache | CacheGroup, tuple[int, ...]]]:
-        """Launches, each with its tables: of one kin, each table once, as many as there may be."""
-        if alone:
+    def _launches(self, caches: Sequence[EmbeddingCache]) -> list[Launch]:
+        """One launch for the tables of each fusion key, if not too many have workspaces of their own already."""
+        if len(self._fused) >= MAX_SELECTIONS:
+            if len(self._fused) == MAX_SELECTIONS:
+                log.warning("more than %d selections of tables: the others are looked up table by table", MAX_SELECTIONS)
             return [(cache, (i,)) for i, cache in enumerate(caches)]
-        open_: list[dict[EmbeddingCache, int]] = []
-        for i, cache in enumerate(caches):
-            for launch in open_:
-                if len(launch) < MAX_TABLES and cache not in launch and next(iter(launch)).fusion_key == cache.fusion_key:
-                    launch[cache] = i
-                    break
-            else:
-                open_.append({cache: i})
-        parts: list[tuple[EmbeddingCache | CacheGroup, tuple[int, ...]]] = []
+        launches: list[Launch] = []
         with ExitStack() as undo:
-            for launch in open_:
-                if len(launch) == 1:
-                    parts.append(next(iter((cache, (i,)) for cache, i in launch.items())))
+            for bundle in _bundles(caches):
+                positions = tuple(bundle.values())
+                if len(bundle) == 1:
+                    launches.append((next(iter(bundle)), positions))
                     continue
-                group = CacheGroup(list(launch), buffers=self._buffers)
+                group = CacheGroup(list(bundle), buffers=self._buffers)
                 undo.callback(group.close)
-                parts.append((group, tuple(launch.values())))
+                launches.append((group, positions))
             undo.pop_all()
-        return parts
+        return launches
 
     @contextmanager
     def without(self, table: ServedTable) -> Iterator[None]:
-        """A block in which no table is looked up together with this one, as its caches change their kind.
+        """A block in which no table is looked up together with this one, whose caches change their fusion key.
 
-        Who has a ``FusedLookup`` of it meets ClosedError, and asks again, which waits for the end of the block.
+        Whoever holds a ``FusedLookup`` of it gets ClosedError and asks again, which waits for the end of the block.
         """
         with self._lock:
-            for key in [key for key in self._made if table in key[1]]:
-                together = self._made.pop(key)
-                self._retired.append(together)
-                together.retire()
+            for key in [key for key in self._fused if table in key[1]]:
+                fused = self._fused.pop(key)
+                self._retired.append(fused)
+                fused.retire()
             yield
 
     def close(self) -> None:
-        """Give all buffers back after the lookups at work; no graph that captured one may run any more."""
+        """Free all workspaces, after the lookups in progress; no graph that captured one may run any more."""
         with self._lock:
             self._closed = True
-            made = [*self._made.values(), *self._retired]
-            self._made.clear()
+            every = [*self._fused.values(), *self._retired]
+            self._fused.clear()
             self._retired.clear()
-        for together in made:
-            together.close()
+        for fused in every:
+            fused.close()
+
+
+def _bundles(caches: Sequence[EmbeddingCache]) -> list[dict[EmbeddingCache, int]]:
+    """Caches of one fusion key, each once and as many as a launch takes, with their positions."""
+    bundles: list[dict[EmbeddingCache, int]] = []
+    for position, cache in enumerate(caches):
+        for bundle in bundles:
+            if len(bundle) < MAX_TABLES and cache not in bundle and next(iter(bundle)).fusion_key == cache.fusion_key:
+                bundle[cache] = position
+                break
+        else:
+            bundles.append({cache: position})
+    return bundles

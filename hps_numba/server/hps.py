@@ -24,7 +24,8 @@ from hps_numba.server.lookups import ServerLookups
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
 from hps_numba.server.plan import Plan, make_plan, plan_of
 from hps_numba.server.stats import TableStats
-from hps_numba.server.table import Change, ServedTable
+from hps_numba.server.table import ServedTable
+from hps_numba.server.table_writes import Change
 from hps_numba.storage.tier_stack import TierStack, open_tiers
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
@@ -168,12 +169,12 @@ class HPS(ServerLookups):
                 a tier that is read only, which would show again.
         """
         table = self._table(model_name, table_id)
-        return table.insert(*self._keys_and_rows(keys, rows, table))
+        return table.writes.insert(*self._keys_and_rows(keys, rows, table))
 
     def update(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
         """Write the rows of those keys that exist; returns how many of ``keys`` did. Otherwise as ``insert``."""
         table = self._table(model_name, table_id)
-        return table.update(*self._keys_and_rows(keys, rows, table))
+        return table.writes.update(*self._keys_and_rows(keys, rows, table))
 
     def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
         """Write what a function makes of the rows of some keys, with no other write to the table between.
@@ -190,7 +191,9 @@ class HPS(ServerLookups):
         """
         table = self._table(model_name, table_id)
         flat = as_keys(keys, wide=self._wide).flat
-        return table.read_modify_write(flat, lambda rows, found: as_rows(change(rows, found), (len(flat), table.spec.dim)))
+        return table.writes.read_modify_write(
+            flat, lambda rows, found: as_rows(change(rows, found), (len(flat), table.spec.dim))
+        )
 
     @contextmanager
     def locked_table(
@@ -204,19 +207,19 @@ class HPS(ServerLookups):
             As ``lookup``; TierError if a slower tier cannot tell what it has.
         """
         table = self._table(model_name, table_id)
-        with table.changing():
-            yield table.keys(), lambda some: table.read(some)[0]
+        with table.writes.changing():
+            yield table.writes.keys(), lambda some: table.writes.read(some)[0]
 
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
         table = self._table(model_name, table_id)
-        return table.erase(as_keys(keys, wide=self._wide).flat)
+        return table.writes.erase(as_keys(keys, wide=self._wide).flat)
 
     def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
         """bool array of the shape of ``keys``: which have a row in some tier."""
         table = self._table(model_name, table_id)
         batch = as_keys(keys, wide=self._wide)
-        return table.contains(batch.flat).reshape(batch.shape)
+        return table.writes.contains(batch.flat).reshape(batch.shape)
 
     def _keys_and_rows(self, keys: Any, rows: Any, table: ServedTable) -> tuple[np.ndarray, np.ndarray]:
         batch = as_keys(keys, wide=self._wide)
@@ -243,7 +246,7 @@ class HPS(ServerLookups):
         if dump.pairs and dump.dim != table.spec.dim:
             raise ModelFileError(f"{path}: rows of width {dump.dim}, table {table.spec.tag} wants {table.spec.dim}")
         for keys, rows in dump.chunks(self.config.volatile_db.max_batch_size):
-            table.insert(keys, rows)
+            table.writes.insert(keys, rows)
         return dump.pairs
 
     def _fastest(self, table: ServedTable) -> Tier:

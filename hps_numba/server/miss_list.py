@@ -13,61 +13,63 @@ _DTYPES = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32,
 
 
 class MissList:
-    """A list in the memory of a cache that its lookup fills, for one batch.
+    """A list in the memory of a cache's device that a lookup fills, for one batch: their number, then their positions, int64.
 
     Args:
-        keys: the batch.   stream: of the lookup.
-        later: the list is read after the call, when the caller may have overwritten the keys: keep a copy.
+        cache: the cache that looks up.   keys: the batch.   stream: of the lookup.
+        read_later: the list is read after the call returns, when the caller may have overwritten the keys: keep a copy of them.
 
-    **Threads:** one at a time; ``release`` after the lookup has ended.
+    Attributes:
+        address: of the list, for ``EmbeddingCache.lookup``.
+
+    Thread safety: one thread at a time; ``release`` after the lookup has ended.
     """
 
-    def __init__(self, cache: EmbeddingCache, keys: DeviceKeys, stream: int, *, later: bool) -> None:
-        self._place, self._keys, self._stream = cache.backend, keys, stream
-        size = keys.n * np.dtype(_DTYPES[keys.form]).itemsize if later else 0
+    def __init__(self, cache: EmbeddingCache, keys: DeviceKeys, stream: int, *, read_later: bool) -> None:
+        self._backend, self._keys, self._stream = cache.backend, keys, stream
+        copy_bytes = keys.n * np.dtype(_DTYPES[keys.form]).itemsize if read_later else 0
         list_bytes = 8 * (1 + keys.n)
-        with self._place.current():
-            self._memory = self._place.allocate(list_bytes + size, f"{cache.name}: keys for slower tiers")
+        with self._backend.current():
+            self._memory = self._backend.allocate(list_bytes + copy_bytes, f"{cache.name}: keys for slower tiers")
             self.address = self._memory.address
-            self._source = keys.address
-            if later:
-                self._source = self.address + list_bytes
-                self._place.copy(self._source, keys.address, size, stream)
-            self._event = self._place.new_event()
+            self._keys_address = keys.address
+            if read_later:
+                self._keys_address = self.address + list_bytes
+                self._backend.copy(self._keys_address, keys.address, copy_bytes, stream)
+            self._event = self._backend.new_event()
 
     def record(self) -> None:
-        """The lookup is on the stream."""
-        with self._place.current():
-            self._place.record(self._event, self._stream)
+        """Note that the lookup is on the stream: ``count`` waits for what is there now."""
+        with self._backend.current():
+            self._backend.record(self._event, self._stream)
 
     def count(self) -> int:
         """How many keys are on the list: the one wait of a lookup."""
-        with self._place.current():
-            stream = self._place.new_stream()
-            try:
-                self._place.wait(stream, self._event)
-                word = np.empty(1, np.int64)
-                self._place.to_host(word, self.address, stream)
-            finally:
-                self._place.destroy_stream(stream)
+        word = np.empty(1, np.int64)
+        self._copy_to_host((word, self.address))
         return int(word[0])
 
     def read(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """``(positions, keys)`` of the list, both int64 ``[count]``, by position; after ``count``."""
         positions = np.empty(count, np.int64)
         keys = np.empty(self._keys.n, _DTYPES[self._keys.form])
-        with self._place.current():
-            stream = self._place.new_stream()
-            try:
-                self._place.to_host(positions, self.address + 8, stream)
-                self._place.to_host(keys, self._source, stream)
-            finally:
-                self._place.destroy_stream(stream)
+        self._copy_to_host((positions, self.address + 8), (keys, self._keys_address))
         positions.sort()
         return positions, keys[positions].astype(np.int64)
 
+    def _copy_to_host(self, *copies: tuple[np.ndarray, int]) -> None:
+        """Fill each array from an address, after the lookup, and wait."""
+        with self._backend.current():
+            stream = self._backend.new_stream()
+            try:
+                self._backend.wait(stream, self._event)
+                for array, address in copies:
+                    self._backend.to_host(array, address, stream)
+            finally:
+                self._backend.destroy_stream(stream)
+
     def release(self) -> None:
-        """Give the list back."""
-        with self._place.current():
-            self._place.destroy_event(self._event)
+        """Free the list."""
+        with self._backend.current():
+            self._backend.destroy_event(self._event)
             self._memory.release()

@@ -1,9 +1,9 @@
-"""How many bytes a config will take, said before anything is allocated."""
+"""How many bytes a config will take, computed before anything is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hps_numba.cache.index_mirror import may_mirror
@@ -21,7 +21,7 @@ from hps_numba.storage.model_files import open_model
 __all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
 
 _IN_HOST_MEMORY = ("hash_map", "parallel_hash_map")
-#: keys that are in flight while a table is loaded
+#: bytes of keys that are in flight while a table is loaded
 LOADING_BYTES = 16 << 20
 
 
@@ -30,14 +30,17 @@ class TablePlan:
     """Bytes of one table.
 
     Attributes:
+        model: name of the model.
+        table: name of the table.
+        dim: elements of a row.
         rows: rows in the file, duplicates included.
         host_rows: rows that host memory will hold at the start.
         host_bytes: bytes they take, index included.
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
         cache_rows: rows that each cache has room for, or 0.
-        cache_bytes: bytes that each cache takes, without the buffers of batches.
-        index_mirror_bytes: bytes that a copy of host memory's index takes beside each cache on a device, if there is room.
-        devices: CUDA ordinals that have a cache of the table; with none, ``cache_bytes`` are of host memory.
+        cache_bytes: bytes that each cache takes, without the workspaces of lookups.
+        index_mirror_bytes: bytes that the mirror of host memory's index takes beside each cache on a device, if there is room.
+        devices: CUDA ordinals that have a cache of the table; if empty, ``cache_bytes`` are of host memory.
     """
 
     model: str
@@ -55,7 +58,7 @@ class TablePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes of a server, a tier at a time.
+    """Bytes of a server, by tier.
 
     Attributes:
         tables: one plan a table.
@@ -79,7 +82,7 @@ class Plan:
 
     @property
     def index_mirror_bytes(self) -> dict[int, int]:
-        """Bytes of the copies of indexes on each device, if there is room for all of them (``cache.index_mirror``)."""
+        """Bytes of the index mirrors on each device, if there is room for all of them (``cache.index_mirror``)."""
         return self._on_devices(lambda table: table.index_mirror_bytes)
 
     def _on_devices(self, size_of: Callable[[TablePlan], int]) -> dict[int, int]:
@@ -88,11 +91,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """The machine has that much free."""
+        """Whether the machine has that much host memory free."""
         return self.host_bytes + self.loading_bytes <= self.available_bytes
 
     def check(self) -> None:
-        """Raise CapacityError if the plan does not fit, naming the largest table."""
+        """Compare the plan with the free memory of the machine and its devices.
+
+        Raises:
+            CapacityError: the plan does not fit; the message names the largest table.
+        """
         for device, size in self.device_bytes.items():
             free = driver.free_bytes(device)
             if size > free:
@@ -137,23 +144,20 @@ def plan_table(
 
     Args:
         source: sparse model to load instead of the table's own.
-        fills_host: rows are loaded into host memory; by default what the config says of the start.
+        fills_host: rows are loaded into host memory; by default as the config says for the start.
+
+    Raises:
+        ModelFileError: the sparse model is missing or does not fit the table.
     """
     with open_model(source or spec.source, spec.dim) as reader:
         rows = reader.rows
-    if fills_host is None:
-        fills_host = config.volatile_db.initialize_after_startup
-    keeps_rows = config.volatile_db.type in _IN_HOST_MEMORY
-    fills_host = fills_host and keeps_rows
-    host_rows = _host_rows(config.volatile_db, rows) if fills_host else 0
-    recency = RECENCY_OF_POLICY[config.volatile_db.overflow_policy] if _bound(config.volatile_db) else 0
-    model = next(model for model in config.models if model.model == spec.model)
-    places = _cache_places(config, model.deployed_device_list)
-    shape = None if places is None else cache_shape(model, spec, host_rows if keeps_rows and fills_host else rows)
-    copies = shape is not None and places and keeps_rows and may_mirror(shape.kind, shape.whole, model.miss_path)
-    index_mirror = index_bytes(lines_for(host_rows)) if copies else 0
+    host = config.volatile_db
+    keeps_rows = host.type in _IN_HOST_MEMORY
+    fills_host = keeps_rows and (host.initialize_after_startup if fills_host is None else fills_host)
+    host_rows = _host_rows(host, rows) if fills_host else 0
+    recency = RECENCY_OF_POLICY[host.overflow_policy] if _bound(host) else 0
     persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
-    return TablePlan(
+    plan = TablePlan(
         model=spec.model,
         table=spec.name,
         dim=spec.dim,
@@ -161,26 +165,42 @@ def plan_table(
         host_rows=host_rows,
         host_bytes=content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0,
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
-        cache_rows=0 if shape is None else shape.rows,
-        cache_bytes=0 if shape is None else shape_bytes(spec, shape),
-        index_mirror_bytes=index_mirror,
-        devices=places if shape is not None and places else (),
+    )
+    return _with_caches(plan, config, spec, host_rows if fills_host else rows, keeps_rows=keeps_rows)
+
+
+def _with_caches(plan: TablePlan, config: ServerConfig, spec: TableSpec, rows: int, *, keeps_rows: bool) -> TablePlan:
+    """The plan of a table with that of its caches, which are opened for so many rows."""
+    model = next(model for model in config.models if model.model == spec.model)
+    devices = _cache_devices(config, model.deployed_device_list)
+    shape = None if devices is None else cache_shape(model, spec, rows)
+    if devices is None or shape is None:
+        return plan
+    mirrors = devices and keeps_rows and may_mirror(shape.kind, shape.whole, model.miss_path)
+    return replace(
+        plan,
+        cache_rows=shape.rows,
+        cache_bytes=shape_bytes(spec, shape),
+        index_mirror_bytes=index_bytes(lines_for(plan.host_rows)) if mirrors else 0,
+        devices=devices,
     )
 
 
-def _cache_places(config: ServerConfig, listed: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The devices with a cache of a table; none of them if it is in host memory, and None if there is no cache."""
+def _cache_devices(config: ServerConfig, listed: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The devices with a cache of a table; empty if the cache is in host memory, None if there is none."""
     if listed and driver.device_count():
         return listed
     return () if config.cache_on_cpu and not driver.device_count() else None
 
 
 def _bound(section: VolatileDatabaseConfig) -> int | None:
+    """The most rows that host memory keeps of a table, or None: any number."""
     bound = section.overflow_margin * section.num_partitions
     return None if bound >= 2**64 - 1 else bound
 
 
 def _host_rows(section: VolatileDatabaseConfig, rows: int) -> int:
-    wanted = rows_to_load(rows, section.initial_cache_rate)
+    """Rows that host memory has room for once a file of so many is loaded."""
+    loaded = rows_to_load(rows, section.initial_cache_rate)
     bound = _bound(section)
-    return wanted if bound is None else min(wanted, bound + section.max_batch_size)
+    return loaded if bound is None else min(loaded, bound + section.max_batch_size)

@@ -1,4 +1,4 @@
-"""What a server did: counters that any thread adds to without a lock, and their readings."""
+"""What a server did: counters that any thread adds to without a lock, and snapshots of them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,26 @@ __all__ = ["CacheStats", "Counters", "TableStats"]
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """One cache of a table since the server started.
+    """One cache of a table: sizes now, and counts since the server started.
+
+    Keys are counted as asked for, duplicates included: ``keys == hits + misses``.
 
     Attributes:
         device: CUDA ordinal, or None for a cache in host memory.
-        capacity: rows that it has room for.
+        capacity: rows that the cache has room for.
         resident: rows that it held when it was last filled or refreshed.
-        bytes: bytes of the device that it takes, with the buffers of batches so far.
-        calls, keys: lookups and keys asked for.   hits, misses: keys that it had, or lacked.
-        absent: keys that host memory lacked too.
-        insertions: rows that entered after a lookup.   evictions: rows that left for others.
-        stale_dropped: rows that changed in host memory on their way into the cache, and were not shown.
-        refused: newcomers that the policy did not admit.   policy: its name.
+        bytes: bytes of memory that it takes, with the workspaces of lookups so far.
+        calls: lookups.
+        keys: keys that lookups asked for.
+        misses: keys that were not in the cache.
+        absent: keys that were not in host memory either.
+        insertions: rows that entered after a lookup.
+        evictions: rows that were evicted for others.
+        stale_dropped: rows that changed in host memory on their way into the cache and were dropped.
+        refused: insertion candidates that the policy did not admit.
         staged: lookups whose missed rows were gathered by host threads (``miss_path``).
-        index_mirror_bytes: of ``bytes``, those of a copy of host memory's index that misses are looked up in now, or 0.
+        index_mirror_bytes: of ``bytes``, those of the index mirror that misses are looked up in now, or 0.
+        policy: name of the cache policy.
     """
 
     device: int | None
@@ -57,25 +63,30 @@ class CacheStats:
 
     @property
     def hits(self) -> int:
-        """Keys that it had."""
+        """Keys that were in the cache."""
         return self.keys - self.misses
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableStats:
-    """One table since the server started. Keys are counted as asked for, duplicates included.
+    """One table: sizes now, and counts since the server started.
+
+    Keys are counted as asked for, duplicates included; each is counted where it was answered:
+    ``keys == cache_hits + host_hits + tier_hits + absent + unanswered`` once background jobs have ended.
 
     Attributes:
+        model: name of the model.
+        table: name of the table.
         rows: rows in host memory.
         bytes: bytes of host memory in use, index included.
         calls: lookups.
         keys: keys asked for.
         host_hits: keys answered from host memory.
         tier_hits: keys answered from slower tiers.
-        absent: keys that no tier has, answered with the default value.
+        absent: keys that are in no tier, answered with the default value.
         unanswered: keys answered with the default value because a slower tier was late or failed: they may exist.
         tier_errors: failed calls of slower tiers.
-        evicted: rows that the bound of the host store pushed out.
+        evicted: rows that host memory evicted to keep its bound.
         version: number of the model's content, 1 at first and one more with each replacement.
         caches: what each cache did, one a device; ``keys``, ``calls`` and hits above count their lookups too.
     """
@@ -102,7 +113,7 @@ class TableStats:
 
     @property
     def cache_misses(self) -> int:
-        """Keys that a cache was asked for and lacked."""
+        """Keys that a cache was asked for and that were not in it."""
         return sum(cache.misses for cache in self.caches)
 
     @property
@@ -112,7 +123,7 @@ class TableStats:
 
     @property
     def cache_evictions(self) -> int:
-        """Rows that left caches for others."""
+        """Rows that caches evicted for others."""
         return sum(cache.evictions for cache in self.caches)
 
     @property
@@ -127,13 +138,19 @@ class TableStats:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of the keys that caches were asked for and had; 1.0 before the first key."""
+        """Share of the keys that caches were asked for and that were in them; 1.0 before the first key."""
         asked = self.cache_hits + self.cache_misses
         return self.cache_hits / asked if asked else 1.0
 
 
 class Counters:
-    """The ``layout.COUNTER_*`` words of one table.   **Threads:** ``add`` from any thread, wait-free."""
+    """The counters of one table, words at the offsets ``kernels.layouts.host_store.COUNTER_*``, which kernels also add to.
+
+    Attributes:
+        address: of the first word.
+
+    Thread safety: every method; wait-free.
+    """
 
     def __init__(self) -> None:
         self._words = np.zeros(COUNTER_BYTES // 8, np.int64)
@@ -143,6 +160,12 @@ class Counters:
         """Add ``amount`` to one counter."""
         if amount:
             count(self.address + counter, amount)
+
+    def add_missed_call(self, n: int) -> None:
+        """Count a lookup of ``n`` keys, none of them in host memory."""
+        self.add(COUNTER_CALLS, 1)
+        self.add(COUNTER_KEYS, n)
+        self.add(COUNTER_MISSES, n)
 
     def _get(self, counter: int) -> int:
         return int(self._words[counter // 8])
@@ -157,14 +180,16 @@ class Counters:
         evicted: int,
         version: int,
         caches: tuple[CacheStats, ...] = (),
-        asks_further: bool = False,
+        has_slower_tiers: bool = False,
     ) -> TableStats:
-        """The present counts, with what the caller knows of the table.
+        """A snapshot of the counts, with what the caller knows of the table.
 
-        ``asks_further``: what caches and host memory lack is asked for in slower tiers, and counted there.
+        Args:
+            has_slower_tiers: keys that are neither in caches nor in host memory are looked up in slower tiers, and counted
+                there.
         """
         keys, misses = self._get(COUNTER_KEYS), self._get(COUNTER_MISSES)
-        behind = sum(cache.misses - cache.absent for cache in caches)  # keys that host memory had for a cache
+        host_hits_of_caches = sum(cache.misses - cache.absent for cache in caches)
         return TableStats(
             model=model,
             table=table,
@@ -172,9 +197,9 @@ class Counters:
             bytes=size,
             calls=self._get(COUNTER_CALLS) + sum(cache.calls for cache in caches),
             keys=keys + sum(cache.keys for cache in caches),
-            host_hits=keys - misses + behind,
+            host_hits=keys - misses + host_hits_of_caches,
             tier_hits=self._get(COUNTER_TIER_HITS),
-            absent=self._get(COUNTER_ABSENT) + (0 if asks_further else sum(cache.absent for cache in caches)),
+            absent=self._get(COUNTER_ABSENT) + (0 if has_slower_tiers else sum(cache.absent for cache in caches)),
             unanswered=self._get(COUNTER_UNANSWERED),
             tier_errors=self._get(COUNTER_TIER_ERRORS),
             evicted=evicted,

@@ -1,8 +1,8 @@
-"""The caches of one table, one a device over one host store: made, filled, kept right, refreshed, counted.
+"""The caches of one table, one a device over one host store: opened, filled, updated, refreshed, counted.
 
-A change of the table reaches every cache before the call that made it returns (``changed``). A cache takes the new row from the
-host store, under the lock of its set, and not from the caller: two changes of one key may come to a device in either order, and
-what stands in the end is what the host store has.
+A write to the table reaches every cache before the call that made it returns (``reload``). A cache reads the new row from the
+host store, under the lock of its set, and does not take it from the caller: two writes of one key may reach a device in either
+order, and in the end the cache holds what the host store has.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ class TableCaches:
     """The caches of a table.
 
     Args:
-        spec: the table.   shape: of each cache.   devices: CUDA ordinals, or ``(None,)`` for a cache in host memory.
-        policy: who leaves a dynamic cache.   store: the rows in host memory, if they are kept there.
+        spec: the table.   model: config of its model.   shape: of each cache.
+        devices: CUDA ordinals, or ``(None,)`` for a cache in host memory.
+        policy: decides which entry a dynamic cache evicts.   store: the rows in host memory, if they are kept there.
 
-    **Threads:** lookups from any thread; changes beside them.
+    Raises:
+        CapacityError: no memory for a cache.   PolicyError: the policy does not compile.
+
+    Thread safety: lookups from any thread, beside everything else; other methods by one thread at a time.
     """
 
     def __init__(
@@ -50,58 +54,46 @@ class TableCaches:
         store: HostStore | None,
     ) -> None:
         self.spec = spec
-        self._warms = model.init_ec or shape.kind != "dynamic"
-        self._share = model.cache_refresh_percentage_per_iteration
+        self._fills_at_start = model.init_ec or shape.kind != "dynamic"
+        self._refresh_share = model.cache_refresh_percentage_per_iteration
         self._store = store
         self._resident: dict[int | None, int] = {}
         self._caches: dict[int | None, EmbeddingCache] = {}
         with ExitStack() as undo:
             for device in devices:
-                cache = EmbeddingCache(
-                    spec.dim,
-                    shape.rows,
-                    device=device,
-                    kind=shape.kind,
-                    whole=shape.whole and shape.kind == "dynamic",
-                    policy=policy,
-                    row_type=spec.cache_row_dtype,
-                    default=spec.default_value,
-                    store=store,
-                    name=spec.tag,
-                    buffers=model.num_of_worker_buffer_in_pool,
-                    pagelock=model.enable_pagelock and shape.kind == "static",
-                    miss_path=model.miss_path,
-                )
+                cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store)
                 undo.callback(cache.close)
-                self._caches[device] = cache
-                if plugins.is_reference(policy.name):  # a user's own is compiled, or refused, at the start
+                if plugins.is_reference(policy.name):  # a user's own policy is compiled, or refused, at the start
                     cache.compile_policy()
             undo.pop_all()
 
     def on(self, device: int | None) -> EmbeddingCache | None:
-        """The cache on a device."""
+        """The cache on a device, by CUDA ordinal, or in host memory for None; None if there is none."""
         return self._caches.get(device)
 
     def __iter__(self) -> Iterator[EmbeddingCache]:
         return iter(self._caches.values())
 
     def warm(self) -> None:
-        """Fill every cache, before the first lookup, unless ``init_ec`` is off."""
-        if not self._warms:
+        """Fill every cache, before the first lookup, unless ``init_ec`` is off.
+
+        Raises:
+            CapacityError: a static cache with room for fewer rows than host memory has.
+        """
+        if not self._fills_at_start:
             return
         for device, cache in self._caches.items():
             self._resident[device] = cache.warm()
-            log.info(
-                "%s: %d of %d rows in the cache of %s", self.spec.tag, self._resident[device], cache.capacity, _place(device)
-            )
+            where = "host memory" if device is None else f"device {device}"
+            log.info("%s: %d of %d rows in the cache of %s", self.spec.tag, self._resident[device], cache.capacity, where)
 
     def set_policy(self, policy: Policy) -> None:
-        """Let another policy decide who leaves, in every cache; done when this returns. Rows stay.
+        """Switch every cache to another policy; done when this returns. Rows stay.
 
         Raises:
             ConfigError: fixed caches, which evict nothing.
-            PolicyError, CapacityError: it does not compile for a device, or its memory is not there; all caches go on with the
-                policy before.
+            PolicyError, CapacityError: the policy does not compile for a device, or there is no memory for its state; all
+                caches keep the policy that they have.
         """
         with ExitStack() as undo:
             changes = []
@@ -112,32 +104,35 @@ class TableCaches:
         for cache, change in changes:
             cache.adopt_policy(change)
 
-    def changed(self, keys: np.ndarray) -> None:
-        """Bring the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand."""
+    def reload(self, keys: np.ndarray) -> None:
+        """Read the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand."""
         for cache in self:
             if self._store is None:
                 cache.erase(keys)
             else:
                 cache.update(keys)
 
-    def replaced(self) -> None:
-        """The table has other content: drop all rows, and take new ones in as far as there is room."""
+    def reload_all(self) -> None:
+        """Drop all rows and fill the caches again, as the table has other content."""
         for device, cache in self._caches.items():
             cache.clear()
             try:
-                self._resident[device] = cache.warm() if self._warms else 0
-            except CapacityError as problem:  # a static cache, and a content with more rows than the one before
+                self._resident[device] = cache.warm() if self._fills_at_start else 0
+            except CapacityError as problem:  # a static cache, and more rows than it was opened for
                 self._resident[device] = 0
                 log.warning("%s: host memory serves the new version: %s", self.spec.tag, problem)
 
     def refresh(self, fetch: Fetch | None, *, drop: bool) -> None:
-        """Renew the rows of all caches, a step after the other, from the host store and, if given, by ``fetch``.
+        """Read the rows of all caches again, some sets at a time, from the host store and, if given, by ``fetch``.
 
         Args:
-            drop: rows that are nowhere any more are dropped, else they stay.
+            drop: whether rows that are in no tier any more are dropped.
+
+        Raises:
+            TierError: as ``fetch``.
         """
         for device, cache in self._caches.items():
-            step = max(1, math.ceil(cache.sets * (self._share or 1.0)))
+            step = max(1, math.ceil(cache.sets * (self._refresh_share or 1.0)))
             for first in range(0, cache.sets, step):
                 self._refresh_sets(cache, first, min(first + step, cache.sets), fetch, drop=drop)
             self._resident[device] = cache.check_fully_resident()
@@ -148,44 +143,61 @@ class TableCaches:
         if fetch is None:
             return
         keys = cache.dump(first, stop)
-        behind = keys if self._store is None else keys[~self._store.contains(keys)]
-        if not len(behind):
+        absent = keys if self._store is None else keys[~self._store.contains(keys)]
+        if not len(absent):
             return
-        found, rows = fetch(behind)
+        found, rows = fetch(absent)
         if found.any():
-            cache.update(behind[found], rows[found])
+            cache.update(absent[found], rows[found])
         if drop and not found.all():
-            cache.erase(behind[~found])
+            cache.erase(absent[~found])
 
     def stats(self) -> tuple[CacheStats, ...]:
-        """What each cache did."""
-        return tuple(self._stats_of(device, cache) for device, cache in self._caches.items())
-
-    def _stats_of(self, device: int | None, cache: EmbeddingCache) -> CacheStats:
-        counts = cache.counters()
-        return CacheStats(
-            device=device,
-            capacity=cache.capacity,
-            resident=self._resident.get(device, 0),
-            bytes=cache.bytes,
-            calls=counts.calls,
-            keys=counts.keys,
-            misses=counts.misses,
-            absent=counts.absent,
-            insertions=counts.inserted,
-            evictions=counts.evicted,
-            stale_dropped=counts.stale_dropped,
-            refused=counts.refused,
-            staged=counts.staged,
-            index_mirror_bytes=cache.index_mirror_bytes,
-            policy=cache.policy.name,
-        )
+        """A snapshot of each cache."""
+        return tuple(_stats_of(cache, self._resident.get(device, 0)) for device, cache in self._caches.items())
 
     def close(self) -> None:
-        """Give all memory back after the lookups at work."""
+        """Free all memory, after the lookups in progress."""
         for cache in self:
             cache.close()
 
 
-def _place(device: int | None) -> str:
-    return "host memory" if device is None else f"device {device}"
+def _open_cache(
+    spec: TableSpec, model: ModelConfig, shape: CacheShape, device: int | None, policy: Policy, store: HostStore | None
+) -> EmbeddingCache:
+    return EmbeddingCache(
+        spec.dim,
+        shape.rows,
+        device=device,
+        kind=shape.kind,
+        whole=shape.whole and shape.kind == "dynamic",
+        policy=policy,
+        row_type=spec.cache_row_dtype,
+        default=spec.default_value,
+        store=store,
+        name=spec.tag,
+        buffers=model.num_of_worker_buffer_in_pool,
+        pagelock=model.enable_pagelock and shape.kind == "static",
+        miss_path=model.miss_path,
+    )
+
+
+def _stats_of(cache: EmbeddingCache, resident: int) -> CacheStats:
+    counts = cache.counters()
+    return CacheStats(
+        device=cache.device,
+        capacity=cache.capacity,
+        resident=resident,
+        bytes=cache.bytes,
+        calls=counts.calls,
+        keys=counts.keys,
+        misses=counts.misses,
+        absent=counts.absent,
+        insertions=counts.inserted,
+        evictions=counts.evicted,
+        stale_dropped=counts.stale_dropped,
+        refused=counts.refused,
+        staged=counts.staged,
+        index_mirror_bytes=cache.index_mirror_bytes,
+        policy=cache.policy.name,
+    )

@@ -1,9 +1,9 @@
-"""A checkpoint of trained tables: one file with the rows, what optimizers remember of them, and what the caller adds.
+"""A checkpoint of trained tables: one file with the rows, the optimizer states of the rows, and what the caller adds.
 
 The file is a ``.npz`` archive, so that ``np.load`` reads it: ``checkpoint.json``, and for each table ``N.key``,
-``N.emb_vector``, ``N.state_key`` and ``N.state``. One file, because a file can take the place of another in one step, and a
-folder cannot: whoever reads finds the old one whole or the new one whole, whenever a writer is killed. It is written beside the
-old one, flushed to the disk, and then renamed (``formats/_atomic.py``).
+``N.emb_vector``, ``N.state_key`` and ``N.state``. One file, because a file can replace another in one step and a folder cannot:
+a reader finds either the old one or the new one, complete, whenever a writer is killed. The file is written beside the old one,
+flushed to disk, and then renamed (``storage/formats/_atomic.py``).
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ __all__ = ["CheckpointReader", "SavedTable", "open_checkpoint", "write_checkpoin
 _VERSION = 1
 _CHUNK_ROWS = 1 << 16
 Read = Callable[[np.ndarray], np.ndarray]
+"""From int64 keys ``[m]`` to float32 ``[m, width]``."""
 
 
 @dataclass(frozen=True)
 class SavedTable:
     """One table on its way to a file.
 
-    Args:
-        about: what tells the table and its optimizer, in the terms of JSON.
+    Attributes:
+        about: what identifies the table and its optimizer, as JSON values.
         keys: int64 ``[n]``.   dim: elements of a row.   rows: from some of the keys to their rows, float32 ``[m, dim]``.
-        state_keys, state_width, states: the same for what an optimizer remembers of rows.
+        state_keys, state_width, states: the same for the optimizer states of rows.
     """
 
     about: Mapping[str, Any]
@@ -49,13 +50,13 @@ class SavedTable:
 
 
 def write_checkpoint(path: Path, tables: Sequence[SavedTable], extra: Mapping[str, bytes]) -> None:
-    """Write a checkpoint in the place of the one that is there, if any.
+    """Write a checkpoint, replacing the file at ``path``, if any.
 
     Args:
-        extra: more members of the archive, by names without a dot in front.
+        extra: more members of the archive, by names that do not begin with a dot.
 
     Raises:
-        ModelFileError: it cannot be written; what was there is as it was.
+        ModelFileError: it cannot be written; an older file is left as it was.
     """
     with replacing(path, overwrite=True) as target:
         try:
@@ -74,7 +75,7 @@ def write_checkpoint(path: Path, tables: Sequence[SavedTable], extra: Mapping[st
 
 
 def _write(archive: zipfile.ZipFile, name: str, keys: np.ndarray, width: int = 0, read: Read | None = None) -> None:
-    """The keys, or what ``read`` has for them, as one array."""
+    """Write one array: the keys, or what ``read`` returns for them."""
     shape = (len(keys),) if read is None else (len(keys), width)
     dtype = np.dtype(np.int64 if read is None else np.float32)
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -90,10 +91,14 @@ def _chunks(keys: np.ndarray) -> Iterator[np.ndarray]:
 
 
 class CheckpointReader:
-    """A checkpoint that was found whole: every byte was read and compared with its checksum.
+    """A complete checkpoint: opening it reads every byte and compares the checksums.
 
     Attributes:
-        tables: what ``SavedTable.about`` said of each.
+        path: of the file.
+        tables: ``SavedTable.about`` of each table.
+
+    Raises:
+        ModelFileError: a member is damaged, or the file is of another version.
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
@@ -104,11 +109,11 @@ class CheckpointReader:
             raise ModelFileError(f"{path}: {damaged} is damaged")
         about = json.loads(archive.read("checkpoint.json"))
         if about.get("version") != _VERSION:
-            raise ModelFileError(f"{path}: version {about.get('version')!r} came, {_VERSION} is wanted")
+            raise ModelFileError(f"{path}: expected version {_VERSION}, got {about.get('version')!r}")
         self.tables: list[dict[str, Any]] = about["tables"]
 
     def shape(self, number: int, name: str) -> tuple[int, ...]:
-        """Of ``key``, ``emb_vector``, ``state_key`` or ``state`` of a table."""
+        """Shape of an array of a table: ``key``, ``emb_vector``, ``state_key`` or ``state``."""
         with self._array(number, name) as (_, header):
             return header.shape
 
@@ -118,20 +123,20 @@ class CheckpointReader:
             return np.frombuffer(_exactly(file, header.data_bytes), np.int64)
 
     def rows(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Keys and rows of a table, some at a time: int64 ``[m]``, float32 ``[m, dim]``."""
+        """Keys and rows of a table, in chunks: int64 ``[m]``, float32 ``[m, dim]``."""
         return self._pairs(number, "key", "emb_vector")
 
     def states(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Keys and what the optimizer remembers of their rows, some at a time."""
+        """Keys and optimizer states of their rows, in chunks: int64 ``[m]``, float32 ``[m, width]``."""
         return self._pairs(number, "state_key", "state")
 
     def _pairs(self, number: int, keys: str, values: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with self._array(number, keys) as (first, _), self._array(number, values) as (second, header):
             n, width = header.shape
             for start in range(0, n, _CHUNK_ROWS):
-                some = min(_CHUNK_ROWS, n - start)
-                names = np.frombuffer(_exactly(first, 8 * some), np.int64)
-                yield names, np.frombuffer(_exactly(second, 4 * width * some), np.float32).reshape(some, width)
+                rows = min(_CHUNK_ROWS, n - start)
+                some = np.frombuffer(_exactly(first, 8 * rows), np.int64)
+                yield some, np.frombuffer(_exactly(second, 4 * width * rows), np.float32).reshape(rows, width)
 
     @contextmanager
     def _array(self, number: int, name: str) -> Iterator[tuple[IO[bytes], NpyHeader]]:
@@ -139,33 +144,33 @@ class CheckpointReader:
             yield file, read_npy_header(file, self.path, name)
 
     def extra(self, name: str) -> bytes | None:
-        """What the writer added by this name."""
+        """What the writer added under this name, or None."""
         return self._archive.read(name) if name in self._archive.namelist() else None
 
 
 def _exactly(file: IO[bytes], size: int) -> bytes:
     content = file.read(size)
     if len(content) != size:
-        raise EOFError(f"{size} bytes were wanted, {len(content)} came")
+        raise EOFError(f"expected {size} more bytes, got {len(content)}")
     return content
 
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[CheckpointReader]:
-    """A checkpoint, if it is whole.
+    """A checkpoint, checked to be complete.
 
     Raises:
-        ModelFileError: it is missing, damaged, or no checkpoint.
+        ModelFileError: it is missing, damaged, or not a checkpoint.
     """
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as problem:
-        raise ModelFileError(f"{path}: no checkpoint can be read: {problem}") from problem
+        raise ModelFileError(f"{path}: cannot be read as a checkpoint: {problem}") from problem
     with archive:
         try:
             reader = CheckpointReader(path, archive)
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as problem:
             if isinstance(problem, ModelFileError):
                 raise
-            raise ModelFileError(f"{path}: no checkpoint, or a damaged one: {problem}") from problem
+            raise ModelFileError(f"{path}: not a checkpoint, or a damaged one: {problem}") from problem
         yield reader

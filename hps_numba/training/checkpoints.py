@@ -1,4 +1,4 @@
-"""Save what was trained: the rows of tables together with what their optimizers remember, as they are at one moment."""
+"""Checkpoints of trained tables: their rows together with the optimizer states, as of one moment."""
 
 from __future__ import annotations
 
@@ -12,71 +12,70 @@ import numpy as np
 
 from hps_numba.errors import ConfigError
 from hps_numba.server.hps import HPS
-from hps_numba.training.checkpoint_files import CheckpointReader, SavedTable, open_checkpoint, write_checkpoint
+from hps_numba.training.checkpoint_files import CheckpointReader, Read, SavedTable, open_checkpoint, write_checkpoint
 from hps_numba.training.trainer import RowTrainer
 
 __all__ = ["load_trained", "save_trained", "set_rows"]
-
-Read = Callable[[np.ndarray], np.ndarray]
 
 
 def save_trained(
     path: str | os.PathLike[str], trainers: Sequence[RowTrainer], extra: Callable[[], Mapping[str, bytes]] = dict
 ) -> int:
-    """Write a checkpoint in the place of the one at ``path``; returns how many rows it has.
+    """Write a checkpoint, replacing the file at ``path``; returns how many rows it has.
 
-    Lookups go on meanwhile; steps and other writes to the tables wait, so that rows and states of all of them fit together.
+    Lookups go on meanwhile; steps and other writes to the tables wait, so that rows and states of all of them are consistent.
 
     Args:
-        extra: gives more members of the file, while steps wait.
+        extra: returns more members of the file; called while steps wait.
 
     Raises:
-        ModelFileError: it cannot be written; an older one is as it was.   Otherwise as ``HPS.locked_table``.
+        ModelFileError: it cannot be written; an older file is left as it was.   Otherwise as ``HPS.locked_table``.
     """
-    with ExitStack() as waiting:
-        order = sorted(trainers, key=lambda one: one.spec.tag)  # of all who save, so that none waits for another in a circle
-        for trainer in order:
-            waiting.enter_context(trainer.holding())
-        held = {trainer.spec.tag: waiting.enter_context(_held(trainer)) for trainer in order}
-        tables = [_saved(trainer, *held[trainer.spec.tag]) for trainer in trainers]
+    with ExitStack() as locks:
+        ordered = sorted(trainers, key=lambda trainer: trainer.spec.tag)  # the same in every thread, so that none deadlock
+        for trainer in ordered:
+            locks.enter_context(trainer.paused())
+        locked = {trainer.spec.tag: locks.enter_context(_locked_table(trainer)) for trainer in ordered}
+        tables = [_saved(trainer, *locked[trainer.spec.tag]) for trainer in trainers]
         write_checkpoint(Path(path), tables, extra())
     return sum(len(table.keys) for table in tables)
 
 
-def _held(trainer: RowTrainer) -> AbstractContextManager[tuple[np.ndarray, Read]]:
+def _locked_table(trainer: RowTrainer) -> AbstractContextManager[tuple[np.ndarray, Read]]:
     return trainer.server.locked_table(trainer.spec.model, trainer.spec.name)
 
 
 def _saved(trainer: RowTrainer, keys: np.ndarray, rows: Read) -> SavedTable:
-    about = {**_names(trainer), "steps": trainer.steps}
+    about = {**_identity(trainer), "steps": trainer.steps}
     states = (trainer.state_keys(), trainer.state_width, trainer.read_states)
     return SavedTable(about, keys, trainer.spec.dim, rows, *states)
 
 
-def _names(trainer: RowTrainer) -> dict[str, Any]:
+def _identity(trainer: RowTrainer) -> dict[str, Any]:
+    """What has to agree between a checkpoint and the trainer that loads it."""
     return {"model": trainer.spec.model, "table": trainer.spec.name, "optimizer": trainer.rule.name}
 
 
 def load_trained(
     path: str | os.PathLike[str], trainers: Sequence[RowTrainer], accept: Callable[[CheckpointReader], Any] = lambda _: None
 ) -> Any:
-    """Bring tables and optimizers to what a checkpoint holds; rows that it lacks leave the tables. Returns what ``accept`` did.
+    """Bring tables and optimizers to the state of a checkpoint; rows that it lacks are erased. Returns what ``accept`` did.
 
     The whole file is checked before anything changes.
 
     Args:
-        trainers: of the tables in the order in which they were saved.
-        accept: looks at the file before anything changes, and may raise.
+        trainers: of the tables, in the order in which they were saved.
+        accept: inspects the file before anything changes, and may raise.
 
     Raises:
-        ModelFileError: missing or damaged.   ConfigError: of other tables, other optimizers or another width.
+        ModelFileError: the file is missing or damaged.   ConfigError: it has other tables, optimizers or widths.
         Otherwise as ``HPS.insert``.
     """
     with open_checkpoint(Path(path)) as file:
         _check(file, trainers)
         answer = accept(file)
         for number, trainer in enumerate(trainers):
-            with trainer.holding():
+            with trainer.paused():
                 spec = trainer.spec
                 set_rows(trainer.server, spec.model, spec.name, file.keys(number), file.rows(number))
                 trainer.set_states(file.tables[number]["steps"], file.states(number))
@@ -84,23 +83,27 @@ def load_trained(
 
 
 def _check(file: CheckpointReader, trainers: Sequence[RowTrainer]) -> None:
-    wanted = [_names(trainer) for trainer in trainers]
+    expected = [_identity(trainer) for trainer in trainers]
     found = [{name: about.get(name) for name in ("model", "table", "optimizer")} for about in file.tables]
-    if found != wanted:
-        raise ConfigError(f"{file.path}: tables {found} came, {wanted} are wanted")
+    if found != expected:
+        raise ConfigError(f"{file.path}: expected tables {expected}, got {found}")
     for number, trainer in enumerate(trainers):
         dim = file.shape(number, "emb_vector")[1]
         if dim != trainer.spec.dim:
-            raise ConfigError(f"{file.path}: rows of {dim} elements came, {trainer.spec.tag} has {trainer.spec.dim}")
+            raise ConfigError(f"{file.path}: expected rows of {trainer.spec.dim} elements for {trainer.spec.tag}, got {dim}")
         trainer.check_states(file.shape(number, "state_key")[0], file.shape(number, "state"))
 
 
 def set_rows(
-    server: HPS, model: str, table: int | str, keys: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray]]
+    server: HPS, model: str, table: int | str, keys: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """Make ``parts``, keys and rows, the whole content of a table; ``keys`` are all of them, int64 ``[n]``.
+    """Replace the whole content of a table.
 
-    Other writes wait; lookups go on, and may see rows of before and after.
+    Other writes wait; lookups go on, and may see old and new rows side by side.
+
+    Args:
+        keys: int64 ``[n]``, all keys of the new content.
+        chunks: the content: some of the keys, int64 ``[m]``, and their rows, float32 ``[m, dim]``.
 
     Raises:
         As ``HPS.insert`` and ``HPS.erase``.
@@ -109,5 +112,5 @@ def set_rows(
         stale = np.setdiff1d(present, keys)
         if len(stale):
             server.erase(stale, model, table)
-        for some, rows in parts:
+        for some, rows in chunks:
             server.insert(some, rows, model, table)

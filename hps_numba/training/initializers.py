@@ -1,4 +1,4 @@
-"""Rows for keys that a table does not have yet: made of a seed and the key, so the same whenever and wherever the key comes."""
+"""First rows of keys that a table does not have yet: functions of a seed and the key, the same in every process and order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hps_numba.kernels.host.optimizers import normal_rows, uniform_rows
 __all__ = ["Initializer", "Normal", "Uniform", "Zeros", "as_initializer", "initial_rows"]
 
 Initializer = Callable[[np.ndarray, int], Any]
-"""From distinct int64 keys ``[n]`` and ``dim`` to numbers ``[n, dim]``."""
+"""From distinct int64 keys ``[n]`` and ``dim`` to rows ``[n, dim]`` of any numeric dtype."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal numbers around 0 of a standard deviation."""
+    """Normally distributed around 0.
+
+    Attributes:
+        std: standard deviation.   seed: another seed gives other rows.
+    """
 
     std: float = 0.01
     seed: int = 0
@@ -41,7 +45,11 @@ class Normal:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Numbers between ``-bound`` and ``bound``."""
+    """Uniformly distributed between ``-bound`` and ``bound``.
+
+    Attributes:
+        bound: the largest absolute value.   seed: another seed gives other rows.
+    """
 
     bound: float = 0.05
     seed: int = 0
@@ -57,23 +65,23 @@ _BY_NAME: dict[str, Initializer] = {"zeros": Zeros(), "normal": Normal(), "unifo
 
 
 def as_initializer(given: str | Initializer | None) -> Initializer | None:
-    """What a user gave: a name, a function, or None: the default value of the table.
+    """An initializer from what a user gave: a name, a function, or None for the default value of the table.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it is none of these.
     """
     if given is None or callable(given):
         return given
     if isinstance(given, str) and given in _BY_NAME:
         return _BY_NAME[given]
-    raise ConfigError(f"initializer: {given!r} came, one of {', '.join(_BY_NAME)}, a function of (keys, dim) or None is wanted")
+    raise ConfigError(f"initializer: expected one of {', '.join(_BY_NAME)}, a function of (keys, dim) or None, got {given!r}")
 
 
 def initial_rows(initializer: Initializer | None, keys: np.ndarray, dim: int, *, table: str, default: float) -> np.ndarray:
-    """float32 ``[n, dim]`` for distinct int64 keys of a table; tables draw other numbers than each other of one seed.
+    """First rows, float32 ``[n, dim]``, for distinct int64 keys ``[n]`` of a table; the name of the table salts the seed.
 
     Raises:
-        ConfigError: a function gave something else.
+        ConfigError: the function returned another shape.
     """
     if initializer is None:
         return np.full((len(keys), dim), default, np.float32)
@@ -82,5 +90,5 @@ def initial_rows(initializer: Initializer | None, keys: np.ndarray, dim: int, *,
         initializer = type(initializer)(**{**vars(initializer), "seed": initializer.seed ^ salt})
     rows = np.asarray(initializer(keys, dim), np.float32)
     if rows.shape != (len(keys), dim):
-        raise ConfigError(f"initializer: {list(rows.shape)} came, [{len(keys)}, {dim}] is wanted")
+        raise ConfigError(f"initializer: expected rows of shape [{len(keys)}, {dim}], got {list(rows.shape)}")
     return rows

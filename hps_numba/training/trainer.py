@@ -1,8 +1,8 @@
-"""Gradients into the store: steps of an optimizer on rows of a table, whatever framework the gradients are from.
+"""Optimizer steps on rows of a table, whatever framework the gradients are from.
 
-A step is a write like any other: the rows are read past the caches, changed, and written to every tier by
-``HPS.rewrite``, which reaches every cache before it returns. What an optimizer remembers of a row (its state) is a row of a
-host store of its own, by the same key. A row that does not exist when its gradient comes starts with a fresh state.
+A step is a write like any other: ``HPS.read_modify_write`` reads the rows past the caches and writes them to every tier and
+every cache before it returns. The optimizer state of a row is kept under the same key in a host store of its own. A row that
+does not exist at its first gradient starts from the initializer, with a fresh state.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from hps_numba.training.initializers import Initializer, initial_rows
 
 __all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows", "summed_rows"]
 
-_FEW = 4096  # states that are kept without asking whether their rows are still there
+_MIN_SWEEP = 4096  # states that are kept without asking whether their rows still exist
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a row follows its gradient.
+    """How an optimizer changes a row by its gradient.
 
     Attributes:
+        name: of the optimizer, as checkpoints know it.
         lr: learning rate.
+
+    Raises:
+        ConfigError: a setting is not a finite number of at least 0.
     """
 
     name: ClassVar[str]
@@ -45,7 +49,7 @@ class Rule:
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{field}: {value!r} came, a number from 0 on is wanted")
+                raise ConfigError(f"{field}: expected a number of at least 0, got {value!r}")
 
     def width(self, dim: int) -> int:
         """Elements of the state of a row."""
@@ -53,23 +57,23 @@ class Rule:
 
     @property
     def fresh(self) -> float:
-        """What the state of a new row is filled with."""
+        """The value that the state of a new row is filled with."""
         return 0.0
 
     def kernel(self, step: int) -> tuple[Any, tuple[Any, ...]]:
-        """The kernel, and its arguments behind the range of rows, for step 1, 2, ...."""
+        """The kernel, and its arguments after the range of rows, for step 1, 2, ...."""
         raise NotImplementedError
 
     def apply(self, rows: np.ndarray, gradients: np.ndarray, state: np.ndarray, step: int) -> None:
         """Change float32 rows ``[n, dim]`` and their state ``[n, width]`` in place."""
         kernel, settings = self.kernel(step)
 
-        def some(start: int, stop: int) -> int:
+        def apply_range(start: int, stop: int) -> int:
             kernel(rows, gradients, state, start, stop, *settings)
             return stop - start
 
         if len(rows):
-            run_ranges(some, ranges_of(len(rows), 8 * rows.shape[1] + 4 * state.shape[1]))
+            run_ranges(apply_range, ranges_of(len(rows), 8 * rows.shape[1] + 4 * state.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Sgd(Rule):
 
 @dataclass(frozen=True)
 class Adagrad(Rule):
-    """Row-wise Adagrad: one number a row, the sum of the mean squares of its gradients."""
+    """Row-wise Adagrad: the state of a row is one number, the sum of the mean squares of its gradients."""
 
     name = "adagrad"
     eps: float = 1e-10
@@ -103,7 +107,7 @@ class Adagrad(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam (Kingma and Ba 2014), lazy: a row without a gradient stays, and so do its means; one count of steps for all rows."""
+    """Lazy Adam (Kingma and Ba 2014): rows without a gradient keep row and moments; all rows share one step count."""
 
     name = "adam"
     beta1: float = 0.9
@@ -113,7 +117,7 @@ class Adam(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.beta1 < 1 and self.beta2 < 1):
-            raise ConfigError(f"betas: {(self.beta1, self.beta2)} came, two numbers from 0 on and below 1 are wanted")
+            raise ConfigError(f"betas: expected two numbers of at least 0 and below 1, got {(self.beta1, self.beta2)}")
 
     def width(self, dim: int) -> int:
         return 2 * dim
@@ -124,14 +128,20 @@ class Adam(Rule):
 
 
 class RowTrainer:
-    """Optimizer of one table: applies rules to rows of the server, and keeps their states.
+    """Optimizer of one table: applies a rule to rows of the server and keeps their states.
 
     Args:
-        server, model, table: the table.
-        rule: of the kind that is to come with every step; its settings may change from step to step, its kind may not.
-        initializer: of rows that do not exist when their first gradient comes; None: the table's default value.
+        server: has the table.   model: name of its model.   table: its number or name.
+        rule: the optimizer; its settings may change from step to step, its class may not.
+        initializer: of rows that do not exist at their first gradient; None: the table's default value.
 
-    **Threads:** every method; steps take turns.
+    Attributes:
+        steps: how many steps were taken.
+
+    Raises:
+        UnknownModelError: there is no such model or table.   ClosedError: the server was closed.
+
+    Thread safety: every method; steps take turns.
     """
 
     def __init__(self, server: HPS, model: str, table: int | str, rule: Rule, initializer: Initializer | None = None) -> None:
@@ -139,15 +149,14 @@ class RowTrainer:
         self.spec = server.table_spec(model, table)
         self.rule = rule
         self.initializer = initializer
-        #: steps so far
         self.steps = 0
         self._states = self._new_states()
-        self._sweep_at = _FEW
+        self._sweep_at = _MIN_SWEEP
         self.reset_after_fork()
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """A new lock, as a forked child needs it."""
+        """A new lock, in a forked child."""
         self._lock = threading.RLock()
 
     def _new_states(self) -> HostStore | None:
@@ -155,14 +164,19 @@ class RowTrainer:
         return HostStore(width, name=f"{self.spec.tag}: {self.rule.name}") if width else None
 
     def step(self, keys: np.ndarray, gradients: np.ndarray, rule: Rule | None = None) -> None:
-        """Let the rows of distinct int64 keys ``[n]`` follow their gradients, float32 ``[n, dim]``.
+        """Change the rows of some keys by their gradients.
+
+        Args:
+            keys: distinct, int64 ``[n]``.   gradients: float32 ``[n, dim]``.
+            rule: the trainer's with other settings, or None: the trainer's.
 
         Raises:
-            As ``HPS.rewrite``; then neither rows nor states have changed, but for what that says.
+            ConfigError: ``rule`` is of another class.
+            Otherwise as ``HPS.read_modify_write``; states are as before, and rows as its errors say.
         """
         rule = rule or self.rule
         if type(rule) is not type(self.rule):
-            raise ConfigError(f"rule: {rule.name} came, this table is trained by {self.rule.name}")
+            raise ConfigError(f"rule: expected {self.rule.name}, by which this table is trained, got {rule.name}")
         gradients = np.ascontiguousarray(gradients, np.float32)
         keys = np.ascontiguousarray(keys, np.int64)
         with self._lock:
@@ -170,7 +184,7 @@ class RowTrainer:
 
             def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
                 nonlocal states
-                fill_new(self.spec, keys, rows, found, self.initializer)
+                _first_rows(self.spec, keys, rows, found, self.initializer)
                 states = self._states_of(keys, found)
                 rule.apply(rows, gradients, states, self.steps + 1)
                 return rows
@@ -190,15 +204,15 @@ class RowTrainer:
         return states
 
     def _forget_erased(self) -> None:
-        """Drop the states of rows that are gone, whenever there are twice as many as when that was done last."""
+        """Drop the states of rows that no longer exist, whenever the states have doubled since the last time."""
         states = self._states
         assert states is not None
         if len(states) > self._sweep_at:
             keys = states.keys()
             states.erase(keys[~self.server.contains(keys, self.spec.model, self.spec.name)])
-            self._sweep_at = max(_FEW, 2 * len(states))
+            self._sweep_at = max(_MIN_SWEEP, 2 * len(states))
 
-    # -- keeping it ---------------------------------------------------------------------
+    # -- states ---------------------------------------------------------------------
 
     @property
     def state_width(self) -> int:
@@ -206,21 +220,24 @@ class RowTrainer:
         return self.rule.width(self.spec.dim)
 
     def state_keys(self) -> np.ndarray:
-        """int64: the keys of the rows that have a state, ascending."""
+        """int64 ``[n]``: the keys of the rows that have a state, ascending."""
         return np.empty(0, np.int64) if self._states is None else np.sort(self._states.keys())
 
     def read_states(self, keys: np.ndarray) -> np.ndarray:
-        """float32 ``[n, state_width]``: the states of int64 keys, fresh ones where there are none."""
+        """float32 ``[n, state_width]``: the states of int64 keys ``[n]``, fresh ones where there are none."""
         return self._states_of(keys, np.ones(len(keys), bool))
 
-    def set_states(self, steps: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Remember ``steps`` and the states of ``parts``, as ``read_states`` gave them, in the place of the present.
+    def set_states(self, steps: int, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Replace the step count and all states.
+
+        Args:
+            chunks: int64 keys ``[n]`` and their states, float32 ``[n, state_width]``.
 
         Raises:
-            ConfigError: they are of another width; nothing changed.
+            ConfigError: states of another width; nothing changed.
         """
         states = self._new_states()
-        for keys, values in parts:
+        for keys, values in chunks:
             self.check_states(len(keys), values.shape)
             if states is not None:
                 states.upsert(keys, values)
@@ -230,18 +247,22 @@ class RowTrainer:
             old.close()
 
     def check_states(self, n: int, shape: tuple[int, ...]) -> None:
-        """Raise ConfigError if the states of ``n`` rows cannot have this shape."""
-        if tuple(shape) != (n, self.state_width):
-            wanted, place = [n, self.state_width], f"{self.spec.tag}: {self.rule.name}"
-            raise ConfigError(f"{place}: state of shape {list(shape)} came, {wanted} is wanted")
+        """Compare the shape of the states of ``n`` rows with what this optimizer needs.
 
-    def holding(self) -> AbstractContextManager[Any]:
-        """No step begins or ends inside the ``with`` block."""
+        Raises:
+            ConfigError: it is another shape.
+        """
+        expected = [n, self.state_width]
+        if list(shape) != expected:
+            raise ConfigError(f"{self.spec.tag}: {self.rule.name}: expected state of shape {expected}, got {list(shape)}")
+
+    def paused(self) -> AbstractContextManager[Any]:
+        """A block in which no step begins or ends."""
         return self._lock
 
 
 def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums of rows in groups: float32 ``[m, dim]``, the same bits whatever threads there are.
+    """Sums of rows in groups: float32 ``[m, dim]``, bit for bit the same with any number of threads.
 
     Args:
         rows: float32 ``[n, dim]``, of any strides.   order: int64 ``[n]``: the rows by group.
@@ -249,26 +270,28 @@ def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.n
     """
     out = aligned_empty((len(starts) - 1, rows.shape[1]))
 
-    def some(start: int, stop: int) -> int:
+    def sum_range(start: int, stop: int) -> int:
         sum_rows(rows, order, starts, out, start, stop)
         return stop - start
 
     if len(out):
-        run_ranges(some, ranges_of(len(out), 8 * rows.shape[1] + 16))
+        run_ranges(sum_range, ranges_of(len(out), 8 * rows.shape[1] + 16))
     return out
 
 
-def fill_new(spec: TableSpec, keys: np.ndarray, rows: np.ndarray, found: np.ndarray, initializer: Initializer | None) -> None:
+def _first_rows(
+    spec: TableSpec, keys: np.ndarray, rows: np.ndarray, found: np.ndarray, initializer: Initializer | None
+) -> None:
     """Give the rows of distinct keys that were not found their first values, in place."""
     if not found.all():
         rows[~found] = initial_rows(initializer, keys[~found], spec.dim, table=spec.tag, default=spec.default_value)
 
 
 def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, initializer: Initializer) -> int:
-    """Give those int64 keys that have no row in any tier one from the initializer; returns how many.
+    """Insert rows from the initializer for those int64 keys ``[n]`` that have no row in any tier; returns how many.
 
     Raises:
-        As ``HPS.rewrite``, and what the initializer raises.
+        As ``HPS.read_modify_write``, and what the initializer raises.
     """
     spec = server.table_spec(model, table)
     absent = np.unique(keys[~server.contains(keys, model, table)])
@@ -276,7 +299,7 @@ def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, ini
         return 0
 
     def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
-        fill_new(spec, absent, rows, found, initializer)
+        _first_rows(spec, absent, rows, found, initializer)
         return rows
 
     return server.read_modify_write(absent, change, model, table)

@@ -307,7 +307,7 @@ def test_a_switch_does_not_begin_before_the_writes_at_work_have_ended(workshop: 
     held, go_on = threading.Event(), threading.Event()
 
     def write() -> None:
-        with deployment.tables[1].changing():
+        with deployment.tables[1].writes.changing():
             held.set()
             assert go_on.wait(60)
 

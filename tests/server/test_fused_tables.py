@@ -1,4 +1,4 @@
-"""Tables of a model that are looked up together: what goes into one launch, and a server that uses it."""
+"""Tables of a model that are looked up together: which share a launch, and what a server answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.internals import served_model
 from support.oracles import assert_same_bits, rows_of
 from support.services import DEFAULT, Service, cache_of, stats_of
 
@@ -20,93 +21,93 @@ DIM = 17
 ROWS = range(200)
 
 
-def parts_of(server: hps_numba.HPS, tables: Any, device: int | None = None) -> FusedLookup | None:
-    deployment = server._deployment("m")
-    return deployment.groups.on(device, [deployment.table(table) for table in tables])  # type: ignore[arg-type]
+def fused(server: hps_numba.HPS, tables: Any, device: int | None = None) -> FusedLookup | None:
+    model = served_model(server)
+    return model.groups.on(device, [model.table(table) for table in tables])  # type: ignore[arg-type]
 
 
 def test_tables_of_one_width_share_a_launch(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, 3), (ROWS, DIM), (ROWS, 3), (ROWS, DIM), (ROWS, 1))
-    assert parts_of(server, range(6)).launches == 3
-    assert parts_of(server, [0, 2, 4]).launches == 1
-    assert parts_of(server, [5]).launches == 1
-    assert parts_of(server, [0, 2, 4]) is parts_of(server, [0, 2, 4])
+    assert fused(server, range(6)).launches == 3
+    assert fused(server, [0, 2, 4]).launches == 1
+    assert fused(server, [5]).launches == 1
+    assert fused(server, [0, 2, 4]) is fused(server, [0, 2, 4])
 
 
-def test_a_table_that_is_asked_for_twice_has_two_launches(on_cpu: Service) -> None:
+def test_a_table_asked_for_twice_takes_two_launches(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM))
-    assert parts_of(server, [0, 1, 0]).launches == 2
-    assert parts_of(server, [0, 0, 0]).launches == 3
+    assert fused(server, [0, 1, 0]).launches == 2
+    assert fused(server, [0, 0, 0]).launches == 3
 
 
-def test_a_launch_takes_only_so_many_tables(on_cpu: Service) -> None:
+def test_a_launch_takes_at_most_max_tables(on_cpu: Service) -> None:
     server = on_cpu.open(*[(range(3), 3)] * (MAX_TABLES + 2), gpucacheper=1.0)
-    assert parts_of(server, range(MAX_TABLES)).launches == 1
-    assert parts_of(server, range(MAX_TABLES + 1)).launches == 2
+    assert fused(server, range(MAX_TABLES)).launches == 1
+    assert fused(server, range(MAX_TABLES + 1)).launches == 2
 
 
-def test_caches_of_different_kinds_have_launches_of_their_own(on_cpu: Service) -> None:
+def test_caches_of_different_policies_do_not_share_a_launch(on_cpu: Service) -> None:
     server = on_cpu.open(*[(ROWS, DIM)] * 3, cache_policy=["lru", "lfu", "lru"])
-    assert parts_of(server, range(3)).launches == 2
+    assert fused(server, range(3)).launches == 2
 
 
-def test_tables_without_caches_or_with_slower_tiers_are_not_looked_up_together(on_cpu: Service) -> None:
+def test_tables_without_caches_or_with_slower_tiers_are_not_fused(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), gpucache=False)
-    assert parts_of(server, [0, 1]) is None
+    assert fused(server, [0, 1]) is None
     cold, _ = on_cpu.open_cold()
-    assert parts_of(cold, [0]) is None
-    assert parts_of(server, []) is None
+    assert fused(cold, [0]) is None
+    assert fused(server, []) is None
 
 
-def test_many_selections_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_tables, "_MAX", 2)
+def test_selections_beyond_the_maximum_are_looked_up_table_by_table(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_tables, "MAX_SELECTIONS", 2)
     server = on_cpu.open(*[(ROWS, DIM)] * 3)
-    assert [parts_of(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
-    together = parts_of(server, [0, 1, 2])
+    assert [fused(server, some).launches for some in ([0, 1], [1, 2], [0, 2], [0, 1, 2])] == [1, 1, 2, 3]
+    fused_lookup = fused(server, [0, 1, 2])
     keys, outs = [np.arange(5) * (table + 1) for table in range(3)], [np.empty((5, DIM), np.float32) for _ in range(3)]
-    together.lookup([some.ctypes.data for some in keys], [5] * 3, [out.ctypes.data for out in outs], 0)
+    fused_lookup.lookup([some.ctypes.data for some in keys], [5] * 3, [out.ctypes.data for out in outs], 0)
     for table, out in enumerate(outs):
         assert_same_bits(out, rows_of(keys[table], DIM))
 
 
-def test_a_closed_server_gives_their_memory_back(on_cpu: Service) -> None:
+def test_fused_lookups_of_a_closed_server_raise_closed_error(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM))
-    together = parts_of(server, [0, 1])
-    deployment = server._deployment("m")
+    fused_lookup = fused(server, [0, 1])
+    model = served_model(server)
     server.close()
     with pytest.raises(ClosedError):
-        together.lookup([0, 0], [1, 1], [0, 0], 0)
+        fused_lookup.lookup([0, 0], [1, 1], [0, 0], 0)
     with pytest.raises(ClosedError, match="closed"):
-        deployment.groups.on(None, list(deployment.tables))  # type: ignore[arg-type]
+        model.groups.on(None, list(model.tables))  # type: ignore[arg-type]
 
 
-def test_another_policy_makes_other_groups(on_cpu: Service) -> None:
+def test_switching_a_policy_retires_the_fused_lookups_of_its_table(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), (ROWS, DIM))
-    all_three, others = parts_of(server, range(3)), parts_of(server, [1, 2])
+    all_three, others = fused(server, range(3)), fused(server, [1, 2])
     server.set_policy("sieve", "m", 0)
-    assert parts_of(server, range(3)).launches == 2  # the policies differ
-    assert parts_of(server, [1, 2]) is others
+    assert fused(server, range(3)).launches == 2  # the policies differ
+    assert fused(server, [1, 2]) is others
     with pytest.raises(ClosedError):
         all_three.lookup([0] * 3, [1] * 3, [0] * 3, 0)
     server.set_policy("sieve", "m")
-    together = parts_of(server, range(3))
-    assert together.launches == 1
+    fused_lookup = fused(server, range(3))
+    assert fused_lookup.launches == 1
     keys, outs = [np.arange(50) + table for table in range(3)], [np.empty((50, DIM), np.float32) for _ in range(3)]
     for _ in range(2):
-        together.lookup([some.ctypes.data for some in keys], [50] * 3, [out.ctypes.data for out in outs], 0)
+        fused_lookup.lookup([some.ctypes.data for some in keys], [50] * 3, [out.ctypes.data for out in outs], 0)
         for some, out in zip(keys, outs):
             assert_same_bits(out, rows_of(some, DIM))
 
 
-def test_policies_that_count_requests_are_looked_up_alone(on_cpu: Service) -> None:
+def test_tables_whose_policy_counts_requests_are_not_fused(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM), cache_policy="tinylfu")
-    assert parts_of(server, [0, 1]).launches == 2
+    assert fused(server, [0, 1]).launches == 2
 
 
 # -- in a server -------------------------------------------------------------------------------------------------------
 
 
-def test_a_lookup_of_many_tables(service: Service) -> None:  # G34, G39
+def test_lookup_many_returns_the_rows_of_every_table(service: Service) -> None:  # G34, G39
     dims = (DIM, 3, DIM)
     starts = (0, 1000, 2000)  # each table has keys of its own
     server = service.open(*[(range(start, start + 200), dim) for start, dim in zip(starts, dims)], gpucacheper=0.3)
@@ -124,21 +125,23 @@ def test_a_lookup_of_many_tables(service: Service) -> None:  # G34, G39
 
 
 @pytest.mark.gpu
-def test_one_launch_for_tables_of_one_width(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # G31, G34
+def test_gpu_lookup_many_uses_one_launch_for_tables_of_one_width(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # G31, G34
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 4)
     keys = [service.keys(range(table, table + 9)) for table in range(4)]
     server.lookup_many(keys, "m")
-    alone = []
-    monkeypatch.setattr(ServedTable, "lookup_cached", lambda *args: alone.append(args))
+    single = []
+    monkeypatch.setattr(ServedTable, "lookup_cached", lambda *args: single.append(args))
     for table, rows in enumerate(server.lookup_many(keys, "m")):
         assert_same_bits(rows.get(), rows_of(range(table, table + 9), DIM))
-    assert not alone
-    assert server._deployment("m").groups.on(0, list(server._deployment("m").tables)).launches == 1
+    assert not single
+    assert fused(server, range(4), device=0).launches == 1
 
 
 @pytest.mark.gpu
-def test_a_policy_changes_between_calls_of_a_layer(workshop: Any) -> None:
+def test_gpu_lookup_many_is_exact_across_policy_switches(workshop: Any) -> None:
     torch = pytest.importorskip("torch")
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 3, gpucacheper=0.3)
@@ -152,7 +155,7 @@ def test_a_policy_changes_between_calls_of_a_layer(workshop: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_mixed_and_empty_keys_of_many_tables(workshop: Any) -> None:
+def test_gpu_lookup_many_takes_mixed_and_empty_keys(workshop: Any) -> None:
     service = Service(workshop, 0)
     server = service.open(*[(ROWS, DIM)] * 3)
     some = server.lookup_many([service.keys([]), service.keys([[5]]), service.keys(range(4))], "m")

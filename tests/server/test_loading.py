@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.fakes import NaiveStore
+from support.internals import bytes_in_use
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
 
@@ -24,8 +25,8 @@ from hps_numba.storage import loading
 
 DIM = 3
 BOUND = {"type": "hash_map", "num_partitions": 1, "overflow_margin": 20, "max_batch_size": 7}
-BEHIND = {"type": "support.fakes:DictTier"}
-PERSISTENT_ONLY: dict[str, Any] = {"volatile_db": {}, "persistent_db": BEHIND}
+DICT_TIER = {"type": "support.fakes:DictTier"}
+PERSISTENT_ONLY: dict[str, Any] = {"volatile_db": {}, "persistent_db": DICT_TIER}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[PlainHostAllocator]:
 
 
 def left(allocators: list[PlainHostAllocator]) -> int:
-    """Bytes still in use once the error and what it held are gone."""
+    """Bytes still in use once the error and what it refers to are gone."""
     gc.collect()
     return sum(allocator.in_use for allocator in allocators)
 
@@ -63,7 +64,7 @@ def test_tables_of_0_to_9_rows(workshop: Workshop, rows: int, cache_type: str) -
 
 
 @pytest.mark.parametrize("cache_type", ["dynamic", "static", "uvm"])
-@pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND, "persistent_db": BEHIND}, PERSISTENT_ONLY])
+@pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND, "persistent_db": DICT_TIER}, PERSISTENT_ONLY])
 def test_the_last_of_equal_keys_wins(workshop: Workshop, databases: dict[str, Any], cache_type: str) -> None:  # F08
     keys = np.array([5, 1, 5, 2, 1, 5, 3])
     entry = workshop.model((keys, DIM), embedding_cache_type=cache_type)
@@ -72,12 +73,12 @@ def test_the_last_of_equal_keys_wins(workshop: Workshop, databases: dict[str, An
     truth = NaiveStore(DIM)
     truth.upsert(keys, rows)
     server = workshop.open(entry, **databases)
-    wanted = np.stack([truth.rows[key] for key in (1, 2, 3, 5)])
-    assert_same_bits(server.lookup([1, 2, 3, 5], "m", 0), wanted)
-    assert_same_bits(wanted, rows[[4, 3, 6, 5]])
+    expected = np.stack([truth.rows[key] for key in (1, 2, 3, 5)])
+    assert_same_bits(server.lookup([1, 2, 3, 5], "m", 0), expected)
+    assert_same_bits(expected, rows[[4, 3, 6, 5]])
 
 
-def test_equal_keys_in_different_chunks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:  # F08
+def test_the_last_of_equal_keys_wins_across_chunks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:  # F08
     monkeypatch.setattr(loading, "_CHUNK_BYTES", 5 * (4 * DIM + 8))
     keys = np.random.default_rng(0).integers(0, 30, 98)
     entry = workshop.model((keys, DIM))
@@ -96,7 +97,7 @@ def test_equal_keys_in_different_chunks(workshop: Workshop, monkeypatch: pytest.
 
 @pytest.mark.parametrize("key", [-1, 2**32, -(2**31), 2**63 - 1])
 @pytest.mark.parametrize("databases", [{}, {"volatile_db": BOUND}, PERSISTENT_ONLY])
-def test_a_key_in_the_file_that_needs_more_than_32_bits(
+def test_a_key_wider_than_32_bits_is_refused_by_a_32_bit_server(
     workshop: Workshop, allocators: list[PlainHostAllocator], key: int, databases: dict[str, Any]
 ) -> None:  # F03
     keys = [*range(40), key, 50]
@@ -106,13 +107,13 @@ def test_a_key_in_the_file_that_needs_more_than_32_bits(
     assert_same_bits(workshop.open(workshop.model((keys, DIM)), **databases).lookup([50], "m", 0), rows_of([50], DIM))
 
 
-def test_32_bit_models_load_the_whole_range(workshop: Workshop) -> None:  # F03
+def test_32_bit_servers_load_every_uint32_key(workshop: Workshop) -> None:  # F03
     keys = np.array([0, 2**31 - 1, 2**31, 2**32 - 1])
     server = workshop.open(workshop.model((keys, DIM)), supportlonglong=False)
     assert_same_bits(server.lookup(keys.astype(np.uint32), "m", 0), rows_of(keys, DIM))
 
 
-def test_a_bound_table_keeps_its_bound_and_counts_what_went(workshop: Workshop) -> None:  # D11
+def test_a_bounded_table_keeps_its_bound_and_counts_evictions(workshop: Workshop) -> None:  # D11
     server = workshop.open(workshop.model((range(100), DIM)), volatile_db=BOUND)
     stats = server.stats()["m"]["sparse_embedding0"]
     assert 16 <= stats.rows <= 20
@@ -123,25 +124,25 @@ def test_a_bound_table_keeps_its_bound_and_counts_what_went(workshop: Workshop) 
 
 
 @pytest.mark.parametrize("policy", ["evict_random", "evict_least_used", "evict_oldest"])
-def test_a_bound_table_takes_the_memory_that_was_planned(workshop: Workshop, policy: str) -> None:  # D11, F04
+def test_a_bounded_table_takes_the_planned_memory(workshop: Workshop, policy: str) -> None:  # D11, F04
     bound = {**BOUND, "overflow_margin": 100, "max_batch_size": 50, "overflow_policy": policy}
     for keys in (range(80), range(1000)):
         server = workshop.open(workshop.model((keys, DIM)), volatile_db=bound)
-        assert server.host_bytes <= server._allocator.in_use <= 1.15 * server.plan().host_bytes + 64
+        assert server.host_bytes <= bytes_in_use(server) <= 1.15 * server.plan().host_bytes + 64
 
 
-# --- failures leave nothing behind ------------------------------------------------------------------------------------
+# --- failures leave no memory in use ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "width", "no key"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_damaged_model_leaves_nothing_behind(
+def test_a_damaged_model_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], which: int, damage: str
 ) -> None:
     entry = workshop.model((range(500), 64), (range(500), 64))
     folder = Path(entry["sparse_files"][which])
     if damage == "missing":
-        entry["sparse_files"][which] = str(workshop.folder / "nowhere" / folder.name)
+        entry["sparse_files"][which] = str(workshop.folder / "missing" / folder.name)
     elif damage == "truncated":
         os.truncate(folder / "emb_vector", 64 * 4 * 400)
     elif damage == "width":
@@ -154,7 +155,7 @@ def test_a_damaged_model_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 5])
-def test_a_disk_that_fails_half_way_leaves_nothing_behind(
+def test_a_disk_failure_during_loading_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     entry = workshop.model((range(100), 64), (range(600), 64))
@@ -175,15 +176,15 @@ def test_a_disk_that_fails_half_way_leaves_nothing_behind(
         monkeypatch.setattr(reader, "read", counted)
         return reader
 
-    monkeypatch.setattr("hps_numba.server.model.open_model", failing)
+    monkeypatch.setattr("hps_numba.server.table_loading.open_model", failing)
     with pytest.raises(ModelFileError, match="the disk failed at row"):
         workshop.open(entry)
     assert left(allocators) == 0
-    monkeypatch.setattr("hps_numba.server.model.open_model", open_model)
+    monkeypatch.setattr("hps_numba.server.table_loading.open_model", open_model)
     assert_same_bits(workshop.open(entry).lookup([599], "m", 1), rows_of([599], 64))
 
 
-def test_memory_that_runs_out_while_loading_leaves_nothing_behind(
+def test_running_out_of_memory_during_loading_leaves_no_memory_in_use(
     workshop: Workshop, allocators: list[PlainHostAllocator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = workshop.model((range(100), 64), (range(30_000), 64))

@@ -41,12 +41,12 @@ INT64, INT32 = array.array("q", [1, 8]), array.array("i", [1, 8])
 
 
 @pytest.mark.parametrize("keys", [[1, 8], (1, 8), range(1, 9, 7), INT64, memoryview(INT32)])
-def test_keys_of_plain_python(server: hps_numba.HPS, keys: Any) -> None:  # N02
+def test_python_sequences_are_keys(server: hps_numba.HPS, keys: Any) -> None:  # N02
     assert_same_bits(server.lookup(keys, "m", 0), rows_of([1, 8], DIM))
 
 
 @pytest.mark.parametrize("keys", [[1.0], ["1"], [None], [[1], [2, 3]], np.array([True]), object()])
-def test_what_is_no_key_is_refused(server: hps_numba.HPS, keys: Any) -> None:
+def test_keys_that_are_not_integers_are_refused(server: hps_numba.HPS, keys: Any) -> None:
     for call in (
         lambda: server.lookup(keys, "m", 0),
         lambda: server.lookup_fromdlpack(keys, np.empty((2, DIM), np.float32), "m", 0),
@@ -57,7 +57,7 @@ def test_what_is_no_key_is_refused(server: hps_numba.HPS, keys: Any) -> None:
             call()
 
 
-def test_the_answer_is_the_callers_to_keep(server: hps_numba.HPS) -> None:
+def test_the_caller_may_write_to_the_returned_rows(server: hps_numba.HPS) -> None:
     rows = server.lookup([1, 2], "m", 0)
     rows[:] = 0
     assert_same_bits(server.lookup([1, 2], "m", 0), rows_of([1, 2], DIM))
@@ -91,9 +91,9 @@ def test_torch_rows_can_be_written(server: hps_numba.HPS) -> None:
 def test_torch_keys_of_a_32_bit_server(narrow: hps_numba.HPS) -> None:  # C10, N03
     torch = pytest.importorskip("torch")
     keys = np.array(EXTREME_32, np.uint32)
-    wanted = rows_of(EXTREME_32, DIM)
-    assert_same_bits(narrow.lookup(torch.from_numpy(keys.view(np.int32)), "m", 0).numpy(), wanted)
-    assert_same_bits(narrow.lookup(torch.from_numpy(keys.astype(np.int64)), "m", 0).numpy(), wanted)
+    expected = rows_of(EXTREME_32, DIM)
+    assert_same_bits(narrow.lookup(torch.from_numpy(keys.view(np.int32)), "m", 0).numpy(), expected)
+    assert_same_bits(narrow.lookup(torch.from_numpy(keys.astype(np.int64)), "m", 0).numpy(), expected)
 
 
 # --- DLPack -----------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_outputs_that_cannot_take_the_rows_are_refused(server: hps_numba.HPS) ->
         server.lookup_fromdlpack(keys, capsule_of(np.empty((2, DIM), np.float32)), "m", 1)
 
 
-def test_no_keys_write_nothing(server: hps_numba.HPS) -> None:  # N03
+def test_dlpack_lookup_without_keys_writes_nothing(server: hps_numba.HPS) -> None:  # N03
     out = np.full((2, DIM), np.nan, np.float32)
     server.lookup_fromdlpack(capsule_of(np.empty(0, np.int64)), capsule_of(out), "m", 0)
     assert np.isnan(out).all()

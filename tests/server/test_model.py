@@ -1,4 +1,4 @@
-"""Models that come, change and go while the server serves; and two models from a file in the original's form."""
+"""Models that are loaded, replaced and unloaded while the server serves; and two models from a config of HugeCTR HPS."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import COLD, KEEPING, Workshop
+from support.internals import HANG_SECONDS, bytes_in_use, host_memory, slower_tier, wait_for_background
 from support.oracles import assert_same_bits, rows_of
 
 import hps_numba
@@ -22,19 +23,19 @@ from hps_numba.server.table import ServedTable
 DIM = 3
 KEYS = list(range(9))
 TAG = "hps_et.m.sparse_embedding0"
-HEADERS = 64  # bytes a table that stay for readers that come late
+HEADERS = 64  # bytes of a table that stay for late readers
 
 
 def stats_of(server: hps_numba.HPS, model: str = "m", table: int = 0) -> Any:
     return server.stats()[model][f"sparse_embedding{table}"]
 
 
-# --- the original's form ----------------------------------------------------------------------------------------------
+# --- a config of HugeCTR HPS ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def original_form(workshop: Workshop) -> Path:
-    """The two models of the original's samples, with its ``//`` comments and keys that it documented and never read."""
+def hugectr_config(workshop: Workshop) -> Path:
+    """Two models of the samples of HugeCTR HPS, with ``//`` comments and keys that it documents and never reads."""
     one = workshop.table("demo_model_sparse.model", range(500), 16)
     two = [workshop.table(f"demo_model2_sparse_{i}.model", range(100 * i, 300), dim) for i, dim in enumerate((64, 32))]
     text = f"""
@@ -79,8 +80,8 @@ def original_form(workshop: Workshop) -> Path:
     return path
 
 
-def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
-    with caplog.at_level(logging.WARNING), hps_numba.HPS(original_form) as server:
+def test_a_hugectr_config_of_two_models_serves(hugectr_config: Path, caplog: pytest.LogCaptureFixture) -> None:  # C01, C18
+    with caplog.at_level(logging.WARNING), hps_numba.HPS(hugectr_config) as server:
         said = [f"deployed_device_list [0]: {driver.why_no_device()}: host memory serves all lookups"]
         assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ([] if driver.device_count() else said)
         rng = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def test_two_models_in_the_originals_form_serve(original_form: Path, caplog: pyt
             server.lookup([1], "demo_model", 0, 1)
 
 
-def test_relative_files_lie_beside_the_config(
+def test_relative_files_are_found_beside_the_config(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # C01
     entry = workshop.model((KEYS, DIM), sparse_files=["m_0.model"])
@@ -120,7 +121,7 @@ def test_relative_files_lie_beside_the_config(
 
 
 @pytest.mark.parametrize("form", ["dict", "object", "config"])
-def test_a_model_is_added_while_others_serve(workshop: Workshop, form: str) -> None:  # D25
+def test_load_model_adds_a_model_to_a_running_server(workshop: Workshop, form: str) -> None:  # D25
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model(([5], 2), ([6], 4), name="added")
     described: Any = entry
@@ -148,7 +149,7 @@ def test_a_model_is_added_while_others_serve(workshop: Workshop, form: str) -> N
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_name_that_is_taken_is_refused(workshop: Workshop) -> None:
+def test_load_model_refuses_the_name_of_a_deployed_model(workshop: Workshop) -> None:
     entry = workshop.model((KEYS, DIM))
     server = workshop.open(entry)
     with pytest.raises(ConfigError, match="model: 'm' is deployed already"):
@@ -156,7 +157,7 @@ def test_a_name_that_is_taken_is_refused(workshop: Workshop) -> None:
     assert server.models == ("m",)
 
 
-def test_a_description_that_is_wrong_is_refused(workshop: Workshop) -> None:
+def test_load_model_refuses_an_invalid_description(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     for wrong in ({"gpucacheper": 1.4}, {"embedding_vecsize_per_table": [3, 3]}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -164,7 +165,7 @@ def test_a_description_that_is_wrong_is_refused(workshop: Workshop) -> None:
     assert server.models == ("m",)
 
 
-def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
+def test_load_model_of_a_strict_server_refuses_unknown_keys(workshop: Workshop) -> None:
     entry = workshop.model((KEYS, DIM), name="n", gpucachepr=0.5)
     with hps_numba.HPS({"supportlonglong": True, "models": [workshop.model((KEYS, DIM))]}, strict=True) as server:
         with pytest.raises(ConfigError, match="gpucachepr: unknown key"):
@@ -172,21 +173,21 @@ def test_a_strict_server_stays_strict(workshop: Workshop) -> None:
         assert server.models == ("m",)
 
 
-def test_a_model_that_does_not_fit_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_into_memory_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     monkeypatch.setattr("hps_numba.server.plan.available_bytes", lambda: 1000)
     with pytest.raises(CapacityError, match="the plan takes"):
         server.load_model(workshop.model((range(500), 64), name="big"))
     with pytest.raises(CapacityError, match="the plan takes"):
         server.replace_model("m")
-    assert (server.models, server._allocator.in_use) == (("m",), before)
+    assert (server.models, bytes_in_use(server)) == (("m",), before)
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop) -> None:
+def test_a_failed_load_model_leaves_no_memory_in_use(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
     path = Path(entry["sparse_files"][1], "emb_vector")
     path.write_bytes(path.read_bytes()[:-4])
@@ -194,7 +195,7 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop)
         with pytest.raises(ModelFileError, match="broken_1"):
             server.load_model(entry)
     assert server.models == ("m",)
-    assert server._allocator.in_use == before
+    assert bytes_in_use(server) == before
     with pytest.raises(UnknownModelError):
         server.lookup([1], "broken", 0)
     server.load_model(workshop.model((KEYS, DIM), (KEYS, 5), name="broken"))
@@ -202,41 +203,38 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(workshop: Workshop)
 
 
 class RefusedTable(ServedTable):
-    """Sessions of tables of width 5 cannot be made."""
+    """Tables of width 5 cannot be opened."""
 
     def __init__(self, spec: Any, *args: Any, **options: Any) -> None:
         if spec.dim == 5:
-            raise ConfigError("no session of width 5")
+            raise ConfigError("no table of width 5")
         super().__init__(spec, *args, **options)
 
 
-@pytest.mark.parametrize("early", ["sessions", "plan"])
-def test_a_model_that_fails_before_it_is_loaded_leaves_nothing_behind(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str
-) -> None:
+@pytest.mark.parametrize("early", ["tables", "plan"])
+def test_a_load_model_that_fails_early_leaves_no_table(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, early: str) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     entry = workshop.model((KEYS, DIM), (KEYS, 5), name="broken")
-    if early == "sessions":
+    if early == "tables":
         monkeypatch.setattr("hps_numba.server.model.ServedTable", RefusedTable)
     else:  # the files vanish after the plan was made
         monkeypatch.setattr("hps_numba.server.hps.make_plan", lambda config: SimpleNamespace(check=lambda: None))
         entry["sparse_files"][1] += ".gone"
     with pytest.raises((ConfigError, ModelFileError)):
         server.load_model(entry)
-    assert server._host is not None
-    assert server._host.tables() == [TAG]
+    assert host_memory(server).tables() == [TAG]
     assert server.models == ("m",)
 
 
-def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24, D25
+def test_unload_model_frees_host_memory(workshop: Workshop) -> None:  # D24, D25
     first, second = workshop.model((KEYS, DIM)), workshop.model((range(2000), 64), name="second")
     server = workshop.open(first)
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     server.load_model(second)
-    assert server._allocator.in_use >= before + 2000 * 64 * 4
+    assert bytes_in_use(server) >= before + 2000 * 64 * 4
     server.unload_model("second")
     assert server.models == ("m",)
-    assert server._allocator.in_use <= before + HEADERS
+    assert bytes_in_use(server) <= before + HEADERS
     with pytest.raises(UnknownModelError, match="'second' is not deployed, deployed are m"):
         server.lookup([1], "second", 0)
     with pytest.raises(UnknownModelError):
@@ -246,22 +244,21 @@ def test_a_model_goes_and_its_memory_with_it(workshop: Workshop) -> None:  # D24
 
 
 @pytest.mark.parametrize("erase", [False, True])
-def test_unloading_leaves_slower_tiers_alone_unless_told_to(workshop: Workshop, erase: bool) -> None:  # D24
+def test_unload_model_erases_slower_tiers_only_if_asked_to(workshop: Workshop, erase: bool) -> None:  # D24
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier"})
     server.unload_model("m", erase=erase)
     assert server.models == ()
-    assert workshop.behind_host(server).size(TAG) == (0 if erase else 9)
+    assert slower_tier(server).size(TAG) == (0 if erase else 9)
 
 
-def test_a_tier_that_fails_to_drop_rows_does_not_keep_the_rest_of_the_model(workshop: Workshop) -> None:  # D24
+def test_unload_model_erases_the_other_tables_if_a_tier_fails_on_one(workshop: Workshop) -> None:  # D24
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": "support.fakes:StuckTableTier"})
-    assert server._host is not None
     with pytest.raises(TierError, match=f"{TAG}: stuck"):
         server.unload_model("m", erase=True)
     assert server.models == ()
-    assert server._host.tables() == []
-    assert server._allocator.in_use <= 2 * HEADERS
-    assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [9, 0]
+    assert host_memory(server).tables() == []
+    assert bytes_in_use(server) <= 2 * HEADERS
+    assert [slower_tier(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [9, 0]
 
 
 # --- keys without effect ----------------------------------------------------------------------------------------------
@@ -280,7 +277,7 @@ UNUSED: list[tuple[dict[str, Any], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("entry", "persistent", "named"), UNUSED)
-def test_keys_without_effect_are_named_once_a_model(
+def test_config_keys_without_effect_are_one_warning_a_model(
     workshop: Workshop, caplog: pytest.LogCaptureFixture, entry: dict[str, Any], persistent: str, named: list[str]
 ) -> None:
     plain = workshop.model((KEYS, DIM), name="plain")
@@ -300,11 +297,11 @@ def test_keys_without_effect_are_named_once_a_model(
     ("volatile", "persistent"),
     [("hash_map", "disabled"), ("disabled", "support.fakes:DictTier"), ("hash_map", "support.fakes:DictTier")],
 )
-def test_a_model_is_replaced_in_every_tier(workshop: Workshop, volatile: str, persistent: str) -> None:  # D25
+def test_replace_model_replaces_rows_in_every_tier(workshop: Workshop, volatile: str, persistent: str) -> None:  # D25
     server = workshop.open(
         workshop.model((KEYS, DIM), (KEYS, 2)), volatile_db={"type": volatile}, persistent_db={"type": persistent}
     )
-    server.insert([50, 1], rows_of([50, 1], DIM, 5), "m", 0)  # goes with the old version
+    server.insert([50, 1], rows_of([50, 1], DIM, 5), "m", 0)  # part of the old version
     new = [workshop.table("new0", [1, 2, 20], DIM, 1), workshop.table("new1", [3], 2, 1)]
     server.replace_model("m", [Path(new[0]), new[1]])
     assert_same_bits(server.lookup([1, 2, 20], "m", 0), rows_of([1, 2, 20], DIM, 1))
@@ -313,10 +310,10 @@ def test_a_model_is_replaced_in_every_tier(workshop: Workshop, volatile: str, pe
     assert not server.contains([0, 1, 2, 4], "m", 1).any()
     assert stats_of(server).version == 2
     if persistent != "disabled":
-        assert [workshop.behind_host(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [3, 1]
+        assert [slower_tier(server).size(tag) for tag in (TAG, TAG[:-1] + "1")] == [3, 1]
 
 
-def test_a_model_is_read_anew_from_its_own_files(workshop: Workshop) -> None:
+def test_replace_model_without_files_reads_those_of_the_config_again(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)))
     workshop.table("m_0.model", [8, 9], DIM, 1)
     server.replace_model("m")
@@ -324,37 +321,37 @@ def test_a_model_is_read_anew_from_its_own_files(workshop: Workshop) -> None:
     assert stats_of(server).rows == 2
 
 
-def test_a_replacement_reaches_tiers_that_are_not_initialised_at_the_start(workshop: Workshop) -> None:  # C19
+def test_replace_model_writes_tiers_that_are_not_initialized_at_start(workshop: Workshop) -> None:  # C19
     server = workshop.open(
         workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:DictTier", "initialize_after_startup": False}
     )
-    tier = workshop.behind_host(server)
-    tier.insert(TAG, np.array([1, 70]), rows_of([1, 70], DIM))  # left there by an earlier server
+    tier = slower_tier(server)
+    tier.insert(TAG, np.array([1, 70]), rows_of([1, 70], DIM))  # from an earlier server
     server.replace_model("m", [workshop.table("new", [1, 2], DIM, 1)])
     assert tier.content[TAG].rows.keys() == {1, 2}
     assert (server.lookup([70], "m", 0) == -7.5).all()
 
 
-def test_a_replacement_leaves_host_memory_empty_that_fills_itself_from_behind(workshop: Workshop) -> None:  # C19
+def test_replace_model_leaves_host_memory_empty_if_lookups_fill_it(workshop: Workshop) -> None:  # C19
     server, _ = workshop.open_cold("support.fakes:DictTier", volatile=KEEPING)
     server.lookup([1, 2], "m", 0)
-    workshop.let_background_finish(server)
+    wait_for_background(server)
     assert stats_of(server).rows == 2
     server.replace_model("m", [workshop.table("new", range(100), DIM, 1)])
     assert stats_of(server).rows == 0
     assert_same_bits(server.lookup([1, 99], "m", 0), rows_of([1, 99], DIM, 1))
-    workshop.let_background_finish(server)
+    wait_for_background(server)
     assert stats_of(server).rows == 2
 
 
-def test_a_replacement_fills_host_memory_where_nothing_else_could_hold_it(workshop: Workshop) -> None:  # C19
+def test_replace_model_fills_host_memory_if_no_other_tier_can_hold_the_rows(workshop: Workshop) -> None:  # C19
     server = workshop.open(workshop.model((KEYS, DIM)), volatile_db={"type": "hash_map", "initialize_after_startup": False})
     assert (server.lookup(KEYS, "m", 0) == -7.5).all()
     server.replace_model("m")
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
 
 
-def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop: Workshop) -> None:  # C20
+def test_replace_model_leaves_no_old_row_in_a_tier_with_an_initial_cache_rate(workshop: Workshop) -> None:  # C20
     volatile = {"type": "support.fakes:DictTier", "initial_cache_rate": 0.5}
     server = workshop.open(workshop.model((range(10), DIM)), volatile_db=volatile)
     workshop.table("m_0.model", range(9, -1, -1), DIM, 1)
@@ -364,18 +361,18 @@ def test_a_replacement_that_a_tier_takes_the_head_of_leaves_no_old_row(workshop:
 
 
 @pytest.mark.parametrize("files", [0, 1, 3])
-def test_a_replacement_with_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
+def test_replace_model_refuses_a_wrong_number_of_files(workshop: Workshop, files: int) -> None:
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)))
-    with pytest.raises(ConfigError, match=rf"sparse_files: {files} for the 2 tables of model 'm'"):
+    with pytest.raises(ConfigError, match=rf"sparse_files: expected one for each of the 2 tables of model 'm', got {files}"):
         server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)] * files)
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
     assert stats_of(server).version == 1
 
 
 @pytest.mark.parametrize("persistent", ["disabled", "support.fakes:DictTier"])
-def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Workshop, persistent: str) -> None:
+def test_a_failed_replace_model_leaves_the_old_version_in_force(workshop: Workshop, persistent: str) -> None:
     server = workshop.open(workshop.model((KEYS, DIM), (KEYS, 2)), persistent_db={"type": persistent})
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     good, narrow = workshop.table("good", [1], DIM, 1), workshop.table("narrow", KEYS, 5, 1)
     for bad in (narrow, str(workshop.folder / "missing")):
         with pytest.raises(ModelFileError, match=Path(bad).name):
@@ -383,11 +380,11 @@ def test_a_replacement_that_cannot_be_loaded_leaves_the_old_version(workshop: Wo
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
     assert_same_bits(server.lookup(KEYS, "m", 1), rows_of(KEYS, 2))
     assert stats_of(server).version == 1
-    assert server._allocator.in_use == before
+    assert bytes_in_use(server) == before
 
 
 @pytest.mark.parametrize("volatile", [COLD, {"type": "hash_map", "initial_cache_rate": 0.5}, {"type": "disabled"}])
-def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
+def test_replace_model_changes_no_tier_if_a_file_has_a_bad_key_near_its_end(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, volatile: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("hps_numba.storage.loading._CHUNK_BYTES", 160)
@@ -401,7 +398,7 @@ def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
     for files in ([good, bad], [bad, good]):
         with pytest.raises(ModelFileError, match=f"bad: key {2**40} at row 49 does not fit 32 bits"):
             server.replace_model("m", files)
-    tier = workshop.behind_host(server)
+    tier = slower_tier(server)
     for tag, n in ((TAG, 50), (TAG[:-1] + "1", 9)):
         rows = np.zeros((n, 2), np.float32)
         assert tier.size(tag) == n
@@ -410,30 +407,30 @@ def test_a_replacement_with_a_bad_key_near_its_end_changes_no_tier(
     assert stats_of(server).version == 1
 
 
-def test_a_replacement_of_an_unknown_model(workshop: Workshop) -> None:
+def test_replace_model_of_an_unknown_model_raises(workshop: Workshop) -> None:
     with pytest.raises(UnknownModelError, match="'n' is not deployed"):
         workshop.open(workshop.model((KEYS, DIM))).replace_model("n")
 
 
-def test_a_replacement_that_a_slower_tier_refuses_leaves_host_memory(workshop: Workshop) -> None:
+def test_replace_model_leaves_host_memory_if_a_slower_tier_fails(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((KEYS, DIM)), persistent_db={"type": "support.fakes:FlakyDictTier"})
-    workshop.behind_host(server).fail_on.add("insert")
-    before = server._allocator.in_use
+    slower_tier(server).fail_on.add("insert")
+    before = bytes_in_use(server)
     with pytest.raises(TierError, match="failed on purpose"):
         server.replace_model("m", [workshop.table("new", KEYS, DIM, 1)])
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
-    assert (server._allocator.in_use, stats_of(server).version) == (before, 1)
-    workshop.behind_host(server).fail_on.clear()
-    server.insert([1], rows_of([1], DIM, 2), "m", 0)  # no lock was left behind
+    assert (bytes_in_use(server), stats_of(server).version) == (before, 1)
+    slower_tier(server).fail_on.clear()
+    server.insert([1], rows_of([1], DIM, 2), "m", 0)  # no lock is still held
     assert_same_bits(server.lookup([1], "m", 0), rows_of([1], DIM, 2))
 
 
-def test_many_replacements_take_no_more_memory(workshop: Workshop) -> None:
+def test_repeated_replace_model_takes_no_more_memory(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(300), 16)))
     sizes = set()
     for stamp in range(12):
         server.replace_model("m", [workshop.table(f"v{stamp % 2}", range(300), 16, stamp)])
-        sizes.add(server._allocator.in_use)
+        sizes.add(bytes_in_use(server))
     assert len(sizes) == 1
     assert stats_of(server).version == 13
 
@@ -442,7 +439,7 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
     versions = [[workshop.table(f"v{v}_{i}", range(64), 4, v) for i in range(3)] for v in range(4)]
     server = workshop.open(workshop.model(*[(range(64), 4)] * 3, sparse_files=versions[0]))
     keys = np.arange(64)
-    wanted = [rows_of(keys, 4, v) for v in range(4)]
+    expected = [rows_of(keys, 4, v) for v in range(4)]
     seen: set[int] = set()
     wrong: list[Any] = []
     stop = threading.Event()
@@ -450,7 +447,7 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
     def look_up() -> None:
         while not stop.is_set():
             got = server.lookup_many([keys] * 3, "m")
-            which = {v for v in range(4) for rows in got if np.array_equal(rows, wanted[v])}
+            which = {v for v in range(4) for rows in got if np.array_equal(rows, expected[v])}
             seen.update(which)
             if len(which) != 1 or not all(np.array_equal(rows, got[0]) for rows in got):
                 wrong.append(got)
@@ -462,12 +459,12 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
         server.replace_model("m", versions[step % 4])
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG_SECONDS)
     assert not wrong
     assert len(seen) > 1
 
 
-def test_a_replacement_by_a_single_path(workshop: Workshop) -> None:
+def test_replace_model_takes_a_single_path(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 4)))
     server.replace_model("m", workshop.table("new", range(5), 4, stamp=7))
     assert_same_bits(server.lookup(np.arange(5), "m", 0), rows_of(range(5), 4, 7))

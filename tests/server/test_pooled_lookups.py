@@ -1,4 +1,4 @@
-"""``HPS.lookup_pooled``: bags of keys, their rows combined in the pass that reads them, against float64 and the CPU twin."""
+"""``HPS.lookup_pooled``: bags of keys, their rows combined in the pass that reads them, against float64 and the CPU cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.internals import served_table
 from support.oracles import rows_of
 
 import hps_numba
@@ -47,7 +48,9 @@ def bags_of(random: np.random.Generator, bags: int, longest: int) -> np.ndarray:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("combiner", COMBINERS)
 @pytest.mark.parametrize("dim", [1, 3, 16, 100])
-def test_pooled_rows(workshop: Any, dim: int, combiner: str, weighted: bool, max_norm: float | None) -> None:
+def test_pooled_rows_equal_those_computed_in_float64(
+    workshop: Any, dim: int, combiner: str, weighted: bool, max_norm: float | None
+) -> None:
     random = np.random.default_rng(dim)
     server = workshop.open(workshop.model((range(500), dim)))
     for bags, longest in ((1, 1), (7, 3), (300, 20), (2, 3000)):
@@ -56,12 +59,12 @@ def test_pooled_rows(workshop: Any, dim: int, combiner: str, weighted: bool, max
         keys = random.integers(-5, 505, n)
         weights = random.uniform(0.1, 2, n).astype(np.float32) if weighted else None
         answer = server.lookup_pooled(keys, offsets, "m", 0, weights=weights, combiner=combiner, max_norm=max_norm)
-        wanted, scale = pooled(server.lookup(keys, "m", 0), offsets, weights, combiner, max_norm)
+        expected, scale = pooled(server.lookup(keys, "m", 0), offsets, weights, combiner, max_norm)
         assert answer.dtype == np.float32 and answer.shape == (bags, dim)
-        assert (np.abs(answer - wanted) <= 6e-8 * (longest + 20) * scale).all()  # half a unit in the last place an addition
+        assert (np.abs(answer - expected) <= 6e-8 * (longest + 20) * scale).all()  # half a ulp for each addition
 
 
-def test_bags_over_several_threads(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bags_are_split_over_threads(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hps_numba.runtime import threads
 
     monkeypatch.setattr(threads, "SPLIT_BYTES", 4096)
@@ -71,8 +74,8 @@ def test_bags_over_several_threads(workshop: Any, monkeypatch: pytest.MonkeyPatc
     offsets = bags_of(random, 2000, 4)
     keys = random.integers(0, 1100, offsets[-1])
     answer = server.lookup_pooled(keys, offsets, "m", 0)
-    wanted, scale = pooled(server.lookup(keys, "m", 0), offsets, None, "sum", None)
-    assert (np.abs(answer - wanted) <= 1e-6 * scale).all()
+    expected, scale = pooled(server.lookup(keys, "m", 0), offsets, None, "sum", None)
+    assert (np.abs(answer - expected) <= 1e-6 * scale).all()
     empty = np.zeros(2001, np.int64)
     empty[1:] = 5000
     keys = np.arange(5000) % 1000
@@ -82,19 +85,19 @@ def test_bags_over_several_threads(workshop: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("combiner", COMBINERS)
-def test_the_cache_of_the_cpu_pools_to_the_same_bits(workshop: Any, combiner: str) -> None:
+def test_the_cpu_cache_pools_bit_for_bit_as_host_memory(workshop: Any, combiner: str) -> None:
     server = workshop.open(workshop.model((range(50), 16), gpucacheper=1.0), cache_on_cpu=True)
-    twin = server._table("m", 0).cache_on(None)
-    assert twin is not None
+    cache = served_table(server).cache_on(None)
+    assert cache is not None
     random = np.random.default_rng(1)
     offsets = bags_of(random, 40, 6)
     keys = random.integers(0, 60, offsets[-1])
     weights = random.uniform(-1, 1, len(keys)).astype(np.float32)
     answer = server.lookup_pooled(keys, offsets, "m", 0, weights=weights, combiner=combiner)
-    assert answer.tobytes() == twin.pool_arrays(keys, offsets, weights, combiner).tobytes()
+    assert answer.tobytes() == cache.pool_arrays(keys, offsets, weights, combiner).tobytes()
 
 
-def test_a_divisor_of_0_and_an_empty_bag_give_0(workshop: Any) -> None:
+def test_zero_divisors_and_empty_bags_give_zero(workshop: Any) -> None:
     server = workshop.open(workshop.model((range(9), 3)))
     for combiner in ("mean", "sqrtn"):
         answer = server.lookup_pooled([1, 2], [0, 2, 2], "m", 0, weights=np.zeros(2), combiner=combiner)
@@ -104,7 +107,7 @@ def test_a_divisor_of_0_and_an_empty_bag_give_0(workshop: Any) -> None:
     assert not server.lookup_pooled([], [0, 0, 0], "m", 0).any()
 
 
-def test_a_bound_of_0_is_nan_for_a_row_of_zeros_as_in_tensorflow(workshop: Any) -> None:
+def test_max_norm_0_gives_nan_for_a_row_of_zeros_as_in_tensorflow(workshop: Any) -> None:
     server = workshop.open(workshop.model((range(9), 3)))
     server.insert([100], np.zeros((1, 3)), "m", 0)
     answer = server.lookup_pooled([1, 100], [0, 1, 2], "m", 0, max_norm=0)
@@ -112,19 +115,19 @@ def test_a_bound_of_0_is_nan_for_a_row_of_zeros_as_in_tensorflow(workshop: Any) 
 
 
 @pytest.mark.parametrize("volatile", [{"type": "hash_map", "initialize_after_startup": False}, {"type": "disabled"}])
-def test_keys_behind_host_memory(workshop: Any, volatile: Any) -> None:
+def test_pooling_fetches_keys_from_slower_tiers(workshop: Any, volatile: Any) -> None:
     server, _ = workshop.open_cold(volatile=volatile)
     keys = np.array([3, 3, 8, 77, 1])
     offsets = np.array([0, 2, 2, 4, 5])
     answer = server.lookup_pooled(keys, offsets, "m", 0, weights=np.arange(5))
     rows = np.concatenate((rows_of(np.array([3, 3, 8]), 3), np.full((1, 3), DEFAULT), rows_of(np.array([1]), 3)))
-    wanted, scale = pooled(rows.astype(np.float32), offsets, np.arange(5, dtype=np.float32), "sum", None)
-    assert (np.abs(answer - wanted) <= 1e-6 * scale).all()
+    expected, scale = pooled(rows.astype(np.float32), offsets, np.arange(5, dtype=np.float32), "sum", None)
+    assert (np.abs(answer - expected) <= 1e-6 * scale).all()
     stats = server.stats()["m"]["sparse_embedding0"]
     assert (stats.keys, stats.host_hits, stats.tier_hits, stats.absent) == (5, 0, 4, 1)
 
 
-def test_what_does_not_fit(workshop: Any) -> None:
+def test_invalid_arguments_are_refused(workshop: Any) -> None:
     server = workshop.open(workshop.model((range(9), 3)))
     for offsets, match in (
         ([0, 2], "from 0 to 2, wanted from 0 to 3"),
@@ -147,7 +150,7 @@ def test_what_does_not_fit(workshop: Any) -> None:
         server.lookup_pooled([1], [0, 1], "m", 0)
 
 
-def test_where_bags_begin() -> None:
+def test_offsets_of_ascending_row_numbers() -> None:
     numbers = np.array([[0, 9], [2, 9], [2, 9]])
     assert offsets_of(numbers[:, 0], 5).tolist() == [0, 1, 1, 3, 3, 3]
     assert offsets_of(np.array([], np.int64), 2).tolist() == [0, 0, 0]

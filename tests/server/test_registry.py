@@ -1,4 +1,4 @@
-"""The servers of a process, by config, and the requests of layers: no framework is needed here."""
+"""The servers of a process, by config, and the requests of layers, without any framework."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def file_of(workshop: Any, config: dict[str, Any], name: str = "ps.json") -> str
     return str(path)
 
 
-def test_one_server_a_config(workshop: Any, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_configs_share_a_server(workshop: Any, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(workshop)
     path = file_of(workshop, config)
     first = servers.open(path)
@@ -51,11 +51,11 @@ def test_one_server_a_config(workshop: Any, servers: Servers, monkeypatch: pytes
 def test_threads_share_the_server_that_one_of_them_builds(workshop: Any, servers: Servers) -> None:
     config, found, start = config_of(workshop), [], threading.Barrier(8)
 
-    def want() -> None:
+    def open_server() -> None:
         start.wait()
         found.append(servers.open(config))
 
-    threads = [threading.Thread(target=want) for _ in range(8)]
+    threads = [threading.Thread(target=open_server) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,7 +63,7 @@ def test_threads_share_the_server_that_one_of_them_builds(workshop: Any, servers
     assert len(found) == 8 and len({id(server) for server in found}) == 1
 
 
-def test_a_failed_start_may_be_repeated(workshop: Any, servers: Servers) -> None:
+def test_a_failed_open_can_be_retried(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop)
     path = file_of(workshop, {**config, "models": []})
     with pytest.raises(ConfigError):
@@ -80,16 +80,18 @@ def test_a_failed_start_may_be_repeated(workshop: Any, servers: Servers) -> None
         (10, 2, r"5 for each of 2 replicas, but models\[0\].max_batch_size is 4"),
     ],
 )
-def test_a_batch_that_does_not_fit(workshop: Any, servers: Servers, batch: int, replicas: int, match: str) -> None:
+def test_open_refuses_a_batch_that_replicas_cannot_share(
+    workshop: Any, servers: Servers, batch: int, replicas: int, match: str
+) -> None:
     config = config_of(workshop)
     with pytest.raises(ConfigError, match=match):
         servers.open(config, global_batch_size=batch, replicas=replicas)
     assert servers.opened == []
     servers.open(config, global_batch_size=8, replicas=2)
-    servers.open(config, global_batch_size=batch, replicas=replicas)  # it is there: the first call decided
+    servers.open(config, global_batch_size=batch, replicas=replicas)  # the server is there: the first call decides
 
 
-def test_without_a_config_the_server_that_has_the_model(workshop: Any, servers: Servers) -> None:
+def test_an_empty_config_finds_the_only_server_with_the_model(workshop: Any, servers: Servers) -> None:
     with pytest.raises(ConfigError, match="ps_config_file: an empty one came"):
         servers.of_model("", "m")
     first = servers.open(config_of(workshop, "a", "b"))
@@ -101,25 +103,25 @@ def test_without_a_config_the_server_that_has_the_model(workshop: Any, servers: 
         servers.of_model("", "d")
 
 
-def test_a_request_is_text_and_back() -> None:
-    wanted = (
+def test_a_request_round_trips_through_json() -> None:
+    queries = (
         TableQuery("m", 0, 4),
         TableQuery("m", "t", 8, combiner="sum", weighted=True, paired=True, clipped=True, default_id=7),
     )
     for config in ("ps.json", {"models": [1.5, None]}):
-        request = Request(config, wanted, 8, 2)
+        request = Request(config, queries, 8, 2)
         assert Request.of_text(request.text) == request
     with pytest.raises(ConfigError, match=r"ps_config_file: .*not JSON serializable"):
-        _ = Request({"models": object()}, wanted).text
+        _ = Request({"models": object()}, queries).text
 
 
-def test_a_request_of_pieces() -> None:
-    wanted = (TableQuery("m", 0, 4), TableQuery("m", "t", 8), TableQuery("m", 2, 16))
-    head, pieces, tail = Request({"models": []}, wanted).pieces()
-    assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, wanted[1:])
+def test_a_request_is_joined_from_pieces() -> None:
+    queries = (TableQuery("m", 0, 4), TableQuery("m", "t", 8), TableQuery("m", 2, 16))
+    head, pieces, tail = Request({"models": []}, queries).pieces()
+    assert Request.of_text(head + ", ".join(pieces[1:]) + tail) == Request({"models": []}, queries[1:])
 
 
-def test_rows_and_pooled_rows_in_one_answer(workshop: Any, servers: Servers) -> None:
+def test_an_answer_holds_rows_and_pooled_rows(workshop: Any, servers: Servers) -> None:
     pooled = TableQuery("m", 0, 4, combiner="sum", weighted=True, paired=True, clipped=True, default_id=5)
     request = Request(config_of(workshop), (TableQuery("m", 0, 4), pooled))
     keys, indices = np.array([[1, 2], [3, 99]]), np.array([[0, 0], [0, 1], [2, 0]])
@@ -144,7 +146,7 @@ def test_many_tables_are_looked_up_by_all_threads(workshop: Any, servers: Server
         answer(request.text, [np.arange(3)] * 8 + [np.ones(3)], servers)
 
 
-def test_a_request_follows_its_server(workshop: Any, servers: Servers) -> None:
+def test_a_request_reopens_its_server_after_close(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop)
     text = Request(config, (TableQuery("m", 0, 4),)).text
     for _ in range(2):
@@ -155,18 +157,18 @@ def test_a_request_follows_its_server(workshop: Any, servers: Servers) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "error", "match"),
+    ("query", "error", "match"),
     [
         (TableQuery("x", 0, 4), UnknownModelError, "'x' is not deployed"),
         (TableQuery("m", 9, 4), UnknownModelError, "no table 9"),
         (TableQuery("m", 0, 5), ConfigError, "emb_vec_size: 5 came, rows of .* have 4 elements"),
     ],
 )
-def test_what_a_server_does_not_have(
-    workshop: Any, servers: Servers, wanted: TableQuery, error: type[HpsError], match: str
+def test_answers_refuse_unknown_models_tables_and_widths(
+    workshop: Any, servers: Servers, query: TableQuery, error: type[HpsError], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        answer(Request(config_of(workshop), (wanted,)).text, [np.arange(3)], servers)
+        answer(Request(config_of(workshop), (query,)).text, [np.arange(3)], servers)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_what_a_server_does_not_have(
         ([[0, 0], [1, 0]], 2, [1], None, "sp_weights: 1 values came, 2 are wanted"),
     ],
 )
-def test_sparse_matrices_that_are_none(
+def test_answers_refuse_malformed_sparse_matrices(
     workshop: Any, servers: Servers, indices: Any, bags: int, weights: Any, others: Any, match: str
 ) -> None:
     request = Request(config_of(workshop), (TableQuery("m", 0, 4, combiner="sum", weighted=True, paired=True),))
@@ -188,13 +190,13 @@ def test_sparse_matrices_that_are_none(
         answer(request.text, inputs, servers)
 
 
-def test_rows_in_few_bits_are_served_as_float32(workshop: Any, servers: Servers) -> None:
+def test_low_precision_rows_are_answered_as_float32(workshop: Any, servers: Servers) -> None:
     config = config_of(workshop, output_dtype="bfloat16")
     (rows,) = answer(Request(config, (TableQuery("m", 0, 4),)).text, [np.arange(5)], servers)
     assert np.array_equal(rows, rows_of(np.arange(5), 4))
 
 
-def test_rows_into_memory_of_a_front_end(workshop: Any, servers: Servers) -> None:
+def test_lookup_into_writes_float32_rows(workshop: Any, servers: Servers) -> None:
     server = servers.open(config_of(workshop, output_dtype="float16"))
     out = np.empty((2, 3, 4), np.float32)
     keys = np.arange(6).reshape(2, 3).astype(np.uint32)
@@ -205,6 +207,6 @@ def test_rows_into_memory_of_a_front_end(workshop: Any, servers: Servers) -> Non
             server.lookup_into(keys, "m", 0, wrong)
 
 
-def test_a_path_in_another_folder(workshop: Any, servers: Servers, tmp_path: Path) -> None:
+def test_a_missing_config_file_is_named(workshop: Any, servers: Servers, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         servers.open(str(tmp_path / "nothing.json"))

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from support.internals import HANG_SECONDS, bytes_in_use
 
 import hps_numba
 
@@ -15,7 +16,7 @@ COLUMNS = np.arange(1, DIM, dtype=np.float32)
 
 
 def rows_of(keys, version):
-    """Element 0 is the version; the others follow from key and version, so that a row mixed of two versions shows."""
+    """Element 0 is the version; the others follow from key and version, which a row of two mixed versions breaks."""
     rows = np.empty((len(keys), DIM), np.float32)
     rows[:, 0] = version
     rows[:, 1:] = np.asarray(keys, np.float32)[:, None] + version * COLUMNS
@@ -33,7 +34,7 @@ def is_whole(keys, rows):
     return np.array_equal(rows[:, 1:], np.asarray(keys, np.float32)[:, None] + version * COLUMNS)
 
 
-def test_lookups_beside_replacements_and_upserts(tmp_path):
+def test_lookups_during_replacements_and_upserts_see_whole_rows(tmp_path):
     keys = np.arange(ROWS, dtype=np.int64)
     for number in range(2):
         hps_numba.write_model(tmp_path / f"v{number}", DIM, [(keys, rows_of(keys, number))])
@@ -49,7 +50,7 @@ def test_lookups_beside_replacements_and_upserts(tmp_path):
         ]
     }
     server = hps_numba.HPS(config)
-    in_use, resident = server._allocator.in_use, resident_bytes()
+    in_use, resident = bytes_in_use(server), resident_bytes()
     stop, problems, lookups = threading.Event(), [], [0] * THREADS
     versions = {float(v) for v in range(2)} | {float(v) for v in range(1000, 2000)}
 
@@ -82,15 +83,15 @@ def test_lookups_beside_replacements_and_upserts(tmp_path):
         server.replace_model("m", [tmp_path / f"v{(number + 1) % 2}"])
     stop.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     assert not problems
     assert min(lookups) > 0
     assert server.stats()["m"]["sparse_embedding0"].version == VERSIONS + 1
 
-    server.replace_model("m")  # the last word, with nobody about
+    server.replace_model("m")  # once more, with no other thread
     assert np.array_equal(server.lookup(keys, "m", 0), rows_of(keys, 0))
-    assert server._allocator.in_use == in_use
+    assert bytes_in_use(server) == in_use
     assert resident_bytes() < resident + (48 << 20)
     server.close()
-    assert server._allocator.in_use <= 64
+    assert bytes_in_use(server) <= 64

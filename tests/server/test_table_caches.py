@@ -1,6 +1,6 @@
-"""A server with caches: what the keys of a config do, and that no tier, write, thread or fork makes an answer wrong.
+"""A server with caches: what config keys do, and that answers stay exact whatever tiers, writes, threads and forks do.
 
-Every test runs with the cache in host memory; those of the fixture ``service`` also with CuPy keys on a GPU.
+Every test runs with the cache in host memory; those with the fixture ``service`` also with CuPy keys on a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 from support.children import in_child
 from support.factories import COLD, KEEPING, Workshop
 from support.fakes import DictTier
+from support.internals import HANG_SECONDS, bytes_in_use, due_refreshes, served_table, slower_tier
 from support.oracles import assert_same_bits, rows_of
 from support.services import (
     DEFAULT,
@@ -55,34 +56,34 @@ EVERY_TYPE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [0, 10, 130, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
-def test_capacity_is_at_least_that_of_the_original(service: Service, share: float, rows: int) -> None:  # G09
+def test_capacity_is_at_least_that_of_hugectr(service: Service, share: float, rows: int) -> None:  # G09
     server = service.open((range(rows), DIM), gpucacheper=share, init_ec=False)
-    wanted = max(64, math.floor(Fraction(str(share)) * rows))
+    expected = max(64, math.floor(Fraction(str(share)) * rows))
     cache = cache_of(server)
-    assert cache.capacity >= -(-wanted // 64) * 64
+    assert cache.capacity >= -(-expected // 64) * 64
     assert cache.device == service.device
     assert cache.resident == 0
 
 
-def test_shares_are_taken_as_they_are_written(on_cpu: Service) -> None:  # G09
-    """0.29 * 1000 is 289.99 in floats, and 290 on paper: what matters here is the step of 64 above it."""
+def test_gpucacheper_is_taken_as_a_decimal_fraction(on_cpu: Service) -> None:  # G09
+    """0.29 * 1000 is 289.99 in floats and 290 on paper; the capacity may not be a step of 64 lower."""
     server = on_cpu.open((range(6400), DIM), gpucacheper=0.29, init_ec=False)  # 1856 = 29 * 64, less in floats
     assert 1856 <= cache_of(server).capacity < 1856 + 64
 
 
-def test_a_capacity_in_bytes(service: Service) -> None:  # G10
+def test_cache_size_bytes_bounds_the_cache(service: Service) -> None:  # G10
     tables = [(range(2000), DIM)] * 3
     server = service.open(*tables, cache_size_bytes=[20_000, 0, 10_000_000], gpucacheper=0.5, init_ec=False)
     small, share, large = (cache_of(server, table) for table in range(3))
     table_bytes = [spec.bytes for spec in (small, share, large)]
-    buffers = table_bytes[1] - (share.capacity // 10 * 128 + share.capacity * 80)  # what every cache needs besides
+    buffers = table_bytes[1] - (share.capacity // 10 * 128 + share.capacity * 80)  # what every cache takes besides
     assert table_bytes[0] - buffers <= 20_000
     assert small.capacity * (4 * DIM) >= 0.6 * 20_000 - buffers
     assert 1000 <= share.capacity < 1100
     assert large.capacity >= 2000
 
 
-def test_a_budget_for_the_whole_table_holds_every_row(service: Service) -> None:  # G10
+def test_cache_size_bytes_for_the_whole_table_holds_every_row(service: Service) -> None:  # G10
     server = service.open((range(300), DIM), cache_size_bytes=1_000_000, gpucacheper=0.0)
     assert cache_of(server).resident == 300
     assert_same_bits(service.lookup(server, range(300)), rows_of(range(300), DIM))
@@ -94,7 +95,7 @@ def test_a_budget_for_the_whole_table_holds_every_row(service: Service) -> None:
 
 @pytest.mark.parametrize("percentage", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_cache_is_full_at_the_start(service: Service, share: float, percentage: float) -> None:  # G17
+def test_caches_are_warm_at_start(service: Service, share: float, percentage: float) -> None:  # G17
     server = service.open((range(200), DIM), gpucacheper=share, cache_refresh_percentage_per_iteration=percentage)
     cache = cache_of(server)
     assert cache.resident == len(next(iter(table_caches(server))).entries())
@@ -104,7 +105,7 @@ def test_the_cache_is_full_at_the_start(service: Service, share: float, percenta
     assert_adds_up(server)
 
 
-def test_an_empty_start_fills_by_use(service: Service) -> None:  # G17
+def test_without_init_ec_lookups_fill_the_cache(service: Service) -> None:  # G17
     server = service.open((range(30), DIM), gpucacheper=1.0, init_ec=False)
     for hits in (0, 30):
         assert_same_bits(service.lookup(server, range(30)), rows_of(range(30), DIM))
@@ -113,14 +114,14 @@ def test_an_empty_start_fills_by_use(service: Service) -> None:  # G17
 
 
 def table_caches(server: hps_numba.HPS, table: int = 0) -> Any:
-    return server._models["m"].tables[table].caches
+    return served_table(server, table).caches
 
 
 # --- slower tiers and the threshold -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [0, -1])
-def test_a_threshold_of_0_answers_with_the_default_and_fetches_later(service: Service, threshold: float) -> None:  # G11, G13
+def test_threshold_0_answers_with_the_default_and_fetches_later(service: Service, threshold: float) -> None:  # G11, G13
     server, tier = service.open_cold(hit_rate_threshold=threshold)
     keys = [3, 4, 3, 50]
     assert_same_bits(service.lookup(server, keys), defaults(4))
@@ -134,23 +135,23 @@ def test_a_threshold_of_0_answers_with_the_default_and_fetches_later(service: Se
 
 
 @pytest.mark.parametrize("threshold", [1.0, 1.1, 100])
-def test_a_threshold_of_1_is_exact(service: Service, threshold: float) -> None:  # G11, G12
+def test_threshold_1_is_exact(service: Service, threshold: float) -> None:  # G11, G12
     server, _ = service.open_cold(hit_rate_threshold=threshold)
     rng = np.random.default_rng(2)
     for _ in range(5):
         keys = rng.integers(0, 12, 20)
-        wanted = np.where((keys < 9)[:, None], rows_of(keys, DIM), DEFAULT)
-        assert_same_bits(service.lookup(server, keys), wanted)
+        expected = np.where((keys < 9)[:, None], rows_of(keys, DIM), DEFAULT)
+        assert_same_bits(service.lookup(server, keys), expected)
     service.settle(server)
     assert stats_of(server).unanswered == 0
     assert_adds_up(server)
 
 
-def test_the_hit_rate_is_by_requests(service: Service) -> None:  # G11, G13
+def test_the_hit_rate_counts_requests_not_distinct_keys(service: Service) -> None:  # G11, G13
     server, _ = service.open_cold(hit_rate_threshold=0.5)
-    assert_same_bits(service.lookup(server, [0]), rows_of([0], DIM))  # 0 of 1: waited for
+    assert_same_bits(service.lookup(server, [0]), rows_of([0], DIM))  # 0 of 1: waits
     assert_same_bits(service.lookup(server, [0, 1, 2]), rows_of([0, 1, 2], DIM))  # 1 of 3
-    keys = [0, 0, 0, 3, 4, 5]  # 3 of 6, though of 4 distinct keys one was there
+    keys = [0, 0, 0, 3, 4, 5]  # 3 of 6 requests, though 1 of 4 distinct keys
     assert_same_bits(service.lookup(server, keys), np.concatenate([rows_of([0, 0, 0], DIM), defaults(3)]))
     service.settle(server)
     assert stats_of(server).unanswered == 3
@@ -159,13 +160,11 @@ def test_the_hit_rate_is_by_requests(service: Service) -> None:  # G11, G13
     assert_adds_up(server)
 
 
-def test_nothing_is_handed_to_the_background_if_nothing_is_missing(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:  # G13
+def test_no_background_job_is_started_if_no_key_is_missing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G13
     server, tier = service.open_cold(hit_rate_threshold=0.5)
     service.lookup(server, KEYS)
-    table, jobs = server._models["m"].tables[0], []
-    monkeypatch.setattr(table, "_background", lambda job: bool(jobs.append(job)))
+    table, jobs = served_table(server), []
+    monkeypatch.setattr(table.slow_path, "background", lambda job: bool(jobs.append(job)))
     tier.calls.clear()
     assert_same_bits(service.lookup(server, KEYS), rows_of(KEYS, DIM))
     assert not jobs
@@ -175,7 +174,7 @@ def test_nothing_is_handed_to_the_background_if_nothing_is_missing(
 
 
 @pytest.mark.parametrize("threshold", [0, 0.5])
-def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
+def test_keys_of_dropped_background_jobs_are_counted_as_unanswered(
     service: Service, monkeypatch: pytest.MonkeyPatch, threshold: float
 ) -> None:  # G13
     server, _ = service.open_cold(hit_rate_threshold=threshold)
@@ -183,18 +182,18 @@ def test_keys_that_too_many_jobs_keep_from_being_fetched_are_counted(
     service.settle(server)
     before = stats_of(server).unanswered
     with monkeypatch.context() as full:
-        full.setattr(server._models["m"].tables[0], "_background", lambda job: False)
+        full.setattr(served_table(server).slow_path, "background", lambda job: False)
         assert_same_bits(service.lookup(server, [0, 1, 2]), np.concatenate([rows_of([0, 1], DIM), defaults(1)]))
     assert stats_of(server).unanswered == before + 1
     assert_adds_up(server)
 
 
-def test_keys_that_were_overwritten_after_the_call_are_fetched_as_they_were(service: Service) -> None:  # G13
+def test_background_jobs_fetch_the_keys_as_they_were_at_the_call(service: Service) -> None:  # G13
     server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     keys = service.keys([3, 4])
     server.lookup(keys, "m", 0)
     keys[:] = 8
-    assert tier.fetched.wait(30)
+    assert tier.fetched.wait(HANG_SECONDS)
     tier.go_on.set()
     service.settle(server)
     assert sorted(table_keys(server)) == [3, 4]
@@ -205,7 +204,7 @@ def table_keys(server: hps_numba.HPS, table: int = 0) -> list[int]:
     return [int(key) for key in cache.dump()]
 
 
-def test_missed_rows_are_kept_in_host_memory_if_asked_to(service: Service) -> None:  # D04
+def test_cache_missed_embeddings_keeps_rows_in_host_memory(service: Service) -> None:  # D04
     for threshold, entry in ((1.0, "m"), (0.0, "m")):
         server, _ = service.open_cold(volatile=KEEPING, hit_rate_threshold=threshold, name=entry)
         service.lookup(server, [1, 2, 99])
@@ -214,7 +213,7 @@ def test_missed_rows_are_kept_in_host_memory_if_asked_to(service: Service) -> No
         assert_same_bits(service.lookup(server, [1, 2]), rows_of([1, 2], DIM))
 
 
-def test_an_answer_is_given_even_if_host_memory_has_no_room_to_keep_it(
+def test_lookups_are_answered_if_host_memory_has_no_room_to_keep_rows(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, _ = service.open_cold(volatile=KEEPING, hit_rate_threshold=1.0)
@@ -228,7 +227,7 @@ def test_an_answer_is_given_even_if_host_memory_has_no_room_to_keep_it(
     assert_same_bits(service.lookup(server, [2, 1]), rows_of([2, 1], DIM))
 
 
-def test_a_cache_without_host_memory(service: Service) -> None:
+def test_a_cache_serves_without_host_memory(service: Service) -> None:
     server, tier = service.open_cold(volatile={"type": "disabled"}, hit_rate_threshold=1.0)
     for _ in range(2):
         assert_same_bits(service.lookup(server, [1, 2, 99]), np.concatenate([rows_of([1, 2], DIM), defaults(1)]))
@@ -238,8 +237,8 @@ def test_a_cache_without_host_memory(service: Service) -> None:
     assert_same_bits(service.lookup(server, [1, 2]), np.concatenate([rows_of([1], DIM, 1), defaults(1)]))
     service.lookup(server, KEYS)
     server.replace_model("m", service.workshop.table("v2", [1, 5], DIM, 2))
-    wanted = np.concatenate([rows_of([1, 5], DIM, 2), defaults(1)])
-    assert_same_bits(service.lookup(server, [1, 5, 6]), wanted)
+    expected = np.concatenate([rows_of([1, 5], DIM, 2), defaults(1)])
+    assert_same_bits(service.lookup(server, [1, 5, 6]), expected)
     assert_adds_up(server)
 
 
@@ -247,7 +246,7 @@ def test_a_cache_without_host_memory(service: Service) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_every_table_has_its_default(service: Service, kind: str) -> None:  # G14, G26
+def test_absent_keys_get_the_default_of_their_table(service: Service, kind: str) -> None:  # G14, G26
     server = service.open((range(20), DIM), (range(5, 40), DIM), **EVERY_TYPE[kind])
     assert_same_bits(service.lookup(server, [0, 99, 19, -1]), splice([0, 99, 19, -1], range(20), -7.5))
     assert_same_bits(service.lookup(server, [0, 99, 19, -1], 1), splice([0, 99, 19, -1], range(5, 40), -8.5))
@@ -260,7 +259,7 @@ def splice(keys: Any, known: Any, default: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_a_default_row_is_never_kept(service: Service, kind: str) -> None:  # G15
+def test_default_rows_are_never_cached(service: Service, kind: str) -> None:  # G15
     server = service.open((range(20), DIM), **EVERY_TYPE[kind])
     for _ in range(3):
         assert_same_bits(service.lookup(server, [50, 51, 50]), defaults(3))
@@ -268,7 +267,7 @@ def test_a_default_row_is_never_kept(service: Service, kind: str) -> None:  # G1
     assert_same_bits(service.lookup(server, [50, 51]), np.concatenate([rows_of([50], DIM), defaults(1)]))
 
 
-def test_a_default_row_does_not_hide_what_comes_to_a_slower_tier(service: Service) -> None:  # G15
+def test_default_rows_do_not_hide_later_rows_of_slower_tiers(service: Service) -> None:  # G15
     server, tier = service.open_cold(hit_rate_threshold=1.0)
     for _ in range(3):
         assert_same_bits(service.lookup(server, [50]), defaults(1))
@@ -279,7 +278,7 @@ def test_a_default_row_does_not_hide_what_comes_to_a_slower_tier(service: Servic
 # --- kinds of caches --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_cache_the_same_values(service: Service) -> None:  # G16
+def test_a_table_without_a_cache_gives_the_same_rows(service: Service) -> None:  # G16
     keys = [7, 99, 0, 7]
     cached, plain = (service.open((range(20), DIM), gpucache=on) for on in (True, False))
     assert_same_bits(service.lookup(plain, keys), service.lookup(cached, keys))
@@ -288,7 +287,7 @@ def test_without_a_cache_the_same_values(service: Service) -> None:  # G16
 
 
 @pytest.mark.parametrize("pagelock", [False, True])
-def test_static_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22, G23
+def test_a_static_cache_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22, G23
     server = service.open((range(200), DIM), embedding_cache_type="static", enable_pagelock=pagelock, gpucacheper=0.1)
     assert (cache_of(server).resident, cache_of(server).capacity) == (200, 200)
     keys = np.random.default_rng(3).integers(-20, 220, (10, 7))
@@ -297,24 +296,24 @@ def test_static_holds_all_rows(service: Service, pagelock: bool) -> None:  # G22
     assert cache_of(server).absent == np.sum((keys < 0) | (keys >= 200))
 
 
-def test_static_needs_no_database(service: Service) -> None:  # G22
+def test_a_static_cache_needs_no_database(service: Service) -> None:  # G22
     server = service.open((range(20), DIM), volatile={"type": "disabled"}, embedding_cache_type="static")
     assert_same_bits(service.lookup(server, [3, 99]), splice([3, 99], range(20), -7.5))
     assert cache_of(server).hits == 1
 
 
-def test_static_serves_what_came_after_the_start(service: Service, caplog: pytest.LogCaptureFixture) -> None:  # G22
+def test_a_static_cache_serves_rows_inserted_later(service: Service, caplog: pytest.LogCaptureFixture) -> None:  # G22
     server = service.open((range(20), DIM), embedding_cache_type="static")
     server.insert([20, 3], rows_of([20, 3], DIM, 1), "m", 0)
     assert_same_bits(service.lookup(server, [20, 3]), rows_of([20, 3], DIM, 1))
     with caplog.at_level(logging.WARNING):
         server.replace_model("m", service.workshop.table("v2", range(10, 50), DIM, 2))
     assert "40 rows for a static cache of 20" in caplog.text
-    wanted = np.concatenate([defaults(1), rows_of([10, 45, 19], DIM, 2)])
-    assert_same_bits(service.lookup(server, [3, 10, 45, 19]), wanted)
+    expected = np.concatenate([defaults(1), rows_of([10, 45, 19], DIM, 2)])
+    assert_same_bits(service.lookup(server, [3, 10, 45, 19]), expected)
 
 
-def test_uvm_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G26
+def test_a_uvm_cache_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G26
     server = service.open((range(100), DIM), embedding_cache_type="uvm", gpucacheper=0.3)
     keys = [*range(100), 100, -1]
     assert_same_bits(service.lookup(server, keys), splice(keys, range(100), -7.5))
@@ -324,7 +323,7 @@ def test_uvm_serves_all_rows_and_keeps_the_first(service: Service) -> None:  # G
 
 
 @pytest.mark.parametrize("kind", ["uvm", "dynamic"])
-def test_many_threads_look_up_at_once(service: Service, kind: str) -> None:  # G26
+def test_threads_look_up_concurrently(service: Service, kind: str) -> None:  # G26
     entry = {"embedding_cache_type": kind, "gpucacheper": 0.2, "num_of_worker_buffer_in_pool": 2}
     server = service.open((range(500), DIM), **entry)
     problems: list[BaseException] = []
@@ -342,7 +341,7 @@ def test_many_threads_look_up_at_once(service: Service, kind: str) -> None:  # G
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert problems == []
     assert stats_of(server).keys == 4 * 20 * 40
     assert_adds_up(server)
@@ -358,7 +357,7 @@ def test_many_threads_look_up_at_once(service: Service, kind: str) -> None:  # G
         ("static", "fp8_quant", 16, 0, 0.05),
     ],
 )
-def test_rows_in_few_bits(
+def test_low_precision_rows_are_near_the_stored_values(
     service: Service, kind: str, row_type: str, dim: int, relative: float, absolute: float
 ) -> None:  # G24, G25
     entry = {"fp8_quant": True} if row_type == "fp8_quant" else {"cache_row_dtype": row_type}
@@ -386,14 +385,14 @@ NO_DIFFERENCE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("entry", NO_DIFFERENCE, ids=lambda entry: "-".join(entry))
-def test_settings_of_the_original_are_accepted_and_change_no_answer(service: Service, entry: dict[str, Any]) -> None:
+def test_hugectr_settings_are_accepted_and_change_no_answer(service: Service, entry: dict[str, Any]) -> None:
     server = service.open((range(30), DIM), (range(10, 40), DIM), **entry)
     assert_same_bits(service.lookup(server, [5, 15, 35]), splice([5, 15, 35], range(30), -7.5))
     assert_same_bits(service.lookup(server, [5, 15, 35], 1), splice([5, 15, 35], range(10, 40), -8.5))
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_equal_keys_of_tables_of_one_width_stay_apart(service: Service, fuse: bool) -> None:  # G32, G35
+def test_equal_keys_of_tables_of_one_width_are_independent(service: Service, fuse: bool) -> None:  # G32, G35
     workshop = service.workshop
     model = service.model(*[(range(30), DIM)] * 3)
     for number in (1, 2):
@@ -407,27 +406,27 @@ def test_equal_keys_of_tables_of_one_width_stay_apart(service: Service, fuse: bo
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_several_tables_in_one_call(service: Service, flat: bool) -> None:  # G39
+def test_lookup_many_serves_from_caches(service: Service, flat: bool) -> None:  # G39
     server = service.open((range(30), DIM), (range(10, 40), DIM))
     asked = [[3, 99], [[12, 3]]]
-    wanted = [splice([3, 99], range(30), -7.5), splice([12, 3], range(10, 40), -8.5)[None]]
+    expected = [splice([3, 99], range(30), -7.5), splice([12, 3], range(10, 40), -8.5)[None]]
     got = server.lookup_many([service.keys(keys) for keys in asked], "m", flat=flat)
     if flat:
-        assert_same_bits(got, np.concatenate([rows.reshape(-1) for rows in wanted]))
+        assert_same_bits(got, np.concatenate([rows.reshape(-1) for rows in expected]))
         return
-    for rows, expected in zip(got, wanted, strict=True):
-        assert_same_bits(service.on_host(rows), expected)
+    for rows, expected_rows in zip(got, expected, strict=True):
+        assert_same_bits(service.on_host(rows), expected_rows)
     named = server.lookup_many({1: service.keys([12])}, "m")
     assert_same_bits(service.on_host(named[1]), rows_of([12], DIM))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_as_many_threads_fetch_as_the_config_says(service: Service, threads: int) -> None:  # G29
+def test_thread_pool_size_bounds_concurrent_fetches(service: Service, threads: int) -> None:  # G29
     server, tier = service.open_cold("support.fakes:CrowdTier", hit_rate_threshold=0, thread_pool_size=threads)
     for key in range(6):
         assert_same_bits(service.lookup(server, [key]), defaults(1))
     with tier.changed:
-        assert tier.changed.wait_for(lambda: len(tier.inside) >= threads, 30)
+        assert tier.changed.wait_for(lambda: len(tier.inside) >= threads, HANG_SECONDS)
     time.sleep(0.05)  # time for one too many
     working = {thread.name for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")}
     assert len(tier.inside) == threads
@@ -437,19 +436,19 @@ def test_as_many_threads_fetch_as_the_config_says(service: Service, threads: int
     assert_same_bits(service.lookup(server, range(6)), rows_of(range(6), DIM))
 
 
-# --- worker buffers ---------------------------------------------------------------------------------------------------
+# --- workspaces -------------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G18
+def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G18
     server = service.open((range(500), DIM), num_of_worker_buffer_in_pool=2)
     keys = range(300)
     service.lookup(server, keys)
     before = cache_of(server).bytes
 
     def fail(*args: Any) -> None:
-        raise DeviceError("on purpose, in the midst of a lookup")
+        raise DeviceError("on purpose, during a lookup")
 
-    for _ in range(5):  # more often than there are buffers
+    for _ in range(5):  # more often than there are workspaces
         with monkeypatch.context() as broken:
             broken.setattr(EmbeddingCache, "_finish", fail)
             broken.setattr(PreparedLookup, "start", fail)
@@ -459,7 +458,7 @@ def test_a_failure_keeps_no_buffer(service: Service, monkeypatch: pytest.MonkeyP
     assert cache_of(server).bytes <= 2 * before
 
 
-def test_a_tier_that_breaks_its_contract_keeps_no_buffer(service: Service) -> None:  # G18
+def test_tiers_that_break_their_contract_leak_no_workspace(service: Service) -> None:  # G18
     server, tier = service.open_cold("support.fakes:WrongTier", hit_rate_threshold=1.0)
     for _ in range(5):
         with pytest.raises(TierError, match="NoneType came"):
@@ -473,23 +472,23 @@ def test_a_tier_that_breaks_its_contract_keeps_no_buffer(service: Service) -> No
 
 @pytest.mark.parametrize("percentage", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_refresh_brings_what_changed_behind_our_back(service: Service, percentage: float, drop: bool) -> None:  # G20
-    keys = range(30)  # few enough that each finds a way in its own set
+def test_refresh_reloads_rows_changed_in_slower_tiers(service: Service, percentage: float, drop: bool) -> None:  # G20
+    keys = range(30)  # so few that each finds a way in its set
     entry = {"cache_refresh_percentage_per_iteration": percentage, "gpucacheper": 1.0}
     server, tier = service.open_cold(keys=keys, hit_rate_threshold=1.0, **entry)
     service.lookup(server, keys)
     tier.insert(TAG, np.arange(10, 30), rows_of(range(10, 30), DIM, 1))
     tier.erase(TAG, np.arange(10))
-    assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))  # the cache does not know
+    assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))  # the cache is not told
     server.refresh("m", drop=drop)
     gone = defaults(10) if drop else rows_of(range(10), DIM)
     assert_same_bits(service.lookup(server, keys), np.concatenate([gone, rows_of(range(10, 30), DIM, 1)]))
     assert cache_of(server).resident == (20 if drop else 30)
 
 
-def test_a_refresh_keeps_what_host_memory_has(service: Service) -> None:  # G20
+def test_refresh_asks_no_slower_tier_for_rows_in_host_memory(service: Service) -> None:  # G20
     server = service.open((range(60), DIM), persistent="support.fakes:CountedDictTier", gpucacheper=1.0)
-    tier = service.workshop.behind_host(server)
+    tier = slower_tier(server)
     tier.calls.clear()
     server.refresh("m")
     assert not tier.calls
@@ -497,9 +496,9 @@ def test_a_refresh_keeps_what_host_memory_has(service: Service) -> None:  # G20
     assert_same_bits(service.lookup(server, range(60)), rows_of(range(60), DIM))
 
 
-def test_one_table_is_refreshed_alone(service: Service) -> None:  # G20
+def test_refresh_of_one_table_leaves_the_others(service: Service) -> None:  # G20
     server = service.open(*[(KEYS, DIM)] * 2, volatile=COLD, persistent="support.fakes:DictTier", hit_rate_threshold=1.0)
-    tier = service.workshop.behind_host(server)
+    tier = slower_tier(server)
     for table in (0, 1):
         service.lookup(server, KEYS, table)
         tier.insert(f"hps_et.m.sparse_embedding{table}", np.array(KEYS), rows_of(KEYS, DIM, 1))
@@ -512,7 +511,7 @@ def test_one_table_is_refreshed_alone(service: Service) -> None:  # G20
         server.refresh("other")
 
 
-def test_a_refresh_that_fails_drops_nothing(service: Service) -> None:  # G20
+def test_a_failed_refresh_drops_nothing(service: Service) -> None:  # G20
     server, tier = service.open_cold("support.fakes:FlakyDictTier", hit_rate_threshold=1.0)
     service.lookup(server, KEYS)
     tier.fail_on.add("fetch")
@@ -524,27 +523,27 @@ def test_a_refresh_that_fails_drops_nothing(service: Service) -> None:  # G20
 @pytest.mark.parametrize(
     "entry", [{"refresh_delay": 0.1}, {"refresh_interval": 0.05}, {"refresh_delay": 0.01, "refresh_interval": 0.2}]
 )
-def test_refreshes_come_by_themselves(service: Service, entry: dict[str, float]) -> None:  # G21
+def test_refresh_runs_on_its_timer(service: Service, entry: dict[str, float]) -> None:  # G21
     server, tier = service.open_cold(hit_rate_threshold=1.0)
     server.load_model(service.workshop.model((KEYS, DIM), name="timed", deployed_device_list=[service.device or 0], **entry))
     service.lookup(server, KEYS, model="timed")
     tier.insert("hps_et.timed.sparse_embedding0", np.array(KEYS), rows_of(KEYS, DIM, 1))
-    for _ in range(1000):
+    for _ in range(12_000):  # two minutes: a hang
         if service.lookup(server, [0], model="timed")[0, 0] == rows_of([0], DIM, 1)[0, 0]:
             break
         time.sleep(0.01)
     assert_same_bits(service.lookup(server, KEYS, model="timed"), rows_of(KEYS, DIM, 1))
     server.unload_model("timed")
-    assert not server._timer._due
+    assert not due_refreshes(server)
 
 
 # --- writes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("slower", [False, True])
 @pytest.mark.parametrize("kind", EVERY_TYPE)
-def test_a_write_is_in_the_cache_before_it_returns(service: Service, kind: str, behind: bool) -> None:  # D25
-    tier = {"persistent": "support.fakes:DictTier", "hit_rate_threshold": 1.0} if behind else {}
+def test_writes_reach_the_cache_before_they_return(service: Service, kind: str, slower: bool) -> None:  # D25
+    tier = {"persistent": "support.fakes:DictTier", "hit_rate_threshold": 1.0} if slower else {}
     server = service.open((range(40), DIM), **EVERY_TYPE[kind], **tier)
     workshop = service.workshop
     service.lookup(server, range(40))
@@ -561,18 +560,18 @@ def test_a_write_is_in_the_cache_before_it_returns(service: Service, kind: str, 
     assert_same_bits(service.lookup(server, [3, 91, 4]), np.concatenate([rows_of([3, 91], DIM, 3), rows_of([4], DIM)]))
     server.replace_model("m", workshop.table("v2", range(20, 50), DIM, 4))
     keys = [*range(60), 90, 91]
-    wanted = np.where(((np.array(keys) >= 20) & (np.array(keys) < 50))[:, None], rows_of(keys, DIM, 4), DEFAULT)
+    expected = np.where(((np.array(keys) >= 20) & (np.array(keys) < 50))[:, None], rows_of(keys, DIM, 4), DEFAULT)
     for _ in range(2):
-        assert_same_bits(service.lookup(server, keys), wanted)
+        assert_same_bits(service.lookup(server, keys), expected)
     assert stats_of(server).version == 2
     assert_adds_up(server)
 
 
 @pytest.mark.parametrize("change", ["erase", "update"])
-def test_a_row_changed_while_it_is_fetched_does_not_enter_the_cache(service: Service, change: str) -> None:
+def test_a_row_written_during_its_fetch_does_not_enter_the_cache(service: Service, change: str) -> None:
     server, tier = service.open_cold("support.fakes:HeldTier", hit_rate_threshold=0)
     service.lookup(server, [3])
-    assert tier.fetched.wait(30)
+    assert tier.fetched.wait(HANG_SECONDS)
     if change == "erase":
         server.erase([3], "m", 0)
     else:
@@ -598,20 +597,20 @@ def test_32_bit_keys(service: Service) -> None:  # C10
     assert cache_of(server).absent == 2
 
 
-def test_half_precision_answers(service: Service) -> None:
+def test_float16_answers(service: Service) -> None:
     server = service.open((range(30), DIM), output_dtype="float16")
     got = service.on_host(server.lookup(service.keys([3, 99, 29]), "m", 0))
     assert got.dtype == np.float16
     np.testing.assert_array_equal(got, splice([3, 99, 29], range(30), -7.5).astype(np.float16))
 
 
-def test_no_keys_at_all(service: Service) -> None:
+def test_a_lookup_of_no_keys_counts_nothing(service: Service) -> None:
     server, _ = service.open_cold()
     assert service.lookup(server, np.empty((0, 3))).shape == (0, 3, DIM)
     assert stats_of(server).keys == 0
 
 
-def test_statistics_add_up_whatever_was_asked(service: Service) -> None:
+def test_stats_count_every_key_once(service: Service) -> None:
     server = service.open(
         (range(400), DIM),
         volatile={"type": "hash_map", "initial_cache_rate": 0.5},
@@ -664,15 +663,15 @@ def test_every_policy_serves(service: Service, policy: str, dim: int) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"), [("lur", "lur"), ("own.py:MostRecent", "allow_code"), (["lru", "math:pi"], "math:pi")]
 )
-def test_a_wrong_policy_is_refused_before_anything_is_allocated(
+def test_an_invalid_policy_is_refused_before_anything_is_allocated(
     service: Service, monkeypatch: pytest.MonkeyPatch, policy: Any, message: str
 ) -> None:
     server = service.open((KEYS, DIM), gpucache=False)
-    before = server._allocator.in_use
+    before = bytes_in_use(server)
     model = service.model((KEYS, DIM), (KEYS, DIM), name="wrong", cache_policy=policy)
     with pytest.raises(PolicyError, match=message):
         server.load_model(model)
-    assert (server._allocator.in_use, server.models) == (before, ("m",))
+    assert (bytes_in_use(server), server.models) == (before, ("m",))
     opened: list[object] = []
     monkeypatch.setattr("hps_numba.server.hps.open_tiers", lambda *args, **options: opened.append(args))
     with pytest.raises(PolicyError, match=message):
@@ -683,39 +682,39 @@ def test_a_wrong_policy_is_refused_before_anything_is_allocated(
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def threads_of_ours() -> list[str]:
+def server_threads() -> list[str]:
     return [
         thread.name for thread in threading.enumerate() if thread.name.startswith(("hps_numba_background", "hps_numba_ref"))
     ]
 
 
 @pytest.mark.parametrize("end", ["unload", "close"])
-def test_a_model_goes_with_its_caches_and_threads(service: Service, end: str) -> None:  # D24
+def test_unload_and_close_free_caches_and_threads(service: Service, end: str) -> None:  # D24
     server, _ = service.open_cold(gpucache=False)
-    in_use = server._allocator.in_use
+    in_use = bytes_in_use(server)
     entry = {"name": "second", "hit_rate_threshold": 0, "refresh_interval": 0.01}
     server.load_model(service.model((range(2000), DIM), **entry))
     service.lookup(server, range(1000), model="second")
-    assert threads_of_ours()
-    caches = [weakref.ref(cache) for cache in server._models["second"].tables[0].caches]
+    assert server_threads()
+    caches = [weakref.ref(cache) for cache in served_table(server, model="second").caches]
     assert len(caches) == 1
     if end == "unload":
         server.unload_model("second")
-        assert server._allocator.in_use <= in_use + 64  # the header of a table stays for readers that come late
+        assert bytes_in_use(server) <= in_use + 64  # the header of a table stays for late readers
         with pytest.raises(UnknownModelError):
             service.lookup(server, [1], model="second")
-        assert threads_of_ours() == ["hps_numba_refresh"]  # the server's, which has nothing to do
+        assert server_threads() == ["hps_numba_refresh"]  # the server's, which is idle
     else:
         server.close()
-        assert server._allocator.in_use == 0
+        assert bytes_in_use(server) == 0
         with pytest.raises(hps_numba.ClosedError):
             service.lookup(server, [1], model="second")
-        assert not threads_of_ours()
+        assert not server_threads()
     gc.collect()
     assert [cache() for cache in caches] == [None]
 
 
-def test_a_server_that_cannot_be_opened_keeps_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_be_opened_closes_its_caches(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[EmbeddingCache] = []
     warm = EmbeddingCache.warm
 
@@ -728,7 +727,10 @@ def test_a_server_that_cannot_be_opened_keeps_nothing(service: Service, monkeypa
     monkeypatch.setattr(EmbeddingCache, "warm", fail)
     with pytest.raises(hps_numba.CapacityError, match="on purpose"):
         service.open((KEYS, DIM), (KEYS, DIM))
-    assert [cache._closed for cache in made] == [True, True]
+    assert len(made) == 2
+    for cache in made:
+        with pytest.raises(hps_numba.ClosedError):
+            warm(cache)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -743,12 +745,12 @@ def test_a_forked_child_answers_from_its_own_cache(on_cpu: Service) -> None:
     keys = [*range(60), 150, 99, 500]
     on_cpu.lookup(server, keys)
     on_cpu.settle(server)
-    wanted = splice(keys, range(200), -7.5)
+    expected = splice(keys, range(200), -7.5)
 
-    def in_the_child() -> bool:
+    def in_child_process() -> bool:
         on_cpu.lookup(server, keys)
         on_cpu.settle(server)
-        right = bool((on_cpu.lookup(server, keys) == wanted).all())
+        right = bool((on_cpu.lookup(server, keys) == expected).all())
         server.update([1], rows_of([1], DIM, 1), "m", 0)
         right &= bool((on_cpu.lookup(server, [1]) == rows_of([1], DIM, 1)).all())
         server.refresh("m")
@@ -756,8 +758,8 @@ def test_a_forked_child_answers_from_its_own_cache(on_cpu: Service) -> None:
         server.close()
         return right
 
-    assert in_child(in_the_child) == 0
-    assert_same_bits(on_cpu.lookup(server, keys), wanted)
+    assert in_child(in_child_process) == 0
+    assert_same_bits(on_cpu.lookup(server, keys), expected)
 
 
 # --- graphs and several devices -----------------------------------------------------------------------------------------
@@ -774,7 +776,7 @@ def capture(server: hps_numba.HPS, keys: Any, out: Any, stream: Any) -> Any:
 
 
 @pytest.mark.gpu
-def test_gpu_a_captured_lookup_serves_the_table_as_it_is(workshop: Workshop) -> None:  # G40
+def test_gpu_a_captured_lookup_follows_changes_of_the_table(workshop: Workshop) -> None:  # G40
     import cupy
 
     service = Service(workshop, 0)
@@ -784,7 +786,7 @@ def test_gpu_a_captured_lookup_serves_the_table_as_it_is(workshop: Workshop) -> 
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         graph = capture(server, keys, out, stream)
-        for first in (0, 150, 300):  # rows that the cache has, rows that it lacks, keys that are nowhere
+        for first in (0, 150, 300):  # rows in the cache, rows that it lacks, keys in no tier
             keys[:] = cupy.arange(first, first + 300)
             graph.launch(stream)
             stream.synchronize()
@@ -812,14 +814,14 @@ def test_gpu_a_graph_cannot_wait_for_slower_tiers(workshop: Workshop) -> None:  
 def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # G36, G38
     count = driver.device_count()
     if count < 2:
-        pytest.skip(f"{count} device, wanted 2")
+        pytest.skip(f"needs 2 devices, there are {count}")
     order = [1, 0]
     server = workshop.open(workshop.model((range(500), DIM), deployed_device_list=order))
     keys = np.random.default_rng(7).integers(0, 520, 300)
-    wanted = splice(keys, range(500), -7.5)
+    expected = splice(keys, range(500), -7.5)
     services = [Service(workshop, device) for device in order]
     for service in services:
-        assert_same_bits(service.lookup(server, keys), wanted)
+        assert_same_bits(service.lookup(server, keys), expected)
     assert [cache.device for cache in stats_of(server).caches] == order
     assert [cache.keys for cache in stats_of(server).caches] == [300, 300]
     server.update([5], rows_of([5], DIM, 1), "m", 0)
@@ -830,10 +832,10 @@ def test_gpu_every_device_gives_the_same_values(workshop: Workshop) -> None:  # 
 
 
 @pytest.mark.gpu
-def test_gpu_a_part_of_the_devices_serves(workshop: Workshop) -> None:  # G38
+def test_gpu_only_listed_devices_serve(workshop: Workshop) -> None:  # G38
     count = driver.device_count()
     if count < 2:
-        pytest.skip(f"{count} device, wanted 2")
+        pytest.skip(f"needs 2 devices, there are {count}")
     server = workshop.open(workshop.model((range(50), DIM), deployed_device_list=[1]))
     assert_same_bits(Service(workshop, 1).lookup(server, range(50)), rows_of(range(50), DIM))
     with pytest.raises(DeviceError, match=r"deployed on \[1\], not on 0"):

@@ -1,4 +1,4 @@
-"""Steps of an optimizer on rows of a server: what is read, written, remembered and made, without any framework."""
+"""Optimizer steps on rows of a server: what they read, write, keep and create, without any framework."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
+from support.internals import HANG_SECONDS
 from support.oracles import rows_of
 
 from hps_numba import ArrayError, ClosedError, ConfigError, TierError
 from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
 from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
-DIM = 17  # as in test_cache.py, so that kernels are compiled once for both
+DIM = 17  # as in tests/cache, so that kernels are compiled once for both
 RULES: list[Rule] = [Sgd(0.1), Adagrad(0.1, initial_accumulator_value=0.5), Adam(0.1)]
 
 
@@ -34,8 +35,8 @@ def naive_step(rule: Rule, row: np.ndarray, gradient: np.ndarray, state: dict[st
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("cached", [False, True])
-def test_steps_are_those_of_the_formula(workshop: Workshop, rule: Rule, cached: bool) -> None:
-    """Rows of a table larger than its cache, some of them new, one of them erased on the way."""
+def test_steps_equal_the_formula(workshop: Workshop, rule: Rule, cached: bool) -> None:
+    """Rows of a table larger than its cache, some of them new, one of them erased meanwhile."""
     server = workshop.open(workshop.model((range(100), DIM), gpucacheper=0.2), cache_on_cpu=cached)
     trainer = RowTrainer(server, "m", 0, rule, Zeros())
     table = {key: rows_of(key, DIM).astype(np.float64) for key in range(100)}
@@ -49,27 +50,27 @@ def test_steps_are_those_of_the_formula(workshop: Workshop, rule: Rule, cached: 
             row = table.get(key, np.zeros(DIM))
             table[key] = naive_step(rule, row, gradient, states.setdefault(key, {}), steps)
         some = random.integers(0, 110, 50)
-        wanted = np.array([table.get(key, np.full(DIM, -7.5)) for key in some.tolist()])
-        np.testing.assert_allclose(server.lookup(some, "m", 0), wanted, rtol=1e-4, atol=1e-4)
+        expected = np.array([table.get(key, np.full(DIM, -7.5)) for key in some.tolist()])
+        np.testing.assert_allclose(server.lookup(some, "m", 0), expected, rtol=1e-4, atol=1e-4)
         if steps == 15:
             server.erase([keys[0]], "m", 0)
             del table[keys[0]], states[keys[0]]
     assert trainer.steps == 29 and set(trainer.state_keys()) <= (set() if isinstance(rule, Sgd) else set(table) | {keys[0]})
 
 
-def test_the_settings_of_a_step_are_its_own(workshop: Workshop) -> None:
+def test_a_step_may_have_other_settings_of_the_same_rule(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(3), 2)))
     trainer = RowTrainer(server, "m", 0, Sgd(0.0))
     trainer.step(np.array([1]), np.ones((1, 2), np.float32), Sgd(2.0))
     assert np.array_equal(server.lookup([1], "m", 0), rows_of([1], 2) - 2)
-    with pytest.raises(ConfigError, match="adam came, this table is trained by sgd"):
+    with pytest.raises(ConfigError, match="expected sgd, by which this table is trained, got adam"):
         trainer.step(np.array([1]), np.ones((1, 2), np.float32), Adam(0.1))
     for wrong in (-1.0, float("nan"), float("inf"), "1"):
-        with pytest.raises(ConfigError, match=r"lr: .* came, a number from 0 on"):
+        with pytest.raises(ConfigError, match="lr: expected a number of at least 0, got"):
             Sgd(wrong)
 
 
-def test_rewrite_is_one_turn(workshop: Workshop) -> None:
+def test_read_modify_write_is_atomic(workshop: Workshop) -> None:
     """Eight threads add 1 to the same rows, beside lookups that see whole rows."""
     server = workshop.open(workshop.model((range(50), DIM), gpucacheper=0.2), cache_on_cpu=True)
     server.insert(np.arange(50), np.zeros((50, DIM)), "m", 0)
@@ -90,14 +91,14 @@ def test_rewrite_is_one_turn(workshop: Workshop) -> None:
     for thread in (looking, *threads):
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(HANG_SECONDS)
     stop.set()
-    looking.join(100)
+    looking.join(HANG_SECONDS)
     assert not torn and (server.lookup(np.arange(50), "m", 0) == 200).all()
 
 
-def test_rewrite_reads_every_tier(workshop: Workshop) -> None:
-    server, behind = workshop.open_cold(volatile=KEEPING)
+def test_read_modify_write_reads_every_tier(workshop: Workshop) -> None:
+    server, tier = workshop.open_cold(volatile=KEEPING)
     seen = []
 
     def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -108,23 +109,23 @@ def test_rewrite_reads_every_tier(workshop: Workshop) -> None:
     rows, found = seen[0]
     assert found.tolist() == [True, False] and np.array_equal(rows[0], rows_of(3, 3)) and (rows[1] == -7.5).all()
     assert np.array_equal(server.lookup([3, 100], "m", 0), rows * 2)
-    found_behind = behind.fetch("hps_et.m.sparse_embedding0", np.array([3]), out := np.zeros((1, 3), np.float32)).found
-    assert not found_behind.any() or np.array_equal(out, rows[:1] * 2)
+    found = tier.fetch("hps_et.m.sparse_embedding0", np.array([3]), out := np.zeros((1, 3), np.float32)).found
+    assert not found.any() or np.array_equal(out, rows[:1] * 2)
     with server.locked_table("m", 0) as (keys, read):
         assert keys.tolist() == [*range(9), 100] and np.array_equal(read(np.array([4])), rows_of([4], 3))
 
 
-def test_what_goes_wrong_leaves_rows_alone(workshop: Workshop) -> None:
+def test_a_failed_step_changes_no_row(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 2)))
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
     with pytest.raises(ArrayError):
         server.read_modify_write([1], lambda rows, found: rows[:, :1], "m", 0)
     with pytest.raises(ZeroDivisionError):
         server.read_modify_write([1], lambda rows, found: 1 // 0, "m", 0)
-    with pytest.raises(ConfigError, match=r"initializer: \[1, 1\] came, \[1, 2\] is wanted"):
+    with pytest.raises(ConfigError, match=r"initializer: expected rows of shape \[1, 2\], got \[1, 1\]"):
         create_rows(server, "m", 0, np.array([70]), lambda keys, dim: np.zeros((1, 1)))
     assert np.array_equal(server.lookup(np.arange(5), "m", 0), rows_of(np.arange(5), 2)) and not trainer.steps
-    with pytest.raises(ConfigError, match=r"state of shape \[3, 2\] came, \[3, 1\] is wanted"):
+    with pytest.raises(ConfigError, match=r"expected state of shape \[3, 1\], got \[3, 2\]"):
         trainer.set_states(1, [(np.arange(3), np.zeros((3, 2), np.float32))])
     server.close()
     with pytest.raises(ClosedError):
@@ -132,16 +133,16 @@ def test_what_goes_wrong_leaves_rows_alone(workshop: Workshop) -> None:
     assert not trainer.steps and not len(trainer.state_keys())
 
 
-def test_a_tier_that_fails_stops_a_step(workshop: Workshop) -> None:
-    server, behind = workshop.open_cold("support.fakes:FlakyDictTier")
+def test_a_failing_tier_fails_the_step(workshop: Workshop) -> None:
+    server, tier = workshop.open_cold("support.fakes:FlakyDictTier")
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
-    behind.fail_on = {"fetch"}
+    tier.fail_on = {"fetch"}
     with pytest.raises(TierError):
         trainer.step(np.array([3]), np.ones((1, 3), np.float32))
     assert not trainer.steps and not len(trainer.state_keys())
 
 
-def test_states_of_rows_that_are_gone_are_forgotten(workshop: Workshop) -> None:
+def test_states_of_erased_rows_are_dropped(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(4), 2)))
     trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
     for start in range(0, 20_000, 2_000):
@@ -155,7 +156,7 @@ def test_states_of_rows_that_are_gone_are_forgotten(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("initializer", [Normal(0.1, seed=4), Uniform(0.1, seed=4)])
-def test_rows_are_named_by_seed_and_key(initializer: Any) -> None:
+def test_initial_rows_depend_on_seed_table_and_key_only(initializer: Any) -> None:
     keys = np.array([5, -(2**63), 2**63 - 1, 0, -1])
 
     def rows(some: Any, table: str = "t") -> np.ndarray:
@@ -174,7 +175,7 @@ def test_rows_are_named_by_seed_and_key(initializer: Any) -> None:
     assert isinstance(initializer, Normal) or np.abs(many).max() <= 0.1
 
 
-def test_rows_are_made_once(workshop: Workshop) -> None:
+def test_create_rows_leaves_existing_rows(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(4), DIM)))
     keys = np.array([1, 9, 9, 10])
     assert create_rows(server, "m", 0, keys, Normal()) == 2

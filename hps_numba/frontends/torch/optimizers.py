@@ -117,7 +117,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Settings, and of each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
         state = {}
         for number, trainer in enumerate(self.trainers()):
-            with trainer.holding():
+            with trainer.paused():
                 keys = trainer.state_keys()
                 values = trainer.read_states(keys)
                 state[number] = {"steps": trainer.steps, "keys": torch.from_numpy(keys), "values": torch.from_numpy(values)}

@@ -272,7 +272,7 @@ def test_rates_follow_a_scheduler_and_groups(rig: Rig, device: str) -> None:
         schedule.step()
         moved += [float((was - layer(keys).detach()).mean()) for was, layer in zip(before, (first, second))]
     assert np.allclose(moved, [1.0, 0.5, 0.1, 0.05], atol=1e-5)
-    with pytest.raises(ConfigError, match=r"lr: -1\.0 came, a number from 0 on"):
+    with pytest.raises(ConfigError, match=r"lr: expected a number of at least 0, got -1\.0"):
         optimizer.add_param_group({"params": first.rows, "lr": -1.0})
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": first})
@@ -298,7 +298,7 @@ def test_an_optimizer_goes_on_from_its_state(rig: Rig, device: str) -> None:
     second = hps.Adam(layer, lr=0.7)
     second.load_state_dict(kept)
     assert second.param_groups[0]["lr"] == 0.1 and torch.equal(train(second, 2), wanted)
-    with pytest.raises(ConfigError, match=r"state of shape .* is wanted"):
+    with pytest.raises(ConfigError, match="expected state of shape"):
         hps.Adagrad(layer).load_state_dict(kept)
     with pytest.raises(ConfigError, match="of 1 tables came, of 2"):
         hps.Adam([layer, hps.LookupLayer(rig.path, "m", 1, 3, trainable=True)]).load_state_dict(kept)
@@ -341,7 +341,7 @@ def test_layers_of_one_table_agree_on_new_rows(rig: Rig) -> None:
     assert first.rows.initializer == Normal(0.1)
     with pytest.raises(ConfigError, match=r"Normal\(std=0.2, seed=0\) came, another layer gave .* Normal\(std=0.1"):
         second.tables  # noqa: B018
-    with pytest.raises(ConfigError, match="initializer: 'ones' came, one of zeros, normal, uniform"):
+    with pytest.raises(ConfigError, match="initializer: expected one of zeros, normal, uniform, a function"):
         layer_of(rig, initializer="ones")
     with pytest.raises(ConfigError, match="came without trainable=True"):
         layer_of(rig, trainable=False, initializer="zeros")

@@ -1,0 +1,261 @@
+"""Writes to one table: they reach every tier, slowest first, and then every cache, before the call returns.
+
+Problem: a row fetched from a slower tier enters host memory and the caches in the background. If the row is updated or erased
+between the fetch and that insertion, the old row must not come back. Choice: every write holds a lock and counts up when it
+begins and again when it ends; the insertion of fetched rows happens inside ``unwritten_since``, which tries the lock without
+waiting and compares the count with the one read before the fetch. Turned down: an insertion that waits for the lock, because
+a write may take as long as the slowest tier, and a version for each key, which costs memory for every row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from hps_numba.config import TableSpec
+from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.server.table_caches import TableCaches
+from hps_numba.storage.host.store import HostStore
+from hps_numba.storage.tier_stack import TierStack
+
+__all__ = ["Change", "TableWrites"]
+
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From float32 rows ``[n, dim]``, a copy that it may change, and bool ``[n]``, which of them exist, to new rows."""
+
+
+class TableWrites:
+    """Writes to one table, and the reads that must be exact.
+
+    Args:
+        spec: the table.
+        store: its rows in host memory, or None.
+        tiers: the slower tiers.
+
+    Attributes:
+        caches: the caches of the table, or None; set once the table is loaded.
+        count: goes up when a write begins and again when it ends.
+
+    Thread safety: every method. Writes to one table take turns; lookups never wait for them.
+    """
+
+    def __init__(self, spec: TableSpec, store: HostStore | None, tiers: TierStack) -> None:
+        self.caches: TableCaches | None = None
+        self.count = 0
+        self._spec = spec
+        self._store = store
+        self._tiers = tiers
+        self.reset_after_fork()
+        register_fork_reset(self)
+
+    def reset_after_fork(self) -> None:
+        """New locks: in a forked child, nobody releases those that another thread held."""
+        self._write_lock = threading.RLock()
+        self._insertion_lock = threading.Lock()
+
+    # -- order ---------------------------------------------------------------------
+
+    @contextmanager
+    def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:
+        """A block in which other writes wait and rows fetched before or meanwhile stay out; then the caches reload ``keys``."""
+        with self._write_lock:
+            self.count += 1
+            try:
+                yield
+            finally:
+                self.count += 1
+                if keys is not None and self.caches is not None:
+                    self.caches.reload(keys)
+
+    @contextmanager
+    def unwritten_since(self, count: int) -> Iterator[bool]:
+        """Whether no write is in progress and none has begun since ``count`` was read; writes wait until the block ends."""
+        lock = self._write_lock
+        with self._insertion_lock:  # so that whoever holds the write lock is a writer and not another insertion
+            if not lock.acquire(blocking=False):
+                yield False
+                return
+            try:
+                yield self.count == count
+            finally:
+                lock.release()
+
+    # -- writing ---------------------------------------------------------------------
+
+    def insert(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Write a row for each key to every tier (upsert).
+
+        Args:
+            keys: int64 ``[n]``; of equal keys the last row wins.   rows: float32 ``[n, dim]``.
+
+        Returns:
+            How many keys were new to the fastest tier.
+
+        Raises:
+            TierUnavailable: there is no tier.
+            TierError: every tier is read-only, or one failed; or host memory, which may evict rows, is in front of a read-only
+                tier that has one of the keys.
+            CapacityError: no memory for more rows. Slower tiers have the new rows and serve them: host memory has given up
+                its own of these keys. Without slower tiers, the rows before the one that did not fit are written.
+        """
+        self._check_writable()
+        with self.changing(keys):
+            if self._may_evict:
+                self._check_reachable(keys, "insert")
+            if self._store is None:
+                new = len(np.unique(keys[~self._tiers.contains(self._spec.tag, keys)]))
+                self._tiers.insert(self._spec.tag, keys, rows)
+                return new
+            self._tiers.insert(self._spec.tag, keys, rows)
+            return self._write_host(self._store, self._store.upsert, keys, rows)
+
+    def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        """Write the rows of those keys that some tier has, in the tiers that have them; returns how many of ``keys`` those are.
+
+        Raises:
+            TierError: a key is in a read-only tier, and in no faster one that keeps it; or a tier failed.
+            CapacityError: as ``insert``.
+        """
+        with self.changing(keys):
+            present = self.contains(keys)
+            exposed = keys if self._store is None or self._may_evict else keys[~self._store.contains(keys)]
+            self._check_reachable(exposed, "update")
+            self._tiers.update(self._spec.tag, keys, rows)
+            if self._store is not None:
+                self._write_host(self._store, self._store.update, keys, rows)
+            return int(present.sum())
+
+    def erase(self, keys: np.ndarray) -> int:
+        """Remove the rows of the keys from every tier; returns how many distinct keys had one.
+
+        Raises:
+            TierError: a key is in a read-only tier, or a tier failed.
+        """
+        with self.changing(keys):
+            self._check_reachable(keys, "erase")
+            present = len(np.unique(keys[self.contains(keys)]))
+            self._tiers.erase(self._spec.tag, keys)
+            if self._store is not None:
+                self._store.erase(keys)
+            return present
+
+    def read_modify_write(self, keys: np.ndarray, change: Change) -> int:
+        """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write in between.
+
+        Returns how many keys were new.   Raises as ``read`` and ``insert``.
+        """
+        self._check_writable()
+        with self._write_lock:
+            return self.insert(keys, np.ascontiguousarray(change(*self.read(keys)), np.float32))
+
+    def adopt(self, content: HostStore | None) -> None:
+        """Replace the rows in host memory by those of another store (None: there are none to replace) and reload the caches."""
+        with self.changing():
+            if content is not None and self._store is not None:
+                self._store.adopt(content)
+            if self.caches is not None:
+                self.caches.reload_all()
+
+    def refresh(self, *, drop: bool = True) -> None:
+        """Reload the rows of all caches from host memory and slower tiers.
+
+        Args:
+            drop: whether rows that are in no tier leave the caches.
+
+        Raises:
+            TierError: a slower tier failed, or its answer breaks its contract.
+        """
+        if self.caches is not None:
+            with self.changing():  # rows that lookups fetch meanwhile may be older and stay out
+                self.caches.refresh(self._fetch_exact if self._tiers else None, drop=drop)
+
+    # -- exact reads ---------------------------------------------------------------------
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which of the int64 keys ``[n]`` have a row in some tier."""
+        found = np.zeros(len(keys), bool) if self._store is None else self._store.contains(keys)
+        if self._tiers and not found.all():
+            rest = ~found
+            found[rest] = self._tiers.contains(self._spec.tag, keys[rest])
+        return found
+
+    def read(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read past the caches.
+
+        Args:
+            keys: int64 ``[n]``.
+
+        Returns:
+            ``(rows, found)``: float32 ``[n, dim]``, the default value where there is no row, and bool ``[n]``.
+
+        Raises:
+            TierError: a slower tier failed, so that whether it has a row is unknown.
+        """
+        rows = np.full((len(keys), self._spec.dim), self._spec.default_value, np.float32)
+        found = np.zeros(len(keys), bool)
+        if self._store is not None and len(keys):
+            misses = np.empty(len(keys), np.int64)
+            missing = self._store.lookup(keys, rows, self._spec.default_value, misses)
+            found[:] = True
+            found[misses[:missing]] = False
+        absent = np.flatnonzero(~found)
+        if self._tiers and len(absent):
+            distinct, inverse = np.unique(keys[absent], return_inverse=True)
+            present, fetched = self._fetch_exact(distinct)
+            hits = present[inverse]
+            rows[absent[hits]] = fetched[inverse[hits]]
+            found[absent] = hits
+        return rows, found
+
+    def keys(self) -> np.ndarray:
+        """int64: all keys with a row in some tier, ascending."""
+        parts = [] if self._store is None else [self._store.keys()]
+        for tier in self._tiers.tiers:
+            parts += [some for some, _ in tier.scan(self._spec.tag)]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+    def _fetch_exact(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(found, rows)`` of distinct keys in the slower tiers.
+
+        Raises:
+            TierError: a tier failed, so that which keys are gone is unknown.
+        """
+        rows = np.zeros((len(keys), self._spec.dim), np.float32)
+        answer = self._tiers.fetch(self._spec.tag, keys, rows)
+        if answer.unsure.any():
+            raise TierError(f"{self._spec.tag}: a slower tier failed, {int(answer.unsure.sum())} keys are in doubt")
+        return answer.found, rows
+
+    # -- what may be written ---------------------------------------------------------------------
+
+    @property
+    def _may_evict(self) -> bool:
+        """A row of host memory may be evicted, and that of a slower tier show again."""
+        return self._store is not None and self._store.max_rows is not None
+
+    def _write_host(
+        self, store: HostStore, write: Callable[[np.ndarray, np.ndarray], int], keys: np.ndarray, rows: np.ndarray
+    ) -> int:
+        """``write`` to host memory; if it has no room, it must not serve rows that slower tiers have newer."""
+        try:
+            return write(keys, rows)
+        except MemoryError:
+            for tier in self._tiers.writable:
+                store.erase(keys[tier.contains(self._spec.tag, keys)])
+            raise
+
+    def _check_writable(self) -> None:
+        if self._store is None and not self._tiers:
+            raise TierUnavailable(f"{self._spec.tag}: no volatile_db and no persistent_db: no tier holds rows")
+        if self._store is None and not self._tiers.writable:
+            raise TierError(f"{self._spec.tag}: expected a tier that can be written, got read-only tiers")
+
+    def _check_reachable(self, keys: np.ndarray, verb: str) -> None:
+        """Refuse a change that would leave the old row in a read-only tier, which would serve it."""
+        for tier in self._tiers.tiers:
+            if tier.read_only and (fixed := keys[tier.contains(self._spec.tag, keys)]).size:
+                raise TierError(f"{self._spec.tag}: {verb}: key {fixed[0]} is in {type(tier).__name__}, which is read only")
