@@ -149,8 +149,6 @@ def test_a_tier_in_a_file_is_refused_without_allow_code(workshop: Workshop) -> N
 def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
     expected = rf"persistent_db\.type: 'support.oracles:{what}' is .*, a subclass of Tier is wanted"
     with pytest.raises(ConfigError, match=expected):
-        ConfigError, match=rf"persistent_db\.type: 'support.oracles:{what}' is .*, a subclass of Tier is wanted"
-    ):
         workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"support.oracles:{what}"})
 
 
