@@ -115,8 +115,8 @@ def test_links_resolve(page: Path) -> None:
 
 def test_readme_and_navigation_list_the_pages() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
-    listed = re.findall(r"[\w/]+\.md$", navigation, re.MULTILINE)
-    assert sorted(listed) == [page.relative_to(ROOT / "docs").as_posix() for page in DOCS]
+    listed = re.findall(r"[-\w/]+\.md$", navigation, re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
     text = README.read_text(encoding="utf-8")
     for page in ("index", "quickstart", "torch", "tensorflow", "hugectr", "policies", "simulator", "performance", "checklist"):
         assert f"](docs/{page}.md)" in text
@@ -137,7 +137,7 @@ def test_the_page_of_policies_lists_them_all() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs mkdocs-material: pip install '.[docs]'")
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=280)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(NO_MKDOCS_2_WARNING="1"), timeout=280)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What MkDocs does to a page besides rendering it: tables of the config keys, and links that leave the site.
+"""What MkDocs does to a page besides rendering it: config tables, the state of the checklist, and links that leave the site.
 
 Links to files of the repository (``../examples/torch_train.py``) work where the pages are read there. The site has no copy of
 those files, so such a link is shown as the path of the file.
@@ -25,7 +25,18 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     else:
         folder = (ROOT / "docs" / page.file.src_uri).parent
     markdown = _LINK.sub(lambda link: _link(link, folder, page.file.src_uri), markdown)
+    if page.file.src_uri == "checklist.md":
+        markdown = with_states(markdown)
     return _KEYS.sub(lambda marker: key_table(marker[1]), markdown)
+
+
+def with_states(checklist: str) -> str:
+    """The checklist with a column that says what works, from ``tests/ACCEPTANCE.md``."""
+    acceptance = (ROOT / "tests" / "ACCEPTANCE.md").read_text(encoding="utf-8")
+    cells = dict(re.findall(r"^\| ([A-Z]\d\d) \| (.+) \|$", acceptance, re.MULTILINE))
+    states = {row: "not yet" if cell.startswith("not met") else "in part" if "not met" in cell else "yes" for row, cell in cells.items()}
+    heads = checklist.replace("| # | What you get |\n|---|---|", "| # | What you get | Works |\n|---|---|---|")
+    return re.sub(r"^(\| ([A-Z]\d\d) \| .+ \|)$", lambda line: f"{line[1]} {states[line[2]]} |", heads, flags=re.MULTILINE)
 
 
 def _link(link: re.Match[str], folder: Path, page: str) -> str:
