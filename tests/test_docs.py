@@ -137,7 +137,9 @@ def test_the_page_of_policies_lists_them_all() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs mkdocs-material: pip install '.[docs]'")
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(NO_MKDOCS_2_WARNING="1"), timeout=280)
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment(NO_MKDOCS_2_WARNING="1"), timeout=280
+    )
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")

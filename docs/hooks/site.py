@@ -34,7 +34,10 @@ def with_states(checklist: str) -> str:
     """The checklist with a column that says what works, from ``tests/ACCEPTANCE.md``."""
     acceptance = (ROOT / "tests" / "ACCEPTANCE.md").read_text(encoding="utf-8")
     cells = dict(re.findall(r"^\| ([A-Z]\d\d) \| (.+) \|$", acceptance, re.MULTILINE))
-    states = {row: "not yet" if cell.startswith("not met") else "in part" if "not met" in cell else "yes" for row, cell in cells.items()}
+    states = {
+        row: "not yet" if cell.startswith("not met") else "in part" if "not met" in cell else "yes"
+        for row, cell in cells.items()
+    }
     heads = checklist.replace("| # | What you get |\n|---|---|", "| # | What you get | Works |\n|---|---|---|")
     return re.sub(r"^(\| ([A-Z]\d\d) \| .+ \|)$", lambda line: f"{line[1]} {states[line[2]]} |", heads, flags=re.MULTILINE)
 
@@ -83,7 +86,7 @@ def _kind(value: dict[str, Any]) -> str:
     if value.get("type") == "array":
         items = value.get("items", {})
         return "list of objects" if "$ref" in items else f"list of: {_kind(items)}"
-    words = {"boolean": "`true` or `false`", "string": "text", "integer": "integer", "number": "number"}
+    words = {"boolean": "boolean", "string": "text", "integer": "integer", "number": "number"}
     kind = words.get(value.get("type", ""), "any")
     if "module" in str(value.get("pattern", "")) or ".py" in str(value.get("pattern", "")):
         kind = "name or reference"
