@@ -24,19 +24,29 @@ class DocstringsAsMarkdown(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """A class that joins its docstring with that of its base when it is imported is shown with both."""
+        if "__doc__" in cls.members and cls.bases and cls.parent is not None and cls.docstring is not None:
+            base = cls.parent.members.get(str(cls.bases[0]))
+            if base is not None and base.docstring is not None:
+                cls.docstring.value += f"\n\n{base.docstring.value.partition(chr(10))[2].strip(chr(10))}"
+
 
 def as_markdown(text: str) -> str:
-    """The text of a docstring, with its ``Raises`` and ``Returns`` as lists and paragraphs."""
+    """The text of a docstring, with its ``Raises`` and ``Returns`` as lists and paragraphs; unchanged if it was rewritten."""
     text = _ROLE.sub(r"`\1`", inspect.cleandoc(text))
+    text = text.replace("\nClass attributes:\n", "\nAttributes:\n")
     text = re.sub(r"::(?=\n\n    )", ":", text)
     text = re.sub(r"^:(?=\n\n    )", "", text, flags=re.MULTILINE)
     lines: list[str] = []
     pending = iter(text.splitlines())
     line = next(pending, None)
+    in_arguments = False
     while line is not None:
         section = _SECTION.match(line)
         if section is None:
-            lines.extend(_parted(line))
+            in_arguments = line.startswith("Args:") or (in_arguments and (line.startswith(" ") or not line))
+            lines.extend(_parted(line) if in_arguments else [line])
             line = next(pending, None)
             continue
         body: list[str] = []
@@ -69,7 +79,10 @@ def _as_code(item: str) -> str:
 
 
 def _parted(line: str) -> list[str]:
-    """``a: of this.   b: of that`` in an ``Args`` section, one line each."""
-    if re.match(r" {4}\w[\w, ]*: ", line) and re.search(r"\S {3}\w+: ", line):
-        return [f"    {part.strip()}" for part in re.split(r" {3}(?=\w+: )", line.strip())]
+    """A line of an ``Args`` section: ``a: of this.   b: of that`` is two, and one that names no argument continues the last."""
+    if line.startswith("    ") and not line.startswith("     "):
+        if re.search(r"\S {3}\w+: ", line):
+            return [f"    {part.strip()}" for part in re.split(r" {3}(?=\w+: )", line.strip())]
+        if not re.match(r" {4}[\w*]+(, [\w*]+)*( \([^)]*\))?: ", line):
+            return [f"    {line}"]
     return [line]
