@@ -131,6 +131,14 @@ def test_the_page_of_policies_lists_them_all() -> None:
     assert listed == {*plugins.names("hps_numba.kernels.policies")}
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").rglob("*.svg"))], ids=name_of)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    named = re.findall(r"(?<![\w./-])(?:[\w]+/)+\w+\.py\b", page.read_text(encoding="utf-8"))
+    roots = [ROOT, ROOT / "hps_numba"]
+    missing = {name for name in named if not any((root / name).exists() for root in roots)}
+    assert not missing - {"to/file.py", "path/to/file.py"}
+
+
 # -- the site ---------------------------------------------------------------------
 
 
