@@ -12,8 +12,9 @@ import pytest
 
 HERE = Path(__file__).parent
 TABLE = HERE / "ACCEPTANCE.md"
+CHECKLIST = HERE.parent / "docs" / "checklist.md"
 
-#: how many rows the checklist has of each letter (spec section 11)
+#: how many rows the checklist (docs/checklist.md) has of each letter
 ROWS = {"C": 22, "T": 31, "P": 11, "N": 10, "F": 15, "G": 40, "D": 25, "U": 13, "O": 14}
 _NAMED = re.compile(r"tests/([\w/]+\.py)::(\w+)")
 
@@ -54,6 +55,16 @@ def test_every_row_is_there_once_and_in_order() -> None:
     for letter in ROWS:
         mine = [row for row, _ in cells() if row.startswith(letter)]
         assert mine == sorted(mine)
+
+
+def test_checklist_has_one_line_of_text_for_each_row() -> None:
+    lines = CHECKLIST.read_text(encoding="utf-8").splitlines()
+    found = [match for line in lines if (match := re.fullmatch(r"\| ([A-Z]\d\d) \| (\S.*\S) \|", line))]
+    assert [match[1] for match in found] == [row for row, _ in cells()]  # the same rows, in the same order
+    heads = [line for line in lines if line.startswith("|") and line in ("| # | What you get |", "|---|---|")]
+    assert len([line for line in lines if line.startswith("|")]) == len(found) + len(heads)
+    texts = [match[2] for match in found]
+    assert len(set(texts)) == len(texts)
 
 
 @pytest.mark.parametrize("row", MET)
