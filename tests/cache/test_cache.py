@@ -213,10 +213,10 @@ def test_stored_types(bench: Bench, row_type: str, dim: int, relative: float, ab
 def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     store = bench.store([5, 6])
     cache = bench.cache(store, 40)
-    finish = cache._finish
+    finish = cache.parts.plan.finish
 
     def change_and_finish(*args: Any) -> None:
-        cache._backend.synchronize(cache._stream)  # the lookup has read the old row
+        cache.backend.synchronize(cache.parts.state.stream)  # the lookup has read the old row
         if change == "upsert":
             store.upsert(ints([5]), rows_of([5], DIM, 1))
         else:
@@ -225,7 +225,7 @@ def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", change_and_finish)
+        patch.setattr(cache.parts.plan, "finish", change_and_finish)
         assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
     assert cache.counters().stale_dropped == 1
@@ -319,7 +319,7 @@ def test_fixed_caches_hold_their_rows(bench: Bench, kind: str) -> None:
 
 def test_a_static_cache_that_is_too_small(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(11)), 10, kind="static")
-    with pytest.raises(CapacityError, match="11 rows for a static cache of 10"):
+    with pytest.raises(CapacityError, match="expected at most 10 rows, as the static cache has to hold all, got 11"):
         cache.warm()
 
 
@@ -369,15 +369,15 @@ def test_sets_are_made_for_the_rows() -> None:
 def test_bad_calls(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(4)), 40)
     for first, stop in ((-1, 2), (3, 2), (0, 5)):
-        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+        with pytest.raises(ConfigError, match="expected a range within 0 to 4"):
             cache.dump(first, stop)
-        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+        with pytest.raises(ConfigError, match="expected a range within 0 to 4"):
             cache.refresh(first, stop)
     with pytest.raises(KeyDtypeError, match=r"int32\[4\]"):
         cache.lookup_arrays(np.arange(4, dtype=np.int32))
-    with pytest.raises(ArrayError, match="rows are float64"):
+    with pytest.raises(ArrayError, match=r"rows: expected float32\[\d+, \d+\], got float64"):
         cache.insert(np.arange(2), np.zeros((2, DIM)))
-    with pytest.raises(ArrayError, match="wanted float32"):
+    with pytest.raises(ArrayError, match="out: expected contiguous float32"):
         cache.lookup_arrays(np.arange(2), np.zeros((2, DIM + 1), np.float32))
 
 
@@ -386,14 +386,14 @@ def test_bad_calls(bench: Bench) -> None:
     [
         ({"kind": "stochastic"}, "stochastic"),
         ({"row_type": "int4"}, "int4"),
-        ({"rows": -1}, "rows of the cache is -1"),
-        ({"buffers": 0}, "buffers of the cache is 0"),
+        ({"rows": -1}, "rows of the cache: expected 0 or more, got -1"),
+        ({"buffers": 0}, "buffers of the cache: expected 1 or more, got 0"),
     ],
 )
 def test_bad_options(cpu_bench: Bench, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cpu_bench.cache(None, **options)
-    with pytest.raises(ConfigError, match=f"width 4, its host store {DIM}"):
+    with pytest.raises(ConfigError, match=f"width of the cache: expected {DIM}, as of its host store, got 4"):
         EmbeddingCache(4, 10, device=None, policy=load_policy("lru"), store=cpu_bench.store())
 
 
@@ -417,7 +417,7 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(cpu_bench: Bench,
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", fails)
+        patch.setattr(cache.parts.plan, "finish", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 cache.lookup_arrays(np.arange(10))
@@ -484,7 +484,7 @@ def test_threads_take_turns_with_one_workspace(cpu_bench: Bench) -> None:
     assert len(answers) == 6
     for answer in answers:
         assert_same_bits(answer, rows_of(keys, DIM))
-    assert len(cache._pool._all) == 1
+    assert len(cache.parts.workspaces.pool.workspaces) == 1
 
 
 # -- the guard of host memory ---------------------------------------------------------------------

@@ -41,7 +41,7 @@ def pinned_store(dim: int, keys: np.ndarray, **options: Any) -> HostStore:
 
 def contents(cache: EmbeddingCache) -> tuple[np.ndarray, ...]:
     """Keys, scores and occupied ways of all lines; what stands in an empty way does not count."""
-    lines = cache._read_lines().reshape(-1, LINE_BYTES)
+    lines = cache.parts.state.read_lines().reshape(-1, LINE_BYTES)
     taken = (lines[:, META_AT:].copy().view(np.uint32) >> np.arange(WAYS_PER_LINE)) & 1 == 1
     assert ((lines[:, META_AT:].copy().view(np.uint32) & OCCUPIED).astype(bool) == taken.any(axis=1, keepdims=True)).all()
     keys = lines[:, :SCORES_AT].copy().view(np.int64)
@@ -188,7 +188,7 @@ def test_an_old_row_in_flight_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> N
     dim, keys = 32, np.arange(1000, dtype=np.int64)
     store = pinned_store(dim, keys)
     cache = EmbeddingCache(dim, 4096, device=0, policy=load_policy("lru"), store=store)
-    finish = cache._finish
+    finish = cache.parts.plan.finish
 
     def update_before(*args: Any) -> None:
         store.upsert(keys[:500], rows_of(keys[:500], dim, 7))
@@ -196,7 +196,7 @@ def test_an_old_row_in_flight_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> N
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", update_before)
+        patch.setattr(cache.parts.plan, "finish", update_before)
         assert np.array_equal(cache.lookup_arrays(keys), rows_of(keys, dim))  # read before the update
     assert cache.counters().stale_dropped == 500
     _, missing = cache.query(keys)

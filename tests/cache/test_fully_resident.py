@@ -24,8 +24,8 @@ LATER = ints([1, 2, 4])
 
 
 def now_of(cache: EmbeddingCache) -> int:
-    with cache._controlled():
-        return int(cache._words(cache._state + STATE_NOW, 1)[0])
+    with cache.parts.lifecycle.controlled():
+        return cache.parts.state.word(STATE_NOW)
 
 
 def warm_cache(bench: Bench, **options: Any) -> EmbeddingCache:
@@ -94,7 +94,7 @@ def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None
 
 def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
     cache = warm_cache(bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     store.upsert(KNOWN[:5], rows_of(KNOWN[:5], DIM, 1))
     cache.update(KNOWN[:5])
@@ -110,7 +110,7 @@ def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
 
 def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
     cache = warm_cache(bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     store.erase(KNOWN[:1])
     store.upsert(LATER[:1], rows_of(LATER[:1], DIM))
@@ -120,12 +120,12 @@ def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
 
 def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
     """Let a writer be at work on the lines of these entries, or (0) let it end."""
-    lines = cache._read_lines()
+    lines = cache.parts.state.read_lines()
     metas = lines.view(np.uint32).reshape(-1, 16)[:, 15]
     for entry in entries:
         metas[2 * entry.set + entry.line] = metas[2 * entry.set + entry.line] & ~np.uint32(BUSY) | np.uint32(bit)
-    cache._backend.from_host(cache._lines, lines, cache._stream)
-    cache._backend.synchronize(cache._stream)
+    cache.backend.from_host(cache.parts.state.lines, lines, cache.parts.state.stream)
+    cache.backend.synchronize(cache.parts.state.stream)
 
 
 def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:
@@ -173,8 +173,9 @@ def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Be
 def test_without_lists_the_kernel_serves_missing_rows_and_lists_none(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(KNOWN), 400)
     keys, out = ints([0, 3, 1, 3]), np.empty((4, DIM), np.float32)
-    with cache.reading():
-        cache._rows_to(out.ctypes.data, keys.ctypes.data, 4, cache._no_lists, 0, ("int64", "float32", False))
+    with cache.parts.reading():
+        form, lists = ("int64", "float32", False), cache.parts.state.no_lists
+        cache.parts.plan.start_answer("lookup_kernel", form, keys.ctypes.data, 4, out.ctypes.data, lists, 0)
     assert_same_bits(out, rows_with(keys))
     assert cache.counters().misses == 4 and cache.resident() == 0
     assert_same_bits(cache.lookup_arrays(keys), rows_with(keys))
@@ -195,7 +196,7 @@ def gpu_bench() -> Any:
 @pytest.mark.parametrize("n", [1, 300, 40_000])
 def test_gpu_lookups_of_a_complete_cache(gpu_bench: Bench, n: int) -> None:
     cache = warm_cache(gpu_bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     random = np.random.default_rng(n)
     for _ in range(3):
@@ -220,7 +221,7 @@ def test_gpu_lookups_of_a_complete_cache(gpu_bench: Bench, n: int) -> None:
 def test_gpu_a_graph_of_a_complete_cache_takes_in_what_comes_later(gpu_bench: Bench) -> None:
     torch = pytest.importorskip("torch")
     cache = warm_cache(gpu_bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     keys = torch.from_numpy(KNOWN[: len(LATER)].copy()).to("cuda")
     out = torch.empty((len(LATER), DIM), device="cuda")
@@ -270,7 +271,7 @@ def test_gpu_complete_caches_that_are_looked_up_together(gpu_bench: Bench) -> No
     random = np.random.default_rng(6)
     for turn in range(4):
         if turn == 2:  # one is complete no more: all are asked with their insertions
-            store = caches[1]._store
+            store = caches[1].parts.store
             assert store is not None
             store.upsert(LATER, rows_of(LATER, DIM))
             caches[1].update(LATER)
@@ -287,7 +288,7 @@ def test_gpu_complete_caches_that_are_looked_up_together(gpu_bench: Bench) -> No
 @pytest.mark.gpu
 def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> None:
     cache = warm_cache(gpu_bench, buffers=3)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     problems: list[str] = []
     told, ended = [0], threading.Event()
@@ -320,7 +321,7 @@ def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> No
 
 
 def test_a_workspace_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:
-    pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400)._pool
+    pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400).parts.workspaces.pool
     seen: list[Any] = []
 
     def start(workspace: Any, answer: Any) -> bool:

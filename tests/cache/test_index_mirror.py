@@ -58,8 +58,8 @@ def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def led_to(cache: EmbeddingCache) -> int:
     """Address of the index that lookups read."""
-    descriptor = int(cache._words(cache._state + STATE_HOST, 1)[0])
-    return int(cache._words(descriptor + DESC_BLOCK, 1)[0])
+    descriptor = cache.parts.state.word(STATE_HOST)
+    return int(cache.parts.state.read_words(descriptor + DESC_BLOCK, 1)[0])
 
 
 # -- what lookups read ------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     if change == "close":
         store.close()
         assert copy not in at_start and not cache.index_mirror_bytes
-        assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
+        assert cache.parts.state.word(STATE_HOST) == 0
         return
     content, sibling = store.new_content(0), store.sibling()
     {
@@ -128,14 +128,14 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
 def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, keys = cache._backend.copy, ints(range(100))
+    copied, keys = cache.backend.copy, ints(range(100))
 
     def change_meanwhile(*args: int) -> None:
         copied(*args)
         store.upsert(keys[:50], rows_of(keys[:50], DIM, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "copy", change_meanwhile, raising=False)
+        patch.setattr(cache.backend, "copy", change_meanwhile, raising=False)
         assert not cache.mirror_index()
     assert led_to(cache) == store.block
     cache.update(keys)
@@ -151,7 +151,7 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
     store = bench.store(keys)
     cache = bench.cache(store, 200)
     assert cache.mirror_index()
-    end = cache._end_batch
+    end = cache.parts.lookups.end_batch
 
     def update_before(*args: Any) -> None:
         cache.backend.synchronize(args[3])  # the rows were read
@@ -161,7 +161,7 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
         end(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_end_batch", update_before)
+        patch.setattr(cache.parts.lookups, "end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
@@ -231,7 +231,7 @@ def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(self: IndexMirror, *args: Any) -> None:
         make(self, *args)
-        self._by_itself = True
+        self._automatic = True
         self.make_later()
 
     monkeypatch.setattr(IndexMirror, "__init__", made)
@@ -306,15 +306,15 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
 ) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.mirror_index() and cache._link is not None
-    point_to = cache._link.point_to
+    assert cache.mirror_index() and cache.parts.link is not None
+    point_to = cache.parts.link.point_to
 
     def interrupted(*args: int) -> None:
         point_to(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._link, "point_to", interrupted)
+        patch.setattr(cache.parts.link, "point_to", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.erase(ints(range(100)))
     assert len(store) == 100
@@ -329,7 +329,7 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
 def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, begun = cache._backend.copy, threading.Event()
+    copied, begun = cache.backend.copy, threading.Event()
 
     def slow(*args: int) -> None:
         begun.set()
@@ -337,7 +337,7 @@ def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, m
         copied(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "copy", slow, raising=False)
+        patch.setattr(cache.backend, "copy", slow, raising=False)
         made: list[bool] = []
         thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
         thread.start()
@@ -365,7 +365,7 @@ def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
 def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copy, link = cache._index_mirror, cache._link
+    copy, link = cache.parts.mirror, cache.parts.link
     assert cache.mirror_index() and copy is not None and link is not None
     with monkeypatch.context() as patch:
         patch.setattr(link, "point_to", lambda *_: False)
@@ -393,8 +393,8 @@ def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
     bench = CopyBench(None)
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.mirror_index() and cache._index_mirror is not None
-    cache._index_mirror.reset_after_fork()
+    assert cache.mirror_index() and cache.parts.mirror is not None
+    cache.parts.mirror.reset_after_fork()
     store.upsert(ints(range(100)), rows_of(range(100), DIM, 1))
     cache.update(ints(range(100)))
     assert led_to(cache) == store.block
@@ -404,7 +404,7 @@ def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
 
 def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = limited(monkeypatch, total=16_000, free=16_000)
-    copy._lent = copy._by_itself = True
+    copy._lent = copy._automatic = True
     copy.reset_after_fork()
     assert not copy.is_used
     copy.invalidate()
@@ -414,7 +414,7 @@ def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) 
 
 def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = limited(monkeypatch, total=16_000, free=16_000)
-    copy._by_itself = True
+    copy._automatic = True
     copy._call_in(60.0)
     copy._store.unwatch_turns(copy.invalidate)
     seen = weakref.ref(copy)
@@ -496,7 +496,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexM
 def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (limited(monkeypatch, total=16_000, free=16_000) for _ in range(2))
     first._take(700)
-    with pytest.raises(CapacityError, match=r"400 B of device 41 wanted, where all copies may take 1000 B and 700 B are taken"):
+    with pytest.raises(CapacityError, match=r"device 41: expected room for 400 B, got .* free, and 700 B taken of 1000 B"):
         second._take(400)
     second._take(300)
     first.close()
@@ -511,7 +511,8 @@ def test_it_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     caplog.set_level("INFO", "hps_numba.cache.index_mirror")
     assert not copy._has_room(600)
     assert not copy._has_room(600)
-    assert [record.getMessage().split(",")[-1] for record in caplog.records] == [" 1.5 KiB are free"]  # said once
+    (record,) = caplog.records  # said once
+    assert "expected room for 600 B, got 1.5 KiB free" in record.getMessage()
     assert copy._has_room(400)
     copy.close()
 
@@ -524,7 +525,7 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
         raise CapacityError(f"{purpose}: full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "allocate", full, raising=False)
+        patch.setattr(cache.backend, "allocate", full, raising=False)
         assert not cache.mirror_index()
     assert led_to(cache) == store.block
     assert cache.mirror_index()

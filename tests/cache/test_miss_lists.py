@@ -17,9 +17,10 @@ from support.oracles import EXTREME_64, assert_same_bits, rows_of
 from support.staging import TYPES, ask
 
 from hps_numba.cache import index_mirror
-from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.index_mirror import _shift_of, is_scattered
+from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.staging import NEVER
 from hps_numba.device.host_memory import PinnedHostAllocator
 from hps_numba.kernels.cache.miss_sorted import scan_counts, start_of
@@ -28,30 +29,30 @@ from hps_numba.kernels.layouts.cache import MISSED_COUNT, MISSED_COUNTS, MISSED_
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
 
-_real, _really = cache_lookup._listing_from, cache_lookup.CacheLookup._in_order
+_listing_from, _reads_in_order = cache_parts.listing_from, LaunchPlan.reads_in_order
 
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup, "_listing_from", lambda device, copies: 1)
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", lambda cache: True)
+    monkeypatch.setattr(cache_parts, "listing_from", lambda device, mirrors: 1)
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", property(lambda plan: True))
     monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
     """A cache that lists what it misses, and its like that does not."""
     lists, plain = (bench.cache(store, rows, **options) for _ in range(2))
-    plain._may_list_from = plain._lists_missed_from = NEVER
+    plain.parts.residency.listing_from = plain.parts.residency.lists_missed_from = NEVER
     return lists, plain
 
 
 def list_words(cache: EmbeddingCache) -> list[int]:
     """What is left of the lists of missed keys of each workspace: all counts, and the ticket."""
     words: list[int] = []
-    for workspace in (*cache._pool._all, *cache._captured):
+    for workspace in (*cache.parts.workspaces.pool.workspaces, *cache.parts.workspaces.captured):
         if workspace.own_list:
-            words += cache._words(workspace.own_list + MISSED_COUNTS, REGIONS).tolist()
-            words += [int(cache._words(workspace.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
+            words += cache.parts.state.read_words(workspace.own_list + MISSED_COUNTS, REGIONS).tolist()
+            words += [int(cache.parts.state.read_words(workspace.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
     return words
 
 
@@ -100,7 +101,7 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
     store.upsert(np.arange(100, 400), rows_of(np.arange(100, 400), DIM))
     for cache in caches:
         cache.check_fully_resident()
-    caches[1]._lists_missed_from = NEVER
+    caches[1].parts.residency.lists_missed_from = NEVER
     keys = np.random.default_rng(1).integers(0, 450, 900)
     for _ in range(2):
         answers = [ask(cache, keys) for cache in caches]
@@ -112,13 +113,13 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
 def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 300)
-    assert cache._lists_missed_from == 1
+    assert cache.parts.residency.lists_missed_from == 1
     assert cache.warm() == 100
-    assert cache._lists_missed_from == NEVER
+    assert cache.parts.residency.lists_missed_from == NEVER
     assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(range(100), DIM))
     store.upsert(ints([1000]), rows_of([1000], DIM))
     cache.update(ints([1000]))
-    assert cache._lists_missed_from == 1
+    assert cache.parts.residency.lists_missed_from == 1
     assert_same_bits(cache.lookup_arrays(ints([1000])), rows_of([1000], DIM))
 
 
@@ -155,7 +156,7 @@ def test_the_policy_changes_between_batches(bench: Bench) -> None:
             assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
         for cache in caches:
             cache.set_policy(load_policy(policy))
-        caches[1]._lists_missed_from = NEVER
+        caches[1].parts.residency.lists_missed_from = NEVER
     keys = rng.integers(0, 220, 300)
     assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
     assert_alike(*caches)
@@ -168,7 +169,7 @@ def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: p
     for turn in range(6):
         with monkeypatch.context() as patch:
             if turn % 2:
-                patch.setattr(cache, "_staged_from", NEVER)
+                patch.setattr(cache.parts.lookups, "staged_from", NEVER)
             keys = rng.integers(0, 320, 200)
             rows = cache.lookup_arrays(keys)
         assert_same_bits(rows[keys < 300], rows_of(keys[keys < 300], DIM))
@@ -181,7 +182,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
     keys = ints(range(50))
     store = bench.store(keys)
     cache = bench.cache(store, 200)
-    end = cache._end_batch
+    end = cache.parts.lookups.end_batch
 
     def update_before(*args: Any) -> None:
         cache.backend.synchronize(args[3])  # the rows were read
@@ -190,7 +191,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
         end(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_end_batch", update_before)
+        patch.setattr(cache.parts.lookups, "end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
@@ -222,8 +223,8 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
 def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup, "_listing_from", _real)
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(cache_parts, "listing_from", _listing_from)
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 20)
     rng = np.random.default_rng(dim)
     universe = np.arange(300_000, dtype=np.int64) * 7919 - 10_000
@@ -231,7 +232,7 @@ def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatc
     store.upsert(universe[:280_000], rows_of(universe[:280_000], dim))
     options: dict[str, Any] = {"device": 0, "policy": load_policy(policy), "store": store, "default": DEFAULT}
     lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
-    plain._may_list_from = plain._lists_missed_from = NEVER
+    plain.parts.residency.listing_from = plain.parts.residency.lists_missed_from = NEVER
     lists.mirror_index()
     for turn, n in enumerate((131_072, 131_071, 200_000, 140_000, 1_000_000 if dim < 64 else 300_000)):
         keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)
@@ -253,8 +254,10 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     keys = np.random.default_rng(4).permutation(5000)
     assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    (workspace,) = cache._pool._all
-    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    (workspace,) = cache.parts.workspaces.pool.workspaces
+    listed = cache.parts.state.read_words(
+        int(cache.parts.state.read_words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)
+    ).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
     assert (keys[listed[:, 0]] == listed[:, 1]).all()
     regions = listed[:, 1] >> (13 - 6)  # rows were written in the order of keys: slots are keys, 5000 of 8192 in 64 regions
@@ -262,7 +265,9 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order in which they came
     cache.clear()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    listed = cache.parts.state.read_words(
+        int(cache.parts.state.read_words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)
+    ).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
 
 
@@ -352,17 +357,17 @@ def test_rows_are_read_in_order_where_that_pays(mib: int, dim: int, scattered: b
 
 
 def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 0)
     store = bench.store(range(100))
     for path in ("direct", "auto"):
         cache = bench.cache(store, 20, miss_path=path)
-        assert not cache._in_order()
-        assert cache.mirror_index() == cache._in_order() == (path == "auto")
+        assert not cache.parts.plan.reads_in_order
+        assert cache.mirror_index() == cache.parts.plan.reads_in_order == (path == "auto")
     store.upsert(ints([1]), rows_of([1], DIM))
-    assert not cache._in_order()
+    assert not cache.parts.plan.reads_in_order
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 40)
-    assert cache.mirror_index() and not cache._in_order()
+    assert cache.mirror_index() and not cache.parts.plan.reads_in_order
 
 
 @pytest.mark.gpu
@@ -373,7 +378,7 @@ def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> 
     keys = np.random.default_rng(1).integers(0, 520, 300)
     for _ in range(3):
         cache.lookup_arrays(keys)
-    cache.single_kernel = True  # as a check that ends between the choice of the kernels and their start has it
+    cache.parts.residency.single_kernel = True  # as a check that ends between the choice of the kernels and their start has it
     rows = cache.lookup_arrays(keys)
     assert_same_bits(rows[keys < 500], rows_of(keys[keys < 500], DIM))
     assert (rows[keys >= 500] == np.float32(DEFAULT)).all()

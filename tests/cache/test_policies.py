@@ -131,13 +131,13 @@ def plain_cache(policy: str) -> EmbeddingCache:
     store = HostStore(1)
     store.upsert(np.arange(60), rows_of(np.arange(60), 1))
     cache = EmbeddingCache(1, 20, device=None, policy=load_policy(policy), store=store)
-    cache._backend = PlainPlace()
+    cache.parts.kernels.backend = PlainPlace()
     return cache
 
 
 def sketch_of(cache: EmbeddingCache) -> list[int]:
-    words = cache._policy_memory.words
-    return cache._words(words[WORKSPACE_SKETCH], words[WORKSPACE_SKETCH_WORDS]).tolist()
+    words = cache.parts.workspaces.policy_memory.words
+    return cache.parts.state.read_words(words[WORKSPACE_SKETCH], words[WORKSPACE_SKETCH_WORDS]).tolist()
 
 
 def test_pooled_lookups_count_requests_as_lookups_do() -> None:
@@ -169,19 +169,20 @@ def test_the_sketch_never_says_too_little_and_forgets() -> None:
     keys = np.random.default_rng(1).integers(0, 60, 100)
     cache.lookup_arrays(keys)
     words = {
-        name: cache._policy_memory.words[name] for name in (WORKSPACE_SKETCH, WORKSPACE_SKETCH_WORDS, WORKSPACE_SKETCH_SHIFT)
+        name: cache.parts.workspaces.policy_memory.words[name]
+        for name in (WORKSPACE_SKETCH, WORKSPACE_SKETCH_WORDS, WORKSPACE_SKETCH_SHIFT)
     }
     workspace = np.zeros(WORKSPACE_BYTES // 8, np.int64)
     for name, value in words.items():
         workspace[name // 8] = value
     with np.errstate(over="ignore"):
-        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache.parts.state.address, workspace.ctypes.data, key) for key in range(60)]
         exact = [int((keys == key).sum()) for key in range(60)]
         assert all(many >= few for many, few in zip(counted, exact, strict=True))
         assert sum(many == few for many, few in zip(counted, exact, strict=True)) > 50
         for _ in range(6):
             cache.lookup_arrays(np.full(256, 7))
-        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache.parts.state.address, workspace.ctypes.data, key) for key in range(60)]
     assert counted[7] == MOST and sum(counted) <= 3 * MOST
 
 

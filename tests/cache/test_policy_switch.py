@@ -149,7 +149,7 @@ def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
 
 def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:
     fixed = cpu_bench.cache(cpu_bench.store(range(5), 1), 5, kind="static")
-    with pytest.raises(ConfigError, match="a policy for a static cache, which evicts nothing; wanted a dynamic one"):
+    with pytest.raises(ConfigError, match="expected a dynamic cache, got a static one"):
         fixed.set_policy(load_policy("lfu"))
     closed = cpu_bench.cache(None, 20)
     closed.close()
@@ -163,16 +163,17 @@ def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -
     cache = cpu_bench.cache(cpu_bench.store(keys, 1), policy="tinylfu", set_count=2)
     out = np.empty((40, 1), np.float32)
     cache.lookup(keys.ctypes.data, 40, out.ctypes.data, 0, capturing=True)
-    (workspace,) = cache._captured
-    replay = [dict(cache._kernels), cache._parts, cache._admits, cache._counted]
-    size = cache._policy_memory.bytes
+    (workspace,) = cache.parts.workspaces.captured
+    kernels = cache.parts.kernels
+    captured = kernels.policy, dict(kernels.made)
+    size = cache.parts.workspaces.policy_memory.bytes
     cache.set_policy(load_policy("sieve"))
-    assert [memory.bytes for memory in cache._policies_of_graphs] == [size]
+    assert [memory.bytes for memory in cache.parts.workspaces.of_graphs] == [size]
     cache.set_policy(load_policy("lru"))
-    now = dict(cache._kernels), cache._parts, cache._admits, cache._counted
-    cache._kernels, cache._parts, cache._admits, cache._counted = replay
-    cache._batches(workspace, keys.ctypes.data, 40, out.ctypes.data, 0, "int64", "float32", 0)
-    cache._kernels, cache._parts, cache._admits, cache._counted = now
+    now = kernels.policy, kernels.made
+    kernels.adopt(*captured)
+    cache.parts.lookups.batch(workspace, keys.ctypes.data, 40, out.ctypes.data, 0, ("int64", "float32", False))
+    kernels.adopt(*now)
     assert_same_bits(out, rows_of(keys, 1))
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, 1))
 
@@ -242,7 +243,7 @@ def test_policies_from_a_file_and_a_module_one_a_table(
         service.open(*TABLES, cache_policy=names, gpucacheper=0.3)
     server = service.open(*TABLES, cache_policy=names, gpucacheper=0.3, allow_code=True)
     assert [cache_of(server, service, table).policy.name for table in (0, 1)] == names
-    assert "insert_kernel" in cache_of(server, service)._kernels  # compiled, or refused, at the start
+    assert ("insert_kernel",) in cache_of(server, service).parts.kernels.made  # compiled, or refused, at the start
     for table in (0, 1):
         check_rows(server, service, table)
     digests = {cache_of(server, service, table).policy.digest for table in (0, 1)}
@@ -323,7 +324,7 @@ def test_a_policy_for_tables_without_caches_changes_nothing_and_says_so(
 
 def test_static_caches_have_no_policy(on_cpu: Service) -> None:
     server = on_cpu.open(TABLES[0], embedding_cache_type="static")
-    with pytest.raises(ConfigError, match="a policy for a static cache, which evicts nothing"):
+    with pytest.raises(ConfigError, match="expected a dynamic cache, got a static one"):
         server.set_policy("lfu", "m")
 
 

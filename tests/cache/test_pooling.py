@@ -13,7 +13,7 @@ import pytest
 from support.backends import PlainKernel, PlainPlace
 from support.oracles import EXTREME_64, rows_of
 
-from hps_numba.cache import pooling
+from hps_numba.cache import kernel_set, pooling
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
@@ -21,7 +21,6 @@ from hps_numba.kernels.cache.pooling import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
-    MAX_ROWS,
     OFFSETS32,
     OPEN_END,
     PADDED,
@@ -104,7 +103,7 @@ class Table:
         store = self.store if stored else None
         self.cache = EmbeddingCache(dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=store, **options)
         if where in ("plain", "ahead"):
-            self.cache._backend = PlainPlace() if where == "plain" else AheadPlace()
+            self.cache.parts.kernels.backend = PlainPlace() if where == "plain" else AheadPlace()
         if stored:
             self.cache.warm()
         else:
@@ -130,16 +129,20 @@ class Table:
         offsets = offsets[:-1] if options & OPEN_END else offsets
         keys = batch.keys.astype(FORMS.get(how.get("key_form", "int64"), np.int64))
         given = [keys, offsets] + ([weights] if weights is not None else [])
-        with cache.backend.current(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room:
+        with (
+            cache.backend.current(),
+            cache.parts.state.copies(*given) as places,
+            cache.parts.state.buffer(out.nbytes + shift) as room,
+        ):
             cache.pool(
-                *(places[0], len(keys), places[1], batch.bags, room + shift, cache._stream),
+                *(places[0], len(keys), places[1], batch.bags, room + shift, cache.parts.state.stream),
                 combiner=combiner,
                 weights=places[2] if weights is not None else 0,
                 options=options,
                 padding=PADDING,
                 **how,
             )
-            cache.backend.to_host(out, room + shift, cache._stream)
+            cache.backend.to_host(out, room + shift, cache.parts.state.stream)
         return out
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
@@ -148,7 +151,10 @@ class Table:
 
     def guards(self) -> tuple[int, int]:
         """Counts of the guards entered and left."""
-        entered, left = (self.cache._words(self.cache._state + at, GUARD_STRIPES // 2) for at in (GUARD_ENTERED, GUARD_LEFT))
+        entered, left = (
+            self.cache.parts.state.read_words(self.cache.parts.state.address + at, GUARD_STRIPES // 2)
+            for at in (GUARD_ENTERED, GUARD_LEFT)
+        )
         return int(entered.view(np.uint32).sum()), int(left.view(np.uint32).sum())
 
 
@@ -266,8 +272,12 @@ def test_bags_of_equal_length_need_no_offsets(open_table: Any, where: str, each:
     for combiner in COMBINERS:
         wanted = table.pool(batch, combiner)
         out = np.full_like(wanted, 99)
-        with place.current(), table.cache._copies(batch.keys) as (keys,), table.cache._room(out.nbytes) as room:
-            stream = table.cache._stream
+        with (
+            place.current(),
+            table.cache.parts.state.copies(batch.keys) as (keys,),
+            table.cache.parts.state.buffer(out.nbytes) as room,
+        ):
+            stream = table.cache.parts.state.stream
             table.cache.pool(keys, len(batch.keys), each, bags, room, stream, combiner=combiner, options=EQUAL)
             place.to_host(out, room, stream)
         assert_same(out, wanted)
@@ -478,33 +488,34 @@ def test_no_bags_at_all_start_nothing(open_table: Any) -> None:
 def test_bad_calls(open_table: Any) -> None:
     table, batch = open_table("plain", 3), Batch(18)
     cache, n = table.cache, len(batch.keys)
-    with pytest.raises(ConfigError, match="combiner 'median', wanted one of sum, mean, sqrtn, max"):
+    with pytest.raises(ConfigError, match="combiner: expected one of sum, mean, sqrtn, max, got 'median'"):
         table.pool(batch, "median")
     with pytest.raises(ConfigError, match="key_form is 'int8'"):
         table.pool(batch, "sum", key_form="int8")
-    with pytest.raises(CapacityError, match=f"of {MAX_BATCH + 1} keys, wanted at most {MAX_BATCH}"):
+    with pytest.raises(CapacityError, match=f"expected at most {MAX_BATCH} keys, got {MAX_BATCH + 1}"):
         cache.pool(0, MAX_BATCH + 1, 0, 1, 0, 0)
-    with pytest.raises(KeyDtypeError, match="keys are float64"):
+    with pytest.raises(KeyDtypeError, match=r"keys: expected int64\[n\], got float64"):
         cache.pool_arrays(np.zeros(3), np.array([0, 3]))
     for offsets, message in (
-        (np.array([0.0, n]), "offsets are float64"),
-        (np.array([], np.int64), r"wanted int64\[bags \+ 1\]"),
-        (np.array([1, n]), f"from 1 to {n}, wanted 0 to {n}"),
-        (np.array([0, n + 1]), f"from 0 to {n + 1}, wanted 0 to {n}"),
-        (np.array([0, 5, 4, n]), "offset 2 is less"),
+        (np.array([0.0, n]), r"offsets: expected int64\[bags \+ 1\], got float64"),
+        (np.array([], np.int64), r"expected int64\[bags \+ 1\], got int64\[0\]"),
+        (np.array([1, n]), f"expected from 0 to {n}, the number of keys, got 1 to {n}"),
+        (np.array([0, n + 1]), f"expected from 0 to {n}, the number of keys, got 0 to {n + 1}"),
+        (np.array([0, 5, 4, n]), "got one at 2 less than the one before"),
     ):
         with pytest.raises(ConfigError, match=message):
             cache.pool_arrays(batch.keys, offsets)
     for weights in (batch.weights[1:], batch.weights.astype(np.float64)):
-        with pytest.raises(ConfigError, match=f"wanted float32\\[{n}\\]"):
+        with pytest.raises(ConfigError, match=f"weights: expected float32\\[{n}\\]"):
             cache.pool_arrays(batch.keys, batch.offsets, weights)
     assert cache.counters().calls == 0
 
 
 def test_a_cache_of_too_many_rows_to_number_them(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table, batch = open_table("plain", 3), Batch(25)
-    monkeypatch.setattr(table.cache, "capacity", MAX_ROWS)
-    with pytest.raises(CapacityError, match=f"pooled lookups of {MAX_ROWS} rows, wanted less than {MAX_ROWS}"):
+    rows = table.cache.capacity
+    monkeypatch.setattr(kernel_set, "MAX_ROWS", rows)
+    with pytest.raises(CapacityError, match=f"expected a cache of less than {rows} rows, got one of {rows}"):
         table.pool(batch, "sum")
 
 
@@ -525,7 +536,7 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, 
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table.cache, "_finish", fails)
+        patch.setattr(table.cache.parts.plan, "finish", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 table.pool(batch, "sum")

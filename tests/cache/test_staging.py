@@ -23,6 +23,7 @@ from support.services import Service, assert_adds_up, cache_of, defaults, stats_
 from support.staging import TYPES, ask
 
 from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import parts as cache_parts
 from hps_numba.cache import staging
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
@@ -170,14 +171,14 @@ def test_the_policy_changes_between_staged_batches(bench: Bench) -> None:
 
 def between(cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Any]) -> None:
     """Let ``change`` happen once, after the rows of the next batch were gathered and before they are inserted."""
-    finish, left = cache._finish, [change]
+    finish, left = cache.parts.plan.finish, [change]
 
     def change_and_finish(*args: Any) -> None:
         if left:
             left.pop()()
         finish(*args)
 
-    monkeypatch.setattr(cache, "_finish", change_and_finish)
+    monkeypatch.setattr(cache.parts.plan, "finish", change_and_finish)
 
 
 def old_and_new(bench: Bench) -> tuple[HostStore, EmbeddingCache, Callable[[Any], None]]:
@@ -250,7 +251,7 @@ def test_direct_batches_insert_after_staged_ones_and_a_clearing(bench: Bench) ->
     _, cache, _ = old_and_new(bench)
     cache.lookup_arrays(ints([5]))
     cache.clear()
-    cache._staged_from = NEVER
+    cache.parts.lookups.staged_from = NEVER
     cache.lookup_arrays(ints([5, 6]))
     assert sorted(entry.key for entry in cache.entries()) == [5, 6]
     assert (cache.counters().staged, cache.counters().stale_dropped) == (1, 0)
@@ -355,7 +356,7 @@ class LatePlace(CpuBackend):
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> LatePlace:
     place = LatePlace()
-    monkeypatch.setattr(cache_lookup, "backend_for", lambda device: place)
+    monkeypatch.setattr(cache_parts, "backend_for", lambda device: place)
     return place
 
 
@@ -392,7 +393,7 @@ def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LateP
         patch.setattr(staging._Staging, "sent", fail)  # the kernel was started, and no event recorded
         with pytest.raises(KeyboardInterrupt):
             cache.lookup(keys.ctypes.data, 100, out.ctypes.data, 0)
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     for rows, words in misses._idle[0]._buffers:
         rows[:], words[:] = -1, 0
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
@@ -446,7 +447,7 @@ def test_a_store_that_is_closed_meanwhile(bench: Bench, monkeypatch: pytest.Monk
 
 
 def test_a_path_that_is_none(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="miss_path 'fast', wanted one of direct, staged, auto"):
+    with pytest.raises(ConfigError, match="miss_path: expected one of direct, staged, auto, got 'fast'"):
         bench.cache(bench.store([1]), 40, miss_path="fast")
 
 
@@ -456,7 +457,7 @@ def test_a_path_that_is_none(bench: Bench) -> None:
 def test_memory_grows_with_batches_and_is_used_again(bench: Bench) -> None:
     store = bench.store(range(3000))
     cache = bench.cache(store, 300, miss_path="staged")
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     sizes = []
     for n in (10, 200, 2000, 50, 1500):
         assert_same_bits(cache.lookup_arrays(np.arange(n)), rows_of(range(n), DIM))
@@ -481,7 +482,7 @@ def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(cache.backend, "allocate_pinned", refuse)
         with pytest.raises(CapacityError, match="table: rows for the device: none, on purpose"):
             cache.lookup_arrays(np.arange(30))
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     assert misses.bytes == 0
     assert_same_bits(cache.lookup_arrays(np.arange(30)), rows_of(range(30), DIM))
 
@@ -505,17 +506,17 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 
 def test_auto_goes_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     many, large = staging.STAGED_KEYS, 1 << 30
-    table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "behind": False}
+    table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "slower_tiers": False}
     assert not is_staged(many, **table)  # as it stands, none is
     monkeypatch.setattr(staging, "STAGED_TABLE_BYTES", large)
     assert is_staged(many, **table)
     assert not is_staged(many - 1, **table)
     assert not is_staged(many, **{**table, "rows": large // 128 - 1})
     assert not is_staged(many, **{**table, "ways": large // 128})  # room for every row
-    behind = staging.STAGED_KEYS_BEHIND
-    assert is_staged(behind, **{**table, "behind": True}) and not is_staged(behind - 1, **{**table, "behind": True})
+    fewer, table = staging.STAGED_KEYS_SLOWER_TIERS, {**table, "slower_tiers": True}
+    assert is_staged(fewer, **table) and not is_staged(fewer - 1, **table)
     assert (min_staged("direct"), min_staged("staged")) == (NEVER, 1)
-    assert min_staged("auto") == min(many, behind)
+    assert min_staged("auto") == min(many, fewer)
 
 
 def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
@@ -530,22 +531,25 @@ def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
 
 
 def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_BEHIND", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
+    for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_SLOWER_TIERS", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
         monkeypatch.setattr(staging, name, value)
     store = bench.store(range(199))
     cache = bench.cache(store, 40, miss_path="auto")
     if bench.device is None:  # as on a device
-        cache._misses = staging.StagedMisses(
-            cache.backend, cache._parts, store, always=False, ways=cache.capacity, fixed=False, default=DEFAULT, name="table"
-        )
-        cache._staged_from = min_staged("auto")
+        cache = bench.cache(store, 40, miss_path="staged")
+        assert cache.parts.misses is not None
+        cache.parts.misses.always, cache.parts.lookups.staged_from = False, min_staged("auto")
 
     def is_staged_with(n: int, **options: Any) -> bool:
         before = cache.counters().staged
-        with cache.backend.current(), cache._copies(np.arange(n)) as (at,), cache._room(4 * DIM * n) as room:
-            cache.lookup(at, n, room, cache._stream, **options)
+        with (
+            cache.backend.current(),
+            cache.parts.state.copies(np.arange(n)) as (at,),
+            cache.parts.state.buffer(4 * DIM * n) as room,
+        ):
+            cache.lookup(at, n, room, cache.parts.state.stream, **options)
             rows = np.empty((n, DIM), np.float32)
-            cache.backend.to_host(rows, room, cache._stream)
+            cache.backend.to_host(rows, room, cache.parts.state.stream)
         assert_same_bits(rows, rows_of(range(n), DIM))
         return cache.counters().staged > before
 

@@ -17,7 +17,7 @@ class PlainKernel:
     def __init__(self, spec: KernelSpec, **names: Any) -> None:
         self._run: FunctionType = bindings(spec, lambda function: function, names)
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
         with np.errstate(all="ignore"):
             self._run(*args)
 

@@ -28,8 +28,13 @@ def ask(
     keys = np.asarray(keys).astype(DTYPES[form])
     out = np.full((len(keys), cache.dim), 77, OUT[out_type])
     absent = np.zeros(1 + len(keys), np.int64)
-    place, stream, room_of = cache.backend, cache._stream, cache._room
-    with place.current(), cache._copies(keys) as (at,), room_of(out.nbytes + shift) as room, room_of(absent.nbytes) as some:
+    place, stream, room_of = cache.backend, cache.parts.state.stream, cache.parts.state.buffer
+    with (
+        place.current(),
+        cache.parts.state.copies(keys) as (at,),
+        room_of(out.nbytes + shift) as room,
+        room_of(absent.nbytes) as some,
+    ):
         place.from_host(room + shift, out, stream)
         to = 0 if no_answer else room + shift
         cache.lookup(at, len(keys), to, stream, key_form=form, out_type=out_type, absent_list=some)
