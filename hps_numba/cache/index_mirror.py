@@ -205,13 +205,16 @@ class IndexMirror:
 
     def _take(self, size: int) -> None:
         if self._backend.ordinal is not None:
-            total, free = driver.device_info(self._backend.ordinal).total_bytes, driver.free_bytes(self._backend.ordinal)
+            limit, free = (
+                max_bytes(driver.device_info(self._backend.ordinal).total_bytes),
+                driver.free_bytes(self._backend.ordinal),
+            )
             with _taking:
                 taken = _taken.get(self._backend.ordinal, 0)
-                if taken + size > max_bytes(total) or free - size < max_bytes(total):
+                if taken + size > limit or free - size < limit:
                     raise CapacityError(
                         f"{self.name}: device {self._backend.ordinal}: expected room for {human_bytes(size)}, got "
-                        f"{human_bytes(free)} free, and {human_bytes(taken)} taken of {human_bytes(max_bytes(total))} for copies"
+                        f"{human_bytes(free)} free, and {human_bytes(taken)} taken of {human_bytes(limit)} for copies"
                     )
                 _taken[self._backend.ordinal] = taken + size
         self._size = size

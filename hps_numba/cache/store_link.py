@@ -5,9 +5,9 @@ the rows). When the store puts another index in force, the next descriptor of a 
 so a kernel sees one of the two and never half of each.
 
 *When memory may be freed.* Warps count themselves in and out, in many stripes, so that counting costs no contention. If the
-count of exits of a stripe, read first, equals its count of entries, read second, nobody was inside in between. Once every stripe
-was seen so since an epoch was current, all that was out of force before that epoch is free. Turned down: an event for each call
-(a replay of a captured graph records none) and waiting for streams (the writer would wait for the device).
+count of exits of a stripe, read first, equals its count of entries, read second, nobody was inside in between. Once every
+stripe was seen so since an epoch was current, all that was out of force before that epoch is free. Turned down: an event for
+each call (a replay of a captured graph records none) and waiting for streams (the writer would wait for the device).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Large batches, which list what they miss for a kernel of its own: the same answers and the same cache, bit for bit.
 
-On the CPU twin, which does so only here, and (marker gpu) on a device; every batch counts as large.
+On the CPU, which does so only here, and (marker gpu) on a device; every batch counts as large.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def assert_alike(lists: EmbeddingCache, plain: EmbeddingCache) -> None:
 
 @pytest.mark.parametrize("device", ON_BOTH)
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 17)])
-def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+def test_any_sequence_of_operations_equals_the_oracle(device: int | None, policy: str, dim: int) -> None:
     bench = Bench(device)
     pair = Pair(bench, policy, dim, seed=dim)
     for _ in range(120):
@@ -80,11 +80,11 @@ def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: st
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
-def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> None:
+def test_listing_and_direct_batches_are_alike(bench: Bench, policy: str) -> None:
     rng = np.random.default_rng(3)
     caches = both(bench, bench.store(range(800)), 120, policy=policy)
     for n in (1, 3, 40, 700, 700, 20, 2500, 1):
-        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some that are nowhere
+        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some in no tier
         answers = [ask(cache, keys) for cache in caches]
         assert np.array_equal(answers[0][0], answers[1][0])
         assert answers[0][1] == answers[1][1] == np.flatnonzero(keys >= 800).tolist()
@@ -93,7 +93,7 @@ def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["static", "uvm"])
-def test_fixed_caches(bench: Bench, kind: str) -> None:
+def test_fixed_caches_list_missed_keys(bench: Bench, kind: str) -> None:
     store = bench.store(range(100))
     caches = both(bench, store, 100, kind=kind)
     for cache in caches:
@@ -110,7 +110,7 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
     assert_alike(*caches)
 
 
-def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
+def test_complete_cache_lists_nothing(bench: Bench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 300)
     assert cache.parts.residency.lists_missed_from == 1
@@ -124,7 +124,9 @@ def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("device", "row_type", "form", "out_type", "shift"), TYPES)
-def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
+def test_listing_serves_every_type_of_rows_keys_and_answers(
+    device: int | None, row_type: str, form: str, out_type: str, shift: int
+) -> None:
     bench = Bench(device)
     rng = np.random.default_rng(5)
     keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
@@ -139,7 +141,7 @@ def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form:
     bench.close()
 
 
-def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
+def test_lookup_without_output_fills_the_cache(bench: Bench) -> None:
     caches = both(bench, bench.store(range(50)), 600)
     for cache in caches:
         out, absent = ask(cache, [*range(40), 99], no_answer=True)
@@ -147,7 +149,7 @@ def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
     assert_alike(*caches)
 
 
-def test_the_policy_changes_between_batches(bench: Bench) -> None:
+def test_policy_changes_between_batches(bench: Bench) -> None:
     caches = both(bench, bench.store(range(200)), 60)
     rng = np.random.default_rng(8)
     for policy in ("lfu", "lru", "lfu"):
@@ -162,7 +164,7 @@ def test_the_policy_changes_between_batches(bench: Bench) -> None:
     assert_alike(*caches)
 
 
-def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_batches_alternate_with_listed_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(300))
     cache = bench.cache(store, 60, miss_path="staged")
     rng = np.random.default_rng(9)
@@ -178,7 +180,7 @@ def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: p
     assert cache.counters().staged == 3
 
 
-def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_changed_before_the_insertion_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ints(range(50))
     store = bench.store(keys)
     cache = bench.cache(store, 200)
@@ -197,7 +199,7 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
 
 
-def test_a_store_that_is_closed(bench: Bench) -> None:
+def test_closed_store_answers_with_defaults(bench: Bench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 300)
     cache.lookup_arrays(ints(range(50)))
@@ -208,7 +210,7 @@ def test_a_store_that_is_closed(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("device", ON_BOTH)
-def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None:
+def test_threads_with_concurrent_writers_see_whole_fresh_rows(device: int | None) -> None:
     bench = Bench(device)
     table = Versions(bench)
     cache = bench.cache(table.store, 60, buffers=3, miss_path="auto")
@@ -222,7 +224,7 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
-def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_large_listing_batches_equal_direct_ones(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_parts, "listing_from", _listing_from)
     monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 20)
@@ -262,7 +264,7 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     assert (keys[listed[:, 0]] == listed[:, 1]).all()
     regions = listed[:, 1] >> (13 - 6)  # rows were written in the order of keys: slots are keys, 5000 of 8192 in 64 regions
     assert (np.diff(regions) >= 0).all() and len(set(regions.tolist())) == 40
-    store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order in which they came
+    store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order of the batch
     cache.clear()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     listed = cache.parts.state.read_words(
@@ -316,7 +318,7 @@ class Warp:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_warp_knows_where_each_region_begins(seed: int) -> None:
+def test_scan_of_counts_gives_the_start_of_each_region(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 1000, REGIONS) * (rng.random(REGIONS) < 0.6)
     memory = np.zeros(MISSED_COUNTS // 8 + REGIONS, np.int64)
@@ -335,7 +337,7 @@ def test_a_warp_knows_where_each_region_begins(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("slots", "shift"), [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (8_388_608, 17)])
-def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) -> None:
+def test_shift_gives_at_most_the_maximum_of_regions(slots: int, shift: int) -> None:
     assert _shift_of(slots) == shift
     assert max(0, slots - 1) >> shift < REGIONS
 
@@ -352,11 +354,11 @@ def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) ->
         (8192, 512, False),
     ],
 )
-def test_rows_are_read_in_order_where_that_pays(mib: int, dim: int, scattered: bool) -> None:
+def test_rows_are_scattered_if_translation_is_the_limit(mib: int, dim: int, scattered: bool) -> None:
     assert is_scattered((mib << 20) // (4 * dim), 4 * dim) == scattered
 
 
-def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missed_keys_are_listed_with_a_mirror_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 0)
     store = bench.store(range(100))
@@ -371,7 +373,7 @@ def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> None:
+def test_gpu_cache_that_becomes_complete_meanwhile_serves_listed_keys() -> None:
     bench = Bench(0)
     store = bench.store(range(500))
     cache = bench.cache(store, 60, miss_path="auto")
@@ -386,7 +388,7 @@ def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> 
 
 
 @pytest.mark.gpu
-def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
+def test_gpu_graph_is_replayed_with_changing_keys() -> None:
     torch = pytest.importorskip("torch")
     dim, n = 32, 4096
     rng = np.random.default_rng(5)

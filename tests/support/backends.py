@@ -1,4 +1,4 @@
-"""Shared by tests: PlainPlace."""
+"""A backend whose kernels run as plain Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlainKernel:
             self._run(*args)
 
 
-class PlainPlace(CpuBackend):
+class PlainBackend(CpuBackend):
     """The memory of the process, and kernels that are not compiled."""
 
     def kernel(self, spec: KernelSpec) -> Any:
