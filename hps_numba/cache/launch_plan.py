@@ -105,14 +105,12 @@ class LaunchPlan:
     # -- what follows -------------------------------------------------------------------------------------------------------
 
     def finishing(self, workspace: Workspace, n: int, source: int, stride: int, advance: int) -> list[Launch]:
-        """The launches of the kernels that follow the answer of ``n`` keys (``KernelSet.finishing``).
+        """The launches of the kernels that follow the answer of ``n`` keys in a dynamic cache (``KernelSet.finishing``).
 
         Args:
             source, stride: address of the rows to insert, and bytes from one to the next.
             advance: ticks that the batch moves the clock of the policy.
         """
-        if self._geometry.fixed:
-            return []
         backend, sets = self._backend, self._sets
         lines, rows, _, state = self._state.kernel_args
         missing = 0 if self._residency.complete else n
@@ -132,11 +130,14 @@ class LaunchPlan:
         start(self._kernels.finishing(), self.finishing(workspace, n, source, stride, advance), stream)
 
     def finish_lookup(self, workspace: Workspace, n: int, stream: int) -> None:
-        """``finish`` with the rows that the lookup of ``n`` keys found in the host store."""
-        self.finish(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n), stream)
+        """``finish`` with the rows that the lookup of ``n`` keys found in the host store; nothing in a fixed cache."""
+        if not self._geometry.fixed:
+            self.finish(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n), stream)
 
     def finishing_lookup(self, workspace: Workspace, n: int) -> list[Launch]:
         """The launches of ``finish_lookup``."""
+        if self._geometry.fixed:
+            return []
         return self.finishing(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n))
 
     def count_requests(

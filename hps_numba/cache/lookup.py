@@ -159,8 +159,7 @@ class Lookups:
         """What follows the answer of a batch."""
         if self._kernels.admits:
             self._plan.count_requests(workspace.address, key_form, keys, n, stream)
-        if not self._geometry.fixed:
-            self._plan.finish_lookup(workspace, n, stream)
+        self._plan.finish_lookup(workspace, n, stream)
 
     # -- arrays of the host -------------------------------------------------------------------------------------------------
 

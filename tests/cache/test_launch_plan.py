@@ -50,7 +50,7 @@ def both(monkeypatch: pytest.MonkeyPatch, cpu_bench: Bench) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("policy", "in_one_step"), [("lru", True), ("lfu", True), ("fifo", True), ("sieve", True), ("tinylfu", False)]
 )
-def test_lookups_in_one_step_equal_others(both: Any, policy: str, in_one_step: bool) -> None:
+def test_lookups_in_one_step_equal_direct_ones(both: Any, policy: str, in_one_step: bool) -> None:
     pair = both(policy=policy)
     for n in (100, 1, 40, 256, 100, 7):
         pair.lookup(n)
@@ -62,7 +62,7 @@ def test_lookups_in_one_step_equal_others(both: Any, policy: str, in_one_step: b
     assert pair.plain.counters().evicted > 0
 
 
-def test_a_fixed_cache_is_looked_up_by_one_kernel(both: Any) -> None:
+def test_fixed_cache_needs_one_kernel(both: Any) -> None:
     pair = both(300, kind="uvm")
     for cache in pair.caches:
         cache.warm()
@@ -71,7 +71,16 @@ def test_a_fixed_cache_is_looked_up_by_one_kernel(both: Any) -> None:
     assert pair.backend.prepared == 2
 
 
-def test_a_complete_cache_is_looked_up_by_one_kernel_until_a_key_is_added(both: Any) -> None:
+def test_fixed_cache_without_rows_serves_lookups(both: Any) -> None:
+    pair = both(0, kind="uvm")
+    for _ in range(3):
+        pair.lookup(20)
+        keys, offsets = np.arange(790, 810), np.arange(0, 21, 4)
+        assert_same_bits(*(cache.pool_arrays(keys, offsets) for cache in pair.caches))
+    assert (pair.backend.prepared, pair.backend.chained) == (2, 2)
+
+
+def test_complete_cache_needs_one_kernel_until_a_key_is_added(both: Any) -> None:
     pair = both(800, whole=True)
     for cache in pair.caches:
         cache.warm()
@@ -88,7 +97,7 @@ def test_a_complete_cache_is_looked_up_by_one_kernel_until_a_key_is_added(both: 
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_missed_keys_that_are_listed_are_served_in_one_step(both: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+def test_listed_keys_are_served_in_one_step(both: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     monkeypatch.setattr(cache_parts, "listing_from", lambda device, mirrors: 50)
     monkeypatch.setattr(LaunchPlan, "reads_in_order", property(lambda plan: True))
     pair = both(policy=policy, miss_path="auto")
@@ -99,7 +108,7 @@ def test_missed_keys_that_are_listed_are_served_in_one_step(both: Any, monkeypat
     assert {"list_by_region_kernel", "sort_missed_kernel", "serve_missed_kernel", "lookup_kernel"} <= keys
 
 
-def test_another_policy_starts_other_kernels(both: Any) -> None:
+def test_policy_change_prepares_other_kernels(both: Any) -> None:
     pair = both()
     for policy in ("lfu", "tinylfu", "lru", "sieve"):
         for _ in range(3):
@@ -112,7 +121,7 @@ def test_another_policy_starts_other_kernels(both: Any) -> None:
     assert pair.backend.prepared == 2 + 2 + 0 + 2 + 1
 
 
-def test_a_captured_stream_is_seen_in_one_step(both: Any) -> None:
+def test_lookup_on_a_captured_stream_is_not_started_in_one_step(both: Any) -> None:
     pair = both()
     keys, out = np.arange(50), np.empty((50, DIM), np.float32)
     for capturing in (False, False, True, False):
@@ -125,7 +134,7 @@ def test_a_captured_stream_is_seen_in_one_step(both: Any) -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
 @pytest.mark.parametrize("combiner", ["sum", "mean"])
-def test_pooled_lookups_in_one_step_equal_others(both: Any, policy: str, combiner: str) -> None:
+def test_pooled_lookups_in_one_step_equal_direct_ones(both: Any, policy: str, combiner: str) -> None:
     pair = both(policy=policy)
     for n in (100, 200, 3, 256):
         keys = pair.random.zipf(1.2, n) % 1000
@@ -138,9 +147,7 @@ def test_pooled_lookups_in_one_step_equal_others(both: Any, policy: str, combine
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_lookups_of_several_tables_in_one_step_equal_others(
-    monkeypatch: pytest.MonkeyPatch, cpu_bench: Bench, policy: str
-) -> None:
+def test_fused_lookups_in_one_step_equal_separate_ones(monkeypatch: pytest.MonkeyPatch, cpu_bench: Bench, policy: str) -> None:
     backend = OneStepBackend()
     stores = [cpu_bench.store(range(800)) for _ in range(3)]
     with monkeypatch.context() as patch:

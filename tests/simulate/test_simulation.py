@@ -72,8 +72,8 @@ def test_the_gpu_geometry_is_the_cache(policy: str, rows: int, batch: int, keys:
         some = hits[start : start + batch]
         assert twin.counters().misses - before == len(some) - int(some.sum())
     assert mine.entries() == twin.entries()
-    found, expected = mine.counters(), twin.counters()
-    assert (found.inserted, found.evicted, found.misses) == (expected.inserted, expected.evicted, expected.misses)
+    found, wanted = mine.counters(), twin.counters()
+    assert (found.inserted, found.evicted, found.misses) == (wanted.inserted, wanted.evicted, wanted.misses)
     twin.close()
     store.close()
 
@@ -166,15 +166,15 @@ def test_policies_that_do_not_fit_a_geometry_are_said(keys: np.ndarray) -> None:
         ({"policies": "lruu"}, PolicyError, "'lruu' is unknown, known are arc, belady"),
         ({"policies": []}, PolicyError, "none came"),
         ({"sizes": "0"}, ConfigError, "sizes: '0'"),
-        ({"geometry": "cpu"}, ConfigError, "geometry: 'cpu', expected one of both, gpu, associative"),
-        ({"batch": 0}, ConfigError, "batch: 0, expected 1 or more"),
+        ({"geometry": "cpu"}, ConfigError, "geometry: 'cpu', wanted one of both, gpu, associative"),
+        ({"batch": 0}, ConfigError, "batch: 0, wanted 1 or more"),
         ({"warmup": 40_000}, ConfigError, "warmup: 40,000 of 40,000 requests"),
         ({"warmup": float("nan")}, ConfigError, "warmup: nan"),
         ({"sample": 1.5}, ConfigError, "sample: 1.5"),
-        ({"sample": 0.1}, ConfigError, r"leaves 30.0 rows, expected a sample of 0.85 or more"),
+        ({"sample": 0.1}, ConfigError, r"leaves 30.0 rows, wanted a sample of 0.85 or more"),
         ({"row_dtype": "float33"}, ConfigError, "row_dtype: 'float33'"),
         ({"trace": np.empty(0, np.int64)}, TraceError, "array: is empty"),
-        ({"trace": np.ones(3)}, TraceError, "keys are float64, expected integers"),
+        ({"trace": np.ones(3)}, TraceError, "keys are float64, wanted integers"),
     ],
 )
 def test_what_makes_no_sense_is_an_error(
@@ -299,9 +299,9 @@ def test_dense_numbers_of_more_keys_than_the_table_begins_with() -> None:
 
 
 def test_large_traces_are_mapped_from_files(monkeypatch: pytest.MonkeyPatch, keys: np.ndarray) -> None:
-    expected = [one.hits for one in run(keys, ["lru", "belady"], 300).runs]
+    wanted = [one.hits for one in run(keys, ["lru", "belady"], 300).runs]
     monkeypatch.setattr("hps_numba.simulate.dense_trace._IN_MEMORY", 100)
-    assert [one.hits for one in run(keys, ["lru", "belady"], 300).runs] == expected
+    assert [one.hits for one in run(keys, ["lru", "belady"], 300).runs] == wanted
     assert isinstance(number_trace(open_trace(keys)).ids, np.memmap)
 
 
@@ -345,8 +345,8 @@ def test_advice_from_a_sample_is_near_that_of_the_whole() -> None:
 
 def test_times_are_those_that_were_measured() -> None:
     micros = {(1024, 1.0, 32): 21, (16_384, 0.9, 128): 43, (1_048_576, 0.5, 32): 2650, (131_072, 0.95, 128): 108}
-    for (batch, hit_rate, dim), expected in micros.items():
-        assert lookup_seconds(batch, hit_rate, dim) == pytest.approx(expected * 1e-6)
+    for (batch, hit_rate, dim), wanted in micros.items():
+        assert lookup_seconds(batch, hit_rate, dim) == pytest.approx(wanted * 1e-6)
     assert lookup_seconds(131_072, 0.9, 32) < lookup_seconds(131_072, 0.9, 80) < lookup_seconds(131_072, 0.9, 128)
     assert lookup_seconds(2 << 20, 0.9, 32) == pytest.approx(2 * 540e-6) and lookup_seconds(8, 1, 4) == lookup_seconds(
         1024, 1, 32
