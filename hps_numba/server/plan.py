@@ -13,8 +13,8 @@ from hps_numba.device.host_memory import available_bytes, human_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
 from hps_numba.server.cache_shape import cache_shape, shape_bytes
+from hps_numba.storage.host.bound import RECENCY_OF_POLICY
 from hps_numba.storage.host.content import content_bytes
-from hps_numba.storage.host.store import RECENCY_OF_POLICY
 from hps_numba.storage.loading import rows_to_load
 from hps_numba.storage.model_files import open_model
 

@@ -32,6 +32,7 @@ from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEF
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.server.plan import make_plan
+from hps_numba.storage.host import writing
 from hps_numba.storage.host.store import HostStore
 
 
@@ -292,7 +293,7 @@ def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_batch", interrupted)
+        patch.setattr(writing, "host_upsert", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
     assert not cache.mirror_index()
@@ -347,14 +348,14 @@ def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, m
         assert time.monotonic() - started < 0.9
         thread.join()
     assert made == [False]
-    assert store._old_contents == []
+    assert store.versions.retired == 0
 
 
 def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     answers: list[bool] = []
-    with store._writing():
+    with store.write_lock.writing():
         thread = threading.Thread(target=lambda: answers.append(cache.mirror_index()))
         thread.start()
         thread.join(5)

@@ -11,7 +11,7 @@ from support.processes import environment
 
 # A timer raises in the main thread at random moments of upserts that grow, updates, erases, evictions and replacements.
 _WRITER = """
-import random, signal, sys
+import contextlib, random, signal, sys
 import numpy as np
 from hps_numba.storage.host.store import HostStore
 
@@ -41,7 +41,8 @@ def check(store):
 interrupted = 0
 warm = HostStore(DIM, max_rows=2, batch_rows=1)  # compiles all kernels: numba itself does not bear an interrupt there
 warm.upsert(np.arange(9), np.ones((9, DIM), np.float32))
-warm._unfinished = True
+with contextlib.suppress(Interrupt), warm.write_lock.writing():
+    raise Interrupt
 warm.erase(np.arange(3))
 for bound in (None, 3000):
     store = HostStore(DIM, growth_bytes=64 * 256, batch_rows=1000, max_rows=bound, policy="evict_least_used")

@@ -12,7 +12,7 @@ from support.oracles import assert_same_bits, rows_of
 from hps_numba.kernels.hashing import primary_line
 from hps_numba.kernels.layouts.host_store import ENTRIES_PER_LINE, lines_for
 from hps_numba.storage import loading
-from hps_numba.storage.host import store as host_store
+from hps_numba.storage.host import reading
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.model_files import open_model, write_model
 
@@ -104,15 +104,15 @@ def test_any_number_of_keys_and_the_positions_of_missing_ones(n: int) -> None:
 def test_an_answer_past_the_caches_is_the_same(dim: int, offset: int, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only rows of whole cache lines to an aligned answer may be written so."""
     seen = []
-    kernel = host_store.host_lookup
+    kernel = reading.host_lookup
 
     def watched(*arguments: Any) -> int:
         seen.append(arguments[-1])
         missing: int = kernel(*arguments)
         return missing
 
-    monkeypatch.setattr(host_store, "host_lookup", watched)
-    monkeypatch.setattr(host_store, "_STREAM_BYTES", 1)
+    monkeypatch.setattr(reading, "host_lookup", watched)
+    monkeypatch.setattr(reading, "_STREAM_BYTES", 1)
     store = store_with(range(300), dim)
     keys = np.random.default_rng(dim).integers(-20, 320, 2000)
     memory = np.full(len(keys) * dim + 32, CANARY)
@@ -128,8 +128,8 @@ def test_an_answer_past_the_caches_is_the_same(dim: int, offset: int, streams: b
 
 def test_a_small_answer_stays_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    kernel = host_store.host_lookup
-    monkeypatch.setattr(host_store, "host_lookup", lambda *arguments: seen.append(arguments[-1]) or kernel(*arguments))
+    kernel = reading.host_lookup
+    monkeypatch.setattr(reading, "host_lookup", lambda *arguments: seen.append(arguments[-1]) or kernel(*arguments))
     looked_up(store_with(range(9), 16), [1, 2, 3])
     assert seen == [False]
 

@@ -77,7 +77,7 @@ def test_no_torn_row_beside_a_writer():
 def test_the_torn_row_test_finds_a_store_that_writes_in_place():
     """The same readers, beside a writer that overwrites the rows where they stand: what this design avoids."""
     store = filled_store()
-    rows = store._content.rows_view(0, len(KEYS))
+    rows = store.versions.current.rows_view(0, len(KEYS))
     with Readers(store) as readers:
         end = time.monotonic() + 60
         value = 0

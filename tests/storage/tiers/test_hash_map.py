@@ -16,6 +16,7 @@ from hps_numba.config import VolatileDatabaseConfig, read_config
 from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, TierError
 from hps_numba.storage.host.content import TableContent
+from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
 
@@ -57,7 +58,7 @@ def test_memory_grows_in_steps_of_allocation_rate(in_memory: Callable[..., HashM
     for key in range(3 * step_rows):
         tier.insert(TAG, ints(key), rows_of([key], DIM))
         store = tier.store(TAG, DIM)
-        sizes.append(tier.allocator.in_use - store._content.index.committed)
+        sizes.append(tier.allocator.in_use - store.versions.current.index.committed)
     steps = [after - before for before, after in pairwise(sizes)]
     assert [key + 1 for key, step in enumerate(steps) if step] == [10, 20]
     assert {step for step in steps if step} == {step_rows * 4 * DIM}
@@ -97,13 +98,13 @@ def test_the_bound_is_passed_by_no_more_than_a_batch(
     tier = in_memory(**BOUND, overflow_policy=policy, max_batch_size=batch)
     store = tier.store(TAG, DIM)
     before_trim = []
-    trim = store._trim
+    trim = store.bound.trim
 
-    def noted(content: TableContent) -> None:
+    def noted(content: TableContent, epochs: Epochs) -> None:
         before_trim.append(content.live)
-        trim(content)
+        trim(content, epochs)
 
-    monkeypatch.setattr(store, "_trim", noted)
+    monkeypatch.setattr(store.bound, "trim", noted)
     for start in range(0, 120, 24):
         tier.insert(TAG, np.arange(start, start + 24), rows_of(np.arange(start, start + 24), DIM))
         assert tier.size(TAG) <= tier.capacity(TAG) == 20
