@@ -156,7 +156,8 @@ def plan_table(
     fills_host = keeps_rows and (host.initialize_after_startup if fills_host is None else fills_host)
     host_rows = _host_rows(host, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[host.overflow_policy] if _bound(host) else 0
-    persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
+    slower = [section for _, section in config.tier_sections() if section is not host]
+    persistent = any(section.initialize_after_startup for section in slower)
     plan = TablePlan(
         model=spec.model,
         table=spec.name,

@@ -61,7 +61,7 @@ def test_c14_table_names_are_counted_from_zero() -> None:
 
 def test_c15_duplicates_are_refused() -> None:
     assert refused(changed(TWO_MODELS, "models.1.model", "demo_model")) == (
-        "models[1].model: 'demo_model' is already models[0].model, wanted each one once"
+        "models[1].model: 'demo_model' is already models[0].model, expected each one once"
     )
     assert refused(changed(TWO_MODELS, "models.1.embedding_table_names", ["a", "a"])).startswith(
         "models[1].embedding_table_names[1]: 'a' is already models[1].embedding_table_names[0]"
@@ -94,7 +94,7 @@ def test_c16_list_lengths(key: str, value: Any, length: int) -> None:
         entries = "1 entry" if length == 1 else "3 entries"
         message = refused(config)
         assert message.startswith(f"models[1].{key}: [")
-        assert message.endswith(f"has {entries}, wanted 2, as many as sparse_files")
+        assert f": expected 2 entries, as many as sparse_files, got {entries}: [" in message
 
 
 def test_c17_short_default_values_are_continued_with_zero(caplog: pytest.LogCaptureFixture) -> None:

@@ -186,7 +186,7 @@ def test_c21_other_enums_take_strings_too() -> None:
     assert config.update_source.type == UpdateSourceType_t.kafka_message_queue
     assert config.models[0].embedding_cache_type == EmbeddingCacheType_t.UVM
     for stochastic in ("stochastic", EmbeddingCacheType_t.stochastic):
-        assert "wanted dynamic instead" in refused([params(embedding_cache_type=stochastic)])
+        assert "expected dynamic (stochastic never" in refused([params(embedding_cache_type=stochastic)])
 
 
 def test_c21_lists_of_defaults(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,7 +196,7 @@ def test_c21_lists_of_defaults(caplog: pytest.LogCaptureFixture) -> None:
         assert model.default_value_for_each_table == wanted
         assert model.embedding_table_names == ("sparse_embedding0", "sparse_embedding1", "sparse_embedding2")
     assert len(logged(caplog, logging.WARNING)) == 1
-    assert "has 1 entry, wanted 3" in refused([params(files=["a", "b", "c"])])
+    assert "expected 3 entries, as many as sparse_files, got 1 entry" in refused([params(files=["a", "b", "c"])])
 
 
 def test_c21_new_keys_and_fusion_are_carried() -> None:
@@ -225,7 +225,7 @@ def test_c21_any_deployed_devices() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "models: [] has too few entries, wanted at least 1"),
+        ([], "models: expected at least 1 entry, got []"),
         ([3], "models[0]: 3 is not an InferenceParams"),
         ([params("m", files="abc")], "models[0].sparse_files: 'abc' is not a list, each entry a string"),
         ([params("m", volatile_db=None)], "volatile_db: null is not an object"),
@@ -233,10 +233,10 @@ def test_c21_any_deployed_devices() -> None:
             [params(cache_refresh_percentage_per_iteration=2)],
             "models[0].cache_refresh_percentage_per_iteration: 2 is not in 0..1",
         ),
-        ([params("m"), params("m")], "models[1].model: 'm' is already models[0].model, wanted each one once"),
+        ([params("m"), params("m")], "models[1].model: 'm' is already models[0].model, expected each one once"),
         (
             [params("a"), dataclasses.replace(params("b"), i64_input_key=False)],
-            "models[1].i64_input_key: false differs from models[0], wanted one for all models",
+            "models[1].i64_input_key: false differs from that of models[0], all must agree",
         ),
         (
             [params("a"), params("b", persistent_db=PersistentDatabaseParams("rocks_db"))],
@@ -255,7 +255,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a["emb_table_name"].pop("demo_model"), "emb_table_name.demo_model: missing, wanted a list of 1"),
+        (lambda a: a["emb_table_name"].pop("demo_model"), "emb_table_name.demo_model: missing, expected a list of 1"),
         (lambda a: a["embedding_vec_size"].update(other=[1]), "embedding_vec_size.other: [1] is for a model that"),
         (
             lambda a: a["embedding_vec_size"].update(demo_model2=[64]),
@@ -288,4 +288,4 @@ def test_c21_parameter_server_config_replaces_databases_and_shapes_of_models() -
     config = read_config(ParameterServerConfig(**two_models(inference_params_array=models)))
     assert config == read_config(TWO_MODELS)
     empty = ParameterServerConfig({}, {}, {}, [])
-    assert refused(empty) == "models: [] has too few entries, wanted at least 1"
+    assert refused(empty) == "models: expected at least 1 entry, got []"

@@ -35,7 +35,7 @@ def test_c01_minimal_file_loads(tmp_path: Path) -> None:
 def test_c01_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(bad)
-    assert "wanted a JSON file" in message
+    assert "expected a JSON file" in message
     assert len(message) < 500
 
 
@@ -65,7 +65,7 @@ def test_c01_bad_json_names_file_line_and_column(tmp_path: Path, text: str | byt
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"models":' * 100_000, f'{{"models": {"9" * 5000}}}', "[" * 50 + "]" * 50])
 def test_c01_hostile_json_is_a_config_error(tmp_path: Path, text: str) -> None:
-    assert "wanted" in refused(write(tmp_path, text))
+    assert "expected" in refused(write(tmp_path, text))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -146,7 +146,7 @@ def test_models_are_frozen() -> None:
 )
 def test_c03_hard_keys(key: str) -> None:
     message = refused(changed(MINIMAL, key))
-    assert message.startswith(f"{key.replace('.0', '[0]')}: missing, wanted ")
+    assert message.startswith(f"{key.replace('.0', '[0]')}: missing, expected ")
 
 
 def test_c03_keys_that_are_soft_by_decision() -> None:
@@ -220,7 +220,7 @@ def test_many_problems_are_listed_and_the_first_one_leads(tmp_path: Path) -> Non
     problems = (
         "models[0].max_batch_size: -1 is not in 1..2147483647",
         "models[1].gpucacheper: 1.4 is not in 0..1",
-        "persistent_db.read_only: 'no' is not true or false",
+        "persistent_db.read_only: expected true or false, got 'no'",
     )
     assert str(caught.value).splitlines() == [
         f"{problems[0]} (in {path})",

@@ -65,17 +65,17 @@ def test_a_table_without_rows_and_a_table_that_did_not_exist(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("data", "wanted"),
     [
-        (b"", "0 bytes, wanted a header of 16"),
-        (header()[:11], "11 bytes, wanted a header of 16"),
+        (b"", "expected a header of 16 bytes, got 0 bytes"),
+        (header()[:11], "expected a header of 16 bytes, got 11 bytes"),
         (header()[:14], "14 bytes with values of"),
-        (header(magic=b"bim\0"), r"starts with b'bim\x00', wanted b'bin\x00'"),
-        (header(version=2), "version 2, wanted 1"),
-        (header(key_bytes=0), "keys of 0 bytes, wanted 4 or 8"),
-        (header(key_bytes=16), "keys of 16 bytes, wanted 4 or 8"),
+        (header(magic=b"bim\0"), r"expected a file that starts with b'bin\x00', got b'bim\x00'"),
+        (header(version=2), "expected version 1, got 2"),
+        (header(key_bytes=0), "expected keys of 4 or 8 bytes, got 0"),
+        (header(key_bytes=16), "expected keys of 4 or 8 bytes, got 16"),
         (header(value_bytes=6), "16 bytes with values of 6 bytes"),
-        (header(value_bytes=0) + bytes(8), "8 bytes after the header of an empty table, wanted none"),
-        (header() + bytes(15), "15 bytes of pairs, wanted a multiple of 8 + 8"),
-        (header(value_bytes=2**32 - 4) + bytes(16), f"16 bytes of pairs, wanted a multiple of 8 + {2**32 - 4}"),
+        (header(value_bytes=0) + bytes(8), "expected no bytes after the header of an empty table, got 8"),
+        (header() + bytes(15), "expected a multiple of 8 + 8 bytes of pairs, got 15"),
+        (header(value_bytes=2**32 - 4) + bytes(16), f"expected a multiple of 8 + {2**32 - 4} bytes of pairs, got 16"),
     ],
 )
 def test_damaged_dumps(data: bytes, wanted: str, tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_damaged_dumps(data: bytes, wanted: str, tmp_path: Path) -> None:
 def test_missing_and_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         read_bin(tmp_path / "a.bin")
-    with pytest.raises(ModelFileError, match="is a directory, wanted a file"):
+    with pytest.raises(ModelFileError, match="expected a file, got a directory"):
         read_bin(tmp_path)
-    with pytest.raises(ModelFileError, match="is a directory, wanted a file"):
+    with pytest.raises(ModelFileError, match="expected a file, got a directory"):
         write_bin(tmp_path, 8, 2, [], overwrite=True)
 
 
@@ -117,17 +117,17 @@ def test_keys_that_do_not_fit_4_bytes_leave_nothing(key: int, tmp_path: Path) ->
 
 def test_arguments(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with pytest.raises(ValueError, match="key_bytes: 2, wanted 4 or 8"):
+    with pytest.raises(ValueError, match="key_bytes: expected 4 or 8, got 2"):
         write_bin(path, 2, 1, [])
-    with pytest.raises(ValueError, match="dim: 0, wanted"):
+    with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         write_bin(path, 4, 0, [])
     with pytest.raises(KeyDtypeError, match="chunk 0: keys have dtype float64"):
         write_bin(path, 4, 1, [([1.5], np.ones((1, 1)))])
-    with pytest.raises(ModelFileError, match=r"chunk 0: rows have shape \[1, 2\], wanted \[1, 1\]"):
+    with pytest.raises(ModelFileError, match=r"chunk 0: rows: expected shape \[1, 1\], got \[1, 2\]"):
         write_bin(path, 4, 1, [([1], np.ones((1, 2)))])
     write_bin(path, 4, 1, [([1], np.ones((1, 1)))])
     with pytest.raises(ModelFileError, match="exists already"):
         write_bin(path, 4, 1, [])
-    with pytest.raises(ValueError, match="chunk_pairs: 0, wanted"):
+    with pytest.raises(ValueError, match="chunk_pairs: expected at least 1, got 0"):
         list(read_bin(path).chunks(0))
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]

@@ -63,16 +63,16 @@ def test_the_name_decides_the_format(file_name: str, name: str, tmp_path: Path) 
 
 def test_names_and_formats_that_cannot_be_written(tmp_path: Path) -> None:
     for suffix, format, wanted in (
-        (".xyz", None, r"no format is called \.xyz, wanted one of directory \(no suffix, .model\), hdf5 \(.h5, .hdf5\)"),
-        (".npz", None, "format npz is read only, wanted one of directory"),
-        (".h5", "parquet", "format parquet is read only"),
+        (".xyz", None, r"expected a suffix of directory \(no suffix, .model\), hdf5 \(.h5, .hdf5\) or format=, got '\.xyz'"),
+        (".npz", None, r"expected a format that can write \(directory .*, got npz"),
+        (".h5", "parquet", r"expected a format that can write \(directory .*, got parquet"),
         (".h5", "hdf6", "'hdf6' is unknown, known are .*; did you mean 'hdf5'"),
     ):
         with pytest.raises(ModelFileError, match=wanted):
             write_model(tmp_path / f"a{suffix}", 2, [], format=format)
     with pytest.raises(ModelFileError, match="there is no directory"):
         write_model(tmp_path / "none" / "a.model", 2, [])
-    with pytest.raises(ValueError, match="dim: 0, wanted"):
+    with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         write_model(tmp_path / "a.model", 0, [])
     assert list(tmp_path.iterdir()) == []
 
@@ -84,17 +84,17 @@ def good() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("chunk", "wanted"),
     [
-        ((np.arange(3),), "chunk 1 has 1 parts, wanted"),
-        ((np.arange(3.0), np.ones((3, 2))), "chunk 1: keys have dtype float64, wanted integers"),
-        ((np.ones((3, 1), int), np.ones((3, 2))), r"chunk 1: keys have shape \[3, 1\], wanted one dimension"),
+        ((np.arange(3),), r"chunk 1: expected \(keys, rows\) or \(keys, rows, meta\), got 1 parts"),
+        ((np.arange(3.0), np.ones((3, 2))), "chunk 1: keys: expected integers, got float64"),
+        ((np.ones((3, 1), int), np.ones((3, 2))), r"chunk 1: keys: expected one dimension, got shape \[3, 1\]"),
         ((np.array([2**63], np.uint64), np.ones((1, 2))), f"chunk 1: keys holds {2**63}, which does not fit int64"),
-        ((np.arange(3), np.ones((3, 2), int)), "chunk 1: rows have dtype int64, wanted float32"),
-        ((np.arange(3), np.ones((3, 3))), r"chunk 1: rows have shape \[3, 3\], wanted \[3, 2\]"),
-        ((np.arange(3), np.ones((2, 2))), r"chunk 1: rows have shape \[2, 2\], wanted \[3, 2\]"),
+        ((np.arange(3), np.ones((3, 2), int)), "chunk 1: rows: expected float32, got int64"),
+        ((np.arange(3), np.ones((3, 3))), r"chunk 1: rows: expected shape \[3, 2\], got \[3, 3\]"),
+        ((np.arange(3), np.ones((2, 2))), r"chunk 1: rows: expected shape \[3, 2\], got \[2, 2\]"),
         ((np.arange(3), np.full((3, 2), 1e39)), "chunk 1: rows holds a float64 value beyond"),
-        ((*good(), np.arange(3)), "chunk 1 has a meta, unlike the chunks before"),
-        ((*good(), np.arange(2)), "chunk 1: meta has 2 elements, wanted 3"),
-        ((*good(), np.ones(3)), "chunk 1: meta have dtype float64"),
+        ((*good(), np.arange(3)), "chunk 1: expected meta in all chunks or none, got one with"),
+        ((*good(), np.arange(2)), "chunk 1: meta: expected 3 elements, as many as keys, got 2"),
+        ((*good(), np.ones(3)), "chunk 1: meta: expected integers, got float64"),
     ],
 )
 @every_writer
@@ -121,7 +121,10 @@ def test_announced_rows_and_progress(name: str, tmp_path: Path) -> None:
     write_model(path_for(tmp_path, name, "a"), 2, [good()] * 3, rows=9, on_progress=lambda *at: seen.append(at))
     write_model(path_for(tmp_path, name, "b"), 2, [good()] * 2, on_progress=lambda *at: seen.append(at))
     assert seen == [(3, 9), (6, 9), (9, 9), (3, 3), (6, 6)]
-    for rows, wanted in ((8, "9 rows came up to chunk 2, 8 were announced"), (10, "9 rows came, 10 were announced")):
+    for rows, wanted in (
+        (8, "expected 8 rows, as announced, got 9 up to chunk 2"),
+        (10, "expected 10 rows, as announced, got 9$"),
+    ):
         with pytest.raises(ModelFileError, match=wanted):
             write_model(path_for(tmp_path, name, "c"), 2, [good()] * 3, rows=rows)
     assert not path_for(tmp_path, name, "c").exists() and hidden(tmp_path) == []
@@ -394,9 +397,9 @@ def test_convert(source: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="exists already"):
         convert_model(src, dst)
     assert convert_model(src, dst, dim=3, overwrite=True) == 50
-    with pytest.raises(ModelFileError, match="wanted"):
+    with pytest.raises(ModelFileError, match="expected"):
         convert_model(src, dst, dim=4, overwrite=True)
-    with pytest.raises(ValueError, match="chunk_rows: 0, wanted at least 1"):
+    with pytest.raises(ValueError, match="chunk_rows: expected at least 1, got 0"):
         convert_model(src, dst, chunk_rows=0, overwrite=True)
 
 

@@ -307,13 +307,13 @@ def test_a_tier_is_closed_if_the_next_one_cannot_be_opened(workshop: Workshop) -
 # --- answers that break the contract ----------------------------------------------------------------------------------
 
 BAD_ANSWERS: dict[str, tuple[Any, str]] = {
-    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: int64\[3\] came, bool\[3\] is wanted"),
-    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: bool\[2\] came, bool\[3\] is wanted"),
-    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: bool\[3, 1\] came, bool\[3\] is wanted"),
-    "list": (Fetched([True, False, True], 3), r"fetch: found: list came, bool\[3\] is wanted"),  # type: ignore[arg-type]
-    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: -1 came, 0 to 3 is wanted"),
-    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: 4 came, 0 to 3 is wanted"),
-    "none": (None, r"fetch: NoneType came, Fetched is wanted"),
+    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: expected bool\[3\], got int64\[3\]"),
+    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: expected bool\[3\], got bool\[2\]"),
+    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: expected bool\[3\], got bool\[3, 1\]"),
+    "list": (Fetched([True, False, True], 3), r"fetch: found: expected bool\[3\], got list"),  # type: ignore[arg-type]
+    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: expected 0 to 3, got -1"),
+    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: expected 0 to 3, got 4"),
+    "none": (None, r"fetch: expected Fetched, got NoneType"),
 }
 
 
@@ -329,5 +329,5 @@ def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: 
 def test_positions_for_flags_are_refused_by_contains() -> None:
     tier = WrongTier(PersistentDatabaseConfig())
     tier.answer = np.array([0, 2])
-    with pytest.raises(TierError, match=r"WrongTier.contains: int64\[2\] came, bool\[3\] is wanted"):
+    with pytest.raises(TierError, match=r"WrongTier.contains: expected bool\[3\], got int64\[2\]"):
         TierStack([tier]).contains(TAG, np.arange(3))

@@ -47,7 +47,7 @@ def test_fetch_wants_rows_of_the_tables_width(in_memory: Callable[..., HashMapTi
     tier = in_memory()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     for shape in [(1, DIM + 1), (2, DIM), (1,)]:
-        with pytest.raises(TierError, match="rows of shape"):
+        with pytest.raises(TierError, match="rows: expected shape"):
             tier.fetch(TAG, ints(1), np.empty(shape, np.float32))
 
 
