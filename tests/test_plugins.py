@@ -74,13 +74,13 @@ def test_an_unknown_name_lists_the_known_ones(package: str, error: type[HpsError
     assert "\n" not in message
 
 
-def test_a_slip_gets_the_nearest_name() -> None:
+def test_a_typo_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hash_map'"):
         plugins.load(TIERS, "hashmap")
 
 
 @pytest.mark.parametrize("hidden", ["_tier", "_wrappers", "__init__"])
-def test_files_with_an_underscore_are_no_plugins(hidden: str) -> None:
+def test_files_with_an_underscore_are_not_plugins(hidden: str) -> None:
     with pytest.raises(ConfigError, match="is unknown"):
         plugins.load(TIERS, hidden)
 
@@ -96,7 +96,7 @@ def test_files_with_an_underscore_are_no_plugins(hidden: str) -> None:
         ("{folder}/empty.py:Tier", "has no 'Tier'"),
     ],
 )
-def test_a_reference_that_leads_nowhere_is_one_line(tmp_path: Path, reference: str, message: str) -> None:
+def test_a_reference_that_cannot_be_loaded_is_a_one_line_error(tmp_path: Path, reference: str, message: str) -> None:
     for name, text in (("broken", "1 / 0"), ("wrong", "def"), ("empty", "")):
         (tmp_path / f"{name}.py").write_text(text)
     before = set(sys.modules)
@@ -158,7 +158,7 @@ NOT_THERE = [(place, name) for place, name in LATER if name not in plugins.names
 
 
 @pytest.mark.parametrize(("place", "name"), NOT_THERE)
-def test_a_tier_that_is_not_there_yet_says_which_are(workshop: Workshop, place: str, name: str) -> None:
+def test_a_tier_that_is_not_built_in_yet_lists_those_that_are(workshop: Workshop, place: str, name: str) -> None:
     with pytest.raises(
         TierUnavailable,
         match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(plugins.names(TIERS))}",

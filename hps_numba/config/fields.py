@@ -136,7 +136,8 @@ class Spelling:
             if re.fullmatch(_REFERENCE, text):
                 return text
             raise refuse("package.module:NAME or path/to/file.py:NAME")
-        near = difflib.get_close_matches(text[:100], self._accepted, n=1)
+        known = [*self._accepted, *(names(self._folder) if self._folder else ())]
+        near = difflib.get_close_matches(text[:100], known, n=1)
         own = " or module:NAME for one of your own" if self._reference else ""
         raise refuse(f"one of {', '.join(self._accepted)}{own}", f"; did you mean {near[0]!r}?" if near else "")
 

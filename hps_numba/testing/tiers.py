@@ -128,7 +128,7 @@ class TierContract:
         _, rows = fetch(tier, OTHER, ints(2), DIM + 1)
         assert_same_bits(rows, rows_of([2], DIM + 1))
 
-    def test_nothing_of_the_callers_memory_is_kept(self, make_tier: MakeTier) -> None:
+    def test_keys_and_rows_are_copied(self, make_tier: MakeTier) -> None:
         tier = make_tier()
         keys, rows = ints(1, 2), rows_of([1, 2], DIM)
         tier.insert(TAG, keys, rows)

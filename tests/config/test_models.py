@@ -93,7 +93,7 @@ def test_c16_list_lengths(key: str, value: Any, length: int) -> None:
     else:
         entries = "1 entry" if length == 1 else "3 entries"
         message = refused(config)
-        assert message.startswith(f"models[1].{key}: [")
+        assert message.startswith(f"models[1].{key}: expected 2 entries")
         assert f": expected 2 entries, as many as sparse_files, got {entries}: [" in message
 
 

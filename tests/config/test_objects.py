@@ -226,9 +226,9 @@ def test_c21_any_deployed_devices() -> None:
     ("source", "message"),
     [
         ([], "models: expected at least 1 entry, got []"),
-        ([3], "models[0]: 3 is not an InferenceParams"),
-        ([params("m", files="abc")], "models[0].sparse_files: 'abc' is not a list, each entry a string"),
-        ([params("m", volatile_db=None)], "volatile_db: null is not an object"),
+        ([3], "models[0]: expected an InferenceParams, got 3"),
+        ([params("m", files="abc")], "models[0].sparse_files: expected a list, each entry a string, got 'abc'"),
+        ([params("m", volatile_db=None)], "volatile_db: expected an object, got null"),
         (
             [params(cache_refresh_percentage_per_iteration=2)],
             "models[0].cache_refresh_percentage_per_iteration: 2 is not in 0..1",
@@ -242,7 +242,7 @@ def test_c21_any_deployed_devices() -> None:
             [params("a"), params("b", persistent_db=PersistentDatabaseParams("rocks_db"))],
             "models[1].persistent_db: a value of type PersistentDatabaseParams differs from models[0]",
         ),
-        ([params(deployed_devices=None, device_id=1)], "models[0].deployed_device_list: null is not a list, each entry"),
+        ([params(deployed_devices=None, device_id=1)], "models[0].deployed_device_list: expected a list, each entry"),
     ],
 )
 def test_c21_mistakes_in_objects(source: Any, message: str) -> None:
@@ -259,18 +259,30 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda a: a["embedding_vec_size"].update(other=[1]), "embedding_vec_size.other: [1] is for a model that"),
         (
             lambda a: a["embedding_vec_size"].update(demo_model2=[64]),
-            "embedding_vec_size.demo_model2: [64] is not a list of 2, one a sparse model file",
+            "embedding_vec_size.demo_model2: expected a list of 2, one per sparse model file, got [64]",
         ),
         (
             lambda a: a["max_feature_num_per_sample_per_emb_table"].update(demo_model2=[3, 5, 7]),
-            "max_feature_num_per_sample_per_emb_table.demo_model2: [3, 5, 7] is not a list of 2",
+            "max_feature_num_per_sample_per_emb_table.demo_model2: expected a list of 2, one per sparse model file",
         ),
-        (lambda a: a["emb_table_name"].update(demo_model=3), "emb_table_name.demo_model: 3 is not a list of 1"),
-        (lambda a: a.update(embedding_vec_size=[16]), "embedding_vec_size: [16] is not a map"),
-        (lambda a: a.update(inference_params_array=3), "inference_params_array: 3 is not a list of InferenceParams"),
-        (lambda a: a.update(inference_params_array=[3]), "inference_params_array[0]: 3 is not an InferenceParams"),
-        (lambda a: a.update(inference_params_array=[params([1])]), "inference_params_array[0].model_name: [1] is not a string"),
-        (lambda a: a.update(inference_params_array=[params(files="a")]), "inference_params_array[0].sparse_model_files: 'a'"),
+        (
+            lambda a: a["emb_table_name"].update(demo_model=3),
+            "emb_table_name.demo_model: expected a list of 1, one per sparse model file, got 3",
+        ),
+        (
+            lambda a: a.update(embedding_vec_size=[16]),
+            "embedding_vec_size: expected a map from the names of models to lists, got [16]",
+        ),
+        (lambda a: a.update(inference_params_array=3), "inference_params_array: expected a list of InferenceParams, got 3"),
+        (lambda a: a.update(inference_params_array=[3]), "inference_params_array[0]: expected an InferenceParams, got 3"),
+        (
+            lambda a: a.update(inference_params_array=[params([1])]),
+            "inference_params_array[0].model_name: expected a string, got [1]",
+        ),
+        (
+            lambda a: a.update(inference_params_array=[params(files="a")]),
+            "inference_params_array[0].sparse_model_files: expected a list of strings, got 'a'",
+        ),
     ],
 )
 def test_c21_parameter_server_config_checks_its_maps(change: Change, message: str) -> None:

@@ -27,7 +27,7 @@ def header(version: int = 1, key_bytes: int = 8, value_bytes: int = 8, magic: by
     return magic + struct.pack("<3I", version, key_bytes, value_bytes)
 
 
-def test_the_bytes_are_those_of_the_original(tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_hugectr(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     assert write_bin(path, 8, 2, [([-1, 5], np.array([[1.0, 2.0], [3.0, 4.0]]))]) == 2
     assert path.read_bytes() == b"bin\0" + struct.pack("<IIIqffqff", 1, 8, 8, -1, 1.0, 2.0, 5, 3.0, 4.0)
@@ -53,7 +53,7 @@ def test_round_trip(
         assert got_keys.tolist() == keys.tolist() and got_rows.tobytes() == rows.tobytes()
 
 
-def test_a_table_without_rows_and_a_table_that_did_not_exist(tmp_path: Path) -> None:
+def test_a_table_without_rows_and_a_table_that_does_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     assert write_bin(path, 4, 3, []) == 0
     assert path.read_bytes() == header(key_bytes=4, value_bytes=0)
@@ -86,7 +86,7 @@ def test_damaged_dumps(data: bytes, wanted: str, tmp_path: Path) -> None:
     assert wanted in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_missing_and_not_a_file(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         read_bin(tmp_path / "a.bin")
     with pytest.raises(ModelFileError, match="expected a file, got a directory"):
@@ -110,7 +110,7 @@ def test_a_dump_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", [-1, 2**32, -(2**63)])
 def test_keys_that_do_not_fit_4_bytes_leave_nothing(key: int, tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=f"key {key} does not fit 4 bytes"):
+    with pytest.raises(ModelFileError, match=rf"expected keys in 0\.\.4294967295, which fit 4 bytes, got {key}"):
         write_bin(tmp_path / "a.bin", 4, 1, [([1], np.ones((1, 1))), ([key], np.ones((1, 1)))])
     assert list(tmp_path.iterdir()) == []
 
@@ -121,7 +121,7 @@ def test_arguments(tmp_path: Path) -> None:
         write_bin(path, 2, 1, [])
     with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         write_bin(path, 4, 0, [])
-    with pytest.raises(KeyDtypeError, match="chunk 0: keys have dtype float64"):
+    with pytest.raises(KeyDtypeError, match="chunk 0: keys: expected integers, got float64"):
         write_bin(path, 4, 1, [([1.5], np.ones((1, 1)))])
     with pytest.raises(ModelFileError, match=r"chunk 0: rows: expected shape \[1, 1\], got \[1, 2\]"):
         write_bin(path, 4, 1, [([1], np.ones((1, 2)))])

@@ -185,7 +185,7 @@ def test_overwrite_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> 
 def test_a_directory_that_is_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     (path / "thesis.tex").write_text("x")
-    with pytest.raises(ModelFileError, match=r"holds 'thesis.tex', which is no part of a sparse model"):
+    with pytest.raises(ModelFileError, match=r"holds 'thesis.tex', which is not part of a sparse model"):
         write_model(path, 2, [good()], overwrite=True)
     (path / "thesis.tex").unlink()
     (path / "meta").mkdir()
@@ -285,7 +285,7 @@ def test_a_crash_between_the_renames_of_a_directory(renames: int, tmp_path: Path
     assert hidden(tmp_path) == []
 
 
-def test_a_rename_that_fails_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_restores_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     before = contents(path)
 
@@ -298,7 +298,7 @@ def test_a_rename_that_fails_puts_the_old_model_back(tmp_path: Path, monkeypatch
     assert contents(path) == before and hidden(tmp_path) == []
 
 
-def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_model_that_cannot_be_restored_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     before = contents(path)
     original = Path.rename
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_nothing(name: str, limit: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_another_writer_takes_away_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_another_writer_replaced_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = path_for(tmp_path, "directory")
     write_model(path, 2, [(np.arange(3), np.zeros((3, 2), np.float32))])
     listing = Path.iterdir

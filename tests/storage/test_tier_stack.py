@@ -163,7 +163,7 @@ def test_a_closed_stack_asks_no_tier() -> None:
 # --- writes reach every tier ------------------------------------------------------------------------------------------
 
 
-def test_writes_reach_host_memory_and_the_tier_behind(workshop: Workshop) -> None:
+def test_writes_reach_host_memory_and_the_slower_tier(workshop: Workshop) -> None:
     server, tier = workshop.open_cold(volatile={"type": "hash_map"})
     assert server.insert([2, 50], rows_of([2, 50], DIM, 1), "m", 0) == 1
     assert server.update([3, 60], rows_of([3, 60], DIM, 2), "m", 0) == 1
@@ -265,7 +265,7 @@ def test_lookups_log_nothing_above_debug(workshop: Workshop, caplog: pytest.LogC
     ]
 
 
-def test_a_tier_behind_a_failing_one_is_asked() -> None:
+def test_a_tier_after_a_failing_one_is_asked() -> None:
     stack = stack_of({1: 0, 2: 0}, {2: 1}, wrap=lambda tier: FlakyTier(tier, set()))
     stack.tiers[0].fail_on.add("fetch")
     rows = np.zeros((2, DIM), np.float32)
@@ -275,7 +275,7 @@ def test_a_tier_behind_a_failing_one_is_asked() -> None:
 
 
 @pytest.mark.parametrize("call", ["insert", "erase"])
-def test_a_write_that_a_tier_refuses_raises_and_changes_nothing_before_it(workshop: Workshop, call: str) -> None:
+def test_a_write_that_a_tier_refuses_raises_and_leaves_faster_tiers_unchanged(workshop: Workshop, call: str) -> None:
     server, tier = workshop.open_cold("support.fakes:FlakyDictTier", volatile={"type": "hash_map"})
     tier.fail_on.add(call)
     with pytest.raises(TierError, match=f"{call}: failed on purpose"):
@@ -326,7 +326,7 @@ def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: 
     assert stats_of(server).tier_errors == 0  # not taken for a tier that is out of order
 
 
-def test_positions_for_flags_are_refused_by_contains() -> None:
+def test_contains_refuses_positions_instead_of_flags() -> None:
     tier = WrongTier(PersistentDatabaseConfig())
     tier.answer = np.array([0, 2])
     with pytest.raises(TierError, match=r"WrongTier.contains: expected bool\[3\], got int64\[2\]"):

@@ -78,7 +78,7 @@ def test_a_missing_file_of_the_directory(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["key", "emb_vector", "meta"])
-def test_something_else_where_a_file_should_be(name: str, tmp_path: Path) -> None:
+def test_a_directory_or_special_file_instead_of_a_file(name: str, tmp_path: Path) -> None:
     path = raw_model(tmp_path)
     (path / name).unlink()
     (path / name).mkdir()
@@ -100,7 +100,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
 def test_an_unknown_format_lists_what_was_tried(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("hello")
-    assert failure(path) == f"{path}: is none of the known formats ({', '.join(FORMATS)})"
+    assert failure(path) == f"{path}: expected one of the known formats ({', '.join(FORMATS)})"
     assert "expected a directory holding key and emb_vector, got a file" in failure(save_text(tmp_path / "a.model"))
     (tmp_path / "empty").mkdir()
     assert failure(tmp_path / "empty") == f"{tmp_path / 'empty' / 'key'}: no such file"
@@ -182,18 +182,18 @@ def parquet(path: Path, **columns: Any) -> Path:
         ({"key": None}, "has no array 'key', found emb_vector"),
         ({"key": pa.array([1, None, 3])}, "key: expected no nulls, got 1 in rows 0..3"),
         ({"key": pa.array([1.0, 2.0, 3.0])}, "key: expected int64 or another integer dtype, got float64"),
-        ({"key": pa.array(["a", "b", "c"])}, "key has dtype"),
-        ({"key": pa.array([[1], [2], [3]])}, "key has "),
+        ({"key": pa.array(["a", "b", "c"])}, "key: expected int64 or another integer dtype, got "),
+        ({"key": pa.array([[1], [2], [3]])}, "key: expected "),
         ({"emb_vector": pa.array([1.0, 2.0, 3.0])}, "emb_vector: expected lists of float32, got type double"),
         ({"emb_vector": pa.array([[1, 2]] * 3)}, "emb_vector: expected float32 (float16 and float64 are converted), got int64"),
-        ({"emb_vector": pa.array([["a"]] * 3)}, "emb_vector has dtype"),
-        ({"emb_vector": pa.array([[[1.0]]] * 3)}, "emb_vector has "),
+        ({"emb_vector": pa.array([["a"]] * 3)}, "emb_vector: expected float32 (float16 and float64 are converted), got "),
+        ({"emb_vector": pa.array([[[1.0]]] * 3)}, "emb_vector: expected "),
         ({"emb_vector": pa.array([[1.0, 2.0], [3.0], [4.0, 5.0]])}, "emb_vector row 1: expected 2 values, got 1"),
-        ({"emb_vector": pa.array([[1.0, 2.0], None, [4.0, 5.0]])}, "emb_vector has 1 nulls in rows 0..3"),
+        ({"emb_vector": pa.array([[1.0, 2.0], None, [4.0, 5.0]])}, "emb_vector: expected no nulls, got 1 in rows 0..3"),
         ({"emb_vector": pa.array([None, [1.0, 2.0], [4.0, 5.0]])}, "has no first row to tell the width"),
-        ({"emb_vector": pa.array([[1.0, 2.0], [3.0, None], [4.0, 5.0]])}, "emb_vector has 1 nulls"),
+        ({"emb_vector": pa.array([[1.0, 2.0], [3.0, None], [4.0, 5.0]])}, "emb_vector: expected no nulls, got 1"),
         ({"emb_vector": pa.array([[]] * 3, pa.list_(pa.float32()))}, "emb_vector: expected rows of width at least 1, got 0"),
-        ({"meta": pa.array([1, 2, None])}, "meta has 1 nulls"),
+        ({"meta": pa.array([1, 2, None])}, "meta: expected no nulls, got 1"),
     ],
 )
 def test_parquet_columns_that_do_not_fit(columns: dict[str, Any], wanted: str, tmp_path: Path) -> None:
@@ -309,13 +309,17 @@ def test_hdf5_data_of_other_files(tmp_path: Path) -> None:
         file["emb_vector"] = h5py.ExternalLink(tmp_path / "other.h5", "emb_vector")
 
     for number, fill in enumerate((virtual, external, link)):
-        assert "emb_vector keeps its data in another file" in failure(hdf5(tmp_path / f"{number}.h5", fill))
+        assert "emb_vector: expected data in this file, got data in another one" in failure(
+            hdf5(tmp_path / f"{number}.h5", fill)
+        )
 
 
-def test_hdf5_things_that_are_no_arrays(tmp_path: Path) -> None:
-    assert "emb_vector is a Group" in failure(hdf5(tmp_path / "a.h5", lambda file: file.create_group("emb_vector") and None))
+def test_hdf5_objects_that_are_not_arrays(tmp_path: Path) -> None:
+    assert "emb_vector: expected a dataset of numbers, got a Group" in failure(
+        hdf5(tmp_path / "a.h5", lambda file: file.create_group("emb_vector") and None)
+    )
     empty = hdf5(tmp_path / "b.h5", lambda file: file.create_dataset("emb_vector", data=h5py.Empty("f4")) and None)
-    assert "emb_vector is a Dataset without a shape" in failure(empty)
+    assert "emb_vector: expected a dataset of numbers, got a Dataset without a shape" in failure(empty)
 
 
 def test_hdf5_one_chunk_for_all_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,9 +359,9 @@ def test_safetensors_headers(tmp_path: Path) -> None:
     ):
         bad = good | {"emb_vector": {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]} | change}
         assert wanted in failure(safetensors(path, bad | {"rest": {"data_offsets": [0, 16]}}, bytes(16)))
-    assert "the header is a JSON list" in failure(safetensors(path, []))
+    assert "expected a JSON object as the header, got list" in failure(safetensors(path, []))
     assert "RecursionError" in failure(safetensors(path, b"[" * 200_000))
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    assert f"header of {1 << 62} bytes" in failure(path)
+    assert f"expected a header of 2 to 100000000 bytes, got {1 << 62}" in failure(path)
     path.write_bytes((90).to_bytes(8, "little") + b"{}")
     assert "ends after 10 bytes, 98 were expected" in failure(path)

@@ -127,10 +127,10 @@ def run(program: str, *arguments: str) -> int:
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that raise in the main thread")
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_a_writer_that_is_interrupted_anywhere(seed: str) -> None:
+def test_an_interrupted_writer_is_repaired(seed: str) -> None:
     assert run(_WRITER, seed) > 20
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that raise in the main thread")
-def test_a_large_lookup_that_is_interrupted_has_ended_when_it_raises() -> None:
+def test_an_interrupted_lookup_writes_nothing_after_it_raised() -> None:
     assert run(_READER) > 5

@@ -34,7 +34,7 @@ def in_memory(request: pytest.FixtureRequest) -> Iterator[Callable[..., HashMapT
         tier.close()
 
 
-def test_closed_hash_maps_give_memory_back_and_say_so(in_memory: Callable[..., HashMapTier]) -> None:  # D09
+def test_closed_hash_maps_release_memory_and_refuse_calls(in_memory: Callable[..., HashMapTier]) -> None:  # D09
     tier = in_memory()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     tier.close()
@@ -43,7 +43,7 @@ def test_closed_hash_maps_give_memory_back_and_say_so(in_memory: Callable[..., H
         tier.insert(TAG, ints(1), rows_of([1], DIM))
 
 
-def test_fetch_wants_rows_of_the_tables_width(in_memory: Callable[..., HashMapTier]) -> None:  # D06
+def test_fetch_expects_rows_of_the_tables_width(in_memory: Callable[..., HashMapTier]) -> None:  # D06
     tier = in_memory()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     for shape in [(1, DIM + 1), (2, DIM), (1,)]:
@@ -92,7 +92,7 @@ POLICIES = ["evict_random", "evict_least_used", "evict_oldest"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("batch", [1, 3, 7])
-def test_the_bound_is_passed_by_no_more_than_a_batch(
+def test_the_bound_is_exceeded_by_at_most_a_batch(
     in_memory: Callable[..., HashMapTier], policy: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # D11
     tier = in_memory(**BOUND, overflow_policy=policy, max_batch_size=batch)
@@ -125,7 +125,7 @@ def test_an_eviction_leaves_exactly_the_target(
         assert row == rows_of([key], DIM)[0].tobytes()
 
 
-def test_least_used_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_least_used_rows_are_evicted_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(**BOUND, overflow_policy="evict_least_used", overflow_resolution_target=0.5)
     tier.insert(TAG, np.arange(20), rows_of(np.arange(20), DIM))
     for _ in range(3):
@@ -138,7 +138,7 @@ def test_least_used_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> N
     assert set(content_of(tier, TAG)) == {0, 3, 5, 7, 11, 12, 13, 14, 18, 19}
 
 
-def test_oldest_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_oldest_rows_are_evicted_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(**BOUND, overflow_policy="evict_oldest", overflow_resolution_target=0.4)
     for keys in (range(10), range(10, 20)):
         tier.insert(TAG, ints(*keys), rows_of(keys, DIM))
@@ -149,7 +149,7 @@ def test_oldest_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:
     assert set(content_of(tier, TAG)) == {1, 2, 3, 4, 15, 16, 17, 100}
 
 
-def test_random_rows_leave_whatever_their_use(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_random_eviction_ignores_use(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(overflow_margin=1000, num_partitions=1, overflow_policy="evict_random", overflow_resolution_target=0.5)
     tier.insert(TAG, np.arange(1000), rows_of(np.arange(1000), DIM))
     for _ in range(5):

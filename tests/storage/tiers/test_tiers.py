@@ -119,7 +119,7 @@ def test_slow_tier_stops_between_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.isnan(rows[6:]).all()
 
 
-def test_flaky_tier_fails_where_told_to() -> None:
+def test_flaky_tier_fails_for_the_named_calls() -> None:
     tier = FlakyTier(held(DictTier(VolatileDatabaseConfig())), {"fetch"})
     with pytest.raises(TierError, match="fetch: failed on purpose"):
         fetch(tier, TAG, ints(1))
