@@ -69,7 +69,7 @@ def _disagreements(models: Sequence[InferenceParams], shared: Sequence[str]) -> 
     for name in shared:
         for i, params in enumerate(models):
             if getattr(params, name) != getattr(models[0], name):
-                yield problem(("models", i, name), getattr(params, name), "differs from that of models[0], all must agree")
+                yield problem(("models", i, name), getattr(params, name), "differs from models[0], all must agree")
 
 
 def _undeployed(models: Sequence[InferenceParams]) -> Iterator[str]:

@@ -40,7 +40,7 @@ def test_c13_c14_bad_names_are_refused(name: str) -> None:
     assert refused(changed(MINIMAL, "models.0.model", name)).startswith("models[0].model: ")
     message = refused(changed(MINIMAL, "models.0.embedding_table_names", [name]))
     assert message.startswith("models[0].embedding_table_names[0]: ")
-    assert "is not 1 to 120 of the characters A-Z a-z 0-9 _ -" in message
+    assert "expected 1 to 120 of the characters A-Z a-z 0-9 _ -, got " in message
 
 
 @pytest.mark.parametrize("name", ["m", "A-b_9", "-", "x" * 120])

@@ -236,7 +236,7 @@ def test_c21_any_deployed_devices() -> None:
         ([params("m"), params("m")], "models[1].model: 'm' is already models[0].model, expected each one once"),
         (
             [params("a"), dataclasses.replace(params("b"), i64_input_key=False)],
-            "models[1].i64_input_key: false differs from that of models[0], all must agree",
+            "models[1].i64_input_key: false differs from models[0], all must agree",
         ),
         (
             [params("a"), params("b", persistent_db=PersistentDatabaseParams("rocks_db"))],

@@ -116,7 +116,7 @@ def test_c02_a_dict_may_hold_paths_tuples_and_numpy_values(tmp_path: Path) -> No
 @pytest.mark.parametrize("source", [3, None, b"ps.json", object(), {3: 4}, {"models": {1: 2}}])
 def test_c02_other_sources_are_refused(source: Any) -> None:
     message = refused(source)
-    assert re.match(r"config: expected a path, a mapping, .*, got |config.*: key \d+ is not a string", message), message
+    assert re.match(r"config: expected a path, a mapping, .*, got |\w+: key \d+ is not a string", message), message
 
 
 def test_c02_a_dict_that_contains_itself_is_refused() -> None:

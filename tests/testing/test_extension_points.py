@@ -124,7 +124,7 @@ class Own(UpdateSource):
 """
 
 SUITES = {
-    "tier": (TIER, "from hps_numba.testing import TierContract\nclass TestOwn(TierContract):\n    tier = own.Own\n", 20),
+    "tier": (TIER, "from hps_numba.testing import TierContract\nclass TestOwn(TierContract):\n    tier = own.Own\n", 18),
     "policy": (
         POLICY,
         "from hps_numba.testing import PolicyContract\nclass TestOwn(PolicyContract):\n    policy = own.MostRecent\n",

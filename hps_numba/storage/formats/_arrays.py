@@ -47,7 +47,8 @@ def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None)
         _check_dtype(path, name, array.dtype)
         rank = 2 if name == "emb_vector" else 1
         if len(array.shape) != rank or min(array.shape) < 0:
-            raise ModelFileError(f"{path}: {name}: expected {rank} dimension{'s' * (rank > 1)}, got shape {list(array.shape)}")
+            expected = "sizes of 0 or more" if len(array.shape) == rank else f"{rank} dimension{'s' * (rank > 1)}"
+            raise ModelFileError(f"{path}: {name}: expected {expected}, got shape {list(array.shape)}")
     rows, width = arrays["emb_vector"].shape
     for name in ("key", "meta"):
         if name in arrays and arrays[name].shape[0] != rows:

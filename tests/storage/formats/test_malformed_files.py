@@ -353,7 +353,7 @@ def test_safetensors_headers(tmp_path: Path) -> None:
     for change, wanted in (
         ({"dtype": "BF16"}, "emb_vector: expected a dtype of"),
         ({"shape": [1, 3]}, "emb_vector has 8 bytes from 8 on, but its shape is F32[1, 3]"),
-        ({"shape": [-1, -2]}, "emb_vector has shape [-1, -2]"),
+        ({"shape": [-1, -2]}, "emb_vector: expected sizes of 0 or more, got shape [-1, -2]"),
         ({"data_offsets": [-8, 0]}, "emb_vector has 8 bytes from -8 on"),
         ({"shape": None}, "TypeError"),
     ):
