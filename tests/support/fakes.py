@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.errors import TierError
+from hps_numba.storage import Fetched, Tier
 from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
 
 
