@@ -16,7 +16,7 @@
     ├── TraceError        (OSError)        a trace of keys on disk is missing, damaged or of an unknown form
     └── ClosedError       (RuntimeError)   the server was closed
 
-A message names the place, the value that came and what was wanted, in one line.
+A message names the place, what was expected and what was given, in one line.
 """
 
 from __future__ import annotations

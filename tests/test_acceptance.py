@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,9 @@ CHECKLIST = HERE.parent / "docs" / "checklist.md"
 
 #: how many rows the checklist (docs/checklist.md) has of each letter
 ROWS = {"C": 22, "T": 31, "P": 11, "N": 10, "F": 15, "G": 40, "D": 25, "U": 13, "O": 14}
-_NAMED = re.compile(r"tests/([\w/]+\.py)::(\w+)")
+_NAMED = re.compile(r"tests/([\w/]+\.py)::((?:\w+::)?\w+)")
+#: the suites that users subclass too
+SUITES = HERE.parent / "hps_numba" / "testing"
 
 
 def rows(letter: str, numbers: Iterable[int]) -> list[str]:
@@ -45,7 +47,22 @@ def cells() -> list[tuple[str, str]]:
 @cache
 def names_in(file: str) -> frozenset[str]:
     tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+    names = {*functions_of(tree)}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            inherited = [suites()[base] for base in map(ast.unparse, node.bases) if base in suites()]
+            names |= {f"{node.name}::{name}" for part in (node, *inherited) for name in functions_of(part)}
+    return frozenset(names)
+
+
+def functions_of(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    return (part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.name.startswith("test_"))
+
+
+@cache
+def suites() -> dict[str, ast.ClassDef]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SUITES.glob("*.py")]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def test_every_row_is_there_once_and_in_order() -> None:

@@ -39,9 +39,19 @@ HOMES = {
     "cuda": {"device": "", "arrays.cuda": "", "kernels.compiler.launch": ""},
     "cupy": {"device": "", "arrays": "", "frontends": "", "cli": ""},
     "jax": {},
+    "pytest": {"testing": "now"},
 }
 #: folders in which a file is a plugin: it may know the base classes of its folder, whose names begin with an underscore
-FOLDERS = ("storage.formats", "storage.tiers", "traces.formats", "kernels.policies", "simulate.algorithms", "cli", "frontends")
+FOLDERS = (
+    "storage.formats",
+    "storage.tiers",
+    "traces.formats",
+    "kernels.policies",
+    "simulate.algorithms",
+    "updates",
+    "cli",
+    "frontends",
+)
 #: HugeCTR has two names for one tier
 ALIASES = {("storage.tiers.parallel_hash_map", "storage.tiers.hash_map")}
 #: numba's CUDA target and what needs it, imported only when a kernel is built for a GPU

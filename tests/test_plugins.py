@@ -1,4 +1,4 @@
-"""The folder is the registry: parts of the package by file name, and a user's own by reference, run only where allowed."""
+"""The folder is the registry: plugins of the package by file name, and a user's own by reference, run only where allowed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDERS = [TIERS, "hps_numba.storage.formats"]
 
 OWN_TIER = """
 import numpy as np
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage import Fetched, Tier
 
 class Own(Tier):
     rows = {}
@@ -59,7 +59,7 @@ def test_names_are_the_files_of_the_folder(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", FOLDERS)
-def test_every_part_loads(package: str) -> None:
+def test_every_plugin_loads(package: str) -> None:
     assert all(plugins.load(package, name) is not None for name in plugins.names(package))
 
 
@@ -67,20 +67,20 @@ def test_every_part_loads(package: str) -> None:
 @pytest.mark.parametrize("error", [ConfigError, TierUnavailable])
 def test_an_unknown_name_lists_the_known_ones(package: str, error: type[HpsError]) -> None:
     with pytest.raises(error) as caught:
-        plugins.load(package, "no_such_part", error=error)
+        plugins.load(package, "no_such_plugin", error=error)
     message = str(caught.value)
-    assert "'no_such_part' is unknown" in message
+    assert "'no_such_plugin' is unknown" in message
     assert all(name in message for name in plugins.names(package))
     assert "\n" not in message
 
 
-def test_a_slip_gets_the_nearest_name() -> None:
+def test_a_typo_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hash_map'"):
         plugins.load(TIERS, "hashmap")
 
 
 @pytest.mark.parametrize("hidden", ["_tier", "_wrappers", "__init__"])
-def test_files_with_an_underscore_are_no_parts(hidden: str) -> None:
+def test_files_with_an_underscore_are_not_plugins(hidden: str) -> None:
     with pytest.raises(ConfigError, match="is unknown"):
         plugins.load(TIERS, hidden)
 
@@ -96,7 +96,7 @@ def test_files_with_an_underscore_are_no_parts(hidden: str) -> None:
         ("{folder}/empty.py:Tier", "has no 'Tier'"),
     ],
 )
-def test_a_reference_that_leads_nowhere_is_one_line(tmp_path: Path, reference: str, message: str) -> None:
+def test_a_reference_that_cannot_be_loaded_is_a_one_line_error(tmp_path: Path, reference: str, message: str) -> None:
     for name, text in (("broken", "1 / 0"), ("wrong", "def"), ("empty", "")):
         (tmp_path / f"{name}.py").write_text(text)
     before = set(sys.modules)
@@ -145,11 +145,12 @@ def test_a_tier_in_a_file_is_refused_without_allow_code(workshop: Workshop) -> N
     assert not (workshop.folder / "ran").exists()
 
 
-@pytest.mark.parametrize("what", ["rows_of", "EXTREME_64", "NaiveStore"])
+@pytest.mark.parametrize("what", ["oracles:rows_of", "oracles:EXTREME_64", "fakes:NaiveStore"])
 def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
-    expected = rf"persistent_db\.type: 'support.oracles:{what}' is .*, a subclass of Tier is wanted"
-    with pytest.raises(ConfigError, match=expected):
-        workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"support.oracles:{what}"})
+    with pytest.raises(
+        ConfigError, match=rf"persistent_db\.type: expected a subclass of Tier, got 'support\.{what}', which is "
+    ):
+        workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"support.{what}"})
 
 
 LATER = [("volatile_db", "redis_cluster"), ("volatile_db", "multi_process_hash_map"), ("persistent_db", "rocks_db")]
@@ -157,7 +158,7 @@ NOT_THERE = [(place, name) for place, name in LATER if name not in plugins.names
 
 
 @pytest.mark.parametrize(("place", "name"), NOT_THERE)
-def test_a_tier_that_is_not_there_yet_says_which_are(workshop: Workshop, place: str, name: str) -> None:
+def test_a_tier_that_is_not_built_in_yet_lists_those_that_are(workshop: Workshop, place: str, name: str) -> None:
     with pytest.raises(
         TierUnavailable,
         match=rf"{place}\.type: {name!r} is not part of this version, which has {', '.join(plugins.names(TIERS))}",

@@ -176,7 +176,7 @@ class Bus:
 def measure_bus(run: Run, table: Table) -> Bus:
     """The bus, with the largest batch."""
     machine, dim, n = table.machine, table.dim, max(table.sizes.batches)
-    rows = torch.from_numpy(table.store._content.rows_view(0, table.rows))  # filled in the order of the numbers
+    rows = torch.from_numpy(table.store.versions.current.rows_view(0, table.rows))  # filled in the order of the numbers
     numbers = [torch.from_numpy(table.rng.integers(0, table.rows, n)).to(machine.device) for _ in range(8)]
     gather, out = PlainGather(machine, dim), table.out[:n]
     out.fill_(float("nan"))

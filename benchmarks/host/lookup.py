@@ -100,7 +100,7 @@ def served(dim: int, sizes: Sizes) -> Iterator[Table]:
         server = hps_numba.HPS(config_of(folder, dim))
     with server:
         store = server._table("m", 0).store
-        rows = store._content.rows_view(0, len(keys))  # a server fills the slots in the order of the file
+        rows = store.versions.current.rows_view(0, len(keys))  # a server fills the slots in the order of the file
         shared = torch.from_numpy(rows)
         table = Table(server, store, keys, rows, shared, shared.clone())
         yield table

@@ -75,11 +75,12 @@ def _summary(server: ServerConfig) -> dict[str, Any]:
 
 def _not_here(server: ServerConfig) -> Iterator[str]:
     """What the config asks for and this version cannot start with."""
+    from hps_numba.config.messages import dotted
+
     known = plugins.names("hps_numba.storage.tiers")
-    for section in ("volatile_db", "persistent_db"):
-        kind = getattr(server, section).type
-        if kind != "disabled" and not plugins.is_reference(kind) and kind not in known:
-            yield f"{section}.type: {kind!r} is not part of this version, which has {', '.join(known)}"
+    for place, section in server.tier_sections():
+        if not plugins.is_reference(section.type) and section.type not in known:
+            yield f"{dotted(place)}.type: {section.type!r} is not part of this version, which has {', '.join(known)}"
     if server.require_gpu:
         yield "require_gpu: true, but this version serves from host memory only"
 

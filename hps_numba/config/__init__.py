@@ -1,20 +1,21 @@
 """The config of a parameter server: frozen specs, JSON in and out, and every range check.
 
 ============== ======================================================================================================
-file           what it is about
+file           content
 ============== ======================================================================================================
 reading        ``read_config``: a file, a dict or objects in, a checked ``ServerConfig`` out
 schema         every key with its range, default and meaning; ``json_schema()``
 fields         what a single value may be: the annotations that ``schema`` is written with
-spellings      the enums and all their spellings
-validation     types and ranges of single values, said in our words
-checks         what concerns several keys at once; defaults that depend on other keys
-params         the original's Python objects, for callers who have no file
+enums          the enums and all their spellings
+validation     types and ranges of single values, and the messages about them
+cross_checks   checks of several keys at once; defaults that depend on other keys
+options        the options that a plugin (a tier, an update source) declares itself
+params         HugeCTR's Python objects, for callers who have no file
 objects        those objects in the spelling of the file
-spec           ``TableSpec``: one embedding table as the rooms below see it
+spec           ``TableSpec``: one embedding table as the other packages see it
 json_text      JSON with comments
 plain          Python values as JSON has them
-messages       how a problem is put into words
+messages       the wording of problems
 ============== ======================================================================================================
 
 Names whose modules need pydantic are imported on first use.
@@ -36,11 +37,14 @@ from hps_numba.config.params import (
 from hps_numba.config.spec import TableSpec
 
 if TYPE_CHECKING:
+    from hps_numba.config.options import checked_options, tier_config
     from hps_numba.config.reading import ConfigSource, read_config
     from hps_numba.config.schema import (
         ModelConfig,
         PersistentDatabaseConfig,
+        PluginSection,
         ServerConfig,
+        TierConfig,
         UpdateSourceConfig,
         VolatileDatabaseConfig,
         json_schema,
@@ -56,22 +60,26 @@ __all__ = [
     "ParameterServerConfig",
     "PersistentDatabaseConfig",
     "PersistentDatabaseParams",
+    "PluginSection",
     "ServerConfig",
     "TableSpec",
+    "TierConfig",
     "UpdateSourceConfig",
     "UpdateSourceParams",
     "UpdateSourceType_t",
     "VolatileDatabaseConfig",
     "VolatileDatabaseParams",
+    "checked_options",
     "json_schema",
     "read_config",
+    "tier_config",
 ]
 
-_READING = ("ConfigSource", "read_config")
+_HOMES = {"ConfigSource": "reading", "read_config": "reading", "checked_options": "options", "tier_config": "options"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{'reading' if name in _READING else 'schema'}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'schema')}")
     return globals().setdefault(name, getattr(module, name))

@@ -1,4 +1,4 @@
-"""The words of the config: the original's Python enums, and every spelling that a file may use for them (spec 1.7)."""
+"""HugeCTR's enums, and every spelling that a file may use for them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ __all__ = [
     "OUTPUT_DTYPES",
     "OVERFLOW_POLICIES",
     "ROW_DTYPES",
+    "SPELLINGS_OF_PLUGINS",
     "UPDATE_SOURCES",
     "DatabaseOverflowPolicy_t",
     "DatabaseType_t",
     "EmbeddingCacheType_t",
     "UpdateSourceType_t",
+    "canonical_database",
 ]
 
 
@@ -32,7 +34,7 @@ class DatabaseType_t(StrEnum):
 
 
 class DatabaseOverflowPolicy_t(StrEnum):
-    """Which rows leave a partition that holds more than ``overflow_margin``."""
+    """Which rows are evicted from a partition that holds more than ``overflow_margin``."""
 
     evict_random = "evict_random"
     evict_least_used = "evict_least_used"
@@ -47,7 +49,7 @@ class UpdateSourceType_t(StrEnum):
 
 
 class EmbeddingCacheType_t(StrEnum):
-    """How rows are kept on a device. ``stochastic`` is a name that never had an implementation: a config refuses it."""
+    """How rows are kept on a device. ``stochastic`` never had an implementation: a config refuses it."""
 
     Dynamic = "dynamic"
     UVM = "uvm"
@@ -79,3 +81,13 @@ CACHE_TYPES: Words = {kind.value: () for kind in EmbeddingCacheType_t}
 OUTPUT_DTYPES: Words = {"float32": ("fp32",), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
 ROW_DTYPES: Words = {**OUTPUT_DTYPES, "int8": (), "float8_e4m3": ("float8_e4m3fn", "fp8")}
 MISS_PATHS: Words = {"auto": (), "direct": (), "staged": ()}
+
+SPELLINGS_OF_PLUGINS = {
+    spelling for kind in (DATABASES, UPDATE_SOURCES) for word, more in kind.items() for spelling in (word, *more)
+}
+"""Every spelling of a database or update source of HugeCTR."""
+
+
+def canonical_database(spelling: str) -> str | None:
+    """The canonical spelling of one of ``DATABASES``; None if it is none of them."""
+    return next((word for word, others in DATABASES.items() if spelling in (word, *others)), None)

@@ -23,6 +23,8 @@ __all__ = [
     "INT32_MAX",
     "ONE",
     "REFUSED",
+    "UNION_TAGS",
+    "AnyOf",
     "Bytes",
     "Count",
     "Device",
@@ -32,8 +34,8 @@ __all__ = [
     "Hosts",
     "Matching",
     "Name",
-    "PartName",
     "PerTable",
+    "PluginName",
     "Regex",
     "Seconds",
     "SegmentName",
@@ -48,12 +50,12 @@ _FLOAT32_MAX = 3.4028234663852886e38
 _REFERENCE = r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*"
 
 REFUSED = "refused"
-"""Type of the errors raised here; their context holds ``wanted``, the second half of a message."""
+"""Type of the errors raised here; their context holds ``expected`` and ``hint``, the parts of a message."""
 
 
-def refuse(wanted: str) -> PydanticCustomError:
-    """An error whose message will read ``<path>: <value> <wanted>``."""
-    return PydanticCustomError(REFUSED, "{wanted}", {"wanted": wanted})
+def refuse(expected: str, hint: str = "") -> PydanticCustomError:
+    """An error whose message will read ``<path>: expected <expected>, got <value><hint>``."""
+    return PydanticCustomError(REFUSED, "{expected}", {"expected": expected, "hint": hint})
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -69,7 +71,10 @@ Seconds = Annotated[float, Field(ge=0, le=365 * 24 * 3600)]
 
 # --- lists -------------------------------------------------------------------------------------------------------------
 
-ONE, EACH = "<one>", "<each>"  # parts of a location that stand for no key: how a PerTable value was given
+ONE, EACH = "<one>", "<each>"  # how a PerTable value was given
+IN_MEMORY, ON_DISK, OWN = "<in memory>", "<on disk>", "<own>"  # what kind of tier an entry of ``tiers`` is
+UNION_TAGS = {ONE: 0, EACH: 1, IN_MEMORY: 0, ON_DISK: 1, OWN: 2}
+"""Parts of a location that stand for no key: which form of a value was given, and its number among the forms."""
 _T = TypeVar("_T")
 EachTable = Annotated[tuple[_T, ...], Field(min_length=1)]
 """A list with one value a table."""
@@ -79,6 +84,15 @@ PerTable = Annotated[
 ]
 """One value for all tables of a model, or a list with one value a table."""
 
+
+class AnyOf:
+    """A value of one of several forms that may overlap: the JSON schema must not say that only one of them fits."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        node = dict(handler(schema))
+        return {"anyOf": node.pop("oneOf"), **node}
+
+
 # --- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -87,9 +101,9 @@ class Spelling:
 
     Args:
         words: canonical spelling -> aliases.
-        reference: also accept ``package.module:NAME`` and ``path/to/file.py:NAME``, a user's own part.
-        refused: canonical spelling -> why it is known but not accepted here.
-        folder: package whose file names are accepted too: a new part needs no edit here.
+        reference: also accept ``package.module:NAME`` and ``path/to/file.py:NAME``, a user's own plugin.
+        refused: a canonical spelling that is known but not accepted here -> what is expected instead.
+        folder: package whose plugins are accepted too: a new one needs no edit here.
     """
 
     def __init__(
@@ -121,19 +135,19 @@ class Spelling:
         if self._reference and is_reference(text):
             if re.fullmatch(_REFERENCE, text):
                 return text
-            raise refuse("is not package.module:NAME or path/to/file.py:NAME")
-        near = difflib.get_close_matches(text[:100], self._accepted, n=1)
-        own = ", or module:NAME for one of your own" if self._reference else ""
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise refuse(f"is not one of {', '.join(self._accepted)}{own}{hint}")
+            raise refuse("package.module:NAME or path/to/file.py:NAME")
+        known = [*self._accepted, *(names(self._folder) if self._folder else ())]
+        near = difflib.get_close_matches(text[:100], known, n=1)
+        own = " or module:NAME for one of your own" if self._reference else ""
+        raise refuse(f"one of {', '.join(self._accepted)}{own}", f"; did you mean {near[0]!r}?" if near else "")
 
 
 class Matching:
-    """Text that matches ``pattern`` as a whole, described in an error by ``wanted``."""
+    """Text that matches ``pattern`` as a whole, described in an error by ``expected``."""
 
-    def __init__(self, pattern: str, wanted: str) -> None:
+    def __init__(self, pattern: str, expected: str) -> None:
         self._pattern = pattern
-        self._wanted = wanted
+        self._expected = expected
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -144,7 +158,7 @@ class Matching:
     def _check(self, text: str) -> str:
         if re.fullmatch(self._pattern, text):
             return text
-        raise refuse(f"is not {self._wanted}")
+        raise refuse(self._expected)
 
 
 def _check_regex(text: str) -> str:
@@ -153,7 +167,7 @@ def _check_regex(text: str) -> str:
             warnings.simplefilter("ignore")  # Python warns of patterns that a later version may read differently
             re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise refuse(f"is not a regular expression: {error}") from None
+        raise refuse("a regular expression", f": {error}") from None
     return text
 
 
@@ -161,14 +175,14 @@ def _check_hosts(text: str) -> str:
     for entry in re.split("[,;]", text):
         match = re.fullmatch(r"\s*(?:\w+://)?(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::([0-9]{1,5}))?\s*", entry)
         if match is None:
-            raise refuse(f"is not a list of host:port, because of {show(entry)}")
+            raise refuse("a list of host:port", f": {show(entry)} is not one")
         if match[1] and not 1 <= int(match[1]) <= 65535:
-            raise refuse(f"has port {match[1]}, which is not in 1..65535")
+            raise refuse("ports in 1..65535", f": {match[1]} is not one")
     return text
 
 
 Name = Annotated[str, Matching("[A-Za-z0-9_-]{1,120}", "1 to 120 of the characters A-Z a-z 0-9 _ -")]
-PartName = Annotated[
+PluginName = Annotated[
     str,
     Matching(rf"(?:[A-Za-z_]\w*|{_REFERENCE})", "a built-in name, package.module:NAME or path/to/file.py:NAME"),
 ]

@@ -1,6 +1,6 @@
 """JSON as people write it: with comments, with a byte order mark, in UTF-8 or UTF-16.
 
-The original's own samples have ``//`` comments which its parser refuses (spec 12.6). Comments are replaced by spaces, so line
+The samples of HugeCTR have ``//`` comments, which its own parser refuses. Comments are replaced by spaces, so line
 and column of a syntax error are those of the file.
 """
 
@@ -33,11 +33,11 @@ def parse(data: bytes, place: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, place))
     except json.JSONDecodeError as error:
-        raise failed([f"{place}, line {error.lineno}, column {error.colno}: {error.msg}, wanted JSON"]) from None
+        raise failed([f"{place}, line {error.lineno}, column {error.colno}: {error.msg}, expected JSON"]) from None
     except RecursionError:
-        raise failed([f"{place}: nested thousands deep, wanted at most 4"]) from None
+        raise failed([f"{place}: nested thousands deep, expected at most 4"]) from None
     except ValueError:  # Python refuses to read an integer of thousands of digits
-        raise failed([f"{place}: an integer has thousands of digits, wanted at most 20"]) from None
+        raise failed([f"{place}: an integer has thousands of digits, expected at most 20"]) from None
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -46,7 +46,7 @@ def _decode(data: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
-        reason = f"{error.reason} is not {error.encoding}, wanted JSON"
+        reason = f"{error.reason} is not {error.encoding}, expected JSON"
         raise failed([f"{place}, line {line}, column {column}: {reason}"]) from None
 
 

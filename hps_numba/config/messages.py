@@ -1,4 +1,4 @@
-"""How a config problem is put into words: the dotted path, the value that came, what was wanted."""
+"""How a config problem is put into words: the dotted path, what was expected, the value given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from hps_numba.errors import ConfigError
 
-__all__ = ["Location", "dotted", "failed", "problem", "show"]
+__all__ = ["Location", "dotted", "failed", "problem", "show", "unexpected"]
 
 Location = Sequence[str | int]
 """Keys and indices from the root of the config down to a value: ``("models", 1, "gpucacheper")``."""
@@ -19,10 +19,18 @@ _SECRET = {"password"}  # keys whose values no message shows
 _HIDDEN = "(hidden)"
 
 
-def problem(location: Location, value: object, wanted: str) -> str:
+def problem(location: Location, value: object, text: str) -> str:
     """One line about one value: ``models[1].gpucacheper: 1.4 is not in 0..1``."""
-    shown = _HIDDEN if location and location[-1] in _SECRET else show(value)
-    return f"{dotted(location)}: {shown} {wanted}"
+    return f"{dotted(location)}: {_shown(location, value)} {text}"
+
+
+def unexpected(location: Location, value: object, expected: str, hint: str = "") -> str:
+    """One line about one value: ``persistent_db.read_only: expected true or false, got 'no'``; ``hint`` follows the value."""
+    return f"{dotted(location)}: expected {expected}, got {_shown(location, value)}{hint}"
+
+
+def _shown(location: Location, value: object) -> str:
+    return _HIDDEN if location and location[-1] in _SECRET else show(value)
 
 
 def failed(problems: Iterable[str], *, place: str = "") -> ConfigError:

@@ -1,4 +1,4 @@
-"""The original's Python objects, said in the spelling of the file."""
+"""HugeCTR's Python objects in the spelling of the file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hps_numba.config.messages import failed, problem
+from hps_numba.config.messages import failed, problem, unexpected
 from hps_numba.config.params import MAPS, InferenceParams, ParameterServerConfig, VolatileDatabaseParams
 from hps_numba.config.plain import plain
 from hps_numba.config.schema import ModelConfig
@@ -33,7 +33,7 @@ _DATABASES = ("volatile_db", "persistent_db", "update_source")
 
 
 def json_form(source: ParameterServerConfig | Sequence[InferenceParams]) -> dict[str, Any]:
-    """What a file would hold that says the same as ``source``; values are not checked yet.
+    """``source`` as the content of a file; values are not checked yet.
 
     Raises:
         ConfigError: models disagree on the key width or, without a ``ParameterServerConfig``, on a database; an entry of a list
@@ -62,14 +62,14 @@ def _together(models: Sequence[InferenceParams], shared: Sequence[str]) -> dict[
 def _not_models(models: Sequence[object]) -> Iterator[str]:
     for i, params in enumerate(models):
         if not isinstance(params, InferenceParams):
-            yield problem(("models", i), params, "is not an InferenceParams")
+            yield unexpected(("models", i), params, "an InferenceParams")
 
 
 def _disagreements(models: Sequence[InferenceParams], shared: Sequence[str]) -> Iterator[str]:
     for name in shared:
         for i, params in enumerate(models):
             if getattr(params, name) != getattr(models[0], name):
-                yield problem(("models", i, name), getattr(params, name), "differs from models[0], wanted one for all models")
+                yield problem(("models", i, name), getattr(params, name), "differs from models[0], all must agree")
 
 
 def _undeployed(models: Sequence[InferenceParams]) -> Iterator[str]:

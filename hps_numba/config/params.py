@@ -1,7 +1,7 @@
-"""The original's Python objects for a config: same names, order and defaults (spec 4.1).
+"""HugeCTR's Python objects for a config: same names, order and defaults.
 
-They say the same as a file and go the same way: ``objects.py`` turns them into what the file would hold, and ``read_config``
-checks that. So an error names the key of the file, also where the object calls it differently.
+They say the same as a file: ``objects.py`` turns them into the content of one, and ``read_config`` checks that. So an error
+names the key of the file, also where the object has another name for it.
 
 Wherever an enum is expected, its member or any spelling of the file is taken.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hps_numba.config.enums import DatabaseOverflowPolicy_t, DatabaseType_t, EmbeddingCacheType_t, UpdateSourceType_t
-from hps_numba.config.messages import dotted, failed, problem
+from hps_numba.config.messages import dotted, failed, problem, unexpected
 
 __all__ = [
     "MAPS",
@@ -145,7 +145,7 @@ class ParameterServerConfig:
     """Several models with the shape of their tables, and the databases they share.
 
     The three maps go from the name of a model to its tables' names, row widths and keys a sample; they and the three databases
-    replace what the ``InferenceParams`` say.
+    override what the ``InferenceParams`` say.
 
     Raises:
         ConfigError: a model is missing in a map, a map has more models, or the lists of a model differ in length.
@@ -171,15 +171,15 @@ class ParameterServerConfig:
         for name in MAPS:
             lists = getattr(self, name)
             if not isinstance(lists, Mapping):
-                yield problem((name,), lists, "is not a map from the names of models to lists")
+                yield unexpected((name,), lists, "a map from the names of models to lists")
                 continue
             for model in lists.keys() - tables.keys():
                 yield problem((name, str(model)), lists[model], "is for a model that inference_params_array does not have")
             for model in tables.keys() - lists.keys():
-                yield f"{dotted((name, model))}: missing, wanted a list of {tables[model]}"
+                yield f"{dotted((name, model))}: missing, expected a list of {tables[model]}"
             for model in tables.keys() & lists.keys():
                 if not _has_size(lists[model], tables[model]):
-                    yield problem((name, model), lists[model], f"is not a list of {tables[model]}, one a sparse model file")
+                    yield unexpected((name, model), lists[model], f"a list of {tables[model]}, one per sparse model file")
 
 
 MAPS = {
@@ -192,16 +192,16 @@ MAPS = {
 
 def _not_models(models: object) -> Iterator[str]:
     if not isinstance(models, (list, tuple)):
-        yield problem(("inference_params_array",), models, "is not a list of InferenceParams")
+        yield unexpected(("inference_params_array",), models, "a list of InferenceParams")
         return
     for i, params in enumerate(models):
         location = ("inference_params_array", i)
         if not isinstance(params, InferenceParams):
-            yield problem(location, params, "is not an InferenceParams")
+            yield unexpected(location, params, "an InferenceParams")
         elif not isinstance(params.model_name, str):
-            yield problem((*location, "model_name"), params.model_name, "is not a string")
+            yield unexpected((*location, "model_name"), params.model_name, "a string")
         elif not isinstance(params.sparse_model_files, (list, tuple)):
-            yield problem((*location, "sparse_model_files"), params.sparse_model_files, "is not a list of strings")
+            yield unexpected((*location, "sparse_model_files"), params.sparse_model_files, "a list of strings")
 
 
 def _has_size(values: object, size: int) -> bool:

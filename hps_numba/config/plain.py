@@ -23,7 +23,7 @@ def plain(value: Any, location: Location = ()) -> Any:
         ConfigError: a key is not a string, or the nesting is endless.
     """
     if len(location) > _DEEPEST:
-        raise failed([f"{dotted(location[:3])}: nested more than {_DEEPEST} deep, wanted at most 4"])
+        raise failed([f"{dotted(location[:3])}: nested more than {_DEEPEST} deep, expected at most 4"])
     if isinstance(value, Enum):
         return value.value
     if hasattr(value, "tolist"):  # an array, or a scalar of one

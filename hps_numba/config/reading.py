@@ -1,9 +1,9 @@
 """From whatever a caller has to a checked :class:`ServerConfig`: one way for files, dicts and objects.
 
-Problem: the original ignores unknown keys, turns unknown words into defaults and checks hardly any number, so that a slip
-shows as a slow or wrong server (spec 1.1). Choice: read once, collect every problem, and report them together, each with the
-dotted path of its value; say in the log what was absent (INFO) and what will not do what its writer thinks (WARNING).
-Turned down: rejecting unknown keys by default, because files written for the original carry many.
+Problem: HugeCTR HPS ignores unknown keys, turns unknown words into defaults and checks hardly any number, so that a typo
+shows as a slow or wrong server. Choice: read once, collect every problem, and report them together, each with the dotted path
+of its value; log what was absent (INFO) and what will not do what its author expects (WARNING). Turned down: rejecting unknown
+keys by default, because files written for HugeCTR carry many.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hps_numba.config.cross_checks import completed, contradictions, surprises
+from hps_numba.config.cross_checks import completed, contradictions, warnings
 from hps_numba.config.json_text import parse
-from hps_numba.config.messages import Location, dotted, failed, problem, show
+from hps_numba.config.messages import Location, dotted, failed, show, unexpected
 from hps_numba.config.objects import FILE_KEYS, json_form
 from hps_numba.config.params import InferenceParams, ParameterServerConfig
 from hps_numba.config.plain import plain
 from hps_numba.config.schema import (
     ModelConfig,
     PersistentDatabaseConfig,
+    PluginSection,
     Section,
     ServerConfig,
     UpdateSourceConfig,
     VolatileDatabaseConfig,
+    tier_class,
 )
 from hps_numba.config.validation import validate
 
@@ -46,9 +48,10 @@ _SectionRead = tuple[tuple[str | int, ...], dict[str, Any], type[Section]]
 
 
 def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | None = None) -> ServerConfig:
-    """Read and check a config (spec 1; ``//`` and ``/* */`` comments are fine in a file).
+    """Read and check a config; a file may have ``//`` and ``/* */`` comments.
 
-    Every absent key is logged at INFO with its default. An unknown key is logged as a WARNING with the nearest known name.
+    Every absent key is logged at INFO with its default. An unknown key is logged as a WARNING with the nearest known name. Keys
+    of a tier or update source that HugeCTR does not have may be options of its own: they are checked when it is opened.
 
     Args:
         source: path of a JSON file, a mapping in the spelling of the file, a :class:`ParameterServerConfig`, a list of
@@ -57,8 +60,8 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
         beside: for a source without a file, the file in whose folder relative ``sparse_files`` are looked up too.
 
     Raises:
-        ConfigError: the file is missing or not JSON, or a value is missing, of the wrong type, out of range or in contradiction
-            to another. The message begins with the dotted path of the first problem; attribute ``problems`` holds all.
+        ConfigError: the file is missing or not JSON, or a value is missing, of the wrong type, out of range or contradicts
+            another. The message begins with the dotted path of the first problem; attribute ``problems`` holds all.
     """
     if isinstance(source, ServerConfig):
         return source
@@ -66,6 +69,7 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
     server = _checked(raw, path, strict)
     _report(raw, server)
     server._source = path or beside
+    server._strict = strict
     if path is not None:
         server._identity = str(path.resolve())
     return server
@@ -80,8 +84,8 @@ def _raw(source: Any) -> tuple[Any, Path | None]:
         return plain(json_form(source)), None
     if isinstance(source, Mapping):
         return plain(source), None
-    wanted = "is not a path, a mapping, a ParameterServerConfig, a list of InferenceParams or a ServerConfig"
-    raise failed([problem((), source, wanted)])
+    expected = "a path, a mapping, a ParameterServerConfig, a list of InferenceParams or a ServerConfig"
+    raise failed([unexpected((), source, expected)])
 
 
 def _content(path: Path) -> bytes:
@@ -89,7 +93,7 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise failed([f"{_place(path)}: {reason}, wanted a JSON file"]) from error
+        raise failed([f"{_place(path)}: {reason}, expected a JSON file"]) from error
 
 
 def _place(path: Path) -> str:
@@ -97,7 +101,7 @@ def _place(path: Path) -> str:
 
 
 def _checked(raw: Any, path: Path | None, strict: bool) -> ServerConfig:
-    unknown = [*_unknown_keys(raw)]
+    unknown = [*_drop_unknown_keys(raw)]
     server, problems = validate(raw)
     if server is not None:
         problems += contradictions(server)
@@ -108,7 +112,7 @@ def _checked(raw: Any, path: Path | None, strict: bool) -> ServerConfig:
             _LOG.warning("%s", line)
     if server is None or problems:
         raise failed(problems, place=_place(path) if path else "")
-    for line in surprises(server):
+    for line in warnings(server):
         _LOG.warning("%s", line)
     return completed(server)
 
@@ -125,13 +129,20 @@ def _sections(raw: Any) -> Iterator[_SectionRead]:
     for key, section in _SECTIONS.items():
         if isinstance(raw.get(key), dict):
             yield (key,), raw[key], section
+    tiers = raw.get("tiers")
+    for i, tier in enumerate(tiers if isinstance(tiers, tuple) else ()):
+        if isinstance(tier, dict):
+            yield ("tiers", i), tier, tier_class(tier)
 
 
-def _unknown_keys(raw: Any) -> Iterator[str]:
+def _drop_unknown_keys(raw: Any) -> Iterator[str]:
+    """Remove the keys that nobody reads; a line for each."""
     for location, given, section in _sections(raw):
-        for key in given:
-            if key not in section.model_fields and key not in section.unread:
-                yield f"{dotted((*location, key))}: unknown key{_hint(key, section)}"
+        if issubclass(section, PluginSection) and section.leaves_keys_to_plugin(given.get("type")):
+            continue
+        for key in [key for key in given if key not in section.model_fields and key not in section.unread]:
+            del given[key]
+            yield f"{dotted((*location, key))}: unknown key{_hint(key, section)}"
 
 
 def _hint(key: str, section: type[Section]) -> str:
@@ -146,17 +157,21 @@ def _hint(key: str, section: type[Section]) -> str:
 
 
 def _report(raw: Any, server: ServerConfig) -> None:
-    """One INFO line for every absent key and for every key that the original documented but never read."""
+    """One INFO line for every absent key and for every key that HugeCTR documented but never read."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     for location, given, section in _sections(raw):
         final = _at(server, location)
         for key in section.model_fields:
-            if key not in given:
+            if key not in given and not _is_other_form_of_tiers(key, raw):
                 _LOG.info("%s: absent, using %s", dotted((*location, key)), _default(getattr(final, key)))
         for key in section.unread:
             if key in given:
-                _LOG.info("%s: accepted, but without effect: the original never read it", dotted((*location, key)))
+                _LOG.info("%s: accepted, but without effect: HugeCTR never read it", dotted((*location, key)))
+
+
+def _is_other_form_of_tiers(key: str, raw: dict[str, Any]) -> bool:
+    return key == "tiers" or ("tiers" in raw and key in ("volatile_db", "persistent_db"))
 
 
 def _at(server: ServerConfig, location: Location) -> Any:
@@ -167,6 +182,6 @@ def _at(server: ServerConfig, location: Location) -> Any:
 
 
 def _default(value: Any) -> str:
-    if isinstance(value, (VolatileDatabaseConfig, PersistentDatabaseConfig, UpdateSourceConfig)):
+    if isinstance(value, PluginSection):
         return f"type {value.type!r} with its defaults"
     return show(value)

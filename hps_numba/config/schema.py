@@ -1,7 +1,7 @@
-"""The config as frozen models: every key of the file, with its range, default and meaning, in one place (spec 1.2 to 1.6).
+"""The config as frozen models: every key of the file, with its range, default and meaning, in one place.
 
 Attributes are named as in the file. Instances are made by :func:`hps_numba.config.read_config`, which also checks what
-concerns several keys at once and fills in the defaults that depend on others; after that every value is final.
+involves several keys at once and fills in the defaults that depend on others; after that every value is final.
 """
 
 from __future__ import annotations
@@ -9,28 +9,40 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from hps_numba.config import enums as words
 from hps_numba.config import fields as f
+from hps_numba.config.messages import Location
 from hps_numba.config.spec import TableSpec, locate
 
-__all__ = ["ModelConfig", "PersistentDatabaseConfig", "Section", "ServerConfig", "UpdateSourceConfig", "VolatileDatabaseConfig"]
+__all__ = [
+    "ModelConfig",
+    "PersistentDatabaseConfig",
+    "PluginSection",
+    "Section",
+    "ServerConfig",
+    "TierConfig",
+    "UpdateSourceConfig",
+    "VolatileDatabaseConfig",
+]
 
-_TIERS = "hps_numba.storage.tiers"
+_TIERS, _SOURCES = "hps_numba.storage.tiers", "hps_numba.updates"
 _NOT_ON_DISK = set(words.DATABASES) - {"disabled", "rocks_db"}
-_IN_PERSISTENT = "keeps rows on disk, wanted in persistent_db.type instead"
-_IN_VOLATILE = "does not keep rows on disk, wanted rocks_db, disabled or module:NAME for one of your own"
+_IN_PERSISTENT = "a database in memory here and rocks_db in persistent_db.type"
+_IN_VOLATILE = "rocks_db, disabled or module:NAME for one of your own"
 _VolatileType = Annotated[str, f.Spelling(words.DATABASES, reference=True, refused={"rocks_db": _IN_PERSISTENT}, folder=_TIERS)]
 _PersistentType = Annotated[
     str, f.Spelling(words.DATABASES, reference=True, refused=dict.fromkeys(_NOT_ON_DISK, _IN_VOLATILE), folder=_TIERS)
 ]
 _OverflowPolicy = Annotated[str, f.Spelling(words.OVERFLOW_POLICIES)]
-_UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES)]
-_NO_STOCHASTIC = {"stochastic": "never had an implementation, wanted dynamic instead"}
+_TierType = Annotated[str, f.Spelling(words.DATABASES, reference=True, folder=_TIERS)]
+_UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES, reference=True, folder=_SOURCES)]
+_NO_STOCHASTIC = {"stochastic": "dynamic (stochastic never had an implementation)"}
 _CacheType = Annotated[str, f.Spelling(words.CACHE_TYPES, refused=_NO_STOCHASTIC)]
 _RowDtype = Annotated[str, f.Spelling(words.ROW_DTYPES)]
 _OutputDtype = Annotated[str, f.Spelling(words.OUTPUT_DTYPES)]
@@ -50,10 +62,42 @@ class Section(BaseModel):
     )
 
     unread: ClassVar[tuple[str, ...]] = ()
-    """Keys that the original's documentation has and no version of it ever read."""
+    """Keys that HugeCTR's documentation has and no version of it ever read."""
 
 
-class VolatileDatabaseConfig(Section):
+class PluginSection(Section):
+    """A section whose ``type`` names a plugin: keys that its class does not have are options of the plugin.
+
+    ``config.options`` checks them when the plugin is opened.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """Name of the plugin."""
+
+    _options: Any = PrivateAttr(None)
+
+    @property
+    def options(self) -> Any:
+        """An instance of the plugin's ``Options`` once it is opened; None if it declares none."""
+        return self._options
+
+    def set_options(self, options: Any) -> None:
+        """What :attr:`options` gives from now on; a copy of the section keeps it."""
+        self._options = options
+
+    def unknown(self, known: Container[str] | None) -> list[str]:
+        """Given keys that are neither of the section's class nor in ``known``; None knows all."""
+        return [] if known is None else [key for key in self.model_extra or {} if key not in known]
+
+    @classmethod
+    def leaves_keys_to_plugin(cls, kind: object) -> bool:
+        """Whether a section of this ``type`` may have keys beyond those of the class: all but HugeCTR's own types may."""
+        return isinstance(kind, str) and kind not in words.SPELLINGS_OF_PLUGINS
+
+
+class VolatileDatabaseConfig(PluginSection):
     """``volatile_db``: rows in the memory of this host or of a Redis cluster, shared by all models."""
 
     type: _VolatileType = "disabled"
@@ -91,7 +135,7 @@ class VolatileDatabaseConfig(Section):
     overflow_margin: Annotated[int, Field(ge=1, le=2**64 - 1)] = 2**64 - 1
     """Rows that a partition holds before rows are evicted."""
     overflow_policy: _OverflowPolicy = "evict_random"
-    """Which rows leave a partition that holds more than overflow_margin."""
+    """Which rows are evicted from a partition that holds more than overflow_margin."""
     overflow_resolution_target: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Fraction of overflow_margin that an eviction leaves; 1 evicts only the excess."""
     initialize_after_startup: bool = True
@@ -104,7 +148,7 @@ class VolatileDatabaseConfig(Section):
     """Regular expressions of the names of models that take online updates; an empty list takes none."""
 
 
-class PersistentDatabaseConfig(Section):
+class PersistentDatabaseConfig(PluginSection):
     """``persistent_db``: all rows of all models on disk."""
 
     type: _PersistentType = "disabled"
@@ -123,7 +167,50 @@ class PersistentDatabaseConfig(Section):
     """Regular expressions of the names of models that take online updates; an empty list takes none."""
 
 
-class UpdateSourceConfig(Section):
+class TierConfig(PluginSection):
+    """``tiers[i]`` of a type that HugeCTR does not have: what every tier takes. Other keys are options of the tier's own."""
+
+    type: _TierType
+    """Which tier: a built-in or installed one, or module:NAME or file.py:NAME for one of your own."""
+    max_batch_size: f.Count = 65536
+    """Keys in one read or write."""
+    read_only: bool = False
+    """Never write to the tier."""
+    initialize_after_startup: bool = True
+    """Insert the rows of the sparse models at start."""
+    initial_cache_rate: f.Fraction = 1.0
+    """Fraction of the rows of each table inserted at start."""
+    update_filters: tuple[f.Regex, ...] = (".+",)
+    """Regular expressions of the names of models that take online updates; an empty list takes none."""
+
+
+AnyTierConfig = VolatileDatabaseConfig | PersistentDatabaseConfig | TierConfig
+_KIND_OF_TIER: dict[type, str] = {VolatileDatabaseConfig: f.IN_MEMORY, PersistentDatabaseConfig: f.ON_DISK, TierConfig: f.OWN}
+
+
+def tier_class(section: object) -> type[AnyTierConfig]:
+    """The class of an entry of ``tiers``: that of HugeCTR's form for its types, else ``TierConfig``."""
+    kind = section.get("type") if isinstance(section, dict) else None
+    word = words.canonical_database(kind) if isinstance(kind, str) else None
+    if word is None:
+        return TierConfig
+    return PersistentDatabaseConfig if word == "rocks_db" else VolatileDatabaseConfig
+
+
+def _tag_of_tier(section: object) -> str:
+    return _KIND_OF_TIER[type(section) if isinstance(section, PluginSection) else tier_class(section)]
+
+
+_AnyTier = Annotated[
+    Annotated[VolatileDatabaseConfig, Tag(f.IN_MEMORY)]
+    | Annotated[PersistentDatabaseConfig, Tag(f.ON_DISK)]
+    | Annotated[TierConfig, Tag(f.OWN)],
+    Discriminator(_tag_of_tier),
+    f.AnyOf(),
+]
+
+
+class UpdateSourceConfig(PluginSection):
     """``update_source``: where online updates come from."""
 
     type: _UpdateSource = "null"
@@ -171,7 +258,7 @@ class ModelConfig(Section):
     maxnum_catfeature_query_per_table_per_sample: f.EachTable[f.Count]
     """Keys that one sample looks up at most in each table."""
     default_value_for_each_table: f.EachTable[f.Float32]
-    """What fills the row of a key found nowhere, for each table; a short list is continued with 0."""
+    """What fills the row of a key that no tier has, for each table; a short list is continued with 0."""
     deployed_device_list: tuple[f.Device, ...] = ()
     """Ordinals of the GPUs that serve the model, in any order; with an empty list the CPU serves it."""
     max_batch_size: f.Count = 64
@@ -189,7 +276,7 @@ class ModelConfig(Section):
     use_static_table: bool = False
     """Old spelling of embedding_cache_type static; wins over it."""
     use_hctr_cache_implementation: bool = True
-    """The original's choice between two dynamic caches; accepted, without effect."""
+    """HugeCTR's choice between two dynamic caches; accepted, without effect."""
     num_of_worker_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
     """Lookups in flight on a device at a time."""
     num_of_refresher_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -212,12 +299,12 @@ class ModelConfig(Section):
     """static: keep the rows in pinned host memory, where the GPU reads them."""
     fp8_quant: bool = False
     """static: keep rows as float8_e4m3 with one scale a row."""
-    cache_policy: f.PerTable[f.PartName] = "lru"
-    """Which rows leave a full cache: one name, or a list of one a table."""
+    cache_policy: f.PerTable[f.PluginName] = "lru"
+    """Which rows a full cache evicts: one name, or a list of one per table."""
     cache_size_bytes: f.PerTable[f.Bytes] = 0
-    """Bytes of rows that the cache of a device keeps, 0 for by gpucacheper: one number, or a list of one a table."""
+    """Bytes of rows that the cache of a device keeps, 0 for by gpucacheper: one number, or a list of one per table."""
     cache_row_dtype: f.PerTable[_RowDtype] = "float32"
-    """How a cache stores a row: one name, or a list of one a table."""
+    """How a cache stores a row: one name, or a list of one per table."""
     output_dtype: _OutputDtype = "float32"
     """Element type of the rows that a lookup returns."""
     miss_path: _MissPath = "auto"
@@ -277,12 +364,15 @@ class ServerConfig(Section):
         default_factory=PersistentDatabaseConfig, json_schema_extra={"default": {"type": "disabled"}}
     )
     """Rows on disk; if absent, none."""
+    tiers: Annotated[tuple[_AnyTier, ...], Field(min_length=1)] = ()
+    """Storage tiers, fastest first, instead of volatile_db and persistent_db; each with a type and its options."""
     update_source: UpdateSourceConfig = Field(
         default_factory=UpdateSourceConfig, json_schema_extra={"default": {"type": "null"}}
     )
     """Online updates; if absent, none."""
 
     _source: Path | None = PrivateAttr(None)
+    _strict: bool = PrivateAttr(False)
     _identity: str | None = PrivateAttr(None)
 
     @property
@@ -296,6 +386,11 @@ class ServerConfig(Section):
         return self._source.parent if self._source else None
 
     @property
+    def strict(self) -> bool:
+        """Unknown keys are errors: whether :func:`read_config` was told so."""
+        return self._strict
+
+    @property
     def identity(self) -> str:
         """What tells two servers apart: the resolved path of the file, or the canonical JSON of a config without one."""
         return self._identity or self._canonical()
@@ -304,9 +399,19 @@ class ServerConfig(Section):
         """The tables of all models, in the order of the file."""
         return tuple(table for model in self.models for table in model.tables(self.folder))
 
+    def tier_sections(self) -> tuple[tuple[Location, AnyTierConfig], ...]:
+        """Location and section of each storage tier that is not disabled, fastest first."""
+        every: list[tuple[Location, AnyTierConfig]] = [(("tiers", i), section) for i, section in enumerate(self.tiers)]
+        if not every:
+            every = [(("volatile_db",), self.volatile_db), (("persistent_db",), self.persistent_db)]
+        return tuple((place, section) for place, section in every if section.type != "disabled")
+
     def to_dict(self) -> dict[str, Any]:
         """Every key in its JSON spelling; ``read_config`` of it gives an equal config."""
-        return self.model_dump(mode="json")
+        form = self.model_dump(mode="json")
+        for key in ("volatile_db", "persistent_db") if self.tiers else ("tiers",):
+            del form[key]
+        return form
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """:meth:`to_dict` as the text of a config file."""
@@ -333,6 +438,6 @@ def _of_table(value: Any, i: int) -> Any:
 
 
 def _add_unread(schema: dict[str, Any]) -> None:
-    meaning = "Documented by the original, which never read it; accepted, without effect."
+    meaning = "Documented by HugeCTR, which never read it; accepted, without effect."
     for key in ModelConfig.unread:
         schema["properties"][key] = {"title": key, "description": meaning, "deprecated": True}

@@ -1,4 +1,4 @@
-"""One embedding table as every room below sees it: no JSON spelling, no lists, one value of each."""
+"""One embedding table as the other packages see it: no JSON spelling, no lists, one value of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TableSpec:
         name: name of the table in its model.
         dim: elements in a row.
         table_id: position of the table in its model, from 0.
-        default_value: float32 that fills the row of a key found nowhere.
+        default_value: float32 that fills the row of a key that no tier has.
         source: path or URI of the sparse model; relative paths were made absolute by :func:`locate`.
         max_keys: keys in one lookup that buffers are sized for (``max_batch_size`` x keys a sample).
         gpucacheper: fraction of the rows that the cache of a device keeps; used while ``cache_size_bytes`` is 0.

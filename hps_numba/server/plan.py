@@ -13,8 +13,8 @@ from hps_numba.device.host_memory import available_bytes, human_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
 from hps_numba.server.cache_shape import cache_shape, shape_bytes
+from hps_numba.storage.host.bound import RECENCY_OF_POLICY
 from hps_numba.storage.host.content import content_bytes
-from hps_numba.storage.host.store import RECENCY_OF_POLICY
 from hps_numba.storage.loading import rows_to_load
 from hps_numba.storage.model_files import open_model
 
@@ -156,7 +156,8 @@ def plan_table(
     fills_host = keeps_rows and (host.initialize_after_startup if fills_host is None else fills_host)
     host_rows = _host_rows(host, rows) if fills_host else 0
     recency = RECENCY_OF_POLICY[host.overflow_policy] if _bound(host) else 0
-    persistent = config.persistent_db.type != "disabled" and config.persistent_db.initialize_after_startup
+    slower = [section for _, section in config.tier_sections() if section is not host]
+    persistent = any(section.initialize_after_startup for section in slower)
     plan = TablePlan(
         model=spec.model,
         table=spec.name,

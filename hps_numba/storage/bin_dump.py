@@ -1,11 +1,11 @@
-"""The original's ``.bin`` dump of one table of a database (spec 5.6).
+"""HugeCTR's ``.bin`` dump of one table of a database.
 
 ::
 
     62 69 6e 00   uint32 version = 1   uint32 key bytes (4 or 8)   uint32 value bytes   [key][value] [key][value] ...
 
 Little-endian. An empty table has value bytes 0; a table that did not exist has no field of value bytes at all, and
-reads as empty. The original aborts the process on a wrong header and does not look at the length; here both are errors.
+reads as empty. HugeCTR aborts the process on a wrong header and does not check the length; here both are errors.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class BinDump:
         """
         step = rows_per_chunk(self.dim) if chunk_pairs is None else chunk_pairs
         if step < 1:
-            raise ValueError(f"chunk_pairs: {step}, wanted at least 1")
+            raise ValueError(f"chunk_pairs: expected at least 1, got {step}")
         pair = _pair(self.key_bytes, self.dim)
         with open_file(self.path) as file:
             for start in range(0, self.pairs, step):
@@ -86,16 +86,16 @@ def read_bin(path: PathLike) -> BinDump:
     with open_file(where) as file:
         size = os.fstat(file.fileno()).st_size
         if size < _HEADER_BYTES_NO_TABLE:
-            raise ModelFileError(f"{where}: {size} bytes, wanted a header of {_HEADER_BYTES}")
+            raise ModelFileError(f"{where}: expected a header of {_HEADER_BYTES} bytes, got {size} bytes")
         header = np.zeros(4, "<u4")
         read_exactly(file, 0, header[: min(size, _HEADER_BYTES) // 4], where)
     if header[:1].tobytes() != _MAGIC:
-        raise ModelFileError(f"{where}: starts with {header[:1].tobytes()!r}, wanted {_MAGIC!r}")
+        raise ModelFileError(f"{where}: expected a file that starts with {_MAGIC!r}, got {header[:1].tobytes()!r}")
     version, key_bytes, value_bytes = (int(field) for field in header[1:])
     if version != _VERSION:
-        raise ModelFileError(f"{where}: version {version}, wanted {_VERSION}")
+        raise ModelFileError(f"{where}: expected version {_VERSION}, got {version}")
     if key_bytes not in (4, 8):
-        raise ModelFileError(f"{where}: keys of {key_bytes} bytes, wanted 4 or 8")
+        raise ModelFileError(f"{where}: expected keys of 4 or 8 bytes, got {key_bytes}")
     if size == _HEADER_BYTES_NO_TABLE:
         return BinDump(where, key_bytes, 0, 0)
     return BinDump(where, key_bytes, value_bytes, _pairs(where, size, key_bytes, value_bytes))
@@ -105,12 +105,12 @@ def _pairs(path: Path, size: int, key_bytes: int, value_bytes: int) -> int:
     data_bytes = size - _HEADER_BYTES
     if value_bytes % 4 or data_bytes < 0:
         raise ModelFileError(
-            f"{path}: {size} bytes with values of {value_bytes} bytes, wanted a whole header and float32 values"
+            f"{path}: expected a whole header and float32 values, got {size} bytes with values of {value_bytes} bytes"
         )
     if value_bytes == 0 and data_bytes:
-        raise ModelFileError(f"{path}: {data_bytes} bytes after the header of an empty table, wanted none")
+        raise ModelFileError(f"{path}: expected no bytes after the header of an empty table, got {data_bytes}")
     if data_bytes % (key_bytes + value_bytes):
-        raise ModelFileError(f"{path}: {data_bytes} bytes of pairs, wanted a multiple of {key_bytes} + {value_bytes}")
+        raise ModelFileError(f"{path}: expected a multiple of {key_bytes} + {value_bytes} bytes of pairs, got {data_bytes}")
     return data_bytes // (key_bytes + value_bytes)
 
 
@@ -129,12 +129,12 @@ def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[A
         ValueError: ``key_bytes`` is not 4 or 8, or ``dim`` is less than 1.
     """
     if key_bytes not in (4, 8):
-        raise ValueError(f"key_bytes: {key_bytes}, wanted 4 or 8")
+        raise ValueError(f"key_bytes: expected 4 or 8, got {key_bytes}")
     if dim < 1:
-        raise ValueError(f"dim: {dim}, wanted at least 1")
+        raise ValueError(f"dim: expected at least 1, got {dim}")
     target = Path(path)
     if target.is_dir():
-        raise ModelFileError(f"{target}: is a directory, wanted a file")
+        raise ModelFileError(f"{target}: expected a file, got a directory")
     checked = checked_chunks(target, dim, chunks)
     with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source, new.open("wb") as file:
         return _write_pairs(file, target, key_bytes, dim, source)
@@ -165,4 +165,4 @@ def _header(key_bytes: int, value_bytes: int) -> bytes:
 def _check_4_bytes(path: Path, keys: Keys) -> None:
     wrong = keys[(keys < 0) | (keys >= 1 << 32)]
     if wrong.size:
-        raise ModelFileError(f"{path}: key {wrong[0]} does not fit 4 bytes, wanted 0 .. {(1 << 32) - 1}")
+        raise ModelFileError(f"{path}: expected keys in 0..{(1 << 32) - 1}, which fit 4 bytes, got {wrong[0]}")

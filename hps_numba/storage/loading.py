@@ -1,9 +1,9 @@
 """From a sparse model on disk into a host store: streamed, each byte read once and to its final place.
 
-One thread reads rows straight into the table's memory while another indexes the keys before it, so that the peak is the table
-plus two chunks of keys. Most of the time goes into memory that is used for the first time, which the system has to find and to
-clear; so the indexing thread, which would wait otherwise, touches the pages of every second chunk before the reader comes to
-them. A key that comes again in the file takes its last row (spec 5.1; decisions: last wins, everywhere).
+One thread reads rows straight into the table's memory while another indexes the keys of the chunk before, so that the peak is
+the table plus two chunks of keys. Most of the time goes into page faults: memory that is used for the first time has to be
+found and cleared. So the indexing thread, which would wait otherwise, touches the pages of every second chunk ahead of the
+reader. Of equal keys in a file the last row wins.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Progress = Callable[[int], None]
 
 
 def rows_to_load(rows: int, rate: float) -> int:
-    """Rows of the head of a file that ``initial_cache_rate`` asks for, rounded up (spec 1.4; the original loads all)."""
+    """Rows of the head of a file that ``initial_cache_rate`` asks for, rounded up."""
     return math.ceil(rows * Fraction(repr(rate)))  # as written: 0.07 of 100 rows are 7, in floats a little more
 
 
 def check_key_width(reader: SparseModelReader, keys: np.ndarray, first: int, *, wide: bool) -> None:
-    """Raise ModelFileError if a key needs more bits than the server has (spec 5.1: the original cuts them off)."""
+    """Raise ModelFileError if a key needs more bits than the server has (HugeCTR HPS truncates it)."""
     if wide or not len(keys):
         return
     bad = np.flatnonzero((keys < 0) | (keys > _MAX_KEY_32))
@@ -49,7 +49,7 @@ def check_key_width(reader: SparseModelReader, keys: np.ndarray, first: int, *, 
 def load_table(
     store: HostStore, reader: SparseModelReader, *, wide: bool, rate: float = 1.0, on_rows: Progress | None = None
 ) -> HostStore:
-    """Fill a sibling of ``store`` with the first ``rate`` of the file's rows; ``store.adopt`` puts it in force.
+    """Fill a sibling of ``store`` with the first ``rate`` of the file's rows; ``store.adopt`` swaps it in.
 
     Args:
         wide: keys have 64 bits, else 32.
@@ -76,7 +76,7 @@ def load_table(
 
 
 def stream_table(reader: SparseModelReader, rows: int, *, wide: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first ``rows`` rows in chunks (keys int64 ``[n]``, rows float32 ``[n, dim]``) of memory that is used again."""
+    """The first ``rows`` rows in chunks (keys int64 ``[n]``, rows float32 ``[n, dim]``) of arrays that are reused."""
     step = _chunk_rows(reader.dim)
     keys, part = np.empty(min(step, rows), np.int64), np.empty((min(step, rows), reader.dim), np.float32)
     for start in range(0, rows, step):
@@ -119,7 +119,7 @@ def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, wi
 
 
 def _touch(rows: np.ndarray) -> None:
-    """Write to every page of memory that is to be filled; NumPy holds no GIL meanwhile."""
+    """Write to every page of memory that is about to be filled; NumPy releases the GIL meanwhile."""
     rows.reshape(-1)[:: _PAGE_BYTES // rows.itemsize] = 0
 
 

@@ -6,6 +6,7 @@ name only where the content tells nothing. A model that is written appears whole
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,33 +19,50 @@ from hps_numba.storage.formats._format import PathLike, Progress, SparseModelFor
 
 __all__ = ["convert_model", "formats", "open_model", "write_model"]
 
+log = logging.getLogger(__name__)
 _PACKAGE = "hps_numba.storage.formats"
 _ARRAYS = {"key", "emb_vector", "meta"}
 
 
 def formats() -> list[SparseModelFormat]:
-    """All formats, by name."""
-    return [plugins.load(_PACKAGE, name, error=ModelFileError) for name in plugins.names(_PACKAGE)]
+    """All formats, by name; an installed one that cannot be loaded is logged as a WARNING and left out."""
+    found = []
+    for name in plugins.names(_PACKAGE):
+        try:
+            found.append(plugins.load(_PACKAGE, name, error=ModelFileError))
+        except ModelFileError as problem:
+            log.warning("format %s", problem)
+    return found
 
 
-def open_model(path: PathLike, dim: int | None = None, *, format: str | None = None) -> SparseModelReader:
+def open_model(
+    path: PathLike, dim: int | None = None, *, format: str | None = None, allow_code: bool = False
+) -> SparseModelReader:
     """Open a sparse model.
 
     Args:
         path: directory or file.
-        dim: width of a row that it must have; None takes the file's.
-        format: name of a format, or ``module:NAME`` of one's own; None finds it.
+        dim: row width that it must have; None takes the file's.
+        format: name of a format, or ``module:NAME`` or ``file.py:NAME`` of one's own; None detects it.
+        allow_code: ``format`` may be a reference, which is imported.
 
     Returns:
         A reader, which is a context manager.
 
     Raises:
-        ModelFileError: missing, damaged, of another width, or of no known format.
+        ModelFileError: missing, damaged, of another width, or of no known format; or ``format`` is not one.
         ValueError: ``dim`` is less than 1.
     """
     where = Path(path)
-    found = _format_of(where) if format is None else plugins.load(_PACKAGE, format, error=ModelFileError)
+    found = _format_of(where) if format is None else _named_format(format, allow_code)
     return found.open(where, dim)
+
+
+def _named_format(name: str, allow_code: bool) -> SparseModelFormat:
+    found = plugins.load(_PACKAGE, name, allow_code=allow_code, error=ModelFileError)
+    if not isinstance(found, SparseModelFormat):
+        raise ModelFileError(f"format: expected an instance of SparseModelFormat, got {name!r}, which is {found!r}")
+    return found
 
 
 def _format_of(path: Path) -> SparseModelFormat:
@@ -58,11 +76,11 @@ def _format_of(path: Path) -> SparseModelFormat:
     for found in every:
         if path.suffix.lower() in found.suffixes:
             return found
-    raise ModelFileError(f"{path}: is none of the known formats ({', '.join(found.name for found in every)})")
+    raise ModelFileError(f"{path}: expected one of the known formats ({', '.join(found.name for found in every)})")
 
 
 def _hint(path: Path) -> str:
-    """Where an overwrite that was killed between its two renames left the old model."""
+    """Where an overwrite that was killed between its two renames left the old model, for a message."""
     kept = [workspace / "old" for workspace in leftovers(path) if (workspace / "old").exists()]
     return f"; an interrupted overwrite left the old one at {kept[0]}" if kept else ""
 
@@ -75,24 +93,25 @@ def write_model(
     format: str | None = None,
     rows: int | None = None,
     overwrite: bool = False,
+    allow_code: bool = False,
     on_progress: Progress | None = None,
 ) -> int:
     """Write a sparse model and return its number of rows.
 
-    Everything goes to a hidden sibling first, is flushed to the disk, and is then renamed: whenever the process or the
-    machine stops, ``path`` is the old model, the new one or (between two renames, where a directory is replaced)
-    nothing. What a killed writer left is ignored by readers and cleaned by the next writer of the same path, who also
-    puts the old model back in the last case.
+    Everything is written to a hidden sibling first, flushed to the disk, and then renamed: whenever the process or the machine
+    stops, ``path`` is the old model, the new one or (between two renames, where a directory is replaced) missing. Readers
+    ignore what a killed writer left; the next writer of the same path removes it, and restores the old model in the last case.
 
     Args:
-        path: to be made.
+        path: to be created.
         dim: floats in a row, at least 1.
         chunks: yields ``(keys int64[m], rows float32[m, dim])`` or ``(keys, rows, meta int64[m])``; float16 and float64
-            rows and other integers are converted. A chunk is used up before the next one is asked for, so that its
-            arrays may be used again.
-        format: None takes it from the name: none or ``.model`` a directory, ``.h5`` or ``.hdf5`` HDF5.
+            rows and other integers are converted. A chunk is consumed before the next one is asked for, so its arrays may be
+            reused.
+        format: as in :func:`open_model`; None takes it from the suffix: none or ``.model`` a directory, ``.h5`` HDF5.
         rows: number of rows to come, if known; another number is then an error.
-        overwrite: replace a model that exists.
+        overwrite: replace an existing model.
+        allow_code: ``format`` may be a reference, which is imported.
         on_progress: called with (rows done, ``rows`` or rows done) after each chunk.
 
     Raises:
@@ -102,9 +121,9 @@ def write_model(
         ValueError: ``dim`` is less than 1.
     """
     if dim < 1:
-        raise ValueError(f"dim: {dim}, wanted at least 1")
+        raise ValueError(f"dim: expected at least 1, got {dim}")
     target = Path(path)
-    writer = _writing_format(target, format)
+    writer = _writing_format(target, format, allow_code)
     with translated(target):
         _check_replaceable(target)
     checked = checked_chunks(target, dim, chunks, rows, on_progress)
@@ -112,16 +131,16 @@ def write_model(
         return writer.write(new, dim, source)
 
 
-def _writing_format(path: Path, name: str | None) -> SparseModelFormat:
+def _writing_format(path: Path, name: str | None, allow_code: bool) -> SparseModelFormat:
     if name is not None:
-        found: SparseModelFormat = plugins.load(_PACKAGE, name, error=ModelFileError)
+        found = _named_format(name, allow_code)
     else:
         matches = [found for found in formats() if path.suffix.lower() in found.suffixes]
         if not matches:
-            raise ModelFileError(f"{path}: no format is called {path.suffix}, wanted one of {_writable()}, or pass format")
+            raise ModelFileError(f"{path}: expected a suffix of {_writable()} or format=, got {path.suffix!r}")
         found = matches[0]
     if not found.can_write:
-        raise ModelFileError(f"{path}: format {found.name} is read only, wanted one of {_writable()}")
+        raise ModelFileError(f"{path}: expected a format that can write ({_writable()}), got {found.name}")
     return found
 
 
@@ -138,11 +157,11 @@ def _check_replaceable(path: Path) -> None:
     """A directory is deleted with all that is in it: refuse where there is more than a model."""
     try:
         entries = list(path.iterdir()) if path.is_dir() else []
-    except FileNotFoundError:  # another writer is just replacing it
+    except FileNotFoundError:  # another writer is replacing it at this moment
         entries = []
     strangers = sorted(entry.name for entry in entries if entry.is_dir() or entry.name.partition(".")[0] not in _ARRAYS)
     if strangers:
-        raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is no part of a sparse model; it will not be replaced")
+        raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is not part of a sparse model; it is not replaced")
 
 
 def convert_model(
@@ -153,6 +172,7 @@ def convert_model(
     format: str | None = None,
     chunk_rows: int | None = None,
     overwrite: bool = False,
+    allow_code: bool = False,
     on_progress: Progress | None = None,
 ) -> int:
     """Copy a model of any format to one that can be written, chunk by chunk, and return its number of rows.
@@ -162,11 +182,20 @@ def convert_model(
         dim: width that ``src`` must have; needed only for a directory without rows.
         format: of ``dst``; None takes it from the name, as in :func:`write_model`.
         chunk_rows: rows at a time; None means about 8 MiB.
-        overwrite, on_progress: as in :func:`write_model`; ``src``'s number of rows is the total.
+        overwrite, allow_code, on_progress: as in :func:`write_model`; ``src``'s number of rows is the total.
 
     Raises:
         ModelFileError: as in :func:`open_model` and :func:`write_model`.
     """
     with open_model(src, dim) as model:
         chunks = model.chunks(chunk_rows)
-        return write_model(dst, model.dim, chunks, format=format, rows=model.rows, overwrite=overwrite, on_progress=on_progress)
+        return write_model(
+            dst,
+            model.dim,
+            chunks,
+            format=format,
+            rows=model.rows,
+            overwrite=overwrite,
+            allow_code=allow_code,
+            on_progress=on_progress,
+        )

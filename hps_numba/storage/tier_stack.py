@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from hps_numba import plugins
-from hps_numba.config import ServerConfig
+from hps_numba.config import ServerConfig, VolatileDatabaseConfig, checked_options
+from hps_numba.config.messages import dotted
 from hps_numba.device.host_memory import HostAllocator
 from hps_numba.errors import ClosedError, ConfigError, TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
@@ -30,21 +31,21 @@ _TIERS = "hps_numba.storage.tiers"
 
 
 def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HashMapTier | None, TierStack]:
-    """The volatile tier, if it keeps rows in the memory of this process, and all other tiers of a config.
+    """The first tier, if it keeps rows in the memory of this process, and all other tiers of a config.
 
     Raises:
         TierUnavailable: a tier does not exist, is not installed or cannot be reached.
-        ConfigError: what the config names is not a tier. In any case, no tier stays open.
+        ConfigError: what the config names is not a tier, or an option of it is not valid. In any case, no tier stays open.
     """
     host: HashMapTier | None = None
     slower: list[Tier] = []
     with ExitStack() as undo:
-        for place, section in (("volatile_db", config.volatile_db), ("persistent_db", config.persistent_db)):
-            if section.type == "disabled":
-                continue
-            kind = _tier_class(place, section.type, config.folder, allow_code)
-            if kind is HashMapTier and place == "volatile_db":
-                host = HashMapTier(config.volatile_db, wide_keys=config.supportlonglong, allocator=allocator)
+        for place, given in config.tier_sections():
+            kind = _tier_class(dotted(place), given.type, config.folder, allow_code)
+            section = checked_options(given, kind.Options, place, strict=config.strict)
+            if kind is HashMapTier and given is config.volatile_db:
+                assert isinstance(section, VolatileDatabaseConfig)
+                host = HashMapTier(section, wide_keys=config.supportlonglong, allocator=allocator)
             else:
                 slower.append(kind(section, wide_keys=config.supportlonglong))
                 undo.callback(slower[-1].close)
@@ -58,9 +59,9 @@ def _tier_class(place: str, name: str, folder: Path | None, allow_code: bool) ->
         raise TierUnavailable(f"{place}.type: {name!r} is not part of this version, which has {', '.join(known)}")
     kind = plugins.load(_TIERS, name, allow_code=allow_code, folder=folder, error=TierUnavailable)
     if not (isinstance(kind, type) and issubclass(kind, Tier)):
-        raise ConfigError(f"{place}.type: {name!r} is {kind!r}, a subclass of Tier is wanted")
+        raise ConfigError(f"{place}.type: expected a subclass of Tier, got {name!r}, which is {kind!r}")
     if missing := sorted(getattr(kind, "__abstractmethods__", ())):
-        raise ConfigError(f"{place}.type: {name!r} lacks {', '.join(missing)}, which a tier must have")
+        raise ConfigError(f"{place}.type: expected a tier with {', '.join(missing)}, got {name!r}, which lacks them")
     return kind
 
 
@@ -82,13 +83,13 @@ class StackAnswer:
 class TierStack:
     """Slower tiers, fastest first.
 
-    Reads at work are counted, and ``close`` waits for them, so that a lookup gets its rows. It does not wait for writes:
-    what becomes of a write beside ``close`` is up to the tier.
+    Active reads are counted, and ``close`` waits for them, so that a lookup gets its rows. It does not wait for writes: what
+    happens to a write during ``close`` is up to the tier.
 
-    **Threads:** every method.
+    Thread safety: every method.
     """
 
-    #: seconds that ``close`` waits for reads at work
+    #: seconds that ``close`` waits for active reads
     GRACE_SECONDS = 30.0
 
     def __init__(self, tiers: Iterable[Tier]) -> None:
@@ -130,10 +131,10 @@ class TierStack:
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> StackAnswer:
         """Copy the rows of those keys that some tier has to ``rows``; the others stay as they are.
 
-        A tier that fails is passed over: its keys are looked for in the next one and, if found nowhere, reported as unsure.
+        A tier that fails is skipped: its keys are looked for in the next one and, if no tier has them, reported as unsure.
 
         Raises:
-            TierError: the answer of a tier breaks its contract.   ClosedError: after ``close``.
+            TierError: a tier returned something that is not an answer.   ClosedError: after ``close``.
         """
         with self._reading():
             return self._fetch(table, keys, rows, deadline)
@@ -143,21 +144,21 @@ class TierStack:
         unsure = np.zeros(len(keys), bool)
         errors = 0
         for tier in self.tiers:
-            wanted = np.flatnonzero(~found)
-            if not len(wanted):
+            open_positions = np.flatnonzero(~found)
+            if not len(open_positions):
                 break
-            some = np.ascontiguousarray(rows[wanted])
+            some = np.ascontiguousarray(rows[open_positions])
             try:
-                answer = tier.fetch(table, keys[wanted], some, deadline=deadline)
+                answer = tier.fetch(table, keys[open_positions], some, deadline=deadline)
             except TierError as problem:
                 log.debug("%s: %s: fetch failed: %s", table, type(tier).__name__, problem)
                 errors += 1
-                unsure[wanted] = True
+                unsure[open_positions] = True
                 continue
-            _check_answer(tier, answer, len(wanted))
-            rows[wanted[answer.found]] = some[answer.found]
-            found[wanted[answer.found]] = True
-            unsure[wanted[answer.asked :]] = True
+            _check_answer(tier, answer, len(open_positions))
+            rows[open_positions[answer.found]] = some[answer.found]
+            found[open_positions[answer.found]] = True
+            unsure[open_positions[answer.asked :]] = True
         return StackAnswer(found, unsure & ~found, errors)
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
@@ -179,7 +180,7 @@ class TierStack:
         self._write(lambda tier: tier.insert(table, keys, rows))
 
     def update(self, table: str, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Write the rows of those keys that a tier has already, in each tier that can be written."""
+        """Overwrite the rows of those keys that a tier has, in each tier that can be written."""
 
         def update_one(tier: Tier) -> None:
             present = tier.contains(table, keys)
@@ -207,11 +208,11 @@ class TierStack:
             change(tier)
 
     def close(self) -> None:
-        """Refuse later calls, let reads at work end, then close every tier, also those after one that fails to."""
+        """Refuse later calls, wait for active reads, then close every tier, also those after one that fails to close."""
         with self._reads_changed:
             self._closed = True
             if not self._reads_changed.wait_for(lambda: self._reads == 0, self.GRACE_SECONDS):
-                log.warning("slower tiers are closed under %d reads after %g s", self._reads, self.GRACE_SECONDS)
+                log.warning("slower tiers: closed during %d reads that took over %g s", self._reads, self.GRACE_SECONDS)
         with ExitStack() as closing:
             for tier in reversed(self.tiers):
                 closing.callback(tier.close)
@@ -219,14 +220,14 @@ class TierStack:
 
 def _check_answer(tier: Tier, answer: object, n: int) -> None:
     if not isinstance(answer, Fetched):
-        raise TierError(f"{type(tier).__name__}.fetch: {type(answer).__name__} came, Fetched is wanted")
+        raise TierError(f"{type(tier).__name__}.fetch: expected Fetched, got {type(answer).__name__}")
     _check_flags(tier, "fetch: found", answer.found, n)
     if not (isinstance(answer.asked, (int, np.integer)) and 0 <= answer.asked <= n):
-        raise TierError(f"{type(tier).__name__}.fetch: asked: {answer.asked!r} came, 0 to {n} is wanted")
+        raise TierError(f"{type(tier).__name__}.fetch: asked: expected 0 to {n}, got {answer.asked!r}")
 
 
 def _check_flags(tier: Tier, place: str, flags: object, n: int) -> None:
-    """An int array would be taken for positions, and a row of another key would be the answer."""
+    """NumPy would take an int array for positions, and the rows of other keys would be the answer."""
     if not (isinstance(flags, np.ndarray) and flags.dtype == np.bool_ and flags.shape == (n,)):
-        came = f"{flags.dtype}{list(flags.shape)}" if isinstance(flags, np.ndarray) else type(flags).__name__
-        raise TierError(f"{type(tier).__name__}.{place}: {came} came, bool[{n}] is wanted")
+        got = f"{flags.dtype}{list(flags.shape)}" if isinstance(flags, np.ndarray) else type(flags).__name__
+        raise TierError(f"{type(tier).__name__}.{place}: expected bool[{n}], got {got}")

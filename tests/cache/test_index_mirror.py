@@ -32,6 +32,7 @@ from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEF
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.server.plan import make_plan
+from hps_numba.storage.host import writing
 from hps_numba.storage.host.store import HostStore
 
 
@@ -96,7 +97,7 @@ def test_every_change_invalidates_the_mirror_first(bench: CopyBench, change: str
     def look() -> None:
         at_start.append(led_to(cache))
 
-    store.watch_turns(look)
+    store.watch_writes(look)
     keys = ints(range(40, 80))
     if change == "close":
         store.close()
@@ -113,7 +114,7 @@ def test_every_change_invalidates_the_mirror_first(bench: CopyBench, change: str
         "adopt": lambda: store.adopt(sibling),
         "grow": lambda: store.upsert(ints(range(5000)), rows_of(ints(range(5000)), DIM, 2)),
     }[change]()
-    store.unwatch_turns(look)
+    store.unwatch_writes(look)
     assert at_start and copy not in at_start
     assert led_to(cache) == store.block
     cache.clear()
@@ -292,7 +293,7 @@ def test_interrupted_write_is_repaired_before_mirroring(bench: CopyBench, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_batch", interrupted)
+        patch.setattr(writing, "host_upsert", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.upsert(ints([1]), rows_of(ints([1]), DIM, 1))
     assert not cache.mirror_index()
@@ -345,14 +346,14 @@ def test_writer_and_mirroring_do_not_deadlock(bench: CopyBench, monkeypatch: pyt
         assert time.monotonic() - started < 0.9
         thread.join()
     assert made == [False]
-    assert store._old_contents == []
+    assert store.versions.retired == 0
 
 
 def test_mirroring_does_not_wait_long_for_a_writer(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     answers: list[bool] = []
-    with store._writing():
+    with store.write_lock.writing():
         thread = threading.Thread(target=lambda: answers.append(cache.mirror_index()))
         thread.start()
         thread.join(5)
@@ -414,7 +415,7 @@ def test_timer_does_not_keep_a_dropped_mirror_alive(monkeypatch: pytest.MonkeyPa
     copy = limited(monkeypatch, total=16_000, free=16_000)
     copy._automatic = True
     copy._call_in(60.0)
-    copy._store.unwatch_turns(copy.invalidate)
+    copy._store.unwatch_writes(copy.invalidate)
     seen = weakref.ref(copy)
     del copy
     gc.collect()

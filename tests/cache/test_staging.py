@@ -32,6 +32,7 @@ from hps_numba.errors import CapacityError, ClosedError, ConfigError
 from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.policies._policy import Policy
+from hps_numba.storage.host import reading
 from hps_numba.storage.host import store as host_store
 from hps_numba.storage.host.store import HostStore
 
@@ -659,10 +660,10 @@ def gathered(store: HostStore, keys: np.ndarray, **options: Any) -> tuple[np.nda
     return rows, words, missing, content
 
 
-@pytest.mark.parametrize("least", [host_store._GATHERED_BYTES, 1000])
+@pytest.mark.parametrize("least", [reading._GATHERED_BYTES, 1000])
 @pytest.mark.parametrize("n", [0, 1, 1023, 1025, 5000])
 def test_gathered_rows_are_those_of_a_lookup(monkeypatch: pytest.MonkeyPatch, least: int, n: int) -> None:
-    monkeypatch.setattr(host_store, "_GATHERED_BYTES", least)  # 1000: many ranges, for several threads
+    monkeypatch.setattr(reading, "_GATHERED_BYTES", least)  # 1000: many ranges, for several threads
     store = HostStore(DIM)
     known = np.arange(0, 3000, 2)
     store.upsert(known, rows_of(known, DIM))

@@ -1,4 +1,4 @@
-"""Acceptance row C21 (and C02 for objects) of spec 11.1: the original's Python objects say the same as a file."""
+"""HugeCTR's Python objects say the same as a file (checklist C21, and C02 for objects)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hps_numba.config import (
 from hps_numba.config.objects import FILE_KEYS
 from hps_numba.errors import ConfigError
 
-# names and order of spec 4.1; what stands after the bar is new and taken by keyword only
+# names and order of HugeCTR; what follows the bar is new and taken by keyword only
 SIGNATURES: dict[type, str] = {
     VolatileDatabaseParams: "type address user_name password num_partitions allocation_rate shared_memory_size "
     "shared_memory_name shared_memory_auto_remove num_node_connections max_batch_size enable_tls tls_ca_certificate "
@@ -78,7 +78,7 @@ MODEL_DEFAULTS = {
 
 
 def params(name: str = "m", files: Any = ("m0.model",), **more: Any) -> InferenceParams:
-    """A model as spec 1.9 has it, given by position as far as arguments are required."""
+    """A model of HugeCTR's samples, with required arguments given by position."""
     given: dict[str, Any] = {
         "embedding_vecsize_per_table": [16],
         "maxnum_catfeature_query_per_table_per_sample": [10],
@@ -186,17 +186,17 @@ def test_c21_other_enums_take_strings_too() -> None:
     assert config.update_source.type == UpdateSourceType_t.kafka_message_queue
     assert config.models[0].embedding_cache_type == EmbeddingCacheType_t.UVM
     for stochastic in ("stochastic", EmbeddingCacheType_t.stochastic):
-        assert "wanted dynamic instead" in refused([params(embedding_cache_type=stochastic)])
+        assert "expected dynamic (stochastic never" in refused([params(embedding_cache_type=stochastic)])
 
 
 def test_c21_lists_of_defaults(caplog: pytest.LogCaptureFixture) -> None:
     three = {"embedding_vecsize_per_table": [4] * 3, "maxnum_catfeature_query_per_table_per_sample": [1] * 3}
-    for given, wanted in (([0.0], (0.0,) * 3), ([5.0], (5.0,) * 3), ([1.0, 2.0], (1.0, 2.0, 0.0))):
+    for given, expected in (([0.0], (0.0,) * 3), ([5.0], (5.0,) * 3), ([1.0, 2.0], (1.0, 2.0, 0.0))):
         model = read_config([params(files=["a", "b", "c"], default_value_for_each_table=given, **three)]).models[0]
-        assert model.default_value_for_each_table == wanted
+        assert model.default_value_for_each_table == expected
         assert model.embedding_table_names == ("sparse_embedding0", "sparse_embedding1", "sparse_embedding2")
     assert len(logged(caplog, logging.WARNING)) == 1
-    assert "has 1 entry, wanted 3" in refused([params(files=["a", "b", "c"])])
+    assert "expected 3 entries, as many as sparse_files, got 1 entry" in refused([params(files=["a", "b", "c"])])
 
 
 def test_c21_new_keys_and_fusion_are_carried() -> None:
@@ -225,24 +225,24 @@ def test_c21_any_deployed_devices() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "models: [] has too few entries, wanted at least 1"),
-        ([3], "models[0]: 3 is not an InferenceParams"),
-        ([params("m", files="abc")], "models[0].sparse_files: 'abc' is not a list, each entry a string"),
-        ([params("m", volatile_db=None)], "volatile_db: null is not an object"),
+        ([], "models: expected at least 1 entry, got []"),
+        ([3], "models[0]: expected an InferenceParams, got 3"),
+        ([params("m", files="abc")], "models[0].sparse_files: expected a list, each entry a string, got 'abc'"),
+        ([params("m", volatile_db=None)], "volatile_db: expected an object, got null"),
         (
             [params(cache_refresh_percentage_per_iteration=2)],
             "models[0].cache_refresh_percentage_per_iteration: 2 is not in 0..1",
         ),
-        ([params("m"), params("m")], "models[1].model: 'm' is already models[0].model, wanted each one once"),
+        ([params("m"), params("m")], "models[1].model: 'm' is already models[0].model, expected each one once"),
         (
             [params("a"), dataclasses.replace(params("b"), i64_input_key=False)],
-            "models[1].i64_input_key: false differs from models[0], wanted one for all models",
+            "models[1].i64_input_key: false differs from models[0], all must agree",
         ),
         (
             [params("a"), params("b", persistent_db=PersistentDatabaseParams("rocks_db"))],
             "models[1].persistent_db: a value of type PersistentDatabaseParams differs from models[0]",
         ),
-        ([params(deployed_devices=None, device_id=1)], "models[0].deployed_device_list: null is not a list, each entry"),
+        ([params(deployed_devices=None, device_id=1)], "models[0].deployed_device_list: expected a list, each entry"),
     ],
 )
 def test_c21_mistakes_in_objects(source: Any, message: str) -> None:
@@ -255,22 +255,34 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a["emb_table_name"].pop("demo_model"), "emb_table_name.demo_model: missing, wanted a list of 1"),
+        (lambda a: a["emb_table_name"].pop("demo_model"), "emb_table_name.demo_model: missing, expected a list of 1"),
         (lambda a: a["embedding_vec_size"].update(other=[1]), "embedding_vec_size.other: [1] is for a model that"),
         (
             lambda a: a["embedding_vec_size"].update(demo_model2=[64]),
-            "embedding_vec_size.demo_model2: [64] is not a list of 2, one a sparse model file",
+            "embedding_vec_size.demo_model2: expected a list of 2, one per sparse model file, got [64]",
         ),
         (
             lambda a: a["max_feature_num_per_sample_per_emb_table"].update(demo_model2=[3, 5, 7]),
-            "max_feature_num_per_sample_per_emb_table.demo_model2: [3, 5, 7] is not a list of 2",
+            "max_feature_num_per_sample_per_emb_table.demo_model2: expected a list of 2, one per sparse model file",
         ),
-        (lambda a: a["emb_table_name"].update(demo_model=3), "emb_table_name.demo_model: 3 is not a list of 1"),
-        (lambda a: a.update(embedding_vec_size=[16]), "embedding_vec_size: [16] is not a map"),
-        (lambda a: a.update(inference_params_array=3), "inference_params_array: 3 is not a list of InferenceParams"),
-        (lambda a: a.update(inference_params_array=[3]), "inference_params_array[0]: 3 is not an InferenceParams"),
-        (lambda a: a.update(inference_params_array=[params([1])]), "inference_params_array[0].model_name: [1] is not a string"),
-        (lambda a: a.update(inference_params_array=[params(files="a")]), "inference_params_array[0].sparse_model_files: 'a'"),
+        (
+            lambda a: a["emb_table_name"].update(demo_model=3),
+            "emb_table_name.demo_model: expected a list of 1, one per sparse model file, got 3",
+        ),
+        (
+            lambda a: a.update(embedding_vec_size=[16]),
+            "embedding_vec_size: expected a map from the names of models to lists, got [16]",
+        ),
+        (lambda a: a.update(inference_params_array=3), "inference_params_array: expected a list of InferenceParams, got 3"),
+        (lambda a: a.update(inference_params_array=[3]), "inference_params_array[0]: expected an InferenceParams, got 3"),
+        (
+            lambda a: a.update(inference_params_array=[params([1])]),
+            "inference_params_array[0].model_name: expected a string, got [1]",
+        ),
+        (
+            lambda a: a.update(inference_params_array=[params(files="a")]),
+            "inference_params_array[0].sparse_model_files: expected a list of strings, got 'a'",
+        ),
     ],
 )
 def test_c21_parameter_server_config_checks_its_maps(change: Change, message: str) -> None:
@@ -288,4 +300,4 @@ def test_c21_parameter_server_config_replaces_databases_and_shapes_of_models() -
     config = read_config(ParameterServerConfig(**two_models(inference_params_array=models)))
     assert config == read_config(TWO_MODELS)
     empty = ParameterServerConfig({}, {}, {}, [])
-    assert refused(empty) == "models: [] has too few entries, wanted at least 1"
+    assert refused(empty) == "models: expected at least 1 entry, got []"

@@ -1,4 +1,4 @@
-"""Acceptance rows C06 to C09 of spec 11.1: the type, range and spelling of single values.
+"""Checklist C06 to C09: the type, range and spelling of single values.
 
 That every numeric key has limits, and that they are those of the JSON schema, is in test_config_schema.py.
 """
@@ -19,41 +19,41 @@ from hps_numba.config.enums import CACHE_TYPES, DATABASES, OVERFLOW_POLICIES, RO
 NAN, INFINITY = float("nan"), float("inf")
 COUNT = "in 1..2147483647"
 WRONG_TYPES = [
-    ("supportlonglong", 1, "1 is not true or false"),
-    ("supportlonglong", "true", "'true' is not true or false"),
-    ("models", {}, "{} is not a list, each entry an object"),
-    ("models", [], "[] has too few entries, wanted at least 1"),
-    ("models.0", None, "null is not an object"),
-    ("models.0.model", [], "[] is not a string"),
-    ("models.0.sparse_files", "m0.model", "'m0.model' is not a list, each entry a string"),
-    ("models.0.sparse_files", [], "[] has too few entries, wanted at least 1"),
-    ("models.0.default_value_for_each_table", [], "[] has too few entries, wanted at least 1"),
-    ("models.0.embedding_table_names", [], "[] has too few entries, wanted at least 1"),
-    ("models.0.embedding_vecsize_per_table.0", None, "null is not an integer in 1..65536"),
-    ("models.0.max_batch_size", None, f"null is not an integer {COUNT}"),
-    ("models.0.max_batch_size", "64", f"'64' is not an integer {COUNT}"),
-    ("models.0.max_batch_size", [64], f"[64] is not an integer {COUNT}"),
-    ("models.0.gpucacheper", {}, "{} is not a number in 0..1"),
-    ("models.0.cache_policy", None, "null is not a string"),
-    ("models.0.cache_policy", [], "[] has too few entries, wanted at least 1"),
-    ("volatile_db", None, "null is not an object"),
-    ("volatile_db", [], "[] is not an object"),
-    ("volatile_db.password", 5, "(hidden) is not a string"),
-    ("volatile_db.update_filters", ".+", "'.+' is not a list, each entry a string"),
-    ("persistent_db.type", None, "null is not a string"),
-    ("update_source.type", None, "null is not a string"),
+    ("supportlonglong", 1, "expected true or false, got 1"),
+    ("supportlonglong", "true", "expected true or false, got 'true'"),
+    ("models", {}, "expected a list, each entry an object, got {}"),
+    ("models", [], "expected at least 1 entry, got []"),
+    ("models.0", None, "expected an object, got null"),
+    ("models.0.model", [], "expected a string, got []"),
+    ("models.0.sparse_files", "m0.model", "expected a list, each entry a string, got 'm0.model'"),
+    ("models.0.sparse_files", [], "expected at least 1 entry, got []"),
+    ("models.0.default_value_for_each_table", [], "expected at least 1 entry, got []"),
+    ("models.0.embedding_table_names", [], "expected at least 1 entry, got []"),
+    ("models.0.embedding_vecsize_per_table.0", None, "expected an integer in 1..65536, got null"),
+    ("models.0.max_batch_size", None, f"expected an integer {COUNT}, got null"),
+    ("models.0.max_batch_size", "64", f"expected an integer {COUNT}, got '64'"),
+    ("models.0.max_batch_size", [64], f"expected an integer {COUNT}, got [64]"),
+    ("models.0.gpucacheper", {}, "expected a number in 0..1, got {}"),
+    ("models.0.cache_policy", None, "expected a string, got null"),
+    ("models.0.cache_policy", [], "expected at least 1 entry, got []"),
+    ("volatile_db", None, "expected an object, got null"),
+    ("volatile_db", [], "expected an object, got []"),
+    ("volatile_db.password", 5, "expected a string, got (hidden)"),
+    ("volatile_db.update_filters", ".+", "expected a list, each entry a string, got '.+'"),
+    ("persistent_db.type", None, "expected a string, got null"),
+    ("update_source.type", None, "expected a string, got null"),
 ]
 OUT_OF_RANGE = [
     ("models.0.gpucacheper", 1.4, "1.4 is not in 0..1"),
     ("models.0.gpucacheper", -0.1, "-0.1 is not in 0..1"),
-    ("models.0.gpucacheper", NAN, "NaN is not a number in 0..1"),
-    ("models.0.gpucacheper", True, "true is not a number in 0..1"),
+    ("models.0.gpucacheper", NAN, "expected a number in 0..1, got NaN"),
+    ("models.0.gpucacheper", True, "expected a number in 0..1, got true"),
     ("models.0.max_batch_size", 0, f"0 is not {COUNT}"),
-    ("models.0.max_batch_size", True, f"true is not an integer {COUNT}"),
-    ("models.0.max_batch_size", 64.0, f"64.0 is not an integer {COUNT}"),
+    ("models.0.max_batch_size", True, f"expected an integer {COUNT}, got true"),
+    ("models.0.max_batch_size", 64.0, f"expected an integer {COUNT}, got 64.0"),
     ("models.0.embedding_vecsize_per_table.0", 0, "0 is not in 1..65536"),
     ("models.0.deployed_device_list.0", -1, "-1 is not in 0..1023"),
-    ("models.0.refresh_interval", INFINITY, "Infinity is not a number in 0..31536000"),
+    ("models.0.refresh_interval", INFINITY, "expected a number in 0..31536000, got Infinity"),
     ("models.0.cache_size_bytes", -1, "-1 is not in 0..1125899906842624"),
     ("models.0.default_value_for_each_table.0", 1e39, "1e+39 is not in -3.4028235e+38..3.4028235e+38"),
     ("volatile_db.num_partitions", 0, "0 is not in 1..65536"),
@@ -90,7 +90,7 @@ def test_c07_an_integer_is_fine_for_a_float_and_nan_in_a_file_is_named(tmp_path:
     assert read_config(changed(MINIMAL, "models.0.refresh_delay", 2)).models[0].refresh_delay == 2.0
     assert read_config(changed(MINIMAL, "models.0.refresh_interval", 0.5)).models[0].refresh_interval == 0.5
     path = write(tmp_path, json.dumps(changed(MINIMAL, "models.0.gpucacheper", float("nan"))))
-    assert refused(path) == f"models[0].gpucacheper: NaN is not a number in 0..1 (in {path})"
+    assert refused(path) == f"models[0].gpucacheper: expected a number in 0..1, got NaN (in {path})"
 
 
 @pytest.mark.parametrize("limit", [-1.0, 0, 1.1, 100])
@@ -166,13 +166,14 @@ def test_c08_every_spelling_is_read_as_its_canonical_word(path: str, words: Word
 @pytest.mark.parametrize("wrong", ["", "Hash_Map", "hash-map", "DYNAMIC", "evict", "x" * 10_000], ids=lambda text: text[:10])
 def test_c09_unknown_words_are_refused(path: str, words: Words, refused_words: set[str], wrong: str) -> None:
     message = refused(changed(MINIMAL, path, wrong))
-    assert message.startswith(f"{dotted(path)}: '")
+    assert message.startswith(f"{dotted(path)}: expected one of ")
+    assert f", got {wrong[:60]!r}" in message
     assert all(spelling in message for spelling in spellings(words, refused_words))
     assert len(message) < 600
 
 
-def test_c08_the_spellings_of_the_original() -> None:
-    """The alias table of spec 1.7, copied here so that the code's table cannot drift."""
+def test_c08_the_spellings_of_hugectr() -> None:
+    """HugeCTR's alias table, copied here so that the code's table cannot drift."""
     assert DATABASES == {
         "disabled": ("disable", "none"),
         "hash_map": ("hashmap", "hash", "map"),
@@ -191,15 +192,19 @@ def test_c08_the_spellings_of_the_original() -> None:
 
 def test_c09_words_that_are_known_but_wrong_here() -> None:
     assert refused(changed(MINIMAL, "models.0.embedding_cache_type", "stochastic")) == (
-        "models[0].embedding_cache_type: 'stochastic' never had an implementation, wanted dynamic instead"
+        "models[0].embedding_cache_type: expected dynamic (stochastic never had an implementation), got 'stochastic'"
     )
-    assert "wanted in persistent_db.type instead" in refused(changed(MINIMAL, "volatile_db.type", "rocks"))
-    assert "does not keep rows on disk" in refused(changed(MINIMAL, "persistent_db.type", "redis"))
+    assert "expected a database in memory here and rocks_db in persistent_db.type, got 'rocks'" in refused(
+        changed(MINIMAL, "volatile_db.type", "rocks")
+    )
+    assert "expected rocks_db, disabled or module:NAME for one of your own, got 'redis'" in refused(
+        changed(MINIMAL, "persistent_db.type", "redis")
+    )
     assert "did you mean 'hashmap'?" in refused(changed(MINIMAL, "volatile_db.type", "hashmapp"))
 
 
 @pytest.mark.parametrize("path", ["volatile_db.type", "persistent_db.type", "models.0.cache_policy"])
-def test_c09_references_to_ones_own_parts(path: str) -> None:
+def test_c09_references_to_ones_own_plugins(path: str) -> None:
     for reference in ("mine:Tier", "my.tiers.fast:Tier_2", "folder/my tier.py:Tier", "/a/b.py:PLUGIN"):
         read_config(changed(MINIMAL, path, reference))
     for wrong in (":", "mine:", ":Tier", "a b:Tier", "a.py:T:U", "mine:a.b"):

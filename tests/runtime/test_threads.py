@@ -24,7 +24,7 @@ import hps_numba
 from hps_numba.errors import ClosedError, UnknownModelError
 from hps_numba.runtime import threads
 from hps_numba.runtime.threads import SPLIT_BYTES, ranges_of, run_ranges
-from hps_numba.storage.host import store as host_store
+from hps_numba.storage.host import reading
 from hps_numba.storage.host.store import HostStore
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_a_batch_that_is_cut_reads_one_version_of_the_table(monkeypatch: pytest.
     store = HostStore(2)
     keys = np.arange(40)
     store.upsert(keys, rows_of(keys, 2))
-    monkeypatch.setattr(host_store, "ranges_of", lambda *args: [(0, 10), (10, 30), (30, 40)])
+    monkeypatch.setattr(reading, "ranges_of", lambda *args: [(0, 10), (10, 30), (30, 40)])
 
     def replaced_between(function: Callable[[int, int], int], ranges: Any, threads: Any) -> list[int]:
         results = [function(*ranges[0])]
@@ -338,19 +338,19 @@ def test_a_batch_that_is_cut_reads_one_version_of_the_table(monkeypatch: pytest.
         sibling.upsert(keys[:35], rows_of(keys[:35], 2, 1))
         thread = threading.Thread(target=store.adopt, args=(sibling,))
         thread.start()
-        while sibling._closed is False or store._content.live == 40:  # the new version is in force ...
+        while not sibling.write_lock.closed or len(store) == 40:  # the new version is in force ...
             time.sleep(0.001)
         results += [function(*some) for some in ranges[1:]]  # ... and the old one is still whole
         waiting.append(thread)
         return results
 
     waiting: list[threading.Thread] = []
-    monkeypatch.setattr(host_store, "run_ranges", replaced_between)
+    monkeypatch.setattr(reading, "run_ranges", replaced_between)
     out, misses = np.empty((40, 2), np.float32), np.empty(40, np.int64)
     assert store.lookup(keys, out, -1.0, misses) == 0
     assert_same_bits(out, rows_of(keys, 2))
     waiting[0].join(30)
-    monkeypatch.setattr(host_store, "run_ranges", run_ranges)
+    monkeypatch.setattr(reading, "run_ranges", run_ranges)
     assert store.lookup(keys, out, -1.0, misses) == 5
     assert misses[:5].tolist() == [35, 36, 37, 38, 39]
     assert_same_bits(out[:35], rows_of(keys[:35], 2, 1))
@@ -361,21 +361,21 @@ def test_a_batch_that_is_cut_is_whole_or_an_error_when_the_store_closes(monkeypa
     store = HostStore(2)
     keys = np.arange(40)
     store.upsert(keys, rows_of(keys, 2))
-    monkeypatch.setattr(host_store, "ranges_of", lambda *args: [(0, 10), (10, 40)])
+    monkeypatch.setattr(reading, "ranges_of", lambda *args: [(0, 10), (10, 40)])
     closing = threading.Thread(target=store.close)
 
     def closed_between(function: Callable[[int, int], int], ranges: Any, threads: Any) -> list[int]:
         results = [function(*ranges[0])]
         closing.start()
-        while not store._closed:
+        while not store.write_lock.closed:
             time.sleep(0.001)
         return results + [function(*some) for some in ranges[1:]]
 
-    monkeypatch.setattr(host_store, "run_ranges", closed_between)
+    monkeypatch.setattr(reading, "run_ranges", closed_between)
     out = np.full((40, 2), np.nan, np.float32)
     store.lookup(keys, out)
     assert_same_bits(out, rows_of(keys, 2))
     closing.join(30)
-    monkeypatch.setattr(host_store, "run_ranges", run_ranges)
+    monkeypatch.setattr(reading, "run_ranges", run_ranges)
     with pytest.raises(ClosedError):
         store.lookup(keys, out)

@@ -1,4 +1,4 @@
-"""The ``.bin`` dump of a database table (row F11, spec 5.6)."""
+"""The ``.bin`` dump of a database table (checklist F11)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def header(version: int = 1, key_bytes: int = 8, value_bytes: int = 8, magic: by
     return magic + struct.pack("<3I", version, key_bytes, value_bytes)
 
 
-def test_the_bytes_are_those_of_the_original(tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_hugectr(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     assert write_bin(path, 8, 2, [([-1, 5], np.array([[1.0, 2.0], [3.0, 4.0]]))]) == 2
     assert path.read_bytes() == b"bin\0" + struct.pack("<IIIqffqff", 1, 8, 8, -1, 1.0, 2.0, 5, 3.0, 4.0)
@@ -53,7 +53,7 @@ def test_round_trip(
         assert got_keys.tolist() == keys.tolist() and got_rows.tobytes() == rows.tobytes()
 
 
-def test_a_table_without_rows_and_a_table_that_did_not_exist(tmp_path: Path) -> None:
+def test_a_table_without_rows_and_a_table_that_does_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     assert write_bin(path, 4, 3, []) == 0
     assert path.read_bytes() == header(key_bytes=4, value_bytes=0)
@@ -63,35 +63,35 @@ def test_a_table_without_rows_and_a_table_that_did_not_exist(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("data", "wanted"),
+    ("data", "expected"),
     [
-        (b"", "0 bytes, wanted a header of 16"),
-        (header()[:11], "11 bytes, wanted a header of 16"),
+        (b"", "expected a header of 16 bytes, got 0 bytes"),
+        (header()[:11], "expected a header of 16 bytes, got 11 bytes"),
         (header()[:14], "14 bytes with values of"),
-        (header(magic=b"bim\0"), r"starts with b'bim\x00', wanted b'bin\x00'"),
-        (header(version=2), "version 2, wanted 1"),
-        (header(key_bytes=0), "keys of 0 bytes, wanted 4 or 8"),
-        (header(key_bytes=16), "keys of 16 bytes, wanted 4 or 8"),
+        (header(magic=b"bim\0"), r"expected a file that starts with b'bin\x00', got b'bim\x00'"),
+        (header(version=2), "expected version 1, got 2"),
+        (header(key_bytes=0), "expected keys of 4 or 8 bytes, got 0"),
+        (header(key_bytes=16), "expected keys of 4 or 8 bytes, got 16"),
         (header(value_bytes=6), "16 bytes with values of 6 bytes"),
-        (header(value_bytes=0) + bytes(8), "8 bytes after the header of an empty table, wanted none"),
-        (header() + bytes(15), "15 bytes of pairs, wanted a multiple of 8 + 8"),
-        (header(value_bytes=2**32 - 4) + bytes(16), f"16 bytes of pairs, wanted a multiple of 8 + {2**32 - 4}"),
+        (header(value_bytes=0) + bytes(8), "expected no bytes after the header of an empty table, got 8"),
+        (header() + bytes(15), "expected a multiple of 8 + 8 bytes of pairs, got 15"),
+        (header(value_bytes=2**32 - 4) + bytes(16), f"expected a multiple of 8 + {2**32 - 4} bytes of pairs, got 16"),
     ],
 )
-def test_damaged_dumps(data: bytes, wanted: str, tmp_path: Path) -> None:
+def test_damaged_dumps(data: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(data)
     with pytest.raises(ModelFileError) as caught:
         read_bin(path)
-    assert wanted in str(caught.value) and str(path) in str(caught.value)
+    assert expected in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_missing_and_not_a_file(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         read_bin(tmp_path / "a.bin")
-    with pytest.raises(ModelFileError, match="is a directory, wanted a file"):
+    with pytest.raises(ModelFileError, match="expected a file, got a directory"):
         read_bin(tmp_path)
-    with pytest.raises(ModelFileError, match="is a directory, wanted a file"):
+    with pytest.raises(ModelFileError, match="expected a file, got a directory"):
         write_bin(tmp_path, 8, 2, [], overwrite=True)
 
 
@@ -110,24 +110,24 @@ def test_a_dump_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", [-1, 2**32, -(2**63)])
 def test_keys_that_do_not_fit_4_bytes_leave_nothing(key: int, tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=f"key {key} does not fit 4 bytes"):
+    with pytest.raises(ModelFileError, match=rf"expected keys in 0\.\.4294967295, which fit 4 bytes, got {key}"):
         write_bin(tmp_path / "a.bin", 4, 1, [([1], np.ones((1, 1))), ([key], np.ones((1, 1)))])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with pytest.raises(ValueError, match="key_bytes: 2, wanted 4 or 8"):
+    with pytest.raises(ValueError, match="key_bytes: expected 4 or 8, got 2"):
         write_bin(path, 2, 1, [])
-    with pytest.raises(ValueError, match="dim: 0, wanted"):
+    with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         write_bin(path, 4, 0, [])
-    with pytest.raises(KeyDtypeError, match="chunk 0: keys have dtype float64"):
+    with pytest.raises(KeyDtypeError, match="chunk 0: keys: expected integers, got float64"):
         write_bin(path, 4, 1, [([1.5], np.ones((1, 1)))])
-    with pytest.raises(ModelFileError, match=r"chunk 0: rows have shape \[1, 2\], wanted \[1, 1\]"):
+    with pytest.raises(ModelFileError, match=r"chunk 0: rows: expected shape \[1, 1\], got \[1, 2\]"):
         write_bin(path, 4, 1, [([1], np.ones((1, 2)))])
     write_bin(path, 4, 1, [([1], np.ones((1, 1)))])
     with pytest.raises(ModelFileError, match="exists already"):
         write_bin(path, 4, 1, [])
-    with pytest.raises(ValueError, match="chunk_pairs: 0, wanted"):
+    with pytest.raises(ValueError, match="chunk_pairs: expected at least 1, got 0"):
         list(read_bin(path).chunks(0))
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]

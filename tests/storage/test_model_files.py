@@ -62,17 +62,17 @@ def test_the_name_decides_the_format(file_name: str, name: str, tmp_path: Path) 
 
 
 def test_names_and_formats_that_cannot_be_written(tmp_path: Path) -> None:
-    for suffix, format, wanted in (
-        (".xyz", None, r"no format is called \.xyz, wanted one of directory \(no suffix, .model\), hdf5 \(.h5, .hdf5\)"),
-        (".npz", None, "format npz is read only, wanted one of directory"),
-        (".h5", "parquet", "format parquet is read only"),
+    for suffix, format, expected in (
+        (".xyz", None, r"expected a suffix of directory \(no suffix, .model\), hdf5 \(.h5, .hdf5\) or format=, got '\.xyz'"),
+        (".npz", None, r"expected a format that can write \(directory .*, got npz"),
+        (".h5", "parquet", r"expected a format that can write \(directory .*, got parquet"),
         (".h5", "hdf6", "'hdf6' is unknown, known are .*; did you mean 'hdf5'"),
     ):
-        with pytest.raises(ModelFileError, match=wanted):
+        with pytest.raises(ModelFileError, match=expected):
             write_model(tmp_path / f"a{suffix}", 2, [], format=format)
     with pytest.raises(ModelFileError, match="there is no directory"):
         write_model(tmp_path / "none" / "a.model", 2, [])
-    with pytest.raises(ValueError, match="dim: 0, wanted"):
+    with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         write_model(tmp_path / "a.model", 0, [])
     assert list(tmp_path.iterdir()) == []
 
@@ -82,25 +82,25 @@ def good() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "wanted"),
+    ("chunk", "expected"),
     [
-        ((np.arange(3),), "chunk 1 has 1 parts, wanted"),
-        ((np.arange(3.0), np.ones((3, 2))), "chunk 1: keys have dtype float64, wanted integers"),
-        ((np.ones((3, 1), int), np.ones((3, 2))), r"chunk 1: keys have shape \[3, 1\], wanted one dimension"),
+        ((np.arange(3),), r"chunk 1: expected \(keys, rows\) or \(keys, rows, meta\), got 1 parts"),
+        ((np.arange(3.0), np.ones((3, 2))), "chunk 1: keys: expected integers, got float64"),
+        ((np.ones((3, 1), int), np.ones((3, 2))), r"chunk 1: keys: expected one dimension, got shape \[3, 1\]"),
         ((np.array([2**63], np.uint64), np.ones((1, 2))), f"chunk 1: keys holds {2**63}, which does not fit int64"),
-        ((np.arange(3), np.ones((3, 2), int)), "chunk 1: rows have dtype int64, wanted float32"),
-        ((np.arange(3), np.ones((3, 3))), r"chunk 1: rows have shape \[3, 3\], wanted \[3, 2\]"),
-        ((np.arange(3), np.ones((2, 2))), r"chunk 1: rows have shape \[2, 2\], wanted \[3, 2\]"),
+        ((np.arange(3), np.ones((3, 2), int)), "chunk 1: rows: expected float32, got int64"),
+        ((np.arange(3), np.ones((3, 3))), r"chunk 1: rows: expected shape \[3, 2\], got \[3, 3\]"),
+        ((np.arange(3), np.ones((2, 2))), r"chunk 1: rows: expected shape \[3, 2\], got \[2, 2\]"),
         ((np.arange(3), np.full((3, 2), 1e39)), "chunk 1: rows holds a float64 value beyond"),
-        ((*good(), np.arange(3)), "chunk 1 has a meta, unlike the chunks before"),
-        ((*good(), np.arange(2)), "chunk 1: meta has 2 elements, wanted 3"),
-        ((*good(), np.ones(3)), "chunk 1: meta have dtype float64"),
+        ((*good(), np.arange(3)), "chunk 1: expected meta in all chunks or none, got one with"),
+        ((*good(), np.arange(2)), "chunk 1: meta: expected 3 elements, as many as keys, got 2"),
+        ((*good(), np.ones(3)), "chunk 1: meta: expected integers, got float64"),
     ],
 )
 @every_writer
-def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...], wanted: str, tmp_path: Path) -> None:
+def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...], expected: str, tmp_path: Path) -> None:
     path = path_for(tmp_path, name)
-    with pytest.raises((ModelFileError, KeyDtypeError), match=wanted) as caught:
+    with pytest.raises((ModelFileError, KeyDtypeError), match=expected) as caught:
         write_model(path, 2, [good(), chunk])
     assert isinstance(caught.value, KeyDtypeError) == ("integers" in str(caught.value))
     assert list(tmp_path.iterdir()) == []
@@ -109,8 +109,8 @@ def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...],
 def test_other_integers_and_floats_are_converted(tmp_path: Path) -> None:
     rows = np.array([[0.1, 2.0]])
     write_model(tmp_path / "a", 2, [(np.array([7], np.uint8), rows), ([8], rows.astype(np.float16))])
-    wanted = np.concatenate([rows.astype(np.float32), rows.astype(np.float16).astype(np.float32)])
-    assert contents(tmp_path / "a") == ([7, 8], wanted.tobytes(), None)
+    expected = np.concatenate([rows.astype(np.float32), rows.astype(np.float16).astype(np.float32)])
+    assert contents(tmp_path / "a") == ([7, 8], expected.tobytes(), None)
     write_model(tmp_path / "b", 2, [(np.arange(6)[::2], np.ones((2, 3), np.float32).T)])
     assert contents(tmp_path / "b")[0] == [0, 2, 4]
 
@@ -121,8 +121,11 @@ def test_announced_rows_and_progress(name: str, tmp_path: Path) -> None:
     write_model(path_for(tmp_path, name, "a"), 2, [good()] * 3, rows=9, on_progress=lambda *at: seen.append(at))
     write_model(path_for(tmp_path, name, "b"), 2, [good()] * 2, on_progress=lambda *at: seen.append(at))
     assert seen == [(3, 9), (6, 9), (9, 9), (3, 3), (6, 6)]
-    for rows, wanted in ((8, "9 rows came up to chunk 2, 8 were announced"), (10, "9 rows came, 10 were announced")):
-        with pytest.raises(ModelFileError, match=wanted):
+    for rows, expected in (
+        (8, "expected 8 rows, as announced, got 9 up to chunk 2"),
+        (10, "expected 10 rows, as announced, got 9$"),
+    ):
+        with pytest.raises(ModelFileError, match=expected):
             write_model(path_for(tmp_path, name, "c"), 2, [good()] * 3, rows=rows)
     assert not path_for(tmp_path, name, "c").exists() and hidden(tmp_path) == []
 
@@ -164,12 +167,12 @@ def test_overwrite(name: str, old: str, tmp_path: Path) -> None:
 
 def test_a_reader_keeps_the_model_it_opened(tmp_path: Path) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
-    wanted = contents(path)[1]
+    expected = contents(path)[1]
     with open_model(path) as model:
         write_model(path, 2, [good()] * 3, overwrite=True)
         rows = np.empty((9, 2), np.float32)
         model.read(0, 9, None, rows)
-    assert rows.tobytes() == wanted != contents(path)[1]
+    assert rows.tobytes() == expected != contents(path)[1]
 
 
 def test_overwrite_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_overwrite_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> 
 def test_a_directory_that_is_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     (path / "thesis.tex").write_text("x")
-    with pytest.raises(ModelFileError, match=r"holds 'thesis.tex', which is no part of a sparse model"):
+    with pytest.raises(ModelFileError, match=r"holds 'thesis.tex', which is not part of a sparse model"):
         write_model(path, 2, [good()], overwrite=True)
     (path / "thesis.tex").unlink()
     (path / "meta").mkdir()
@@ -282,7 +285,7 @@ def test_a_crash_between_the_renames_of_a_directory(renames: int, tmp_path: Path
     assert hidden(tmp_path) == []
 
 
-def test_a_rename_that_fails_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_restores_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     before = contents(path)
 
@@ -295,7 +298,7 @@ def test_a_rename_that_fails_puts_the_old_model_back(tmp_path: Path, monkeypatch
     assert contents(path) == before and hidden(tmp_path) == []
 
 
-def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_model_that_cannot_be_restored_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     before = contents(path)
     original = Path.rename
@@ -340,7 +343,7 @@ def test_a_full_disk_leaves_nothing(name: str, limit: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_another_writer_takes_away_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_another_writer_replaced_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = path_for(tmp_path, "directory")
     write_model(path, 2, [(np.arange(3), np.zeros((3, 2), np.float32))])
     listing = Path.iterdir
@@ -394,9 +397,9 @@ def test_convert(source: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="exists already"):
         convert_model(src, dst)
     assert convert_model(src, dst, dim=3, overwrite=True) == 50
-    with pytest.raises(ModelFileError, match="wanted"):
+    with pytest.raises(ModelFileError, match="expected"):
         convert_model(src, dst, dim=4, overwrite=True)
-    with pytest.raises(ValueError, match="chunk_rows: 0, wanted at least 1"):
+    with pytest.raises(ValueError, match="chunk_rows: expected at least 1, got 0"):
         convert_model(src, dst, chunk_rows=0, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""Slower tiers behind host memory: in which order they are asked, what is kept, what time and failures cost."""
+"""Tiers that are slower than host memory: in which order they are asked, what is kept, what time and failures cost."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_stack_answers_from_its_first_tier_that_has_a_key() -> None:  # D01
     rows = np.full((5, DIM), 9, np.float32)
     answer = stack.fetch(TAG, np.array([4, 3, 2, 1, 0]), rows)
     assert (answer.found.tolist(), answer.unsure.any(), answer.errors) == ([True] * 4 + [False], False, 0)
-    wanted = [rows_of([4], DIM, 2), rows_of([3], DIM, 1), rows_of([2, 1], DIM), np.full((1, DIM), 9, np.float32)]
-    assert_same_bits(rows, np.concatenate(wanted))
+    expected = [rows_of([4], DIM, 2), rows_of([3], DIM, 1), rows_of([2, 1], DIM), np.full((1, DIM), 9, np.float32)]
+    assert_same_bits(rows, np.concatenate(expected))
     assert [tier.keys["fetch"] for tier in stack.tiers] == [5, 3, 2]
     assert stack.contains(TAG, np.array([0, 1, 4])).tolist() == [False, True, True]
 
@@ -163,7 +163,7 @@ def test_a_closed_stack_asks_no_tier() -> None:
 # --- writes reach every tier ------------------------------------------------------------------------------------------
 
 
-def test_writes_reach_host_memory_and_the_tier_behind(workshop: Workshop) -> None:
+def test_writes_reach_host_memory_and_the_slower_tier(workshop: Workshop) -> None:
     server, tier = workshop.open_cold(volatile={"type": "hash_map"})
     assert server.insert([2, 50], rows_of([2, 50], DIM, 1), "m", 0) == 1
     assert server.update([3, 60], rows_of([3, 60], DIM, 2), "m", 0) == 1
@@ -265,7 +265,7 @@ def test_lookups_log_nothing_above_debug(workshop: Workshop, caplog: pytest.LogC
     ]
 
 
-def test_a_tier_behind_a_failing_one_is_asked() -> None:
+def test_a_tier_after_a_failing_one_is_asked() -> None:
     stack = stack_of({1: 0, 2: 0}, {2: 1}, wrap=lambda tier: FlakyTier(tier, set()))
     stack.tiers[0].fail_on.add("fetch")
     rows = np.zeros((2, DIM), np.float32)
@@ -275,7 +275,7 @@ def test_a_tier_behind_a_failing_one_is_asked() -> None:
 
 
 @pytest.mark.parametrize("call", ["insert", "erase"])
-def test_a_write_that_a_tier_refuses_raises_and_changes_nothing_before_it(workshop: Workshop, call: str) -> None:
+def test_a_write_that_a_tier_refuses_raises_and_leaves_faster_tiers_unchanged(workshop: Workshop, call: str) -> None:
     server, tier = workshop.open_cold("support.fakes:FlakyDictTier", volatile={"type": "hash_map"})
     tier.fail_on.add(call)
     with pytest.raises(TierError, match=f"{call}: failed on purpose"):
@@ -307,13 +307,13 @@ def test_a_tier_is_closed_if_the_next_one_cannot_be_opened(workshop: Workshop) -
 # --- answers that break the contract ----------------------------------------------------------------------------------
 
 BAD_ANSWERS: dict[str, tuple[Any, str]] = {
-    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: int64\[3\] came, bool\[3\] is wanted"),
-    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: bool\[2\] came, bool\[3\] is wanted"),
-    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: bool\[3, 1\] came, bool\[3\] is wanted"),
-    "list": (Fetched([True, False, True], 3), r"fetch: found: list came, bool\[3\] is wanted"),  # type: ignore[arg-type]
-    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: -1 came, 0 to 3 is wanted"),
-    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: 4 came, 0 to 3 is wanted"),
-    "none": (None, r"fetch: NoneType came, Fetched is wanted"),
+    "numbers": (Fetched(np.array([0, 1, 1]), 3), r"fetch: found: expected bool\[3\], got int64\[3\]"),
+    "short": (Fetched(np.ones(2, bool), 3), r"fetch: found: expected bool\[3\], got bool\[2\]"),
+    "column": (Fetched(np.ones((3, 1), bool), 3), r"fetch: found: expected bool\[3\], got bool\[3, 1\]"),
+    "list": (Fetched([True, False, True], 3), r"fetch: found: expected bool\[3\], got list"),  # type: ignore[arg-type]
+    "negative": (Fetched(np.ones(3, bool), -1), r"fetch: asked: expected 0 to 3, got -1"),
+    "beyond": (Fetched(np.ones(3, bool), 4), r"fetch: asked: expected 0 to 3, got 4"),
+    "none": (None, r"fetch: expected Fetched, got NoneType"),
 }
 
 
@@ -326,8 +326,8 @@ def test_an_answer_that_breaks_the_contract_is_raised(workshop: Workshop, kind: 
     assert stats_of(server).tier_errors == 0  # not taken for a tier that is out of order
 
 
-def test_positions_for_flags_are_refused_by_contains() -> None:
+def test_contains_refuses_positions_instead_of_flags() -> None:
     tier = WrongTier(PersistentDatabaseConfig())
     tier.answer = np.array([0, 2])
-    with pytest.raises(TierError, match=r"WrongTier.contains: int64\[2\] came, bool\[3\] is wanted"):
+    with pytest.raises(TierError, match=r"WrongTier.contains: expected bool\[3\], got int64\[2\]"):
         TierStack([tier]).contains(TAG, np.arange(3))

@@ -60,8 +60,14 @@ class Workshop:
             **entry,
         }
 
-    def open(self, *models: dict[str, Any], allow_code: Any = False, **top: Any) -> hps_numba.HPS:
-        """A server of ``models`` from a dict; ``top`` are keys beside ``models``."""
+    def open(self, *models: dict[str, Any], allow_code: bool | None = None, **top: Any) -> hps_numba.HPS:
+        """A server of ``models`` from a dict; ``top`` are keys beside ``models``.
+
+        Code is allowed by default if a tier is a class of the tests, ``module:NAME``.
+        """
+        if allow_code is None:
+            sections = [top.get("volatile_db", {}), top.get("persistent_db", {}), *top.get("tiers", ())]
+            allow_code = any(":" in section.get("type", "") and ".py:" not in section["type"] for section in sections)
         server = hps_numba.HPS({"supportlonglong": True, "models": list(models), **top}, allow_code=allow_code)
         self.servers.append(server)
         return server
@@ -70,7 +76,7 @@ class Workshop:
         """A server of ``models`` from a JSON file."""
         path = self.folder / "ps.json"
         path.write_text(json.dumps({"supportlonglong": True, "models": list(models), **top}))
-        server = hps_numba.HPS(path)
+        server = hps_numba.HPS(path, allow_code=True)
         self.servers.append(server)
         return server
 

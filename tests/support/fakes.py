@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hps_numba.errors import TierError
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage import Fetched, Tier
 from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
 
 
@@ -63,8 +63,7 @@ class DictTier(Tier):
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
         dim = rows.shape[1]
         store = self.content.setdefault(table, NaiveStore(dim))
-        if store.dim != dim:
-            raise TierError(f"{table}: rows of width {dim} came, the table holds width {store.dim}")
+        self.check_width(table, store.dim, dim)
         return store.upsert(keys, rows)
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:

@@ -27,7 +27,9 @@ class Service:
     def __init__(self, workshop: Workshop, device: int | None) -> None:
         self.workshop, self.device = workshop, device
 
-    def open(self, *tables: tuple[Any, int], volatile: Any = None, allow_code: bool = False, **entry: Any) -> hps_numba.HPS:
+    def open(
+        self, *tables: tuple[Any, int], volatile: Any = None, allow_code: bool | None = None, **entry: Any
+    ) -> hps_numba.HPS:
         """A server of one model ``m`` with tables given as (keys, dim); the server has ``persistent``, ``wide``, ``fuse``."""
         top: dict[str, Any] = {"cache_on_cpu": True, "supportlonglong": entry.pop("wide", True)}
         top["volatile_db"] = volatile or {"type": "hash_map"}

@@ -47,7 +47,8 @@ def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None)
         _check_dtype(path, name, array.dtype)
         rank = 2 if name == "emb_vector" else 1
         if len(array.shape) != rank or min(array.shape) < 0:
-            raise ModelFileError(f"{path}: {name} has shape {list(array.shape)}, wanted {rank} dimension{'s' * (rank > 1)}")
+            expected = "sizes of 0 or more" if len(array.shape) == rank else f"{rank} dimension{'s' * (rank > 1)}"
+            raise ModelFileError(f"{path}: {name}: expected {expected}, got shape {list(array.shape)}")
     rows, width = arrays["emb_vector"].shape
     for name in ("key", "meta"):
         if name in arrays and arrays[name].shape[0] != rows:
@@ -56,23 +57,23 @@ def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None)
     return rows, width
 
 
-def check_dim(path: Path, found: int, wanted: int | None) -> None:
-    """Raise ``ModelFileError`` unless the width that was found is the wanted one and at least 1."""
-    if found < 1 or (wanted is not None and found != wanted):
-        raise ModelFileError(f"{path}: emb_vector has rows of width {found}, wanted {wanted or 'at least 1'}")
+def check_dim(path: Path, found: int, expected: int | None) -> None:
+    """Raise ``ModelFileError`` unless the width that was found is the expected one and at least 1."""
+    if found < 1 or (expected is not None and found != expected):
+        raise ModelFileError(f"{path}: emb_vector: expected rows of width {expected or 'at least 1'}, got {found}")
 
 
 def _check_dtype(path: Path, name: str, dtype: np.dtype[Any]) -> None:
     if name == "emb_vector":
         if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
-            raise ModelFileError(f"{path}: emb_vector has dtype {dtype}, wanted float32 (float16 and float64 are converted)")
+            raise ModelFileError(f"{path}: emb_vector: expected float32 (float16 and float64 are converted), got {dtype}")
     elif dtype.kind not in "iu":
-        raise ModelFileError(f"{path}: {name} has dtype {dtype}, wanted int64 or another integer dtype")
+        raise ModelFileError(f"{path}: {name}: expected int64 or another integer dtype, got {dtype}")
 
 
-def is_stored_as(stored: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """True if the bytes of ``stored``, once in native order, are those of ``wanted``."""
-    return stored.kind == wanted.kind and stored.itemsize == wanted.itemsize
+def is_stored_as(stored: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """True if the bytes of ``stored``, once in native order, are those of ``target``."""
+    return stored.kind == target.kind and stored.itemsize == target.itemsize
 
 
 def piece_rows(row_bytes: int) -> int:

@@ -41,16 +41,16 @@ def checked_chunks(
             first_has_meta = has_meta
         if has_meta != first_has_meta:
             raise ModelFileError(
-                f"{path}: {where} has {'a' if has_meta else 'no'} meta, unlike the chunks before; wanted all or none"
+                f"{path}: {where}: expected meta in all chunks or none, got {'one with' if has_meta else 'one without'}"
             )
         yield checked
         done += len(checked[0])
         if rows is not None and done > rows:
-            raise ModelFileError(f"{path}: {done} rows came up to {where}, {rows} were announced")
+            raise ModelFileError(f"{path}: expected {rows} rows, as announced, got {done} up to {where}")
         if on_progress is not None:
             on_progress(done, done if rows is None else rows)
     if rows is not None and done != rows:
-        raise ModelFileError(f"{path}: {done} rows came, {rows} were announced")
+        raise ModelFileError(f"{path}: expected {rows} rows, as announced, got {done}")
 
 
 @contextmanager
@@ -80,23 +80,23 @@ def writing(path: Path, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
 
 def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
     if len(chunk) not in (2, 3):
-        raise ModelFileError(f"{path}: {where} has {len(chunk)} parts, wanted (keys, rows) or (keys, rows, meta)")
+        raise ModelFileError(f"{path}: {where}: expected (keys, rows) or (keys, rows, meta), got {len(chunk)} parts")
     keys = _integers(path, f"{where}: keys", chunk[0])
     rows = _rows(path, f"{where}: rows", chunk[1], (len(keys), dim))
     if len(chunk) == 2 or chunk[2] is None:
         return keys, rows, None
     meta = _integers(path, f"{where}: meta", chunk[2])
     if meta.shape != keys.shape:
-        raise ModelFileError(f"{path}: {where}: meta has {len(meta)} elements, wanted {len(keys)} as keys has")
+        raise ModelFileError(f"{path}: {where}: meta: expected {len(keys)} elements, as many as keys, got {len(meta)}")
     return keys, rows, meta
 
 
 def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
     array = np.asarray(given)
     if array.dtype.kind not in "iu":
-        raise KeyDtypeError(f"{path}: {where} have dtype {array.dtype}, wanted integers")
+        raise KeyDtypeError(f"{path}: {where}: expected integers, got {array.dtype}")
     if array.ndim != 1:
-        raise ModelFileError(f"{path}: {where} have shape {list(array.shape)}, wanted one dimension")
+        raise ModelFileError(f"{path}: {where}: expected one dimension, got shape {list(array.shape)}")
     if array.dtype == np.int64 and array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, np.int64)
@@ -107,9 +107,9 @@ def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
 def _rows(path: Path, where: str, given: npt.ArrayLike, shape: tuple[int, int]) -> Rows:
     array = np.asarray(given)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise ModelFileError(f"{path}: {where} have dtype {array.dtype}, wanted float32")
+        raise ModelFileError(f"{path}: {where}: expected float32, got {array.dtype}")
     if array.shape != shape:
-        raise ModelFileError(f"{path}: {where} have shape {list(array.shape)}, wanted {list(shape)}")
+        raise ModelFileError(f"{path}: {where}: expected shape {list(shape)}, got {list(array.shape)}")
     if array.dtype == np.float32 and array.flags.c_contiguous:
         return array
     out = np.empty(shape, np.float32)

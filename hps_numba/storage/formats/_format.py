@@ -1,15 +1,16 @@
 """What a sparse-model format promises.
 
 A sparse model is one embedding table on disk: ``key`` (n integers), ``emb_vector`` (n rows of ``dim`` floats) and, optionally,
-``meta`` (n integers). A format is one file in this folder with a ``PLUGIN``; it gives a :class:`SparseModelFormat` that opens
-files as :class:`SparseModelReader`. To add one, write ``_fill`` and ``_close`` of a reader, and ``detect`` and ``_open`` of a
-format; :mod:`hps_numba.storage.formats._arrays` holds the checks that all formats share.
+``meta`` (n integers). A format is one file in this folder that defines ``PLUGIN``, a :class:`SparseModelFormat` that opens
+files as :class:`SparseModelReader`; an entry point of the group ``hps_numba.formats``; or an object of the user's own, named as
+``module:NAME`` or ``file.py:NAME``. To add one, write ``_fill`` and ``_close`` of a reader, and ``detect`` and ``_open`` of a
+format; :mod:`hps_numba.storage.formats._arrays` holds the checks that all formats share. Every format passes
+``hps_numba.testing.FormatContract``.
 
-Problem: tables are larger than what host memory can hold twice, and a damaged file must never load as zeros (spec 5.2,
-5.3). Choice: the caller owns the arrays and says which rows go where; a reader fills them in place. Ranges ascend, so
-that compressed streams serve them too, and each array has a position of its own, so that a loader may pass over the
-keys first and the rows later. Turned down: readers that return arrays (a second copy of every byte) and memory maps (a
-file that shrinks kills the process).
+Problem: tables are larger than what host memory can hold twice, and a damaged file must never load as zeros. Choice: the caller
+owns the arrays and says which rows go where; a reader fills them in place. Ranges ascend, so that compressed streams serve them
+too, and each array has a position of its own, so that a loader may read the keys first and the rows later. Turned down: readers
+that return arrays (a second copy of every byte) and memory maps (a file that shrinks kills the process).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class SparseModelReader(abc.ABC):
         dim: floats in a row.
         has_meta: whether there is a ``meta`` array.
 
-    Threads: one at a time. A second thread opens a second reader; both may read any range.
+    Thread safety: one thread at a time. A second thread opens a second reader; both may read any range.
     """
 
     def __init__(self, path: Path, rows: int, dim: int, *, has_meta: bool) -> None:
@@ -98,12 +99,12 @@ class SparseModelReader(abc.ABC):
 
     @abc.abstractmethod
     def _close(self) -> None:
-        """Give back every file handle; called once."""
+        """Close every file handle; called once."""
 
     def read(self, start: int, stop: int, keys: Keys | None, rows: Rows | None) -> None:
         """Fill the caller's arrays with rows ``start .. stop``; None leaves an array out.
 
-        Bytes go from the file to their final place: where the file holds the wanted dtype uncompressed, no other copy is made;
+        Bytes go from the file to their final place: where the file holds that dtype uncompressed, no other copy is made;
         else the intermediate is about 1 MiB. Some damage (a checksum over a whole array) shows only at the last row, so nothing
         that was read may be trusted before the table was read to its end.
 
@@ -149,7 +150,7 @@ class SparseModelReader(abc.ABC):
         """
         step = rows_per_chunk(self.dim) if chunk_rows is None else chunk_rows
         if step < 1:
-            raise ValueError(f"chunk_rows: {step}, wanted at least 1")
+            raise ValueError(f"chunk_rows: expected at least 1, got {step}")
         step = min(step, self.rows)
         with translated(self.path):  # a damaged header may ask for rows of any width
             keys, rows = np.empty(step, np.int64), np.empty((step, self.dim), np.float32)
@@ -176,20 +177,20 @@ class SparseModelReader(abc.ABC):
         if self._failed:
             raise ModelFileError(f"{self.path}: an earlier read of this reader failed; open the model again")
         if not 0 <= start <= stop <= self.rows:
-            raise ValueError(f"{self.path}: rows {start}..{stop} asked for, wanted a range within 0..{self.rows}")
+            raise ValueError(f"{self.path}: rows: expected a range within 0..{self.rows}, got {start}..{stop}")
 
     def _check_out(self, name: str, out: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
         if out.dtype != dtype or out.shape != shape:
-            wanted = f"{np.dtype(dtype).name}{list(shape)}"
-            raise ValueError(f"{self.path}: {name} is {out.dtype.name}{list(out.shape)}, wanted {wanted}")
+            expected = f"{np.dtype(dtype).name}{list(shape)}"
+            raise ValueError(f"{self.path}: {name}: expected {expected}, got {out.dtype.name}{list(out.shape)}")
         if not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError(f"{self.path}: {name} must be C-contiguous and writeable")
+            raise ValueError(f"{self.path}: {name}: expected a C-contiguous, writeable array")
 
     def _advance(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         if not len(out):
             return
         if start < self._position[name]:
-            raise ValueError(f"{self.path}: {name} is read to row {self._position[name]} already, {start} asked for")
+            raise ValueError(f"{self.path}: {name}: expected a range from row {self._position[name]} on, got row {start}")
         self._position[name] = start + len(out)
         try:
             with translated(self.path):
@@ -231,7 +232,7 @@ class SparseModelFormat(abc.ABC):
             ValueError: ``dim`` is less than 1.
         """
         if dim is not None and dim < 1:
-            raise ValueError(f"dim: {dim}, wanted at least 1, or None to take the file's")
+            raise ValueError(f"dim: expected at least 1, or None to take the file's, got {dim}")
         with translated(path):
             return self._open(Path(path), dim)
 
@@ -239,6 +240,6 @@ class SparseModelFormat(abc.ABC):
         """Write a new model at ``path``, which does not exist, and return its number of rows. Not atomic, not synced.
 
         For users: :func:`hps_numba.storage.model_files.write_model`, which is both and checks the chunks. Either all chunks
-        have meta or none; a chunk is used up before the next one is asked for.
+        have meta or none; a chunk is consumed before the next one is asked for.
         """
         raise ModelFileError(f"{path}: format {self.name} is read only")

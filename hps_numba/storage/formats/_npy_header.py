@@ -37,9 +37,9 @@ def read_npy_header(stream: IO[bytes], path: Path, name: str) -> NpyHeader:
     elif version == (2, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
-        raise ModelFileError(f"{path}: {name} has .npy version {version[0]}.{version[1]}, wanted 1.0 or 2.0")
+        raise ModelFileError(f"{path}: {name}: expected .npy version 1.0 or 2.0, got {version[0]}.{version[1]}")
     if dtype.hasobject or dtype.subdtype is not None or dtype.names is not None:
-        raise ModelFileError(f"{path}: {name} has dtype {dtype}, wanted plain numbers")
+        raise ModelFileError(f"{path}: {name}: expected plain numbers, got {dtype}")
     if fortran and len(shape) > 1:
         raise ModelFileError(f"{path}: {name} is stored by columns; save it from np.ascontiguousarray(...)")
     return NpyHeader(shape, dtype)

@@ -38,7 +38,7 @@ def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
     try:
         mode = os.stat(where, dir_fd=folder).st_mode
         if not stat.S_ISREG(mode):  # looked at before opening: opening a pipe would wait for a writer
-            raise ModelFileError(f"{path}: is a {'directory' if stat.S_ISDIR(mode) else 'special file'}, wanted a file")
+            raise ModelFileError(f"{path}: expected a file, got a {'directory' if stat.S_ISDIR(mode) else 'special file'}")
         return io.FileIO(where, opener=lambda name, flags: os.open(name, flags, dir_fd=folder))
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file") from None

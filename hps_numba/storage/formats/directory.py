@@ -1,7 +1,7 @@
-"""The original's directory form: raw ``key`` (int64), ``emb_vector`` (float32), optional ``meta`` (int64). Spec 5.1.
+"""HugeCTR's directory form: raw ``key`` (int64), ``emb_vector`` (float32), optional ``meta`` (int64).
 
 No headers: the number of rows is ``size(key) / 8`` and nothing records the width. ``size(emb_vector)`` must be
-``4 * dim * rows``; the original did not check that and served shifted rows (spec 5.3). Little-endian everywhere.
+``4 * dim * rows``; HugeCTR HPS does not check that and serves shifted rows. Little-endian everywhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DirectoryFormat(SparseModelFormat):
 
     def _open(self, path: Path, dim: int | None) -> RawArrayReader:
         if not path.is_dir():
-            raise ModelFileError(f"{path}: is a file, wanted a directory holding key and emb_vector")
+            raise ModelFileError(f"{path}: expected a directory holding key and emb_vector, got a file")
         with ExitStack() as handles, open_folder(path) as folder:
             files = {name: handles.enter_context(open_file(path / name, folder=folder)) for name in ("key", "emb_vector")}
             if "meta" in names_in(path, folder=folder):
@@ -76,20 +76,20 @@ def _bytes(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> memoryview:
 
 
 def _rows_and_dim(path: Path, sizes: dict[str, int], dim: int | None) -> tuple[int, int]:
-    """Rows and width from the sizes in bytes; every table of spec 5.3 that does not fit together is an error."""
+    """Rows and width from the sizes in bytes; sizes that do not fit together are an error."""
     key, emb_vector = sizes["key"], sizes["emb_vector"]
     if key % 8:
-        raise ModelFileError(f"{path / 'key'}: {key} bytes, wanted a multiple of 8 (int64 keys)")
+        raise ModelFileError(f"{path / 'key'}: expected a multiple of 8 bytes (int64 keys), got {key}")
     if emb_vector % 4:
-        raise ModelFileError(f"{path / 'emb_vector'}: {emb_vector} bytes, wanted a multiple of 4 (float32 values)")
+        raise ModelFileError(f"{path / 'emb_vector'}: expected a multiple of 4 bytes (float32 values), got {emb_vector}")
     if sizes.get("meta", key) != key:
-        raise ModelFileError(f"{path / 'meta'}: {sizes['meta']} bytes, wanted {key} as in key")
+        raise ModelFileError(f"{path / 'meta'}: expected {key} bytes, as in key, got {sizes['meta']}")
     rows = key // 8
     if dim is None:
         dim = _inferred_dim(path, rows, emb_vector)
     if emb_vector != 4 * dim * rows:
-        wanted = f"4 * {dim} * {rows} = {4 * dim * rows} for {rows} keys of width {dim}"
-        raise ModelFileError(f"{path / 'emb_vector'}: {emb_vector} bytes, wanted {wanted}")
+        expected = f"4 * {dim} * {rows} = {4 * dim * rows} bytes for {rows} keys of width {dim}"
+        raise ModelFileError(f"{path / 'emb_vector'}: expected {expected}, got {emb_vector}")
     return rows, dim
 
 
@@ -98,7 +98,7 @@ def _inferred_dim(path: Path, rows: int, emb_vector: int) -> int:
         raise ModelFileError(f"{path}: has no rows, so that its width is unknown; pass dim")
     if rows == 0 or emb_vector == 0 or emb_vector % (4 * rows):
         raise ModelFileError(
-            f"{path / 'emb_vector'}: {emb_vector} bytes, wanted 4 * dim * {rows} for {rows} keys and a whole dim"
+            f"{path / 'emb_vector'}: expected 4 * dim * {rows} bytes for {rows} keys and a whole dim, got {emb_vector}"
         )
     return emb_vector // (4 * rows)
 

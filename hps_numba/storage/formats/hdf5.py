@@ -56,7 +56,7 @@ class Hdf5Reader(SparseModelReader):
             raise ModelFileError(f"{self.path}: {size} bytes, had {self._size} when it was opened; was it cut short?")
 
     def _fill_by_pieces(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
-        """HDF5's own conversion clips integers and turns large floats into infinity, both without a word."""
+        """HDF5's own conversion clips integers and turns large floats into infinity, both silently."""
         dataset = self._datasets[name]
         step = min(len(out), piece_rows(dataset.dtype.itemsize * (self.dim if out.ndim > 1 else 1)))
         buffer = np.empty((step, *out.shape[1:]), dataset.dtype.newbyteorder("="))
@@ -173,9 +173,9 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
 
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
-        raise ModelFileError(f"{path}: {name} is a {type(dataset).__name__} without a shape, wanted a dataset of numbers")
+        raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got a {type(dataset).__name__} without a shape")
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink) or dataset.is_virtual or dataset.external:
-        raise ModelFileError(f"{path}: {name} keeps its data in another file, wanted the data in this one")
+        raise ModelFileError(f"{path}: {name}: expected data in this file, got data in another one")
     if dataset.chunks is None:
         return dataset
     chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
@@ -193,11 +193,11 @@ def _chunk_counts(dataset: h5py.Dataset) -> list[int]:
 def _check_allocated(path: Path, name: str, dataset: h5py.Dataset) -> None:
     """Refuse data that were announced and never written: HDF5 would give the fill value, usually zeros."""
     if dataset.chunks is None:
-        found, wanted, unit = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
+        found, complete, unit = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
     else:
-        found, wanted, unit = dataset.id.get_num_chunks(), math.prod(_chunk_counts(dataset)), "chunks"
-    if dataset.size and found < wanted:
-        raise ModelFileError(f"{path}: {name} has {found} of {wanted} {unit}; its writer did not finish")
+        found, complete, unit = dataset.id.get_num_chunks(), math.prod(_chunk_counts(dataset)), "chunks"
+    if dataset.size and found < complete:
+        raise ModelFileError(f"{path}: {name} has {found} of {complete} {unit}; its writer did not finish")
 
 
 PLUGIN = Hdf5Format()

@@ -26,7 +26,7 @@ class NpyFormat(SparseModelFormat):
 
     def _open(self, path: Path, dim: int | None) -> RawArrayReader:
         if not path.is_dir():
-            raise ModelFileError(f"{path}: is a file, wanted a directory holding key.npy and emb_vector.npy")
+            raise ModelFileError(f"{path}: expected a directory holding key.npy and emb_vector.npy, got a file")
         with ExitStack() as handles, open_folder(path) as folder:
             arrays = {}
             for name in ("key", "emb_vector", "meta"):
@@ -41,8 +41,8 @@ def _array(file: io.FileIO, path: Path, name: str) -> RawArray:
     header = read_npy_header(file, path, name)
     offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if size != offset + header.data_bytes:
-        wanted = f"{offset} + {header.data_bytes} for {header.dtype}{list(header.shape)}"
-        raise ModelFileError(f"{path}: {size} bytes, wanted {wanted}")
+        expected = f"{offset} + {header.data_bytes} bytes for {header.dtype}{list(header.shape)}"
+        raise ModelFileError(f"{path}: expected {expected}, got {size}")
     return RawArray(file, path, name, offset, header.shape, header.dtype)
 
 

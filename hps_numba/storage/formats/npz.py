@@ -38,8 +38,8 @@ class _Member:
         self.shape, self.dtype = header
         self._position = 0
         if info.file_size != self._stream.tell() + header.data_bytes:
-            wanted = f"{self._stream.tell()} + {header.data_bytes} for {header.dtype}{list(header.shape)}"
-            raise ModelFileError(f"{path}: {name}.npy unpacks to {info.file_size} bytes, wanted {wanted}")
+            expected = f"{self._stream.tell()} + {header.data_bytes} bytes for {header.dtype}{list(header.shape)}"
+            raise ModelFileError(f"{path}: {name}.npy: expected {expected}, got {info.file_size}")
 
     def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
         while self._position < start:

@@ -61,7 +61,7 @@ class _Column:
         while not len(self._rest):
             array = next(self._arrays, None)
             if array is None:
-                raise ModelFileError(f"{self.path}: {self.name} ends after {self._position} rows, {stop} are wanted")
+                raise ModelFileError(f"{self.path}: {self.name}: expected {stop} rows or more, got {self._position}")
             self._rest = self._numbers(array)
         piece = self._rest[: stop - self._position]
         self._rest = self._rest[len(piece) :]
@@ -78,7 +78,7 @@ class _Column:
         if wrong.size:
             row = self._position + int(wrong[0])
             raise ModelFileError(
-                f"{self.path}: emb_vector row {row} has {lengths[wrong[0]]} values, wanted {self.row_shape[0]}"
+                f"{self.path}: emb_vector row {row}: expected {self.row_shape[0]} values, got {lengths[wrong[0]]}"
             )
         values = array.flatten()
         self._reject_nulls(values)
@@ -87,7 +87,7 @@ class _Column:
     def _reject_nulls(self, array: pyarrow.Array) -> None:
         if array.null_count:
             where = f"rows {self._position}..{self._position + len(array)}"
-            raise ModelFileError(f"{self.path}: {self.name} has {array.null_count} nulls in {where}, wanted none")
+            raise ModelFileError(f"{self.path}: {self.name}: expected no nulls, got {array.null_count} in {where}")
 
 
 class ParquetReader(SparseModelReader):
@@ -161,7 +161,7 @@ def _number_type(path: Path, name: str, kind: pyarrow.DataType) -> np.dtype[Any]
     try:
         return np.dtype(kind.to_pandas_dtype())
     except NotImplementedError:
-        raise ModelFileError(f"{path}: {name} has type {kind}, wanted numbers") from None
+        raise ModelFileError(f"{path}: {name}: expected numbers, got type {kind}") from None
 
 
 def _width(file: pyarrow.parquet.ParquetFile, path: Path, kind: pyarrow.DataType, dim: int | None) -> int:
@@ -171,7 +171,7 @@ def _width(file: pyarrow.parquet.ParquetFile, path: Path, kind: pyarrow.DataType
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size)
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise ModelFileError(f"{path}: emb_vector has type {kind}, wanted a list of float32")
+        raise ModelFileError(f"{path}: emb_vector: expected lists of float32, got type {kind}")
     if dim is not None:
         return dim
     for batch in file.iter_batches(batch_size=1, columns=["emb_vector"], use_threads=False):

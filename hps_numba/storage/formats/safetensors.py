@@ -61,12 +61,12 @@ def _header(file: io.FileIO, path: Path) -> tuple[dict[str, Any], int]:
     read_exactly(file, 0, size, path)
     length = int(size[0])
     if not 2 <= length <= _HEADER_LIMIT:
-        raise ModelFileError(f"{path}: header of {length} bytes, wanted 2 to {_HEADER_LIMIT}; is it a safetensors file?")
+        raise ModelFileError(f"{path}: expected a header of 2 to {_HEADER_LIMIT} bytes, got {length}: not a safetensors file?")
     text = np.empty(length, np.uint8)
     read_exactly(file, 8, text, path)
     header = json.loads(text.tobytes())
     if not isinstance(header, dict):
-        raise ModelFileError(f"{path}: the header is a JSON {type(header).__name__}, wanted an object")
+        raise ModelFileError(f"{path}: expected a JSON object as the header, got {type(header).__name__}")
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -75,12 +75,12 @@ def _check_end(path: Path, header: dict[str, Any], data_bytes: int) -> None:
     """The data of the last tensor ends with the file; so a file that was cut or has grown is noticed at once."""
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != data_bytes:
-        raise ModelFileError(f"{path}: {data_bytes} bytes of data, wanted {end} according to the header")
+        raise ModelFileError(f"{path}: expected {end} bytes of data, as the header says, got {data_bytes}")
 
 
 def _array(file: io.FileIO, path: Path, name: str, entry: dict[str, Any], offset: int) -> RawArray:
     if entry["dtype"] not in _NUMBERS:
-        raise ModelFileError(f"{path}: {name} has dtype {entry['dtype']}, wanted one of {', '.join(_NUMBERS)}")
+        raise ModelFileError(f"{path}: {name}: expected a dtype of {', '.join(_NUMBERS)}, got {entry['dtype']}")
     dtype, shape = _NUMBERS[entry["dtype"]], tuple(int(length) for length in entry["shape"])
     begin, end = entry["data_offsets"]
     if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:

@@ -1,1 +1,1 @@
-"""The host store: rows of one table in host memory."""
+"""The host store: the rows of one table in host memory, and the parts it is made of."""

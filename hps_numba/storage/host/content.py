@@ -1,4 +1,4 @@
-"""One version of a table in host memory: its rows, its index, and the writer's book of slots."""
+"""One version of a table in host memory: its rows, its index, and the free list of its slots."""
 
 from __future__ import annotations
 
@@ -58,18 +58,25 @@ def entries_of(block: int) -> int:
 
 
 class TableContent:
-    """Rows, index and slots. Knows nothing of headers, locks or limits: that is ``HostStore``.
+    """Rows, index and slots. Headers, locks and bounds are other parts of ``HostStore``.
 
-    **Threads:** one writer; readers hold an epoch and see what is published.
+    Attributes:
+        dim: row width in float32 elements.
+        index: the index block that the writer uses.
+        state: the ``STATE_*`` words that write kernels read and change.
+        free: the free list; its length is in ``state``.
+        retired: slots that the last kernel took out of use; their number is in ``state``.
+
+    Thread safety: one writer; readers hold an epoch and see what is published.
     """
 
     def __init__(
         self, dim: int, rows: int, *, allocator: HostAllocator, recency: int = RECENCY_NONE, purpose: str = "table"
     ) -> None:
-        """Memory for ``rows`` keys of width ``dim``; it can grow beyond.
+        """Take memory for ``rows`` keys of width ``dim``; more can be added.
 
         Raises:
-            CapacityError: the machine does not have it.
+            CapacityError: the machine has too little memory.
         """
         self.dim = dim
         self.row_bytes = 4 * dim
@@ -80,10 +87,10 @@ class TableContent:
         self.free = np.empty(64, np.int64)
         self.retired = np.empty(64, np.int64)
         self._generation = 0
-        self._limbo: deque[tuple[int, np.ndarray]] = deque()
+        self._retired_slots: deque[tuple[int, np.ndarray]] = deque()
         self._old_indexes: deque[tuple[int, HostRegion]] = deque()
         self._regions: list[HostRegion] = []
-        self._indexes: list[HostRegion] = []  # all that a reader may be in: memory goes only by an explicit release
+        self._indexes: list[HostRegion] = []  # every index that a reader may use
         try:
             self._rows = self._reserve(rows * self.row_bytes, max(rows * self.row_bytes, total_bytes()), "rows")
             self._recency: HostRegion | None = None
@@ -136,13 +143,13 @@ class TableContent:
         """Add ``step_bytes`` worth of slots, at least one; fewer where addresses or memory end.
 
         Raises:
-            CapacityError: there is no room for one more.
+            CapacityError: not even one more slot fits.
         """
         slots = int(self.state[STATE_SLOT_LIMIT])
-        room = self._rows.limit // self.row_bytes - slots
-        if room <= 0:
+        reserved = self._rows.limit // self.row_bytes - slots
+        if reserved <= 0:
             raise CapacityError(f"{self.purpose}: all {slots} slots that could be reserved are in use")
-        step = min(room, max(1, step_bytes // self.row_bytes))
+        step = min(reserved, max(1, step_bytes // self.row_bytes))
         while True:
             try:
                 self.commit_slots(slots + step)
@@ -177,7 +184,7 @@ class TableContent:
         return bool(self.state[STATE_FREE] > 0 or self.state[STATE_NEXT_SLOT] < self.state[STATE_SLOT_LIMIT])
 
     def build_index(self) -> tuple[HostRegion, int]:
-        """A roomier index without the erased entries, and its number of rows; nothing else changes yet."""
+        """A larger index without the erased entries, and its number of rows; nothing else changes yet."""
         new = self._new_index(lines_for(self.live * 3 // 2 + 16))
         return new, host_reindex(self.index.address, new.address)
 
@@ -191,7 +198,7 @@ class TableContent:
         self.state[STATE_MAX_USED] = int(entries_of(self.block) * MAX_LOAD)
 
     def repair(self, block: int, epochs: Epochs) -> None:
-        """Write the book anew from the index at ``block``, after a writer was interrupted between two of its lines."""
+        """Rebuild counts and free list from the index at ``block``, after a write was interrupted."""
         self.index = next(index for index in self._indexes if index.address == block)
         slots = int(self.state[STATE_NEXT_SLOT])
         taken = np.zeros(slots, np.uint8)
@@ -199,42 +206,42 @@ class TableContent:
         self._limit_load()
         self.state[STATE_FREE] = self.state[STATE_RETIRED] = 0
         tag = epochs.advance()
-        self._limbo = deque([(tag, np.flatnonzero(taken == 0))])
+        self._retired_slots = deque([(tag, np.flatnonzero(taken == 0))])
         self._old_indexes = deque((tag, index) for index in self._indexes if index is not self.index)
 
     def fill(self, keys: np.ndarray, now: int) -> None:
-        """Index int64 ``keys`` for the rows that stand in the next slots, before anybody reads; the last of equal keys wins."""
+        """Index int64 ``keys`` for the rows in the next slots, before the content is published; the last of equal keys wins."""
         first = int(self.state[STATE_NEXT_SLOT])
-        self._make_free_room(len(keys))
+        self._reserve_free(len(keys))
         self.state[STATE_NEXT_SLOT] = first + len(keys)
         host_fill(self.block, address_of(keys), len(keys), first, self.state, self.free, now)
 
     def retire_index(self, index: HostRegion, tag: int) -> None:
-        """Keep a replaced index until the epoch ``tag`` is over."""
+        """Release a replaced index after the epoch ``tag``."""
         self._old_indexes.append((tag, index))
 
-    def room_to_retire(self, more: int) -> np.ndarray:
-        """The list that a kernel appends retired slots to, with room for ``more``."""
+    def reserve_retired(self, more: int) -> np.ndarray:
+        """The list that a kernel appends retired slots to, with capacity for ``more``."""
         used = int(self.state[STATE_RETIRED])
         if used + more > len(self.retired):
             self.retired = np.concatenate([self.retired[:used], np.empty(more, np.int64)])
         return self.retired
 
     def retire_slots(self, epochs: Epochs) -> None:
-        """Keep the slots on the list from reuse until the epoch that ends now is over."""
+        """End the epoch; the slots retired in it are free once its readers have finished."""
         count = int(self.state[STATE_RETIRED])
         if count:
             slots, self.state[STATE_RETIRED] = self.retired[:count].copy(), 0
-            self._limbo.append((epochs.advance(), slots))
+            self._retired_slots.append((epochs.advance(), slots))
 
     def collect(self, epochs: Epochs) -> None:
-        """Take back what no reader can hold any more."""
-        if not self._limbo and not self._old_indexes:
+        """Move slots that no reader can hold any more to the free list, and release such indexes."""
+        if not self._retired_slots and not self._old_indexes:
             return
         oldest = epochs.oldest()
-        while self._limbo and self._limbo[0][0] < oldest:
-            slots = self._limbo.popleft()[1]
-            self._make_free_room(len(slots))
+        while self._retired_slots and self._retired_slots[0][0] < oldest:
+            slots = self._retired_slots.popleft()[1]
+            self._reserve_free(len(slots))
             end = int(self.state[STATE_FREE])
             self.free[end : end + len(slots)] = slots
             self.state[STATE_FREE] = end + len(slots)
@@ -243,12 +250,12 @@ class TableContent:
             self._indexes.remove(index)
             index.release()
 
-    def _make_free_room(self, more: int) -> None:
+    def _reserve_free(self, more: int) -> None:
         used = int(self.state[STATE_FREE])
         if used + more > len(self.free):
             self.free = np.concatenate([self.free[:used], np.empty(max(used, more) + more, np.int64)])
 
     def release(self) -> None:
-        """Give all memory back. Only when no reader can hold it."""
+        """Release all memory. Only when no reader can hold it."""
         for region in [*self._regions, *self._indexes]:
             region.release()

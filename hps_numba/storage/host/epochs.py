@@ -1,8 +1,8 @@
-"""When may memory be used again: epochs of readers (K. Fraser, "Practical lock-freedom", 2004, section 5.2.3).
+"""Epoch-based reclamation: when memory may be reused (K. Fraser, "Practical lock-freedom", 2004, section 5.2.3).
 
 A reader writes the current epoch to a record of its own before it reads and clears it after. The writer first makes memory
-unreachable, then ends the epoch; that memory is free once no record shows that epoch or an older one. Readers never wait,
-and a reader that started later can no longer find the memory.
+unreachable, then ends the epoch; that memory may be reused once no record shows that epoch or an older one. Readers never
+wait, and a reader that starts later can no longer find the memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ _BLOCK = 64
 
 
 class Guard(Protocol):
-    """Readers that keep no record here, those on a device for instance."""
+    """Readers that keep no record here, such as kernels on a device."""
 
     def oldest(self, now: int) -> int:
-        """The oldest epoch that they may still be in, ``now`` (the current one) if in none; it may lag behind the truth."""
+        """The oldest epoch that they may still be in, ``now`` (the current one) if in none; never one that is too new."""
 
 
 class Epochs:
-    """Records of all readers of one store: those of another need not be waited for.
+    """Records of the readers of one store, so that a writer does not wait for readers of another.
 
-    **Threads:** every method; none takes a lock. Guards are added and removed by one thread at a time.
+    Attributes:
+        address: of the word that holds the current epoch.
+
+    Thread safety: every method, without a lock. Guards are added and removed by one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,7 @@ class Epochs:
         register_fork_reset(self)
 
     def acquire(self) -> int:
-        """Address of a record for one reader; give it back with ``give``."""
+        """Address of a record for one reader, to be given back by ``release``."""
         while True:
             try:
                 return self._idle.pop()
@@ -57,7 +60,7 @@ class Epochs:
                 self._idle.extend(first + 8 * _WORDS * i for i in range(_BLOCK))
 
     def release(self, record: int) -> None:
-        """Take a record back, after its reader left."""
+        """Return a record, after its reader has finished."""
         self._idle.append(record)
 
     @contextmanager
@@ -72,26 +75,26 @@ class Epochs:
             self.release(record)
 
     def add_guard(self, guard: Guard) -> None:
-        """Let ``oldest`` ask ``guard`` too."""
+        """Let ``oldest`` count the readers of ``guard`` too."""
         self._guards = (*self._guards, guard)
 
     def remove_guard(self, guard: Guard) -> None:
-        """Ask ``guard`` no more: its readers have ended."""
+        """Undo ``add_guard``: its readers have finished."""
         self._guards = tuple(other for other in self._guards if other is not guard)
 
     def advance(self) -> int:
-        """End the epoch; returns it, as the tag of what was made unreachable before the call."""
+        """End the current epoch and return it: the tag of what was made unreachable before the call."""
         return epoch_advance(self.address)
 
     def oldest(self) -> int:
-        """The oldest epoch that a reader is in, else the current one: tags below it are free."""
+        """The oldest epoch with a reader in it, else the current one: what has a lower tag may be reused."""
         now = int(self._now[0])
         active = [int(e) for block in list(self._blocks) for e in block[:, 0] if e]
         active += [guard.oldest(now) for guard in self._guards]
         return min(active, default=now)
 
     def wait(self, tag: int, seconds: float) -> bool:
-        """Wait until ``tag`` is free; False if readers are still at work after ``seconds``."""
+        """Wait until no reader is in epoch ``tag`` or an older one; False if some still are after ``seconds``."""
         end = time.monotonic() + seconds
         pause = 1e-5
         while self.oldest() <= tag:

@@ -1,6 +1,6 @@
-"""Bags of keys, and the pooled row of each: read from host memory and combined in one pass, over idle threads if many.
+"""Bags of keys and their pooled rows: rows are read and combined in one pass, without a copy in between.
 
-Not a lookup and then a sum: rows of a bag go from the table to the sum of the bag, and nowhere in between.
+Many bags are split over threads.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ __all__ = ["Bags", "Missing", "offsets_of", "pool_bags", "without_padding"]
 
 @dataclass(frozen=True)
 class Bags:
-    """Keys in bags, and how their rows become one (spec 2.3).
+    """Keys in bags, and how the rows of a bag are combined.
 
     Args:
         keys: int64 ``[n]``, contiguous.
-        offsets: int64 ``[bags + 1]``, contiguous: where each bag begins, and the end of the last; ascending from 0 to ``n``.
+        offsets: int64 ``[bags + 1]``, contiguous: where each bag begins, then the end of the last; ascending from 0 to ``n``.
         weights: float32 ``[n]``, contiguous, or None: all are 1.
         combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 where the
             divisor is 0); ``max``, whatever the weights.
         max_norm: each row is clipped to this Euclidean norm before it is weighted, or None.
 
     Raises:
-        ConfigError (a ValueError): one of them does not fit.
+        ConfigError (a ValueError): an argument is not as above.
     """
 
     keys: np.ndarray
@@ -46,18 +46,18 @@ class Bags:
     def __post_init__(self) -> None:
         n = len(self.keys)
         if self.combiner not in COMBINERS:
-            raise ConfigError(f"combiner: {self.combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
+            raise ConfigError(f"combiner: expected one of {', '.join(COMBINERS)}, got {self.combiner!r}")
         if self.offsets.dtype != np.int64 or self.offsets.ndim != 1 or not len(self.offsets):
-            raise ConfigError(f"offsets: {self.offsets.dtype}{list(self.offsets.shape)} came, int64[bags + 1] is wanted")
+            raise ConfigError(f"offsets: expected int64[bags + 1], got {self.offsets.dtype}{list(self.offsets.shape)}")
         if self.offsets[0] != 0 or self.offsets[-1] != n:
-            raise ConfigError(f"offsets: from {self.offsets[0]} to {self.offsets[-1]}, wanted from 0 to {n}, as many as keys")
+            raise ConfigError(f"offsets: expected 0 to {n}, the number of keys, got {self.offsets[0]} to {self.offsets[-1]}")
         falls = np.flatnonzero(self.offsets[1:] < self.offsets[:-1])
         if len(falls):
-            raise ConfigError(f"offsets[{falls[0] + 1}]: less than the one before, ascending ones are wanted")
+            raise ConfigError(f"offsets[{falls[0] + 1}]: expected ascending offsets, got {self.offsets[falls[0] + 1]}")
         if self.weights is not None and (self.weights.dtype != np.float32 or self.weights.shape != (n,)):
-            raise ConfigError(f"weights: {self.weights.dtype}{list(self.weights.shape)} came, float32[{n}] is wanted")
+            raise ConfigError(f"weights: expected float32[{n}], got {self.weights.dtype}{list(self.weights.shape)}")
         if self.max_norm is not None and not self.max_norm >= 0:
-            raise ConfigError(f"max_norm: {self.max_norm} came, None or a number from 0 on is wanted")
+            raise ConfigError(f"max_norm: expected None or a number of at least 0, got {self.max_norm}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -67,32 +67,32 @@ def offsets_of(numbers: np.ndarray, bags: int) -> np.ndarray:
     """int64 ``[bags + 1]``: where each bag begins, from the number of the bag of each key: int64 ``[n]``, ascending.
 
     Raises:
-        ConfigError: numbers are not ascending, or not of 0 to ``bags - 1``.
+        ConfigError: numbers are not ascending, or not in 0 to ``bags - 1``.
     """
     offsets = np.empty(bags + 1, np.int64)
     wrong = bag_starts(numbers, len(numbers), offsets)
     if wrong >= 0:
-        raise ConfigError(f"row of id {wrong}: {numbers[wrong]} came, ascending numbers of 0 to {bags - 1} are wanted")
+        raise ConfigError(f"row of id {wrong}: expected ascending numbers in 0..{bags - 1}, got {numbers[wrong]}")
     return offsets
 
 
 def without_padding(
     keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None, padding: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Keys, offsets and weights of bags without the keys that equal ``padding``: as given, int64 ``[n]`` and ``[bags + 1]``.
+    """Drop the keys that equal ``padding``: keys int64 ``[n]``, offsets ``[bags + 1]`` and weights without them.
 
     Raises:
-        ConfigError: an offset is not of 0 to ``n``.
+        ConfigError: an offset is not in 0 to ``n``.
     """
     kept = keys != padding
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= len(keys)):
-        raise ConfigError(f"offsets: from {offsets.min()} to {offsets.max()}, wanted from 0 to {len(keys)}, as many as keys")
+        raise ConfigError(f"offsets: expected 0 to {len(keys)}, the number of keys, got {offsets.min()} to {offsets.max()}")
     starts = np.concatenate(([0], np.cumsum(kept)))[offsets]
     return keys[kept], starts, None if weights is None else weights[kept]
 
 
 class Missing:
-    """What host memory lacks for some bags: positions of keys, and rows that were found for them elsewhere."""
+    """Keys of bags that host memory lacks: their positions, and rows that slower tiers had for them."""
 
     def __init__(self, n: int) -> None:
         self._listed = np.empty(n, np.int64)
@@ -101,16 +101,16 @@ class Missing:
         self._rows = np.empty((0, 0), np.float32)
 
     def addresses(self) -> tuple[int, int, int]:
-        """Of the list of positions, of the row numbers and of the rows; 0 where there are none."""
+        """Addresses of the list of positions, the row numbers and the rows; 0 where there are none."""
         side, rows = (0, 0) if self._side is None else (address_of(self._side), address_of(self._rows))
         return address_of(self._listed), side, rows
 
     def take(self, parts: list[tuple[int, int]]) -> None:
-        """Positions were listed in these parts, (start, number), of the list."""
+        """Keep the positions that kernels listed in these parts, (start, number), of the list."""
         self.positions = np.concatenate([self._listed[start : start + number] for start, number in parts])
 
     def answer(self, rows: np.ndarray, numbers: np.ndarray) -> None:
-        """Have row ``rows[numbers[i]]`` for the key at ``positions[i]``: float32 ``[m, dim]`` and int64."""
+        """Provide row ``rows[numbers[i]]`` for the key at ``positions[i]``: float32 ``[m, dim]`` and int64."""
         self._rows = np.ascontiguousarray(rows)
         self._side = np.full(len(self._listed), -1, np.int64)
         self._side[self.positions] = numbers
@@ -129,16 +129,16 @@ def pool_bags(
     """Write the pooled row of each bag to ``out``.
 
     Args:
-        header: address of a word with the address of the store's index block, which stays, and the store's ``epochs``; or 0 and
-            None: every key is missing.
+        header, epochs: address of a word that holds the address of the store's index block, and the store's epochs; or 0 and
+            None, if every key is missing.
         out: float32 ``[bags, dim]``, contiguous.
-        default: fills the row of a key that is nowhere.   counters: address of the ``COUNTER_*`` words to add to, or 0.
+        default: fills the row of a key that no tier has.   counters: address of the ``COUNTER_*`` words to add to, or 0.
         missing: takes positions of keys that the store lacks, and gives rows for them if it has any.
 
     Returns the number of keys that the store lacks, or -1 if it is closed.
     """
     if out.dtype != np.float32 or out.ndim != 2 or len(out) != len(bags) or not out.flags.c_contiguous:
-        raise ArrayError(f"out: {out.dtype}{list(out.shape)} came, contiguous float32[{len(bags)}, dim] is wanted")
+        raise ArrayError(f"out: expected contiguous float32[{len(bags)}, dim], got {out.dtype}{list(out.shape)}")
     if not len(bags):
         return 0
     n, dim = len(bags.keys), out.shape[1]

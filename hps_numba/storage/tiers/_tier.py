@@ -1,12 +1,12 @@
 """What a storage tier promises: rows of embedding tables by key, in memory, on disk or across a network.
 
-A tier is one file in this folder that defines ``PLUGIN``, a subclass of :class:`Tier`; or a class of the user's own, named in
-the config as ``module:NAME`` or ``file.py:NAME``. Six methods are enough; everything else is built on them. Tables are named
-by tag, ``hps_et.<model>.<table>``. The same contract tests run over every tier (spec 8.1).
+A tier is one file in this folder that defines ``PLUGIN``, a subclass of :class:`Tier`; an entry point of the group
+``hps_numba.tiers``; or a class of the user's own, named in the config as ``module:NAME`` or ``file.py:NAME``. Six methods are
+enough; everything else is built on them. Tables are named by tag, ``hps_et.<model>.<table>``. Every tier passes
+``hps_numba.testing.TierContract``.
 
-A tier that fails raises TierError (or TierUnavailable): then the next tier is asked, and keys found nowhere count as
-unanswered. Any other exception is a defect and goes to the caller of the lookup. ``section`` is the part of the config that
-named the tier: all keys of ``volatile_db`` or ``persistent_db``, such as ``path``, ``max_batch_size`` and ``read_only``.
+A tier that fails raises TierError (or TierUnavailable): then the next tier is asked, and keys found in no tier count as
+unanswered. Any other exception is a defect and goes to the caller of the lookup.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from hps_numba.errors import ClosedError, TierError
 from hps_numba.storage.bin_dump import BinDump, read_bin, write_bin
 
 if TYPE_CHECKING:
-    from hps_numba.config import PersistentDatabaseConfig, VolatileDatabaseConfig
+    from hps_numba.config import PersistentDatabaseConfig, TierConfig, VolatileDatabaseConfig
 
 __all__ = ["NO_LIMIT", "Fetched", "Tier"]
 
@@ -51,17 +51,47 @@ class Tier(abc.ABC):
     Class attributes:
         shared: other processes see the same rows.
         persistent: rows outlive the process.
+        Options: dataclass or pydantic model of the tier's own keys in the config; None: it takes those of every tier only.
 
-    **Threads:** every method, from any thread.
+    Attributes:
+        section: the part of the config that named the tier, with the keys of every tier, such as ``max_batch_size`` and
+            ``read_only``.
+        wide_keys: keys have 64 bits, else 32.
+
+    Thread safety: every method, from any thread.
     """
 
     shared: ClassVar[bool] = False
     persistent: ClassVar[bool] = False
+    Options: ClassVar[type | None] = None
 
-    def __init__(self, section: VolatileDatabaseConfig | PersistentDatabaseConfig, *, wide_keys: bool = True) -> None:
-        """Open the tier that ``volatile_db`` or ``persistent_db`` describes; ``wide_keys``: keys have 64 bits, else 32."""
+    def __init__(
+        self, section: VolatileDatabaseConfig | PersistentDatabaseConfig | TierConfig, *, wide_keys: bool = True
+    ) -> None:
+        """Open the tier that a section of the config describes.
+
+        Raises:
+            TierUnavailable: it cannot be reached, or what it needs is not installed.
+        """
         self.section = section
         self.wide_keys = wide_keys
+
+    @classmethod
+    def from_options(cls, *, wide_keys: bool = True, **keys: Any) -> Self:
+        """Open a tier without a config file: ``keys`` are what its section would hold beside ``type``.
+
+        Raises:
+            ConfigError: a key is unknown, or its value is not valid.
+        """
+        from hps_numba.config import checked_options, tier_config
+
+        section = tier_config({"type": f"{cls.__module__}:{cls.__name__}", **keys})
+        return cls(checked_options(section, cls.Options, (), strict=True), wide_keys=wide_keys)
+
+    @property
+    def options(self) -> Any:
+        """The instance of ``Options`` that the config describes; None if the tier declares none."""
+        return self.section.options
 
     @property
     def read_only(self) -> bool:
@@ -75,14 +105,14 @@ class Tier(abc.ABC):
         """Copy the rows of those keys (int64 ``[n]``) that the tier has to ``rows`` (float32 ``[n, dim]``).
 
         Rows of absent keys stay as they are; an unknown table has no keys. ``deadline`` is a ``time.monotonic()`` after which
-        no further batch is begun (``batches`` keeps it).
+        no further batch is begun (``batches`` observes it).
         """
 
     @abc.abstractmethod
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
-        """Write a row for each key, making the table if need be; the last of equal keys wins. Returns how many were new.
+        """Write a row for each key, creating the table if needed; the last of equal keys wins. Returns how many were new.
 
-        Nothing of the caller's memory is kept. A table has one width, that of its first rows: another is a TierError.
+        Keys and rows are copied. A table has one width, that of its first rows: another is a TierError.
         """
 
     @abc.abstractmethod
@@ -104,7 +134,7 @@ class Tier(abc.ABC):
     # -- built on it ---------------------------------------------------------------------
 
     def capacity(self, table: str) -> int:
-        """Rows that a table may hold; NO_LIMIT if it is not bound."""
+        """Rows that a table may hold; NO_LIMIT if it has no bound."""
         return NO_LIMIT
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
@@ -117,7 +147,7 @@ class Tier(abc.ABC):
         return sorted(tag for tag in self.tables() if tag.startswith(f"hps_et.{model}."))
 
     def dump(self, table: str, path: str | Path) -> int:
-        """Write a table to a ``.bin`` file (spec 5.6); returns the number of rows."""
+        """Write a table to a ``.bin`` file (``storage.bin_dump``); returns the number of rows."""
         self._only_bin(path)
         chunks = self.scan(table)
         first = next(chunks, None)
@@ -140,29 +170,35 @@ class Tier(abc.ABC):
         """Open a ``.bin`` file whose keys are as wide as the tier's; raises as ``load_dump``."""
         self._only_bin(path)
         dump = read_bin(path)
-        wanted = 8 if self.wide_keys else 4
-        if dump.key_bytes != wanted and dump.pairs:
-            raise TierError(f"{path}: keys of {dump.key_bytes} bytes, wanted {wanted} as supportlonglong says")
+        expected = 8 if self.wide_keys else 4
+        if dump.key_bytes != expected and dump.pairs:
+            raise TierError(f"{path}: expected keys of {expected} bytes (supportlonglong), got {dump.key_bytes}")
         return dump
 
     @staticmethod
     def _only_bin(path: str | Path) -> None:
         if Path(path).suffix != ".bin":
-            raise TierError(f"{path}: a dump is a .bin file")
+            raise TierError(f"{path}: expected a .bin file")
 
     def batches(self, n: int, deadline: float | None) -> Iterator[slice]:
-        """Cut ``n`` keys into batches of ``max_batch_size``; stops when the deadline has passed (spec 8.1)."""
+        """Cut ``n`` keys into batches of ``max_batch_size``; stops when the deadline has passed."""
         step = self.section.max_batch_size
         for start in range(0, n, step):
             if deadline is not None and time.monotonic() >= deadline:
                 return
             yield slice(start, min(start + step, n))
 
+    @staticmethod
+    def check_width(table: str, width: int, dim: int) -> None:
+        """Raise TierError unless rows of width ``dim`` fit a table whose rows have ``width`` elements."""
+        if dim != width:
+            raise TierError(f"{table}: expected rows of width {width}, got {dim}")
+
     def close(self) -> None:
-        """Let go of everything; later calls may raise ClosedError."""
+        """Release everything; later calls may raise ClosedError."""
 
     def closed_error(self) -> ClosedError:
-        """What to raise after ``close``."""
+        """The error of a call after ``close``."""
         return ClosedError(f"{type(self).__name__}: the tier is closed")
 
 

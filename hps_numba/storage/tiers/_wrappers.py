@@ -1,4 +1,4 @@
-"""Tiers around a tier, for tests and trials: one counts calls, one is slow, one fails."""
+"""Tiers that wrap another tier, for tests and experiments: one counts calls, one is slow, one fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``hash_map``: tables in the memory of this process, each a :class:`~hps_numba.storage.host.store.HostStore` (spec 8.3)."""
+"""``hash_map``: tables in the memory of this process, each a :class:`~hps_numba.storage.host.store.HostStore`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ __all__ = ["PLUGIN", "HashMapTier"]
 
 
 class HashMapTier(Tier):
-    """Host hash stores by table. Lookups that know their store go to it directly.
+    """One host store per table. Lookups of a server go to its store directly.
 
-    The bound of a table is ``overflow_margin * num_partitions``, one flat store, trimmed to ``overflow_resolution_target``.
+    A table holds at most ``overflow_margin * num_partitions`` rows and is trimmed to the share ``overflow_resolution_target``.
     """
 
+    Options = VolatileDatabaseConfig
     section: VolatileDatabaseConfig
 
     def __init__(
@@ -36,11 +37,11 @@ class HashMapTier(Tier):
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Make the lock anew, as a forked child has to."""
+        """Replace the lock, as a forked child has to."""
         self._lock = threading.Lock()
 
     def store(self, table: str, dim: int) -> HostStore:
-        """The store of a table, made if need be.
+        """The store of a table, created if needed.
 
         Raises:
             TierError: the table has another width.
@@ -51,8 +52,7 @@ class HashMapTier(Tier):
             store = self._stores.get(table)
             if store is None:
                 store = self._stores[table] = self._new_store(table, dim)
-        if store.dim != dim:
-            raise TierError(f"{table}: rows of width {dim} came, the table holds width {store.dim}")
+        self.check_width(table, store.dim, dim)
         return store
 
     def _new_store(self, table: str, dim: int) -> HostStore:
@@ -77,7 +77,7 @@ class HashMapTier(Tier):
         if store is None:
             return Fetched(found, len(keys))
         if rows.shape != (len(keys), store.dim):
-            raise TierError(f"{table}: rows of shape {rows.shape} came, ({len(keys)}, {store.dim}) is wanted")
+            raise TierError(f"{table}: rows: expected shape ({len(keys)}, {store.dim}), got {rows.shape}")
         asked = 0
         for part in self.batches(len(keys), deadline):
             some = np.ascontiguousarray(keys[part], np.int64)

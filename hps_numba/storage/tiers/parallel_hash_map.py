@@ -1,4 +1,4 @@
-"""``parallel_hash_map``: the same as ``hash_map``, as in the original (spec 1.7); every store here is read in parallel."""
+"""``parallel_hash_map``: the same as ``hash_map``: every host store is read in parallel. HugeCTR has both names."""
 
 from hps_numba.storage.tiers.hash_map import HashMapTier
 

@@ -12,7 +12,7 @@ from support.oracles import assert_same_bits, rows_of
 from hps_numba.kernels.hashing import primary_line
 from hps_numba.kernels.layouts.host_store import ENTRIES_PER_LINE, lines_for
 from hps_numba.storage import loading
-from hps_numba.storage.host import store as host_store
+from hps_numba.storage.host import reading
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.model_files import open_model, write_model
 
@@ -43,7 +43,7 @@ def looked_up(store: HostStore, keys: list[int], default: float = -1.0) -> tuple
 
 
 @pytest.mark.parametrize("dim", [*range(1, 34), 47, 48, 63, 64, 65, 127, 128, 129, 160, 255, 300])
-def test_a_row_is_copied_or_filled_and_nothing_beside_it(dim: int) -> None:
+def test_a_row_is_copied_or_filled_and_nothing_around_it(dim: int) -> None:
     store = store_with([4, 5, 6], dim)
     for start in range(0, 16, 5):  # any alignment of the answer that float32 can have
         memory = np.full(start + 4 * dim + 16, CANARY)
@@ -78,7 +78,7 @@ def test_keys_beyond_a_line_of_erased_ones_are_found() -> None:
     assert_same_bits(out[ENTRIES_PER_LINE:], rows_of(known[ENTRIES_PER_LINE:], 3))
 
 
-def test_key_0_is_told_from_the_zeros_of_empty_entries() -> None:
+def test_key_0_differs_from_the_zeros_of_empty_entries() -> None:
     with np.errstate(over="ignore"):
         home = int(primary_line(np.uint64(0), np.uint64(LINES)))
     neighbour = keys_at_home_in(home, 2)[1]
@@ -101,18 +101,20 @@ def test_any_number_of_keys_and_the_positions_of_missing_ones(n: int) -> None:
 @pytest.mark.parametrize(
     ("dim", "offset", "streams"), [(16, 0, True), (48, 0, True), (160, 0, True), (16, 4, False), (17, 0, False)]
 )
-def test_an_answer_past_the_caches_is_the_same(dim: int, offset: int, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_written_past_the_caches_is_the_same(
+    dim: int, offset: int, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only rows of whole cache lines to an aligned answer may be written so."""
     seen = []
-    kernel = host_store.host_lookup
+    kernel = reading.host_lookup
 
     def watched(*arguments: Any) -> int:
         seen.append(arguments[-1])
         missing: int = kernel(*arguments)
         return missing
 
-    monkeypatch.setattr(host_store, "host_lookup", watched)
-    monkeypatch.setattr(host_store, "_STREAM_BYTES", 1)
+    monkeypatch.setattr(reading, "host_lookup", watched)
+    monkeypatch.setattr(reading, "_STREAM_BYTES", 1)
     store = store_with(range(300), dim)
     keys = np.random.default_rng(dim).integers(-20, 320, 2000)
     memory = np.full(len(keys) * dim + 32, CANARY)
@@ -126,10 +128,10 @@ def test_an_answer_past_the_caches_is_the_same(dim: int, offset: int, streams: b
     assert (memory[:first] == CANARY).all() and (memory[first + out.size :] == CANARY).all()
 
 
-def test_a_small_answer_stays_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_answer_is_written_through_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    kernel = host_store.host_lookup
-    monkeypatch.setattr(host_store, "host_lookup", lambda *arguments: seen.append(arguments[-1]) or kernel(*arguments))
+    kernel = reading.host_lookup
+    monkeypatch.setattr(reading, "host_lookup", lambda *arguments: seen.append(arguments[-1]) or kernel(*arguments))
     looked_up(store_with(range(9), 16), [1, 2, 3])
     assert seen == [False]
 

@@ -116,7 +116,7 @@ def test_no_keys_is_fine():
     assert list(store.scan()) == [] and store.contains(none).shape == (0,)
 
 
-def test_does_not_keep_the_callers_memory():
+def test_keys_and_rows_are_copied():
     store, row = HostStore(2), np.ones((1, 2), np.float32)
     store.upsert(ints([1]), row)
     row[:] = 9
@@ -138,12 +138,12 @@ def test_strided_rows_and_keys_are_taken_in_order():
     assert np.array_equal(out, rows[::2, ::2])
 
 
-def test_wrong_shape_of_rows_names_both():
-    with pytest.raises(HpsError, match=r"\(3, 4\).*\(2, 4\)|\(2, 4\).*\(3, 4\)|shape \(3, 4\), wanted \(2, 4\)"):
+def test_wrong_shape_of_rows_names_both_shapes():
+    with pytest.raises(HpsError, match=r"rows: expected shape \(2, 4\), got \(3, 4\)"):
         HostStore(4).upsert(ints([1, 2]), np.zeros((3, 4), np.float32))
 
 
-def test_a_large_batch_is_cut_over_threads_and_keeps_the_order_of_misses():
+def test_a_large_batch_is_split_over_threads_and_keeps_the_order_of_misses():
     n, dim = 200_000, 8
     store = HostStore(dim)
     store.upsert(np.arange(0, n, 2), rows_for(range(0, n, 2), dim))
@@ -168,7 +168,7 @@ def test_growth_keeps_load_and_frees_old_indexes():
     assert allocator.in_use < content_bytes(100_000, 4) * 1.5 + (2 << 20)
 
 
-def test_updating_one_key_for_ever_takes_no_more_memory():
+def test_updating_one_key_repeatedly_takes_no_more_memory():
     store = HostStore(64, growth_bytes=64 * 4)
     store.upsert(np.arange(10), np.zeros((10, 64), np.float32))
     before = store.bytes
@@ -180,7 +180,7 @@ def test_updating_one_key_for_ever_takes_no_more_memory():
     assert (out == 499).all()
 
 
-def test_coming_and_going_keys_take_no_more_memory():
+def test_inserting_and_erasing_keys_takes_no_more_memory():
     store = HostStore(8, growth_bytes=8 * 4 * 64)
     sizes = []
     for round_ in range(200):
@@ -192,7 +192,7 @@ def test_coming_and_going_keys_take_no_more_memory():
     assert max(sizes[20:]) <= 2 * sizes[20]
 
 
-def test_a_filled_version_takes_what_was_planned():
+def test_a_filled_version_takes_the_planned_memory():
     allocator = PlainHostAllocator()
     store = HostStore(16, allocator=allocator)
     empty = allocator.in_use
@@ -236,7 +236,7 @@ def test_bound_is_kept_and_trimmed_to_the_target(policy):
         assert np.array_equal(rows, rows_for(keys, 2))
 
 
-def test_least_used_keeps_what_was_looked_up_most():
+def test_least_used_keeps_rows_looked_up_most():
     store = HostStore(1, max_rows=100, target=0.5, policy="evict_least_used")
     store.upsert(np.arange(100), rows_for(range(100), 1))
     for often in range(1, 4):
@@ -249,7 +249,7 @@ def test_least_used_keeps_what_was_looked_up_most():
     assert kept[60:].all() and kept[:60].sum() + store.contains(ints([1000]))[0] == 10
 
 
-def test_oldest_keeps_what_was_written_or_looked_up_last():
+def test_oldest_keeps_rows_written_or_looked_up_last():
     store = HostStore(1, max_rows=100, target=0.5, policy="evict_oldest", batch_rows=10)
     for start in range(0, 100, 10):
         store.upsert(np.arange(start, start + 10), rows_for(range(start, start + 10), 1))
@@ -261,7 +261,7 @@ def test_oldest_keeps_what_was_written_or_looked_up_last():
     assert not kept & set(range(10, 60))
 
 
-def test_random_spares_no_region_and_differs_from_round_to_round():
+def test_random_eviction_covers_all_rows_and_differs_between_rounds():
     survivors = []
     for seed in range(2):
         store = HostStore(1, max_rows=10_000, target=0.5, policy="evict_random", seed=seed)
@@ -309,7 +309,7 @@ def use_and_close(allocator):
             call()
 
 
-def test_closed_store_raises_and_gives_memory_back():
+def test_closed_store_raises_and_releases_memory():
     allocator = PlainHostAllocator()
     use_and_close(allocator)
     gc.collect()

@@ -61,7 +61,7 @@ def filled_store():
     return store
 
 
-def test_no_torn_row_beside_a_writer():
+def test_no_torn_rows_during_writes():
     store = filled_store()
     with Readers(store) as readers:
         end = time.monotonic() + 3
@@ -77,7 +77,7 @@ def test_no_torn_row_beside_a_writer():
 def test_the_torn_row_test_finds_a_store_that_writes_in_place():
     """The same readers, beside a writer that overwrites the rows where they stand: what this design avoids."""
     store = filled_store()
-    rows = store._content.rows_view(0, len(KEYS))
+    rows = store.versions.current.rows_view(0, len(KEYS))
     with Readers(store) as readers:
         end = time.monotonic() + 60
         value = 0
@@ -152,7 +152,7 @@ def test_an_absent_key_never_takes_the_row_of_a_key_that_is_being_inserted():
     assert not wrong
 
 
-def test_closing_beside_readers_ends_them_cleanly():
+def test_closing_during_reads_ends_them_cleanly():
     store = filled_store()
     with Readers(store) as readers:
         while readers.looked_up < 20:
@@ -180,7 +180,7 @@ def test_slots_stay_while_a_reader_may_hold_them():
     assert store.bytes == most  # the old slots came back after the reader left
 
 
-def test_an_open_scan_holds_up_nobody():
+def test_an_open_scan_blocks_nobody():
     store, other = filled_store(), filled_store()
     scan = store.scan(8)
     keys, rows = next(scan)
@@ -201,7 +201,7 @@ def test_an_open_scan_holds_up_nobody():
     store.close()
 
 
-def test_a_scan_ages_no_row():
+def test_a_scan_does_not_touch_recency():
     store = HostStore(1, max_rows=100, target=0.5, policy="evict_oldest")
     for start in range(0, 100, 50):
         store.upsert(np.arange(start, start + 50), np.ones((50, 1), np.float32))
@@ -213,7 +213,7 @@ def test_a_scan_ages_no_row():
     assert store.contains(np.arange(25)).all() and not store.contains(np.arange(25, 50)).any()
 
 
-def test_replacing_beside_readers_gives_memory_back():
+def test_replacing_during_reads_releases_memory():
     allocator = PlainHostAllocator()
     store = HostStore(DIM, allocator=allocator)
 
@@ -247,7 +247,7 @@ def test_epochs_hold_what_was_retired_until_readers_leave(readers):
     assert epochs.wait(tag, 1.0)
 
 
-def test_more_readers_than_records_get_new_ones():
+def test_more_readers_than_records_get_new_records():
     epochs = Epochs()
     records = [epochs.acquire() for _ in range(200)]
     assert len(set(records)) == 200

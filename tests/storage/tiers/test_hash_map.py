@@ -1,4 +1,4 @@
-"""Tables in the memory of the process: how they grow, how they are bound, and which rows leave first."""
+"""Tables in the memory of the process: how they grow, how they are bounded, and which rows are evicted first."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hps_numba.config import VolatileDatabaseConfig, read_config
 from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, TierError
 from hps_numba.storage.host.content import TableContent
+from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
 
@@ -33,7 +34,7 @@ def in_memory(request: pytest.FixtureRequest) -> Iterator[Callable[..., HashMapT
         tier.close()
 
 
-def test_closed_hash_maps_give_memory_back_and_say_so(in_memory: Callable[..., HashMapTier]) -> None:  # D09
+def test_closed_hash_maps_release_memory_and_refuse_calls(in_memory: Callable[..., HashMapTier]) -> None:  # D09
     tier = in_memory()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     tier.close()
@@ -42,11 +43,11 @@ def test_closed_hash_maps_give_memory_back_and_say_so(in_memory: Callable[..., H
         tier.insert(TAG, ints(1), rows_of([1], DIM))
 
 
-def test_fetch_wants_rows_of_the_tables_width(in_memory: Callable[..., HashMapTier]) -> None:  # D06
+def test_fetch_expects_rows_of_the_tables_width(in_memory: Callable[..., HashMapTier]) -> None:  # D06
     tier = in_memory()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     for shape in [(1, DIM + 1), (2, DIM), (1,)]:
-        with pytest.raises(TierError, match="rows of shape"):
+        with pytest.raises(TierError, match="rows: expected shape"):
             tier.fetch(TAG, ints(1), np.empty(shape, np.float32))
 
 
@@ -57,7 +58,7 @@ def test_memory_grows_in_steps_of_allocation_rate(in_memory: Callable[..., HashM
     for key in range(3 * step_rows):
         tier.insert(TAG, ints(key), rows_of([key], DIM))
         store = tier.store(TAG, DIM)
-        sizes.append(tier.allocator.in_use - store._content.index.committed)
+        sizes.append(tier.allocator.in_use - store.versions.current.index.committed)
     steps = [after - before for before, after in pairwise(sizes)]
     assert [key + 1 for key, step in enumerate(steps) if step] == [10, 20]
     assert {step for step in steps if step} == {step_rows * 4 * DIM}
@@ -91,19 +92,19 @@ POLICIES = ["evict_random", "evict_least_used", "evict_oldest"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("batch", [1, 3, 7])
-def test_the_bound_is_passed_by_no_more_than_a_batch(
+def test_the_bound_is_exceeded_by_at_most_a_batch(
     in_memory: Callable[..., HashMapTier], policy: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # D11
     tier = in_memory(**BOUND, overflow_policy=policy, max_batch_size=batch)
     store = tier.store(TAG, DIM)
     before_trim = []
-    trim = store._trim
+    trim = store.bound.trim
 
-    def noted(content: TableContent) -> None:
+    def noted(content: TableContent, epochs: Epochs) -> None:
         before_trim.append(content.live)
-        trim(content)
+        trim(content, epochs)
 
-    monkeypatch.setattr(store, "_trim", noted)
+    monkeypatch.setattr(store.bound, "trim", noted)
     for start in range(0, 120, 24):
         tier.insert(TAG, np.arange(start, start + 24), rows_of(np.arange(start, start + 24), DIM))
         assert tier.size(TAG) <= tier.capacity(TAG) == 20
@@ -124,7 +125,7 @@ def test_an_eviction_leaves_exactly_the_target(
         assert row == rows_of([key], DIM)[0].tobytes()
 
 
-def test_least_used_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_least_used_rows_are_evicted_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(**BOUND, overflow_policy="evict_least_used", overflow_resolution_target=0.5)
     tier.insert(TAG, np.arange(20), rows_of(np.arange(20), DIM))
     for _ in range(3):
@@ -137,7 +138,7 @@ def test_least_used_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> N
     assert set(content_of(tier, TAG)) == {0, 3, 5, 7, 11, 12, 13, 14, 18, 19}
 
 
-def test_oldest_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_oldest_rows_are_evicted_first(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(**BOUND, overflow_policy="evict_oldest", overflow_resolution_target=0.4)
     for keys in (range(10), range(10, 20)):
         tier.insert(TAG, ints(*keys), rows_of(keys, DIM))
@@ -148,7 +149,7 @@ def test_oldest_rows_leave_first(in_memory: Callable[..., HashMapTier]) -> None:
     assert set(content_of(tier, TAG)) == {1, 2, 3, 4, 15, 16, 17, 100}
 
 
-def test_random_rows_leave_whatever_their_use(in_memory: Callable[..., HashMapTier]) -> None:  # D13
+def test_random_eviction_ignores_use(in_memory: Callable[..., HashMapTier]) -> None:  # D13
     tier = in_memory(overflow_margin=1000, num_partitions=1, overflow_policy="evict_random", overflow_resolution_target=0.5)
     tier.insert(TAG, np.arange(1000), rows_of(np.arange(1000), DIM))
     for _ in range(5):

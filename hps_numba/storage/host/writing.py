@@ -1,0 +1,131 @@
+"""Writing to a host store: batches of keys go through the kernels, and the table grows where they stop early.
+
+A kernel never waits and allocates nothing: it stops at the key for which the index is full or no slot is free. The writer then
+makes space and calls it again for the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from hps_numba.errors import ArrayError
+from hps_numba.kernels.host.write import host_erase, host_upsert
+from hps_numba.storage.host.bound import RowBound
+from hps_numba.storage.host.content import TableContent, address_of
+from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.header import StoreHeader
+from hps_numba.storage.host.write_lock import WriteLock
+
+__all__ = ["StoreWriter"]
+
+
+class StoreWriter:
+    """Upserts, updates and erasures of one store.
+
+    Args:
+        growth_bytes: bytes of rows added when slots run out.
+        batch_rows: rows written between two checks of the bound.
+        on_added: told how many keys were new, after each batch.
+
+    Thread safety: every method; writers wait for each other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        header: StoreHeader,
+        epochs: Epochs,
+        lock: WriteLock,
+        bound: RowBound,
+        *,
+        growth_bytes: int,
+        batch_rows: int,
+        on_added: Callable[[int], object],
+    ) -> None:
+        self._name = name
+        self._dim = dim
+        self._header = header
+        self._epochs = epochs
+        self._lock = lock
+        self._bound = bound
+        self._growth_bytes = growth_bytes
+        self._batch_rows = batch_rows
+        self._on_added = on_added
+
+    def write(self, keys: np.ndarray, rows: np.ndarray, *, only_present: bool) -> int:
+        """Upsert rows and return how many keys were new; or ``only_present``: replace existing rows and return how many.
+
+        Raises:
+            ArrayError: ``rows`` has another shape than ``[n, dim]``.
+            CapacityError: no memory for more rows; those before stay written.
+            ClosedError: the store is closed.
+        """
+        keys = np.ascontiguousarray(keys, np.int64)
+        rows = np.ascontiguousarray(rows, np.float32)
+        if rows.shape != (len(keys), self._dim):
+            raise ArrayError(f"{self._name}: rows: expected shape ({len(keys)}, {self._dim}), got {rows.shape}")
+        changed = 0
+        now = time.monotonic_ns()
+        with self._lock.writing() as content:
+            for start in range(0, len(keys), self._batch_rows):
+                part = slice(start, start + self._batch_rows)
+                changed += self._write_batch(content, keys[part], rows[part], only_present, now)
+                self._bound.trim(content, self._epochs)
+        return changed
+
+    def erase(self, keys: np.ndarray) -> int:
+        """Erase the rows of the keys; returns how many there were.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        erased = 0
+        keys = np.ascontiguousarray(keys, np.int64)
+        with self._lock.writing() as content:
+            for start in range(0, len(keys), self._batch_rows):
+                part = keys[start : start + self._batch_rows]
+                retired = content.reserve_retired(len(part))
+                erased += host_erase(content.block, address_of(part), len(part), content.state, retired)
+                content.retire_slots(self._epochs)
+        return erased
+
+    def _write_batch(self, content: TableContent, keys: np.ndarray, rows: np.ndarray, only_present: bool, now: int) -> int:
+        done = changed = 0
+        while done < len(keys):
+            content.collect(self._epochs)
+            retired = content.reserve_retired(len(keys) - done)
+            step, more = host_upsert(
+                content.block,
+                address_of(keys) + 8 * done,
+                address_of(rows) + content.row_bytes * done,
+                len(keys) - done,
+                only_present,
+                content.state,
+                content.free,
+                retired,
+                now,
+            )
+            content.retire_slots(self._epochs)
+            done += step
+            changed += more
+            self._on_added(0 if only_present else more)
+            if done < len(keys):
+                self._make_space(content)
+        return changed
+
+    def _make_space(self, content: TableContent) -> None:
+        """After a kernel stopped early: a larger index, or slots (those that readers have left, else new ones)."""
+        if content.index_is_full:
+            old = content.index
+            new, live = content.build_index()
+            self._header.publish(new.address)
+            content.use_index(new, live)
+            content.retire_index(old, self._epochs.advance())
+            return
+        content.collect(self._epochs)
+        if not content.has_slots:
+            content.grow_slots(self._growth_bytes)
