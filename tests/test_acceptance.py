@@ -47,15 +47,15 @@ def cells() -> list[tuple[str, str]]:
 @cache
 def names_in(file: str) -> frozenset[str]:
     tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
-    names = {*named_tests(tree)}
+    names = {*functions_of(tree)}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             inherited = [suites()[base] for base in map(ast.unparse, node.bases) if base in suites()]
-            names |= {f"{node.name}::{name}" for part in (node, *inherited) for name in named_tests(part)}
+            names |= {f"{node.name}::{name}" for part in (node, *inherited) for name in functions_of(part)}
     return frozenset(names)
 
 
-def named_tests(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+def functions_of(node: ast.Module | ast.ClassDef) -> Iterator[str]:
     return (part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.name.startswith("test_"))
 
 

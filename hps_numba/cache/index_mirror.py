@@ -109,7 +109,7 @@ class IndexMirror:
         self._stream = backend.new_stream()
         self._making = threading.RLock()
         register_fork_reset(self)
-        store.watch_turns(self.invalidate)
+        store.watch_writes(self.invalidate)
         self.make_later()
 
     def reset_after_fork(self) -> None:
@@ -256,7 +256,7 @@ class IndexMirror:
         """Give the memory back; when no kernel of the cache runs."""
         self._closed = True
         _timer.remove(self.name)
-        self._store.unwatch_turns(self.invalidate)
+        self._store.unwatch_writes(self.invalidate)
         with self._making, self._backend.current():
             self._lent = False
             self._release()

@@ -1,7 +1,7 @@
 """HugeCTR's Python objects for a config: same names, order and defaults.
 
-They say the same as a file and go the same way: ``objects.py`` turns them into what the file would hold, and ``read_config``
-checks that. So an error names the key of the file, also where the object calls it differently.
+They say the same as a file: ``objects.py`` turns them into the content of one, and ``read_config`` checks that. So an error
+names the key of the file, also where the object has another name for it.
 
 Wherever an enum is expected, its member or any spelling of the file is taken.
 """

@@ -129,21 +129,21 @@ def _short(limit: float) -> str:
 
 
 def _walk(schema: _Schema, location: Sequence[str | int]) -> tuple[list[str | int], _Schema]:
-    """Keys and indices of a location that pydantic tells, and the part of the JSON schema there; empty if it cannot be told.
+    """The keys and indices of a location that pydantic reports, and the JSON schema there; empty if that is not known.
 
     Where a value may have several forms, pydantic names the form too: that is no key.
     """
-    way: list[str | int] = []
+    keys: list[str | int] = []
     node = _resolved(schema, schema)
     for part in location:
         forms = node.get("oneOf", node.get("anyOf"))
         if forms and isinstance(part, str):
             node = _resolved(forms[UNION_TAGS[part]], schema) if part in UNION_TAGS else node
             continue
-        way.append(part)
+        keys.append(part)
         inner = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
         node = _resolved(inner or {}, schema)
-    return way, node
+    return keys, node
 
 
 def _resolved(node: _Schema, schema: _Schema) -> _Schema:

@@ -75,13 +75,13 @@ class TierContract:
         tier = make_tier()
         keys = ints(*range(10))
         assert tier.insert(TAG, keys, rows_of(keys, DIM)) == 10
-        wanted = ints(9, 0, 77, 9, -1, 3, 3)
-        answer, rows = fetch(tier, TAG, wanted)
+        expected = ints(9, 0, 77, 9, -1, 3, 3)
+        answer, rows = fetch(tier, TAG, expected)
         assert answer.found.tolist() == [True, True, False, True, False, True, True]
         assert answer.asked == 7
-        assert_same_bits(rows[answer.found], rows_of(wanted[answer.found], DIM))
+        assert_same_bits(rows[answer.found], rows_of(expected[answer.found], DIM))
         assert np.isnan(rows[~answer.found]).all()
-        assert tier.contains(TAG, wanted).tolist() == answer.found.tolist()
+        assert tier.contains(TAG, expected).tolist() == answer.found.tolist()
         assert tier.size(TAG) == 10
 
     def test_insert_is_an_upsert_and_the_last_of_equal_keys_wins(self, make_tier: MakeTier) -> None:
@@ -164,9 +164,9 @@ class TierContract:
         tier.insert(TAG, keys, rows_of(keys, DIM))
         tier.insert(TAG, ints(4), rows_of([4], DIM, 1))
         tier.erase(TAG, ints(0))
-        wanted = {key: rows_of([key], DIM, 1 if key == 4 else 0)[0].tobytes() for key in range(1, 9)}
+        expected = {key: rows_of([key], DIM, 1 if key == 4 else 0)[0].tobytes() for key in range(1, 9)}
         for chunk_rows in (1, 2, 100):
-            assert content_of(tier, TAG, chunk_rows) == wanted
+            assert content_of(tier, TAG, chunk_rows) == expected
 
     @pytest.mark.parametrize("wide", [True, False])
     def test_dump_and_load(self, make_tier: MakeTier, tmp_path: Path, wide: bool) -> None:

@@ -97,7 +97,7 @@ class UpdateSource(abc.ABC):
 
     @abc.abstractmethod
     def applied(self, position: Position) -> None:
-        """All updates of a partition up to ``position`` are in every tier: after a restart, go on behind it.
+        """All updates of a partition up to ``position`` are in every tier: after a restart, continue after it.
 
         A source may commit this lazily, but no later than in ``close``.
         """

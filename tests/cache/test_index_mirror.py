@@ -97,7 +97,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     def look() -> None:
         at_start.append(led_to(cache))
 
-    store.watch_turns(look)
+    store.watch_writes(look)
     keys = ints(range(40, 80))
     if change == "close":
         store.close()
@@ -114,7 +114,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
         "adopt": lambda: store.adopt(sibling),
         "grow": lambda: store.upsert(ints(range(5000)), rows_of(ints(range(5000)), DIM, 2)),
     }[change]()
-    store.unwatch_turns(look)
+    store.unwatch_writes(look)
     assert at_start and copy not in at_start
     assert led_to(cache) == store.block
     cache.clear()
@@ -417,7 +417,7 @@ def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPa
     copy = limited(monkeypatch, total=16_000, free=16_000)
     copy._by_itself = True
     copy._call_in(60.0)
-    copy._store.unwatch_turns(copy.invalidate)
+    copy._store.unwatch_writes(copy.invalidate)
     seen = weakref.ref(copy)
     del copy
     gc.collect()

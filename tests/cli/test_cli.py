@@ -263,7 +263,7 @@ def test_config_check_warns_of_unknown_keys_and_strict_refuses_them(write_config
 
 def test_config_check_opens_the_models(write_config: Callable[..., Path], damaged: Path) -> None:
     problems = parsed("config", "check", write_config(), code=1)["problems"]
-    assert len(problems) == 1 and "emb_vector: 798 bytes" in problems[0]
+    assert len(problems) == 1 and "emb_vector: expected a multiple of 4 bytes (float32 values), got 798" in problems[0]
     config = write_config({"sparse_files": ["nowhere.model"]})
     result = hps("config", "check", config)
     assert result.exit_code == 1 and "cannot be opened" in result.stdout and "no such file" in result.stderr
@@ -323,7 +323,9 @@ def test_a_broken_config(tmp_path: Path, text: str) -> None:
 
 
 def test_a_damaged_model(damaged: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    assert "emb_vector: 798 bytes" in assert_one_line_error(hps("inspect", damaged, "--dim", DIM), 1)
+    assert "emb_vector: expected a multiple of 4 bytes (float32 values), got 798" in assert_one_line_error(
+        hps("inspect", damaged, "--dim", DIM), 1
+    )
     assert_one_line_error(hps("inspect", damaged), 1)
     assert_one_line_error(hps("convert", damaged, tmp_path / "copy.h5"), 1)
     assert_one_line_error(hps("plan", write_config()), 1)

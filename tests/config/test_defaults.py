@@ -1,4 +1,4 @@
-"""Acceptance row C04 of spec 11.1: the default of every soft key, and the line that says it was taken."""
+"""Checklist C04: the default of every soft key, and the line that says it was taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Acceptance rows C10 to C20 of spec 11.1: databases, models, tables and their lists, as far as reading goes."""
+"""Checklist C10 to C20: databases, models, tables and their lists, as far as reading goes."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_c18_settings_without_effect_are_warned_about(
     assert model.fuse_embedding_table is False
 
 
-# --- C19, C20: keys that the original documented and did not honour ---------------------------------------------------
+# --- C19, C20: keys that HugeCTR documents and does not honour ---------------------------------------------------
 
 
 def test_c19_initialize_after_startup_is_read_for_both_databases() -> None:

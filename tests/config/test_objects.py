@@ -1,4 +1,4 @@
-"""Acceptance row C21 (and C02 for objects) of spec 11.1: the original's Python objects say the same as a file."""
+"""HugeCTR's Python objects say the same as a file (checklist C21, and C02 for objects)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hps_numba.config import (
 from hps_numba.config.objects import FILE_KEYS
 from hps_numba.errors import ConfigError
 
-# names and order of spec 4.1; what stands after the bar is new and taken by keyword only
+# names and order of HugeCTR; what follows the bar is new and taken by keyword only
 SIGNATURES: dict[type, str] = {
     VolatileDatabaseParams: "type address user_name password num_partitions allocation_rate shared_memory_size "
     "shared_memory_name shared_memory_auto_remove num_node_connections max_batch_size enable_tls tls_ca_certificate "
@@ -78,7 +78,7 @@ MODEL_DEFAULTS = {
 
 
 def params(name: str = "m", files: Any = ("m0.model",), **more: Any) -> InferenceParams:
-    """A model as spec 1.9 has it, given by position as far as arguments are required."""
+    """A model of HugeCTR's samples, with required arguments given by position."""
     given: dict[str, Any] = {
         "embedding_vecsize_per_table": [16],
         "maxnum_catfeature_query_per_table_per_sample": [10],
@@ -191,9 +191,9 @@ def test_c21_other_enums_take_strings_too() -> None:
 
 def test_c21_lists_of_defaults(caplog: pytest.LogCaptureFixture) -> None:
     three = {"embedding_vecsize_per_table": [4] * 3, "maxnum_catfeature_query_per_table_per_sample": [1] * 3}
-    for given, wanted in (([0.0], (0.0,) * 3), ([5.0], (5.0,) * 3), ([1.0, 2.0], (1.0, 2.0, 0.0))):
+    for given, expected in (([0.0], (0.0,) * 3), ([5.0], (5.0,) * 3), ([1.0, 2.0], (1.0, 2.0, 0.0))):
         model = read_config([params(files=["a", "b", "c"], default_value_for_each_table=given, **three)]).models[0]
-        assert model.default_value_for_each_table == wanted
+        assert model.default_value_for_each_table == expected
         assert model.embedding_table_names == ("sparse_embedding0", "sparse_embedding1", "sparse_embedding2")
     assert len(logged(caplog, logging.WARNING)) == 1
     assert "expected 3 entries, as many as sparse_files, got 1 entry" in refused([params(files=["a", "b", "c"])])

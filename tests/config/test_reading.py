@@ -1,4 +1,4 @@
-"""Acceptance rows C01 to C05 and C22 of spec 11.1: files, dicts, which keys there are, and how errors read."""
+"""Checklist C01 to C05 and C22: files, dicts, which keys there are, and how errors read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Acceptance rows C06 to C09 of spec 11.1: the type, range and spelling of single values.
+"""Checklist C06 to C09: the type, range and spelling of single values.
 
 That every numeric key has limits, and that they are those of the JSON schema, is in test_config_schema.py.
 """

@@ -91,7 +91,7 @@ def test_empty_bags_and_no_bags(server: Any, to_device: ToDevice) -> None:
 
 def test_invalid_arguments_are_refused(server: Any, to_device: ToDevice) -> None:
     keys, offsets = to_device(np.arange(4)), to_device(np.array([0, 2, 4]))
-    with pytest.raises(ConfigError, match="combiner: 'best' came"):
+    with pytest.raises(ConfigError, match=r"combiner: .*'best'"):
         server.lookup_pooled(keys, offsets, "m", 0, combiner="best")
     with pytest.raises(ArrayError, match="weights"):
         server.lookup_pooled(keys, offsets, "m", 0, weights=to_device(np.ones(3, np.float32)))

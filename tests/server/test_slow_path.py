@@ -182,7 +182,7 @@ def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
     reader = look_up_during_close(server, tier, outcome)
     server.close()
     assert tier.closed
-    assert [r.getMessage() for r in caplog.records] == ["slower tiers are closed under 1 reads after 0.05 s"]
+    assert [r.getMessage() for r in caplog.records] == ["slower tiers: closed during 1 reads that took over 0.05 s"]
     tier.go_on.set()
     reader.join(HANG_SECONDS)
     if not isinstance(outcome[0], ClosedError):

@@ -461,7 +461,7 @@ def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.
 def test_tiers_that_break_their_contract_leak_no_workspace(service: Service) -> None:  # G18
     server, tier = service.open_cold("support.fakes:WrongTier", hit_rate_threshold=1.0)
     for _ in range(5):
-        with pytest.raises(TierError, match="NoneType came"):
+        with pytest.raises(TierError, match="expected Fetched, got NoneType"):
             service.lookup(server, KEYS)
     tier.fetch = tier.__class__.__mro__[1].fetch.__get__(tier)
     assert_same_bits(service.lookup(server, KEYS), rows_of(KEYS, DIM))

@@ -1,4 +1,4 @@
-"""The ``.bin`` dump of a database table (row F11, spec 5.6)."""
+"""The ``.bin`` dump of a database table (checklist F11)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_table_without_rows_and_a_table_that_does_not_exist(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("data", "wanted"),
+    ("data", "expected"),
     [
         (b"", "expected a header of 16 bytes, got 0 bytes"),
         (header()[:11], "expected a header of 16 bytes, got 11 bytes"),
@@ -78,12 +78,12 @@ def test_a_table_without_rows_and_a_table_that_does_not_exist(tmp_path: Path) ->
         (header(value_bytes=2**32 - 4) + bytes(16), f"expected a multiple of 8 + {2**32 - 4} bytes of pairs, got 16"),
     ],
 )
-def test_damaged_dumps(data: bytes, wanted: str, tmp_path: Path) -> None:
+def test_damaged_dumps(data: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(data)
     with pytest.raises(ModelFileError) as caught:
         read_bin(path)
-    assert wanted in str(caught.value) and str(path) in str(caught.value)
+    assert expected in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:

@@ -62,13 +62,13 @@ def test_the_name_decides_the_format(file_name: str, name: str, tmp_path: Path) 
 
 
 def test_names_and_formats_that_cannot_be_written(tmp_path: Path) -> None:
-    for suffix, format, wanted in (
+    for suffix, format, expected in (
         (".xyz", None, r"expected a suffix of directory \(no suffix, .model\), hdf5 \(.h5, .hdf5\) or format=, got '\.xyz'"),
         (".npz", None, r"expected a format that can write \(directory .*, got npz"),
         (".h5", "parquet", r"expected a format that can write \(directory .*, got parquet"),
         (".h5", "hdf6", "'hdf6' is unknown, known are .*; did you mean 'hdf5'"),
     ):
-        with pytest.raises(ModelFileError, match=wanted):
+        with pytest.raises(ModelFileError, match=expected):
             write_model(tmp_path / f"a{suffix}", 2, [], format=format)
     with pytest.raises(ModelFileError, match="there is no directory"):
         write_model(tmp_path / "none" / "a.model", 2, [])
@@ -82,7 +82,7 @@ def good() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "wanted"),
+    ("chunk", "expected"),
     [
         ((np.arange(3),), r"chunk 1: expected \(keys, rows\) or \(keys, rows, meta\), got 1 parts"),
         ((np.arange(3.0), np.ones((3, 2))), "chunk 1: keys: expected integers, got float64"),
@@ -98,9 +98,9 @@ def good() -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 @every_writer
-def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...], wanted: str, tmp_path: Path) -> None:
+def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...], expected: str, tmp_path: Path) -> None:
     path = path_for(tmp_path, name)
-    with pytest.raises((ModelFileError, KeyDtypeError), match=wanted) as caught:
+    with pytest.raises((ModelFileError, KeyDtypeError), match=expected) as caught:
         write_model(path, 2, [good(), chunk])
     assert isinstance(caught.value, KeyDtypeError) == ("integers" in str(caught.value))
     assert list(tmp_path.iterdir()) == []
@@ -109,8 +109,8 @@ def test_chunks_that_do_not_fit_leave_nothing(name: str, chunk: tuple[Any, ...],
 def test_other_integers_and_floats_are_converted(tmp_path: Path) -> None:
     rows = np.array([[0.1, 2.0]])
     write_model(tmp_path / "a", 2, [(np.array([7], np.uint8), rows), ([8], rows.astype(np.float16))])
-    wanted = np.concatenate([rows.astype(np.float32), rows.astype(np.float16).astype(np.float32)])
-    assert contents(tmp_path / "a") == ([7, 8], wanted.tobytes(), None)
+    expected = np.concatenate([rows.astype(np.float32), rows.astype(np.float16).astype(np.float32)])
+    assert contents(tmp_path / "a") == ([7, 8], expected.tobytes(), None)
     write_model(tmp_path / "b", 2, [(np.arange(6)[::2], np.ones((2, 3), np.float32).T)])
     assert contents(tmp_path / "b")[0] == [0, 2, 4]
 
@@ -121,11 +121,11 @@ def test_announced_rows_and_progress(name: str, tmp_path: Path) -> None:
     write_model(path_for(tmp_path, name, "a"), 2, [good()] * 3, rows=9, on_progress=lambda *at: seen.append(at))
     write_model(path_for(tmp_path, name, "b"), 2, [good()] * 2, on_progress=lambda *at: seen.append(at))
     assert seen == [(3, 9), (6, 9), (9, 9), (3, 3), (6, 6)]
-    for rows, wanted in (
+    for rows, expected in (
         (8, "expected 8 rows, as announced, got 9 up to chunk 2"),
         (10, "expected 10 rows, as announced, got 9$"),
     ):
-        with pytest.raises(ModelFileError, match=wanted):
+        with pytest.raises(ModelFileError, match=expected):
             write_model(path_for(tmp_path, name, "c"), 2, [good()] * 3, rows=rows)
     assert not path_for(tmp_path, name, "c").exists() and hidden(tmp_path) == []
 
@@ -167,12 +167,12 @@ def test_overwrite(name: str, old: str, tmp_path: Path) -> None:
 
 def test_a_reader_keeps_the_model_it_opened(tmp_path: Path) -> None:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
-    wanted = contents(path)[1]
+    expected = contents(path)[1]
     with open_model(path) as model:
         write_model(path, 2, [good()] * 3, overwrite=True)
         rows = np.empty((9, 2), np.float32)
         model.read(0, 9, None, rows)
-    assert rows.tobytes() == wanted != contents(path)[1]
+    assert rows.tobytes() == expected != contents(path)[1]
 
 
 def test_overwrite_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Slower tiers behind host memory: in which order they are asked, what is kept, what time and failures cost."""
+"""Tiers that are slower than host memory: in which order they are asked, what is kept, what time and failures cost."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_stack_answers_from_its_first_tier_that_has_a_key() -> None:  # D01
     rows = np.full((5, DIM), 9, np.float32)
     answer = stack.fetch(TAG, np.array([4, 3, 2, 1, 0]), rows)
     assert (answer.found.tolist(), answer.unsure.any(), answer.errors) == ([True] * 4 + [False], False, 0)
-    wanted = [rows_of([4], DIM, 2), rows_of([3], DIM, 1), rows_of([2, 1], DIM), np.full((1, DIM), 9, np.float32)]
-    assert_same_bits(rows, np.concatenate(wanted))
+    expected = [rows_of([4], DIM, 2), rows_of([3], DIM, 1), rows_of([2, 1], DIM), np.full((1, DIM), 9, np.float32)]
+    assert_same_bits(rows, np.concatenate(expected))
     assert [tier.keys["fetch"] for tier in stack.tiers] == [5, 3, 2]
     assert stack.contains(TAG, np.array([0, 1, 4])).tolist() == [False, True, True]
 

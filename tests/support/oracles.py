@@ -27,11 +27,11 @@ def bits(rows: Any) -> np.ndarray:
     return np.ascontiguousarray(rows, np.float32).view(np.uint32)
 
 
-def assert_same_bits(got: Any, wanted: Any) -> None:
+def assert_same_bits(got: Any, expected: Any) -> None:
     """Equal shape, dtype and bits."""
-    got, wanted = np.asarray(got), np.asarray(wanted)
-    assert got.dtype == wanted.dtype == np.float32
-    np.testing.assert_array_equal(bits(got), bits(wanted), strict=True)
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(bits(got), bits(expected), strict=True)
 
 
 class NaiveServer:

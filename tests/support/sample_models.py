@@ -1,4 +1,4 @@
-"""Sparse models for tests, in every format. A format that writes makes its own; for the others stands a writer here."""
+"""Sparse models for tests, in every format. Formats that cannot write have a writer here."""
 
 from __future__ import annotations
 

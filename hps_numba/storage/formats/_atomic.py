@@ -1,4 +1,4 @@
-"""Put a new file or directory in the place of an old one, so that a crash never leaves half of it under its name.
+"""Replace a file or directory atomically: a crash never leaves half of it under its name.
 
 Problem: a writer may be killed at any moment, and a directory cannot be replaced by another in one step. Choice:
 everything is written inside a hidden workspace beside the target, ``.<name>.<random>.hps-partial/``, synced, and

@@ -1,4 +1,4 @@
-"""The original's directory form: raw ``key`` (int64), ``emb_vector`` (float32), optional ``meta`` (int64). Spec 5.1.
+"""HugeCTR's directory form: raw ``key`` (int64), ``emb_vector`` (float32), optional ``meta`` (int64).
 
 No headers: the number of rows is ``size(key) / 8`` and nothing records the width. ``size(emb_vector)`` must be
 ``4 * dim * rows``; HugeCTR HPS does not check that and serves shifted rows. Little-endian everywhere.

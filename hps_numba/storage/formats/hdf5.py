@@ -56,7 +56,7 @@ class Hdf5Reader(SparseModelReader):
             raise ModelFileError(f"{self.path}: {size} bytes, had {self._size} when it was opened; was it cut short?")
 
     def _fill_by_pieces(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
-        """HDF5's own conversion clips integers and turns large floats into infinity, both without a word."""
+        """HDF5's own conversion clips integers and turns large floats into infinity, both silently."""
         dataset = self._datasets[name]
         step = min(len(out), piece_rows(dataset.dtype.itemsize * (self.dim if out.ndim > 1 else 1)))
         buffer = np.empty((step, *out.shape[1:]), dataset.dtype.newbyteorder("="))

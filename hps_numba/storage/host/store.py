@@ -239,15 +239,15 @@ class HostStore:
         with self.write_lock.mutex:
             self._header.unwatch(watcher)
 
-    def watch_turns(self, watcher: Callable[[], object]) -> None:
+    def watch_writes(self, watcher: Callable[[], object]) -> None:
         """Call ``watcher`` at the beginning of each write, under the write lock, before anything is changed.
 
         If it raises, nothing is changed.
         """
         self.write_lock.watch(watcher)
 
-    def unwatch_turns(self, watcher: Callable[[], object]) -> None:
-        """Undo ``watch_turns``."""
+    def unwatch_writes(self, watcher: Callable[[], object]) -> None:
+        """Undo ``watch_writes``."""
         self.write_lock.unwatch(watcher)
 
     def at_rest(self, seconds: float = 0.1) -> AbstractContextManager[tuple[int, int]]:

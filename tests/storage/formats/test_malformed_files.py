@@ -1,4 +1,4 @@
-"""Malformed sparse models, one kind at a time: a ``ModelFileError`` with file and numbers each (F05, F06, F07; spec 5.3)."""
+"""Malformed sparse models, one kind at a time: a ``ModelFileError`` with file and numbers each (checklist F05, F06, F07)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def raw_model(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "dim", "wanted"),
+    ("name", "size", "dim", "expected"),
     [
         ("emb_vector", 1000, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 1000"),
         ("emb_vector", 1604, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 1604"),
@@ -53,10 +53,10 @@ def raw_model(folder: Path) -> Path:
         ("meta", 208, None, "/meta: expected 200 bytes, as in key, got 208"),
     ],
 )
-def test_sizes_that_do_not_fit(name: str, size: int, dim: int | None, wanted: str, tmp_path: Path) -> None:
+def test_sizes_that_do_not_fit(name: str, size: int, dim: int | None, expected: str, tmp_path: Path) -> None:
     path = raw_model(tmp_path)
     resize(path / name, size)
-    assert failure(path, dim) == f"{path}{wanted}"
+    assert failure(path, dim) == f"{path}{expected}"
 
 
 def test_an_empty_key_file_beside_rows(tmp_path: Path) -> None:
@@ -161,13 +161,13 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", WRONG_ARRAYS)
 @pytest.mark.parametrize("name", sorted(set(ARRAY_WRITERS) - {"parquet"}))
 def test_arrays_that_do_not_fit(name: str, case: str, tmp_path: Path) -> None:
-    changes, wanted = WRONG_ARRAYS[case]
+    changes, expected = WRONG_ARRAYS[case]
     arrays = {"key": np.arange(4), "emb_vector": np.zeros((4, 3), np.float32)} | changes
     path = path_for(tmp_path, name)
     ARRAY_WRITERS[name](path, {name: array for name, array in arrays.items() if array is not None})
-    if name == "npy" and "no array" in wanted:
-        wanted = "no such file"
-    assert wanted in failure(path)
+    if name == "npy" and "no array" in expected:
+        expected = "no such file"
+    assert expected in failure(path)
 
 
 def parquet(path: Path, **columns: Any) -> Path:
@@ -177,7 +177,7 @@ def parquet(path: Path, **columns: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("columns", "wanted"),
+    ("columns", "expected"),
     [
         ({"key": None}, "has no array 'key', found emb_vector"),
         ({"key": pa.array([1, None, 3])}, "key: expected no nulls, got 1 in rows 0..3"),
@@ -196,8 +196,8 @@ def parquet(path: Path, **columns: Any) -> Path:
         ({"meta": pa.array([1, 2, None])}, "meta: expected no nulls, got 1"),
     ],
 )
-def test_parquet_columns_that_do_not_fit(columns: dict[str, Any], wanted: str, tmp_path: Path) -> None:
-    assert wanted in failure(parquet(tmp_path / "a.parquet", **columns))
+def test_parquet_columns_that_do_not_fit(columns: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    assert expected in failure(parquet(tmp_path / "a.parquet", **columns))
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float16(), 2)])
@@ -350,7 +350,7 @@ def test_safetensors_headers(tmp_path: Path) -> None:
     assert read_all(safetensors(path, good, bytes(16))) == 1
     assert "expected 16 bytes of data, as the header says, got 24" in failure(safetensors(path, good, bytes(24)))
     assert "expected 16 bytes of data, as the header says, got 0" in failure(safetensors(path, good))
-    for change, wanted in (
+    for change, expected in (
         ({"dtype": "BF16"}, "emb_vector: expected a dtype of"),
         ({"shape": [1, 3]}, "emb_vector has 8 bytes from 8 on, but its shape is F32[1, 3]"),
         ({"shape": [-1, -2]}, "emb_vector: expected sizes of 0 or more, got shape [-1, -2]"),
@@ -358,7 +358,7 @@ def test_safetensors_headers(tmp_path: Path) -> None:
         ({"shape": None}, "TypeError"),
     ):
         bad = good | {"emb_vector": {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]} | change}
-        assert wanted in failure(safetensors(path, bad | {"rest": {"data_offsets": [0, 16]}}, bytes(16)))
+        assert expected in failure(safetensors(path, bad | {"rest": {"data_offsets": [0, 16]}}, bytes(16)))
     assert "expected a JSON object as the header, got list" in failure(safetensors(path, []))
     assert "RecursionError" in failure(safetensors(path, b"[" * 200_000))
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")

@@ -1,4 +1,4 @@
-"""Tables in the memory of the process: how they grow, how they are bound, and which rows leave first."""
+"""Tables in the memory of the process: how they grow, how they are bounded, and which rows are evicted first."""
 
 from __future__ import annotations
 
