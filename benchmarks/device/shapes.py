@@ -65,14 +65,14 @@ def one_pair(run: Run, cache: Any, batches: Batches, answer: str, sizes: Sizes) 
     keys = [some.data_ptr() for some in batches.keys]
     out = torch.empty((n, cache.dim), dtype=getattr(torch, answer), device=machine.device)
     form = ("lookup_kernel", "int64", answer, True, False)
-    spec = cache._lookup_spec(*form)
+    spec = cache.parts.kernels.spec(form)
     figures = {}
 
     def call(turn: int, stream: int) -> None:
         cache.lookup(keys[turn], n, out.data_ptr(), stream, out_type=answer, capturing=False)
 
     for shape in shapes_of(Shape(spec.lanes, spec.group, spec.depth, spec.registers), sizes):
-        cache._kernels[form] = cache._backend.kernel(replace(spec, **shape._asdict())), shape.group
+        cache.parts.kernels.made[form] = cache.backend.kernel(replace(spec, **shape._asdict())), shape.group
         out.fill_(float("nan"))
         call(0, machine.stream())
         machine.wait()

@@ -1,4 +1,4 @@
-"""Where a cache lives: a CUDA device, or the memory of the process (the CPU twin). One interface, the same kernels.
+"""Where a cache lives: a CUDA device, or the memory of the process. One interface, the same kernels.
 
 On the CPU there are no streams: work is done when a call returns, and streams and events are 0.
 """
@@ -27,18 +27,18 @@ __all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "Backend", "CpuBackend", "CudaBack
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
 LOOKUP_THREADS, OTHER_THREADS = 128, 256
-_KEYS_OF_LOOKUP, _ADVANCE_OF_INSERTION = 4, 6  # numbers of arguments
+_KEYS_ARGUMENT, _ADVANCE_ARGUMENT = 4, 6  # of the lookup, of the insertion
 
 
 class Memory(Protocol):
-    """Bytes at ``address``; ``release`` gives them back."""
+    """Bytes at ``address``; ``release`` frees them."""
 
     @property
     def address(self) -> int:
         """Address of the first byte."""
 
     def release(self) -> None:
-        """Give the memory back; again does nothing."""
+        """Free the memory; again does nothing."""
 
 
 class Kernel(Protocol):
@@ -49,13 +49,13 @@ class Kernel(Protocol):
 
 
 class CudaBackend:
-    """A CUDA device. Raises ``DeviceError`` where the driver refuses, ``CapacityError`` where memory ends."""
+    """A CUDA device. Methods raise ``DeviceError`` if the driver refuses, ``CapacityError`` if there is no memory."""
 
     def __init__(self, ordinal: int) -> None:
         info = driver.device_info(ordinal)
         self.ordinal: int | None = ordinal
         self._capability = info.capability
-        self.copies = info.capability >= (8, 0)  # to shared memory by itself
+        self.copies = info.capability >= (8, 0)  # asynchronously to shared memory
         self._max_blocks, self._min_blocks_after = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._max_blocks_after = 4 * info.multiprocessors
         self.serving_blocks = self._max_blocks
@@ -80,7 +80,7 @@ class CudaBackend:
     destroy_event = staticmethod(driver.destroy_event)
 
     def allocate(self, size: int, purpose: str) -> Memory:
-        """Cleared device memory."""
+        """Zeroed device memory."""
         memory = self._allocate(size, purpose)
         with self.current():
             driver.fill(memory.address, 0, size, self._setup)
@@ -88,7 +88,7 @@ class CudaBackend:
         return memory
 
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
-        """Device memory with what is in an array; waits."""
+        """Device memory with the content of an array; waits."""
         memory = self._allocate(array.nbytes, "arguments of a call")
         driver.to_device(memory.address, array, stream)
         return memory
@@ -104,7 +104,7 @@ class CudaBackend:
         return region
 
     def kernel(self, spec: KernelSpec) -> Kernel:
-        """From the process, from the cache folder, or compiled."""
+        """A loaded kernel: from this process, from the cache folder, or compiled."""
         from hps_numba.kernels.compiler.launch import load
 
         assert self.ordinal is not None
@@ -126,9 +126,11 @@ class CudaBackend:
         touch_at: int,
         insert_at: int,
     ) -> PreparedLookup:
-        """A lookup to be started again and again: its kernel, of ``group`` keys a warp, and those that follow.
+        """A lookup to be started repeatedly, with other keys each time.
 
-        ``touch_at``, ``insert_at``: which of the kernels touch and insert, 0: none.
+        Args:
+            kernels: its kernel, of ``group`` keys a warp, and those that follow.   launches: as ``launch_plan.Launch``.
+            touch_at, insert_at: which of the kernels touch and insert, 0: none.
         """
         from hps_numba.kernels.compiler.launch import PreparedLookup
 
@@ -141,11 +143,21 @@ class CudaBackend:
             "capacity": capacity,
         }
         loaded = cast("Sequence[LoadedKernel]", kernels)
-        places = {"keys_at": _KEYS_OF_LOOKUP, "advance_at": _ADVANCE_OF_INSERTION, "touch_at": touch_at, "insert_at": insert_at}
-        return PreparedLookup(loaded, launches, self.context, stream, event, numbers=numbers, **places)
+        return PreparedLookup(
+            loaded,
+            launches,
+            self.context,
+            stream,
+            event,
+            keys_at=_KEYS_ARGUMENT,
+            advance_at=_ADVANCE_ARGUMENT,
+            touch_at=touch_at,
+            insert_at=insert_at,
+            numbers=numbers,
+        )
 
     def launch_chain(self, kernels: Sequence[Kernel | None]) -> LaunchChain:
-        """Kernels of this device that are started one after the other."""
+        """Kernels of this device, to be started in one step, one after the other."""
         from hps_numba.kernels.compiler.launch import LaunchChain
 
         return LaunchChain(cast("Sequence[LoadedKernel]", kernels))
@@ -157,21 +169,21 @@ class CudaBackend:
         return driver.context_of(self.ordinal)
 
     def blocks(self, tiles: int, rows: int = 1) -> int:
-        """Of each of ``rows`` rows, together at most 2 a multiprocessor: enough rows of a table in flight for the bus."""
+        """Blocks of each of ``rows`` rows of a grid: in all at most 2 a multiprocessor, which load enough rows for the bus."""
         return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), self._max_blocks // rows))
 
     def blocks_after(self, n: int, tiles: int, rows: int = 1) -> int:
         """``blocks`` of a kernel that follows a lookup of ``n`` keys and mostly finds nothing to do: fewer, unless ``n`` is
-        large, as starting them takes its time."""
-        most = min(self._max_blocks_after, max(self._min_blocks_after, n // KEYS_OF_A_BLOCK_AFTER))
-        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), most // rows))
+        large, as blocks take time to start."""
+        limit = min(self._max_blocks_after, max(self._min_blocks_after, n // KEYS_OF_A_BLOCK_AFTER))
+        return max(1, min(-(-tiles // (OTHER_THREADS // _LANES)), limit // rows))
 
     def lookup_blocks(self, n: int, group: int) -> int:
-        """A warp for each group of keys."""
+        """Blocks of a lookup of ``n`` keys: a warp for each ``group`` of them."""
         return -(-(-(-n // group) * 32) // LOOKUP_THREADS)
 
     def close(self) -> None:
-        """Give back what the place itself holds."""
+        """Free what the backend itself holds."""
         driver.destroy_stream(self._setup)
 
 
@@ -218,21 +230,21 @@ class CpuBackend:
         return _Borrowed(array)
 
     def store_word(self, address: int, value: int, stream: int) -> None:
-        """Store an int64 at once for all readers, after all that was written before."""
+        """Store an int64 for all readers, after all writes before it."""
         publish(address, value)
 
     def allocate(self, size: int, purpose: str) -> Memory:
-        """Cleared memory, taken as it is written."""
+        """Zeroed memory; the system provides pages as they are written."""
         return _CpuMemory(size)
 
     allocate_pinned = allocate
 
     def kernel(self, spec: KernelSpec) -> Kernel:
-        """Loaded or compiled on its first call."""
+        """A kernel that is loaded or compiled on its first call."""
         return _CpuKernel(for_host(spec), spec.source.arg_types)
 
     def ready_kernel(self, spec: KernelSpec) -> Kernel:
-        """Loaded or compiled now."""
+        """``kernel``, loaded or compiled now."""
         for_host(spec).ready()
         return self.kernel(spec)
 
@@ -250,7 +262,7 @@ class CpuBackend:
 
     @property
     def context(self) -> int:
-        """There is none."""
+        """0: there is none."""
         return 0
 
     def current(self) -> AbstractContextManager[None]:
@@ -309,7 +321,7 @@ Backend = CudaBackend | CpuBackend
 
 
 def backend_for(device: int | None) -> Backend:
-    """The place of a cache: a CUDA device, or None for the CPU.
+    """The backend of a cache: of a CUDA device, or for None of the CPU.
 
     Raises:
         DeviceError: no such device.

@@ -1,306 +1,248 @@
-"""The embedding cache of one table on one device, or on the CPU (its twin: the same kernels on memory of the process).
+"""The embedding cache of one table on one device, or on the CPU (the same kernels, on memory of the process).
 
 A lookup is a few kernels on the caller's stream and nothing else: rows come from the cache, else over the bus from the host
-store, else they are the default; a second kernel inserts what was missing. Nothing waits on the host and nothing comes back to
+store, else they are the default; another kernel inserts what was missing. Nothing waits on the host and nothing comes back to
 Python, so a lookup can be captured by a graph. (Large batches may be staged instead: host threads gather what is missing,
 ``cache.staging``.) What is inserted is checked against the store under the lock of its set, and whoever changes the store calls
 ``update`` or ``erase`` afterwards: then no old row is left, whatever the order on the device.
 
-*Kinds.* ``dynamic``: ways hold rows, newcomers push out others by the policy. ``static`` and ``uvm`` (fixed): the rows are
-those of the warming, all of the store or as many as fit; what is not there is answered from the host store and never inserted.
+*Kinds.* ``dynamic``: rows are inserted on a miss and evicted by the policy. ``static`` and ``uvm`` (fixed): the rows are those
+of the warming, all of the store or as many as fit; other rows are answered from the host store and never inserted.
+
+``EmbeddingCache`` is a facade: it says what the parts of a cache (``cache.parts``) do for callers.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hps_numba.cache.backends import LOOKUP_THREADS, Backend
-from hps_numba.cache.lookup import KEY_BYTES, STATE_WORDS
-from hps_numba.cache.policy_switch import CachePolicy
-from hps_numba.errors import ArrayError, CapacityError, ConfigError
-from hps_numba.kernels.cache.bulk_load import keys_twice, place_keys
-from hps_numba.kernels.compiler.specialize import KernelSpec
-from hps_numba.kernels.layouts.cache import (
-    BUSY,
-    CLEARED,
-    LINE_BYTES,
-    LINES_PER_SET,
-    MAX_BATCH,
-    META_AT,
-    OCCUPIED,
-    SCORES_AT,
-    SET_BYTES,
-    STATE_BYTES,
-    STATE_CALLS,
-    STATE_CHANGES,
-    STATE_COUNT,
-    STATE_EVICTED,
-    STATE_HOST,
-    STATE_INSERTED,
-    STATE_KEYS,
-    STATE_NOW,
-    STATE_REFUSED,
-    STATE_STALE_DROPPED,
-    STRIPE_BYTES,
-    STRIPES,
-    STRIPES_AT,
-    WAYS,
-    WAYS_PER_LINE,
-    WORKSPACE_ABSENT,
-    WORKSPACE_ASSUME,
-)
-from hps_numba.kernels.policies._load import load_policy
+from hps_numba.cache.backends import Backend
+from hps_numba.cache.host_arrays import contiguous_keys
+from hps_numba.cache.inspect import CacheCounters, CacheEntry
+from hps_numba.cache.lookup import KEY_BYTES
+from hps_numba.cache.parts import CacheParts
+from hps_numba.cache.policy_switch import PolicyChange
+from hps_numba.cache.sizing import CacheGeometry
+from hps_numba.cache.staging import MISS_PATHS
+from hps_numba.errors import ConfigError
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.storage.host.store import HostStore
 
 __all__ = ["KEY_BYTES", "CacheCounters", "CacheEntry", "EmbeddingCache"]
 
-log = logging.getLogger(__name__)
-_WARMING_BATCH = 8192
+_FIXED_WORKSPACES = 64  # small ones: streams of a fixed cache need not wait for each other
 
 
-@dataclass(frozen=True)
-class CacheCounters:
-    """Since the cache was made. ``misses``: keys not in the cache; ``absent``: of these, not in the host store either.
-
-    ``refused``: newcomers that the policy did not admit. ``staged``: batches whose rows host threads gathered.
-    """
-
-    keys: int
-    calls: int
-    misses: int
-    absent: int
-    inserted: int
-    evicted: int
-    stale_dropped: int
-    refused: int
-    staged: int
-
-
-class CacheEntry(NamedTuple):
-    """A cached key and where it stands. ``score``: in a fixed cache the number of its row."""
-
-    key: int
-    score: int
-    set: int
-    line: int
-    way: int
-
-
-class EmbeddingCache(CachePolicy):
+class EmbeddingCache:
     """The embedding cache of one table.
 
     Args:
         dim: width of a row in elements.
         rows: rows to hold; a dynamic cache holds at least so many, a fixed one exactly.
-        device: number of a CUDA device, whose kernels must reach the memory of the store; None for the CPU.
+        device: ordinal of a CUDA device, whose kernels must reach the memory of the store; None for the CPU.
         kind: ``dynamic``, ``static`` or ``uvm``.
         whole: the cache is to hold all rows of its table (``gpucacheper`` 1.0): more ways than rows, and warming places all.
-        policy: who leaves a full set.
-        row_type: how rows are stored: ``float32``, ``float16``, ``bfloat16``, ``int8``, ``float8_e4m3`` (spec 6.9).
-        default: element of the rows of keys that are nowhere.
-        store: the host store behind the cache.
-        buffers: most batches of a dynamic cache that run at a time (worker buffers, spec 6.5).
-        pagelock: rows of a fixed cache on a device stand in pinned host memory (spec 6.9).
+        policy: which entry of a full set is evicted.
+        row_type: how rows are stored: ``float32``, ``float16``, ``bfloat16``, ``int8``, ``float8_e4m3``.
+        default: element of the rows of absent keys.
+        store: the host store whose rows it caches.
+        buffers: most batches of a dynamic cache that run at a time (worker buffers).
+        pagelock: rows of a fixed cache on a device are in pinned host memory.
         set_count: number of sets, whatever ``rows`` says; for tests.
         miss_path: how missed rows come from the store: ``direct``, ``staged`` (``cache.staging``), or ``auto``: direct with a
             copy of the store's index on the device, where there is room (``cache.index_mirror``).
 
+    Attributes:
+        name, dim, kind, row_type, sets: as given or derived.   fixed: not ``dynamic``.   capacity: rows that it has room for.
+        parts: what it is made of (``cache.parts``), for groups of caches, the simulator and tests.
+
     Raises:
         DeviceError: no such device.
         CapacityError: the memory is not there.
-        ConfigError: an argument makes no sense.
+        ConfigError: an argument is out of range.
 
-    **Threads:** every method from any number of threads. Lookups never wait for the others, but for a ``warm`` at the start.
+    Thread safety: every method from any number of threads. Lookups never wait for other calls, except for a first ``warm``.
     """
 
-    # -- arrays: synchronous ----------------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        *,
+        device: int | None,
+        kind: str = "dynamic",
+        whole: bool = False,
+        policy: Policy,
+        row_type: str = "float32",
+        default: float = 0.0,
+        store: HostStore | None = None,
+        name: str = "table",
+        buffers: int = 1,
+        pagelock: bool = False,
+        set_count: int | None = None,
+        miss_path: str = "direct",
+    ) -> None:
+        _check(name, dim, buffers, store, miss_path)
+        geometry = CacheGeometry(name, dim, rows, kind, whole, row_type, np.float32(default), set_count)
+        limit = _FIXED_WORKSPACES if geometry.fixed else buffers
+        parts = CacheParts(
+            geometry, device, policy, store, pinned=pagelock and geometry.fixed, limit=limit, miss_path=miss_path
+        )
+        self.name, self.dim, self.kind, self.row_type = name, dim, kind, row_type
+        self.fixed, self.sets, self.capacity = geometry.fixed, geometry.sets, geometry.capacity
+        self.parts, self._lookups, self._pooling = parts, parts.lookups, parts.pooling
+
+    # -- lookups in stream order, by addresses ------------------------------------------------------------------------------
+
+    def lookup(
+        self,
+        keys: int,
+        n: int,
+        out: int,
+        stream: int,
+        *,
+        key_form: str = "int64",
+        out_type: str = "float32",
+        capturing: bool | None = None,
+        absent_list: int = 0,
+    ) -> None:
+        """Write the row of each key to ``out``, in stream order: from the cache, the host store, or the default.
+
+        Args:
+            keys: address of ``n`` keys where the cache lives: ``int64``; ``int32``, sign-extended; ``uint32``;
+                ``checked32_in_int64`` (int64, of which only 0 to 2**32 - 1 are keys).
+            out: address of ``n`` rows of ``out_type`` (``float32``, ``float16``, ``bfloat16``), or 0: only fill the cache.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return. A batch that
+                is staged (``cache.staging``) waits once for the stream before it returns.
+            capturing: the stream is being captured by a graph: the call gets a workspace that lives as long as the cache. None:
+                the stream is asked.
+            absent_list: address of int64 ``[1 + n]``, or 0: the number of keys in no tier, then their positions, in no order.
+                For at most ``kernels.layouts.cache.MAX_BATCH`` keys.
+
+        Raises:
+            ClosedError: the cache was closed.
+            CapacityError: no memory for a batch of this size, or too many keys for an absent list.
+            DeviceError: the driver refused.
+        """
+        self._lookups.lookup(keys, n, out, stream, key_form, out_type, capturing, absent_list)
+
+    def pool(
+        self,
+        keys: int,
+        n: int,
+        offsets: int,
+        bags: int,
+        out: int,
+        stream: int,
+        *,
+        combiner: str = "sum",
+        weights: int = 0,
+        options: int = 0,
+        padding: int = 0,
+        key_form: str = "int64",
+        out_type: str = "float32",
+        capturing: bool | None = None,
+    ) -> None:
+        """Write the pooled row of each bag to ``out``, in stream order, of rows as ``lookup`` finds them.
+
+        Sums are float32, in the order of positions, each operation rounded: equal on CPU and device, bit for bit.
+
+        Args:
+            keys: address of ``n`` keys where the cache lives, as for ``lookup``; at most ``kernels.layouts.cache.MAX_BATCH``.
+            offsets: address of int64 ``[bags + 1]``, ascending from 0 to ``n``: where bags begin, and the end of the last.
+            out: address of ``bags`` rows of ``out_type``. A bag without keys gets 0.
+            stream: of the device; its work is done when the stream gets there. On the CPU it is done on return.
+            combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 if
+                the divisor is 0); ``max``, whatever the weights.
+            weights: address of float32 ``[n]``, or 0: all are 1.
+            options: bits of ``kernels.cache.pooling``: ``PADDED``, skip keys equal to ``padding``; ``EMPTY_DEFAULT``, bags
+                without keys get the default; ``OFFSETS32``, offsets are int32; ``OPEN_END``, without the last, which is ``n``;
+                ``EQUAL``, every bag has as many keys, and ``offsets`` is their number.
+            padding: the key that ``PADDED`` skips.
+            capturing: as for ``lookup``.
+
+        Raises:
+            ClosedError: the cache was closed.
+            ConfigError: an unknown combiner, key form or type.
+            CapacityError: too many keys, too large a cache, or no memory for a batch of this size.
+            DeviceError: the driver refused.
+        """
+        self._pooling.pool(
+            keys, n, offsets, bags, out, stream, combiner, weights, options, padding, key_form, out_type, capturing
+        )
+
+    def scatter(self, positions: np.ndarray, rows: np.ndarray, out: int, stream: int, out_type: str = "float32") -> None:
+        """Write rows float32 ``[m, dim]`` to the ``positions`` (int64 ``[m]``) of an answer at ``out``, in stream order.
+
+        For rows that come from slower tiers after a lookup. Returns when they are there.
+        """
+        self._lookups.scatter(positions, rows, out, stream, out_type)
+
+    # -- with arrays of the host, synchronous ---------------------------------------------------------------------------------
 
     def lookup_arrays(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]``, written to ``out`` if given."""
-        self._check_open()
-        keys = self.keys_of(keys)
-        out = np.empty((len(keys), self.dim), np.float32) if out is None else out
-        if out.dtype != np.float32 or out.shape != (len(keys), self.dim) or not out.flags.c_contiguous:
-            raise ArrayError(f"{self.name}: out is {out.dtype}{list(out.shape)}, wanted float32[{len(keys)}, {self.dim}]")
-        with self._backend.current(), self._copies(keys) as (address,), self._room(out.nbytes) as room:
-            self.lookup(address, len(keys), room, self._stream)
-            self._backend.to_host(out, room, self._stream)
-        return out
+        return self._lookups.lookup_arrays(keys, out)
+
+    def pool_arrays(
+        self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"
+    ) -> np.ndarray:
+        """``pool`` for NumPy: float32 ``[bags, dim]`` of int64 ``[n]``. Done when this returns.
+
+        Args:
+            keys: int64 ``[n]``.
+            offsets: int64 or int32 ``[bags + 1]``, ascending from 0 to ``n``: where bags begin, and the end of the last.
+            weights: float32 ``[n]``, or None: all are 1.
+            combiner: ``sum``, ``mean``, ``sqrtn`` or ``max``.
+
+        Raises:
+            KeyDtypeError: keys are not int64 ``[n]``.
+            ConfigError: offsets or weights do not fit the keys, or an unknown combiner.
+            ClosedError, CapacityError, DeviceError: as ``pool``.
+        """
+        return self._pooling.pool_arrays(keys, offsets, weights, combiner)
 
     def query(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the cache has, as if there were no store: rows float32 ``[n, dim]``, and the missing positions, ascending.
 
-        Keys that it has are touched; the rows of others are 0, and nothing is inserted or counted (spec 6.3, Query).
+        Keys that it has are touched; the rows of others are 0, and nothing is inserted or counted.
         """
-        keys = self.keys_of(keys)
-        rows, missing = np.zeros((len(keys), self.dim), np.float32), []
-        with self._controlled(), self._copies(keys) as (address,), self._room(rows.nbytes) as room:
-            for start in range(0, len(keys), MAX_BATCH):
-                n = min(MAX_BATCH, len(keys) - start)
-                missing.append(start + self._query_batch(address + 8 * start, n, room + 4 * self.dim * start))
-            self._backend.to_host(rows, room, self._stream)
-        return rows, np.concatenate(missing) if missing else np.empty(0, np.int64)
-
-    def _query_batch(self, keys: int, n: int, out: int) -> np.ndarray:
-        self._lookup_apart(keys, n, out, assume=0)
-        if not self.fixed:
-            self._finish(self._own, n, 0, 0, 0, self._stream)
-        missing = np.empty(int(self._words(self._own.address + WORKSPACE_ABSENT, 1)[0]), np.int64)
-        self._backend.to_host(missing, self._own.absent_list, self._stream)
-        return np.sort(missing)
+        return self.parts.without_store.query(keys)
 
     def insert(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Let keys in that the cache lacks, with rows float32 ``[n, dim]``; those that it has are touched (spec 6.3, Replace).
+        """Insert keys that the cache lacks, with rows float32 ``[n, dim]``; those that it has are touched.
 
         The store is not asked: rows that may change meanwhile belong in the store, and come from there by ``lookup``.
         """
-        self._check_dynamic("insert")
-        keys, rows = self.keys_of(keys), self._rows_of(keys, rows)
-        stride = 4 * self.dim
-        with self._controlled(), self._copies(keys, rows) as (key_address, row_address):
-            self._used = True
-            self._set_fully_resident(False)  # a row may have to leave
-            for start in range(0, len(keys), MAX_BATCH):
-                n = min(MAX_BATCH, len(keys) - start)
-                self._lookup_apart(key_address + 8 * start, n, 0, assume=1)
-                self._finish(self._own, n, row_address + stride * start, stride, self._ticks(n), self._stream)
-            self._backend.synchronize(self._stream)
-
-    def _lookup_apart(self, keys: int, n: int, out: int, *, assume: int) -> None:
-        """The lookup of a cache without a host store; ``assume``: what is missing is listed as newcomers."""
-        backend, stream = self._backend, self._stream
-        self._own.reserve(n, True, stream)
-        backend.copy(self._apart, self._state, 8 * STATE_WORDS, stream)
-        backend.fill(self._apart + STATE_HOST, 0, 8, stream)
-        backend.fill(self._own.address + WORKSPACE_ABSENT, 0, 8, stream)
-        backend.store_word(self._own.address + WORKSPACE_ASSUME, assume, stream)
-        kernel, group = self._lookup_kernel("int64", "float32", True, n < self.large_batch)
-        args = (self._lines, self._rows, self.sets, self._apart, keys, n, out, np.float32(0), self._own.address)
-        kernel.launch(backend.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
-
-    def scatter(self, positions: np.ndarray, rows: np.ndarray, out: int, stream: int, out_type: str = "float32") -> None:
-        """Write rows float32 ``[m, dim]`` to the places ``positions`` (int64 ``[m]``) of an answer, in stream order.
-
-        For rows that came from elsewhere after a lookup. Returns when they are there.
-        """
-        self._check_open()
-        spec = KernelSpec(name="scatter_kernel", dim=self.dim, policy=load_policy("fifo"), out_type=out_type, out_vector=False)
-        with self._backend.current():
-            kernel = self._kernels.get(spec)
-            if kernel is None:
-                kernel = self._kernels[spec] = self._backend.kernel(spec)
-            with self._copies_on(stream, positions, np.ascontiguousarray(rows, np.float32)) as (backend, source):
-                kernel.launch(self._backend.blocks(len(positions)), stream, backend, source, len(positions), out)
-                self._backend.synchronize(stream)
+        self.parts.without_store.insert(keys, rows)
 
     def update(self, keys: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Renew the rows of those keys that the cache has; scores stay. Done when this returns (spec 6.3, Update).
+        """Overwrite the rows of those keys that the cache has; scores stay. Done when this returns.
 
         Args:
             keys: int64 ``[n]``.
-            rows: float32 ``[n, dim]``, the last of equal keys wins; None: as the store has them, and keys that it has no
-                more are dropped.
+            rows: float32 ``[n, dim]``, the last of equal keys wins; None: as the store has them, and keys that it no longer has
+                are dropped.
         """
-        keys = self.keys_of(keys)
-        if rows is None:
-            with self._controlled(), self._copies(keys) as (address,):
-                self._update(address, len(keys), 0)
-                self._note_store_changes()
-            return
-        rows = self._rows_of(keys, rows)
-        last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
-        with self._controlled(), self._copies(keys[last], rows[last]) as (address, source):
-            self._update(address, len(last), source)
-
-    def _note_store_changes(self) -> None:
-        """The store was changed: a key more, or a row evicted meanwhile, and not all rows are here."""
-        if self._fully_resident and self._seen != self._see():
-            self._set_fully_resident(False)
-
-    def _see(self) -> tuple[int, int]:
-        """Keys that came into the store so far, and rows that were evicted here."""
-        return 0 if self._store is None else self._store.added, int(self._words(self._state + STATE_EVICTED, 1)[0])
-
-    def check_fully_resident(self) -> int:
-        """See whether all rows of the store are here, which makes lookups cheaper; returns how many are. Reads the index."""
-        with self._controlled():
-            seen = self._see()
-            rows = -1 if self._store is None or self._store.max_rows is not None else len(self._store)
-            lines = self._read_lines()
-            resident = self._taken_in(lines)
-            complete = resident == rows
-            if complete and not self.fixed:
-                complete = keys_twice(lines.__array_interface__["data"][0], self.sets) == 0
-            self._seen = seen
-            self._set_fully_resident(complete)
-            return resident
-
-    def mirror_index(self) -> bool:
-        """With ``miss_path`` auto: copy the index of the host store to where the cache lives, unless the copy is there already.
-
-        On a device that happens by itself, after a warming and when the store was not changed for a while
-        (``cache.index_mirror``). Returns whether lookups read a copy now.
-        """
-        self._check_open()
-        return self._index_mirror is not None and self._index_mirror.make()
-
-    def _update(self, keys: int, n: int, source: int) -> None:
-        args = (self._lines, self._rows, self.sets, self._state, keys, n, source, 4 * self.dim, 1)
-        self._change("update_kernel", n, *args)
+        self.parts.changes.update(keys, rows)
 
     def erase(self, keys: np.ndarray) -> int:
         """Drop those keys that the cache has; returns how many. Done when this returns."""
-        keys = self.keys_of(keys)
-        with self._controlled(), self._copies(keys) as (address,):
-            self._set_fully_resident(False)
-            self._backend.fill(self._state + STATE_COUNT, 0, 8, self._stream)
-            self._change("erase_kernel", len(keys), self._lines, self.sets, self._state, address, len(keys))
-            return int(self._words(self._state + STATE_COUNT, 1)[0])
+        return self.parts.changes.erase(keys)
 
     def refresh(self, first_set: int = 0, stop_set: int | None = None, drop: bool = True) -> None:
-        """Renew all rows of a range of sets from the store; ``drop`` keys that it has no more (spec 6.7).
+        """Read all rows of a range of sets from the store again; ``drop`` keys that it no longer has.
 
         Raises:
             ConfigError: the range is not one of this cache's.
         """
-        first, stop = self._range(first_set, stop_set)
-        with self._controlled():
-            self._refresh(first, stop, drop)
-
-    def _refresh(self, first: int, stop: int, drop: bool) -> None:
-        self._change("refresh_kernel", stop - first, self._lines, self._rows, self._state, first, stop, int(drop))
-
-    def _change(self, kernel: str, n: int, *args: int) -> None:
-        """Run a kernel that reads the store, and wait for it."""
-        if n:
-            with self.reading():
-                self._launch(kernel, n, self._stream, *args)
-                self._backend.synchronize(self._stream)
-
-    def dump(self, first_set: int = 0, stop_set: int | None = None) -> np.ndarray:
-        """The keys in a range of sets, int64 ``[n]``, in no order (spec 6.3, Dump).
-
-        Raises:
-            ConfigError: the range is not one of this cache's.
-        """
-        first, stop = self._range(first_set, stop_set)
-        with self._controlled(), self._room(8 * WAYS * (stop - first)) as room:
-            self._backend.fill(self._state + STATE_COUNT, 0, 8, self._stream)
-            self._change("dump_kernel", stop - first, self._lines, self._state, first, stop, room)
-            return self._words(room, int(self._words(self._state + STATE_COUNT, 1)[0]))
+        self.parts.changes.refresh(first_set, stop_set, drop=drop)
 
     def clear(self) -> None:
         """Drop all rows. Done when this returns."""
-        with self._controlled():
-            self._set_fully_resident(False)
-            changes = int(self._words(self._state + STATE_CHANGES, 1)[0])  # nobody else counts: all changes are controlled
-            self._backend.store_word(self._state + STATE_CHANGES, changes + CLEARED, self._stream)
-            self._change("clear_kernel", self.sets, self._lines, self.sets)
-
-    # -- warming ------------------------------------------------------------------------------------------------------------
+        self.parts.changes.clear()
 
     def warm(self) -> int:
         """Fill the cache from its store, in the store's order until it is full; returns how many rows it then has.
@@ -314,137 +256,139 @@ class EmbeddingCache(CachePolicy):
             CapacityError: the store has more rows than a static cache.
             ClosedError: the cache or the store was closed.
         """
-        with self._controlled():
-            if self._store is None:
-                return 0
-            keys = self._store.keys(in_order=True)
-            if self.kind == "static" and len(keys) > self.capacity:
-                raise CapacityError(f"{self.name}: {len(keys)} rows for a static cache of {self.capacity}, it has to hold all")
-            self.clear()
-            if self._used and not self.fixed:
-                self._warm_by_lookup(keys)
-            else:
-                self._warm_at_once(keys[: self.capacity] if self._overflows else keys)
-            resident = self.check_fully_resident()
-            if self.device is not None and not self._fully_resident:
-                self.mirror_index()
-            return resident
+        return self.parts.warming.warm()
 
-    def _warm_at_once(self, keys: np.ndarray) -> None:
-        """Place the keys in lines that no reader looks into, then let each be shown when its rows are there.
+    # -- the policy -----------------------------------------------------------------------------------------------------------
 
-        A write to the store that comes meanwhile finds the key here as soon as the lines are, and renews its row once more.
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self.parts.kernels.policy
+
+    def compile_policy(self) -> None:
+        """Compile what insertion by the policy needs now, rather than when a lookup first misses.
+
+        Raises:
+            PolicyError: a function of the policy does not compile here.
         """
-        lines = self._read_lines()
-        self._place_keys(lines, keys)
-        meta = lines.view(np.uint32).reshape(-1, LINE_BYTES // 4)[:, META_AT // 4]
-        meta[(meta & OCCUPIED) != 0] |= BUSY
-        try:
-            self._backend.from_host(self._lines, lines, self._stream)
-            self._refresh(0, self.sets, True)
-            if self.policy.takes_key and not self.fixed:
-                self._rescore()
-        except BaseException:
-            self.clear()
-            raise
-        if self._store is None or self._words(self._state + STATE_HOST, 1)[0] == 0:  # closed meanwhile: no rows came
-            self.clear()
+        self.parts.kernels.compile_policy()
 
-    def _place_keys(self, lines: np.ndarray, keys: np.ndarray) -> None:
-        now = int(self._words(self._state + STATE_NOW, 1)[0])
-        score = 0 if self.fixed or self.policy.takes_key else self.policy.first(now, 1) & 0xFFFFFFFF
-        address, keys_at = (array.__array_interface__["data"][0] for array in (lines, keys))
-        placed = place_keys(address, self.sets, keys_at, len(keys), score, self.fixed, self._overflows)
-        if placed < len(keys) and self.kind == "static":
-            raise CapacityError(f"{self.name}: {len(keys)} rows for {self.sets} sets, which took {placed}; wanted more sets")
-        log.debug("%s: %d of %d keys placed", self.name, placed, len(keys))
+    def set_policy(self, policy: Policy) -> None:
+        """Let another policy decide from now on which entry is evicted; done when this returns.
 
-    def _warm_by_lookup(self, keys: np.ndarray) -> None:
-        step = max(WAYS, min(self.sets, _WARMING_BATCH))  # few newcomers a set in each batch
-        keys = np.random.default_rng(0).permutation(keys)  # the store lists them by hash, and so by set
-        for start in range(0, min(len(keys), self.capacity), step):
-            some = keys[start : min(start + step, self.capacity)]
-            with self._copies(some) as (address,):
-                self.lookup(address, len(some), 0, self._stream)
-                self._backend.synchronize(self._stream)
+        Rows stay where they are, each with the score of a row inserted now; the state of sets and the sketch start again.
+        Lookups wait for the switch, which takes about as long as a pass over the index, not for compilers. Graphs captured
+        before go on with the policy before; capture them again.
+
+        Raises:
+            ConfigError: a fixed cache, which evicts nothing.
+            PolicyError: a function does not compile here.   CapacityError: no memory for what the policy remembers. In
+            either case the policy before stays.
+        """
+        self.adopt_policy(self.prepare_policy(policy))
+
+    def prepare_policy(self, policy: Policy) -> PolicyChange:
+        """Compile and allocate what ``adopt_policy`` needs. Raises as ``set_policy``."""
+        return self.parts.policy_switch.prepare(policy)
+
+    def adopt_policy(self, change: PolicyChange) -> None:
+        """Put a policy that was prepared in force."""
+        self.parts.policy_switch.adopt(change)
 
     # -- what there is --------------------------------------------------------------------------------------------------------
 
     @property
     def backend(self) -> Backend:
         """Where the cache lives: its memory, streams and events."""
-        return self._backend
+        return self.parts.backend
 
     @property
     def device(self) -> int | None:
         """CUDA ordinal, None for the CPU."""
-        return self._backend.ordinal
+        return self.parts.backend.ordinal
 
     @property
     def bytes(self) -> int:
         """Bytes of memory: index, rows, state, the buffers of batches so far, and the copy of the store's index."""
-        policy = (4 * self.capacity if self._pending else 0) + self._policy_memory.bytes
-        buffers = self._pool.bytes + self._own.bytes + sum(workspace.bytes for workspace in self._captured)
-        buffers += 0 if self._misses is None else self._misses.bytes
-        buffers += 0 if self._index_mirror is None else self._index_mirror.bytes
-        return self.sets * SET_BYTES + self.bytes_of_rows + 2 * STATE_BYTES + policy + buffers
+        return self.parts.bytes
+
+    @property
+    def bytes_of_rows(self) -> int:
+        """Bytes of the rows it has room for."""
+        return self.parts.geometry.row_bytes
 
     @property
     def index_mirror_bytes(self) -> int:
         """Bytes of the copy of the host store's index that lookups read now; 0: they read that in host memory."""
-        return 0 if self._index_mirror is None or not self._index_mirror.is_used else self._index_mirror.bytes
+        mirror = self.parts.mirror
+        return 0 if mirror is None or not mirror.is_used else mirror.bytes
+
+    @property
+    def large_batch(self) -> int:
+        """Keys of the smallest batch whose lookup has a lane, and not a tile, search for each key."""
+        return self.parts.kernels.large_batch
+
+    @property
+    def fusion_key(self) -> tuple[Any, ...]:
+        """Caches for which this is the same can be looked up by one kernel (``cache.group``)."""
+        return self.parts.kernels.fusion_key
+
+    @property
+    def single_kernel(self) -> bool:
+        """A lookup is one kernel: all rows are here, and there is nothing to count."""
+        return self.parts.residency.single_kernel
 
     def resident(self) -> int:
         """Rows that the cache holds; reads its whole index."""
-        with self._controlled():
-            return self._taken_in(self._read_lines())
+        return self.parts.inspection.resident()
 
     def entries(self) -> list[CacheEntry]:
         """All that the cache holds, in the order of sets, lines and ways; for tests."""
-        with self._controlled():
-            lines = self._read_lines().reshape(self.sets, LINES_PER_SET, LINE_BYTES)
-        keys = lines[:, :, :SCORES_AT].copy().view(np.int64)
-        scores = lines[:, :, SCORES_AT:META_AT].copy().view(np.uint32)
-        taken = (self._metas(lines).reshape(self.sets, LINES_PER_SET, 1) >> np.arange(WAYS_PER_LINE)) & 1
-        places = [tuple(map(int, place)) for place in np.argwhere(taken)]
-        return [CacheEntry(int(keys[at]), int(scores[at]), *at) for at in places]
+        return self.parts.inspection.entries()
 
     def counters(self) -> CacheCounters:
         """What happened so far; reads the device."""
-        with self._controlled():
-            words = self._words(self._state, STATE_WORDS)
-            stripes = self._words(self._state + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
-        named = (STATE_KEYS, STATE_CALLS, STATE_INSERTED, STATE_EVICTED, STATE_STALE_DROPPED, STATE_REFUSED)
-        asked, calls, *rest = (int(words[at // 8]) for at in named)
-        staged = 0 if self._misses is None else self._misses.batches
-        return CacheCounters(*(asked, calls, int(stripes[0]), int(stripes[1]), *rest, staged))
+        return self.parts.inspection.counters()
 
-    # -- small things ---------------------------------------------------------------------------------------------------------
+    def dump(self, first_set: int = 0, stop_set: int | None = None) -> np.ndarray:
+        """The keys in a range of sets, int64 ``[n]``, in no order.
 
-    def _read_lines(self) -> np.ndarray:
-        lines = np.empty(self.sets * SET_BYTES, np.uint8)
-        self._backend.to_host(lines, self._lines, self._stream)
-        return lines
+        Raises:
+            ConfigError: the range is not one of this cache's.
+        """
+        return self.parts.inspection.dump(first_set, stop_set)
 
-    @staticmethod
-    def _metas(lines: np.ndarray) -> np.ndarray:
-        return lines.reshape(-1, LINE_BYTES)[:, META_AT:].copy().view(np.uint32)[:, 0]
+    def check_fully_resident(self) -> int:
+        """See whether all rows of the store are here, which makes lookups cheaper; returns how many are. Reads the index."""
+        with self.parts.lifecycle.controlled():
+            return self.parts.residency.check()
 
-    def _taken_in(self, lines: np.ndarray) -> int:
-        """Ways of these lines that have a row."""
-        return int(np.bitwise_count(self._metas(lines) & OCCUPIED).sum())
+    def mirror_index(self) -> bool:
+        """With ``miss_path`` auto: copy the index of the host store to where the cache lives, unless the copy is there already.
 
-    def _range(self, first: int, stop: int | None) -> tuple[int, int]:
-        stop = self.sets if stop is None else stop
-        if not 0 <= first <= stop <= self.sets:
-            raise ConfigError(f"{self.name}: sets {first} to {stop}, wanted a range within 0 to {self.sets}")
-        return first, stop
+        On a device that happens by itself, after a warming and when the store was not changed for a while
+        (``cache.index_mirror``). Returns whether lookups read a copy now.
+        """
+        self.parts.lifecycle.check_open()
+        return self.parts.mirror is not None and self.parts.mirror.make()
 
-    def _check_dynamic(self, what: str) -> None:
-        if self.fixed:
-            raise ConfigError(f"{self.name}: {what} into a {self.kind} cache, wanted a dynamic one")
+    def keys_of(self, keys: np.ndarray) -> np.ndarray:
+        """Contiguous keys, int64 ``[n]``.
 
-    def _rows_of(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        if rows.dtype != np.float32 or rows.shape != (len(keys), self.dim):
-            raise ArrayError(f"{self.name}: rows are {rows.dtype}{list(rows.shape)}, wanted float32[{len(keys)}, {self.dim}]")
-        return np.ascontiguousarray(rows)
+        Raises:
+            KeyDtypeError: another dtype or rank.
+        """
+        return contiguous_keys(self.name, keys)
+
+    def close(self) -> None:
+        """Wait for the lookups at work and free all memory. No graph that captured a lookup may run any more."""
+        self.parts.close()
+
+
+def _check(name: str, dim: int, buffers: int, store: HostStore | None, miss_path: str) -> None:
+    if buffers < 1:
+        raise ConfigError(f"{name}: buffers of the cache: expected 1 or more, got {buffers}")
+    if store is not None and store.dim != dim:
+        raise ConfigError(f"{name}: width of the cache: expected {store.dim}, as of its host store, got {dim}")
+    if miss_path not in MISS_PATHS:
+        raise ConfigError(f"{name}: miss_path: expected one of {', '.join(MISS_PATHS)}, got {miss_path!r}")

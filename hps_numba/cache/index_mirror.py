@@ -5,17 +5,17 @@ the index and the row are one each, and the second waits for the first. On an H2
 rows of a table of 1 GiB (D=32) a second with the index in host memory, 98 million with the copy; a gather that knows the rows
 brings 117 million (``benchmarks/device/misses.py --paths``).
 
-*How it stays right.* The copy is of a moment and never changed. Before the writer of the store changes anything, the cache is
-led back to the host's own index, and the writer goes on when the device sees that: kernels that still read the copy are inside
-the guard of the store's epochs, so that no slot which the copy names is used again before they have left. Some time after the
-last change the index is copied anew; a store that is written all the time has no copy, and nothing is lost but time.
+*How it stays correct.* The copy is a snapshot and never changed. Before the writer of the store changes anything, the cache is
+pointed to the host's own index again, and the writer goes on when the device sees that: kernels that still read the copy are
+inside the guard of the store's epochs, so that no slot which the copy names is reused before they have left. Some time after
+the last change the index is copied again; a store that is written all the time has no copy, which costs nothing but time.
 
-*In which order misses are read.* Rows of a table that is larger than the memory whose addresses a device remembers come faster
-in the order of their addresses (``cache.miss_sorted``), unless rows are so wide that the bus is the limit. The copy tells
-where each is, so ``scattered`` says when that pays.
+*In which order missed rows are read.* In a table larger than the memory whose addresses a device remembers, rows are read
+faster in the order of their addresses (``kernels.cache.miss_sorted``), unless they are so wide that the bus is the limit. The
+copy tells where each row is, and ``scattered`` says when the order pays.
 
-*What it costs.* As many bytes of the device as the index has, 21 to 32 for a row of the table, of all caches together at most
-1/16 of the device, and only where as much again stays free.
+*What it costs.* As many bytes of the device as the index has, 21 to 32 a row of the table: for all caches together at most 1/16
+of the device, and only while as much again stays free.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from hps_numba.storage.host.store import HostStore
 __all__ = ["IndexMirror", "is_scattered", "max_bytes", "may_mirror"]
 
 log = logging.getLogger(__name__)
-_SHARE = 16  # of the memory of a device: copies take at most one part, and leave one free
+_SHARE = 16  # copies take at most one part in so many of a device's memory, and leave one free
 _QUIET_SECONDS = 0.1  # without a change, before the index is copied again
 _OF_THE_TIME = 20  # copying takes at most one part of the time
 _SOON_SECONDS = 1e-3
@@ -63,7 +63,7 @@ _numbers = itertools.count()
 
 
 def may_mirror(kind: str, whole: bool, miss_path: str) -> bool:
-    """A cache of this kind, over a host store, has a copy; one that has all rows from the start misses nothing."""
+    """Whether a cache of this kind, over a host store, has a copy; one that holds all rows from the start misses none."""
     return miss_path == "auto" and kind != "static" and not whole
 
 
@@ -73,24 +73,24 @@ def max_bytes(total: int) -> int:
 
 
 def is_scattered(slots: int, row_bytes: int) -> bool:
-    """Random rows of such a table come as fast as their addresses are translated, which is slower than the bus."""
+    """Random rows of such a table are limited by the translation of their addresses, not by the bus."""
     others = 1 - _REMEMBERED_BYTES / max(1, slots * row_bytes)  # share of rows whose address is not remembered
     return others > 0 and _TRANSLATIONS / others * row_bytes < _BUS
 
 
 def _shift_of(slots: int) -> int:
-    """By how many bits slots are shifted so that they give at most ``REGIONS`` regions of the rows."""
+    """Bits by which a slot is shifted to give one of at most ``REGIONS`` regions of the rows."""
     return max(0, (slots - 1).bit_length() - (REGIONS - 1).bit_length())
 
 
 class IndexMirror:
-    """The copy for one cache, and when it is made: on a device by itself, on the CPU only when ``make`` is called.
+    """The copy for one cache, and when it is made: on a device automatically, on the CPU only when ``make`` is called.
 
     Args:
-        place: of the cache.   link: of the cache to the store.   name: of the table.
-        needed: the cache may miss rows; asked before a copy is made by itself.
+        backend: of the cache.   link: of the cache to the store.   name: of the table.
+        needed: the cache may miss rows; asked before a copy is made automatically.
 
-    **Threads:** all methods.
+    Thread safety: all methods.
     """
 
     def __init__(self, backend: Backend, link: StoreLink, store: HostStore, name: str, needed: Callable[[], bool]) -> None:
@@ -98,14 +98,14 @@ class IndexMirror:
         self.name = f"{name}, copy {next(_numbers)} of the index"
         self._memory: Memory | None = None
         self._size = 0  # of the memory
-        self._lent = False  # kernels may be led to the copy
+        self._lent = False  # kernels may have been pointed to the copy
         self._scattered = False
         self._tag = 0  # epoch until which they were
         self._seconds = 0.0  # that the last copy took
-        self._refused = 0  # bytes that were not to be had, when that was last said
+        self._refused = 0  # bytes of the largest copy without room that was logged
         self._closed = self._due = False
-        self._changed = time.monotonic()  # when the store was, last
-        self._by_itself = backend.ordinal is not None
+        self._changed = time.monotonic()  # when the store last changed
+        self._automatic = backend.ordinal is not None
         self._stream = backend.new_stream()
         self._making = threading.RLock()
         register_fork_reset(self)
@@ -117,7 +117,7 @@ class IndexMirror:
         self._making = threading.RLock()
         self._due = False
         if self._backend.ordinal is not None:
-            self._lent = self._by_itself = False
+            self._lent = self._automatic = False
 
     @property
     def bytes(self) -> int:
@@ -135,17 +135,17 @@ class IndexMirror:
         return self._lent and self._scattered
 
     def invalidate(self) -> None:
-        """Lead the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
+        """Point the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
         if self._lent and self._link.point_to(self._store.block):
             self._tag = self._store.epochs.advance()
-            self._lent = False  # last: a writer that is interrupted before, or could not tell the device, does it again
+            self._lent = False  # last: a writer interrupted before, or one that could not tell the device, does it again
         self._changed = time.monotonic()
-        if not self._due:  # a writer that has many turns asks once
+        if not self._due:  # once for all turns of a writer
             self.make_later()
 
     def make_later(self) -> None:
         """Copy the index when nothing has changed for a while."""
-        if self._by_itself and not self._closed:
+        if self._automatic and not self._closed:
             self._due = True
             self._call_in(self._changed + self._pause() - time.monotonic())
 
@@ -154,7 +154,7 @@ class IndexMirror:
         return max(_QUIET_SECONDS, _OF_THE_TIME * self._seconds)
 
     def _call_in(self, seconds: float) -> None:
-        """Let the timer call after so many seconds; it keeps nothing alive that was dropped without ``close``."""
+        """Let the timer call after so many seconds; it does not keep a mirror alive that was dropped without ``close``."""
         mine = weakref.WeakMethod(self._make_if_quiet)
 
         def call() -> None:
@@ -173,9 +173,9 @@ class IndexMirror:
             self._call_in(_AGAIN_SECONDS)
 
     def make(self) -> bool:
-        """Copy the index now and lead the cache to the copy, unless it is there already; returns whether it is now.
+        """Copy the index now and point the cache to the copy, unless it is there already; returns whether it is now.
 
-        False: the store was changed meanwhile or is closed, or the device has no room; the cache works on without a copy.
+        False: the store was changed meanwhile or is closed, or the device has no room; the cache works without a copy.
         """
         with self._making:
             if self._closed or self._link.problem is not None:
@@ -187,7 +187,7 @@ class IndexMirror:
             return size > 0 and self._has_room(size) and self._copy(turn, size)
 
     def _has_room(self, size: int) -> bool:
-        """See that there is memory for a copy which no kernel reads any more."""
+        """Whether there is memory for a copy, which no kernel reads any more."""
         if self._memory is not None and not self._store.epochs.wait(self._tag, _READERS_SECONDS):
             return False
         if self._size >= size:
@@ -205,13 +205,16 @@ class IndexMirror:
 
     def _take(self, size: int) -> None:
         if self._backend.ordinal is not None:
-            total, free = driver.device_info(self._backend.ordinal).total_bytes, driver.free_bytes(self._backend.ordinal)
+            limit, free = (
+                max_bytes(driver.device_info(self._backend.ordinal).total_bytes),
+                driver.free_bytes(self._backend.ordinal),
+            )
             with _taking:
                 taken = _taken.get(self._backend.ordinal, 0)
-                if taken + size > max_bytes(total) or free - size < max_bytes(total):
+                if taken + size > limit or free - size < limit:
                     raise CapacityError(
-                        f"{self.name}: {human_bytes(size)} of device {self._backend.ordinal} wanted, where all copies may take "
-                        f"{human_bytes(max_bytes(total))} and {human_bytes(taken)} are taken, {human_bytes(free)} are free"
+                        f"{self.name}: device {self._backend.ordinal}: expected room for {human_bytes(size)}, got "
+                        f"{human_bytes(free)} free, and {human_bytes(taken)} taken of {human_bytes(limit)} for copies"
                     )
                 _taken[self._backend.ordinal] = taken + size
         self._size = size
@@ -238,14 +241,14 @@ class IndexMirror:
             with self._store.at_rest() as (now, block):
                 if block == 0 or now != turn:
                     return False
-                held.enter_context(self._store.reading())  # what is in force now stays in memory
+                held.enter_context(self._store.reading())  # keeps what is in force now in memory
             self._backend.copy(memory.address, block, size, self._stream)
             self._backend.synchronize(self._stream)
         with self._store.at_rest() as (now, still):  # and, in the same turn, is in force
             if still != block or now != turn:
                 return False
             self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
-            self._lent = True  # first: whoever interrupts this leaves nothing behind that no writer would take back
+            self._lent = True  # first: if this is interrupted, the next writer still takes it back
             if not self._link.point_to(block, memory.address, _shift_of(self._store.slots)):
                 return False
         self._seconds = time.monotonic() - started
@@ -253,7 +256,7 @@ class IndexMirror:
         return True
 
     def close(self) -> None:
-        """Give the memory back; when no kernel of the cache runs."""
+        """Free the memory; when no kernel of the cache runs."""
         self._closed = True
         _timer.remove(self.name)
         self._store.unwatch_writes(self.invalidate)

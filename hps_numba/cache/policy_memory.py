@@ -1,4 +1,4 @@
-"""What a policy needs of a cache besides the scores: its state of each set, and the sketch of how often keys were asked for."""
+"""What a policy keeps besides the scores: a state for each set, and a sketch of how often keys were requested."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def policy_bytes(policy: Policy, sets: int) -> int:
 class PolicyMemory:
     """Memory of one policy in one cache; none for a policy that only scores.
 
-    Workspaces lead to it, and not the state of the cache: so a graph that was captured under another policy goes on with the
-    memory of that one, which is kept as long as the graph may run.
+    Workspaces hold its addresses, and not the state of the cache: so a graph that was captured under another policy goes on
+    with the memory of that one, which is kept as long as the graph may run.
 
     Args:
         sets: of the cache.   policy: None for a cache that evicts nothing.
@@ -65,12 +65,12 @@ class PolicyMemory:
         return sum(size for _, size in self._parts)
 
     def clear(self, stream: int) -> None:
-        """As it was in the beginning."""
+        """Set everything to 0, as at the start."""
         for memory, size in self._parts:
             self._backend.fill(memory.address, 0, size, stream)
 
     def release(self) -> None:
-        """Give the memory back; again does nothing."""
+        """Free the memory; again does nothing."""
         for memory, _ in self._parts:
             memory.release()
         self._parts.clear()

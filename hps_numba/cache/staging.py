@@ -1,20 +1,20 @@
-"""How the rows that a cache misses come from host memory: read in place by the device, or gathered first by host threads.
+"""How missed rows come from host memory: read in place by the device, or gathered first by host threads.
 
 *direct*: the kernel of the lookup finds the row in the index of the host store and reads it. Nothing waits. With a copy of the
 index on the device (``cache.index_mirror``, ``auto``) only the row comes over the bus, and large batches read rows in the order
 of their addresses (``kernels.cache.miss_sorted``).
 
-*staged*: the kernel lists the keys that it misses, the host waits for the number of them (the only wait), and its threads
-gather rows into pinned memory, a piece at a time; a kernel brings each piece to its places in the answer, while the next one is
-being gathered. Then insertion goes on as ever. For hosts with idle cores and devices without room for a copy of the index: from
-tables of several GiB cores find rows faster than a device that has to translate every address.
+*staged*: the kernel lists the keys that it misses, the host waits for their number (the only wait), and its threads gather rows
+into pinned memory, a piece at a time; a kernel writes each piece to its positions in the answer while the next one is gathered.
+Then rows are inserted as usual. For hosts with idle cores and devices without room for a copy of the index: in tables of
+several GiB cores find rows faster than a device that has to translate every address.
 
-*Why the pieces are not copied to the device first.* A kernel has to bring each row to its place anyway, and reads rows that lie
-side by side in pinned memory as fast as a copy does; so nothing is written to memory of the device only to be read again.
+*Why the pieces are not copied to the device first.* A kernel has to write each row to its position anyway, and reads
+consecutive rows in pinned memory as fast as a copy does; so nothing is written to device memory only to be read again.
 
 *What is inserted is what the host store has*, as for direct reads. Insertion looks whether a change of the table was announced
-(``STATE_CHANGES``) since before the rows were read, and only then over the bus whether the index word is still the
-one of the gathering. So what a batch costs does not grow by a read over the bus for each newcomer.
+(``STATE_CHANGES``) since before the rows were read, and only then over the bus whether the index word is still that of the
+gathering. So a batch does not cost a read over the bus for each row that it inserts.
 
 Pooled lookups and lookups of several tables in one launch are direct, and so is all that a graph captures: a graph cannot wait.
 """
@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 
 from hps_numba.cache.backends import Backend, Kernel, Memory
+from hps_numba.cache.kernel_set import KernelSet
+from hps_numba.cache.sizing import CacheGeometry
+from hps_numba.cache.state import CacheState
 from hps_numba.cache.workspace import Workspace
-from hps_numba.kernels.compiler.specialize import KernelSpec
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.cache import (
     MISSED_BYTES,
@@ -43,7 +45,6 @@ from hps_numba.kernels.layouts.cache import (
     WORKSPACE_MISSED,
     WORKSPACE_OWN_LIST,
 )
-from hps_numba.kernels.policies._load import load_policy
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
@@ -53,37 +54,37 @@ MISS_PATHS = ("direct", "staged", "auto")
 NEVER = sys.maxsize
 
 # ``auto`` never stages today: reads by a copied index were faster in every case, from tables of 1 and 4 GiB, on a host of 32
-# cores that had nothing else to do (docs/performance.md, "Misses"; ``benchmarks/device/misses.py --paths``). Who has idle cores
-# and no room for the copy asks for ``staged``. The rule stays for hosts where it is otherwise.
-#: keys of a batch from which on a wait and a hand-over to threads cost less than they save
+# cores that had nothing else to do (docs/performance.md, "Misses"; ``benchmarks/device/misses.py --paths``). With idle cores
+# and no room for the copy, choose ``staged``. The rule stays for hosts where it is otherwise.
+#: keys of the smallest batch for which a wait and a hand-over to threads cost less than they save
 STAGED_KEYS = 65_536
-#: the same where slower tiers stand behind host memory, for whose sake the lookup waits anyway
-STAGED_KEYS_BEHIND = 32_768
-#: bytes of the rows of a table from which on
+#: the same if there are slower tiers, for which the lookup waits anyway
+STAGED_KEYS_SLOWER_TIERS = 32_768
+#: bytes of the rows of the smallest table that is staged
 STAGED_TABLE_BYTES = NEVER
 
 #: bytes of rows that are gathered at a time: few enough to stay in the cache of the host, and to begin soon
 PIECE_BYTES = 16 << 20
 MIN_PIECE_BYTES = 4 << 20
 _PIECES = 3  # that a batch is cut into at least, if they are not too small
-_BUFFERS = 3  # one is being gathered, one read; one more, as neither takes always the same time
-_LEAST = 256
+_BUFFERS = 3  # one is being gathered, one read; a third, as the two do not take equally long
+_MIN_LIMIT = 256
 
 
 def min_staged(path: str) -> int:
     """Keys of the smallest batch that may be staged."""
-    return {"direct": NEVER, "staged": 1, "auto": min(STAGED_KEYS, STAGED_KEYS_BEHIND)}[path]
+    return {"direct": NEVER, "staged": 1, "auto": min(STAGED_KEYS, STAGED_KEYS_SLOWER_TIERS)}[path]
 
 
-def is_staged(n: int, *, rows: int, row_bytes: int, ways: int, behind: bool) -> bool:
+def is_staged(n: int, *, rows: int, row_bytes: int, ways: int, slower_tiers: bool) -> bool:
     """What ``auto`` chooses for ``n`` keys of a table, from what is known without a wait.
 
     Args:
         rows, row_bytes: of the table in host memory.   ways: of the cache; one that has room for all rows misses hardly any.
-        behind: there are slower tiers.
+        slower_tiers: there are some.
     """
-    least = STAGED_KEYS_BEHIND if behind else STAGED_KEYS
-    return n >= least and rows > ways and rows * row_bytes >= STAGED_TABLE_BYTES
+    min_keys = STAGED_KEYS_SLOWER_TIERS if slower_tiers else STAGED_KEYS
+    return n >= min_keys and rows > ways and rows * row_bytes >= STAGED_TABLE_BYTES
 
 
 class _Staging:
@@ -91,16 +92,16 @@ class _Staging:
 
     For ``n`` keys, rounded up: 16 bytes each of the device, 8 bytes each of pinned memory, and there _BUFFERS x PIECE_BYTES.
 
-    **Threads:** one at a time.
+    Thread safety: one thread at a time.
     """
 
     def __init__(self, backend: Backend, dim: int, n: int, name: str) -> None:
         self._backend = backend
-        self.limit = max(_LEAST, 1 << (n - 1).bit_length())
+        self.limit = max(_MIN_LIMIT, 1 << (n - 1).bit_length())
         self.rows = max(1, min(self.limit, PIECE_BYTES // (4 * dim)))  # of a buffer
         self._memories: list[Memory] = []
         self._events: list[int] = []
-        self._turn = 0
+        self._next = 0
         try:
             entries = self._take(backend.allocate(MISSED_BYTES + 16 * self.limit, f"{name}: list of missed keys"))
             keys = self._take(backend.allocate_pinned(8 * self.limit, f"{name}: missed keys"))
@@ -126,12 +127,12 @@ class _Staging:
         return memory.address
 
     def begin(self, stream: int) -> None:
-        """The list is empty, behind the work on the stream and behind that of the batch before."""
+        """Empty the list, after the work on the stream and after that of the batch before."""
         if not self._begun:
             self._backend.from_host(self.address, self._header, stream)
             self._begun = True
             return
-        self._backend.wait(stream, self._events[self._turn - 1])  # the last that was recorded
+        self._backend.wait(stream, self._events[self._next - 1])  # the last that was recorded
         self._backend.fill(self.address + MISSED_COUNT, 0, 8, stream)
 
     def missed(self, stream: int) -> int:
@@ -141,17 +142,17 @@ class _Staging:
         return int(word[0])
 
     def buffer(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(rows, words)`` to be written, as soon as the device has read what was there."""
-        self._backend.wait_for(self._events[self._turn])
-        return self._buffers[self._turn]
+        """``(rows, words)`` to write to, as soon as the device has read what was there."""
+        self._backend.wait_for(self._events[self._next])
+        return self._buffers[self._next]
 
     def sent(self, stream: int) -> None:
         """The stream has the work that reads the buffer."""
-        self._backend.record(self._events[self._turn], stream)
-        self._turn = (self._turn + 1) % _BUFFERS
+        self._backend.record(self._events[self._next], stream)
+        self._next = (self._next + 1) % _BUFFERS
 
     def release(self) -> None:
-        """Give everything back, after the device has read all."""
+        """Free everything, after the device has read all."""
         for event in self._events:
             self._backend.wait_for(event)
             self._backend.destroy_event(event)
@@ -161,31 +162,23 @@ class _Staging:
 
 
 class StagedMisses:
-    """What a cache needs to be answered through its host store by host threads.
+    """Rows that one cache misses, gathered from its host store by host threads.
 
     Args:
-        parts: addresses of lines and rows of the cache, number of sets, address of its state.
-        always: stage every batch, else as ``is_staged`` says.   ways: rows that the cache has room for.
+        always: stage every batch, else as ``is_staged`` says.
 
-    **Threads:** any number of batches at a time; ``close`` after them.
+    Attributes:
+        always: as given.   min_keys: of the smallest batch that may be staged.
+
+    Thread safety: any number of batches at a time; ``close`` after them.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        parts: tuple[int, int, int, int],
-        store: HostStore,
-        *,
-        always: bool,
-        ways: int,
-        fixed: bool,
-        default: float,
-        name: str,
+        self, geometry: CacheGeometry, state: CacheState, kernels: KernelSet, store: HostStore, *, always: bool
     ) -> None:
-        self._backend, self._store, self._name = backend, store, name
-        self._lines, _, self._sets, self._state = parts
-        self._always, self._ways, self._fixed, self._default = always, ways, fixed, default
-        self._kernels: dict[tuple[bool, str, bool], Kernel] = {}
+        self._geometry, self._state, self._kernels, self._store = geometry, state, kernels, store
+        self._backend, self.always = kernels.backend, always
+        self.min_keys = min_staged("staged" if always else "auto")
         self._staged = np.zeros(1, np.int64)
         self.reset_after_fork()
         register_fork_reset(self)
@@ -195,11 +188,10 @@ class StagedMisses:
         self._all: list[_Staging] = []
         self._idle: deque[_Staging] = deque()
 
-    def takes(self, n: int, *, behind: bool) -> bool:
+    def takes(self, n: int, *, slower_tiers: bool) -> bool:
         """Whether a batch of ``n`` keys is staged, outside of graphs."""
-        return self._always or is_staged(
-            n, rows=len(self._store), row_bytes=4 * self._store.dim, ways=self._ways, behind=behind
-        )
+        rows, row_bytes, ways = len(self._store), 4 * self._store.dim, self._geometry.capacity
+        return self.always or is_staged(n, rows=rows, row_bytes=row_bytes, ways=ways, slower_tiers=slower_tiers)
 
     @property
     def batches(self) -> int:
@@ -219,15 +211,14 @@ class StagedMisses:
         out: int,
         stream: int,
         *,
-        built: tuple[str, bool],
-        counted: bool,
+        out_type: str,
+        aligned: bool,
     ) -> None:
         """Write the answer of a batch in stream order, and list what is to be inserted.
 
         Args:
             list_misses: starts ``list_kernel`` with this workspace on the stream, which writes what the cache has to ``out``.
-            built: type of the answer, and whether it is 16-byte aligned.
-            counted: the policy counts how often newcomers were asked for.
+            out_type: of the answer.   aligned: the answer is 16-byte aligned.
 
         Raises:
             ClosedError: the store was closed.   CapacityError: no memory.   DeviceError: the driver refused.
@@ -236,11 +227,11 @@ class StagedMisses:
         staging = self._take(n)
         done = False
         try:
-            backend.copy(workspace.address + WORKSPACE_CHANGES, self._state + STATE_CHANGES, 8, stream)
+            backend.copy(workspace.address + WORKSPACE_CHANGES, self._state.address + STATE_CHANGES, 8, stream)
             staging.begin(stream)
             backend.copy(workspace.address + WORKSPACE_MISSED, staging.address + MISSED_SELF, 8, stream)
             list_misses()
-            kernel = self._kernel(counted, *built)
+            kernel, _ = self._kernels.built("answer_missed_kernel", out_type, aligned)
             missed = staging.missed(stream)
             step = self._step(missed, staging.rows)
             for start in range(0, missed, step):
@@ -252,17 +243,18 @@ class StagedMisses:
             self._idle.append(staging)
         count(self._staged.ctypes.data, 1)
 
-    def _step(self, missed: int, most: int) -> int:
+    def _step(self, missed: int, limit: int) -> int:
         """Rows of a piece."""
         row_bytes = 4 * self._store.dim
-        return max(1, min(most, max(-(-missed // _PIECES), MIN_PIECE_BYTES // row_bytes)))
+        return max(1, min(limit, max(-(-missed // _PIECES), MIN_PIECE_BYTES // row_bytes)))
 
     def _send(self, staging: _Staging, kernel: Kernel, workspace: Workspace, start: int, n: int, out: int, stream: int) -> None:
-        """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that takes them to their places."""
+        """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that writes them to their positions."""
         rows, words = staging.buffer()
-        _, content = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], self._default)
+        _, content = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], float(self._geometry.default))
         at = (staging.entries + 16 * start, _address(words), _address(rows), content, n, out)
-        kernel.launch(self._backend.blocks(n), stream, self._lines, self._sets, self._state, workspace.address, *at)
+        cache = self._state.lines, self._geometry.sets, self._state.address
+        kernel.launch(self._backend.blocks(n), stream, *cache, workspace.address, *at)
         staging.sent(stream)
 
     def end(self, workspace: Workspace, stream: int) -> None:
@@ -270,23 +262,8 @@ class StagedMisses:
         self._backend.fill(workspace.address + WORKSPACE_CHANGES, 0, 8, stream)
         self._backend.copy(workspace.address + WORKSPACE_MISSED, workspace.address + WORKSPACE_OWN_LIST, 8, stream)
 
-    def _kernel(self, counted: bool, out_type: str, aligned: bool) -> Kernel:
-        shape = (counted, out_type, aligned)
-        kernel = self._kernels.get(shape)
-        if kernel is None:
-            spec = KernelSpec(
-                name="answer_missed_kernel",
-                dim=self._store.dim,
-                policy=load_policy("lfu" if counted else "fifo"),  # one that counts, or does not
-                fixed=self._fixed,
-                out_type=out_type,
-                out_vector=aligned,
-            )
-            kernel = self._kernels[shape] = self._backend.kernel(spec)
-        return kernel
-
     def _take(self, n: int) -> _Staging:
-        """Memory for a batch of ``n`` keys; what is too small is given back."""
+        """Memory for a batch of ``n`` keys; what is too small is freed."""
         while self._idle:
             try:
                 staging = self._idle.pop()
@@ -296,12 +273,12 @@ class StagedMisses:
                 return staging
             self._all.remove(staging)
             staging.release()
-        staging = _Staging(self._backend, self._store.dim, n, self._name)
+        staging = _Staging(self._backend, self._store.dim, n, self._geometry.name)
         self._all.append(staging)
         return staging
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         for staging in self._all:
             staging.release()
         self.reset_after_fork()

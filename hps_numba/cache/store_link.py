@@ -1,11 +1,11 @@
-"""The way from a cache to the host store behind it, and what keeps the store from freeing what a device reads.
+"""How a cache follows its host store, and what keeps the store from freeing what a device reads.
 
-*Which index is in force.* A word in the state of the cache leads to a descriptor (index block or a copy of it, its lines, the
-rows). When the store puts another index in force, the next descriptor of a ring is filled and then the word swung, so a kernel
-sees one of the two and never half of each.
+*Which index is in force.* A word in the state of the cache points to a descriptor (index block or a copy of it, its lines,
+the rows). When the store puts another index in force, the next descriptor of a ring is filled and then the word is set to it,
+so a kernel sees one of the two and never half of each.
 
-*When may memory go.* Warps count themselves in and out, in many stripes, so that counting costs no contention. A stripe whose
-count of those that left, read first, equals that of those that entered, read second, had nobody inside in between. Once every
+*When memory may be freed.* Warps count themselves in and out, in many stripes, so that counting costs no contention. If the
+count of exits of a stripe, read first, equals its count of entries, read second, nobody was inside in between. Once every
 stripe was seen so since an epoch was current, all that was out of force before that epoch is free. Turned down: an event for
 each call (a replay of a captured graph records none) and waiting for streams (the writer would wait for the device).
 """
@@ -46,9 +46,12 @@ _POLL_SECONDS = 1e-3
 
 
 class StoreLink:
-    """The link of one cache to its store; on a device also the guard of the store's epochs.   **Threads:** all methods.
+    """The link of one cache to its store; on a device also the guard of the store's epochs.
 
-    ``problem`` is what kept the device from being told of a new index: its cache must not be read any more.
+    Attributes:
+        problem: why the device could not be told of a new index: its cache must not be read any more.
+
+    Thread safety: all methods.
     """
 
     def __init__(self, backend: Backend, state: int, store: HostStore) -> None:
@@ -59,7 +62,7 @@ class StoreLink:
         self._closed = False
         self._free = 0  # epochs below this one are over
         self._round = 0
-        self._inside = np.zeros(0, np.intp)  # stripes not yet seen without anybody inside in this round
+        self._inside = np.zeros(0, np.intp)  # stripes that were not seen empty in this round
         self._polled = 0.0
         self.reset_after_fork()
         register_fork_reset(self)
@@ -68,13 +71,13 @@ class StoreLink:
         store.watch(self.follow)
 
     def reset_after_fork(self) -> None:
-        """Make the lock anew, as a forked child has to; devices are the parent's."""
+        """Use a new lock: in the parent another thread may have held it. Devices are the parent's."""
         self._polling = threading.Lock()
 
     # -- the index in force -----------------------------------------------------------------------------------------------
 
     def follow(self, block: int) -> None:
-        """Lead the cache to the index at ``block``; 0: to none. Done when this returns. Called by the store's writer."""
+        """Let the cache read the index at ``block``; 0: none. Done when this returns. Called by the store's writer."""
         self.point_to(block)
 
     def point_to(self, block: int, copy: int = 0, shift: int = -1) -> bool:
@@ -128,7 +131,7 @@ class StoreLink:
                 self._backend.to_host(left, self._state + GUARD_LEFT, self._stream)
                 self._backend.to_host(entered, self._state + GUARD_ENTERED, self._stream)
         except HpsError as problem:  # no kernel runs on a device that failed
-            log.warning("%s: the device is no longer asked who reads: %s", self._store.name, problem)
+            log.warning("%s: the device is no longer polled for readers: %s", self._store.name, problem)
             self.problem, self._closed = problem, True
             self._free = now
             return
@@ -137,7 +140,7 @@ class StoreLink:
             self._free = self._round
 
     def close(self) -> None:
-        """Follow the store no more, and keep nothing of it; when no kernel of the cache runs."""
+        """Stop following the store, and keep nothing of it; when no kernel of the cache runs."""
         self._store.unwatch(self.follow)
         self._closed = True
         self._store.epochs.remove_guard(self)

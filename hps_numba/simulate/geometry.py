@@ -1,4 +1,4 @@
-"""The cache as a GPU has it, for the simulator: the CPU twin of ``EmbeddingCache`` itself, with rows of one float.
+"""The cache as a GPU has it, for the simulator: the ``EmbeddingCache`` of the CPU itself, with rows of one float.
 
 Sets, ways, batches, admission and victims are those of the kernels, and so is every hit: nothing is modelled.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.inspect import CacheCounters, CacheEntry
 from hps_numba.errors import ConfigError
-from hps_numba.kernels.layouts.cache import MAX_BATCH, SET_BYTES, STATE_BYTES, WAYS, WORKSPACE_ASSUME
+from hps_numba.kernels.layouts.cache import MAX_BATCH, WAYS, WORKSPACE_ASSUME
 from hps_numba.kernels.policies._policy import Policy
 
 __all__ = ["WAYS", "GpuGeometry"]
@@ -17,37 +18,50 @@ __all__ = ["WAYS", "GpuGeometry"]
 _MISSED = np.float32(1)
 
 
-class GpuGeometry(EmbeddingCache):
-    """A cache that has no rows to speak of: a batch of keys goes in, and it says which were there.
+class GpuGeometry:
+    """A cache that has no rows to speak of: a batch of keys goes in, and it says which of them hit.
 
     Args:
-        rows: to hold; the cache rounds up to whole sets, as a GPU's does (``capacity``).
-        policy: who leaves a full set.
+        rows: to hold; the cache rounds up to whole sets, as a GPU's does.
+        policy: which entry of a full set is evicted.
         batch: keys of a call, at most; 1 to ``kernels.layouts.cache.MAX_BATCH``.
     """
 
     def __init__(self, rows: int, policy: Policy, batch: int) -> None:
         if not 1 <= batch <= MAX_BATCH:
-            raise ConfigError(f"batch: {batch} keys in a call, wanted 1 to {MAX_BATCH}")
-        super().__init__(1, rows, device=None, policy=policy, default=float(_MISSED), name="simulation")
-        self._own.reserve(batch, False, 0)
-        self._backend.store_word(self._own.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row behind the cache
+            raise ConfigError(f"batch: expected 1 to {MAX_BATCH} keys in a call, got {batch}")
+        self._cache = EmbeddingCache(1, rows, device=None, policy=policy, default=float(_MISSED), name="simulation")
+        parts = self._cache.parts
+        self._lookups, self._workspace = parts.lookups, parts.workspaces.own
+        self._workspace.reserve(batch, False, 0)
+        parts.backend.store_word(self._workspace.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row in slower tiers
         self._answers = np.empty(batch, np.float32)
 
     @property
     def policy_bytes(self) -> int:
         """Bytes that the policy needs beside index, rows and state."""
-        buffers = self._own.bytes + self._pool.bytes
-        return self.bytes - self.sets * SET_BYTES - self.bytes_of_rows - 2 * STATE_BYTES - buffers
+        return self._cache.parts.state.hits_bytes + self._cache.parts.workspaces.policy_memory.bytes
 
     def replay(self, keys: np.ndarray, hits: np.ndarray, batch: int) -> None:
-        """Ask for int64 ``[n]`` keys in batches, and write which were there when their batch began: uint8 ``[n]``.
+        """Look int64 ``[n]`` keys up in batches, and write which were there when their batch began: uint8 ``[n]``.
 
-        Newcomers get the rows that the workspace of the batch has for them, which nobody wrote: they are 0.
+        Keys that enter get the rows that the workspace of the batch has for them, which nobody wrote: they are 0.
         """
         address = keys.__array_interface__["data"][0]
         out = self._answers.__array_interface__["data"][0]
         for start in range(0, len(keys), batch):
             n = min(batch, len(keys) - start)
-            self._batch(self._own, address + 8 * start, n, out, 0, ("int64", "float32", True))
+            self._lookups.batch(self._workspace, address + 8 * start, n, out, 0, ("int64", "float32", True))
             np.not_equal(self._answers[:n], _MISSED, out=hits[start : start + n], casting="unsafe")
+
+    def counters(self) -> CacheCounters:
+        """What happened so far."""
+        return self._cache.counters()
+
+    def entries(self) -> list[CacheEntry]:
+        """All that the cache holds, in the order of sets, lines and ways; for tests."""
+        return self._cache.entries()
+
+    def resident(self) -> int:
+        """Keys that the cache holds."""
+        return self._cache.resident()

@@ -1,4 +1,4 @@
-"""The embedding cache against its oracle: every way, score and row, on the CPU twin and (marker gpu) on a device."""
+"""The embedding cache against its oracle: every way, score and row, on the CPU and (marker gpu) on a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cache_bench import DEFAULT, DIM, Bench, ints
-from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, place_in
+from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, primary_in
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
 
 from hps_numba.cache.backends import CpuBackend
@@ -24,16 +24,16 @@ from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
 
 
-def keys_of_set(sets: int, wanted: int, count: int) -> list[int]:
-    place = place_in(sets)
-    return [key for key in range(200 * sets) if place(key)[0] == wanted][:count]
+def keys_of_set(sets: int, expected: int, count: int) -> list[int]:
+    primary = primary_in(sets)
+    return [key for key in range(200 * sets) if primary(key)[0] == expected][:count]
 
 
 # -- any operations ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 1), ("lfu", 3), ("fifo", 16), ("lru", 17)])
-def test_any_operations_leave_what_the_oracle_has(bench: Bench, policy: str, dim: int) -> None:
+def test_any_sequence_of_operations_equals_the_oracle(bench: Bench, policy: str, dim: int) -> None:
     pair = Pair(bench, policy, dim, seed=dim)
     for _ in range(150):
         getattr(pair, pair.rng.choice(OPERATIONS))()
@@ -48,7 +48,7 @@ def test_any_operations_leave_what_the_oracle_has(bench: Bench, policy: str, dim
 # -- lookups ----------------------------------------------------------------------------------
 
 
-def test_extreme_keys_are_keys_like_any_others(bench: Bench) -> None:
+def test_extreme_keys_are_ordinary_keys(bench: Bench) -> None:
     keys = ints(EXTREME_64)
     cache = bench.cache(bench.store(keys), 40)
     for _ in range(2):
@@ -58,14 +58,14 @@ def test_extreme_keys_are_keys_like_any_others(bench: Bench) -> None:
     assert cache.resident() == 0
 
 
-def test_extreme_keys_that_are_nowhere_are_missed(bench: Bench) -> None:
+def test_extreme_keys_in_no_tier_get_the_default(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(5)), 40)
     out = cache.lookup_arrays(ints(EXTREME_64[1:2] + EXTREME_64[3:]))
     assert (out == np.float32(DEFAULT)).all()
     assert cache.counters().absent == len(out)
 
 
-def test_no_keys(bench: Bench) -> None:
+def test_empty_calls_do_nothing(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(5)), 40)
     nothing = ints([])
     assert cache.lookup_arrays(nothing).shape == (0, DIM)
@@ -79,7 +79,7 @@ def test_no_keys(bench: Bench) -> None:
     assert cache.counters().calls == 0
 
 
-def test_duplicates_in_a_batch_enter_once(bench: Bench) -> None:
+def test_duplicates_in_a_batch_are_inserted_once(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(5)), policy="lfu", set_count=2)
     keys = ints([3, 1, 3, 3, 1, 99, 99])
     assert_same_bits(cache.lookup_arrays(keys)[:5], rows_of(keys[:5], DIM))
@@ -104,12 +104,12 @@ def test_without_a_store_only_what_was_inserted_is_found(bench: Bench) -> None:
     keys = ints([1, 2])
     cache.insert(keys, rows_of(keys, DIM))
     cache.insert(keys, rows_of(keys, DIM, 1))  # present: touched only
-    wanted = np.vstack([rows_of(keys, DIM), np.full((1, DIM), DEFAULT, np.float32)])
-    assert_same_bits(cache.lookup_arrays(ints([1, 2, 3])), wanted)
+    expected = np.vstack([rows_of(keys, DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2, 3])), expected)
     assert cache.warm() == 0
 
 
-def test_batches_larger_than_the_workspace_before(bench: Bench) -> None:
+def test_workspace_grows_with_larger_batches(bench: Bench) -> None:
     keys = np.arange(5000)
     cache = bench.cache(bench.store(keys), 6000)
     for n in (1, 300, 5000, 20):
@@ -118,7 +118,7 @@ def test_batches_larger_than_the_workspace_before(bench: Bench) -> None:
 
 
 class Addresses:
-    """Raw calls on NumPy arrays of the CPU twin."""
+    """Raw calls on NumPy arrays of the CPU."""
 
     def __init__(self, cache: EmbeddingCache) -> None:
         self.cache = cache
@@ -136,14 +136,14 @@ class Addresses:
         ("checked32_in_int64", np.int64, [2**32 - 1, 5], [2**32 - 1, 5]),
     ],
 )
-def test_key_forms(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], known: list[int]) -> None:
+def test_lookup_accepts_every_key_form(cpu_bench: Bench, form: str, dtype: Any, keys: list[int], known: list[int]) -> None:
     call = Addresses(cpu_bench.cache(cpu_bench.store(known), 40))
     for _ in range(2):
         out = call.lookup(np.array(keys, dtype), np.empty((len(keys), DIM), np.float32), key_form=form)
         assert_same_bits(out, rows_of(ints(known), DIM))
 
 
-def test_a_wide_key_is_absent_where_keys_are_narrow(cpu_bench: Bench) -> None:
+def test_key_outside_32_bits_is_absent_with_checked_32_bit_keys(cpu_bench: Bench) -> None:
     keys = ints([-1, 2**32])
     cache = cpu_bench.cache(cpu_bench.store(keys), 40)
     out = Addresses(cache).lookup(keys, np.empty((2, DIM), np.float32), key_form="checked32_in_int64")
@@ -151,7 +151,7 @@ def test_a_wide_key_is_absent_where_keys_are_narrow(cpu_bench: Bench) -> None:
     assert cache.resident() == 0
 
 
-def test_half_precision_answers(cpu_bench: Bench) -> None:
+def test_lookup_writes_half_precision_answers(cpu_bench: Bench) -> None:
     keys = np.arange(20)
     call = Addresses(cpu_bench.cache(cpu_bench.store(keys), 40))
     rows = rows_of(keys, DIM)
@@ -162,12 +162,12 @@ def test_half_precision_answers(cpu_bench: Bench) -> None:
         np.testing.assert_allclose((brain.astype(np.uint32) << 16).view(np.float32), rows, rtol=2**-8)
 
 
-def test_positions_of_absent_keys(cpu_bench: Bench) -> None:
+def test_lookup_lists_positions_of_absent_keys(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(10)), 40)
     out, absent = np.empty((4, DIM), np.float32), np.full(5, -1, np.int64)
-    for keys, wanted in (([50, 1, 60, 2], [0, 2]), ([1, 2, 3, 4], []), ([9, 9, 9, 70], [3])):
+    for keys, expected in (([50, 1, 60, 2], [0, 2]), ([1, 2, 3, 4], []), ([9, 9, 9, 70], [3])):
         Addresses(cache).lookup(ints(keys), out, absent_list=absent.ctypes.data)
-        assert absent[1 : 1 + absent[0]].tolist() == wanted
+        assert absent[1 : 1 + absent[0]].tolist() == expected
     cache.lookup(0, 0, 0, 0, absent_list=absent.ctypes.data)
     assert absent[0] == 0
 
@@ -183,14 +183,16 @@ def test_a_captured_call_keeps_its_workspace(cpu_bench: Bench) -> None:
     assert cache.bytes - before == 2 * captured
 
 
-# -- rows in few bits ---------------------------------------------------------------------------
+# -- rows in low precision ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("row_type", "dim", "relative", "absolute"),
     [("float16", 16, 2**-11, 0), ("bfloat16", 3, 2**-8, 0), ("int8", 3, 0, 0.01), ("float8_e4m3", 16, 0, 0.05)],
 )
-def test_stored_types(bench: Bench, row_type: str, dim: int, relative: float, absolute: float) -> None:
+def test_low_precision_rows_are_close_and_stable(
+    bench: Bench, row_type: str, dim: int, relative: float, absolute: float
+) -> None:
     store = bench.store(dim=dim)
     keys = np.arange(50)
     rows = np.random.default_rng(1).uniform(-1, 1, (50, dim)).astype(np.float32)
@@ -206,17 +208,19 @@ def test_stored_types(bench: Bench, row_type: str, dim: int, relative: float, ab
     assert_same_bits(cache.lookup_arrays(keys), once)
 
 
-# -- the store behind ---------------------------------------------------------------------------
+# -- the host store ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["upsert", "erase"])
-def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_row_changed_between_lookup_and_insertion_is_not_inserted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     store = bench.store([5, 6])
     cache = bench.cache(store, 40)
-    finish = cache._finish
+    finish = cache.parts.plan.finish
 
     def change_and_finish(*args: Any) -> None:
-        cache._backend.synchronize(cache._stream)  # the lookup has read the old row
+        cache.backend.synchronize(cache.parts.state.stream)  # the lookup has read the old row
         if change == "upsert":
             store.upsert(ints([5]), rows_of([5], DIM, 1))
         else:
@@ -225,7 +229,7 @@ def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", change_and_finish)
+        patch.setattr(cache.parts.plan, "finish", change_and_finish)
         assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
     assert cache.counters().stale_dropped == 1
@@ -233,7 +237,7 @@ def test_a_row_that_changes_on_its_way_is_not_inserted(bench: Bench, monkeypatch
     assert_same_bits(cache.lookup_arrays(ints([5])), new)
 
 
-def test_the_store_grows_and_is_replaced_between_lookups(bench: Bench) -> None:
+def test_lookups_follow_a_store_that_grows_and_is_replaced(bench: Bench) -> None:
     store = bench.store(range(4), growth_bytes=4 * DIM)
     cache = bench.cache(store, 100)
     for end in (4, 50, 700, 3000):
@@ -245,11 +249,11 @@ def test_the_store_grows_and_is_replaced_between_lookups(bench: Bench) -> None:
     store.adopt(sibling)
     cache.refresh()
     keys = np.arange(40)
-    wanted = np.vstack([rows_of(keys[:20], DIM, 1), np.full((20, DIM), DEFAULT, np.float32)])
-    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    expected = np.vstack([rows_of(keys[:20], DIM, 1), np.full((20, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), expected)
 
 
-def test_many_indexes_one_after_the_other(bench: Bench) -> None:
+def test_lookups_follow_more_indexes_than_the_ring_has(bench: Bench) -> None:
     store = bench.store(range(4))
     cache = bench.cache(store, 100)
     for stamp in range(70):  # more than the ring of descriptors has
@@ -261,13 +265,13 @@ def test_many_indexes_one_after_the_other(bench: Bench) -> None:
         assert_same_bits(cache.lookup_arrays(ints([9])), rows_of([9], DIM, stamp % 3))
 
 
-def test_a_closed_store_answers_no_more(bench: Bench) -> None:
+def test_closed_store_answers_with_defaults(bench: Bench) -> None:
     store = bench.store(range(4))
     cache = bench.cache(store, 100)
     cache.lookup_arrays(ints([1]))
     store.close()
-    wanted = np.vstack([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)])
-    assert_same_bits(cache.lookup_arrays(ints([1, 2])), wanted)
+    expected = np.vstack([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(ints([1, 2])), expected)
     with pytest.raises(ClosedError):
         cache.warm()
 
@@ -276,7 +280,7 @@ def test_a_closed_store_answers_no_more(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 1000])
-def test_a_whole_cache_holds_every_row(bench: Bench, rows: int) -> None:
+def test_cache_of_a_whole_table_holds_every_row(bench: Bench, rows: int) -> None:
     keys = np.random.default_rng(2).permutation(np.arange(-500, 5000))[:rows]
     cache = bench.cache(bench.store(keys), rows, whole=True)
     assert cache.warm() == rows
@@ -285,8 +289,8 @@ def test_a_whole_cache_holds_every_row(bench: Bench, rows: int) -> None:
     assert sorted(cache.dump().tolist()) == sorted(keys.tolist())
 
 
-def test_rows_beyond_their_set_are_updated_and_erased(bench: Bench) -> None:
-    keys = ints(keys_of_set(3, 1, 14))  # set 1 has 10 ways, four rows stand in set 2
+def test_overflowed_rows_are_updated_and_erased(bench: Bench) -> None:
+    keys = ints(keys_of_set(3, 1, 14))  # set 1 has 10 ways, four rows are in set 2
     store = bench.store(keys)
     cache = bench.cache(store, 14, whole=True, set_count=3)
     assert cache.warm() == 14
@@ -304,8 +308,8 @@ def test_fixed_caches_hold_their_rows(bench: Bench, kind: str) -> None:
     cache = bench.cache(store, 300, kind=kind, pagelock=True)
     assert cache.warm() == 300
     asked = np.arange(310)
-    wanted = np.vstack([rows_of(keys, DIM), np.full((10, DIM), DEFAULT, np.float32)])
-    assert_same_bits(cache.lookup_arrays(asked), wanted)
+    expected = np.vstack([rows_of(keys, DIM), np.full((10, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(asked), expected)
     assert (cache.counters().misses, cache.counters().inserted) == (10, 0)
     store.upsert(ints([5, 305]), rows_of([5, 305], DIM, 2))
     cache.update(ints([5, 305]))
@@ -317,9 +321,9 @@ def test_fixed_caches_hold_their_rows(bench: Bench, kind: str) -> None:
         cache.insert(ints([400]), rows_of([400], DIM))
 
 
-def test_a_static_cache_that_is_too_small(bench: Bench) -> None:
+def test_static_cache_refuses_more_rows_than_its_capacity(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(11)), 10, kind="static")
-    with pytest.raises(CapacityError, match="11 rows for a static cache of 10"):
+    with pytest.raises(CapacityError, match="expected at most 10 rows, as the static cache has to hold all, got 11"):
         cache.warm()
 
 
@@ -331,7 +335,7 @@ def test_uvm_holds_as_many_as_fit_and_serves_all(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_cache_in_use_is_warmed_anew(bench: Bench, kind: str) -> None:
+def test_cache_in_use_can_be_warmed_again(bench: Bench, kind: str) -> None:
     keys = np.arange(100)
     store = bench.store(keys)
     cache = bench.cache(store, 400, kind=kind)
@@ -355,7 +359,7 @@ def test_warming_stops_when_sets_are_full(bench: Bench) -> None:
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
 
 
-def test_sets_are_made_for_the_rows() -> None:
+def test_number_of_sets_follows_from_rows() -> None:
     assert index_sets(1000, fixed=False, whole=False) == 100
     assert index_sets(1001, fixed=False, whole=False) == 101
     assert index_sets(1000, fixed=False, whole=True) == 125
@@ -366,18 +370,18 @@ def test_sets_are_made_for_the_rows() -> None:
 # -- bad calls, the end -------------------------------------------------------------------------
 
 
-def test_bad_calls(bench: Bench) -> None:
+def test_bad_arguments_of_calls_are_refused(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(4)), 40)
     for first, stop in ((-1, 2), (3, 2), (0, 5)):
-        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+        with pytest.raises(ConfigError, match="expected a range within 0 to 4"):
             cache.dump(first, stop)
-        with pytest.raises(ConfigError, match="wanted a range within 0 to 4"):
+        with pytest.raises(ConfigError, match="expected a range within 0 to 4"):
             cache.refresh(first, stop)
     with pytest.raises(KeyDtypeError, match=r"int32\[4\]"):
         cache.lookup_arrays(np.arange(4, dtype=np.int32))
-    with pytest.raises(ArrayError, match="rows are float64"):
+    with pytest.raises(ArrayError, match=r"rows: expected float32\[\d+, \d+\], got float64"):
         cache.insert(np.arange(2), np.zeros((2, DIM)))
-    with pytest.raises(ArrayError, match="wanted float32"):
+    with pytest.raises(ArrayError, match="out: expected contiguous float32"):
         cache.lookup_arrays(np.arange(2), np.zeros((2, DIM + 1), np.float32))
 
 
@@ -386,18 +390,18 @@ def test_bad_calls(bench: Bench) -> None:
     [
         ({"kind": "stochastic"}, "stochastic"),
         ({"row_type": "int4"}, "int4"),
-        ({"rows": -1}, "rows of the cache is -1"),
-        ({"buffers": 0}, "buffers of the cache is 0"),
+        ({"rows": -1}, "rows of the cache: expected 0 or more, got -1"),
+        ({"buffers": 0}, "buffers of the cache: expected 1 or more, got 0"),
     ],
 )
-def test_bad_options(cpu_bench: Bench, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(cpu_bench: Bench, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cpu_bench.cache(None, **options)
-    with pytest.raises(ConfigError, match=f"width 4, its host store {DIM}"):
+    with pytest.raises(ConfigError, match=f"width of the cache: expected {DIM}, as of its host store, got 4"):
         EmbeddingCache(4, 10, device=None, policy=load_policy("lru"), store=cpu_bench.store())
 
 
-def test_after_close(bench: Bench) -> None:
+def test_calls_after_close_raise(bench: Bench) -> None:
     store = bench.store(range(4))
     cache = bench.cache(store, 40)
     cache.lookup_arrays(np.arange(4))
@@ -410,14 +414,14 @@ def test_after_close(bench: Bench) -> None:
     store.close()
 
 
-def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_between_kernels_leaves_the_cache_usable(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(20)), 40, buffers=1)
 
     def fails(*args: Any) -> None:
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", fails)
+        patch.setattr(cache.parts.plan, "finish", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 cache.lookup_arrays(np.arange(10))
@@ -430,7 +434,7 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(cpu_bench: Bench,
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(bench: Bench, kind: str) -> None:
+def test_concurrent_lookups_and_writes_see_whole_fresh_rows(bench: Bench, kind: str) -> None:
     keys = np.arange(60)
     store = bench.store(keys)
     cache = bench.cache(store, kind=kind, rows=60, set_count=None if kind == "static" else 4, buffers=2)
@@ -472,7 +476,7 @@ def test_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(bench: Bench, ki
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, told[0]))
 
 
-def test_threads_take_turns_with_one_workspace(cpu_bench: Bench) -> None:
+def test_threads_share_one_workspace(cpu_bench: Bench) -> None:
     keys = np.arange(2000)
     cache = cpu_bench.cache(cpu_bench.store(keys), 1000, buffers=1)
     answers: list[np.ndarray] = []
@@ -484,7 +488,7 @@ def test_threads_take_turns_with_one_workspace(cpu_bench: Bench) -> None:
     assert len(answers) == 6
     for answer in answers:
         assert_same_bits(answer, rows_of(keys, DIM))
-    assert len(cache._pool._all) == 1
+    assert len(cache.parts.workspaces.pool.workspaces) == 1
 
 
 # -- the guard of host memory ---------------------------------------------------------------------
@@ -494,9 +498,9 @@ class Linked:
     """A link as a device has it, over memory of the process, whose warps are played by the test."""
 
     def __init__(self, store: HostStore) -> None:
-        place = CpuBackend()
-        self.memory = place.allocate(STATE_BYTES, "state")
-        self.link = StoreLink(place, self.memory.address, store)
+        backend = CpuBackend()
+        self.memory = backend.allocate(STATE_BYTES, "state")
+        self.link = StoreLink(backend, self.memory.address, store)
         self.store = store
         store.epochs.add_guard(self.link)
 
@@ -525,7 +529,7 @@ def test_memory_is_kept_while_a_warp_may_read_it(cpu_bench: Bench) -> None:
     linked.link.close()
 
 
-def test_stripes_need_not_be_left_all_at_once(cpu_bench: Bench) -> None:
+def test_memory_is_freed_after_each_stripe_was_empty_once(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
     linked = Linked(store)
     linked.enter(1)
@@ -538,7 +542,7 @@ def test_stripes_need_not_be_left_all_at_once(cpu_bench: Bench) -> None:
     linked.link.close()
 
 
-def test_a_link_that_ended_keeps_nothing(cpu_bench: Bench) -> None:
+def test_closed_link_keeps_no_memory(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
     linked = Linked(store)
     linked.enter(1)
@@ -547,7 +551,7 @@ def test_a_link_that_ended_keeps_nothing(cpu_bench: Bench) -> None:
     assert linked.is_free(store.epochs.advance())
 
 
-def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
+def test_state_points_to_the_index_in_force(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
     linked = Linked(store)
     at = linked.memory.address + STATE_HOST
@@ -564,11 +568,11 @@ def test_the_state_leads_to_the_index_in_force(cpu_bench: Bench) -> None:
     assert block() == 0
 
 
-# -- where keys stand that do not fit into their home set ----------------------------------------------------------------
+# -- where keys are that do not fit into their primary set ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sets", "n"), [(2, 20), (3, 27), (100, 950), (1000, 9000), (1000, 9700)])
-def test_a_crowded_image_has_each_key_in_one_of_its_two_sets(sets: int, n: int) -> None:
+def test_bulk_load_places_each_key_in_its_primary_or_alternate_set(sets: int, n: int) -> None:
     keys = np.random.default_rng(sets).choice(1 << 62, n, replace=False) - (1 << 61)
     lines = np.zeros(sets * SET_BYTES, np.uint8)
     placed = place_keys(lines.ctypes.data, sets, keys.ctypes.data, n, 0, True, True)
@@ -581,22 +585,22 @@ def test_a_crowded_image_has_each_key_in_one_of_its_two_sets(sets: int, n: int) 
         key = int(words[at, line, way])
         assert key not in found
         found[key] = int(scores[at, line, way])
-        home, other = _set_of(0, sets, key) // SET_BYTES, _alternate_set_of(0, sets, key) // SET_BYTES
-        assert at in (home, other) and home != other
-        if at != home:
-            assert (meta[home] & OVERFLOW).all()
+        primary, alternate = _set_of(0, sets, key) // SET_BYTES, _alternate_set_of(0, sets, key) // SET_BYTES
+        assert at in (primary, alternate) and primary != alternate
+        if at != primary:
+            assert (meta[primary] & OVERFLOW).all()
     assert found == {int(key): number for number, key in enumerate(keys)}  # each with its own score
 
 
-def test_an_image_that_is_too_full_leaves_keys_out() -> None:
+def test_bulk_load_leaves_out_keys_that_find_no_way() -> None:
     lines, keys = np.zeros(2 * SET_BYTES, np.uint8), np.arange(30)
     assert place_keys(lines.ctypes.data, 2, keys.ctypes.data, 30, 0, True, True) == 20
     alone = np.zeros(2 * SET_BYTES, np.uint8)
-    assert place_keys(alone.ctypes.data, 2, keys.ctypes.data, 20, 0, True, False) < 20  # home sets only, of 20 keys
+    assert place_keys(alone.ctypes.data, 2, keys.ctypes.data, 20, 0, True, False) < 20  # primary sets only, of 20 keys
     assert not (alone.view(np.uint32).reshape(-1, 16)[:, 15] & OVERFLOW).any()
 
 
-def test_rows_of_a_whole_table_are_found_wherever_they_stand(bench: Bench) -> None:
+def test_overflowed_rows_of_a_whole_table_are_found(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(15_900)), 16_000, whole=True, set_count=1600)  # nearly every set overflows
     assert cache.warm() == 15_900
     keys = np.random.default_rng(0).permutation(16_000)

@@ -1,6 +1,7 @@
-"""The cache on a real device: against its CPU twin at full size, in graphs, and under many threads and streams at once.
+"""The cache on a real device: against the cache of the CPU at full size, in graphs, and under many threads and streams at once.
 
-The twin equals the naive oracle (``test_cache.py``); here the device equals the twin, where the oracle would take days.
+The cache of the CPU equals the naive oracle (``test_cache.py``); here the device equals the CPU, where the oracle would take
+days.
 ``HPS_NUMBA_STRESS_SECONDS`` (5) and ``HPS_NUMBA_RANDOM_OPERATIONS`` (600) make the last two tests longer.
 """
 
@@ -40,8 +41,8 @@ def pinned_store(dim: int, keys: np.ndarray, **options: Any) -> HostStore:
 
 
 def contents(cache: EmbeddingCache) -> tuple[np.ndarray, ...]:
-    """Keys, scores and occupied ways of all lines; what stands in an empty way does not count."""
-    lines = cache._read_lines().reshape(-1, LINE_BYTES)
+    """Keys, scores and occupied ways of all lines; the content of an empty way does not count."""
+    lines = cache.parts.state.read_lines().reshape(-1, LINE_BYTES)
     taken = (lines[:, META_AT:].copy().view(np.uint32) >> np.arange(WAYS_PER_LINE)) & 1 == 1
     assert ((lines[:, META_AT:].copy().view(np.uint32) & OCCUPIED).astype(bool) == taken.any(axis=1, keepdims=True)).all()
     keys = lines[:, :SCORES_AT].copy().view(np.int64)
@@ -50,7 +51,7 @@ def contents(cache: EmbeddingCache) -> tuple[np.ndarray, ...]:
 
 
 class Pair:
-    """One store, a cache on the device and its twin, driven alike."""
+    """One store, a cache on the device and one on the CPU, which get the same calls."""
 
     def __init__(self, random: np.random.Generator, policy: str, dim: int) -> None:
         self.random, self.dim = random, dim
@@ -72,7 +73,7 @@ class Pair:
             ["lookup", "lookup", "lookup", "query", "insert", "update", "erase", "refresh", "dump", "copy"]
         )
         keys = self.keys(min(1_000_000, 1 << 24 // self.dim if self.dim > 128 else 1_000_000 * 16 // max(16, self.dim)))
-        device, twin = self.caches
+        device, cpu = self.caches
         if what == "lookup":
             answers = [cache.lookup_arrays(keys) for cache in self.caches]
             assert np.array_equal(answers[0].view(np.uint32), answers[1].view(np.uint32))
@@ -98,7 +99,7 @@ class Pair:
         elif what == "erase":
             some = keys[:5_000]
             self.store.erase(some)
-            assert device.erase(some) == twin.erase(some)
+            assert device.erase(some) == cpu.erase(some)
         elif what == "refresh":
             for cache in self.caches:
                 cache.refresh()
@@ -125,7 +126,7 @@ CASES = [("lru", 16), ("fifo", 32), ("lfu", 17), ("lru", 1), ("lru", 3), ("fifo"
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("policy", "dim"), CASES)
-def test_random_operations_leave_device_and_twin_alike(policy: str, dim: int) -> None:
+def test_random_operations_leave_device_and_cpu_alike(policy: str, dim: int) -> None:
     random = np.random.default_rng(dim)
     done = 0
     while done < OPERATIONS // len(CASES):
@@ -184,11 +185,11 @@ def test_a_captured_lookup_with_misses_is_replayed_while_the_table_changes(miss_
     store.close()
 
 
-def test_an_old_row_in_flight_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_row_in_flight_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     dim, keys = 32, np.arange(1000, dtype=np.int64)
     store = pinned_store(dim, keys)
     cache = EmbeddingCache(dim, 4096, device=0, policy=load_policy("lru"), store=store)
-    finish = cache._finish
+    finish = cache.parts.plan.finish
 
     def update_before(*args: Any) -> None:
         store.upsert(keys[:500], rows_of(keys[:500], dim, 7))
@@ -196,7 +197,7 @@ def test_an_old_row_in_flight_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> N
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_finish", update_before)
+        patch.setattr(cache.parts.plan, "finish", update_before)
         assert np.array_equal(cache.lookup_arrays(keys), rows_of(keys, dim))  # read before the update
     assert cache.counters().stale_dropped == 500
     _, missing = cache.query(keys)
@@ -283,7 +284,7 @@ class Stress:
 
 
 @pytest.mark.timeout(300)
-def test_threads_and_streams_beside_writers_see_whole_fresh_rows() -> None:
+def test_threads_and_streams_with_concurrent_writers_see_whole_fresh_rows() -> None:
     pytest.importorskip("torch")
     stress = Stress()
     shares = np.array_split(np.arange(Stress.ROWS), 2)

@@ -1,6 +1,7 @@
-"""The oracle of the embedding cache itself, worked by hand: which way a key takes, who leaves, and with which score.
+"""The oracle of the embedding cache itself, worked by hand: which way a key takes, which row is evicted, and with which score.
 
-Two sets of 2 lines of 5 ways. Even keys belong to set 0, odd ones to set 1; of set 0, multiples of 4 are at home in line 0.
+Two sets of 2 lines of 5 ways. Even keys belong to set 0, odd ones to set 1; in set 0 the primary line of
+multiples of 4 is line 0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HOST_KEYS = range(100)
 TEN = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]  # they fill set 0: 0 4 8 12 16 in line 0, 2 6 10 14 18 in line 1
 
 
-def place(key: int) -> tuple[int, int]:
+def primary(key: int) -> tuple[int, int]:
     return key % 2, key // 2 % 2
 
 
@@ -30,7 +31,7 @@ def oracle(policy: str | Policy = "lru", host: Any = HOST_KEYS, **geometry: int)
     """A cache over a host that has ``host``; None for a cache without one."""
     rows = None if host is None else {key: rows_of(key, DIM) for key in host}
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
-    return CacheOracle(2, policy, DIM, DEFAULT, place, rows, **geometry)
+    return CacheOracle(2, policy, DIM, DEFAULT, primary, rows, **geometry)
 
 
 def keys_in(cache: CacheOracle, number: int = 0) -> list[int]:
@@ -46,10 +47,10 @@ def scores_of(cache: CacheOracle, *keys: int) -> list[int]:
     return [score[key] for key in keys]
 
 
-# -- where a newcomer goes --------------------------------------------------------------------
+# -- where a new key goes --------------------------------------------------------------------
 
 
-def test_a_newcomer_takes_the_home_line_first_and_then_the_other() -> None:
+def test_new_key_takes_the_primary_line_first() -> None:
     cache = oracle()
     for now, key in enumerate([0, 2, 4, 8, 12, 16, 20], start=1):
         cache.lookup([key], now)
@@ -57,7 +58,7 @@ def test_a_newcomer_takes_the_home_line_first_and_then_the_other() -> None:
     assert ways_of(cache, 2, 20) == [(0, 1, 0), (0, 1, 1)]
 
 
-def test_the_eleventh_key_takes_the_way_of_the_least_recent() -> None:
+def test_eleventh_key_evicts_the_least_recently_used() -> None:
     cache = oracle()
     for now, key in enumerate(TEN):
         cache.lookup([key], 10 * now)
@@ -68,17 +69,17 @@ def test_the_eleventh_key_takes_the_way_of_the_least_recent() -> None:
     assert keys_in(cache, 1) == []
 
 
-def test_of_equal_scores_the_first_in_probe_order_leaves() -> None:
+def test_first_in_probe_order_is_evicted_among_equal_scores() -> None:
     cache = oracle()
     cache.lookup(TEN, 100)
-    cache.lookup([22], 200)  # at home in line 1
+    cache.lookup([22], 200)  # primary line 1
     assert ways_of(cache, 22, 2) == [(0, 1, 0), None]
-    cache.lookup([20], 201)  # at home in line 0
+    cache.lookup([20], 201)  # primary line 0
     assert ways_of(cache, 20, 0) == [(0, 0, 0), None]
     assert keys_in(cache) == [20, 4, 8, 12, 16, 22, 6, 10, 14, 18]
 
 
-def test_a_smaller_score_in_the_other_line_leaves_before_the_home_line() -> None:
+def test_smallest_score_is_evicted_from_either_line() -> None:
     cache = oracle("fifo")
     for now, key in enumerate([18, *TEN[:-1]]):
         cache.lookup([key], now)
@@ -86,7 +87,7 @@ def test_a_smaller_score_in_the_other_line_leaves_before_the_home_line() -> None
     assert ways_of(cache, 20, 18) == [(0, 1, 0), None]
 
 
-def test_an_erased_way_is_empty_and_the_first_to_be_taken() -> None:
+def test_erased_way_is_taken_first() -> None:
     cache = oracle()
     cache.lookup(TEN, 100)
     assert cache.erase([8, 8, 14, 9, -1]) == 2
@@ -95,9 +96,9 @@ def test_an_erased_way_is_empty_and_the_first_to_be_taken() -> None:
     assert ways_of(cache, 20, 24) == [(0, 0, 2), (0, 1, 3)]
 
 
-def test_other_geometries() -> None:
+def test_geometry_is_configurable() -> None:
     cache = oracle(lines=1, ways=4)
-    cache.backend = lambda key: (key % 2, 0)
+    cache.primary = lambda key: (key % 2, 0)
     for now, key in enumerate([0, 2, 4, 6, 8]):
         cache.lookup([key], 10 * now)
     assert keys_in(cache) == [8, 2, 4, 6]
@@ -128,8 +129,8 @@ def test_positions_of_absent_and_of_resident_keys_do_not_count() -> None:
     assert (rows[0:20:2] == DEFAULT).all()
 
 
-def test_a_batch_does_not_evict_its_own() -> None:
-    """Newcomers of a counting policy have the smallest scores of all, and would otherwise replace each other."""
+def test_batch_does_not_evict_its_own_rows() -> None:
+    """New rows of a counting policy have the smallest scores of all, and would otherwise replace each other."""
     cache = oracle("lfu")
     cache.lookup(TEN[:5] * 5 + TEN[5:] * 5, 1)  # the first ten positions: 0 2 4 6 8, twice
     cache.lookup(TEN[5:] * 5, 2)
@@ -140,24 +141,24 @@ def test_a_batch_does_not_evict_its_own() -> None:
     assert ways_of(cache, 32, 20) == [(0, 0, 0), None]
 
 
-def test_ten_newcomers_replace_a_full_set() -> None:
+def test_ten_new_keys_replace_a_full_set() -> None:
     cache = oracle()
     cache.lookup(TEN, 100)
-    newcomers = list(range(20, 42, 2))
-    cache.lookup(newcomers, 100)
-    assert sorted(keys_in(cache)) == newcomers[:10]
+    new_keys = list(range(20, 42, 2))
+    cache.lookup(new_keys, 100)
+    assert sorted(keys_in(cache)) == new_keys[:10]
 
 
-def test_touches_come_before_newcomers() -> None:
+def test_hits_are_touched_before_insertions() -> None:
     cache = oracle()
     for now, key in enumerate(TEN):
         cache.lookup([key], 10 * now)
-    cache.lookup([20, 0, 2], 200)  # 0 and 2 are the oldest, but are asked for in this batch, behind 20
+    cache.lookup([20, 0, 2], 200)  # 0 and 2 are the oldest, but are requested in this batch, after 20
     assert ways_of(cache, 20, 4) == [(0, 0, 1), None]
     assert scores_of(cache, 0, 2, 20) == [200, 200, 200]
 
 
-def test_a_counting_policy_sees_how_often() -> None:
+def test_counting_policy_gets_the_number_of_requests() -> None:
     cache = oracle("lfu")
     cache.lookup([0, 0, 2, 0], 1)
     assert scores_of(cache, 0, 2) == [3, 1]
@@ -165,13 +166,13 @@ def test_a_counting_policy_sees_how_often() -> None:
     assert scores_of(cache, 0, 2, 4) == [3, 3, 1]
 
 
-def test_the_count_of_a_newcomer_is_that_of_the_whole_batch() -> None:
+def test_count_of_a_new_key_is_that_of_the_whole_batch() -> None:
     cache = oracle("lfu")
     cache.lookup([*TEN[1:], 0, *[0] * 5], 1)
     assert scores_of(cache, 0, 2) == [6, 1]
 
 
-def test_another_policy_is_told_one() -> None:
+def test_non_counting_policy_gets_a_count_of_one() -> None:
     class Telling:
         @staticmethod
         def first(now: int, count: int) -> int:
@@ -226,7 +227,7 @@ def test_hits_are_answered_from_the_copy() -> None:
     assert ways_of(cache, 2) == [None]
 
 
-def test_a_query_adds_nothing() -> None:
+def test_query_inserts_nothing() -> None:
     cache = oracle(host=None)
     cache.insert([4, 6], rows_of([4, 6], DIM), 1)
     rows, missing = cache.query([2, 4, 2, 1], 20)
@@ -238,7 +239,7 @@ def test_a_query_adds_nothing() -> None:
     assert cache.lookup([2], 21).tolist() == [[DEFAULT, DEFAULT]]
 
 
-def test_insertion_keeps_rows_that_are_there() -> None:
+def test_insertion_keeps_resident_rows() -> None:
     cache = oracle(host=None)
     cache.insert([4], rows_of([4], DIM), 1)
     cache.insert([4, 6, 6, *range(8, 40, 2)], rows_of([4, 6, 6, *range(8, 40, 2)], DIM, 1) + np.arange(19)[:, None], 30)
@@ -249,7 +250,7 @@ def test_insertion_keeps_rows_that_are_there() -> None:
     assert scores_of(cache, 4, 6) == [30, 30]
 
 
-def test_updates_by_row() -> None:
+def test_update_overwrites_resident_rows() -> None:
     cache = oracle()
     cache.lookup([0, 2], 1)
     cache.update([0, 4, 0], np.array([[1, 1], [2, 2], [3, 3]], np.float32))
@@ -258,7 +259,7 @@ def test_updates_by_row() -> None:
     assert scores_of(cache, 0) == [1]
 
 
-def test_updates_and_refreshes_drop_what_is_gone() -> None:
+def test_updates_and_refreshes_drop_keys_erased_from_the_host() -> None:
     cache = oracle()
     cache.lookup([0, 1, 2, 3], 1)
     assert cache.host is not None
@@ -280,7 +281,7 @@ def test_dumps_of_ranges_add_up_and_clearing_empties_all() -> None:
     both = cache.dump(0, 1) + cache.dump(1, 2)
     assert [entry[2:] for entry in both] == [entry[2:] for entry in cache.dump(0, 2)]
     assert [entry.key for entry in both] == [entry.key for entry in cache.dump(0, 2)]
-    assert all(place(entry.key)[0] == entry.set and np.array_equal(entry.row, rows_of(entry.key, DIM)) for entry in both)
+    assert all(primary(entry.key)[0] == entry.set and np.array_equal(entry.row, rows_of(entry.key, DIM)) for entry in both)
     assert cache.dump(1, 1) == []
     cache.clear()
     assert cache.dump(0, 2) == []
@@ -297,12 +298,12 @@ batches = st.lists(st.lists(st.integers(0, 39), max_size=40), max_size=8)
 
 
 @given(st.sampled_from(["lru", "lfu", "fifo"]), batches)
-def test_answers_are_exact_and_a_key_stands_once(policy: str, traffic: list[list[int]]) -> None:
+def test_answers_are_exact_and_keys_are_unique(policy: str, traffic: list[list[int]]) -> None:
     cache = oracle(policy, host=range(30))
     for now, batch in enumerate(traffic):
         before = {entry.key for entry in cache.dump(0, 2)}
-        wanted = [rows_of(key, DIM) if key < 30 else np.full(DIM, DEFAULT, np.float32) for key in batch]
-        assert_same_bits(cache.lookup(batch, 9 * now), np.array(wanted, np.float32).reshape(-1, DIM))
+        expected = [rows_of(key, DIM) if key < 30 else np.full(DIM, DEFAULT, np.float32) for key in batch]
+        assert_same_bits(cache.lookup(batch, 9 * now), np.array(expected, np.float32).reshape(-1, DIM))
         held = [entry.key for entry in cache.dump(0, 2)]
         assert len(held) == len(set(held))
         missed = [[key for key in batch if key < 30 and key % 2 == number and key not in before] for number in (0, 1)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cache_bench import DEFAULT, DIM, Bench, ints
-from support.cache_pairs import place_in
+from support.cache_pairs import primary_in
 from support.oracles import assert_same_bits, rows_of
 
 from hps_numba.cache.cache import EmbeddingCache
@@ -24,8 +24,8 @@ LATER = ints([1, 2, 4])
 
 
 def now_of(cache: EmbeddingCache) -> int:
-    with cache._controlled():
-        return int(cache._words(cache._state + STATE_NOW, 1)[0])
+    with cache.parts.lifecycle.controlled():
+        return cache.parts.state.word(STATE_NOW)
 
 
 def warm_cache(bench: Bench, **options: Any) -> EmbeddingCache:
@@ -43,7 +43,7 @@ def rows_with(keys: np.ndarray) -> np.ndarray:
 # -- the clock ----------------------------------------------------------------------------------
 
 
-def test_time_stands_still_while_nothing_comes_in(bench: Bench) -> None:
+def test_clock_of_insertions_advances_with_insertions_only(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(200)), set_count=6)
     seen = []
     for batch in (ints(range(30)), ints(range(10)), ints(range(30)), ints(range(40))):
@@ -53,14 +53,14 @@ def test_time_stands_still_while_nothing_comes_in(bench: Bench) -> None:
     assert seen[3] > seen[2]
 
 
-def test_a_clock_of_calls_goes_on(bench: Bench) -> None:
+def test_clock_of_calls_advances_with_every_call(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(200)), set_count=6, policy="fifo")
     for number in range(1, 4):
         cache.lookup_arrays(ints(range(10)))
         assert now_of(cache) == number
 
 
-def test_scores_are_those_of_the_time_in_rows_that_came_in(bench: Bench) -> None:
+def test_scores_are_ticks_of_inserted_rows(bench: Bench) -> None:
     cache = bench.cache(bench.store(range(400)), set_count=40)
     cache.lookup_arrays(ints(range(100)))  # 100 of 400 ways: 16 ticks
     cache.lookup_arrays(ints(range(100, 125)))  # 4 more
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_time_in_rows_that_came_in(bench: Bench) -> None
 
 
 @pytest.mark.parametrize("clock", ["hours", None, 3])
-def test_an_unknown_clock_is_one_line(clock: Any) -> None:
+def test_unknown_clock_is_refused(clock: Any) -> None:
     with pytest.raises(PolicyError, match=r"clock is .*, wanted 'calls' or 'insertions'"):
         as_policy(policy_with(FIFO, clock=clock))
 
@@ -83,7 +83,7 @@ def test_policies_with_different_clocks_have_different_digests() -> None:
 # -- complete or not -------------------------------------------------------------------------
 
 
-def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None:
+def test_lookup_of_a_complete_cache_is_a_single_kernel(bench: Bench) -> None:
     assert warm_cache(bench).single_kernel
     for policy in ("lfu", "tinylfu", "fifo"):  # which count hits or requests, or whose clock goes on
         assert not warm_cache(bench, policy=policy).single_kernel
@@ -92,9 +92,9 @@ def test_a_warm_cache_of_all_rows_leaves_nothing_to_insert(bench: Bench) -> None
     assert not part.single_kernel
 
 
-def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
+def test_new_key_ends_completeness_and_known_keys_do_not(bench: Bench) -> None:
     cache = warm_cache(bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     store.upsert(KNOWN[:5], rows_of(KNOWN[:5], DIM, 1))
     cache.update(KNOWN[:5])
@@ -108,9 +108,9 @@ def test_a_new_key_ends_it_and_others_do_not(bench: Bench) -> None:
     assert cache.check_fully_resident() == len(store) and cache.single_kernel
 
 
-def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
+def test_replaced_key_ends_completeness(bench: Bench) -> None:
     cache = warm_cache(bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     store.erase(KNOWN[:1])
     store.upsert(LATER[:1], rows_of(LATER[:1], DIM))
@@ -120,20 +120,20 @@ def test_as_many_keys_as_before_are_not_the_same_keys(bench: Bench) -> None:
 
 def busy(cache: EmbeddingCache, entries: list[Any], bit: int) -> None:
     """Let a writer be at work on the lines of these entries, or (0) let it end."""
-    lines = cache._read_lines()
+    lines = cache.parts.state.read_lines()
     metas = lines.view(np.uint32).reshape(-1, 16)[:, 15]
     for entry in entries:
         metas[2 * entry.set + entry.line] = metas[2 * entry.set + entry.line] & ~np.uint32(BUSY) | np.uint32(bit)
-    cache._backend.from_host(cache._lines, lines, cache._stream)
-    cache._backend.synchronize(cache._stream)
+    cache.backend.from_host(cache.parts.state.lines, lines, cache.parts.state.stream)
+    cache.backend.synchronize(cache.parts.state.stream)
 
 
-def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> None:
+def test_cache_with_a_duplicate_key_is_not_complete(cpu_bench: Bench) -> None:
     known = ints(range(3000))
     cache = cpu_bench.cache(cpu_bench.store(known), 3000, whole=True, set_count=375)
     assert cache.warm() == 3000 and cache.single_kernel
-    place = place_in(375)
-    away = [entry for entry in cache.entries() if place(entry.key)[0] != entry.set][:20]
+    primary = primary_in(375)
+    away = [entry for entry in cache.entries() if primary(entry.key)[0] != entry.set][:20]
     assert len(away) == 20
     busy(cache, away, BUSY)
     cache.lookup_arrays(ints(entry.key for entry in away))  # missed, for a writer is at work there
@@ -145,7 +145,7 @@ def test_a_row_that_came_in_twice_pushed_another_one_out(cpu_bench: Bench) -> No
 
 
 @pytest.mark.parametrize("change", ["erase", "insert", "clear"])
-def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None:
+def test_direct_changes_of_the_cache_end_completeness(bench: Bench, change: str) -> None:
     cache = warm_cache(bench)
     if change == "erase":
         cache.erase(KNOWN[:1])
@@ -156,13 +156,13 @@ def test_what_the_store_does_not_know_ends_it(bench: Bench, change: str) -> None
     assert not cache.single_kernel
 
 
-def test_a_store_that_may_evict_never_makes_a_complete_cache(bench: Bench) -> None:
+def test_cache_over_a_bounded_store_is_never_complete(bench: Bench) -> None:
     cache = bench.cache(bench.store(KNOWN, max_rows=1000), len(KNOWN), whole=True)
     assert cache.warm() == len(KNOWN)
     assert not cache.single_kernel
 
 
-def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Bench) -> None:
+def test_policy_decides_whether_a_complete_cache_needs_a_single_kernel(bench: Bench) -> None:
     cache = warm_cache(bench)
     cache.set_policy(load_policy("lfu"))
     assert not cache.single_kernel
@@ -170,11 +170,12 @@ def test_a_policy_for_a_complete_cache_says_whether_lookups_stay_alone(bench: Be
     assert cache.single_kernel
 
 
-def test_without_lists_the_kernel_serves_missing_rows_and_lists_none(cpu_bench: Bench) -> None:
+def test_kernel_without_lists_serves_missing_rows_and_inserts_none(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(KNOWN), 400)
     keys, out = ints([0, 3, 1, 3]), np.empty((4, DIM), np.float32)
-    with cache.reading():
-        cache._rows_to(out.ctypes.data, keys.ctypes.data, 4, cache._no_lists, 0, ("int64", "float32", False))
+    with cache.parts.reading():
+        form, lists = ("int64", "float32", False), cache.parts.state.no_lists
+        cache.parts.plan.start_answer("lookup_kernel", form, keys.ctypes.data, 4, out.ctypes.data, lists, 0)
     assert_same_bits(out, rows_with(keys))
     assert cache.counters().misses == 4 and cache.resident() == 0
     assert_same_bits(cache.lookup_arrays(keys), rows_with(keys))
@@ -195,7 +196,7 @@ def gpu_bench() -> Any:
 @pytest.mark.parametrize("n", [1, 300, 40_000])
 def test_gpu_lookups_of_a_complete_cache(gpu_bench: Bench, n: int) -> None:
     cache = warm_cache(gpu_bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     random = np.random.default_rng(n)
     for _ in range(3):
@@ -217,10 +218,10 @@ def test_gpu_lookups_of_a_complete_cache(gpu_bench: Bench, n: int) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_a_graph_of_a_complete_cache_takes_in_what_comes_later(gpu_bench: Bench) -> None:
+def test_gpu_graph_of_a_complete_cache_inserts_later_keys(gpu_bench: Bench) -> None:
     torch = pytest.importorskip("torch")
     cache = warm_cache(gpu_bench)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     keys = torch.from_numpy(KNOWN[: len(LATER)].copy()).to("cuda")
     out = torch.empty((len(LATER), DIM), device="cuda")
@@ -247,7 +248,7 @@ def test_gpu_a_graph_of_a_complete_cache_takes_in_what_comes_later(gpu_bench: Be
 def test_gpu_pooled_lookups_of_a_complete_cache(gpu_bench: Bench, combiner: str) -> None:
     cache, other = warm_cache(gpu_bench), Bench(None)
     try:
-        twin = warm_cache(other)
+        on_cpu = warm_cache(other)
         random = np.random.default_rng(5)
         for _ in range(3):
             keys = random.integers(0, 910, 500)
@@ -255,7 +256,7 @@ def test_gpu_pooled_lookups_of_a_complete_cache(gpu_bench: Bench, combiner: str)
             offsets[0] = 0
             weights = random.random(500, np.float32)
             for given in (None, weights):
-                want = twin.pool_arrays(keys, offsets, given, combiner)
+                want = on_cpu.pool_arrays(keys, offsets, given, combiner)
                 assert_same_bits(cache.pool_arrays(keys, offsets, given, combiner), want)
         assert cache.single_kernel and cache.counters().inserted == 0
     finally:
@@ -263,14 +264,14 @@ def test_gpu_pooled_lookups_of_a_complete_cache(gpu_bench: Bench, combiner: str)
 
 
 @pytest.mark.gpu
-def test_gpu_complete_caches_that_are_looked_up_together(gpu_bench: Bench) -> None:
+def test_gpu_fused_lookup_of_complete_caches(gpu_bench: Bench) -> None:
     caches = [warm_cache(gpu_bench) for _ in range(3)]
     group = CacheGroup(caches)
     gpu_bench._opened.append(group)
     random = np.random.default_rng(6)
     for turn in range(4):
         if turn == 2:  # one is complete no more: all are asked with their insertions
-            store = caches[1]._store
+            store = caches[1].parts.store
             assert store is not None
             store.upsert(LATER, rows_of(LATER, DIM))
             caches[1].update(LATER)
@@ -285,9 +286,9 @@ def test_gpu_complete_caches_that_are_looked_up_together(gpu_bench: Bench) -> No
 
 
 @pytest.mark.gpu
-def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> None:
+def test_gpu_threads_on_a_complete_cache_with_a_concurrent_writer(gpu_bench: Bench) -> None:
     cache = warm_cache(gpu_bench, buffers=3)
-    store = cache._store
+    store = cache.parts.store
     assert store is not None
     problems: list[str] = []
     told, ended = [0], threading.Event()
@@ -319,8 +320,8 @@ def test_gpu_threads_on_a_complete_cache_beside_a_writer(gpu_bench: Bench) -> No
     assert cache.single_kernel
 
 
-def test_a_workspace_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -> None:
-    pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400)._pool
+def test_stream_reuses_its_workspace(cpu_bench: Bench) -> None:
+    pool = cpu_bench.cache(cpu_bench.store(KNOWN), 400).parts.workspaces.pool
     seen: list[Any] = []
 
     def start(workspace: Any, answer: Any) -> bool:
@@ -342,5 +343,5 @@ def test_a_workspace_is_lent_again_to_the_stream_that_had_it(cpu_bench: Bench) -
     assert seen == [workspace, workspace]
     with pytest.raises(OSError, match="refused"):
         pool.reuse(0, 10, start, OSError("refused"))
-    assert workspace.limit == 0 and pool.acquire(0) is workspace  # begun anew, and given back
+    assert workspace.limit == 0 and pool.acquire(0) is workspace  # invalidated, and put back
     pool.release(workspace, 0)

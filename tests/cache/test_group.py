@@ -1,4 +1,4 @@
-"""Caches that are looked up together, against the same caches looked up one by one: on the CPU twin and on a device."""
+"""Caches that are looked up together, against the same caches looked up one by one: on the CPU and on a device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def some_keys(random: np.random.Generator, tables: int, most: int) -> list[np.nd
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_the_same_rows_and_caches_as_one_by_one(bench: Bench, options: dict[str, Any]) -> None:
+def test_group_equals_caches_looked_up_one_by_one(bench: Bench, options: dict[str, Any]) -> None:
     pair = Pair(bench, **options)
     if options.get("kind"):
         for cache in (*pair.together, *pair.alone):
@@ -70,7 +70,7 @@ def test_the_same_rows_and_caches_as_one_by_one(bench: Bench, options: dict[str,
     pair.check()
 
 
-def test_rows_of_the_right_table_and_default_rows(bench: Bench) -> None:
+def test_each_table_answers_its_own_rows_and_default(bench: Bench) -> None:
     pair = Pair(bench, tables=3, rows=400)
     rows = pair.look(*[ints([2, 3, 2, 10_000])] * 3)
     for table, answer in enumerate(rows):
@@ -81,7 +81,7 @@ def test_rows_of_the_right_table_and_default_rows(bench: Bench) -> None:
         assert (answer[3] == np.float32(DEFAULT)).all()
 
 
-def test_a_table_without_keys_is_left_alone(bench: Bench) -> None:
+def test_table_without_keys_is_untouched(bench: Bench) -> None:
     pair = Pair(bench, rows=400)
     for _ in range(3):
         pair.look(ints(range(20)), ints([]), ints([7]), ints([]))
@@ -90,13 +90,13 @@ def test_a_table_without_keys_is_left_alone(bench: Bench) -> None:
     pair.check()
 
 
-def test_many_tables_and_more_than_a_launch_takes(bench: Bench) -> None:
+def test_group_takes_at_most_the_tables_of_a_launch(bench: Bench) -> None:
     pair = Pair(bench, tables=MAX_TABLES, rows=40)
     random = np.random.default_rng(2)
     for most in (10, 100):
         pair.look(*some_keys(random, MAX_TABLES, most))
     pair.check()
-    with pytest.raises(ConfigError, match="a group of 33 caches, wanted 1 to 32"):
+    with pytest.raises(ConfigError, match="expected 1 to 32 different ones, got 33"):
         CacheGroup([*pair.together, pair.alone[0]])
 
 
@@ -112,26 +112,28 @@ def test_changes_of_one_table_are_seen(bench: Bench) -> None:
     assert_same_bits(second[1], rows_of(ints([5]), DIM, 1)[0])
 
 
-def test_caches_of_several_kinds_make_no_group(bench: Bench) -> None:
+def test_caches_of_different_fusion_keys_are_refused(bench: Bench) -> None:
     store = bench.store(range(10))
     caches = [bench.cache(store, 40), bench.cache(store, 40, policy="lfu"), bench.cache(bench.store((), 3), 40)]
     for other in caches[1:]:
-        with pytest.raises(ConfigError, match="several kinds"):
+        with pytest.raises(ConfigError, match="expected caches of one fusion_key"):
             CacheGroup([caches[0], other])
     for wrong in ([], [caches[0], caches[0]]):
-        with pytest.raises(ConfigError, match="wanted 1 to 32 different ones"):
+        with pytest.raises(ConfigError, match="expected 1 to 32 different ones"):
             CacheGroup(wrong)
 
 
-def test_too_many_keys_and_wrong_keys_are_errors(bench: Bench) -> None:
+def test_too_many_or_wrong_keys_are_refused(bench: Bench) -> None:
     pair = Pair(bench, tables=2, rows=40)
-    with pytest.raises(CapacityError, match=f"{MAX_BATCH + 1} keys of one table in a lookup of several"):
+    with pytest.raises(
+        CapacityError, match=f"lookup of several tables: expected at most {MAX_BATCH} keys each, got {MAX_BATCH + 1}"
+    ):
         pair.group.lookup([0, 0], [1, MAX_BATCH + 1], [0, 0], 0)
     with pytest.raises(KeyDtypeError, match="int64"):
         pair.group.lookup_arrays([np.zeros(3, np.int32), ints([1])])
 
 
-def test_a_closed_group_or_cache_says_so(bench: Bench) -> None:
+def test_lookup_of_a_closed_group_or_cache_raises(bench: Bench) -> None:
     pair = Pair(bench, tables=2, rows=40)
     pair.look(ints([1]), ints([2]))
     pair.group.close()
@@ -145,7 +147,7 @@ def test_a_closed_group_or_cache_says_so(bench: Bench) -> None:
         other.lookup_arrays([ints([1]), ints([2])])
 
 
-def test_threads_that_share_a_group(bench: Bench) -> None:
+def test_threads_share_a_group(bench: Bench) -> None:
     pair = Pair(bench, rows=100)
     wrong: list[Any] = []
 
@@ -192,8 +194,8 @@ def test_a_graph_replays_a_lookup_of_a_group() -> None:
             look()
         for _ in range(200):
             given = [random.integers(0, 320, n) for _ in range(3)]
-            for place, some in zip(keys, given):
-                place.copy_(torch.from_numpy(some))
+            for tensor, some in zip(keys, given):
+                tensor.copy_(torch.from_numpy(some))
             graph.replay()
             torch.cuda.synchronize()
             for table, (some, out) in enumerate(zip(given, outs)):
@@ -205,7 +207,7 @@ def test_a_graph_replays_a_lookup_of_a_group() -> None:
 
 
 @pytest.mark.gpu
-def test_streams_take_turns_with_the_buffers_of_a_group() -> None:
+def test_streams_share_the_buffers_of_a_group() -> None:
     torch = pytest.importorskip("torch")
     bench = Bench(0)
     try:
@@ -230,7 +232,7 @@ def test_streams_take_turns_with_the_buffers_of_a_group() -> None:
         bench.close()
 
 
-def test_memory_of_batches_is_counted_and_given_back(bench: Bench) -> None:
+def test_memory_of_batches_is_counted_and_reused(bench: Bench) -> None:
     pair = Pair(bench, tables=2, rows=40)
     before = pair.group.bytes
     pair.look(ints(range(100)), ints(range(1000)))
@@ -242,7 +244,7 @@ def test_memory_of_batches_is_counted_and_given_back(bench: Bench) -> None:
     assert cache.bytes <= pair.alone[0].bytes  # buffers of the group are not the cache's
 
 
-def test_a_batch_that_finds_no_memory_leaves_a_group_that_serves(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_serves_after_a_batch_without_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(bench, tables=3, rows=400)
     pair.look(*[ints(range(100))] * 3)
     calls = 0

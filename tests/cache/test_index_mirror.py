@@ -59,35 +59,35 @@ def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def led_to(cache: EmbeddingCache) -> int:
     """Address of the index that lookups read."""
-    descriptor = int(cache._words(cache._state + STATE_HOST, 1)[0])
-    return int(cache._words(descriptor + DESC_BLOCK, 1)[0])
+    descriptor = cache.parts.state.word(STATE_HOST)
+    return int(cache.parts.state.read_words(descriptor + DESC_BLOCK, 1)[0])
 
 
 # -- what lookups read ------------------------------------------------------------------------------
 
 
-def test_misses_are_looked_up_in_the_copy_until_the_store_changes(bench: CopyBench) -> None:
+def test_misses_read_the_mirror_until_the_store_changes(bench: CopyBench) -> None:
     store = bench.store(range(200))
     cache = bench.cache(store, 20)
     assert cache.mirror_index() and cache.mirror_index()
     assert led_to(cache) != store.block
     assert cache.index_mirror_bytes == index_bytes(ctypes.c_int64.from_address(store.block + META_LINES).value)
     keys = ints(range(250))
-    wanted = np.vstack([rows_of(keys[:200], DIM), np.full((50, DIM), DEFAULT, np.float32)])
-    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    expected = np.vstack([rows_of(keys[:200], DIM), np.full((50, DIM), DEFAULT, np.float32)])
+    assert_same_bits(cache.lookup_arrays(keys), expected)
     store.upsert(keys[190:210], rows_of(keys[190:210], DIM, 1))
     assert led_to(cache) == store.block
     assert cache.index_mirror_bytes == 0
     cache.update(keys[190:210])
-    wanted[190:210] = rows_of(keys[190:210], DIM, 1)
-    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    expected[190:210] = rows_of(keys[190:210], DIM, 1)
+    assert_same_bits(cache.lookup_arrays(keys), expected)
     assert cache.mirror_index()
     assert led_to(cache) != store.block
-    assert_same_bits(cache.lookup_arrays(keys), wanted)
+    assert_same_bits(cache.lookup_arrays(keys), expected)
 
 
 @pytest.mark.parametrize("change", ["upsert", "update", "erase", "clear", "replace", "adopt", "grow", "close"])
-def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: str) -> None:
+def test_every_change_invalidates_the_mirror_first(bench: CopyBench, change: str) -> None:
     store = bench.store(range(60))
     cache = bench.cache(store, 20)
     assert cache.mirror_index()
@@ -102,7 +102,7 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
     if change == "close":
         store.close()
         assert copy not in at_start and not cache.index_mirror_bytes
-        assert int(cache._words(cache._state + STATE_HOST, 1)[0]) == 0
+        assert cache.parts.state.word(STATE_HOST) == 0
         return
     content, sibling = store.new_content(0), store.sibling()
     {
@@ -126,17 +126,17 @@ def test_every_change_leads_back_to_host_memory_first(bench: CopyBench, change: 
         assert cache.mirror_index()
 
 
-def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_copied_during_a_change_is_not_read(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, keys = cache._backend.copy, ints(range(100))
+    copied, keys = cache.backend.copy, ints(range(100))
 
     def change_meanwhile(*args: int) -> None:
         copied(*args)
         store.upsert(keys[:50], rows_of(keys[:50], DIM, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "copy", change_meanwhile, raising=False)
+        patch.setattr(cache.backend, "copy", change_meanwhile, raising=False)
         assert not cache.mirror_index()
     assert led_to(cache) == store.block
     cache.update(keys)
@@ -145,14 +145,14 @@ def test_a_copy_during_which_the_store_changed_is_not_read(bench: CopyBench, mon
     assert_same_bits(cache.lookup_arrays(keys[50:]), rows_of(keys[50:], DIM))
 
 
-def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
+def test_row_changed_after_it_was_found_in_the_mirror_is_not_inserted(
     bench: CopyBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ints(range(50))
     store = bench.store(keys)
     cache = bench.cache(store, 200)
     assert cache.mirror_index()
-    end = cache._end_batch
+    end = cache.parts.lookups.end_batch
 
     def update_before(*args: Any) -> None:
         cache.backend.synchronize(args[3])  # the rows were read
@@ -162,7 +162,7 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
         end(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_end_batch", update_before)
+        patch.setattr(cache.parts.lookups, "end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
@@ -171,7 +171,7 @@ def test_a_row_that_changes_after_it_was_found_in_the_copy_is_not_inserted(
 
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 3)])
 @pytest.mark.parametrize("device", ON_BOTH)
-def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+def test_any_sequence_of_operations_equals_the_oracle(device: int | None, policy: str, dim: int) -> None:
     bench = CopyBench(device)
     pair = Pair(bench, policy, dim, seed=dim)
     read = 0
@@ -187,7 +187,7 @@ def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: st
     bench.close()
 
 
-def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
+def test_fixed_caches_and_pooled_lookups_read_the_mirror(bench: CopyBench) -> None:
     keys = ints(range(300))
     store = bench.store(keys[:30])
     cache = bench.cache(store, 30, kind="uvm")
@@ -197,15 +197,15 @@ def test_a_fixed_cache_and_pooled_lookups(bench: CopyBench) -> None:
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     ends = ints(range(0, 301, 10))
     pooled = cache.pool_arrays(keys, ends)
-    wanted = np.zeros((30, DIM), np.float32)
+    expected = np.zeros((30, DIM), np.float32)
     for bag in range(30):
         for key in keys[10 * bag : 10 * bag + 10]:
-            wanted[bag] += rows_of(ints([key]), DIM)[0]
-    assert_same_bits(pooled, wanted)
+            expected[bag] += rows_of(ints([key]), DIM)[0]
+    assert_same_bits(pooled, expected)
     assert led_to(cache) != store.block
 
 
-def test_where_all_rows_are_resident_there_is_no_copy(bench: CopyBench) -> None:
+def test_caches_that_hold_all_rows_have_no_mirror(bench: CopyBench) -> None:
     store = bench.store(range(100))
     assert not bench.cache(store, 100, whole=True).mirror_index()
     assert not bench.cache(store, 100, kind="static").mirror_index()
@@ -232,14 +232,14 @@ def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(self: IndexMirror, *args: Any) -> None:
         make(self, *args)
-        self._by_itself = True
+        self._automatic = True
         self.make_later()
 
     monkeypatch.setattr(IndexMirror, "__init__", made)
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
+def test_mirror_is_made_automatically_and_again_after_a_change(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     wait_for(lambda: cache.index_mirror_bytes)
@@ -250,7 +250,7 @@ def test_it_comes_by_itself_and_again_after_a_change(bench: CopyBench) -> None:
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_is_not_made_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 0.3)
     store = bench.store(range(10))
     cache = bench.cache(store, 20)
@@ -263,7 +263,7 @@ def test_it_does_not_come_while_the_store_is_written(bench: CopyBench, monkeypat
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_it_does_not_come_while_all_rows_are_in_the_cache(bench: CopyBench) -> None:
+def test_mirror_is_not_made_while_the_cache_is_complete(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 100, kind="uvm")
     assert cache.warm() == 100
@@ -278,13 +278,13 @@ def test_it_does_not_come_while_all_rows_are_in_the_cache(bench: CopyBench) -> N
     assert_same_bits(cache.lookup_arrays(ints([3, 100])), np.vstack([rows_of([3], DIM, 1), rows_of([100], DIM)]))
 
 
-def test_on_the_cpu_it_comes_when_asked_for(bench: CopyBench) -> None:
+def test_mirror_on_the_cpu_is_made_on_request(bench: CopyBench) -> None:
     cache = bench.cache(bench.store(range(100)), 20)
     cache.warm()
     assert (cache.index_mirror_bytes > 0) == (bench.device is not None)
 
 
-def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_is_repaired_before_mirroring(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     assert cache.mirror_index()
@@ -302,20 +302,18 @@ def test_a_turn_that_was_interrupted_is_repaired_before_a_copy(bench: CopyBench,
     assert_same_bits(cache.lookup_arrays(ints([1])), rows_of(ints([1]), DIM, 1))
 
 
-def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
-    bench: CopyBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writer_interrupted_while_it_invalidates_changes_nothing(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.mirror_index() and cache._link is not None
-    point_to = cache._link.point_to
+    assert cache.mirror_index() and cache.parts.link is not None
+    point_to = cache.parts.link.point_to
 
     def interrupted(*args: int) -> None:
         point_to(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._link, "point_to", interrupted)
+        patch.setattr(cache.parts.link, "point_to", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.erase(ints(range(100)))
     assert len(store) == 100
@@ -327,10 +325,10 @@ def test_a_writer_who_is_interrupted_while_it_leads_back_changes_nothing(
     assert (cache.lookup_arrays(ints(range(50))) == np.float32(DEFAULT)).all()
 
 
-def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_and_mirroring_do_not_deadlock(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, begun = cache._backend.copy, threading.Event()
+    copied, begun = cache.backend.copy, threading.Event()
 
     def slow(*args: int) -> None:
         begun.set()
@@ -338,7 +336,7 @@ def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, m
         copied(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "copy", slow, raising=False)
+        patch.setattr(cache.backend, "copy", slow, raising=False)
         made: list[bool] = []
         thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
         thread.start()
@@ -351,7 +349,7 @@ def test_a_writer_does_not_wait_for_a_copy_that_waits_for_it(bench: CopyBench, m
     assert store.versions.retired == 0
 
 
-def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
+def test_mirroring_does_not_wait_long_for_a_writer(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
     answers: list[bool] = []
@@ -363,10 +361,10 @@ def test_a_writer_at_work_is_not_waited_for_long(bench: CopyBench) -> None:
     assert cache.mirror_index()
 
 
-def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_writer_tells_a_device_that_could_not_be_told(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copy, link = cache._index_mirror, cache._link
+    copy, link = cache.parts.mirror, cache.parts.link
     assert cache.mirror_index() and copy is not None and link is not None
     with monkeypatch.context() as patch:
         patch.setattr(link, "point_to", lambda *_: False)
@@ -380,7 +378,7 @@ def test_a_device_that_could_not_be_told_is_told_by_the_next_writer(bench: CopyB
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_mirroring_is_retried(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_mirror, "_AGAIN_SECONDS", 0.05)
     refusals = iter([False, False])
     real = IndexMirror._has_room
@@ -390,12 +388,12 @@ def test_a_copy_that_could_not_be_made_is_made_later(bench: CopyBench, monkeypat
     assert next(refusals, None) is None
 
 
-def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
+def test_forked_child_keeps_a_mirror_in_host_memory_only() -> None:
     bench = CopyBench(None)
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    assert cache.mirror_index() and cache._index_mirror is not None
-    cache._index_mirror.reset_after_fork()
+    assert cache.mirror_index() and cache.parts.mirror is not None
+    cache.parts.mirror.reset_after_fork()
     store.upsert(ints(range(100)), rows_of(range(100), DIM, 1))
     cache.update(ints(range(100)))
     assert led_to(cache) == store.block
@@ -403,9 +401,9 @@ def test_a_forked_child_goes_on_with_a_copy_of_its_own_memory_only() -> None:
     bench.close()
 
 
-def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_on_a_device_ends_with_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = limited(monkeypatch, total=16_000, free=16_000)
-    copy._lent = copy._by_itself = True
+    copy._lent = copy._automatic = True
     copy.reset_after_fork()
     assert not copy.is_used
     copy.invalidate()
@@ -413,9 +411,9 @@ def test_a_copy_on_a_device_ends_with_the_fork(monkeypatch: pytest.MonkeyPatch) 
     copy.close()
 
 
-def test_who_drops_a_cache_is_not_kept_by_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timer_does_not_keep_a_dropped_mirror_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = limited(monkeypatch, total=16_000, free=16_000)
-    copy._by_itself = True
+    copy._automatic = True
     copy._call_in(60.0)
     copy._store.unwatch_writes(copy.invalidate)
     seen = weakref.ref(copy)
@@ -431,10 +429,10 @@ class Played:
     """A copy for a device whose warps are played by the test, over memory of the process."""
 
     def __init__(self, store: HostStore) -> None:
-        place = CpuBackend()
-        self.state = place.allocate(STATE_BYTES, "state")
-        self.link = StoreLink(place, self.state.address, store)
-        self.copy = IndexMirror(place, self.link, store, "table", lambda: True)
+        backend = CpuBackend()
+        self.state = backend.allocate(STATE_BYTES, "state")
+        self.link = StoreLink(backend, self.state.address, store)
+        self.copy = IndexMirror(backend, self.link, store, "table", lambda: True)
         store.epochs.add_guard(self.link)
 
     def count(self, guard: int, stripe: int) -> None:
@@ -445,7 +443,7 @@ class Played:
         self.link.close()
 
 
-def test_it_is_not_written_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_is_not_overwritten_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_mirror, "_READERS_SECONDS", 0.05)
     bench = CopyBench(None)
     store = bench.store(range(100))
@@ -465,7 +463,7 @@ def test_it_is_not_written_while_a_warp_may_read_it(monkeypatch: pytest.MonkeyPa
     bench.close()
 
 
-def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBench) -> None:
+def test_memory_of_the_mirror_grows_with_the_table_and_is_freed_with_the_cache(bench: CopyBench) -> None:
     store = bench.store(range(10))
     cache = bench.cache(store, 20)
     alone = cache.bytes
@@ -484,20 +482,20 @@ def test_its_memory_grows_with_the_table_and_ends_with_the_cache(bench: CopyBenc
 
 def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexMirror:
     """A copy for a device that there is not: memory is that of the process."""
-    place = CpuBackend()
+    backend = CpuBackend()
     store = HostStore(DIM)
     link = SimpleNamespace(point_to=lambda *_: True, problem=None)
-    copy = IndexMirror(place, link, store, "table", lambda: True)  # type: ignore[arg-type]
-    place.ordinal = 41
+    copy = IndexMirror(backend, link, store, "table", lambda: True)  # type: ignore[arg-type]
+    backend.ordinal = 41
     monkeypatch.setattr(index_mirror.driver, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
     monkeypatch.setattr(index_mirror.driver, "free_bytes", lambda ordinal: free)
     return copy
 
 
-def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirrors_of_a_device_take_a_bounded_share(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (limited(monkeypatch, total=16_000, free=16_000) for _ in range(2))
     first._take(700)
-    with pytest.raises(CapacityError, match=r"400 B of device 41 wanted, where all copies may take 1000 B and 700 B are taken"):
+    with pytest.raises(CapacityError, match=r"device 41: expected room for 400 B, got .* free, and 700 B taken of 1000 B"):
         second._take(400)
     second._take(300)
     first.close()
@@ -507,17 +505,18 @@ def test_all_copies_of_a_device_take_a_share_of_it(monkeypatch: pytest.MonkeyPat
     assert index_mirror._taken[41] == 0
 
 
-def test_it_leaves_as_much_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_mirror_leaves_as_much_memory_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     copy = limited(monkeypatch, total=16_000, free=1500)
     caplog.set_level("INFO", "hps_numba.cache.index_mirror")
     assert not copy._has_room(600)
     assert not copy._has_room(600)
-    assert [record.getMessage().split(",")[-1] for record in caplog.records] == [" 1.5 KiB are free"]  # said once
+    (record,) = caplog.records  # said once
+    assert "expected room for 600 B, got 1.5 KiB free" in record.getMessage()
     assert copy._has_room(400)
     copy.close()
 
 
-def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_work_without_memory_for_a_mirror(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
 
@@ -525,7 +524,7 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
         raise CapacityError(f"{purpose}: full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._backend, "allocate", full, raising=False)
+        patch.setattr(cache.backend, "allocate", full, raising=False)
         assert not cache.mirror_index()
     assert led_to(cache) == store.block
     assert cache.mirror_index()
@@ -542,22 +541,22 @@ def test_no_memory_is_no_harm(bench: CopyBench, monkeypatch: pytest.MonkeyPatch)
         ({"gpucacheper": 1.0}, False),
     ],
 )
-def test_a_plan_tells_its_bytes(
+def test_plan_shows_bytes_of_mirrors(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: dict[str, Any], copies: bool
 ) -> None:
     monkeypatch.setattr(driver, "device_count", lambda: 2)
     model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
     planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
-    wanted = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]
-    assert [table.index_mirror_bytes for table in planned.tables] == wanted
-    assert planned.index_mirror_bytes == {1: sum(wanted)}
-    assert planned.as_dict()["index_mirror_bytes"] == {"1": sum(wanted)}
+    expected = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]
+    assert [table.index_mirror_bytes for table in planned.tables] == expected
+    assert planned.index_mirror_bytes == {1: sum(expected)}
+    assert planned.as_dict()["index_mirror_bytes"] == {"1": sum(expected)}
     show_plan(planned)
     assert ("for copies of indexes if there is room" in capsys.readouterr().out) == copies
 
 
 @pytest.mark.gpu
-def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
+def test_gpu_server_mirrors_and_shows_it_in_stats(workshop: Workshop) -> None:
     torch = pytest.importorskip("torch")
     keys = np.arange(5000)
     model = workshop.model((keys, 32), gpucacheper=0.1, deployed_device_list=[0])
@@ -576,7 +575,7 @@ def test_gpu_a_server_copies_and_tells(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("device", ON_BOTH)
-def test_threads_beside_writers_and_copies_see_whole_fresh_rows(device: int | None) -> None:
+def test_threads_with_concurrent_writers_and_mirroring_see_whole_fresh_rows(device: int | None) -> None:
     bench = CopyBench(device)
     table = Versions(bench)
     cache = bench.cache(table.store, 60, buffers=3)

@@ -1,6 +1,6 @@
 """Large batches, which list what they miss for a kernel of its own: the same answers and the same cache, bit for bit.
 
-On the CPU twin, which does so only here, and (marker gpu) on a device; every batch counts as large.
+On the CPU, which does so only here, and (marker gpu) on a device; every batch counts as large.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from support.oracles import EXTREME_64, assert_same_bits, rows_of
 from support.staging import TYPES, ask
 
 from hps_numba.cache import index_mirror
-from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.index_mirror import _shift_of, is_scattered
+from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.staging import NEVER
 from hps_numba.device.host_memory import PinnedHostAllocator
 from hps_numba.kernels.cache.miss_sorted import scan_counts, start_of
@@ -28,30 +29,30 @@ from hps_numba.kernels.layouts.cache import MISSED_COUNT, MISSED_COUNTS, MISSED_
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
 
-_real, _really = cache_lookup._listing_from, cache_lookup.CacheLookup._in_order
+_listing_from, _reads_in_order = cache_parts.listing_from, LaunchPlan.reads_in_order
 
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup, "_listing_from", lambda device, copies: 1)
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", lambda cache: True)
+    monkeypatch.setattr(cache_parts, "listing_from", lambda device, mirrors: 1)
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", property(lambda plan: True))
     monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
     """A cache that lists what it misses, and its like that does not."""
     lists, plain = (bench.cache(store, rows, **options) for _ in range(2))
-    plain._may_list_from = plain._lists_missed_from = NEVER
+    plain.parts.residency.listing_from = plain.parts.residency.lists_missed_from = NEVER
     return lists, plain
 
 
 def list_words(cache: EmbeddingCache) -> list[int]:
     """What is left of the lists of missed keys of each workspace: all counts, and the ticket."""
     words: list[int] = []
-    for workspace in (*cache._pool._all, *cache._captured):
+    for workspace in (*cache.parts.workspaces.pool.workspaces, *cache.parts.workspaces.captured):
         if workspace.own_list:
-            words += cache._words(workspace.own_list + MISSED_COUNTS, REGIONS).tolist()
-            words += [int(cache._words(workspace.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
+            words += cache.parts.state.read_words(workspace.own_list + MISSED_COUNTS, REGIONS).tolist()
+            words += [int(cache.parts.state.read_words(workspace.own_list + at, 1)[0]) for at in (MISSED_COUNT, MISSED_TICKET)]
     return words
 
 
@@ -67,7 +68,7 @@ def assert_alike(lists: EmbeddingCache, plain: EmbeddingCache) -> None:
 
 @pytest.mark.parametrize("device", ON_BOTH)
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 17)])
-def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+def test_any_sequence_of_operations_equals_the_oracle(device: int | None, policy: str, dim: int) -> None:
     bench = Bench(device)
     pair = Pair(bench, policy, dim, seed=dim)
     for _ in range(120):
@@ -79,11 +80,11 @@ def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: st
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
-def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> None:
+def test_listing_and_direct_batches_are_alike(bench: Bench, policy: str) -> None:
     rng = np.random.default_rng(3)
     caches = both(bench, bench.store(range(800)), 120, policy=policy)
     for n in (1, 3, 40, 700, 700, 20, 2500, 1):
-        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some that are nowhere
+        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some in no tier
         answers = [ask(cache, keys) for cache in caches]
         assert np.array_equal(answers[0][0], answers[1][0])
         assert answers[0][1] == answers[1][1] == np.flatnonzero(keys >= 800).tolist()
@@ -92,7 +93,7 @@ def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["static", "uvm"])
-def test_fixed_caches(bench: Bench, kind: str) -> None:
+def test_fixed_caches_list_missed_keys(bench: Bench, kind: str) -> None:
     store = bench.store(range(100))
     caches = both(bench, store, 100, kind=kind)
     for cache in caches:
@@ -100,7 +101,7 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
     store.upsert(np.arange(100, 400), rows_of(np.arange(100, 400), DIM))
     for cache in caches:
         cache.check_fully_resident()
-    caches[1]._lists_missed_from = NEVER
+    caches[1].parts.residency.lists_missed_from = NEVER
     keys = np.random.default_rng(1).integers(0, 450, 900)
     for _ in range(2):
         answers = [ask(cache, keys) for cache in caches]
@@ -109,21 +110,23 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
     assert_alike(*caches)
 
 
-def test_a_complete_cache_lists_nothing(bench: Bench) -> None:
+def test_complete_cache_lists_nothing(bench: Bench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 300)
-    assert cache._lists_missed_from == 1
+    assert cache.parts.residency.lists_missed_from == 1
     assert cache.warm() == 100
-    assert cache._lists_missed_from == NEVER
+    assert cache.parts.residency.lists_missed_from == NEVER
     assert_same_bits(cache.lookup_arrays(ints(range(100))), rows_of(range(100), DIM))
     store.upsert(ints([1000]), rows_of([1000], DIM))
     cache.update(ints([1000]))
-    assert cache._lists_missed_from == 1
+    assert cache.parts.residency.lists_missed_from == 1
     assert_same_bits(cache.lookup_arrays(ints([1000])), rows_of([1000], DIM))
 
 
 @pytest.mark.parametrize(("device", "row_type", "form", "out_type", "shift"), TYPES)
-def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
+def test_listing_serves_every_type_of_rows_keys_and_answers(
+    device: int | None, row_type: str, form: str, out_type: str, shift: int
+) -> None:
     bench = Bench(device)
     rng = np.random.default_rng(5)
     keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
@@ -138,7 +141,7 @@ def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form:
     bench.close()
 
 
-def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
+def test_lookup_without_output_fills_the_cache(bench: Bench) -> None:
     caches = both(bench, bench.store(range(50)), 600)
     for cache in caches:
         out, absent = ask(cache, [*range(40), 99], no_answer=True)
@@ -146,7 +149,7 @@ def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
     assert_alike(*caches)
 
 
-def test_the_policy_changes_between_batches(bench: Bench) -> None:
+def test_policy_changes_between_batches(bench: Bench) -> None:
     caches = both(bench, bench.store(range(200)), 60)
     rng = np.random.default_rng(8)
     for policy in ("lfu", "lru", "lfu"):
@@ -155,20 +158,20 @@ def test_the_policy_changes_between_batches(bench: Bench) -> None:
             assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
         for cache in caches:
             cache.set_policy(load_policy(policy))
-        caches[1]._lists_missed_from = NEVER
+        caches[1].parts.residency.lists_missed_from = NEVER
     keys = rng.integers(0, 220, 300)
     assert_same_bits(*(cache.lookup_arrays(keys) for cache in caches))
     assert_alike(*caches)
 
 
-def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_batches_alternate_with_listed_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(300))
     cache = bench.cache(store, 60, miss_path="staged")
     rng = np.random.default_rng(9)
     for turn in range(6):
         with monkeypatch.context() as patch:
             if turn % 2:
-                patch.setattr(cache, "_staged_from", NEVER)
+                patch.setattr(cache.parts.lookups, "staged_from", NEVER)
             keys = rng.integers(0, 320, 200)
             rows = cache.lookup_arrays(keys)
         assert_same_bits(rows[keys < 300], rows_of(keys[keys < 300], DIM))
@@ -177,11 +180,11 @@ def test_staged_batches_take_turns_with_listed_ones(bench: Bench, monkeypatch: p
     assert cache.counters().staged == 3
 
 
-def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_changed_before_the_insertion_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ints(range(50))
     store = bench.store(keys)
     cache = bench.cache(store, 200)
-    end = cache._end_batch
+    end = cache.parts.lookups.end_batch
 
     def update_before(*args: Any) -> None:
         cache.backend.synchronize(args[3])  # the rows were read
@@ -190,13 +193,13 @@ def test_a_row_that_changes_before_the_insertion_is_withdrawn(bench: Bench, monk
         end(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_end_batch", update_before)
+        patch.setattr(cache.parts.lookups, "end_batch", update_before)
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
     assert cache.counters().stale_dropped == 20
     assert cache.query(keys)[1].tolist() == keys[:20].tolist()
 
 
-def test_a_store_that_is_closed(bench: Bench) -> None:
+def test_closed_store_answers_with_defaults(bench: Bench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 300)
     cache.lookup_arrays(ints(range(50)))
@@ -207,7 +210,7 @@ def test_a_store_that_is_closed(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("device", ON_BOTH)
-def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None:
+def test_threads_with_concurrent_writers_see_whole_fresh_rows(device: int | None) -> None:
     bench = Bench(device)
     table = Versions(bench)
     cache = bench.cache(table.store, 60, buffers=3, miss_path="auto")
@@ -221,9 +224,9 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 32), ("lfu", 100), ("fifo", 128)])
-def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup, "_listing_from", _real)
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+def test_gpu_large_listing_batches_equal_direct_ones(policy: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_parts, "listing_from", _listing_from)
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 20)
     rng = np.random.default_rng(dim)
     universe = np.arange(300_000, dtype=np.int64) * 7919 - 10_000
@@ -231,7 +234,7 @@ def test_gpu_large_batches(policy: str, dim: int, monkeypatch: pytest.MonkeyPatc
     store.upsert(universe[:280_000], rows_of(universe[:280_000], dim))
     options: dict[str, Any] = {"device": 0, "policy": load_policy(policy), "store": store, "default": DEFAULT}
     lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
-    plain._may_list_from = plain._lists_missed_from = NEVER
+    plain.parts.residency.listing_from = plain.parts.residency.lists_missed_from = NEVER
     lists.mirror_index()
     for turn, n in enumerate((131_072, 131_071, 200_000, 140_000, 1_000_000 if dim < 64 else 300_000)):
         keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)
@@ -253,16 +256,20 @@ def test_keys_are_served_in_the_order_of_the_regions_of_their_rows(bench: Bench)
     keys = np.random.default_rng(4).permutation(5000)
     assert cache.mirror_index()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    (workspace,) = cache._pool._all
-    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    (workspace,) = cache.parts.workspaces.pool.workspaces
+    listed = cache.parts.state.read_words(
+        int(cache.parts.state.read_words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)
+    ).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
     assert (keys[listed[:, 0]] == listed[:, 1]).all()
     regions = listed[:, 1] >> (13 - 6)  # rows were written in the order of keys: slots are keys, 5000 of 8192 in 64 regions
     assert (np.diff(regions) >= 0).all() and len(set(regions.tolist())) == 40
-    store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order in which they came
+    store.upsert(ints([1]), rows_of([1], DIM))  # without a copy all are of one region, in the order of the batch
     cache.clear()
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
-    listed = cache._words(int(cache._words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)).reshape(-1, 2)
+    listed = cache.parts.state.read_words(
+        int(cache.parts.state.read_words(workspace.own_list + MISSED_SORTED, 1)[0]), 2 * len(keys)
+    ).reshape(-1, 2)
     assert sorted(listed[:, 0].tolist()) == list(range(5000))
 
 
@@ -311,7 +318,7 @@ class Warp:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_warp_knows_where_each_region_begins(seed: int) -> None:
+def test_scan_of_counts_gives_the_start_of_each_region(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 1000, REGIONS) * (rng.random(REGIONS) < 0.6)
     memory = np.zeros(MISSED_COUNTS // 8 + REGIONS, np.int64)
@@ -330,7 +337,7 @@ def test_a_warp_knows_where_each_region_begins(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("slots", "shift"), [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (8_388_608, 17)])
-def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) -> None:
+def test_shift_gives_at_most_the_maximum_of_regions(slots: int, shift: int) -> None:
     assert _shift_of(slots) == shift
     assert max(0, slots - 1) >> shift < REGIONS
 
@@ -347,33 +354,33 @@ def test_slots_are_shifted_to_at_most_so_many_regions(slots: int, shift: int) ->
         (8192, 512, False),
     ],
 )
-def test_rows_are_read_in_order_where_that_pays(mib: int, dim: int, scattered: bool) -> None:
+def test_rows_are_scattered_if_translation_is_the_limit(mib: int, dim: int, scattered: bool) -> None:
     assert is_scattered((mib << 20) // (4 * dim), 4 * dim) == scattered
 
 
-def test_only_with_a_copy_of_the_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup.CacheLookup, "_in_order", _really)
+def test_missed_keys_are_listed_with_a_mirror_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LaunchPlan, "reads_in_order", _reads_in_order)
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 0)
     store = bench.store(range(100))
     for path in ("direct", "auto"):
         cache = bench.cache(store, 20, miss_path=path)
-        assert not cache._in_order()
-        assert cache.mirror_index() == cache._in_order() == (path == "auto")
+        assert not cache.parts.plan.reads_in_order
+        assert cache.mirror_index() == cache.parts.plan.reads_in_order == (path == "auto")
     store.upsert(ints([1]), rows_of([1], DIM))
-    assert not cache._in_order()
+    assert not cache.parts.plan.reads_in_order
     monkeypatch.setattr(index_mirror, "_REMEMBERED_BYTES", 1 << 40)
-    assert cache.mirror_index() and not cache._in_order()
+    assert cache.mirror_index() and not cache.parts.plan.reads_in_order
 
 
 @pytest.mark.gpu
-def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> None:
+def test_gpu_cache_that_becomes_complete_meanwhile_serves_listed_keys() -> None:
     bench = Bench(0)
     store = bench.store(range(500))
     cache = bench.cache(store, 60, miss_path="auto")
     keys = np.random.default_rng(1).integers(0, 520, 300)
     for _ in range(3):
         cache.lookup_arrays(keys)
-    cache.single_kernel = True  # as a check that ends between the choice of the kernels and their start has it
+    cache.parts.residency.single_kernel = True  # as a check that ends between the choice of the kernels and their start has it
     rows = cache.lookup_arrays(keys)
     assert_same_bits(rows[keys < 500], rows_of(keys[keys < 500], DIM))
     assert (rows[keys >= 500] == np.float32(DEFAULT)).all()
@@ -381,7 +388,7 @@ def test_gpu_a_cache_that_becomes_complete_meanwhile_serves_what_it_listed() -> 
 
 
 @pytest.mark.gpu
-def test_gpu_a_graph_is_replayed_with_changing_keys() -> None:
+def test_gpu_graph_is_replayed_with_changing_keys() -> None:
     torch = pytest.importorskip("torch")
     dim, n = 32, 4096
     rng = np.random.default_rng(5)

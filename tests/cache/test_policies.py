@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.backends import PlainPlace
+from support.backends import PlainBackend
 from support.cache_bench import DEFAULT, Bench, ints
 from support.cache_oracle import CacheOracle
-from support.cache_pairs import OPERATIONS, Pair, entries_in, place_in
+from support.cache_pairs import OPERATIONS, Pair, entries_in, primary_in
 from support.docs import block_with
 from support.oracles import assert_same_bits, rows_of
 from support.policies import PINS, own_policy, policy_for
@@ -41,7 +41,7 @@ SIMPLE = ("fifo", "lfu", "lru")
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name not in SIMPLE), "SecondChance"])
-def test_any_operations_leave_what_plain_python_leaves(bench: Bench, name: str) -> None:
+def test_any_sequence_of_operations_equals_plain_python(bench: Bench, name: str) -> None:
     pair = Pair(bench, policy_for(name), 1, seed=len(name))
     for _ in range(120):
         getattr(pair, pair.rng.choice(OPERATIONS))()
@@ -73,7 +73,7 @@ def test_hits_misses_and_evictions_of_a_trace_are_those_of_plain_python(bench: B
     store = bench.store(np.unique(trace), 1)
     cache = bench.cache(store, policy=policy_for(name), set_count=SETS)
     host = {int(key): row for key, row in zip(np.unique(trace), rows_of(np.unique(trace), 1), strict=True)}
-    oracle = CacheOracle(SETS, cache.policy, 1, DEFAULT, place_in(SETS), host, counters_of=host_function(sketch_places))
+    oracle = CacheOracle(SETS, cache.policy, 1, DEFAULT, primary_in(SETS), host, counters_of=host_function(sketch_places))
     now = 0
     for start in range(0, len(trace), BATCH):
         batch = trace[start : start + BATCH]
@@ -101,7 +101,7 @@ def test_a_policy_from_a_file_acts_in_the_cache_as_in_plain_python(bench: Bench,
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [*NAMES, "Decay", "SecondChance"])
 def test_a_million_requests_on_a_device_are_those_on_the_cpu(name: str) -> None:
-    """The twin is plain Python's, as the tests above show on shorter traces."""
+    """The cache of the CPU equals plain Python, as the tests above show on shorter traces."""
     policy = own_policy(name) if name == "Decay" else policy_for(name)
     trace = zipf_trace(1_000_000, 200_000)
     keys = np.unique(trace)
@@ -131,13 +131,13 @@ def plain_cache(policy: str) -> EmbeddingCache:
     store = HostStore(1)
     store.upsert(np.arange(60), rows_of(np.arange(60), 1))
     cache = EmbeddingCache(1, 20, device=None, policy=load_policy(policy), store=store)
-    cache._backend = PlainPlace()
+    cache.parts.kernels.backend = PlainBackend()
     return cache
 
 
 def sketch_of(cache: EmbeddingCache) -> list[int]:
-    words = cache._policy_memory.words
-    return cache._words(words[WORKSPACE_SKETCH], words[WORKSPACE_SKETCH_WORDS]).tolist()
+    words = cache.parts.workspaces.policy_memory.words
+    return cache.parts.state.read_words(words[WORKSPACE_SKETCH], words[WORKSPACE_SKETCH_WORDS]).tolist()
 
 
 def test_pooled_lookups_count_requests_as_lookups_do() -> None:
@@ -152,7 +152,7 @@ def test_pooled_lookups_count_requests_as_lookups_do() -> None:
     assert looked.counters().refused == pooled.counters().refused > 0
 
 
-def test_padding_of_bags_is_no_request_and_neither_are_queries_and_insertions() -> None:
+def test_padding_queries_and_insertions_are_not_requests() -> None:
     looked, pooled = plain_cache("tinylfu"), plain_cache("tinylfu")
     keys, offsets, out = np.array([3, 5, 5, 7, 5, 9]), np.array([0, 4, 6]), np.empty((2, 1), np.float32)
     pooled.pool(*(keys.ctypes.data, 6, offsets.ctypes.data, 2, out.ctypes.data, 0), combiner="sum", options=PADDED, padding=5)
@@ -164,24 +164,25 @@ def test_padding_of_bags_is_no_request_and_neither_are_queries_and_insertions() 
     assert sketch_of(looked) == before
 
 
-def test_the_sketch_never_says_too_little_and_forgets() -> None:
+def test_sketch_never_underestimates_and_ages() -> None:
     cache = plain_cache("tinylfu")
     keys = np.random.default_rng(1).integers(0, 60, 100)
     cache.lookup_arrays(keys)
     words = {
-        name: cache._policy_memory.words[name] for name in (WORKSPACE_SKETCH, WORKSPACE_SKETCH_WORDS, WORKSPACE_SKETCH_SHIFT)
+        name: cache.parts.workspaces.policy_memory.words[name]
+        for name in (WORKSPACE_SKETCH, WORKSPACE_SKETCH_WORDS, WORKSPACE_SKETCH_SHIFT)
     }
     workspace = np.zeros(WORKSPACE_BYTES // 8, np.int64)
     for name, value in words.items():
         workspace[name // 8] = value
     with np.errstate(over="ignore"):
-        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache.parts.state.address, workspace.ctypes.data, key) for key in range(60)]
         exact = [int((keys == key).sum()) for key in range(60)]
         assert all(many >= few for many, few in zip(counted, exact, strict=True))
         assert sum(many == few for many, few in zip(counted, exact, strict=True)) > 50
         for _ in range(6):
             cache.lookup_arrays(np.full(256, 7))
-        counted = [estimate(cache._state, workspace.ctypes.data, key) for key in range(60)]
+        counted = [estimate(cache.parts.state.address, workspace.ctypes.data, key) for key in range(60)]
     assert counted[7] == MOST and sum(counted) <= 3 * MOST
 
 
@@ -195,14 +196,14 @@ def missed(made: Bench, policy: Policy, trace: np.ndarray) -> int:
     return cache.counters().misses
 
 
-def test_admission_keeps_a_scan_out(cpu_bench: Bench) -> None:
+def test_scan_resistant_policies_miss_less_than_lru(cpu_bench: Bench) -> None:
     trace = zipf_trace(10_000, 3000)
     misses = {name: missed(cpu_bench, load_policy(name), trace) for name in ("lru", "tinylfu", "sieve", "s3fifo", "random")}
     assert misses["tinylfu"] < misses["lru"] and misses["sieve"] < misses["lru"] and misses["s3fifo"] < misses["lru"]
     assert misses["lru"] < misses["random"]
 
 
-def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None:
+def test_pinned_keys_stay_and_are_scored_by_warming(bench: Bench) -> None:
     keys = ints([*range(4000), -1, 2**63 - 1])
     policy = policy_for("pinned")
     cache = bench.cache(bench.store(keys, 1), policy=policy, set_count=20)
@@ -215,7 +216,7 @@ def test_pinned_keys_stay_and_are_shown_by_the_warming_too(bench: Bench) -> None
     assert {entry.key for entry in warm.entries() if entry.score == 2**32 - 1} == set(PINS[:6])
 
 
-def test_what_a_policy_remembers_is_counted_in_the_bytes(cpu_bench: Bench) -> None:
+def test_memory_of_the_policy_counts_in_bytes(cpu_bench: Bench) -> None:
     for name in NAMES:
         cache = cpu_bench.cache(None, 1000, policy=name)
         plain = cache.sets * SET_BYTES + cache.bytes_of_rows + 2 * STATE_BYTES

@@ -54,7 +54,7 @@ def follow(oracle: CacheOracle, policy: Policy, now: int) -> None:
         oracle.scores[at] = policy.first(now, 1, *key) % 2**32
 
 
-def test_another_policy_goes_on_with_the_rows_that_are_there(bench: Bench) -> None:
+def test_rows_stay_when_the_policy_changes(bench: Bench) -> None:
     pair = Pair(bench, "lru", 1, seed=4)
     requests = 0
     for name in ("lru", "tinylfu", "lfu", "sieve", "pinned", "tinylfu", "lru"):
@@ -114,12 +114,12 @@ def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:
     assert len(held) == len(set(held.tolist())) > 50
 
 
-def test_a_policy_that_cannot_be_leaves_the_one_before(cpu_bench: Bench) -> None:
+def test_policy_stays_if_another_does_not_compile(cpu_bench: Bench) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(50), 1), policy="lru", set_count=2)
     cache.lookup_arrays(ints(range(50)))
 
     def senseless(scores: Any, state: Any) -> int:
-        return scores.nowhere  # type: ignore[no-any-return]
+        return scores.missing  # type: ignore[no-any-return]
 
     lru = load_policy("lru")
     broken = Policy("broken", lru.first, lru.touch, False, "3" * 32, victim=senseless, state=1)
@@ -130,7 +130,7 @@ def test_a_policy_that_cannot_be_leaves_the_one_before(cpu_bench: Bench) -> None
     assert_same_bits(cache.lookup_arrays(ints(range(50))), rows_of(ints(range(50)), 1))
 
 
-def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
+def test_policy_stays_without_memory_for_another(
     cpu_bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -147,9 +147,9 @@ def test_no_memory_for_what_a_policy_remembers_leaves_the_one_before(
     assert_same_bits(cache.lookup_arrays(ints(range(50))), rows_of(ints(range(50)), 1))
 
 
-def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:
+def test_fixed_and_closed_caches_refuse_a_policy(cpu_bench: Bench) -> None:
     fixed = cpu_bench.cache(cpu_bench.store(range(5), 1), 5, kind="static")
-    with pytest.raises(ConfigError, match="a policy for a static cache, which evicts nothing; wanted a dynamic one"):
+    with pytest.raises(ConfigError, match="expected a dynamic cache, got a static one"):
         fixed.set_policy(load_policy("lfu"))
     closed = cpu_bench.cache(None, 20)
     closed.close()
@@ -157,28 +157,29 @@ def test_where_there_is_no_policy_to_change(cpu_bench: Bench) -> None:
         closed.set_policy(load_policy("lfu"))
 
 
-def test_a_graph_from_before_keeps_its_policy_and_its_memory(cpu_bench: Bench) -> None:
-    """The twin has no graphs; a call that is captured takes a workspace for good, and here the kernels behind it too."""
+def test_graph_keeps_the_policy_it_was_captured_with(cpu_bench: Bench) -> None:
+    """The CPU has no graphs: a captured call keeps its workspace, and here the kernels that a graph would keep too."""
     keys = np.arange(40)
     cache = cpu_bench.cache(cpu_bench.store(keys, 1), policy="tinylfu", set_count=2)
     out = np.empty((40, 1), np.float32)
     cache.lookup(keys.ctypes.data, 40, out.ctypes.data, 0, capturing=True)
-    (workspace,) = cache._captured
-    replay = [dict(cache._kernels), cache._parts, cache._admits, cache._counted]
-    size = cache._policy_memory.bytes
+    (workspace,) = cache.parts.workspaces.captured
+    kernels = cache.parts.kernels
+    captured = kernels.policy, dict(kernels.made)
+    size = cache.parts.workspaces.policy_memory.bytes
     cache.set_policy(load_policy("sieve"))
-    assert [memory.bytes for memory in cache._policies_of_graphs] == [size]
+    assert [memory.bytes for memory in cache.parts.workspaces.of_graphs] == [size]
     cache.set_policy(load_policy("lru"))
-    now = dict(cache._kernels), cache._parts, cache._admits, cache._counted
-    cache._kernels, cache._parts, cache._admits, cache._counted = replay
-    cache._batches(workspace, keys.ctypes.data, 40, out.ctypes.data, 0, "int64", "float32", 0)
-    cache._kernels, cache._parts, cache._admits, cache._counted = now
+    now = kernels.policy, kernels.made
+    kernels.adopt(*captured)
+    cache.parts.lookups.batch(workspace, keys.ctypes.data, 40, out.ctypes.data, 0, ("int64", "float32", False))
+    kernels.adopt(*now)
     assert_same_bits(out, rows_of(keys, 1))
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, 1))
 
 
 @pytest.mark.gpu
-def test_a_graph_is_replayed_while_policies_change() -> None:
+def test_graph_is_replayed_while_policies_change() -> None:
     torch = pytest.importorskip("torch")
     made = Bench(0)
     keys = np.arange(3000)
@@ -228,7 +229,7 @@ def check_rows(server: hps_numba.HPS, service: Service, table: int = 0) -> None:
 TABLES = ((range(300), 1), (range(300), 1))
 
 
-def test_policies_from_a_file_and_a_module_one_a_table(
+def test_each_table_may_have_a_policy_from_a_file_or_a_module(
     service: Service,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,14 +243,14 @@ def test_policies_from_a_file_and_a_module_one_a_table(
         service.open(*TABLES, cache_policy=names, gpucacheper=0.3)
     server = service.open(*TABLES, cache_policy=names, gpucacheper=0.3, allow_code=True)
     assert [cache_of(server, service, table).policy.name for table in (0, 1)] == names
-    assert "insert_kernel" in cache_of(server, service)._kernels  # compiled, or refused, at the start
+    assert ("insert_kernel",) in cache_of(server, service).parts.kernels.made  # compiled, or refused, at the start
     for table in (0, 1):
         check_rows(server, service, table)
     digests = {cache_of(server, service, table).policy.digest for table in (0, 1)}
     assert len(digests) == 2
 
 
-def test_a_policy_of_ones_own_that_is_edited_and_set_again(
+def test_edited_policy_file_can_be_set_again(
     service: Service,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -295,7 +296,7 @@ def test_policies_set_by_name_as_a_class_and_as_a_decorator(service: Service) ->
     check_rows(server, service)
 
 
-def test_a_policy_that_is_none_is_refused_and_the_one_before_stays(on_cpu: Service) -> None:
+def test_invalid_policy_is_refused_and_the_one_before_stays(on_cpu: Service) -> None:
     server = on_cpu.open(*TABLES, gpucacheper=0.3)
     with pytest.raises(PolicyError, match="did you mean 'sieve'"):
         server.set_policy("seive", "m")
@@ -311,7 +312,7 @@ def test_a_policy_that_is_none_is_refused_and_the_one_before_stays(on_cpu: Servi
     check_rows(server, on_cpu)
 
 
-def test_a_policy_for_tables_without_caches_changes_nothing_and_says_so(
+def test_policy_for_tables_without_caches_warns_and_changes_nothing(
     workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = workshop.open(workshop.model((range(9), 1)))
@@ -321,9 +322,9 @@ def test_a_policy_for_tables_without_caches_changes_nothing_and_says_so(
     assert_same_bits(server.lookup(np.arange(9), "m", 0), rows_of(np.arange(9), 1))
 
 
-def test_static_caches_have_no_policy(on_cpu: Service) -> None:
+def test_static_caches_refuse_a_policy(on_cpu: Service) -> None:
     server = on_cpu.open(TABLES[0], embedding_cache_type="static")
-    with pytest.raises(ConfigError, match="a policy for a static cache, which evicts nothing"):
+    with pytest.raises(ConfigError, match="expected a dynamic cache, got a static one"):
         server.set_policy("lfu", "m")
 
 
@@ -349,7 +350,7 @@ print(json.dumps({"compiled": len(seen.buffer), "right": bool(right), "evicted":
 """
 
 
-def test_a_policy_in_a_file_compiles_nothing_in_a_second_process(tmp_path: Path) -> None:
+def test_policy_in_a_file_compiles_nothing_in_a_second_process(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(EVERYTHING)
     first, second = (end(start(USED, f"{file}:SecondChance")) for _ in range(2))  # in the folder of the user, as other tests

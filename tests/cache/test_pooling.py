@@ -1,4 +1,4 @@
-"""Pooled lookup: bags of keys against a slow and obvious oracle, bit for bit, on the CPU twin and (marker gpu) on a device."""
+"""Pooled lookup: bags of keys against a slow and obvious oracle, bit for bit, on the CPU and (marker gpu) on a device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.backends import PlainKernel, PlainPlace
+from support.backends import PlainBackend, PlainKernel
 from support.oracles import EXTREME_64, rows_of
 
-from hps_numba.cache import pooling
+from hps_numba.cache import kernel_set, pooling
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
@@ -21,7 +21,6 @@ from hps_numba.kernels.cache.pooling import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
-    MAX_ROWS,
     OFFSETS32,
     OPEN_END,
     PADDED,
@@ -68,14 +67,14 @@ def naive_pool(batch: Batch, rows: np.ndarray, combiner: str, **how: Any) -> np.
     kind, weights, skipped = rows.dtype.type, how.get("weights"), how.get("skipped", ())
     pooled = np.full((batch.bags, rows.shape[1]), how.get("empty", 0), kind)
     for bag in range(batch.bags):
-        places = [i for i in range(batch.offsets[bag], batch.offsets[bag + 1]) if batch.keys[i] not in skipped]
-        if not places:
+        positions = [i for i in range(batch.offsets[bag], batch.offsets[bag + 1]) if batch.keys[i] not in skipped]
+        if not positions:
             continue
         if combiner == "max":
-            pooled[bag] = rows[places].max(axis=0)
+            pooled[bag] = rows[positions].max(axis=0)
             continue
         sums, total = np.zeros(rows.shape[1], kind), kind(0)
-        for i in places:
+        for i in positions:
             weight = kind(1) if weights is None else kind(weights[i])
             sums = sums + rows[i] * weight
             total = total + (weight * weight if combiner == "sqrtn" else weight)
@@ -84,7 +83,7 @@ def naive_pool(batch: Batch, rows: np.ndarray, combiner: str, **how: Any) -> np.
     return pooled
 
 
-class AheadPlace(PlainPlace):
+class AheadBackend(PlainBackend):
     """Keys are sought ahead, as on a GPU, by one lane."""
 
     def kernel(self, spec: KernelSpec) -> Any:
@@ -104,7 +103,7 @@ class Table:
         store = self.store if stored else None
         self.cache = EmbeddingCache(dim, 20, device=device, policy=load_policy(policy), default=DEFAULT, store=store, **options)
         if where in ("plain", "ahead"):
-            self.cache._backend = PlainPlace() if where == "plain" else AheadPlace()
+            self.cache.parts.kernels.backend = PlainBackend() if where == "plain" else AheadBackend()
         if stored:
             self.cache.warm()
         else:
@@ -117,9 +116,9 @@ class Table:
     def rows_for(self, keys: np.ndarray) -> np.ndarray:
         """The rows that a lookup would now answer with: as the cache has them, else as the store has, else the default."""
         rows, missing = self.cache.query(keys)
-        behind = signed_rows(keys, self.cache.dim)
-        behind[~np.isin(keys, self.known)] = DEFAULT
-        rows[missing] = behind[missing]
+        stored = signed_rows(keys, self.cache.dim)
+        stored[~np.isin(keys, self.known)] = DEFAULT
+        rows[missing] = stored[missing]
         return rows
 
     def pool(self, batch: Batch, combiner: str, weights: np.ndarray | None = None, **how: Any) -> np.ndarray:
@@ -130,16 +129,20 @@ class Table:
         offsets = offsets[:-1] if options & OPEN_END else offsets
         keys = batch.keys.astype(FORMS.get(how.get("key_form", "int64"), np.int64))
         given = [keys, offsets] + ([weights] if weights is not None else [])
-        with cache.backend.current(), cache._copies(*given) as places, cache._room(out.nbytes + shift) as room:
+        with (
+            cache.backend.current(),
+            cache.parts.state.copies(*given) as addresses,
+            cache.parts.state.buffer(out.nbytes + shift) as room,
+        ):
             cache.pool(
-                *(places[0], len(keys), places[1], batch.bags, room + shift, cache._stream),
+                *(addresses[0], len(keys), addresses[1], batch.bags, room + shift, cache.parts.state.stream),
                 combiner=combiner,
-                weights=places[2] if weights is not None else 0,
+                weights=addresses[2] if weights is not None else 0,
                 options=options,
                 padding=PADDING,
                 **how,
             )
-            cache.backend.to_host(out, room + shift, cache._stream)
+            cache.backend.to_host(out, room + shift, cache.parts.state.stream)
         return out
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
@@ -148,7 +151,10 @@ class Table:
 
     def guards(self) -> tuple[int, int]:
         """Counts of the guards entered and left."""
-        entered, left = (self.cache._words(self.cache._state + at, GUARD_STRIPES // 2) for at in (GUARD_ENTERED, GUARD_LEFT))
+        entered, left = (
+            self.cache.parts.state.read_words(self.cache.parts.state.address + at, GUARD_STRIPES // 2)
+            for at in (GUARD_ENTERED, GUARD_LEFT)
+        )
         return int(entered.view(np.uint32).sum()), int(left.view(np.uint32).sum())
 
 
@@ -157,9 +163,9 @@ def signed_rows(keys: np.ndarray, dim: int) -> np.ndarray:
     return ((rows_of(keys, dim) % 7 - 3) * np.float32(1.1)).astype(np.float32)
 
 
-def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
-    assert got.dtype == wanted.dtype
-    np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))
+def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
+    assert got.dtype == expected.dtype
+    np.testing.assert_array_equal(got.view(np.uint8), expected.view(np.uint8))
 
 
 def assert_pools(table: Table, batch: Batch, combiner: str, weights: np.ndarray | None = None) -> None:
@@ -217,29 +223,29 @@ def pools_every_way(table: Table, bags: int, longest: int) -> None:
 @pytest.mark.parametrize("row_type", STORED)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_every_combiner_width_and_row_type_bit_for_bit(open_table: Any, where: str, dim: int, row_type: str) -> None:
+def test_plain_kernel_equals_the_oracle_bit_for_bit(open_table: Any, where: str, dim: int, row_type: str) -> None:
     bags, longest = (23, 9) if where == "gpu" or dim < 20 else (4, 2)
     pools_every_way(open_table(where, dim, row_type=row_type), bags, longest)
 
 
 @pytest.mark.parametrize("where", ["cpu", GPU])
-def test_compiled_kernel_bit_for_bit(open_table: Any, where: str) -> None:
+def test_compiled_kernel_equals_the_oracle_bit_for_bit(open_table: Any, where: str) -> None:
     pools_every_way(open_table(where, 16), 300, 20)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [3, 16, 128])
-def test_device_and_cpu_twin_agree_bit_for_bit(open_table: Any, dim: int) -> None:
-    device, twin = open_table("gpu", dim), open_table("cpu", dim)
+def test_device_and_cpu_agree_bit_for_bit(open_table: Any, dim: int) -> None:
+    device, cpu = open_table("gpu", dim), open_table("cpu", dim)
     for seed, combiner in enumerate(COMBINERS):
         batch = Batch(seed, 2000, 30)
         weights = batch.weights if combiner != "max" else None
-        assert_same(device.pool(batch, combiner, weights), twin.pool(batch, combiner, weights))
+        assert_same(device.pool(batch, combiner, weights), cpu.pool(batch, combiner, weights))
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
 @pytest.mark.parametrize("dim", [256, 512, 1024])
-def test_wide_rows(open_table: Any, where: str, dim: int) -> None:
+def test_wide_rows_are_pooled(open_table: Any, where: str, dim: int) -> None:
     assert_pools(open_table(where, dim), Batch(1, 5, 2), "mean")
 
 
@@ -249,9 +255,9 @@ def test_padding_is_skipped_and_empty_bags_may_get_the_default(open_table: Any, 
     batch = Batch(3, 30, 2)
     batch.keys[batch.offsets[3] : batch.offsets[4]] = PADDING
     rows = table.rows_for(batch.keys)
-    wanted = naive_pool(batch, rows, "mean", skipped=(PADDING,), empty=DEFAULT, weights=batch.weights)
-    assert_same(table.pool(batch, "mean", batch.weights, options=PADDED | EMPTY_DEFAULT), wanted)
-    assert (wanted[3] == DEFAULT).all() and (wanted[0] == DEFAULT).all()
+    expected = naive_pool(batch, rows, "mean", skipped=(PADDING,), empty=DEFAULT, weights=batch.weights)
+    assert_same(table.pool(batch, "mean", batch.weights, options=PADDED | EMPTY_DEFAULT), expected)
+    assert (expected[3] == DEFAULT).all() and (expected[0] == DEFAULT).all()
     assert (table.pool(batch, "max", options=PADDED)[3] == 0).all()
 
 
@@ -262,23 +268,27 @@ def test_bags_of_equal_length_need_no_offsets(open_table: Any, where: str, each:
     batch = Batch(each, bags, 1)
     batch.offsets = np.arange(bags + 1) * each
     batch.keys = np.resize(batch.keys, bags * each) if len(batch.keys) else np.arange(bags * each)
-    place = table.cache.backend
+    backend = table.cache.backend
     for combiner in COMBINERS:
-        wanted = table.pool(batch, combiner)
-        out = np.full_like(wanted, 99)
-        with place.current(), table.cache._copies(batch.keys) as (keys,), table.cache._room(out.nbytes) as room:
-            stream = table.cache._stream
+        expected = table.pool(batch, combiner)
+        out = np.full_like(expected, 99)
+        with (
+            backend.current(),
+            table.cache.parts.state.copies(batch.keys) as (keys,),
+            table.cache.parts.state.buffer(out.nbytes) as room,
+        ):
+            stream = table.cache.parts.state.stream
             table.cache.pool(keys, len(batch.keys), each, bags, room, stream, combiner=combiner, options=EQUAL)
-            place.to_host(out, room, stream)
-        assert_same(out, wanted)
+            backend.to_host(out, room, stream)
+        assert_same(out, expected)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
 @pytest.mark.parametrize("options", [OFFSETS32, OPEN_END, OFFSETS32 | OPEN_END])
-def test_forms_of_offsets(open_table: Any, where: str, options: int) -> None:
+def test_every_form_of_offsets_is_read(open_table: Any, where: str, options: int) -> None:
     table, batch = open_table(where, 4), Batch(4)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "sum")
-    assert_same(table.pool(batch, "sum", options=options), wanted)
+    expected = naive_pool(batch, table.rows_for(batch.keys), "sum")
+    assert_same(table.pool(batch, "sum", options=options), expected)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
@@ -286,17 +296,17 @@ def test_forms_of_offsets(open_table: Any, where: str, options: int) -> None:
 def test_any_run_of_bags_gives_the_same(open_table: Any, bags_in_a_run: Any, where: str, run: int | None) -> None:
     bags_in_a_run(run)
     table, batch = open_table(where, 3), Batch(5, 50_000 if run is None and where == "gpu" else 70, 3)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "sqrtn")
-    assert_same(table.pool(batch, "sqrtn"), wanted)
+    expected = naive_pool(batch, table.rows_for(batch.keys), "sqrtn")
+    assert_same(table.pool(batch, "sqrtn"), expected)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_offsets_beyond_the_keys_read_nothing_beyond_them(open_table: Any, where: str) -> None:
+def test_offsets_out_of_range_read_no_keys_out_of_range(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 3), Batch(6, 4, 2)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "sum")
+    expected = naive_pool(batch, table.rows_for(batch.keys), "sum")
     batch.offsets[-1] = 1 << 40
     batch.offsets[0] = -5
-    assert_same(table.pool(batch, "sum"), wanted)
+    assert_same(table.pool(batch, "sum"), expected)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
@@ -310,27 +320,27 @@ def test_weights_that_sum_to_zero_give_zero(open_table: Any, where: str) -> None
 @pytest.mark.parametrize("where", ["plain", GPU])
 @pytest.mark.parametrize("out_type", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dim", [3, 4])
-def test_narrow_answers(open_table: Any, where: str, out_type: str, dim: int) -> None:
+def test_half_precision_answers_are_rounded_once(open_table: Any, where: str, out_type: str, dim: int) -> None:
     table, batch = open_table(where, dim), Batch(8)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "sum")
+    expected = naive_pool(batch, table.rows_for(batch.keys), "sum")
     got = table.pool(batch, "sum", out_type=out_type)
     if out_type == "float16":
-        assert_same(got.view(np.float16), wanted.astype(np.float16))
+        assert_same(got.view(np.float16), expected.astype(np.float16))
     else:
-        bits = wanted.view(np.uint32)
+        bits = expected.view(np.uint32)
         assert_same(got, ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_an_answer_that_is_not_aligned(open_table: Any, where: str) -> None:
+def test_unaligned_answers_are_written(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 8), Batch(9)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "mean")
-    assert_same(table.pool(batch, "mean", shift=4), wanted)
+    expected = naive_pool(batch, table.rows_for(batch.keys), "mean")
+    assert_same(table.pool(batch, "mean", shift=4), expected)
 
 
 @pytest.mark.parametrize("where", ["plain", "ahead", GPU])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_the_cache_is_left_as_by_a_lookup(open_table: Any, where: str, policy: str) -> None:
+def test_pooled_lookup_leaves_the_cache_as_a_lookup(open_table: Any, where: str, policy: str) -> None:
     pooled, looked_up = open_table(where, 3, policy=policy), open_table(where, 3, policy=policy)
     for seed in range(4):
         batch = Batch(seed)
@@ -344,10 +354,10 @@ def test_the_cache_is_left_as_by_a_lookup(open_table: Any, where: str, policy: s
 
 
 @pytest.mark.parametrize("where", ["plain", "ahead", GPU])
-def test_a_fixed_cache_of_a_part_of_the_table(open_table: Any, where: str) -> None:
+def test_fixed_cache_of_part_of_the_table_is_pooled(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 4, kind="uvm"), Batch(10)
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "max")
-    assert_same(table.pool(batch, "max"), wanted)
+    expected = naive_pool(batch, table.rows_for(batch.keys), "max")
+    assert_same(table.pool(batch, "max"), expected)
     assert 0 < table.cache.counters().misses < len(batch.keys)
 
 
@@ -373,7 +383,7 @@ def test_bags_of_any_length_all_of_whose_rows_are_in_the_cache(
 
 
 @pytest.mark.parametrize("where", ["cpu", "ahead", GPU])
-def test_a_few_keys_that_the_cache_lacks_among_many_that_it_has(open_table: Any, where: str) -> None:
+def test_few_misses_among_many_hits_are_pooled(open_table: Any, where: str) -> None:
     table = open_table(where, 16, known=range(15))
     batch = Batch(24, 30, 40, universe=sorted(table.cache.dump().tolist()))
     batch.keys[::97] = 1000
@@ -389,15 +399,15 @@ def test_a_few_keys_that_the_cache_lacks_among_many_that_it_has(open_table: Any,
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_int32_keys(open_table: Any, where: str) -> None:
+def test_int32_keys_are_pooled(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 3), Batch(11)
     batch.keys[::5] = -1 if where == "gpu" else 2**31 - 1
-    wanted = naive_pool(batch, table.rows_for(batch.keys), "sum")
-    assert_same(table.pool(batch, "sum", key_form="int32"), wanted)
+    expected = naive_pool(batch, table.rows_for(batch.keys), "sum")
+    assert_same(table.pool(batch, "sum", key_form="int32"), expected)
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_a_wide_key_is_nowhere_where_keys_are_narrow(open_table: Any, where: str) -> None:
+def test_key_outside_32_bits_is_absent_with_checked_32_bit_keys(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 3, known=[-3, 2**32 - 1, 2**32, *range(9)]), Batch(13, universe=[-3, 2**32, 2**32 - 1, 4])
     rows = table.rows_for(batch.keys)
     rows[(batch.keys < 0) | (batch.keys >= 2**32)] = DEFAULT
@@ -405,7 +415,7 @@ def test_a_wide_key_is_nowhere_where_keys_are_narrow(open_table: Any, where: str
 
 
 @pytest.mark.parametrize("where", ["plain", "cpu", GPU])
-def test_extreme_keys_are_keys_like_any_others(open_table: Any, where: str) -> None:
+def test_extreme_keys_are_ordinary_keys(open_table: Any, where: str) -> None:
     known = [*EXTREME_64[::2], *range(-30, -2)]
     table, batch = open_table(where, 16, known=known), Batch(14, 40, universe=[*known, *EXTREME_64, -(2**63) + 1, -100])
     pools_batch(table, batch)
@@ -417,9 +427,9 @@ def test_unknown_keys_have_the_default_row_and_are_never_cached(open_table: Any,
     table, batch = open_table(where, 4), Batch(15, universe=[1000, -1000, 2**40])
     before = table.cache.entries()
     lengths = np.diff(batch.offsets).astype(np.float32)
-    wanted = np.repeat((lengths * np.float32(DEFAULT))[:, None], 4, axis=1) + np.float32(0)  # no -0
-    assert_same(table.pool(batch, "sum"), wanted)
-    assert_same(table.pool(batch, "max"), np.where(wanted == 0, wanted, np.float32(DEFAULT)))
+    expected = np.repeat((lengths * np.float32(DEFAULT))[:, None], 4, axis=1) + np.float32(0)  # no -0
+    assert_same(table.pool(batch, "sum"), expected)
+    assert_same(table.pool(batch, "max"), np.where(expected == 0, expected, np.float32(DEFAULT)))
     assert table.cache.entries() == before
     assert table.cache.counters().absent == 2 * len(batch.keys)
 
@@ -439,8 +449,8 @@ def test_pooled_rows_are_those_of_a_lookup_added_in_order(open_table: Any, where
     for seed, combiner in enumerate(("sum", "mean", "sqrtn", "max")):
         batch = Batch(seed, 30, universe=45)
         weights = batch.weights if combiner in ("sum", "sqrtn") else None
-        wanted = naive_pool(batch, looked_up.lookup(batch.keys), combiner, weights=weights)
-        assert_same(pooled.pool(batch, combiner, weights), wanted)
+        expected = naive_pool(batch, looked_up.lookup(batch.keys), combiner, weights=weights)
+        assert_same(pooled.pool(batch, combiner, weights), expected)
         assert pooled.cache.entries() == looked_up.cache.entries()
 
 
@@ -448,7 +458,7 @@ def test_pooled_rows_are_those_of_a_lookup_added_in_order(open_table: Any, where
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_arrays(open_table: Any, where: str) -> None:
+def test_pool_arrays_equals_the_oracle(open_table: Any, where: str) -> None:
     table, batch = open_table(where, 16), Batch(17)
     rows = table.lookup(batch.keys)
     assert_same(table.cache.pool_arrays(batch.keys, batch.offsets), naive_pool(batch, rows, "sum"))
@@ -458,7 +468,7 @@ def test_arrays(open_table: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["plain", GPU])
-def test_bags_without_any_key(open_table: Any, where: str) -> None:
+def test_empty_bags_get_zero_or_the_default(open_table: Any, where: str) -> None:
     table = open_table(where, 3)
     held = table.cache.entries()
     pooled = table.cache.pool_arrays(np.empty(0, np.int64), np.zeros(6, np.int64), combiner="max")
@@ -469,46 +479,47 @@ def test_bags_without_any_key(open_table: Any, where: str) -> None:
     assert table.cache.entries() == held
 
 
-def test_no_bags_at_all_start_nothing(open_table: Any) -> None:
+def test_no_bags_start_no_kernel(open_table: Any) -> None:
     cache = open_table("plain", 3).cache
     cache.pool(0, 0, 0, 0, 0, 0)
     assert cache.counters().calls == 0
 
 
-def test_bad_calls(open_table: Any) -> None:
+def test_bad_arguments_are_refused(open_table: Any) -> None:
     table, batch = open_table("plain", 3), Batch(18)
     cache, n = table.cache, len(batch.keys)
-    with pytest.raises(ConfigError, match="combiner 'median', wanted one of sum, mean, sqrtn, max"):
+    with pytest.raises(ConfigError, match="combiner: expected one of sum, mean, sqrtn, max, got 'median'"):
         table.pool(batch, "median")
     with pytest.raises(ConfigError, match="key_form is 'int8'"):
         table.pool(batch, "sum", key_form="int8")
-    with pytest.raises(CapacityError, match=f"of {MAX_BATCH + 1} keys, wanted at most {MAX_BATCH}"):
+    with pytest.raises(CapacityError, match=f"expected at most {MAX_BATCH} keys, got {MAX_BATCH + 1}"):
         cache.pool(0, MAX_BATCH + 1, 0, 1, 0, 0)
-    with pytest.raises(KeyDtypeError, match="keys are float64"):
+    with pytest.raises(KeyDtypeError, match=r"keys: expected int64\[n\], got float64"):
         cache.pool_arrays(np.zeros(3), np.array([0, 3]))
     for offsets, message in (
-        (np.array([0.0, n]), "offsets are float64"),
-        (np.array([], np.int64), r"wanted int64\[bags \+ 1\]"),
-        (np.array([1, n]), f"from 1 to {n}, wanted 0 to {n}"),
-        (np.array([0, n + 1]), f"from 0 to {n + 1}, wanted 0 to {n}"),
-        (np.array([0, 5, 4, n]), "offset 2 is less"),
+        (np.array([0.0, n]), r"offsets: expected int64\[bags \+ 1\], got float64"),
+        (np.array([], np.int64), r"expected int64\[bags \+ 1\], got int64\[0\]"),
+        (np.array([1, n]), f"expected from 0 to {n}, the number of keys, got 1 to {n}"),
+        (np.array([0, n + 1]), f"expected from 0 to {n}, the number of keys, got 0 to {n + 1}"),
+        (np.array([0, 5, 4, n]), "got one at 2 less than the one before"),
     ):
         with pytest.raises(ConfigError, match=message):
             cache.pool_arrays(batch.keys, offsets)
     for weights in (batch.weights[1:], batch.weights.astype(np.float64)):
-        with pytest.raises(ConfigError, match=f"wanted float32\\[{n}\\]"):
+        with pytest.raises(ConfigError, match=f"weights: expected float32\\[{n}\\]"):
             cache.pool_arrays(batch.keys, batch.offsets, weights)
     assert cache.counters().calls == 0
 
 
-def test_a_cache_of_too_many_rows_to_number_them(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_with_too_many_rows_is_refused(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table, batch = open_table("plain", 3), Batch(25)
-    monkeypatch.setattr(table.cache, "capacity", MAX_ROWS)
-    with pytest.raises(CapacityError, match=f"pooled lookups of {MAX_ROWS} rows, wanted less than {MAX_ROWS}"):
+    rows = table.cache.capacity
+    monkeypatch.setattr(kernel_set, "MAX_ROWS", rows)
+    with pytest.raises(CapacityError, match=f"expected a cache of less than {rows} rows, got one of {rows}"):
         table.pool(batch, "sum")
 
 
-def test_after_close(open_table: Any) -> None:
+def test_calls_after_close_raise(open_table: Any) -> None:
     cache = open_table("plain", 3).cache
     cache.close()
     with pytest.raises(ClosedError, match="closed"):
@@ -517,7 +528,7 @@ def test_after_close(open_table: Any) -> None:
         cache.pool(0, 1, 0, 1, 0, 0)
 
 
-def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_between_kernels_leaves_the_cache_usable(open_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table, batch = open_table("plain", 3), Batch(19)
     table.cache.clear()
 
@@ -525,7 +536,7 @@ def test_a_failure_in_the_midst_of_a_call_leaves_a_sound_cache(open_table: Any, 
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table.cache, "_finish", fails)
+        patch.setattr(table.cache.parts.plan, "finish", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 table.pool(batch, "sum")
@@ -629,7 +640,7 @@ class Versions:
         pytest.param("gpu", "static", marks=pytest.mark.gpu),
     ],
 )
-def test_pooled_lookups_beside_a_writer_see_whole_rows_and_no_old_ones(open_table: Any, where: str, kind: str) -> None:
+def test_concurrent_pooled_lookups_and_writes_see_whole_fresh_rows(open_table: Any, where: str, kind: str) -> None:
     table = open_table(where, 16, kind=kind, buffers=2, known=range(KNOWN if kind == "dynamic" else 20))
     table.cache.pool_arrays(table.known[:1], np.arange(2))  # kernels are compiled before the clock starts
     table.cache.update(table.known)
@@ -663,7 +674,7 @@ def test_the_grid_covers_all_bags() -> None:
 @pytest.mark.parametrize(
     ("chip", "dim", "row_type", "out_type"), [((7, 5), 128, "float32", "float32"), ((9, 0), 17, "int8", "float16")]
 )
-def test_compiles_and_links(chip: tuple[int, int], dim: int, row_type: str, out_type: str) -> None:
+def test_kernel_compiles_and_links_for_every_chip(chip: tuple[int, int], dim: int, row_type: str, out_type: str) -> None:
     pytest.importorskip("numba_cuda")
     core = pytest.importorskip("cuda.core")
     spec = KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru"), row_type=row_type, out_type=out_type)
@@ -676,7 +687,7 @@ def test_compiles_and_links(chip: tuple[int, int], dim: int, row_type: str, out_
 
 
 @pytest.mark.parametrize("dim", [17, 32, 128])
-def test_rows_are_there_before_their_lines_are_looked_at_again(dim: int) -> None:
+def test_rows_are_copied_before_their_lines_are_validated(dim: int) -> None:
     pytest.importorskip("numba_cuda")
     ptx = ptx_of(KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru"), registers=168), (9, 0))
     awaited = []
@@ -689,12 +700,12 @@ def test_rows_are_there_before_their_lines_are_looked_at_again(dim: int) -> None
 
 
 @pytest.mark.parametrize(("dim", "chip", "copies"), [(32, (9, 0), True), (32, (7, 5), False), (17, (9, 0), False)])
-def test_rows_in_flight_take_no_registers_where_the_chip_copies(dim: int, chip: tuple[int, int], copies: bool) -> None:
+def test_rows_in_flight_take_no_registers_with_asynchronous_copies(dim: int, chip: tuple[int, int], copies: bool) -> None:
     pytest.importorskip("numba_cuda")
     ptx = ptx_of(KernelSpec(name="pool_kernel", dim=dim, policy=load_policy("lru")), chip)
     assert ("cp.async.cg.shared.global" in ptx) == ("cp.async.wait_group 1;" in ptx) == copies
 
 
-def test_as_many_warps_as_can_be_where_rows_in_flight_take_no_registers() -> None:
+def test_register_limit_of_pool_kernel() -> None:
     assert pool_registers(32, TYPE_NUMBERS["float32"]) == pool_registers(128, TYPE_NUMBERS["float32"]) == 96
     assert pool_registers(17, TYPE_NUMBERS["float32"]) == pool_registers(32, TYPE_NUMBERS["int8"]) == 168

@@ -1,6 +1,6 @@
 """Missed rows that host threads gather (``miss_path``): the same answers and the same cache as by direct reads, bit for bit.
 
-On the CPU twin, whose work is done when a call returns, and (marker gpu) on a device.
+On the CPU, whose work is done when a call returns, and (marker gpu) on a device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from support.services import Service, assert_adds_up, cache_of, defaults, stats_
 from support.staging import TYPES, ask
 
 from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import parts as cache_parts
 from hps_numba.cache import staging
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
@@ -68,7 +69,7 @@ class StagedBench(Bench):
 
 @pytest.mark.parametrize("device", ON_BOTH)
 @pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 17)])
-def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: str, dim: int) -> None:
+def test_any_sequence_of_operations_equals_the_oracle(device: int | None, policy: str, dim: int) -> None:
     bench = StagedBench(device)
     pair = Pair(bench, policy, dim, seed=dim)
     for _ in range(100):
@@ -79,12 +80,12 @@ def test_any_operations_leave_what_the_oracle_has(device: int | None, policy: st
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "tinylfu"])
-def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> None:
+def test_staged_and_direct_batches_are_alike(bench: Bench, policy: str) -> None:
     rng = np.random.default_rng(3)
     store = bench.store(range(800))
     staged, direct = both(bench, store, 120, policy=policy)
     for n in (1, 3, 40, 700, 700, 20, 2500, 1):
-        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some that are nowhere
+        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some in no tier
         answers = [ask(cache, keys) for cache in (staged, direct)]
         assert np.array_equal(answers[0][0], answers[1][0])
         assert answers[0][1] == answers[1][1] == np.flatnonzero(keys >= 800).tolist()
@@ -93,7 +94,7 @@ def test_batches_leave_answers_and_caches_alike(bench: Bench, policy: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["static", "uvm"])
-def test_fixed_caches(bench: Bench, kind: str) -> None:
+def test_fixed_caches_are_staged(bench: Bench, kind: str) -> None:
     store = bench.store(range(100))
     caches = both(bench, store, 100, kind=kind)
     for cache in caches:
@@ -108,7 +109,9 @@ def test_fixed_caches(bench: Bench, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("device", "row_type", "form", "out_type", "shift"), TYPES)
-def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form: str, out_type: str, shift: int) -> None:
+def test_staging_serves_every_type_of_rows_keys_and_answers(
+    device: int | None, row_type: str, form: str, out_type: str, shift: int
+) -> None:
     bench = Bench(device)
     rng = np.random.default_rng(5)
     keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
@@ -123,7 +126,7 @@ def test_types_of_rows_keys_and_answers(device: int | None, row_type: str, form:
     bench.close()
 
 
-def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
+def test_lookup_without_output_fills_the_cache(bench: Bench) -> None:
     caches = both(bench, bench.store(range(50)), 600)
     for cache in caches:
         out, absent = ask(cache, [*range(40), 99], no_answer=True)
@@ -132,7 +135,7 @@ def test_a_lookup_that_only_fills_the_cache(bench: Bench) -> None:
     assert caches[0].resident() == 40
 
 
-def test_more_keys_than_a_batch_has(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_larger_than_a_batch_are_split(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_lookup, "MAX_BATCH", 64)
     caches = both(bench, bench.store(range(300)), 200)
     keys = np.random.default_rng(2).integers(0, 320, 1000)
@@ -143,7 +146,7 @@ def test_more_keys_than_a_batch_has(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert caches[0].counters().staged == -(-1000 // 64)
 
 
-def test_nothing_is_missed(bench: Bench) -> None:
+def test_staged_batch_without_misses(bench: Bench) -> None:
     staged = bench.cache(bench.store(range(20)), 100, miss_path="staged")
     staged.warm()
     for _ in range(3):
@@ -152,7 +155,7 @@ def test_nothing_is_missed(bench: Bench) -> None:
     assert (staged.counters().misses, staged.counters().staged) == (0, 3)
 
 
-def test_the_policy_changes_between_staged_batches(bench: Bench) -> None:
+def test_policy_changes_between_staged_batches(bench: Bench) -> None:
     from hps_numba.kernels.policies._load import load_policy
 
     store = bench.store(range(200))
@@ -171,14 +174,14 @@ def test_the_policy_changes_between_staged_batches(bench: Bench) -> None:
 
 def between(cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Any]) -> None:
     """Let ``change`` happen once, after the rows of the next batch were gathered and before they are inserted."""
-    finish, left = cache._finish, [change]
+    finish, left = cache.parts.plan.finish, [change]
 
     def change_and_finish(*args: Any) -> None:
         if left:
             left.pop()()
         finish(*args)
 
-    monkeypatch.setattr(cache, "_finish", change_and_finish)
+    monkeypatch.setattr(cache.parts.plan, "finish", change_and_finish)
 
 
 def old_and_new(bench: Bench) -> tuple[HostStore, EmbeddingCache, Callable[[Any], None]]:
@@ -192,7 +195,7 @@ def old_and_new(bench: Bench) -> tuple[HostStore, EmbeddingCache, Callable[[Any]
     return store, cache, renew
 
 
-def test_an_old_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     _, cache, renew = old_and_new(bench)
     between(cache, monkeypatch, lambda: renew([5]))
     assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
@@ -202,7 +205,7 @@ def test_an_old_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: py
     assert cache.counters().stale_dropped == 1 and cache.resident() == 2
 
 
-def test_a_change_of_another_row_keeps_nobody_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_of_another_row_does_not_prevent_insertion(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     _, cache, renew = old_and_new(bench)
     between(cache, monkeypatch, lambda: renew([7]))
     cache.lookup_arrays(ints([5, 6]))
@@ -211,7 +214,7 @@ def test_a_change_of_another_row_keeps_nobody_out(bench: Bench, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("change", ["erase", "refresh"])
-def test_every_kind_of_change_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_insertion_notices_every_kind_of_change(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     store, cache, _ = old_and_new(bench)
 
     def work() -> None:
@@ -227,8 +230,8 @@ def test_every_kind_of_change_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert (cache.lookup_arrays(ints([5])) == np.float32(DEFAULT)).all()
 
 
-def test_nothing_of_a_table_that_was_replaced_is_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if another content came to lie where the one before was, with the same index words."""
+def test_rows_of_a_replaced_table_are_not_inserted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the new content is at the address of the one before, with the same index words."""
     store, cache, _ = old_and_new(bench)
 
     def work() -> None:
@@ -251,13 +254,13 @@ def test_direct_batches_insert_after_staged_ones_and_a_clearing(bench: Bench) ->
     _, cache, _ = old_and_new(bench)
     cache.lookup_arrays(ints([5]))
     cache.clear()
-    cache._staged_from = NEVER
+    cache.parts.lookups.staged_from = NEVER
     cache.lookup_arrays(ints([5, 6]))
     assert sorted(entry.key for entry in cache.entries()) == [5, 6]
     assert (cache.counters().staged, cache.counters().stale_dropped) == (1, 0)
 
 
-def test_a_row_that_changes_while_the_batch_waits_is_read_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_changed_while_the_batch_waits_is_read_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     store, cache, renew = old_and_new(bench)
     gather, left = store.gather, [lambda: renew([5])]
 
@@ -267,13 +270,13 @@ def test_a_row_that_changes_while_the_batch_waits_is_read_as_it_is(bench: Bench,
         return gather(*args)
 
     monkeypatch.setattr(store, "gather", change_and_gather)
-    wanted = np.vstack([rows_of([5], DIM, 1), rows_of([6], DIM)])
-    assert_same_bits(cache.lookup_arrays(ints([5, 6])), wanted)
+    expected = np.vstack([rows_of([5], DIM, 1), rows_of([6], DIM)])
+    assert_same_bits(cache.lookup_arrays(ints([5, 6])), expected)
     assert cache.counters().stale_dropped == 0 and cache.resident() == 2
-    assert_same_bits(cache.query(ints([5, 6]))[0], wanted)
+    assert_same_bits(cache.query(ints([5, 6]))[0], expected)
 
 
-def test_the_table_is_replaced_between_two_pieces(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_replaced_between_two_pieces(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_store, "_GRACE_SECONDS", 0.01)  # the lookup reads it
     keys = np.arange(30)
     store = bench.store(keys)
@@ -301,7 +304,7 @@ def test_the_table_is_replaced_between_two_pieces(bench: Bench, monkeypatch: pyt
 # -- the order of work ------------------------------------------------------------------------------------------
 
 
-class LatePlace(CpuBackend):
+class LateBackend(CpuBackend):
     """Memory of the process whose one stream does nothing before somebody waits for it: as late as a device may be."""
 
     def __init__(self) -> None:
@@ -354,13 +357,13 @@ class LatePlace(CpuBackend):
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> LatePlace:
-    place = LatePlace()
-    monkeypatch.setattr(cache_lookup, "backend_for", lambda device: place)
-    return place
+def late(monkeypatch: pytest.MonkeyPatch) -> LateBackend:
+    backend = LateBackend()
+    monkeypatch.setattr(cache_parts, "backend_for", lambda device: backend)
+    return backend
 
 
-def test_a_buffer_is_not_written_before_it_was_read(cpu_bench: Bench, late: LatePlace) -> None:
+def test_a_buffer_is_not_written_before_it_was_read(cpu_bench: Bench, late: LateBackend) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(300)), 400, policy="lfu", miss_path="staged")
     for keys in (np.arange(200), np.arange(100, 300), np.arange(300)):  # up to 29 pieces of seven rows
         for _ in range(2):
@@ -370,7 +373,7 @@ def test_a_buffer_is_not_written_before_it_was_read(cpu_bench: Bench, late: Late
     assert_same_bits(cache.query(resident)[0], rows_of(resident, DIM))
 
 
-def test_a_call_returns_when_its_work_is_given(cpu_bench: Bench, late: LatePlace) -> None:
+def test_call_returns_when_its_work_is_enqueued(cpu_bench: Bench, late: LateBackend) -> None:
     cache = cpu_bench.cache(cpu_bench.store(range(100)), 200, miss_path="staged")
     keys, answers = np.arange(100), np.full((2, 100, DIM), np.nan, np.float32)
     for out in answers:
@@ -381,7 +384,7 @@ def test_a_call_returns_when_its_work_is_given(cpu_bench: Bench, late: LatePlace
         assert_same_bits(out, rows_of(keys, DIM))
 
 
-def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LatePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_not_read_after_a_failure(cpu_bench: Bench, late: LateBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     store = cpu_bench.store(range(100))
     cache = cpu_bench.cache(store, 200, miss_path="staged")
     keys, out = np.arange(100), np.full((100, DIM), np.nan, np.float32)
@@ -393,7 +396,7 @@ def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LateP
         patch.setattr(staging._Staging, "sent", fail)  # the kernel was started, and no event recorded
         with pytest.raises(KeyboardInterrupt):
             cache.lookup(keys.ctypes.data, 100, out.ctypes.data, 0)
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     for rows, words in misses._idle[0]._buffers:
         rows[:], words[:] = -1, 0
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
@@ -404,9 +407,7 @@ def test_after_a_failure_nothing_reads_the_buffers(cpu_bench: Bench, late: LateP
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_a_batch_that_fails_half_way_leaves_a_cache_that_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, policy: str
-) -> None:
+def test_cache_serves_after_a_batch_that_failed_halfway(bench: Bench, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 200, policy=policy, miss_path="staged")
     cache.lookup_arrays(np.arange(10))
@@ -431,7 +432,7 @@ def test_a_batch_that_fails_half_way_leaves_a_cache_that_goes_on(
         assert {scores[key] for key in range(10)} == {4}  # also the hits of the batch that failed
 
 
-def test_a_store_that_is_closed_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_closed_meanwhile_raises(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_store, "_CLOSE_SECONDS", 0.01)  # the lookup reads it
     store = bench.store(range(10))
     cache = bench.cache(store, 40, miss_path="staged")
@@ -446,18 +447,18 @@ def test_a_store_that_is_closed_meanwhile(bench: Bench, monkeypatch: pytest.Monk
         cache.lookup_arrays(np.arange(5))
 
 
-def test_a_path_that_is_none(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="miss_path 'fast', wanted one of direct, staged, auto"):
+def test_unknown_miss_path_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="miss_path: expected one of direct, staged, auto, got 'fast'"):
         bench.cache(bench.store([1]), 40, miss_path="fast")
 
 
 # -- memory --------------------------------------------------------------------------------------------
 
 
-def test_memory_grows_with_batches_and_is_used_again(bench: Bench) -> None:
+def test_memory_grows_with_batches_and_is_reused(bench: Bench) -> None:
     store = bench.store(range(3000))
     cache = bench.cache(store, 300, miss_path="staged")
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     sizes = []
     for n in (10, 200, 2000, 50, 1500):
         assert_same_bits(cache.lookup_arrays(np.arange(n)), rows_of(range(n), DIM))
@@ -469,7 +470,7 @@ def test_memory_grows_with_batches_and_is_used_again(bench: Bench) -> None:
     assert misses.bytes == 0
 
 
-def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_serves_after_staging_found_no_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = bench.cache(bench.store(range(30)), 40, miss_path="staged")
     allocate = cache.backend.allocate_pinned
 
@@ -482,7 +483,7 @@ def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(cache.backend, "allocate_pinned", refuse)
         with pytest.raises(CapacityError, match="table: rows for the device: none, on purpose"):
             cache.lookup_arrays(np.arange(30))
-    misses: Any = cache._misses
+    misses: Any = cache.parts.misses
     assert misses.bytes == 0
     assert_same_bits(cache.lookup_arrays(np.arange(30)), rows_of(range(30), DIM))
 
@@ -491,7 +492,7 @@ def test_no_memory_for_the_list(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("device", ON_BOTH)
-def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None:
+def test_threads_with_concurrent_writers_see_whole_fresh_rows(device: int | None) -> None:
     bench = Bench(device)
     table = Versions(bench)
     cache = bench.cache(table.store, 100, miss_path="staged", buffers=3)
@@ -504,22 +505,22 @@ def test_threads_beside_writers_see_whole_fresh_rows(device: int | None) -> None
 # -- what auto chooses --------------------------------------------------------------------------------------
 
 
-def test_auto_goes_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_decides_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     many, large = staging.STAGED_KEYS, 1 << 30
-    table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "behind": False}
-    assert not is_staged(many, **table)  # as it stands, none is
+    table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "slower_tiers": False}
+    assert not is_staged(many, **table)  # by default, none is
     monkeypatch.setattr(staging, "STAGED_TABLE_BYTES", large)
     assert is_staged(many, **table)
     assert not is_staged(many - 1, **table)
     assert not is_staged(many, **{**table, "rows": large // 128 - 1})
     assert not is_staged(many, **{**table, "ways": large // 128})  # room for every row
-    behind = staging.STAGED_KEYS_BEHIND
-    assert is_staged(behind, **{**table, "behind": True}) and not is_staged(behind - 1, **{**table, "behind": True})
+    fewer, table = staging.STAGED_KEYS_SLOWER_TIERS, {**table, "slower_tiers": True}
+    assert is_staged(fewer, **table) and not is_staged(fewer - 1, **table)
     assert (min_staged("direct"), min_staged("staged")) == (NEVER, 1)
-    assert min_staged("auto") == min(many, behind)
+    assert min_staged("auto") == min(many, fewer)
 
 
-def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
+def test_cpu_is_staged_only_on_request(bench: Bench) -> None:
     store = bench.store(range(10))
     for path, staged in (("direct", 0), ("auto", 0), ("staged", 1)):
         cache = bench.cache(store, 40, miss_path=path)
@@ -530,23 +531,26 @@ def test_the_twin_is_staged_only_if_it_must(bench: Bench) -> None:
     assert apart.counters().staged == 0
 
 
-def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_BEHIND", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
+def test_auto_stages_large_batches_and_no_graphs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_SLOWER_TIERS", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
         monkeypatch.setattr(staging, name, value)
     store = bench.store(range(199))
     cache = bench.cache(store, 40, miss_path="auto")
     if bench.device is None:  # as on a device
-        cache._misses = staging.StagedMisses(
-            cache.backend, cache._parts, store, always=False, ways=cache.capacity, fixed=False, default=DEFAULT, name="table"
-        )
-        cache._staged_from = min_staged("auto")
+        cache = bench.cache(store, 40, miss_path="staged")
+        assert cache.parts.misses is not None
+        cache.parts.misses.always, cache.parts.lookups.staged_from = False, min_staged("auto")
 
     def is_staged_with(n: int, **options: Any) -> bool:
         before = cache.counters().staged
-        with cache.backend.current(), cache._copies(np.arange(n)) as (at,), cache._room(4 * DIM * n) as room:
-            cache.lookup(at, n, room, cache._stream, **options)
+        with (
+            cache.backend.current(),
+            cache.parts.state.copies(np.arange(n)) as (at,),
+            cache.parts.state.buffer(4 * DIM * n) as room,
+        ):
+            cache.lookup(at, n, room, cache.parts.state.stream, **options)
             rows = np.empty((n, DIM), np.float32)
-            cache.backend.to_host(rows, room, cache._stream)
+            cache.backend.to_host(rows, room, cache.parts.state.stream)
         assert_same_bits(rows, rows_of(range(n), DIM))
         return cache.counters().staged > before
 
@@ -561,7 +565,7 @@ def test_auto_stages_large_batches_and_graphs_none(bench: Bench, monkeypatch: py
 
 
 @pytest.mark.gpu
-def test_gpu_a_graph_of_a_staged_cache_reads_in_place() -> None:
+def test_gpu_graph_of_a_staged_cache_reads_host_memory_directly() -> None:
     torch = pytest.importorskip("torch")
     bench, n = Bench(0), 500
     cache = bench.cache(bench.store(range(1000)), 100, miss_path="staged")
@@ -620,25 +624,25 @@ def service(request: pytest.FixtureRequest, workshop: Workshop, monkeypatch: pyt
     return Service(workshop, request.param)
 
 
-def test_a_server_stages_and_tells(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_stages_and_shows_it_in_stats(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     server = service.open((range(300), DIM), gpucacheper=0.2, miss_path="staged")
     assert "miss_path" not in caplog.text
     keys = np.random.default_rng(4).integers(0, 320, 500)
     before = cache_of(server).staged  # warming before the first lookup is none
     assert before == 0
-    wanted = np.where((keys < 300)[:, None], rows_of(keys, DIM), np.float32(-7.5))
+    expected = np.where((keys < 300)[:, None], rows_of(keys, DIM), np.float32(-7.5))
     for _ in range(2):
-        assert_same_bits(service.lookup(server, keys), wanted)
+        assert_same_bits(service.lookup(server, keys), expected)
     assert cache_of(server).staged == 2
     server.update([5], rows_of([5], DIM, 1), "m", 0)
     assert_same_bits(service.lookup(server, [5]), rows_of([5], DIM, 1))
     assert_adds_up(server)
 
 
-def test_keys_that_host_memory_lacks_go_on_to_slower_tiers(service: Service) -> None:
+def test_keys_not_in_host_memory_go_to_slower_tiers(service: Service) -> None:
     server, tier = service.open_cold(volatile=KEEPING, miss_path="staged", hit_rate_threshold=1.0)
-    wanted = np.concatenate([rows_of([1, 2], DIM), defaults(1), rows_of([1], DIM)])
-    assert_same_bits(service.lookup(server, [1, 2, 99, 1]), wanted)
+    expected = np.concatenate([rows_of([1, 2], DIM), defaults(1), rows_of([1], DIM)])
+    assert_same_bits(service.lookup(server, [1, 2, 99, 1]), expected)
     service.settle(server)
     assert tier.keys["fetch"] == 3 and stats_of(server).rows == 2
     assert_same_bits(service.lookup(server, [3, 2, 1]), rows_of([3, 2, 1], DIM))
@@ -666,19 +670,19 @@ def test_gathered_rows_are_those_of_a_lookup(monkeypatch: pytest.MonkeyPatch, le
     store.erase(ints([10]))
     keys = np.random.default_rng(n).integers(0, 3000, n)
     rows, words, missing, content = gathered(store, keys, threads=3)
-    wanted = np.empty((n, DIM), np.float32)
-    assert store.lookup(keys, wanted, -1.0) == missing
-    assert_same_bits(rows, wanted)
+    expected = np.empty((n, DIM), np.float32)
+    assert store.lookup(keys, expected, -1.0) == missing
+    assert_same_bits(rows, expected)
     slots = (words & SLOT_MASK) - FIRST_SLOT
     assert np.array_equal(slots >= 0, store.contains(keys))
-    for slot, row in zip(slots, wanted, strict=True):
+    for slot, row in zip(slots, expected, strict=True):
         if slot >= 0:
             there = (ctypes.c_float * DIM).from_address(content + int(slot) * 4 * DIM)
             assert_same_bits(np.array(there, np.float32), row)
     store.close()
 
 
-def test_a_new_row_has_a_new_word() -> None:
+def test_new_row_has_a_new_index_word() -> None:
     store = HostStore(DIM)
     store.upsert(ints([1, 2]), rows_of([1, 2], DIM))
     before = gathered(store, ints([1, 2]))[1]
@@ -690,7 +694,7 @@ def test_a_new_row_has_a_new_word() -> None:
         gathered(store, ints([1]))
 
 
-def test_gathered_rows_are_used_rows() -> None:
+def test_gathering_counts_as_use() -> None:
     """What devices ask for ages as what the CPU asks for."""
     store = HostStore(DIM, max_rows=10, policy="evict_least_used", target=0.5)
     store.upsert(np.arange(10), rows_of(range(10), DIM))

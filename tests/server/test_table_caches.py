@@ -36,6 +36,7 @@ from support.services import (
 
 import hps_numba
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.config import PersistentDatabaseConfig
 from hps_numba.device import driver
 from hps_numba.errors import DeviceError, PolicyError, TierError, UnknownModelError
@@ -450,7 +451,7 @@ def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.
 
     for _ in range(5):  # more often than there are workspaces
         with monkeypatch.context() as broken:
-            broken.setattr(EmbeddingCache, "_finish", fail)
+            broken.setattr(LaunchPlan, "finish", fail)
             broken.setattr(PreparedLookup, "start", fail)
             with pytest.raises(DeviceError, match="on purpose"):
                 service.lookup(server, keys)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cache_oracle import CacheOracle
-from support.cache_pairs import place_in
+from support.cache_pairs import primary_in
 from support.key_streams import MINE, skewed
 
 from hps_numba import plugins, simulate
@@ -81,7 +81,7 @@ def test_the_gpu_geometry_is_the_cache(policy: str, rows: int, batch: int, keys:
 def test_the_gpu_geometry_says_of_each_request_what_the_oracle_says() -> None:
     trace = skewed(600, 80, 3)
     policy = load_policy("lfu")
-    oracle = CacheOracle(3, policy, 1, 0.0, place_in(3), {int(key): np.ones(1, np.float32) for key in trace})
+    oracle = CacheOracle(3, policy, 1, 0.0, primary_in(3), {int(key): np.ones(1, np.float32) for key in trace})
     cache, hits, now = GpuGeometry(30, policy, 16), np.empty(600, np.uint8), 0
     cache.replay(trace, hits, 16)
     for start in range(0, 600, 16):

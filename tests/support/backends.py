@@ -1,4 +1,4 @@
-"""Shared by tests: PlainPlace."""
+"""A backend whose kernels run as plain Python."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class PlainKernel:
     def __init__(self, spec: KernelSpec, **names: Any) -> None:
         self._run: FunctionType = bindings(spec, lambda function: function, names)
 
-    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1) -> None:
+    def launch(self, blocks: int, stream: int, *args: Any, threads: int = 1, rows: int = 1) -> None:
         with np.errstate(all="ignore"):
             self._run(*args)
 
 
-class PlainPlace(CpuBackend):
+class PlainBackend(CpuBackend):
     """The memory of the process, and kernels that are not compiled."""
 
     def kernel(self, spec: KernelSpec) -> Any:

@@ -1,4 +1,4 @@
-"""Caches and host stores for tests, on the CPU twin or on a device, and closed at the end."""
+"""Caches and host stores for tests, on the CPU or on a device, closed at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIM = 17
 
 
 class Bench:
-    """Makes caches and stores on one place, and closes them."""
+    """Makes caches and stores on one backend, and closes them."""
 
     def __init__(self, device: int | None) -> None:
         self.device = device

@@ -1,13 +1,13 @@
 """Oracle of the embedding cache of one table: slow and obvious, but the same in every way, line and score.
 
-A set has ``lines`` lines of ``ways`` ways. The search for a key begins in its home line and goes on in the following ones,
+A set has ``lines`` lines of ``ways`` ways. The search for a key begins in its primary line and goes on in the following ones,
 ways in order: its probe order. One batch acts as follows, whatever the order in which a device runs it.
 
 1. Answers come from what the cache holds when the batch begins.
 2. Resident keys are touched, once a key.
-3. Newcomers enter. In each set, only the first positions of the batch that missed count, as many as the set has ways; of
-   these each distinct key enters once, in the order of positions: into the first empty way in its probe order, else in
-   place of the row with the smallest score, the first in its probe order of equals; or of that which the policy's victim
+3. New keys are inserted. In each set, only the first positions of the batch that missed count, as many as the set has ways; of
+   these each distinct key enters once, in the order of positions: into the first empty way in its probe order, else
+   instead of the row with the smallest score, the first in its probe order of equals; or of that which the policy's victim
    names. Rows that entered in the same batch are not replaced: at most as many enter as there are ways, so another one is
    always left; if victim names such a row, the next way without one is taken. Before a row is replaced, the policy's admit is
    asked, with what the sketch has counted of both keys; if it refuses, the row stays.
@@ -61,7 +61,7 @@ class SketchOracle:
 
 
 class Entry(NamedTuple):
-    """A cached row, and where it stands."""
+    """A cached row and its position."""
 
     key: int
     row: np.ndarray
@@ -76,8 +76,8 @@ class CacheOracle:
 
     Args:
         sets: number of sets.
-        place: (set, home line) of a key.
-        host: the rows that a lookup finds behind the cache, by key; None if there is nothing behind it.
+        primary: (set, primary line) of a key.
+        host: the rows of the host store, by key; None if there is no store.
         counters_of: of a key in the sketch, for policies that admit.
     """
 
@@ -87,7 +87,7 @@ class CacheOracle:
         policy: Policy,
         dim: int,
         default: float,
-        place: Callable[[int], tuple[int, int]],
+        primary: Callable[[int], tuple[int, int]],
         host: dict[int, np.ndarray] | None = None,
         *,
         lines: int = 2,
@@ -96,7 +96,7 @@ class CacheOracle:
     ) -> None:
         self.policy = policy
         self.default = np.float32(default)
-        self.place = place
+        self.primary = primary
         self.host = host
         self.lines, self.ways = lines, ways
         self.occupied = np.zeros((sets, lines, ways), bool)
@@ -111,7 +111,7 @@ class CacheOracle:
     # -- batches -----------------------------------------------------------------------------
 
     def lookup(self, keys: Iterable[int], now: int) -> np.ndarray:
-        """The row of each key ``[n, dim]``: from the cache, else from the host, else the default; then touches, newcomers."""
+        """The row of each key ``[n, dim]``: from the cache, else the host, else the default; then touches and insertions."""
         host = self.host or {}
         batch = [int(key) for key in keys]
         rows, missing = self._cached(batch)
@@ -171,7 +171,7 @@ class CacheOracle:
         counts = Counter(batch)
         for position in missing:
             key = batch[position]
-            number = self.place(key)[0]
+            number = self.primary(key)[0]
             considered[number] += 1
             if considered[number] <= self.lines * self.ways and self.find(key) is None:
                 at = self._way_for(key, entered, now)
@@ -199,15 +199,15 @@ class CacheOracle:
     def _named_way(self, number: int, entered: set[Way], now: int) -> Way:
         """The way of a full set that victim names, or the next one that is none of ``entered``."""
         assert self.policy.victim is not None
-        places = [(number, line, way) for line in range(self.lines) for way in range(self.ways)]
-        scores, state = [int(self.scores[at]) for at in places], self.states[number]
+        ways = [(number, line, way) for line in range(self.lines) for way in range(self.ways)]
+        scores, state = [int(self.scores[at]) for at in ways], self.states[number]
         chosen = self.policy.victim(scores, state, now) if self.policy.takes_now else self.policy.victim(scores, state)
-        for at, score in zip(places, scores, strict=True):
+        for at, score in zip(ways, scores, strict=True):
             self.scores[at] = self._stored(score)
         state[:] = map(self._stored, state)
-        while places[chosen] in entered:
-            chosen = (chosen + 1) % len(places)
-        return places[chosen]
+        while ways[chosen] in entered:
+            chosen = (chosen + 1) % len(ways)
+        return ways[chosen]
 
     def _way_for(self, key: int, entered: set[Way], now: int) -> Way:
         order = self.probe_order(key)
@@ -225,12 +225,12 @@ class CacheOracle:
     def _stored(score: int) -> int:
         return score % 2**32
 
-    # -- places ------------------------------------------------------------------------------
+    # -- positions ------------------------------------------------------------------------------
 
     def probe_order(self, key: int) -> list[Way]:
-        """All ways where a key may be, home line first."""
-        number, home = self.place(key)
-        return [(number, (home + step) % self.lines, way) for step in range(self.lines) for way in range(self.ways)]
+        """All ways where a key may be, primary line first."""
+        number, first = self.primary(key)
+        return [(number, (first + step) % self.lines, way) for step in range(self.lines) for way in range(self.ways)]
 
     def find(self, key: int) -> Way | None:
         """Where a key is."""
@@ -279,6 +279,6 @@ class CacheOracle:
     # -- content -----------------------------------------------------------------------------
 
     def dump(self, start_set: int, end_set: int) -> list[Entry]:
-        """What stands in the sets ``start_set <= set < end_set``, in the order of set, line and way."""
-        places = [(int(s), int(line), int(way)) for s, line, way in np.argwhere(self.occupied) if start_set <= s < end_set]
-        return [Entry(int(self.keys[at]), self.rows[at].copy(), int(self.scores[at]), *at) for at in places]
+        """What is in the sets ``start_set <= set < end_set``, in the order of set, line and way."""
+        ways = [(int(s), int(line), int(way)) for s, line, way in np.argwhere(self.occupied) if start_set <= s < end_set]
+        return [Entry(int(self.keys[at]), self.rows[at].copy(), int(self.scores[at]), *at) for at in ways]

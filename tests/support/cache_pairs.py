@@ -1,4 +1,4 @@
-"""Shared by tests: place_in, OPERATIONS, Pair, entries_in."""
+"""A cache over a store, and the oracle of the cache that is given the same calls."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hps_numba.kernels.policies._policy import Policy
 _set_of, _primary_line_of, _alternate_set_of = map(host_function, (set_of, primary_line_of, alternate_set_of))
 
 
-def place_in(sets: int) -> Callable[[int], tuple[int, int]]:
-    def place(key: int) -> tuple[int, int]:
+def primary_in(sets: int) -> Callable[[int], tuple[int, int]]:
+    def primary(key: int) -> tuple[int, int]:
         return _set_of(0, sets, key) // SET_BYTES, _primary_line_of(key) // 64
 
-    return place
+    return primary
 
 
 def entries_in(oracle: CacheOracle, sets: int) -> list[tuple[int, ...]]:
@@ -41,7 +41,7 @@ class Pair:
         self.cache = bench.cache(self.store, policy=policy, set_count=sets)
         host = {int(key): rows_of(key, dim) for key in known}
         self.oracle = CacheOracle(
-            sets, self.cache.policy, dim, DEFAULT, place_in(sets), host, counters_of=host_function(sketch_places)
+            sets, self.cache.policy, dim, DEFAULT, primary_in(sets), host, counters_of=host_function(sketch_places)
         )
         self.host = host
         self.now = 0
@@ -67,9 +67,9 @@ class Pair:
     def query(self) -> None:
         keys = self.some(40)
         rows, missing = self.cache.query(keys)
-        wanted, absent = self.oracle.query(keys, self.now)
-        wanted[absent] = 0
-        assert_same_bits(rows, wanted)
+        expected, absent = self.oracle.query(keys, self.now)
+        expected[absent] = 0
+        assert_same_bits(rows, expected)
         assert missing.tolist() == absent
 
     def update_from_store(self) -> None:

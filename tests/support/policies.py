@@ -1,4 +1,4 @@
-"""Shared by tests: policy_for."""
+"""Policies of the tests: built in, from the page on policies, and pinned keys."""
 
 from __future__ import annotations
 

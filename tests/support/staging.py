@@ -1,4 +1,4 @@
-"""Shared by tests: TYPES, ask."""
+"""Lookups of a cache by addresses, and the types that tests of missed rows go through."""
 
 from __future__ import annotations
 
@@ -24,17 +24,22 @@ def ask(
     shift: int = 0,
     no_answer: bool = False,
 ) -> tuple[np.ndarray, list[int]]:
-    """Bits of the answer, and the positions of keys found nowhere; ``shift``: bytes by which the answer is not aligned."""
+    """Bits of the answer, and the positions of keys in no tier; ``shift``: bytes by which the answer is not aligned."""
     keys = np.asarray(keys).astype(DTYPES[form])
     out = np.full((len(keys), cache.dim), 77, OUT[out_type])
     absent = np.zeros(1 + len(keys), np.int64)
-    place, stream, room_of = cache.backend, cache._stream, cache._room
-    with place.current(), cache._copies(keys) as (at,), room_of(out.nbytes + shift) as room, room_of(absent.nbytes) as some:
-        place.from_host(room + shift, out, stream)
+    backend, stream, room_of = cache.backend, cache.parts.state.stream, cache.parts.state.buffer
+    with (
+        backend.current(),
+        cache.parts.state.copies(keys) as (at,),
+        room_of(out.nbytes + shift) as room,
+        room_of(absent.nbytes) as some,
+    ):
+        backend.from_host(room + shift, out, stream)
         to = 0 if no_answer else room + shift
         cache.lookup(at, len(keys), to, stream, key_form=form, out_type=out_type, absent_list=some)
-        place.to_host(out, room + shift, stream)
-        place.to_host(absent, some, stream)
+        backend.to_host(out, room + shift, stream)
+        backend.to_host(absent, some, stream)
     return out, sorted(absent[1 : 1 + absent[0]].tolist())
 
 

@@ -526,8 +526,8 @@ def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: 
 def looked_up(cache: Any, keys: np.ndarray, size: int, out_type: str, shift: int) -> np.ndarray:
     """The bytes of the answers, which stand ``shift`` bytes behind a multiple of 16 meanwhile."""
     out = np.empty(len(keys) * size + shift, np.uint8)
-    place, stream = cache._backend, cache._stream
-    with place.current(), cache._copies(keys) as (at,), cache._room(out.nbytes) as room:
+    place, stream = cache.backend, cache.parts.state.stream
+    with place.current(), cache.parts.state.copies(keys) as (at,), cache.parts.state.buffer(out.nbytes) as room:
         cache.lookup(at, len(keys), room + shift, stream, out_type=out_type)
         place.to_host(out, room, stream)
     return out[shift:].reshape(len(keys), size)

@@ -1,0 +1,182 @@
+"""Which kernels a batch starts, in which order and how large: one description, whoever starts them.
+
+A sequence is a list of kernels and a list of launches beside it. It is started in one of three ways:
+
+* ``start``: a kernel after the other, on the CPU, under capture by a graph, and by the first call of a shape;
+* ``LaunchChain``: in one step out of Python, with new arguments (pooled lookups and lookups of several tables);
+* ``PreparedLookup``: the same, but only keys, their number and the address of the answer are new (lookups).
+
+*Why three.* A call out of Python costs as much as the driver's own work, and a lookup makes six. So ``start`` costs most, and
+packing some 20 arguments of each kernel is what a ``PreparedLookup`` saves beyond a ``LaunchChain``; but it holds the arguments
+of one workspace, which pooled lookups, whose offsets and weights move as well, could not reuse (``compiler.launch_native``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, CudaBackend, Kernel
+from hps_numba.cache.index_mirror import IndexMirror
+from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
+from hps_numba.cache.residency import Residency
+from hps_numba.cache.sizing import CacheGeometry
+from hps_numba.cache.state import CacheState
+from hps_numba.cache.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hps_numba.kernels.compiler.launch import PreparedLookup
+
+__all__ = ["AnswerForm", "Launch", "LaunchPlan", "start"]
+
+Launch = tuple[int, int, int, tuple[Any, ...]]
+"""Blocks, rows of so many blocks, threads of a block, and the arguments of one kernel."""
+AnswerForm = tuple[str, str, bool]
+"""Form of the keys, type of the answer, and whether that is 16-byte aligned."""
+
+
+def start(kernels: Sequence[Kernel], launches: Sequence[Launch], stream: int) -> None:
+    """Start kernels one after the other on a stream."""
+    for kernel, (blocks, rows, threads, args) in zip(kernels, launches, strict=True):
+        kernel.launch(blocks, stream, *args, threads=threads, rows=rows)
+
+
+class LaunchPlan:
+    """The launches of one cache.
+
+    Args:
+        mirror: of the host store's index, which says whether missed rows are better read in the order of their addresses.
+
+    Thread safety: all methods; a workspace in one call at a time.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        state: CacheState,
+        kernels: KernelSet,
+        residency: Residency,
+        mirror: IndexMirror | None,
+    ) -> None:
+        self._backend = kernels.backend
+        self._geometry, self._state, self._kernels, self._residency = geometry, state, kernels, residency
+        self._mirror = mirror
+        self._sets, self._capacity = geometry.sets, geometry.capacity
+
+    # -- the answer of a batch ----------------------------------------------------------------------------------------------
+
+    def lists(self, n: int) -> bool:
+        """A batch of ``n`` keys only lists those that it misses, for kernels that sort and serve them."""
+        return n >= self._residency.lists_missed_from and self.reads_in_order
+
+    @property
+    def reads_in_order(self) -> bool:
+        """Missed rows, if they are many, are better read in the order of their addresses."""
+        return self._mirror is not None and self._mirror.scattered
+
+    def answer(self, name: str, group: int, keys: int, n: int, out: int, workspace: int) -> list[Launch]:
+        """The launches of the kernels that answer ``n`` keys (``KernelSet.answering``).
+
+        Args:
+            name: of the first kernel.   group: keys that a warp of it takes.   keys, out, workspace: addresses.
+        """
+        state, default = self._state.kernel_args, self._geometry.default
+        blocks = self._backend.lookup_blocks(n, group)
+        launches: list[Launch] = [(blocks, 1, LOOKUP_THREADS, (*state, keys, n, out, default, workspace))]
+        if name == LISTED_LOOKUP:
+            blocks = self._backend.serving_blocks
+            launches.append((blocks, 1, OTHER_THREADS, (workspace,)))
+            launches.append((blocks, 1, OTHER_THREADS, (*state, default, workspace)))
+        return launches
+
+    def start_answer(self, name: str, form: AnswerForm, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
+        """Write the answer of a batch and list what is to be inserted."""
+        kernels, group = self._kernels.answering(name, *form, n < self._kernels.large_batch)
+        start(kernels, self.answer(name, group, keys, n, out, workspace), stream)
+
+    def start_query(self, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
+        """``start_answer`` of int64 keys as if there were no host store; the default is 0."""
+        kernel, group = self._kernels.built(LOOKUP, "int64", "float32", True, n < self._kernels.large_batch)
+        args = (*self._state.query_args, keys, n, out, np.float32(0), workspace)
+        kernel.launch(self._backend.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
+
+    # -- what follows -------------------------------------------------------------------------------------------------------
+
+    def finishing(self, workspace: Workspace, n: int, source: int, stride: int, advance: int) -> list[Launch]:
+        """The launches of the kernels that follow the answer of ``n`` keys in a dynamic cache (``KernelSet.finishing``).
+
+        Args:
+            source, stride: address of the rows to insert, and bytes from one to the next.
+            advance: ticks that the batch moves the clock of the policy.
+        """
+        backend, sets = self._backend, self._sets
+        lines, rows, _, state = self._state.kernel_args
+        missing = 0 if self._residency.complete else n
+        insertion = lines, rows, state, source, stride, workspace.address, advance
+        launches: list[Launch] = [(backend.blocks_after(missing, n if n < sets else sets), 1, OTHER_THREADS, insertion)]
+        if self._kernels.counted:
+            touch = lines, sets, state, workspace.address
+            launches.insert(0, (backend.blocks_after(n, n), 1, OTHER_THREADS, touch))
+        return launches
+
+    def ticks(self, n: int) -> int:
+        """Ticks that a batch of ``n`` keys moves the clock of the policy: more if it is large beside the cache."""
+        return max(1, 4 * n // self._capacity)
+
+    def finish(self, workspace: Workspace, n: int, source: int, stride: int, advance: int, stream: int) -> None:
+        """Touch what a batch hit, if the policy counts hits, and insert what it missed; arguments as for ``finishing``."""
+        start(self._kernels.finishing(), self.finishing(workspace, n, source, stride, advance), stream)
+
+    def finish_lookup(self, workspace: Workspace, n: int, stream: int) -> None:
+        """``finish`` with the rows that the lookup of ``n`` keys found in the host store; nothing in a fixed cache."""
+        if not self._geometry.fixed:
+            self.finish(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n), stream)
+
+    def finishing_lookup(self, workspace: Workspace, n: int) -> list[Launch]:
+        """The launches of ``finish_lookup``."""
+        if self._geometry.fixed:
+            return []
+        return self.finishing(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n))
+
+    def count_requests(
+        self, workspace: int, key_form: str, keys: int, n: int, stream: int, *, skips: bool = False, skipped: int = 0
+    ) -> None:
+        """Count the keys of a batch in the sketch of a policy that admits; not those equal to ``skipped``, if it ``skips``."""
+        kernel, _ = self._kernels.built("sketch_kernel", key_form)
+        blocks = self._backend.blocks(-(-n // 8))  # a key a lane
+        kernel.launch(blocks, stream, self._state.address, keys, n, int(skips), skipped, workspace)
+
+    def rescore(self) -> None:
+        """Score all rows as if they were inserted now; done when this returns."""
+        state = self._state
+        self._kernels.run("rescore_kernel", self._sets, state.stream, state.lines, self._sets, state.address)
+        self._backend.synchronize(state.stream)
+
+    # -- in one step --------------------------------------------------------------------------------------------------------
+
+    def prepare(self, workspace: Workspace, shape: KernelKey, single: bool, stream: int) -> PreparedLookup:
+        """Lookups of a shape with a workspace, on the stream that has it.
+
+        Args:
+            shape: as ``KernelSet.answering`` takes it.   single: nothing follows the answer, and nothing is listed.
+        """
+        answering, group = self._kernels.answering(*shape)
+        lists = self._state.no_lists if single else workspace.address
+        launches = self.answer(shape[0], group, 0, 1, 0, lists)
+        finishing = [] if single else self._kernels.finishing()
+        if not single:
+            launches += self.finishing_lookup(workspace, 1)
+        last = len(launches) - 1
+        return cast("CudaBackend", self._backend).prepared_lookup(
+            [*answering, *finishing],
+            launches,
+            stream,
+            workspace.event,
+            group=group,
+            sets=self._sets,
+            capacity=self._capacity,
+            touch_at=last - 1 if len(finishing) == 2 else 0,
+            insert_at=last if finishing else 0,
+        )

@@ -1,0 +1,148 @@
+"""What an embedding cache is made of: each part in a module of its own, put together here.
+
+Parts are given those that they need and use their public names only, so each can be read and tested by itself:
+
+* memory: ``state``, ``workspaces``, ``misses`` (staged rows), ``mirror`` (of the store's index);
+* what is known: ``geometry``, ``lifecycle``, ``residency``, ``link`` (to the store);
+* kernels: ``kernels`` (which), ``plan`` (in which order and how large);
+* calls: ``lookups``, ``pooling``, ``without_store``, ``changes``, ``warming``, ``policy_switch``, ``inspection``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+
+from hps_numba.cache.backends import backend_for
+from hps_numba.cache.changes import Changes
+from hps_numba.cache.index_mirror import IndexMirror, may_mirror
+from hps_numba.cache.inspect import Inspection
+from hps_numba.cache.kernel_set import KernelSet
+from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.cache.lifecycle import Lifecycle
+from hps_numba.cache.lookup import Lookups
+from hps_numba.cache.policy_memory import PolicyMemory
+from hps_numba.cache.policy_switch import PolicySwitch
+from hps_numba.cache.pooling import Pooling
+from hps_numba.cache.residency import Residency, listing_from
+from hps_numba.cache.sizing import CacheGeometry
+from hps_numba.cache.staging import StagedMisses
+from hps_numba.cache.state import CacheState
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.cache.warming import Warming
+from hps_numba.cache.without_store import WithoutStore
+from hps_numba.cache.workspace import WorkspaceShape
+from hps_numba.cache.workspace_set import WorkspaceSet
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.storage.host.store import HostStore
+
+__all__ = ["CacheParts"]
+
+
+class CacheParts:
+    """The parts of one cache.
+
+    Args:
+        device: CUDA ordinal, None for the CPU.   store: whose rows are cached.
+        pinned: rows are in pinned host memory.   limit: most batches at a time.   miss_path: one of ``staging.MISS_PATHS``.
+
+    Raises:
+        As ``EmbeddingCache``.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        device: int | None,
+        policy: Policy,
+        store: HostStore | None,
+        *,
+        pinned: bool,
+        limit: int,
+        miss_path: str,
+    ) -> None:
+        self.geometry, self.store, self.backend = geometry, store, backend_for(device)
+        # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
+        # themselves
+        self.reading = store.reading if store is not None and device is None else nullcontext
+        mirrors = store is not None and may_mirror(geometry.kind, geometry.whole, miss_path)
+        lists_from = listing_from(device, mirrors)
+        self.kernels = KernelSet(self.backend, geometry, policy)
+        with self.backend.current():
+            self.state = CacheState(self.backend, geometry, pinned=pinned)
+            try:
+                memory = self._policy_memory(policy)
+            except BaseException:
+                self.state.release()
+                raise
+        self.link = None if store is None else StoreLink(self.backend, self.state.address, store)
+        self.lifecycle = Lifecycle(self.backend, self.link, geometry.name)
+        self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
+        self.mirror = self._mirror_of(self.link, store) if mirrors else None
+        shape = WorkspaceShape(geometry.dim, geometry.sets, not geometry.fixed, self.kernels.counted, lists_from)
+        self.workspaces = WorkspaceSet(
+            self.backend,
+            self.lifecycle,
+            self.state.stream,
+            shape,
+            memory,
+            limit=limit,
+            reading=self.reading,
+            name=geometry.name,
+        )
+        self.misses: StagedMisses | None = None
+        if store is not None and (miss_path == "staged" or (miss_path == "auto" and device is not None)):
+            self.misses = StagedMisses(geometry, self.state, self.kernels, store, always=miss_path == "staged")
+        self._build_calls()
+
+    def _policy_memory(self, policy: Policy) -> PolicyMemory:
+        if self.kernels.counted:
+            self.state.allocate_hits()
+        geometry = self.geometry
+        return PolicyMemory(self.backend, None if geometry.fixed else policy, geometry.sets, geometry.name)
+
+    def _mirror_of(self, link: StoreLink | None, store: HostStore | None) -> IndexMirror:
+        assert link is not None and store is not None
+        residency = weakref.ref(self.residency)
+
+        def needed() -> bool:
+            known = residency()
+            return known is not None and not known.complete
+
+        mirror = IndexMirror(self.backend, link, store, self.geometry.name, needed)
+        self.residency.on_loss = mirror.make_later
+        return mirror
+
+    def _build_calls(self) -> None:
+        geometry, state, lifecycle, kernels = self.geometry, self.state, self.lifecycle, self.kernels
+        residency, workspaces = self.residency, self.workspaces
+        self.plan = plan = LaunchPlan(geometry, state, kernels, residency, self.mirror)
+        self.lookups = Lookups(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses)
+        self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces)
+        self.without_store = WithoutStore(geometry, state, lifecycle, residency, plan, workspaces, self.backend)
+        self.changes = Changes(geometry, state, lifecycle, kernels, residency, self.reading)
+        self.warming = Warming(
+            geometry, state, lifecycle, kernels, residency, plan, self.changes, self.lookups, self.store, self.mirror
+        )
+        self.policy_switch = PolicySwitch(geometry, state, lifecycle, kernels, residency, plan, workspaces)
+        self.inspection = Inspection(geometry, state, lifecycle, kernels, self.misses)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory where the cache lives."""
+        misses = 0 if self.misses is None else self.misses.bytes
+        mirror = 0 if self.mirror is None else self.mirror.bytes
+        return self.state.bytes + self.workspaces.bytes + misses + mirror
+
+    def close(self) -> None:
+        """Wait for the lookups at work and free all memory; again does nothing."""
+        if not self.lifecycle.close():
+            return
+        with self.backend.current():
+            self.workspaces.close()
+            for part in (self.misses, self.mirror, self.link):
+                if part is not None:
+                    part.close()
+            self.workspaces.release_policies()
+            self.state.release()
+        self.backend.close()
