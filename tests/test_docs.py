@@ -78,6 +78,16 @@ def test_python_blocks_run_in_order(page: Path, reader: Path) -> None:
             exec(compile("\n" * block.line + block.text, str(page), "exec"), scope)  # errors name the line of the page
 
 
+def test_extensions_of_the_guide_pass_their_contract_suites(tmp_path: Path) -> None:
+    for block in blocks_of(ROOT / "docs" / "extending.md"):
+        named = re.match(r"# (\w+\.py)\n", block.text)
+        if named:
+            (tmp_path / named[1]).write_text(block.text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280)
+    assert re.fullmatch(r"\d+ passed in .*", done.stdout.strip().splitlines()[-1]), done.stdout
+
+
 def test_few_blocks_are_not_run() -> None:
     reasons = [f"{name_of(page)}: {block.not_run}" for page in PAGES for block in blocks_of(page) if block.not_run]
     assert len(reasons) <= 3, reasons
