@@ -22,7 +22,17 @@ from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 if TYPE_CHECKING:
     from hps_numba.kernels.compiler.launch import LaunchChain, LoadedKernel, PreparedLookup
 
-__all__ = ["LOOKUP_THREADS", "OTHER_THREADS", "Backend", "CpuBackend", "CudaBackend", "Kernel", "Memory", "backend_for"]
+__all__ = [
+    "LOOKUP_THREADS",
+    "OTHER_THREADS",
+    "Backend",
+    "CpuBackend",
+    "CpuPreparedLookup",
+    "CudaBackend",
+    "Kernel",
+    "Memory",
+    "backend_for",
+]
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
@@ -218,6 +228,31 @@ class _CpuKernel:
         self._run(*args)
 
 
+class CpuPreparedLookup:
+    """As ``compiler.launch.PreparedLookup``, whose arguments are named there."""
+
+    def __init__(
+        self, kernels: Sequence[Kernel | None], launches: Sequence[tuple[Any, ...]], *, capacity: int, insert_at: int
+    ) -> None:
+        calls = [(cast("Kernel", kernel).launch, args) for kernel, (_, _, _, args) in zip(kernels, launches, strict=True)]
+        self._capacity = capacity
+        self._insert: Callable[..., None] | None = None
+        if insert_at:
+            self._insert, insertion = calls.pop()
+            self._insertion = insertion[:_ADVANCE_ARGUMENT]
+        (self._lookup, args), *self._others = calls
+        self._before, self._after = args[:_KEYS_ARGUMENT], args[_KEYS_ARGUMENT + 3 :]
+
+    def start(self, keys: int, n: int, out: int) -> bool:
+        """Look ``n`` keys up; returns when that is done, True."""
+        self._lookup(1, 0, *self._before, keys, n, out, *self._after)
+        for launch, args in self._others:
+            launch(1, 0, *args)
+        if self._insert is not None:
+            self._insert(1, 0, *self._insertion, max(1, 4 * n // self._capacity))
+        return True
+
+
 class CpuBackend:
     """The memory of the process; kernels run in the calling thread, without the GIL."""
 
@@ -259,6 +294,22 @@ class CpuBackend:
     def lookup_blocks(self, n: int, group: int) -> int:
         """One."""
         return 1
+
+    def prepared_lookup(
+        self,
+        kernels: Sequence[Kernel | None],
+        launches: Sequence[tuple[Any, ...]],
+        stream: int,
+        event: int,
+        *,
+        group: int,
+        sets: int,
+        capacity: int,
+        touch_at: int,
+        insert_at: int,
+    ) -> CpuPreparedLookup:
+        """A lookup to be started repeatedly, as on a device."""
+        return CpuPreparedLookup(kernels, launches, capacity=capacity, insert_at=insert_at)
 
     @property
     def context(self) -> int:

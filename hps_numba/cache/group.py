@@ -168,9 +168,9 @@ class CacheGroup:
 
     def _kernels_of(self, shape: tuple[str, str, bool, bool]) -> tuple[list[Kernel], int]:
         """The kernels of a lookup in their order, and how many keys a warp of the first takes."""
-        kernel, group = self._kernels.built("lookup_tables_kernel", *shape)
+        kernel, group = self._kernels.built(("lookup_tables_kernel", *shape))
         names = () if self._fixed else FINISHING_TABLES if self._counted else FINISHING_TABLES[1:]
-        return [kernel, *(self._kernels.built(name)[0] for name in names)], group
+        return [kernel, *(self._kernels.built((name,))[0] for name in names)], group
 
     def _launches(self, workspace: _GroupWorkspace, group: int, longest: int, words: list[int]) -> list[Launch]:
         """The launch of each kernel of ``_kernels_of``."""

@@ -62,8 +62,9 @@ class KernelSet:
         self.policy, self.made = policy, made
         self.counted = policy.needs_count and inserts
         self.admits = policy.admit is not None and inserts
-        self.one_step = self.backend.ordinal is not None and not self.admits
+        self.one_step = not self.admits  # the kernel that counts requests in the sketch takes the keys too
         self.chains.clear()
+        self._finishing: tuple[Kernel, ...] | None = None
 
     @property
     def idle_without_insertions(self) -> bool:
@@ -72,7 +73,7 @@ class KernelSet:
 
     # -- kernels ----------------------------------------------------------------------------------------------------------
 
-    def built(self, *key: Any) -> tuple[Kernel, int]:
+    def built(self, key: KernelKey) -> tuple[Kernel, int]:
         """The kernel of a key, and how many keys a warp of it takes.
 
         Raises:
@@ -84,33 +85,35 @@ class KernelSet:
             found = self.made[key] = self.backend.kernel(spec), spec.group
         return found
 
-    def answering(self, *key: Any) -> tuple[list[Kernel], int]:
+    def answering(self, key: KernelKey) -> tuple[tuple[Kernel, ...], int]:
         """The kernels that answer a batch, and how many keys a warp of the first takes.
 
         Args:
             key: LOOKUP, or LISTED_LOOKUP, whose missed keys two more kernels sort and serve; form of the keys, type of the
                 answer, whether that is 16-byte aligned, and whether the batch is smaller than ``large_batch``.
         """
-        kernel, group = self.built(*key)
+        kernel, group = self.made.get(key) or self.built(key)
         if key[0] != LISTED_LOOKUP:
-            return [kernel], group
-        return [kernel, self.built("sort_missed_kernel")[0], self.built("serve_missed_kernel", *key[2:4])[0]], group
+            return (kernel,), group
+        return (kernel, self.built(("sort_missed_kernel",))[0], self.built(("serve_missed_kernel", *key[2:4]))[0]), group
 
-    def finishing(self) -> list[Kernel]:
+    def finishing(self) -> tuple[Kernel, ...]:
         """The kernels that follow an answer: they touch what was hit, if the policy counts hits, and insert."""
-        if self._geometry.fixed:
-            return []
-        return [self.built(name)[0] for name in (FINISHING if self.counted else FINISHING[1:])]
+        found = self._finishing
+        if found is None:
+            names = () if self._geometry.fixed else FINISHING if self.counted else FINISHING[1:]
+            found = self._finishing = tuple(self.built((name,))[0] for name in names)
+        return found
 
-    def chain(self, *key: Any) -> None:
-        """From now on pooled lookups that begin with the kernel of this key can be started in one step, if any can."""
-        if self.one_step and key not in self.chains:
-            first, backend = self.built(*key)[0], cast("CudaBackend", self.backend)
+    def chain(self, key: KernelKey) -> None:
+        """From now on pooled lookups on a device that begin with the kernel of this key can be started in one step."""
+        if self.one_step and self.backend.ordinal is not None and key not in self.chains:
+            first, backend = self.built(key)[0], cast("CudaBackend", self.backend)
             self.chains[key] = backend.launch_chain([first]), backend.launch_chain([first, *self.finishing()])
 
     def run(self, name: str, tiles: int, stream: int, *args: int) -> None:
         """Start a kernel that depends on nothing but the cache and the policy."""
-        self.built(name)[0].launch(self.backend.blocks(tiles), stream, *args)
+        self.built((name,))[0].launch(self.backend.blocks(tiles), stream, *args)
 
     # -- what the policy changes --------------------------------------------------------------------------------------------
 
@@ -123,6 +126,7 @@ class KernelSet:
         if not self._geometry.fixed:
             with self.backend.current():
                 self.made |= self._ready(self.policy, self._insertion_keys(self.policy))
+                self._finishing = None
 
     def made_for(self, policy: Policy) -> dict[KernelKey, tuple[Kernel, int]]:
         """Kernels for another policy: those that insertion needs, and all that this cache has used so far.

@@ -2,9 +2,9 @@
 
 A sequence is a list of kernels and a list of launches beside it. It is started in one of three ways:
 
-* ``start``: a kernel after the other, on the CPU, under capture by a graph, and by the first call of a shape;
-* ``LaunchChain``: in one step out of Python, with new arguments (pooled lookups and lookups of several tables);
-* ``PreparedLookup``: the same, but only keys, their number and the address of the answer are new (lookups).
+* ``start``: a kernel after the other, under capture by a graph and by the first call of a stream;
+* ``LaunchChain``: in one step out of Python, with new arguments (pooled lookups and lookups of several tables on a device);
+* ``PreparedLookup``: in one step, where only keys, their number and the address of the answer are new (lookups).
 
 *Why three.* A call out of Python costs as much as the driver's own work, and a lookup makes six. So ``start`` costs most, and
 packing some 20 arguments of each kernel is what a ``PreparedLookup`` saves beyond a ``LaunchChain``; but it holds the arguments
@@ -14,11 +14,11 @@ of one workspace, which pooled lookups, whose offsets and weights move as well, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, CudaBackend, Kernel
+from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, CpuPreparedLookup, Kernel
 from hps_numba.cache.index_mirror import IndexMirror
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.residency import Residency
@@ -39,8 +39,11 @@ AnswerForm = tuple[str, str, bool]
 
 def start(kernels: Sequence[Kernel], launches: Sequence[Launch], stream: int) -> None:
     """Start kernels one after the other on a stream."""
-    for kernel, (blocks, rows, threads, args) in zip(kernels, launches, strict=True):
-        kernel.launch(blocks, stream, *args, threads=threads, rows=rows)
+    for kernel, (blocks, rows, threads, args) in zip(kernels, launches):
+        if rows == 1 and threads == OTHER_THREADS:  # the defaults, which cost less than keywords beside ``*args``
+            kernel.launch(blocks, stream, *args)
+        else:
+            kernel.launch(blocks, stream, *args, threads=threads, rows=rows)
 
 
 class LaunchPlan:
@@ -63,13 +66,10 @@ class LaunchPlan:
         self._backend = kernels.backend
         self._geometry, self._state, self._kernels, self._residency = geometry, state, kernels, residency
         self._mirror = mirror
-        self._sets, self._capacity = geometry.sets, geometry.capacity
+        self._fixed, self._sets, self._capacity = geometry.fixed, geometry.sets, geometry.capacity
+        self._kernel_args, self._stride, self._default = state.kernel_args, 4 * geometry.dim, geometry.default
 
     # -- the answer of a batch ----------------------------------------------------------------------------------------------
-
-    def lists(self, n: int) -> bool:
-        """A batch of ``n`` keys only lists those that it misses, for kernels that sort and serve them."""
-        return n >= self._residency.lists_missed_from and self.reads_in_order
 
     @property
     def reads_in_order(self) -> bool:
@@ -82,23 +82,22 @@ class LaunchPlan:
         Args:
             name: of the first kernel.   group: keys that a warp of it takes.   keys, out, workspace: addresses.
         """
-        state, default = self._state.kernel_args, self._geometry.default
-        blocks = self._backend.lookup_blocks(n, group)
-        launches: list[Launch] = [(blocks, 1, LOOKUP_THREADS, (*state, keys, n, out, default, workspace))]
-        if name == LISTED_LOOKUP:
-            blocks = self._backend.serving_blocks
-            launches.append((blocks, 1, OTHER_THREADS, (workspace,)))
-            launches.append((blocks, 1, OTHER_THREADS, (*state, default, workspace)))
-        return launches
+        blocks, args = self._backend.lookup_blocks(n, group), (*self._kernel_args, keys, n, out, self._default, workspace)
+        lookup = blocks, 1, LOOKUP_THREADS, args
+        if name != LISTED_LOOKUP:
+            return [lookup]
+        blocks = self._backend.serving_blocks
+        serving = blocks, 1, OTHER_THREADS, (*self._kernel_args, self._default, workspace)
+        return [lookup, (blocks, 1, OTHER_THREADS, (workspace,)), serving]
 
     def start_answer(self, name: str, form: AnswerForm, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
         """Write the answer of a batch and list what is to be inserted."""
-        kernels, group = self._kernels.answering(name, *form, n < self._kernels.large_batch)
+        kernels, group = self._kernels.answering((name, *form, n < self._kernels.large_batch))
         start(kernels, self.answer(name, group, keys, n, out, workspace), stream)
 
     def start_query(self, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
         """``start_answer`` of int64 keys as if there were no host store; the default is 0."""
-        kernel, group = self._kernels.built(LOOKUP, "int64", "float32", True, n < self._kernels.large_batch)
+        kernel, group = self._kernels.built((LOOKUP, "int64", "float32", True, n < self._kernels.large_batch))
         args = (*self._state.query_args, keys, n, out, np.float32(0), workspace)
         kernel.launch(self._backend.lookup_blocks(n, group), stream, *args, threads=LOOKUP_THREADS)
 
@@ -111,15 +110,13 @@ class LaunchPlan:
             source, stride: address of the rows to insert, and bytes from one to the next.
             advance: ticks that the batch moves the clock of the policy.
         """
-        backend, sets = self._backend, self._sets
-        lines, rows, _, state = self._state.kernel_args
-        missing = 0 if self._residency.complete else n
-        insertion = lines, rows, state, source, stride, workspace.address, advance
-        launches: list[Launch] = [(backend.blocks_after(missing, n if n < sets else sets), 1, OTHER_THREADS, insertion)]
-        if self._kernels.counted:
-            touch = lines, sets, state, workspace.address
-            launches.insert(0, (backend.blocks_after(n, n), 1, OTHER_THREADS, touch))
-        return launches
+        lines, rows, sets, state = self._kernel_args
+        blocks = self._backend.blocks_after(0 if self._residency.complete else n, n if n < sets else sets)
+        insertion = blocks, 1, OTHER_THREADS, (lines, rows, state, source, stride, workspace.address, advance)
+        if not self._kernels.counted:
+            return [insertion]
+        touch = self._backend.blocks_after(n, n), 1, OTHER_THREADS, (lines, sets, state, workspace.address)
+        return [touch, insertion]
 
     def ticks(self, n: int) -> int:
         """Ticks that a batch of ``n`` keys moves the clock of the policy: more if it is large beside the cache."""
@@ -131,20 +128,21 @@ class LaunchPlan:
 
     def finish_lookup(self, workspace: Workspace, n: int, stream: int) -> None:
         """``finish`` with the rows that the lookup of ``n`` keys found in the host store; nothing in a fixed cache."""
-        if not self._geometry.fixed:
-            self.finish(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n), stream)
+        if not self._fixed:
+            ticks = max(1, 4 * n // self._capacity)
+            start(self._kernels.finishing(), self.finishing(workspace, n, workspace.stage, self._stride, ticks), stream)
 
     def finishing_lookup(self, workspace: Workspace, n: int) -> list[Launch]:
         """The launches of ``finish_lookup``."""
-        if self._geometry.fixed:
+        if self._fixed:
             return []
-        return self.finishing(workspace, n, workspace.stage, 4 * self._geometry.dim, self.ticks(n))
+        return self.finishing(workspace, n, workspace.stage, self._stride, max(1, 4 * n // self._capacity))
 
     def count_requests(
         self, workspace: int, key_form: str, keys: int, n: int, stream: int, *, skips: bool = False, skipped: int = 0
     ) -> None:
         """Count the keys of a batch in the sketch of a policy that admits; not those equal to ``skipped``, if it ``skips``."""
-        kernel, _ = self._kernels.built("sketch_kernel", key_form)
+        kernel, _ = self._kernels.built(("sketch_kernel", key_form))
         blocks = self._backend.blocks(-(-n // 8))  # a key a lane
         kernel.launch(blocks, stream, self._state.address, keys, n, int(skips), skipped, workspace)
 
@@ -156,20 +154,20 @@ class LaunchPlan:
 
     # -- in one step --------------------------------------------------------------------------------------------------------
 
-    def prepare(self, workspace: Workspace, shape: KernelKey, single: bool, stream: int) -> PreparedLookup:
+    def prepare(self, workspace: Workspace, shape: KernelKey, single: bool, stream: int) -> PreparedLookup | CpuPreparedLookup:
         """Lookups of a shape with a workspace, on the stream that has it.
 
         Args:
             shape: as ``KernelSet.answering`` takes it.   single: nothing follows the answer, and nothing is listed.
         """
-        answering, group = self._kernels.answering(*shape)
+        answering, group = self._kernels.answering(shape)
         lists = self._state.no_lists if single else workspace.address
         launches = self.answer(shape[0], group, 0, 1, 0, lists)
-        finishing = [] if single else self._kernels.finishing()
+        finishing = () if single else self._kernels.finishing()
         if not single:
             launches += self.finishing_lookup(workspace, 1)
         last = len(launches) - 1
-        return cast("CudaBackend", self._backend).prepared_lookup(
+        return self._backend.prepared_lookup(
             [*answering, *finishing],
             launches,
             stream,

@@ -1,11 +1,13 @@
 """Lookups of one cache: raw addresses and streams. ``cache.EmbeddingCache`` says what they do for callers.
 
-A lookup on a device is mostly like one before on its stream: the same shape, with the same workspace. Then it is started in one
+A lookup is mostly like one before on its stream: the same shape, with the same workspace. Then it is started in one
 step (``_start_prepared``); everything else is done batch by batch (``_batches``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -34,6 +36,7 @@ class Lookups:
 
     Args:
         misses: for batches whose missed rows host threads gather, if there are such.
+        reading: gives a block in which the host store frees nothing that this thread reads.
 
     Attributes:
         staged_from: keys of the smallest batch that may be staged.
@@ -51,10 +54,13 @@ class Lookups:
         plan: LaunchPlan,
         workspaces: WorkspaceSet,
         misses: StagedMisses | None,
+        reading: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces, self._misses = residency, plan, workspaces, misses
+        self._reading = reading
         self._backend, self._pool, self._large_batch = kernels.backend, workspaces.pool, kernels.large_batch
+        self._on_device = kernels.backend.ordinal is not None
         self.staged_from = NEVER if misses is None else misses.min_keys
 
     def lookup(
@@ -78,7 +84,8 @@ class Lookups:
         if self._kernels.one_step and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             listed = n >= self._residency.lists_missed_from and self._plan.reads_in_order
             shape = (LISTED_LOOKUP if listed else LOOKUP, key_form, out_type, out % 16 == 0, n < self._large_batch)
-            if self._pool.reuse(stream, n, self._start_prepared, shape, keys, n, out, stream):
+            start = self._start_prepared if self._on_device else self._start_on_cpu
+            if self._pool.reuse(stream, n, start, shape, keys, n, out, stream):
                 return
         with self._backend.current():
             if n == 0:
@@ -105,6 +112,15 @@ class Lookups:
             prepared = workspace.prepared[shape, single] = self._plan.prepare(workspace, shape, single, stream)
         started: bool = prepared.start(keys, n, out)
         return started
+
+    def _start_on_cpu(self, workspace: Workspace, shape: KernelKey, keys: int, n: int, out: int, stream: int) -> bool:
+        """``_start_prepared`` in a block in which the store frees nothing; always with an insertion, which costs no launch."""
+        with self._reading():
+            prepared = workspace.prepared.get(shape)
+            if prepared is None:
+                prepared = workspace.prepared[shape] = self._plan.prepare(workspace, shape, False, stream)
+            started: bool = prepared.start(keys, n, out)
+            return started
 
     def _batches(
         self,
@@ -142,7 +158,7 @@ class Lookups:
         Args:
             keys, out: addresses.   n: 1 to ``kernels.layouts.cache.MAX_BATCH``.
         """
-        name = LISTED_LOOKUP if self._plan.lists(n) else LOOKUP
+        name = LISTED_LOOKUP if n >= self._residency.lists_missed_from and self._plan.reads_in_order else LOOKUP
         self._plan.start_answer(name, form, keys, n, out, workspace.address, stream)
         self.end_batch(workspace, keys, n, stream, form[0])
 
@@ -178,7 +194,7 @@ class Lookups:
         """``EmbeddingCache.scatter``."""
         self._lifecycle.check_open()
         with self._backend.current():
-            kernel, _ = self._kernels.built("scatter_kernel", out_type)
+            kernel, _ = self._kernels.built(("scatter_kernel", out_type))
             with self._state.copies_on(stream, positions, np.ascontiguousarray(rows, np.float32)) as (to, source):
                 kernel.launch(self._backend.blocks(len(positions)), stream, to, source, len(positions), out)
                 self._backend.synchronize(stream)

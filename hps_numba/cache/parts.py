@@ -117,7 +117,7 @@ class CacheParts:
         geometry, state, lifecycle, kernels = self.geometry, self.state, self.lifecycle, self.kernels
         residency, workspaces = self.residency, self.workspaces
         self.plan = plan = LaunchPlan(geometry, state, kernels, residency, self.mirror)
-        self.lookups = Lookups(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses)
+        self.lookups = Lookups(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses, self.reading)
         self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces)
         self.without_store = WithoutStore(geometry, state, lifecycle, residency, plan, workspaces, self.backend)
         self.changes = Changes(geometry, state, lifecycle, kernels, residency, self.reading)

@@ -96,7 +96,7 @@ class Pooling:
 
     def _batch(self, workspace: Workspace, shape: KernelKey, n: int, blocks: int, args: tuple[Any, ...], stream: int) -> None:
         workspace.reserve(max(n, 1), False, self._state.stream)
-        kernel, _ = self._kernels.built(*shape)
+        kernel, _ = self._kernels.built(shape)
         kernel.launch(blocks, stream, *args, workspace.address, threads=THREADS)
         if not n:
             return
@@ -105,7 +105,7 @@ class Pooling:
             skips = options & PADDED != 0
             self._plan.count_requests(workspace.address, shape[1], keys, n, stream, skips=skips, skipped=padding)
         self._plan.finish_lookup(workspace, n, stream)
-        self._kernels.chain(*shape)
+        self._kernels.chain(shape)
 
     def pool_arrays(
         self, keys: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None, combiner: str = "sum"

@@ -231,7 +231,7 @@ class StagedMisses:
             staging.begin(stream)
             backend.copy(workspace.address + WORKSPACE_MISSED, staging.address + MISSED_SELF, 8, stream)
             list_misses()
-            kernel, _ = self._kernels.built("answer_missed_kernel", out_type, aligned)
+            kernel, _ = self._kernels.built(("answer_missed_kernel", out_type, aligned))
             missed = staging.missed(stream)
             step = self._step(missed, staging.rows)
             for start in range(0, missed, step):

@@ -36,6 +36,9 @@ class GpuGeometry:
         self._workspace.reserve(batch, False, 0)
         parts.backend.store_word(self._workspace.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row in slower tiers
         self._answers = np.empty(batch, np.float32)
+        shape = ("lookup_kernel", "int64", "float32", True, True)
+        # policies that admit also count the requests of each batch
+        self._prepared = parts.plan.prepare(self._workspace, shape, False, 0) if parts.kernels.one_step else None
 
     @property
     def policy_bytes(self) -> int:
@@ -51,7 +54,10 @@ class GpuGeometry:
         out = self._answers.__array_interface__["data"][0]
         for start in range(0, len(keys), batch):
             n = min(batch, len(keys) - start)
-            self._lookups.batch(self._workspace, address + 8 * start, n, out, 0, ("int64", "float32", True))
+            if self._prepared is not None:
+                self._prepared.start(address + 8 * start, n, out)
+            else:
+                self._lookups.batch(self._workspace, address + 8 * start, n, out, 0, ("int64", "float32", True))
             np.not_equal(self._answers[:n], _MISSED, out=hits[start : start + n], casting="unsafe")
 
     def counters(self) -> CacheCounters:

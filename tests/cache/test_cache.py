@@ -217,7 +217,7 @@ def test_row_changed_between_lookup_and_insertion_is_not_inserted(
 ) -> None:
     store = bench.store([5, 6])
     cache = bench.cache(store, 40)
-    finish = cache.parts.plan.finish
+    finish = cache.parts.plan.finish_lookup
 
     def change_and_finish(*args: Any) -> None:
         cache.backend.synchronize(cache.parts.state.stream)  # the lookup has read the old row
@@ -229,7 +229,7 @@ def test_row_changed_between_lookup_and_insertion_is_not_inserted(
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.parts.plan, "finish", change_and_finish)
+        patch.setattr(cache.parts.plan, "finish_lookup", change_and_finish)
         assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
     assert cache.counters().stale_dropped == 1
@@ -421,7 +421,7 @@ def test_failure_between_kernels_leaves_the_cache_usable(cpu_bench: Bench, monke
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.parts.plan, "finish", fails)
+        patch.setattr(cache.parts.plan, "finish_lookup", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 cache.lookup_arrays(np.arange(10))

@@ -189,7 +189,7 @@ def test_stale_row_in_flight_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None
     dim, keys = 32, np.arange(1000, dtype=np.int64)
     store = pinned_store(dim, keys)
     cache = EmbeddingCache(dim, 4096, device=0, policy=load_policy("lru"), store=store)
-    finish = cache.parts.plan.finish
+    finish = cache.parts.plan.finish_lookup
 
     def update_before(*args: Any) -> None:
         store.upsert(keys[:500], rows_of(keys[:500], dim, 7))
@@ -197,7 +197,7 @@ def test_stale_row_in_flight_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None
         finish(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.parts.plan, "finish", update_before)
+        patch.setattr(cache.parts.plan, "finish_lookup", update_before)
         assert np.array_equal(cache.lookup_arrays(keys), rows_of(keys, dim))  # read before the update
     assert cache.counters().stale_dropped == 500
     _, missing = cache.query(keys)

@@ -536,7 +536,7 @@ def test_failure_between_kernels_leaves_the_cache_usable(open_table: Any, monkey
         raise CapacityError("between two kernels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table.cache.parts.plan, "finish", fails)
+        patch.setattr(table.cache.parts.plan, "finish_lookup", fails)
         for _ in range(3):
             with pytest.raises(CapacityError, match="between"):
                 table.pool(batch, "sum")

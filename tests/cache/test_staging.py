@@ -174,14 +174,14 @@ def test_policy_changes_between_staged_batches(bench: Bench) -> None:
 
 def between(cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Any]) -> None:
     """Let ``change`` happen once, after the rows of the next batch were gathered and before they are inserted."""
-    finish, left = cache.parts.plan.finish, [change]
+    finish, left = cache.parts.plan.finish_lookup, [change]
 
     def change_and_finish(*args: Any) -> None:
         if left:
             left.pop()()
         finish(*args)
 
-    monkeypatch.setattr(cache.parts.plan, "finish", change_and_finish)
+    monkeypatch.setattr(cache.parts.plan, "finish_lookup", change_and_finish)
 
 
 def old_and_new(bench: Bench) -> tuple[HostStore, EmbeddingCache, Callable[[Any], None]]:

@@ -35,6 +35,7 @@ from support.services import (
 )
 
 import hps_numba
+from hps_numba.cache.backends import CpuPreparedLookup
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.config import PersistentDatabaseConfig
@@ -309,7 +310,7 @@ def test_a_static_cache_serves_rows_inserted_later(service: Service, caplog: pyt
     assert_same_bits(service.lookup(server, [20, 3]), rows_of([20, 3], DIM, 1))
     with caplog.at_level(logging.WARNING):
         server.replace_model("m", service.workshop.table("v2", range(10, 50), DIM, 2))
-    assert "40 rows for a static cache of 20" in caplog.text
+    assert "expected at most 20 rows, as the static cache has to hold all, got 40" in caplog.text
     expected = np.concatenate([defaults(1), rows_of([10, 45, 19], DIM, 2)])
     assert_same_bits(service.lookup(server, [3, 10, 45, 19]), expected)
 
@@ -451,8 +452,9 @@ def test_failed_lookups_leak_no_workspace(service: Service, monkeypatch: pytest.
 
     for _ in range(5):  # more often than there are workspaces
         with monkeypatch.context() as broken:
-            broken.setattr(LaunchPlan, "finish", fail)
+            broken.setattr(LaunchPlan, "finish_lookup", fail)
             broken.setattr(PreparedLookup, "start", fail)
+            broken.setattr(CpuPreparedLookup, "start", fail)
             with pytest.raises(DeviceError, match="on purpose"):
                 service.lookup(server, keys)
         assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))
