@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.cli._profile_place import DeviceMemory, HostMemory, Place, cuda_devices, has_cupy
+from hps_numba.cli._profile_location import DeviceMemory, HostMemory, Place, cuda_devices, has_cupy
 from hps_numba.config import ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, DeviceError, UnknownModelError
 from hps_numba.server.hps import HPS

@@ -1,10 +1,10 @@
-"""Shared by tests: MINE, skewed."""
+"""A skewed key stream, and the source of a user's policy."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: that of ``examples/first_policy.py``, so that its kernels are compiled once
+#: the policy of ``examples/first_policy.py``, so that its kernels are compiled only once
 MINE = """
 AGE, MOST = 32, 8
 
@@ -21,6 +21,7 @@ class Fading:
 
 
 def skewed(n: int, keys: int, seed: int = 0) -> np.ndarray:
+    """``n`` requests for ``keys`` keys, int64: the frequency of a key is in proportion to 1 / its rank (Zipf 1.0)."""
     rng = np.random.default_rng(seed)
     heights = np.cumsum(1 / np.arange(1, keys + 1))
     return rng.permutation(keys)[np.searchsorted(heights / heights[-1], rng.random(n))].astype(np.int64) * 977 - 5000
