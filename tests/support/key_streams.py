@@ -6,17 +6,17 @@ import numpy as np
 
 #: the policy of ``examples/first_policy.py``, so that its kernels are compiled only once
 MINE = """
-AGE, MOST = 32, 8
+AGE, LIMIT = 32, 8
 
 
 class Fading:
     needs_count = True
 
     def first(now, count):
-        return now // AGE + min(count, MOST)
+        return now // AGE + min(count, LIMIT)
 
     def touch(score, now, count):
-        return min(max(score, now // AGE) + count, now // AGE + MOST)
+        return min(max(score, now // AGE) + count, now // AGE + LIMIT)
 """
 
 
