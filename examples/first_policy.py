@@ -5,7 +5,7 @@
 # with LRU, LFU and the optimum, and uses it in the cache of a server: the same file, unchanged, with the hits that the
 # simulator predicted.
 #
-#     pip install hps-numba            # and "hps-numba[plot]" for the picture
+#     pip install hps-numba            # and "hps-numba[plot]" for the plots
 #     python first_policy.py
 #
 # `TRACE=my_keys.npy` in the environment uses your own trace (`.npy`, CSV, Parquet, oracleGeneral, text) instead of a generated

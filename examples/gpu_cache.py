@@ -158,9 +158,9 @@ def serve(server: hps_numba.HPS, batches: list[np.ndarray], matrix: np.ndarray) 
     server.lookup(memory.keys(np.full_like(batches[0], batches[0][0])), "shop", "items")
     memory.wait()
     for number, keys in enumerate(batches):
-        asked = memory.keys(keys)
+        device_keys = memory.keys(keys)
         before, start = server.stats()["shop"]["items"], time.perf_counter()
-        rows = server.lookup(asked, "shop", "items")
+        rows = server.lookup(device_keys, "shop", "items")
         memory.wait()
         seconds = time.perf_counter() - start
         after = server.stats()["shop"]["items"]

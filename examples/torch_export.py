@@ -39,7 +39,7 @@ config = {
     "models": [
         {
             "model": "demo",
-            "sparse_files": ["table.model"],  # beside the config
+            "sparse_files": ["table.model"],  # relative to the config
             "embedding_vecsize_per_table": [DIM],
             "maxnum_catfeature_query_per_table_per_sample": [SLOTS],
             "default_value_for_each_table": [0.0],

@@ -144,8 +144,8 @@ class Table:
             lambda turn, stream: cache.lookup(addresses[turn], n, out, stream), self.sizes.repetitions, len(keys)
         )
         after = cache.counters()
-        asked, missed = after.keys - before.keys, after.misses - before.misses
-        return median(times), 100.0 * (1 - missed / asked)
+        looked_up, missed = after.keys - before.keys, after.misses - before.misses
+        return median(times), 100.0 * (1 - missed / looked_up)
 
     def check(self, cache: Any, n: int, hit_rate: float) -> None:
         """Check every row of one batch twice: the second time, some of the missed rows are in the cache."""

@@ -77,9 +77,9 @@ def movielens(path: Path) -> np.ndarray:
 
 def save_binary(keys: np.ndarray, path: Path) -> None:
     """Save as oracleGeneral, which both simulators read."""
-    numbered = densify(simulate.open_trace(keys))
+    dense = densify(simulate.open_trace(keys))
     records = np.zeros(len(keys), RECORD)
-    future = numbered.future()
+    future = dense.future()
     records["object"], records["size"] = keys + 1, 1
     records["next"] = np.where(future > len(keys), np.iinfo(np.int64).max, future)
     records.tofile(path)
@@ -127,8 +127,8 @@ def compare(traces: dict[str, np.ndarray], folder: Path, *, repeat: int) -> list
             for rows in [max(MIN_ROWS, round(share * distinct)) for share in SHARES]:
                 runs = [(ours(path, name, rows), theirs(path, name, rows) if has_theirs else None) for _ in range(repeat)]
                 line: dict[str, Any] = {"trace": trace, "algorithm": name, "rows": rows, "miss_ratio": runs[0][0][0]}
-                line["requests_per_second"] = len(keys) / min(mine[1] for mine, _ in runs)
-                line["simulation_only_per_second"] = len(keys) / min(mine[2] for mine, _ in runs)
+                line["requests_per_second"] = len(keys) / min(own[1] for own, _ in runs)
+                line["simulation_only_per_second"] = len(keys) / min(own[2] for own, _ in runs)
                 peer = [other for _, other in runs if other is not None]
                 if peer:
                     line["libcachesim_miss_ratio"] = peer[0][0]
@@ -154,12 +154,12 @@ def print_ratios(lines: list[dict[str, Any]]) -> None:
 def print_rates(lines: list[dict[str, Any]]) -> None:
     rows = []
     for line in lines:
-        mine, peer = line["requests_per_second"], line.get("libcachesim_per_second")
+        own, peer = line["requests_per_second"], line.get("libcachesim_per_second")
         judged = ""
         if line["algorithm"] == "lru":
-            judged = verdict(mine, at_least=MIN_RATE if peer is None else max(MIN_RATE, peer))
-        rates = [f"{rate / 1e6:.1f}" for rate in (mine, line["simulation_only_per_second"], peer) if rate is not None]
-        ratio = "" if peer is None else f"{mine / peer:.1f}"
+            judged = verdict(own, at_least=MIN_RATE if peer is None else max(MIN_RATE, peer))
+        rates = [f"{rate / 1e6:.1f}" for rate in (own, line["simulation_only_per_second"], peer) if rate is not None]
+        ratio = "" if peer is None else f"{own / peer:.1f}"
         rows.append([line["trace"], line["algorithm"], f"{line['rows']:,}", *rates, *[""] * (3 - len(rates)), ratio, judged])
     head = ("trace", "algorithm", "rows", "M requests/s", "simulation only", "libCacheSim", "ratio", "P9")
     print_table("Requests per second on one core, including reading the trace and, for ours, numbering it", head, rows)

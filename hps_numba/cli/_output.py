@@ -46,10 +46,10 @@ def console(*, stderr: bool = False) -> Console:
     """A console for the current stdout or stderr; 100 columns and no colours unless it is a terminal."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
-    if not made.is_terminal:
-        made.width = _PLAIN_WIDTH
-    return made
+    created = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not created.is_terminal:
+        created.width = _PLAIN_WIDTH
+    return created
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:

@@ -1,7 +1,7 @@
 """The keys of the profiler: drawn from a distribution over the keys of a table, or replayed from a file.
 
 A distribution draws ranks 0, 1, ... A rank is the key itself, as in HugeCTR, or the position of the key in the sparse model of
-the table, so that a table whose keys are not 0 .. n - 1 is asked for keys that it contains.
+the table, so that a table whose keys are not 0 .. n - 1 gets keys that it contains.
 """
 
 from __future__ import annotations

@@ -138,10 +138,10 @@ def test_demo_fails_on_wrong_counters(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_demo_saves_a_plot(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
-    picture = tmp_path / f"demo{suffix}"
-    assert demo("--plot", str(picture)).exit_code == 0
-    assert picture.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
-    assert picture.stat().st_size > 10_000
+    plot = tmp_path / f"demo{suffix}"
+    assert demo("--plot", str(plot)).exit_code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    assert plot.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["demo.txt", "absent/demo.png"])

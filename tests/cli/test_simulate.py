@@ -122,8 +122,8 @@ def test_files_contain_the_results(trace: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     content = json.loads(names["--json"].read_text())
     assert len(names["--csv"].read_text().splitlines()) == 1 + len(content["runs"]) and "advice" in content
-    picture = names["--plot"].read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
+    plot = names["--plot"].read_bytes()
+    assert plot.startswith(b"\x89PNG") and len(plot) > 50_000
     text = (tmp_path / "r.html").read_text()
     page = Page(text)
     assert page.open == [] and page.elements.count("svg") == 3 and page.elements.count("table") == 3

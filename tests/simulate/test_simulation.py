@@ -73,8 +73,8 @@ def test_gpu_geometry_equals_the_cache(policy: str, rows: int, batch: int, keys:
         some = hits[start : start + batch]
         assert cache.counters().misses - before == len(some) - int(some.sum())
     assert simulated.entries() == cache.entries()
-    found, wanted = simulated.counters(), cache.counters()
-    assert (found.inserted, found.evicted, found.misses) == (wanted.inserted, wanted.evicted, wanted.misses)
+    found, expected = simulated.counters(), cache.counters()
+    assert (found.inserted, found.evicted, found.misses) == (expected.inserted, expected.evicted, expected.misses)
     cache.close()
     store.close()
 
@@ -107,9 +107,9 @@ def test_counts_of_a_run_equal_those_of_the_cache_and_of_python(keys: np.ndarray
     assert one.row_bytes == 16 and one.bytes_from_host == one.misses * 16 and one.bytes_into_cache == one.admissions * 16
     distinct = distinct_hits = 0
     for start in range(5000, len(keys), 100):
-        places = {int(key): int(hit) for key, hit in zip(keys[start : start + 100], hits[start : start + 100])}
-        distinct += len(places)
-        distinct_hits += sum(places.values())
+        hit_of = {int(key): int(hit) for key, hit in zip(keys[start : start + 100], hits[start : start + 100])}
+        distinct += len(hit_of)
+        distinct_hits += sum(hit_of.values())
     assert (one.batch_keys, one.batch_key_hits) == (distinct, distinct_hits)
     assert one.by_window.sum() == hits.sum() and len(one.by_window) == len(result.windows) == 100
     assert result.windows.sum() == len(keys)
@@ -298,9 +298,9 @@ def test_dense_numbers_while_the_hash_table_grows() -> None:
 
 
 def test_large_traces_are_memory_mapped(monkeypatch: pytest.MonkeyPatch, keys: np.ndarray) -> None:
-    wanted = [one.hits for one in run(keys, ["lru", "belady"], 300).runs]
+    expected = [one.hits for one in run(keys, ["lru", "belady"], 300).runs]
     monkeypatch.setattr("hps_numba.simulate.dense_trace._IN_MEMORY", 100)
-    assert [one.hits for one in run(keys, ["lru", "belady"], 300).runs] == wanted
+    assert [one.hits for one in run(keys, ["lru", "belady"], 300).runs] == expected
     assert isinstance(densify(open_trace(keys)).ids, np.memmap)
 
 
@@ -344,8 +344,8 @@ def test_advice_from_a_sample_is_close_to_that_for_the_whole_trace() -> None:
 
 def test_lookup_times_match_the_measurements() -> None:
     micros = {(1024, 1.0, 32): 21, (16_384, 0.9, 128): 43, (1_048_576, 0.5, 32): 2650, (131_072, 0.95, 128): 108}
-    for (batch, hit_rate, dim), wanted in micros.items():
-        assert lookup_seconds(batch, hit_rate, dim) == pytest.approx(wanted * 1e-6)
+    for (batch, hit_rate, dim), expected in micros.items():
+        assert lookup_seconds(batch, hit_rate, dim) == pytest.approx(expected * 1e-6)
     assert lookup_seconds(131_072, 0.9, 32) < lookup_seconds(131_072, 0.9, 80) < lookup_seconds(131_072, 0.9, 128)
     assert lookup_seconds(2 << 20, 0.9, 32) == pytest.approx(2 * 540e-6) and lookup_seconds(8, 1, 4) == lookup_seconds(
         1024, 1, 32

@@ -31,10 +31,10 @@ def trace() -> np.ndarray:
 def store(request: pytest.FixtureRequest, trace: np.ndarray) -> Iterator[tuple[int | None, HostStore]]:
     known = np.unique(trace)
     allocator = PlainHostAllocator() if request.param is None else PinnedHostAllocator()
-    made = HostStore(1, allocator=allocator, rows=len(known))
-    made.upsert(known, known.astype(np.float32).reshape(-1, 1))
-    yield request.param, made
-    made.close()
+    created = HostStore(1, allocator=allocator, rows=len(known))
+    created.upsert(known, known.astype(np.float32).reshape(-1, 1))
+    yield request.param, created
+    created.close()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "mine.py:Fading"])
@@ -64,13 +64,13 @@ def test_recording_of_keys_in_gpu_memory(workshop: Workshop, tmp_path: Path) -> 
     cupy = pytest.importorskip("cupy")
     model = workshop.model((range(500), 3), deployed_device_list=[0], gpucacheper=0.5)
     server = workshop.open(model, volatile_db={"type": "hash_map"})
-    asked = np.random.default_rng(2).integers(-10, 500, 3000)
+    requested = np.random.default_rng(2).integers(-10, 500, 3000)
     with (
         server.record_trace(tmp_path / "all.npy", "m", 0),
         server.record_trace(tmp_path / "some.npy", "m", 0, rate=0.3, every=2),
     ):
         for start in range(0, 3000, 100):
-            some = asked[start : start + 100]
+            some = requested[start : start + 100]
             keys = cupy.asarray(some.astype(np.int32) if start % 200 else some)
             server.lookup(keys, "m", 0)
         graph_keys, stream = cupy.arange(9), cupy.cuda.Stream(non_blocking=True)
@@ -83,9 +83,9 @@ def test_recording_of_keys_in_gpu_memory(workshop: Workshop, tmp_path: Path) -> 
         graph.launch(stream)
         stream.synchronize()
     recorded = np.load(tmp_path / "all.npy")
-    assert recorded.tolist() == [*asked.tolist(), *range(9)]
+    assert recorded.tolist() == [*requested.tolist(), *range(9)]
     kept = np.load(tmp_path / "some.npy")
-    even = np.concatenate([asked[at : at + 100] for at in range(0, 3000, 200)])
+    even = np.concatenate([requested[at : at + 100] for at in range(0, 3000, 200)])
     chosen = set(kept.tolist())
     assert kept.tolist() == [key for key in [*even.tolist(), *range(9)] if key in chosen] and 80 < len(chosen) < 250
     assert metadata_path(tmp_path / "all.npy").exists()

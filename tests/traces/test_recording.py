@@ -46,7 +46,7 @@ def test_all_kinds_of_lookups_are_recorded(server: HPS, tmp_path: Path) -> None:
 
 
 def test_rate_every_and_limit_select_what_is_recorded(server: HPS, tmp_path: Path) -> None:
-    asked = np.random.default_rng(0).integers(0, 1000, 4000)
+    requested = np.random.default_rng(0).integers(0, 1000, 4000)
     shared, some, few = (tmp_path / f"{name}.npy" for name in ("shared", "some", "few"))
     with (
         server.record_trace(shared, "m", 0, rate=0.25),
@@ -54,20 +54,20 @@ def test_rate_every_and_limit_select_what_is_recorded(server: HPS, tmp_path: Pat
         server.record_trace(few, "m", 0, limit=25) as limited,
     ):
         for start in range(0, 4000, 10):
-            server.lookup(asked[start : start + 10], "m", 0)
+            server.lookup(requested[start : start + 10], "m", 0)
         assert limited.done and len(server._recordings) == 2
     kept = set(recorded(shared))
-    assert 150 < len(kept) < 350 and recorded(shared) == [key for key in asked.tolist() if key in kept]
-    assert recorded(some) == np.concatenate([asked[at : at + 10] for at in range(0, 4000, 30)]).tolist()
-    assert recorded(few) == asked[:25].tolist()
+    assert 150 < len(kept) < 350 and recorded(shared) == [key for key in requested.tolist() if key in kept]
+    assert recorded(some) == np.concatenate([requested[at : at + 10] for at in range(0, 4000, 30)]).tolist()
+    assert recorded(few) == requested[:25].tolist()
 
 
 def test_simulator_scales_a_recorded_sample(server: HPS, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    asked = rng.zipf(1.2, 60_000) % 9000
+    requested = rng.zipf(1.2, 60_000) % 9000
     with server.record_trace(tmp_path / "all.npy", "m", 0), server.record_trace(tmp_path / "some.npy", "m", 0, rate=0.4):
         for start in range(0, 60_000, 5000):
-            server.lookup(asked[start : start + 5000], "m", 0)
+            server.lookup(requested[start : start + 5000], "m", 0)
     true = simulate.run(tmp_path / "all.npy", "lru", 1000, geometry="associative", progress=False).runs
     found = simulate.run(tmp_path / "some.npy", "lru", 1000, geometry="associative", progress=False)
     assert found.requests == 60_000 and found.rate == pytest.approx(0.4, abs=1e-6) and found.simulated < 50_000
@@ -84,14 +84,14 @@ def test_simulator_scales_a_recorded_sample(server: HPS, tmp_path: Path) -> None
 
 
 def test_file_is_readable_while_it_grows(server: HPS, tmp_path: Path) -> None:
-    path, asked = tmp_path / "t.npy", np.arange(_BUFFER + 10) % 70
+    path, requested = tmp_path / "t.npy", np.arange(_BUFFER + 10) % 70
     with server.record_trace(path, "m", 0):
         assert recorded(path) == []
-        server.lookup(asked, "m", 0)
-        assert recorded(path) == asked[:_BUFFER].tolist()
+        server.lookup(requested, "m", 0)
+        assert recorded(path) == requested[:_BUFFER].tolist()
         assert simulate.open_trace(path).requests == _BUFFER
-        server.lookup(np.tile(asked, 2), "m", 0)
-    assert recorded(path) == np.tile(asked, 3).tolist()
+        server.lookup(np.tile(requested, 2), "m", 0)
+    assert recorded(path) == np.tile(requested, 3).tolist()
 
 
 def test_calls_of_threads_are_not_interleaved(server: HPS, tmp_path: Path) -> None:
@@ -156,16 +156,16 @@ def test_forked_child_does_not_write_the_file(server: HPS, tmp_path: Path) -> No
 def test_full_disk_ends_the_recording_but_not_the_lookup(
     server: HPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = np.arange(_BUFFER)
+    requested = np.arange(_BUFFER)
     recording = server.record_trace(tmp_path / "t.npy", "m", 0)
-    server.lookup(asked, "m", 0)
+    server.lookup(requested, "m", 0)
 
     def refuse(self: object, *args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hps_numba.traces.recording.TraceRecording._write", refuse)
-    assert server.lookup(asked, "m", 0).shape == (_BUFFER, 3)
+    assert server.lookup(requested, "m", 0).shape == (_BUFFER, 3)
     assert recording.done and server._recordings == ()
     assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
-    assert recorded(tmp_path / "t.npy") == asked.tolist()
+    assert recorded(tmp_path / "t.npy") == requested.tolist()
     recording.close()
