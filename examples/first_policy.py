@@ -1,14 +1,15 @@
 # %% [markdown]
 # # Your first cache policy
 #
-# A cache policy decides which row leaves when a set of the cache is full. Here one is written, tried on a trace beside LRU, LFU
-# and the optimum, and put into the cache of a server: the same file, unchanged, with the hits that the simulator promised.
+# A cache policy decides which row is evicted when a set of the cache is full. This example writes one, compares it on a trace
+# with LRU, LFU and the optimum, and uses it in the cache of a server: the same file, unchanged, with the hits that the
+# simulator predicted.
 #
-#     pip install hps-numba            # and "hps-numba[plot]" for the picture
+#     pip install hps-numba            # and "hps-numba[plot]" for the plots
 #     python first_policy.py
 #
-# `TRACE=my_keys.npy` in the environment takes a trace of your own (`.npy`, CSV, Parquet, oracleGeneral, text) instead of the
-# generated one; `HPS.record_trace` records one from a running server.
+# `TRACE=my_keys.npy` in the environment uses your own trace (`.npy`, CSV, Parquet, oracleGeneral, text) instead of a generated
+# one; `HPS.record_trace` records a trace from a running server.
 
 # %%
 from __future__ import annotations
@@ -33,8 +34,8 @@ random = np.random.default_rng(0)
 # %% [markdown]
 # ## A trace
 #
-# Traffic that drifts: some keys are far more popular than others, and every 50,000 requests a quarter of all keys change their
-# popularity. LRU loses popular keys to passers-by, LFU never forgets those that were popular once.
+# The traffic drifts: some keys are far more popular than others, and every 50,000 requests a quarter of all keys change their
+# popularity. LRU evicts popular keys in favour of keys that are requested once, LFU keeps keys that were popular long ago.
 
 # %%
 KEYS, REQUESTS, DRIFT = 20_000, 400_000, 50_000
@@ -63,26 +64,27 @@ print(f"{trace.name}: {len(keys):,} requests for {len(known):,} keys")
 # %% [markdown]
 # ## A policy
 #
-# Two functions of integers. `first` is the score of a row that comes in, `touch` that of a row that is asked for again; the row
-# with the smallest score of its set leaves. `now` is the time in ticks: a call is one, or more if it is large beside the cache.
-# `needs_count` asks for `count`, how often the call has the key. The class is only the namespace: there is no `self`.
+# Two functions of integers. `first` is the score of a new row, `touch` the score of a row that is requested again; the row with
+# the smallest score in its set is evicted. `now` is the time in ticks: one for each call, or more if the call is large relative
+# to the cache. `needs_count` requests `count`, the number of times that the call contains the key. The class is only a
+# namespace: there is no `self`.
 #
-# This one counts requests as LFU does, but from a level that rises by one every `AGE` ticks, and at most `MOST` above it: a row
-# that nobody asks for any more is soon below a newcomer.
+# This policy counts requests as LFU does, but from a level that rises by one every `AGE` ticks, and at most `LIMIT` above it: a
+# row that is no longer requested soon has a lower score than a new one.
 
 # %%
 POLICY = """
-AGE, MOST = 32, 8
+AGE, LIMIT = 32, 8
 
 
 class Fading:
     needs_count = True
 
     def first(now, count):
-        return now // AGE + min(count, MOST)
+        return now // AGE + min(count, LIMIT)
 
     def touch(score, now, count):
-        return min(max(score, now // AGE) + count, now // AGE + MOST)
+        return min(max(score, now // AGE) + count, now // AGE + LIMIT)
 """
 file = folder / "my_policy.py"
 file.write_text(POLICY)
@@ -90,9 +92,9 @@ file.write_text(POLICY)
 # %% [markdown]
 # ## Try it
 #
-# The GPU's cache has sets of ten rows and takes a call at a time: the geometry `gpu` is exactly that. `associative` has one
-# order of all rows and takes one request after the other, the form in which the literature compares policies. Belady's optimum
-# and the infinite cache say what could be reached at all.
+# The GPU cache has sets of ten rows and processes whole calls: the geometry `gpu` does exactly that. `associative` has one
+# order of all rows and processes one request after the other, as in the literature. Belady's optimum and the infinite cache are
+# upper bounds.
 
 # %%
 BATCH, SIZES = 256, "2%:20%:4"
@@ -104,40 +106,41 @@ for (policy, geometry), runs in result.curves().items():
 if importlib.util.find_spec("matplotlib"):
     simulate.write_plot(result, folder / "first_policy.png")
     simulate.write_page(result, folder / "first_policy.html")
-    print("a picture and a page are in", folder)
+    print("a plot and an HTML page are in", folder)
 if not os.environ.get("TRACE"):
     for mine, lru, lfu in zip(*(result.select(policy=name, geometry="gpu") for name in ("Fading", "lru", "lfu"))):
         assert mine.hit_rate > lru.hit_rate + 0.01 and mine.hit_rate > lfu.hit_rate
 
 # %% [markdown]
-# ## Choose its numbers
+# ## Choose its constants
 #
-# A class in a cell is a policy too. With one order of all rows a policy is compiled soonest, so a few can be tried in seconds.
+# A class in a cell is a policy as well. A fully associative simulation compiles fastest, so several variants can be tried in
+# seconds.
 
 # %%
-AGE = MOST = 0
+AGE = LIMIT = 0
 
 
 class Fading:
     needs_count = True
 
     def first(now, count):
-        return now // AGE + min(count, MOST)
+        return now // AGE + min(count, LIMIT)
 
     def touch(score, now, count):
-        return min(max(score, now // AGE) + count, now // AGE + MOST)
+        return min(max(score, now // AGE) + count, now // AGE + LIMIT)
 
 
-for AGE, MOST in ((8, 8), (32, 8), (128, 8), (32, 32)):
+for AGE, LIMIT in ((8, 8), (32, 8), (128, 8), (32, 32)):
     tried = simulate.run(trace, Fading, "10%", batch=BATCH, geometry="associative", bounds=False, progress=False)
-    print(f"AGE {AGE:4} MOST {MOST:3}: {tried.runs[0].hit_rate:.2%} of {tried.runs[0].rows:,} rows")
+    print(f"AGE {AGE:4} LIMIT {LIMIT:3}: hit rate {tried.runs[0].hit_rate:.2%} with {tried.runs[0].rows:,} rows")
 
 # %% [markdown]
-# ## Put it into a server
+# ## Use it in a server
 #
-# The same file, named in the config. A file of Python runs code, so the caller has to allow it. Without a GPU `cache_on_cpu`
-# has the same cache in host memory. It begins empty here (`init_ec` off), as the simulation does; rows that come back are
-# compared, and the counters must be those of the simulation. Rows of one float are enough to see that.
+# The config names the same file. A Python file runs code, so the caller has to permit it. Without a GPU, `cache_on_cpu` runs
+# the same cache in host memory. Here it starts empty (`init_ec` is off), like the simulation; the rows are checked, and the
+# counters must equal those of the simulation. Rows of one float are enough for that.
 
 # %%
 rows = np.arange(len(known), dtype=np.float32).reshape(-1, 1)
@@ -164,7 +167,7 @@ config = {
 
 
 def on_the_device(batch: np.ndarray) -> Any:
-    """Keys in the memory of the GPU go through its cache; without a GPU those in host memory do."""
+    """The keys in GPU memory, where they are looked up in the GPU cache; without a GPU, in host memory."""
     if device_count() == 0:
         return batch
     if importlib.util.find_spec("cupy"):
@@ -172,7 +175,7 @@ def on_the_device(batch: np.ndarray) -> Any:
     return importlib.import_module("torch").from_numpy(batch).cuda()
 
 
-logging.disable(logging.WARNING)  # it says that there is no GPU
+logging.disable(logging.WARNING)  # it warns that there is no GPU
 with hps_numba.HPS(config, allow_code=True) as server:
     for start in range(0, len(keys), BATCH):
         batch = keys[start : start + BATCH]
@@ -181,9 +184,9 @@ with hps_numba.HPS(config, allow_code=True) as server:
             answer = np.asarray(answer.get() if hasattr(answer, "get") else answer.cpu() if hasattr(answer, "cpu") else answer)
             assert np.array_equal(answer, rows[np.searchsorted(known, batch)])
     (cache,) = server.stats()["demo"]["items"].caches
-promised = simulate.run(
+predicted = simulate.run(
     trace, f"{file}:Fading", cache.capacity, batch=BATCH, geometry="gpu", bounds=False, allow_code=True, progress=False
 ).runs[0]
-print(f"simulated: {promised.hits:,} hits and {promised.evictions:,} evictions in {promised.rows:,} rows")
+print(f"simulated: {predicted.hits:,} hits and {predicted.evictions:,} evictions in {predicted.rows:,} rows")
 print(f"served:    {cache.hits:,} hits and {cache.evictions:,} evictions in {cache.capacity:,} rows")
-assert (cache.hits, cache.evictions) == (promised.hits, promised.evictions)
+assert (cache.hits, cache.evictions) == (predicted.hits, predicted.evictions)

@@ -1,16 +1,16 @@
-"""A table larger than the cache in front of it: every row exact, most of them from the cache.
+"""A table larger than its cache: every row is exact, and most rows are served from the cache.
 
-A GPU's memory holds a part of a table (``gpucacheper``), pinned host memory all of it. Skewed traffic runs through the cache;
-in the middle of the run it turns to other rows, and the cache follows. Hit rate and latency are printed, and drawn batch by
-batch with ``--out``; every row that comes back is compared with the model.
+GPU memory holds a part of the table (``gpucacheper``), pinned host memory the whole table. The traffic is skewed; in the middle
+of the run it shifts to other rows, and the cache adapts. The program prints hit rate and latency, plots them batch by batch
+with ``--out``, and compares every row with the model.
 
 ::
 
-    pip install "hps-numba[cuda13]"            # and "hps-numba[plot]" for the picture
+    pip install "hps-numba[cuda13]"            # and "hps-numba[plot]" for the plot
     python gpu_cache.py --rows 5000000 --batch 65536 --out gpu_cache.png
 
-Without a GPU the same program runs with ``cache_on_cpu: true``: the same cache, compiled for the CPU, in the memory of the
-process. Its hit rates are those of a GPU; its latencies are not.
+Without a GPU, the same program runs with ``cache_on_cpu: true``: the same cache, compiled for the CPU, in host memory. Its hit
+rates equal those of a GPU; its latencies do not.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ import hps_numba
 from hps_numba.device.driver import device_count, why_no_device
 from hps_numba.simulate.workloads import power_law
 
-ALPHA = 1.1  # of the traffic: the larger, the fewer rows take most of it
-LINES = 10  # printed
-INSTALL_PLOT = 'the picture needs matplotlib: pip install "hps-numba[plot]"'
+ALPHA = 1.1  # of the traffic: the larger, the more skewed
+LINES = 10  # of the printed table
+INSTALL_PLOT = 'the plot needs matplotlib: pip install "hps-numba[plot]"'
 INSTALL_ARRAYS = 'keys on the GPU need CuPy or Torch: pip install "hps-numba[cuda13]"'
 
 
 @dataclass
 class Batch:
-    """What one batch took: share of its keys that the cache had, and seconds until its rows were there."""
+    """The share of keys that hit the cache, and the seconds until the rows were available."""
 
     hit_rate: float
     seconds: float
@@ -55,7 +55,7 @@ class HostMemory:
         return rows
 
     def wait(self) -> None:
-        """A lookup is done when it returns."""
+        """A lookup is complete when it returns."""
 
 
 class CupyMemory:
@@ -91,7 +91,7 @@ class TorchMemory:
 
 
 def memory_of_keys() -> Any:
-    """Where keys lie: on the GPU, if there is one and a library for its arrays."""
+    """Memory for keys: on the GPU, if there is one and a library for its arrays."""
     if device_count() == 0:
         return HostMemory()
     if importlib.util.find_spec("cupy"):
@@ -106,23 +106,23 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A table larger than its cache, served exactly.")
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the table")
     parser.add_argument("--dim", type=int, default=32, help="float32 elements in a row")
-    parser.add_argument("--batches", type=int, default=100, help="lookups")
-    parser.add_argument("--batch", type=int, default=4096, help="keys in each")
+    parser.add_argument("--batches", type=int, default=100, help="number of lookups")
+    parser.add_argument("--batch", type=int, default=4096, help="keys in a lookup")
     parser.add_argument("--gpucacheper", type=float, default=0.1, help="share of the rows that the cache holds")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw hit rate and latency to this file")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="plot hit rate and latency to this file")
     options = parser.parse_args(arguments)
     for name in ("rows", "dim", "batches", "batch"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name}: {getattr(options, name)}, wanted 1 or more")
+            parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
     if not 0 < options.gpucacheper <= 1:
-        parser.error(f"--gpucacheper: {options.gpucacheper}, wanted more than 0 and at most 1")
+        parser.error(f"--gpucacheper: expected more than 0 and at most 1, got {options.gpucacheper}")
     if options.out is not None and importlib.util.find_spec("matplotlib") is None:
         sys.exit(INSTALL_PLOT)
     return options
 
 
 def config_for(model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A config with the original's keys, and ``cache_on_cpu`` for machines without a GPU."""
+    """A config in the form of HugeCTR HPS, with ``cache_on_cpu`` for machines without a GPU."""
     entry = {
         "model": "shop",
         "sparse_files": [str(model)],
@@ -140,27 +140,27 @@ def config_for(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def traffic(options: argparse.Namespace) -> list[np.ndarray]:
-    """Keys of all batches: a few rows are asked for often; from the middle on others than before."""
+    """The keys of all batches: a few rows are popular, and from the middle on these are other rows."""
     rng = np.random.default_rng(7)
-    popular = rng.permutation(options.rows)  # the rank of a key says nothing of its number
-    turned = rng.permutation(options.rows)
+    popular = rng.permutation(options.rows)  # the rank of a key is independent of its number
+    popular_later = rng.permutation(options.rows)
     batches = []
     for number in range(options.batches):
         ranks = power_law(options.rows, options.batch, ALPHA, rng)
-        batches.append((popular if number < options.batches // 2 else turned)[ranks])
+        batches.append((popular if number < options.batches // 2 else popular_later)[ranks])
     return batches
 
 
 def serve(server: hps_numba.HPS, batches: list[np.ndarray], matrix: np.ndarray) -> list[Batch]:
-    """Look all batches up, compare every row, and say what each took."""
+    """Look up all batches, compare every row, and measure each batch."""
     memory, served = memory_of_keys(), []
-    # the first lookup ever compiles the kernels; of one key, so that the cache stays as it was
+    # the first lookup compiles the kernels; with one key, so that the cache hardly changes
     server.lookup(memory.keys(np.full_like(batches[0], batches[0][0])), "shop", "items")
     memory.wait()
     for number, keys in enumerate(batches):
-        asked = memory.keys(keys)
+        device_keys = memory.keys(keys)
         before, start = server.stats()["shop"]["items"], time.perf_counter()
-        rows = server.lookup(asked, "shop", "items")
+        rows = server.lookup(device_keys, "shop", "items")
         memory.wait()
         seconds = time.perf_counter() - start
         after = server.stats()["shop"]["items"]
@@ -170,7 +170,7 @@ def serve(server: hps_numba.HPS, batches: list[np.ndarray], matrix: np.ndarray) 
 
 
 def print_batches(served: list[Batch]) -> None:
-    """A line for each tenth of the run."""
+    """Print a line for each tenth of the run."""
     print(f"\n{'batches':>13}  {'hit rate':>8}  {'latency (median)':>16}")
     for part in np.array_split(np.arange(len(served)), min(LINES, len(served))):
         some = [served[number] for number in part]
@@ -179,7 +179,7 @@ def print_batches(served: list[Batch]) -> None:
 
 
 def draw(served: list[Batch], path: Path, title: str) -> None:
-    """Hit rate above, latency below, over the number of the batch."""
+    """Plot hit rate and latency over the number of the batch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
@@ -200,9 +200,9 @@ def draw(served: list[Batch], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    """Make the model, serve the traffic, print and draw what came of it."""
+    """Generate the model, serve the traffic, print and plot the results."""
     options = options_of()
-    logging.basicConfig(stream=sys.stdout, format="%(levelname)s: %(message)s")  # what the server says of the machine
+    logging.basicConfig(stream=sys.stdout, format="%(levelname)s: %(message)s")  # messages of the server
     rng = np.random.default_rng(1)
     matrix = rng.random((options.rows, options.dim), np.float32)
     with tempfile.TemporaryDirectory() as work:
@@ -214,15 +214,15 @@ def main() -> None:
     where = f"no GPU ({why_no_device()}): cache_on_cpu" if device_count() == 0 else "a cache on the GPU"
     title = f"{options.rows:,} rows x {options.dim} float32, a cache for {options.gpucacheper:.0%} of them"
     print(f"machine  {where}\ntable    {title}")
-    print(f"traffic  {options.batches} batches of {options.batch:,} keys, other rows from the middle on")
+    print(f"traffic  {options.batches} batches of {options.batch:,} keys, which shift to other rows in the middle")
     print_batches(served)
-    print(f"\nall {options.batches * options.batch:,} rows are exactly those of the model")
-    print(f"cache    {stats.cache_hits:,} hits, {stats.cache_misses:,} misses, {stats.cache_insertions:,} rows came in")
-    print(f"         {stats.cache_evictions:,} left for others")
+    print(f"\nall {options.batches * options.batch:,} rows equal those of the model")
+    print(f"cache    {stats.cache_hits:,} hits, {stats.cache_misses:,} misses")
+    print(f"         {stats.cache_insertions:,} insertions, {stats.cache_evictions:,} evictions")
     assert stats.defaults == 0 and stats.cache_hits + stats.cache_misses == stats.keys
     if options.out is not None:
         draw(served, options.out, title)
-        print(f"picture  {options.out}")
+        print(f"plot     {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Why is my hit rate lower than I thought?
 #
-# A paper, or a simulation of one's own, says that LRU with a tenth of the rows has so many hits; `server.stats()` shows fewer.
-# Here the difference is taken apart on a trace: what is counted, the cold start, the batches, and the sets of the cache. Each
-# is measured alone, by the cache's own code.
+# A paper, or your own simulation, predicts a hit rate for LRU with a tenth of the rows; `server.stats()` shows a lower one.
+# This example explains the difference on a trace: what is counted, the cold start, the batches, and the sets of the cache. Each
+# part is measured separately, with the code of the cache itself.
 #
-#     pip install hps-numba            # and "hps-numba[plot]" for the picture
+#     pip install hps-numba            # and "hps-numba[plot]" for the plots
 #     python hit_rate_lower_than_thought.py
 #
-# `TRACE=my_keys.npy` in the environment takes a trace of your own instead of the generated one.
+# `TRACE=my_keys.npy` in the environment uses your own trace instead of a generated one.
 
 # %%
 from __future__ import annotations
@@ -49,10 +49,10 @@ def hit_rate(policy: str = "lru", size: int = rows, *, geometry: str = "gpu", **
 
 
 # %% [markdown]
-# ## What was expected, and what the server shows
+# ## What you expected, and what the server shows
 #
-# Expected: LRU over all rows, one request after the other, warm. Shown: the cache as it runs on a GPU, sets of ten rows and
-# calls of many keys, from an empty cache on.
+# Expected: LRU over all rows, one request after the other, warm. Shown: the GPU cache, with sets of ten rows and calls of many
+# keys, starting empty.
 
 # %%
 WARM = 0.2
@@ -61,9 +61,9 @@ shown = hit_rate(batch=CALL)
 print(f"expected {expected:.1%}, shown {shown.hit_rate:.1%}")
 
 # %% [markdown]
-# ## What is possible at all
+# ## What is possible
 #
-# The first request for a key misses in every cache: no policy is above the infinite cache, and none of this size above Belady's
+# The first request for a key misses in every cache: no policy beats the infinite cache, and none of this size beats Belady's
 # optimum, which knows the future.
 
 # %%
@@ -74,8 +74,8 @@ assert shown.hit_rate <= bounds["belady"].hit_rate <= bounds["infinite"].hit_rat
 # %% [markdown]
 # ## Warm-up
 #
-# An empty cache misses until it is full. In a short trace that is a large part of all misses; in a server that runs for days it
-# is none. Servers also fill their caches when they start (`init_ec`). So compare with the first part of the trace left out.
+# An empty cache misses until it is full. In a short trace these are a large part of all misses; in a server that runs for days
+# they do not matter. Servers also fill their caches when they start (`init_ec`). So leave out the first part of the trace.
 
 # %%
 warm = hit_rate(batch=CALL, warmup=WARM)
@@ -86,9 +86,9 @@ print(f"warm {warm.hit_rate:.1%}, {100 * (warm.hit_rate - shown.hit_rate):+.1f} 
 # %% [markdown]
 # ## Batches
 #
-# All keys of a call are looked up before any row comes in. So a key that the cache lacks and the call has five times misses
-# five times, where one request after the other would miss once. And a call that brings in more rows than a set has ways
-# pushes out rows that it should have kept. Both grow with the call beside the cache.
+# All keys of a call are looked up before any row is inserted. So a missing key that a call contains five times misses five
+# times, while separate requests would miss once. And a call that inserts more rows into a set than it has ways evicts rows that
+# should have stayed. Both effects grow with the size of the call relative to the cache.
 
 # %%
 calls = [64, 256, 1024, 4096]
@@ -98,8 +98,8 @@ for call, run in by_call.items():
 small = by_call[64].hit_rate
 
 # %% [markdown]
-# The right column is another trap: a cache that removes duplicates before it counts, as the original does, reports hits of
-# distinct keys. The same traffic, the same cache, another number.
+# The right column is another trap: a cache that removes duplicates before it counts, as HugeCTR does, reports hits of distinct
+# keys: a different number for the same traffic and the same cache.
 
 # %%
 assert all(run.key_hit_rate < run.hit_rate for run in by_call.values())
@@ -109,12 +109,12 @@ if not os.environ.get("TRACE"):
 # %% [markdown]
 # ## Sets
 #
-# A key belongs to one set of ten rows, chosen by a hash. Where more than ten popular keys fall into one set they push each
-# other out, while another set has room. This is what remains with small calls.
+# A key belongs to one set of ten rows, chosen by a hash. If more than ten popular keys fall into one set, they evict each
+# other, while other sets have free ways. This is the difference that remains with small calls.
 
 # %%
 in_sets = np.bincount(np.random.default_rng(1).integers(0, rows // 10, rows), minlength=rows // 10)
-print(f"{rows:,} keys by chance into {rows // 10:,} sets: {np.mean(in_sets > 10):.0%} of the sets get more than ten")
+print(f"{rows:,} keys at random in {rows // 10:,} sets: {np.mean(in_sets > 10):.0%} of the sets get more than ten")
 print(f"sets {small:.1%}, one order of all rows {expected:.1%}: {100 * (small - expected):+.1f} pp")
 if not os.environ.get("TRACE"):
     assert -0.02 < small - expected < 0.005
@@ -126,7 +126,7 @@ if not os.environ.get("TRACE"):
 steps = [("expected: LRU, one order, warm", expected), ("sets of ten rows", small - expected)]
 steps += [
     (f"calls of {CALL:,} instead of 64", warm.hit_rate - small),
-    ("from an empty cache on", shown.hit_rate - warm.hit_rate),
+    ("starting with an empty cache", shown.hit_rate - warm.hit_rate),
 ]
 for name, value in steps:
     print(f"{name:36}" + (f"{value:8.1%}" if name.startswith("expected") else f"{100 * value:+7.1f} pp"))
@@ -136,8 +136,7 @@ assert abs(sum(value for _, value in steps) - shown.hit_rate) < 1e-12
 # %% [markdown]
 # ## What helps
 #
-# Another policy, a larger cache, smaller calls. `hps-numba simulate --advise` looks for the least memory that reaches a hit
-# rate.
+# Another policy, a larger cache, smaller calls. `hps-numba simulate --advise` finds the least memory that reaches a hit rate.
 
 # %%
 options = [("as it is", "lru", rows, CALL), ("LFU instead of LRU", "lfu", rows, CALL)]
@@ -146,8 +145,8 @@ for name, policy, size, call in options:
     print(f"{name:36}{hit_rate(policy, size, batch=call, warmup=WARM).hit_rate:8.1%}")
 found = simulate.advise(trace, round(expected, 2), ["lru", "lfu"], batch=CALL, progress=False)
 if found.best is not None:
-    print(f"{found.target:.0%} hits at the least memory: {found.best.policy}, {found.best.rows:,} rows")
+    print(f"hit rate {found.target:.0%} with the least memory: {found.best.policy}, {found.best.rows:,} rows")
 if importlib.util.find_spec("matplotlib"):
     result = simulate.run(trace, ["lru", "lfu"], "2%:40%:5", batch=CALL, progress=False)
     simulate.write_page(result, folder / "hit_rate.html", advice=found)
-    print("a page with pictures is in", folder)
+    print("an HTML page with plots is in", folder)

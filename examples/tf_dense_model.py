@@ -1,9 +1,9 @@
 # %% [markdown]
-# # A Keras model moves its embedding table out of itself
+# # Move the embedding table out of a Keras model
 #
 # A model is trained with `keras.layers.Embedding`. Then its table is written as a sparse model, `hps_numba` serves it, and the
-# same dense layers run on `LookupLayer`: the predictions are equal, bit for bit. The table may now be larger than the model's
-# machine would like, shared by several models, and replaced while they serve.
+# same dense layers run on `LookupLayer`: the predictions are equal, bit by bit. Now the table can be larger than GPU memory,
+# shared by several models, and replaced while they serve.
 #
 #     pip install "hps-numba[tensorflow]"
 #     python tf_dense_model.py
@@ -32,7 +32,7 @@ folder = Path(tempfile.mkdtemp())
 random = np.random.default_rng(0)
 
 # %% [markdown]
-# ## Train, the table inside the model
+# ## Train with the table in the model
 
 # %%
 embedding = keras.layers.Embedding(ROWS, DIM)
@@ -44,7 +44,7 @@ keys = random.integers(0, ROWS, (4096, SLOTS))
 trained.fit(keys, (keys % 7).sum(1, keepdims=True) / 7.0, batch_size=BATCH, epochs=2, verbose=0)
 
 # %% [markdown]
-# ## Write the table: two files, keys and rows
+# ## Write the table as two files, keys and rows
 
 # %%
 table = folder / "table.model"
@@ -67,7 +67,7 @@ config = {
 }
 
 # %% [markdown]
-# ## Serve, the table outside
+# ## Serve with the table outside the model
 
 # %%
 hps.Init(global_batch_size=BATCH, ps_config_file=config)

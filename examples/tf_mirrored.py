@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A trainable head on frozen features, on several replicas
 #
-# Rows that another model learned are features here: the lookup is frozen, the dense head on top of it trains. Under
-# `tf.distribute.MirroredStrategy` each replica looks up its share of the batch; all share one server. The replicas are two
-# logical CPU devices, so that this runs anywhere; with GPUs leave out the first lines.
+# Rows learned by another model are features here: the lookup is frozen, and the dense head on top of it is trained. Under
+# `tf.distribute.MirroredStrategy`, each replica looks up its share of the batch; all replicas share one server. They are two
+# logical CPU devices here, so that the example runs anywhere; with GPUs, leave out the first lines.
 #
 #     pip install "hps-numba[tensorflow]"
 #     python tf_mirrored.py
@@ -50,7 +50,7 @@ config = {
 }
 
 # %% [markdown]
-# ## The model, built inside the scope
+# ## Build the model in the scope of the strategy
 
 # %%
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -62,7 +62,7 @@ with strategy.scope():
     model.compile(keras.optimizers.SGD(0.1), "mse")
 
 # %% [markdown]
-# ## Train the head; the features stay
+# ## Train the head on frozen features
 
 # %%
 rows = np.fromfile(folder / "features.model" / "emb_vector", np.float32).reshape(ROWS, DIM)

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Export a model, change its config, serve it in another process
 #
-# The SavedModel holds the path of the config and no rows. Whoever loads it imports `hps_numba.frontends.tensorflow`, and the
-# first call loads the tables that the config names then: here, a newer version of them.
+# The SavedModel contains the path of the config and no rows. A program that loads it imports `hps_numba.frontends.tensorflow`,
+# and the first call loads the tables that the config names at that time: here, a newer version.
 #
-# TensorFlow finds our operator by a token that the import registers. Without the import the first call fails with
-# `callback hps_numba.lookup.1 is not found`; `hps.load(path)` is `tf.saved_model.load` with the import done.
+# TensorFlow finds our operator by a token that the import registers. Without the import, the first call fails with
+# `callback hps_numba.lookup.1 is not found`; `hps.load(path)` is `tf.saved_model.load` including the import.
 #
 #     pip install "hps-numba[tensorflow]"
 #     python tf_saved_model.py
@@ -53,7 +53,7 @@ def write_config(table: str) -> str:
 
 
 # %% [markdown]
-# ## Build and export with Monday's table
+# ## Build and export with the table of Monday
 
 # %%
 path = write_config("monday.model")
@@ -65,7 +65,7 @@ print("Monday, in this process: ", model(batch).numpy().ravel())
 model.export(str(folder / "saved"), verbose=False)
 
 # %% [markdown]
-# ## Serve in a new process, with Tuesday's table
+# ## Serve in a new process with the table of Tuesday
 
 # %%
 write_config("tuesday.model")

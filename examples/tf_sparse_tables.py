@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Several tables, several ids a sample: pooled lookups
 #
-# Each sample has a list of items with a rating each, and a list of tags. `SparseLookupLayer` gives one row a sample and table:
-# the weighted mean, the sum or the sum over the root, as `tf.nn.embedding_lookup_sparse` does, combined in the pass that reads
-# the rows. `LookupCollection` asks all tables in one call.
+# Each sample has a list of items with ratings, and a list of tags. `SparseLookupLayer` returns one row for each sample and
+# table: the weighted mean, the sum, or the sum divided by the root of the squared weights, as `tf.nn.embedding_lookup_sparse`
+# does; it is computed in the pass that reads the rows. `LookupCollection` looks up all tables in one call.
 #
 #     pip install "hps-numba[tensorflow]"
 #     python tf_sparse_tables.py
@@ -56,7 +56,7 @@ ratings = tf.SparseTensor(items.indices, tf.constant([5.0, 1.0, 3.0, 2.0, 4.0, 4
 tags = tf.ragged.constant([[1], [2, 3], [4], [], [5, 6, 7], [1999]], dtype=tf.int64).to_sparse()
 
 # %% [markdown]
-# ## One pooled row a sample, and its gradient by the ratings
+# ## One pooled row for each sample, and the gradient with respect to the ratings
 
 # %%
 lookup = hps.SparseLookupLayer("demo", "items", 16, tf.float32, ps_config_file=config, global_batch_size=SAMPLES)
@@ -65,15 +65,15 @@ with tf.GradientTape() as tape:
     weights = tf.SparseTensor(ratings.indices, ratings.values, ratings.dense_shape)
     pooled = lookup(items, weights, combiner="mean")
 print("weighted mean:", pooled.shape, "samples without items are 0:", not pooled.numpy()[[2, 5]].any())
-print("gradient by the ratings:", np.round(tape.gradient(pooled, ratings.values).numpy(), 3))
+print("gradient with respect to the ratings:", np.round(tape.gradient(pooled, ratings.values).numpy(), 3))
 
 # %% [markdown]
-# ## The same by TensorFlow's own operator
+# ## Compare with the operator of TensorFlow
 
 # %%
 rows = np.fromfile(folder / "items.model" / "emb_vector", np.float32).reshape(-1, 16)
 for combiner in ("sum", "mean", "sqrtn"):
-    ours = lookup(items, ratings, combiner=combiner)[:5]  # TensorFlow's ends with the last sample that has an id
+    ours = lookup(items, ratings, combiner=combiner)[:5]  # that of TensorFlow ends with the last sample that has an id
     theirs = tf.nn.embedding_lookup_sparse(tf.constant(rows), items, ratings, combiner=combiner)
     print(f"{combiner}: largest difference {np.abs(ours - theirs).max():.1e}")
     assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-6)

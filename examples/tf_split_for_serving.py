@@ -1,8 +1,9 @@
 # %% [markdown]
-# # A server that cannot run Python: the model in two halves
+# # Split a model for a server that cannot run Python
 #
-# TensorFlow Serving runs no Python, and our lookup is Python. So the model is cut behind its lookup layers: the dense half is a
-# plain SavedModel whose inputs are rows, any TF-Serving takes it; the lookup half runs in front of it, in a process of ours.
+# TensorFlow Serving does not run Python, which our lookup needs. So the model is split after its lookup layers: the dense half
+# is a plain SavedModel with rows as inputs, which any TF-Serving accepts; the lookup half runs in front of it, in a Python
+# process.
 #
 #     pip install "hps-numba[tensorflow]"
 #     python tf_split_for_serving.py
@@ -55,15 +56,16 @@ hidden = keras.layers.Concatenate()([keras.layers.Flatten()(rows), dense])
 model = keras.Model([ids, dense], keras.layers.Dense(1)(keras.layers.Dense(16, "relu")(hidden)))
 
 # %% [markdown]
-# ## Cut, and export the dense half
+# ## Split, and export the dense half
 
 # %%
 lookup, rest = hps.split(model)
-rest.export(str(folder / "dense" / "1"), verbose=False)  # the folder that TF-Serving wants: a number for the version
+rest.export(str(folder / "dense" / "1"), verbose=False)  # TF-Serving expects a folder for each version number
 
 # %% [markdown]
-# ## In front of the server: look the rows up, send them on
-# Here the exported half is loaded in this process; `tf.saved_model.load` stands for the server.
+# ## In front of the server: look up the rows and send them on
+#
+# In this example, `tf.saved_model.load` in the same process stands for the server.
 
 # %%
 remote = tf.saved_model.load(str(folder / "dense" / "1"))

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # A DLRM-like model: 26 tables in one call, with `F.embedding` beside it
+# # A DLRM-like model: 26 tables in one call, compared with `F.embedding`
 #
 # The model of Naumov et al. (2019): dense features through an MLP, 26 categorical features through tables, dot products of all
-# pairs, an MLP on top. `LookupCollection` asks all tables in one step. Here every id is the number of its row, so that the same
-# batches can go through `torch.nn.functional.embedding`, and the answers compared bit for bit.
+# pairs, and an MLP on top. `LookupCollection` looks up all tables in one call. Here every id is the number of its row, so that
+# `torch.nn.functional.embedding` can process the same batches, and the answers can be compared bit by bit.
 #
 #     pip install "hps-numba[torch]"
 #     python torch_dlrm.py
@@ -54,12 +54,12 @@ config = {
 }
 
 # %% [markdown]
-# ## Two ways to the rows: a server, and weights in the model
+# ## Two sources of rows: a server, and weights in the model
 
 
 # %%
 class InModel(torch.nn.Module):
-    """The tables as weights: 26 times `F.embedding`."""
+    """The tables as weights: `F.embedding` 26 times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,21 +90,21 @@ class Dlrm(torch.nn.Module):
 collection = hps.LookupCollection(config, "dlrm", {name: (name, DIM) for name in names})
 served = Dlrm(collection).to(device).eval()
 plain = Dlrm(InModel()).to(device).eval()
-plain.load_state_dict(served.state_dict(), strict=False)  # the same MLPs; the tables of `served` are no part of it
+plain.load_state_dict(served.state_dict(), strict=False)  # the same MLPs; the tables of `served` are not part of its state
 
 # %% [markdown]
-# ## The same batches through both
+# ## Process the same batches with both
 
 
 # %%
 def batch_of(size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Dense features, and ids of which few are frequent."""
+    """Dense features, and ids of which a few are frequent."""
     keys = {name: (torch.rand(size, device=device).pow(3) * ROWS).long() for name in names}
     return torch.rand(size, 13, device=device), keys
 
 
 def milliseconds(call: Callable[..., object], *inputs: object) -> float:
-    """The median of some calls."""
+    """The median time of several calls."""
     times = []
     for _ in range(7):
         if device == "cuda":
@@ -118,7 +118,7 @@ def milliseconds(call: Callable[..., object], *inputs: object) -> float:
 
 
 with torch.inference_mode():
-    print(f"milliseconds on {device}, {TABLES} tables of {ROWS} rows, D={DIM}: rows alone, then the whole model")
+    print(f"milliseconds on {device}, {TABLES} tables of {ROWS} rows, D={DIM}: rows only, then the whole model")
     print("batch   F.embedding  hps_numba   model: F.embedding  hps_numba")
     for size in BATCHES:
         dense, keys = batch_of(size)
@@ -129,15 +129,15 @@ with torch.inference_mode():
         print(f"{size:5}   {rows[0]:11.3f}  {rows[1]:9.3f}   {whole[0]:18.3f}  {whole[1]:9.3f}")
 
 # %% [markdown]
-# ## What a server adds: ids that were never listed, and rows that change while the model serves
+# ## What a server adds: new ids, and rows that change while the model serves
 
 # %%
 dense, keys = batch_of(64)
 with torch.inference_mode():
     before = served(dense, keys)
-    keys[names[0]][0] = 5_000_000_000  # no row number of any weight; it gets the default of its table
+    keys[names[0]][0] = 5_000_000_000  # not a row number of any weight; it gets the default of its table
     served(dense, keys)
     hps.server_of(config).insert([5_000_000_000], np.ones((1, DIM)), "dlrm", names[0])
     after = served(dense, keys)
-print("samples that a new id with a row of its own changed:", (before != after).flatten().nonzero().flatten().tolist())
+print("samples changed by the row of a new id:", (before != after).flatten().nonzero().flatten().tolist())
 assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Export a model, reload it elsewhere, and change rows under it
 #
-# `torch.export` keeps the dense half and a line of text that names the config and the table. No rows are baked in: the program
-# is small, it is loaded in a new process that never saw the model's code, and rows that change afterwards show.
+# `torch.export` keeps the dense half and a line of text that names the config and the table, but no rows: the program is small,
+# a new process loads it without the code of the model, and later changes of rows are visible.
 #
 #     pip install "hps-numba[torch]"
 #     python torch_export.py
@@ -39,7 +39,7 @@ config = {
     "models": [
         {
             "model": "demo",
-            "sparse_files": ["table.model"],  # beside the config
+            "sparse_files": ["table.model"],  # relative to the config
             "embedding_vecsize_per_table": [DIM],
             "maxnum_catfeature_query_per_table_per_sample": [SLOTS],
             "default_value_for_each_table": [0.0],
@@ -52,7 +52,7 @@ config = {
 
 
 # %% [markdown]
-# ## A model with a bag of ids and a head, exported with a batch of any size
+# ## Export a model with a bag of ids and a head for batches of any size
 
 
 # %%
@@ -74,7 +74,7 @@ sizes = [(folder / name).stat().st_size // 1024 for name in ("scorer.pt2", "tabl
 print(f"the program: {sizes[0]} KiB, the table: {sizes[1]} KiB")
 
 # %% [markdown]
-# ## A new process serves it, and sees each change of a row
+# ## Serve it in a new process, which sees each change of a row
 
 # %%
 script = """
@@ -98,13 +98,13 @@ subprocess.run([sys.executable, "-c", script, *paths], check=True)
 first, zeroed, again = torch.load(folder / "answers.pt")
 with torch.inference_mode():
     here = model(keys[:7]).cpu()
-print("the new process answers as this one:", torch.equal(first, here))
-print("the first sample with its rows at 0:", zeroed[0].item(), "which is the bias of the head:", model.head.bias.item())
+print("the new process gives the same answer:", torch.equal(first, here))
+print("the first sample with rows of zeros:", zeroed[0].item(), "equals the bias of the head:", model.head.bias.item())
 assert torch.equal(first, here) and torch.equal(again, here)
 assert torch.allclose(zeroed[0], model.head.bias.cpu()) and not torch.equal(first, zeroed)
 
 # %% [markdown]
-# ## Here too: the program that this process loaded follows its own server
+# ## A program loaded in this process uses the server of this process
 
 # %%
 loaded = torch.export.load(folder / "scorer.pt2").module()

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # A table in a Torch model: plug in, compile, export, serve elsewhere
+# # A table in a Torch model: plug in, compile, export, serve in another process
 #
-# `LookupLayer` takes the place of `torch.nn.Embedding`. Its rows live in a server, so they are no parameters of the model: they
-# are shared by all models of the process, may be larger than a GPU, and change while graphs run.
+# `LookupLayer` replaces `torch.nn.Embedding`. Its rows are in a server and are not parameters of the model: they are shared by
+# all models of the process, can be larger than GPU memory, and can change while graphs run.
 #
 #     pip install "hps-numba[torch]"
 #     python torch_layer.py
@@ -48,7 +48,7 @@ config = {
 }
 
 # %% [markdown]
-# ## Plug it in, and compare with `torch.nn.functional.embedding`
+# ## Plug it in and compare with `torch.nn.functional.embedding`
 
 # %%
 layer = hps.LookupLayer(config, "demo", table_id=0, emb_vec_size=DIM)
@@ -59,7 +59,7 @@ print(model[0])
 assert torch.equal(layer(keys), torch.nn.functional.embedding(keys, weight))
 
 # %% [markdown]
-# ## Compile it: one graph, and an update of a row is seen by the next call
+# ## Compile it into one graph; the next call sees an update of a row
 
 # %%
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -68,12 +68,12 @@ server = hps.server_of(config)
 server.update(keys[0, :1].cpu(), np.zeros((1, DIM), np.float32), "demo", 0)
 after = compiled(keys)
 changed = (before != after).flatten().nonzero().flatten().tolist()
-print("samples that an update of one row changed:", changed)
+print("samples changed by the update of one row:", changed)
 assert 0 in changed and torch.equal(after, model(keys))
 server.update(keys[0, :1].cpu(), weight[keys[0, 0]][None].cpu(), "demo", 0)
 
 # %% [markdown]
-# ## Export it, and serve it in a new process, which loads the table itself
+# ## Export it and serve it in a new process, which loads the table
 
 # %%
 program = torch.export.export(model, (keys,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -88,5 +88,5 @@ torch.save(keys[:7], folder / "keys.pt")
 paths = [str(folder / name) for name in ("program.pt2", "keys.pt", "answer.pt")]
 subprocess.run([sys.executable, "-c", script, *paths], check=True)
 answer = torch.load(folder / "answer.pt")
-print("a new process answers the same:", torch.equal(answer, model(keys[:7])))
+print("the new process gives the same answer:", torch.equal(answer, model(keys[:7])))
 assert torch.equal(answer, model(keys[:7]))

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Train the rows of a table: a small recommender on ids that nobody listed before
+# # Train the rows of a table: a small recommender on new ids
 #
-# With `trainable=True` the backward notes gradients of rows, and an optimizer of ours applies them to the server: to host
-# memory and to every cached copy. Ids are any 64-bit numbers; a row is made when its id first comes.
+# With `trainable=True`, the backward pass collects gradients of rows, and one of our optimizers applies them in the server: to
+# host memory and to every cached copy. Ids are any 64-bit integers; a row is created when its id is first looked up.
 #
 #     pip install "hps-numba[torch]"
 #     python torch_train.py
@@ -32,7 +32,7 @@ DIM, EVENTS, BATCH = 8, 40_000, 500
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print("runs on", torch.cuda.get_device_name() if device == "cuda" else "the CPU")
 folder = Path(tempfile.mkdtemp())
-for name in ("user", "item"):  # ten rows of an older model; all others are made while training
+for name in ("user", "item"):  # ten rows of an older model; all others are created in training
     hps_numba.generate_model(folder / f"{name}.model", 10, DIM)
 config = {
     "supportlonglong": True,
@@ -51,7 +51,7 @@ config = {
 }
 
 # %% [markdown]
-# ## Data: users like items whose hidden taste is near theirs
+# ## Data: users like items that match their taste
 
 # %%
 random = np.random.default_rng(0)
@@ -82,7 +82,7 @@ class Recommender(torch.nn.Module):
 
 model = Recommender(config).to(device)
 rows = hps.Adagrad(model, lr=0.2)
-dense = torch.optim.Adam(model.parameters(), lr=0.01)  # rows are no parameters of the model
+dense = torch.optim.Adam(model.parameters(), lr=0.01)  # rows are not parameters of the model
 schedule = torch.optim.lr_scheduler.ExponentialLR(rows, 0.9)
 print(sum(weight.numel() for weight in model.parameters()), "weights in the model, rows:", [*hps.trained_rows(model)])
 
@@ -106,7 +106,7 @@ for epoch in range(6):
 assert losses[0] > 0.5 and losses[-1] < 0.3
 
 # %% [markdown]
-# ## What was trained is in the server, for every layer and every caller
+# ## The trained rows are in the server, for every layer and every caller
 
 # %%
 server = hps.server_of(config)
@@ -118,9 +118,10 @@ assert torch.equal(serving(user[:5]), trained)
 assert np.array_equal(server.lookup(users[who[:5]], "shop", "user"), trained.cpu())
 
 # %% [markdown]
-# ## Rows, optimizer and head in one file, and a server that goes on from there
+# ## Save rows, optimizer and head in one file, and continue in another server
 #
-# The file is whole or not there, whenever the writer is killed. Another config is another server, as in a new process.
+# The file appears only when it is complete, even if the writer is killed. Another config is another server, as in a new
+# process.
 
 # %%
 saved = hps.save_checkpoint(folder / "epoch6.npz", rows, dense=model.state_dict())
@@ -131,5 +132,5 @@ assert hps.server_of(folder / "ps_config.json").stats()["shop"]["user"].rows == 
 again.load_state_dict(hps.load_checkpoint(folder / "epoch6.npz", hps.Adagrad(again)))
 with torch.no_grad():
     here, there = (one(user[:100], item[:100]) for one in (model, again))
-print("the other server answers the same:", torch.equal(here, there))
+print("the other server gives the same answer:", torch.equal(here, there))
 assert torch.equal(here, there)

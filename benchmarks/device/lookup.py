@@ -1,9 +1,9 @@
-"""P1, P2: lookups that the cache answers, beside copies of rows whose place is known.
+"""P1, P2: lookups that only hit the cache, compared with copies of rows by row number.
 
-3.1 M rows stand in a cache of 4 M ways; keys are uniform over them, batches are fresh. In the same run: the plain gather (16
-bytes a thread, no hash: the ceiling), ``F.embedding`` and ``torch.index_select`` on a tensor with the same rows. Times are
-medians of CUDA events around one call, of one of 20 calls in a CUDA graph, and of the clock of the host for an eager call. In
-a graph a lookup is two nodes, as rows may be missing when it is replayed; ``static`` shows the first of them alone.
+A cache of 4 M ways contains 3.1 M rows; keys are uniform over them, and every batch is new. In the same run: the plain gather
+(16 bytes a thread, no hash: the ceiling), ``F.embedding`` and ``torch.index_select`` on a tensor with the same rows. Times are
+medians: by CUDA events around one call, per call for 20 calls in a CUDA graph, and by the clock of the host for an eager call.
+In a graph, a lookup is two nodes, because rows may be missing when it is replayed; ``static`` shows the first of them only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ TINY = replace(
 
 
 class Batches:
-    """Batches of one size: row numbers and keys on the device, one answer's worth of memory."""
+    """Batches of one size: row numbers and keys on the device, and memory for one answer."""
 
     def __init__(self, machine: Machine, rows: int, n: int, dim: int, count: int) -> None:
         rng = np.random.default_rng(n)
@@ -77,7 +77,7 @@ class Batches:
 
 
 class Table:
-    """All that is compared at one width: the rows as a tensor, and warm caches of them, one a policy."""
+    """What is compared at one width: the rows as a tensor, and a warm cache of them for each policy."""
 
     def __init__(self, run: Run, dim: int, sizes: Sizes) -> None:
         self.machine, self.dim, self.sizes = run.machine, dim, sizes
@@ -99,8 +99,8 @@ class Table:
             cache.close()
         self.store.close()
 
-    def contenders(self, batches: Batches) -> Candidates:
-        """By name: the call that looks one batch up."""
+    def candidates(self, batches: Batches) -> Candidates:
+        """By name: a call that looks up one batch."""
         numbers, out, rows = batches.numbers, batches.out, self.rows
         embedding = torch.nn.functional.embedding
         calls: Candidates = {GATHER: lambda turn, stream: self._gather(numbers[turn], rows, out, stream)}
@@ -116,7 +116,7 @@ class Table:
         return lambda turn, stream: lookup(keys[turn], n, out, stream)
 
     def check(self, calls: Candidates, batches: Batches) -> None:
-        """Every contender gives the right rows."""
+        """Check that every candidate gives the right rows."""
         for name, call in calls.items():
             batches.out.fill_(float("nan"))
             answer = call(0, self.machine.stream())
@@ -125,11 +125,11 @@ class Table:
 
 
 def measure(run: Run, table: Table, sizes: tuple[int, ...], take: Callable[[Call], list[float] | None], what: str) -> Figures:
-    """Medians of every contender for every batch size, with a line of progress each."""
+    """Medians of every candidate for every batch size, with a line of progress for each."""
     figures: Figures = {}
     for n in sizes:
         batches = Batches(table.machine, table.sizes.rows, n, table.dim, BATCHES)
-        calls = table.contenders(batches)
+        calls = table.candidates(batches)
         table.check(calls, batches)
         for name, call in calls.items():
             times = take(call)
@@ -141,7 +141,7 @@ def measure(run: Run, table: Table, sizes: tuple[int, ...], take: Callable[[Call
 
 
 def eager(run: Run, table: Table) -> Figures:
-    """P1: one call from an idle device."""
+    """P1: one call on an idle device."""
     machine, sizes = table.machine, table.sizes
     figures = measure(run, table, sizes.batches, lambda call: machine.times(call, sizes.repetitions), "eager")
 
@@ -154,19 +154,19 @@ def eager(run: Run, table: Table) -> Figures:
 
 
 def in_graphs(run: Run, table: Table) -> Figures:
-    """P2: nodes of a CUDA graph. A lookup there is two nodes, the lookup and the insertion that ends its batch."""
+    """P2: nodes of a CUDA graph. A lookup in a graph is two nodes, the lookup and the insertion that ends its batch."""
     repetitions = table.sizes.repetitions
     figures = measure(
         run, table, table.sizes.graph_batches, lambda call: table.machine.graph_times(call, repetitions), "in a graph"
     )
     if not figures:
-        run.say("there are no graphs here")
+        run.say("CUDA graphs are not available")
         return figures
 
     def note(name: str, n: int, ratio: float) -> str:
         return f" {verdict(ratio, at_most=P2_NODE)}" if name.startswith("hps") and n <= P2_NODE_UP_TO else ""
 
-    ratio_cells(f"D={table.dim}: of {IN_A_GRAPH} calls in a CUDA graph, one (P2)", figures, GATHER, note=note)
+    ratio_cells(f"D={table.dim}: one of {IN_A_GRAPH} calls in a CUDA graph (P2)", figures, GATHER, note=note)
     for name in (name for name in figures if name.startswith("hps")):
         faster = {n: figures[name][n] / figures[EMBEDDING][n] for n in figures[name] if n >= P2_FASTER_FROM}
         said = ", ".join(f"{n:,} keys {ratio:.2f} {verdict(ratio, at_most=1.0)}" for n, ratio in faster.items())
@@ -175,7 +175,7 @@ def in_graphs(run: Run, table: Table) -> Figures:
 
 
 def on_the_clock(run: Run, table: Table) -> Figures:
-    """P2: what an eager call costs the host, by addresses."""
+    """P2: host time of an eager call with addresses."""
     machine, sizes = table.machine, table.sizes
     figures = measure(run, table, sizes.wall_batches, lambda call: machine.wall_times(call, 7), "host")
     title = f"D={table.dim}: host time of an eager call of EmbeddingCache.lookup (P2)"
@@ -184,22 +184,22 @@ def on_the_clock(run: Run, table: Table) -> Figures:
 
 
 def wall_note(name: str, n: int, ratio: float) -> str:
-    """P2, where an insertion follows the lookup."""
+    """The target of P2 for our calls."""
     return f" {verdict(ratio, at_most=P2_WALL)}" if name.startswith(("hps", "HPS")) else ""
 
 
 def measure_dim(run: Run, dim: int, sizes: Sizes) -> None:
-    """All tables of one width, each a section; the rows are made once."""
-    made: list[Table] = []
-    run.section(f"D={dim}: preparation", lambda: made.append(Table(run, dim, sizes)))
-    for table in made:
+    """All measurements of one width, a section each; the rows are created once."""
+    tables: list[Table] = []
+    run.section(f"D={dim}: preparation", lambda: tables.append(Table(run, dim, sizes)))
+    for table in tables:
         for name, work in (("eager", eager), ("graph", in_graphs), ("host time", on_the_clock)):
             run.section(f"D={dim}: {name}", lambda work=work, table=table: work(run, table))
         table.close()
 
 
 def server_times(run: Run, dim: int, sizes: Sizes) -> Figures:
-    """P2: ``HPS.lookup`` of keys that lie on the device, beside ``F.embedding`` on the same rows."""
+    """P2: ``HPS.lookup`` of keys on the device, compared with ``F.embedding`` on the same rows."""
     machine, rows = run.machine, sizes.server_rows
     numbers = np.arange(rows)
     figures: Figures = {}
@@ -222,7 +222,7 @@ def server_times(run: Run, dim: int, sizes: Sizes) -> Figures:
 
 
 def server_calls(server: Any, batches: Batches, weights: torch.Tensor) -> Candidates:
-    """``HPS.lookup`` of Torch's tensors, and ``F.embedding``."""
+    """``HPS.lookup`` of Torch tensors, and ``F.embedding``."""
     keys, numbers, out = batches.keys, batches.numbers, batches.out
     return {
         "HPS.lookup(out=)": lambda turn, stream: server.lookup(keys[turn], "m", 0, out=out),
@@ -232,7 +232,7 @@ def server_calls(server: Any, batches: Batches, weights: torch.Tensor) -> Candid
 
 
 def config_of(model: Path, dim: int, *, on_cpu: bool) -> dict[str, Any]:
-    """A server of one table whose cache holds every row."""
+    """A config of one table whose cache holds every row."""
     entry = {
         "model": "m",
         "sparse_files": [str(model)],
@@ -248,14 +248,14 @@ def config_of(model: Path, dim: int, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def ceilings(run: Run, sizes: Sizes) -> dict[str, float]:
-    """What the memory of the device gives."""
+    """The bandwidth of the memory of the device."""
     rate = copy_rate(run.machine, sizes.copy_bytes)
     run.say(f"copy within the device: {rate:,.0f} GB/s, read plus written")
     return {"copy_gb_per_s": rate}
 
 
 def main() -> int:
-    options = parser_of("Lookups that hit the cache, against copies of rows whose place is known (P1, P2).", DIMS).parse_args()
+    options = parser_of("Lookups that only hit the cache, compared with row copies by number (P1, P2).", DIMS).parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     dims = [32, 128] if options.quick and options.dims == list(DIMS) else options.dims
     run = Run("Device lookups, all hits (P1, P2): medians, ratios within one run", options)

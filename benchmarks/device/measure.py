@@ -1,10 +1,10 @@
-"""How device benchmarks take times: by CUDA events, as nodes of a CUDA graph, and by the clock of the host.
+"""How device benchmarks measure times: by CUDA events, as nodes of a CUDA graph, and by the clock of the host.
 
-``Gpu`` is what is measured. ``Cpu`` stands in for it under ``--on-cpu``: the same programs on the CPU twin of the cache, to see
-that they run where there is no GPU; its times say nothing.
+``Gpu`` is measured. ``Cpu`` replaces it with ``--on-cpu``: the same programs on the CPU backend of the cache, which shows
+without a GPU that they run; its times are meaningless.
 
-A *call* takes the number of a batch and the handle of the stream to work on. Batches differ from call to call, so that no time
-is that of rows which the call before brought.
+A *call* takes the number of a batch and the handle of the stream to use. Batches differ from call to call, so that no call
+finds rows that the call before it has fetched.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 __all__ = ["BATCHES", "IN_A_GRAPH", "Call", "Cpu", "Gpu", "Machine", "copy_rate", "host_copy_rate", "machine_of"]
 
 Call = Callable[[int, int], Any]
-BATCHES = 31  # fresh batches, taken in turn: more than the ticks after which LRU renews a stamp, and no multiple of them
-IN_A_GRAPH = 20  # calls captured in one graph, each on a buffer of its own
+BATCHES = 31  # used in turn: more than the ticks after which LRU updates a stamp, and no multiple of them
+IN_A_GRAPH = 20  # calls captured in one graph, each with its own buffer
 WARMUPS = 3
 _WALL_CALLS = 200
 
 
 class Machine(Protocol):
-    """Where calls run and how long they take: microseconds, one figure a repetition."""
+    """Runs calls and measures them: microseconds, one figure for each repetition."""
 
     ordinal: int | None
     device: torch.device
@@ -41,29 +41,29 @@ class Machine(Protocol):
         """Wait for all work."""
 
     def times(self, call: Call, repetitions: int, batches: int = BATCHES) -> list[float]:
-        """Of one call each, from an idle device."""
+        """Of one call on an idle device."""
 
     def graph_times(self, call: Call, repetitions: int) -> list[float] | None:
-        """Of one of ``IN_A_GRAPH`` calls in a graph; None where there are no graphs."""
+        """Per call, of ``IN_A_GRAPH`` calls in a graph; None if graphs are not available."""
 
     def wall_times(self, call: Call, repetitions: int) -> list[float]:
-        """Of the host until a call returns, many calls in a row."""
+        """Host time until a call returns, over many calls in a row."""
 
     def between(self, work: Callable[[], Any]) -> float:
-        """Of ``work``, begun on an idle device."""
+        """Of ``work``, started on an idle device."""
 
 
 class Gpu:
-    """One CUDA device, through Torch's streams and events."""
+    """One CUDA device, with the streams and events of Torch."""
 
     def __init__(self, ordinal: int = 0) -> None:
         torch.cuda.set_device(ordinal)
         self.ordinal: int | None = ordinal
         self.device = torch.device("cuda", ordinal)
-        self._wake()
+        self._warm_up()
 
-    def _wake(self) -> None:
-        """Work for a moment: an idle device runs with a slow clock."""
+    def _warm_up(self) -> None:
+        """Work for a moment, because the clock of an idle device is slow."""
         numbers = torch.rand(1 << 26, device=self.device)
         for _ in range(200):
             numbers *= 1.0001
@@ -95,7 +95,7 @@ class Gpu:
         return start.elapsed_time(end) * 1e3
 
     def graph_times(self, call: Call, repetitions: int) -> list[float] | None:
-        for turn in range(WARMUPS):  # memory is taken and kernels are built before the capture
+        for turn in range(WARMUPS):  # allocates memory and builds kernels before the capture
             call(turn, self.stream())
         self.wait()
         graph = torch.cuda.CUDAGraph()
@@ -106,7 +106,7 @@ class Gpu:
             graph.replay()
         times = [self.between(graph.replay) / IN_A_GRAPH for _ in range(repetitions)]
         del graph
-        torch.cuda.empty_cache()  # what the graph's pool holds is wanted by caches
+        torch.cuda.empty_cache()  # caches need the memory of the graph's pool
         return times
 
     def wall_times(self, call: Call, repetitions: int) -> list[float]:
@@ -124,19 +124,19 @@ class Gpu:
 
 
 class Cpu:
-    """The process itself: a call is done when it returns."""
+    """The CPU: a call is complete when it returns."""
 
     ordinal: int | None = None
     device = torch.device("cpu")
 
     def describe(self) -> str:
-        return "the CPU twin (--on-cpu): shows that the program runs, its times say nothing"
+        return "the CPU backend (--on-cpu): shows that the program runs; its times are meaningless"
 
     def stream(self) -> int:
         return 0
 
     def wait(self) -> None:
-        """Work is done already."""
+        """Nothing to wait for."""
 
     def times(self, call: Call, repetitions: int, batches: int = BATCHES) -> list[float]:
         call(0, 0)
@@ -155,16 +155,16 @@ class Cpu:
 
 
 def machine_of(*, on_cpu: bool) -> Machine:
-    """The machine that the options ask for; ends the program with one line if there is no GPU."""
+    """The machine selected by the options; exits with one line if there is no GPU."""
     if on_cpu:
         return Cpu()
     if not torch.cuda.is_available():
-        raise SystemExit("a CUDA device is needed (Torch sees none); --on-cpu shows that the program runs")
+        raise SystemExit("expected a CUDA device, but Torch finds none; --on-cpu shows that the program runs")
     return Gpu()
 
 
 def copy_rate(machine: Machine, size: int, repetitions: int = 9) -> float:
-    """GB/s of a copy within the device, bytes read plus bytes written."""
+    """GB/s of a copy within the device, counting bytes read and bytes written."""
     source = torch.ones(size // 4, dtype=torch.float32, device=machine.device)
     target = torch.empty_like(source)
     return 2 * size / statistics.median(machine.times(lambda turn, stream: target.copy_(source), repetitions)) / 1e3

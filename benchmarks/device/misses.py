@@ -1,19 +1,19 @@
-"""P3: lookups part of whose keys come over the bus from the host store, beside what the bus can bring.
+"""P3: lookups with misses, whose rows cross the bus from the host store, compared with the bandwidth of the bus.
 
-A table of 1 GiB (with ``--large`` also of 4 and 16 GiB; ``--gib``) in pinned memory, and a hot set of 131,072 of its rows.
-Batches are fresh: so many keys of the hot set, the others of the whole rest. Two caches of the hot set answer them: one with
-262,144 ways that lets the missed rows in (its policy lets newcomers push out each other first, so that the hot set stays), and
-a fixed one of kind ``uvm`` that never changes: the answer alone. The difference is what insertion costs. Hit rates are those
-that the cache counted.
+A table of 1 GiB (with ``--large`` also of 4 and 16 GiB; ``--gib``) is in pinned memory; its hot set is 131,072 rows. Batches
+are new: a share of the keys is from the hot set, the others are from the rest of the table. Two caches of the hot set answer
+them: one with 262,144 ways that inserts missed rows (with a policy that evicts rows hit only once first, so that the hot set
+stays), and a fixed one of kind ``uvm``, which never changes and shows the lookup only. The difference is the cost of insertion.
+Hit rates are counted by the cache.
 
 The bus is measured in the same run: a copy from pinned memory, the plain gather on the rows of the host store (no hash), and
-the lookup itself with a cache of 64 rows. The bytes of a miss are its row; the bus time of a batch is its bytes over the rate
-of the plain gather for that table.
+the lookup with a cache of 64 rows. The bytes of a miss are those of its row; the bus time of a batch is its bytes divided by
+the rate of the plain gather for that table.
 
-Both have a copy of the store's index on the device (``miss_path: auto``), as caches of a server have by default.
+Both caches have an index mirror on the device (``miss_path: auto``), as caches of a server have by default.
 
-``--paths`` measures something else: like batches by each value of ``miss_path``: ``direct``, ``auto`` (with the copy) and
-``staged``, from tables of 1 and (without ``--quick``) 8 GiB.
+``--paths`` measures similar batches with each value of ``miss_path`` instead: ``direct``, ``auto`` (with the mirror) and
+``staged``, with tables of 1 and (without ``--quick``) 8 GiB.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from hps_numba.kernels.policies._load import as_policy
 
 DIMS = (32, 128)
 P3, P3_AT = 1.25, 90.0  # at most this ratio to the larger of bus and hits, at this hit rate in per cent
-INSERTED, ALONE = "with insertion", "answer alone"
+INSERTED, LOOKUP_ONLY = "with insertion", "lookup only"
 PATHS = DIRECT, AUTO, STAGED = "direct", "auto", "staged"
 
 
-class NewcomersLeaveFirst:
-    """Rows that were never asked for again are below all others; those follow by recency."""
+class EvictUntouchedFirst:
+    """Rows that were not requested since their insertion are evicted first; the others in order of recency."""
 
     clock = "insertions"
 
@@ -78,10 +78,10 @@ TINY = Sizes((1 << 17,), 8, 50, 200, (64, 256), (100.0, 90.0, 50.0), 3, 1 << 16)
 
 
 class Table:
-    """One table in host memory, and the caches that are compared: its first ``hot`` rows are their hot set.
+    """One table in host memory, and the caches that are compared: its first ``hot`` rows are the hot set.
 
-    A fixed cache keeps what the store had when it was warmed. So the store is filled in steps, a cache after each; the keys of
-    the hot set are spread over all sets, as those of any rows.
+    A fixed cache keeps the rows that the store had when it was warmed. So the store is filled in steps, and a cache is created
+    after each; the keys of the hot set are spread over all sets, like those of any rows.
     """
 
     def __init__(self, run: Run, dim: int, size: int, sizes: Sizes) -> None:
@@ -97,22 +97,22 @@ class Table:
         add_rows(self.machine, self.store, sizes.hot, self.rows)
         for cache in (self.few, *self.caches.values()):
             if cache.mirror_index():
-                run.say(f"a copy of the index: {cache.index_mirror_bytes / (1 << 20):.0f} MiB")
+                run.say(f"index mirror: {cache.index_mirror_bytes / (1 << 20):.0f} MiB")
             cache.check_fully_resident()
         self.out = torch.empty((max(sizes.batches), dim), device=self.machine.device)
 
     def _caches(self) -> dict[str, Any]:
-        return {INSERTED: self._moving(), ALONE: self._fixed()}
+        return {INSERTED: self._inserting(), LOOKUP_ONLY: self._fixed()}
 
     def _fixed(self, **options: Any) -> Any:
-        """A cache of the rows that the store has now, and of no others later."""
+        """A cache of the rows that the store has now; it does not change later."""
         cache = new_cache(self.machine, self.store, len(self.store), kind="uvm", **{"miss_path": AUTO} | options)
         cache.warm()
         return cache
 
-    def _moving(self, **options: Any) -> Any:
-        """A cache that has the hot set, every row of it asked for at least once since it came in."""
-        options = {"miss_path": AUTO, "policy": as_policy(NewcomersLeaveFirst)} | options
+    def _inserting(self, **options: Any) -> Any:
+        """A cache that contains the hot set; every row of it has been requested since its insertion."""
+        options = {"miss_path": AUTO, "policy": as_policy(EvictUntouchedFirst)} | options
         cache = new_cache(self.machine, self.store, self.sizes.ways, **options)
         for _ in range(3):
             cache.lookup_arrays(keys_of(np.arange(self.sizes.hot)))
@@ -125,7 +125,7 @@ class Table:
         self.store.close()
 
     def draw(self, n: int, hit_rate: float) -> np.ndarray:
-        """Row numbers of a batch, in random order: so many per cent of the hot set, the others not."""
+        """Row numbers of a batch, in random order: ``hit_rate`` per cent are from the hot set."""
         cold = round(n * (100.0 - hit_rate) / 100.0)
         hot = self.sizes.hot
         numbers = np.concatenate([self.rng.integers(0, hot, n - cold), self.rng.integers(hot, self.rows, cold)])
@@ -133,7 +133,7 @@ class Table:
         return numbers
 
     def time(self, cache: Any, n: int, hit_rate: float) -> tuple[float, float]:
-        """Median microseconds of fresh batches, and the hit rate in per cent that the cache counted."""
+        """Median microseconds of new batches, and the hit rate in per cent as counted by the cache."""
         machine, out = self.machine, self.out.data_ptr()
         numbers = [self.draw(n, hit_rate) for _ in range(WARMUPS + self.sizes.repetitions)]
         keys = [torch.from_numpy(keys_of(some)).to(machine.device) for some in numbers]
@@ -144,11 +144,11 @@ class Table:
             lambda turn, stream: cache.lookup(addresses[turn], n, out, stream), self.sizes.repetitions, len(keys)
         )
         after = cache.counters()
-        asked, missed = after.keys - before.keys, after.misses - before.misses
-        return median(times), 100.0 * (1 - missed / asked)
+        looked_up, missed = after.keys - before.keys, after.misses - before.misses
+        return median(times), 100.0 * (1 - missed / looked_up)
 
     def check(self, cache: Any, n: int, hit_rate: float) -> None:
-        """Every row of one batch, twice: the second time some are in the cache that were not."""
+        """Check every row of one batch twice: the second time, some of the missed rows are in the cache."""
         numbers = torch.from_numpy(self.draw(n, hit_rate))
         keys = torch.from_numpy(keys_of(numbers.numpy())).to(self.machine.device)
         for _ in range(2):
@@ -160,7 +160,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bus:
-    """What the bus brings: GB/s of a copy and of the plain gather; rows/s of that, in order, and of lookups that only miss."""
+    """Bandwidth of the bus: GB/s of a copy and of the plain gather; M rows/s of the gather, of one in order, and of misses."""
 
     copy: float
     gather: float
@@ -169,12 +169,12 @@ class Bus:
     miss_rows: float
 
     def microseconds(self, misses: float, dim: int) -> float:
-        """For the bytes of so many missed rows."""
+        """Bus time of ``misses`` rows."""
         return misses * 4 * dim / self.gather / 1e3
 
 
 def measure_bus(run: Run, table: Table) -> Bus:
-    """The bus, with the largest batch."""
+    """Measure the bus with the largest batch."""
     machine, dim, n = table.machine, table.dim, max(table.sizes.batches)
     rows = torch.from_numpy(table.store.versions.current.rows_view(0, table.rows))  # filled in the order of the numbers
     numbers = [torch.from_numpy(table.rng.integers(0, table.rows, n)).to(machine.device) for _ in range(8)]
@@ -198,13 +198,13 @@ def measure_bus(run: Run, table: Table) -> Bus:
 
 
 def measure(run: Run, table: Table) -> dict[str, Any]:
-    """Both caches, all batch sizes and hit rates."""
+    """Measure both caches with all batch sizes and hit rates."""
     bus = measure_bus(run, table)
     cases: list[dict[str, Any]] = []
     for n in table.sizes.batches:
         hits: dict[str, float] = {}
         for hit_rate in table.sizes.hit_rates:
-            case: dict[str, Any] = {"n": n, "wanted": hit_rate}
+            case: dict[str, Any] = {"n": n, "target": hit_rate}
             for name, cache in table.caches.items():
                 case[name], case[f"{name}: hit rate"] = table.time(cache, n, hit_rate)
                 hits.setdefault(name, case[name])  # the first rate is 100 %
@@ -212,14 +212,14 @@ def measure(run: Run, table: Table) -> dict[str, Any]:
             cases.append(case)
             run.say(
                 f"D={table.dim} {n:,} keys, {hit_rate:g} % hits: {compact(case[INSERTED])} us with insertion, "
-                f"{compact(case[ALONE])} alone; bus {compact(case[f'{INSERTED}: bus'])} us"
+                f"{compact(case[LOOKUP_ONLY])} without; bus {compact(case[f'{INSERTED}: bus'])} us"
             )
     show(table, cases)
     return {"bus": vars(bus), "rows": table.rows, "cases": cases}
 
 
 def judged(name: str, case: dict[str, Any], bus: Bus, hits: float, dim: int) -> dict[str, float]:
-    """The floor of a case, and how far above it we are."""
+    """The lower bound of a case, and the ratio to it."""
     misses = case["n"] * (1 - case[f"{name}: hit rate"] / 100)
     time = bus.microseconds(misses, dim)
     return {
@@ -231,17 +231,17 @@ def judged(name: str, case: dict[str, Any], bus: Bus, hits: float, dim: int) -> 
 
 
 def show(table: Table, cases: Sequence[dict[str, Any]]) -> None:
-    """One table a cache, and one of the difference."""
+    """A table for each cache, and one of the difference."""
     title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB"
-    head = ["keys, hits wanted", "hits", "us", "over the bus MB", "bus us", "ratio to max(bus, hits)", "target (P3)"]
-    for name in (INSERTED, ALONE):
+    head = ["keys, target hits", "hits", "us", "MB over the bus", "bus us", "ratio to max(bus, hits)", "target (P3)"]
+    for name in (INSERTED, LOOKUP_ONLY):
         print_table(f"{title}: {name}", head, [row_of(name, case) for case in cases])
-    rows = [[case_name(case), compact(case[INSERTED] - case[ALONE])] for case in cases]
-    print_table(f"{title}: insertion (the difference)", ["keys, hits wanted", "us"], rows)
+    rows = [[case_name(case), compact(case[INSERTED] - case[LOOKUP_ONLY])] for case in cases]
+    print_table(f"{title}: insertion (the difference)", ["keys, target hits", "us"], rows)
 
 
 def case_name(case: dict[str, Any]) -> str:
-    return f"{case['n']:,}, {case['wanted']:g} %"
+    return f"{case['n']:,}, {case['target']:g} %"
 
 
 def row_of(name: str, case: dict[str, Any]) -> list[str]:
@@ -253,12 +253,12 @@ def row_of(name: str, case: dict[str, Any]) -> list[str]:
         f"{case[f'{name}: bus MB']:.2f}",
         compact(case[f"{name}: bus"]),
         f"{ratio:.2f}",
-        verdict(ratio, at_most=P3) if case["wanted"] == P3_AT else "",
+        verdict(ratio, at_most=P3) if case["target"] == P3_AT else "",
     ]
 
 
 def measure_table(run: Run, dim: int, size: int, sizes: Sizes) -> dict[str, Any]:
-    """One width and table size."""
+    """Measure one width and table size."""
     table = Table(run, dim, size, sizes)
     try:
         return measure(run, table)
@@ -266,23 +266,23 @@ def measure_table(run: Run, dim: int, size: int, sizes: Sizes) -> dict[str, Any]
         table.close()
 
 
-# -- the ways of misses ---------------------------------------------------------------------------
+# -- miss paths ---------------------------------------------------------------------------
 
 
 class TableByPaths(Table):
-    """The same with caches that differ in ``miss_path``."""
+    """A table with caches that differ in ``miss_path``."""
 
     def _caches(self) -> dict[str, Any]:
-        moving = {path: self._moving(miss_path=path) for path in PATHS}
-        return moving | {f"{path}, {ALONE}": self._fixed(miss_path=path) for path in PATHS}
+        inserting = {path: self._inserting(miss_path=path) for path in PATHS}
+        return inserting | {f"{path}, {LOOKUP_ONLY}": self._fixed(miss_path=path) for path in PATHS}
 
 
 def measure_paths(run: Run, table: TableByPaths) -> list[dict[str, Any]]:
-    """All batch sizes and hit rates by each path."""
+    """All batch sizes and hit rates with each path."""
     cases: list[dict[str, Any]] = []
     for n in table.sizes.batches:
         for hit_rate in table.sizes.hit_rates:
-            case: dict[str, Any] = {"n": n, "wanted": hit_rate}
+            case: dict[str, Any] = {"n": n, "target": hit_rate}
             for name, cache in table.caches.items():
                 staged = cache.counters().staged
                 case[name], case[f"{name}: hit rate"] = table.time(cache, n, hit_rate)
@@ -296,10 +296,10 @@ def measure_paths(run: Run, table: TableByPaths) -> list[dict[str, Any]]:
 
 
 def show_paths(table: Table, cases: Sequence[dict[str, Any]]) -> None:
-    """Times and missed rows by path, with insertion and without."""
+    """Times and missed rows by path, with and without insertion."""
     title = f"D={table.dim}, {table.rows * 4 * table.dim / (1 << 30):.3g} GiB: miss paths"
-    head = ["keys, hits wanted", "hits", *(f"{path} us" for path in PATHS), "direct / auto", "M misses/s of each"]
-    for suffix in ("", f", {ALONE}"):
+    head = ["keys, target hits", "hits", *(f"{path} us" for path in PATHS), "direct / auto", "M misses/s of each"]
+    for suffix in ("", f", {LOOKUP_ONLY}"):
         rows = []
         for case in cases:
             times = [case[path + suffix] for path in PATHS]
@@ -310,7 +310,7 @@ def show_paths(table: Table, cases: Sequence[dict[str, Any]]) -> None:
 
 
 def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[dict[str, Any]]:
-    """One width and table size."""
+    """Measure one width and table size."""
     table = TableByPaths(run, dim, size, sizes)
     try:
         return measure_paths(run, table)
@@ -319,10 +319,10 @@ def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[
 
 
 def main() -> int:
-    parser = parser_of("Lookups part of whose rows come over the bus from the host store (P3).", DIMS)
-    parser.add_argument("--large", action="store_true", help="tables of 4 and 16 GiB too (as much pinned memory)")
-    parser.add_argument("--gib", type=int, metavar="N", help="a table of so many GiB and no other")
-    parser.add_argument("--paths", action="store_true", help="each value of miss_path, and nothing else")
+    parser = parser_of("Lookups with misses, whose rows cross the bus from the host store (P3).", DIMS)
+    parser.add_argument("--large", action="store_true", help="also tables of 4 and 16 GiB (needs as much pinned memory)")
+    parser.add_argument("--gib", type=int, metavar="N", help="one table of N GiB only")
+    parser.add_argument("--paths", action="store_true", help="measure each value of miss_path instead")
     options = parser.parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     measured = measure_table_by_paths if options.paths else measure_table

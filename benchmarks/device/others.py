@@ -1,10 +1,10 @@
-"""P4, P5 and what has no target: pooled lookups, many tables in one call, rows stored with fewer bits, graphs that miss.
+"""P4, P5 and measurements without a target: pooled lookups, many tables in one call, low-precision rows, graphs with misses.
 
-* Pooled (P4): sums of bags beside a kernel that reads each row once by its number and writes each sum once, and
+* Pooled (P4): sums of bags, compared with a kernel that reads each row once by its number and writes each sum once, and with
   ``F.embedding_bag``.
-* Tables (P5): ``HPS.lookup_many`` of 26 tables beside ``HPS.lookup`` of one with as many keys in total.
-* Row types: answers in float32 and float16 from rows that the cache keeps in each type, beside float32 rows and answers.
-* Graphs: lookups with misses captured in a CUDA graph, replayed with fresh keys, every row of every replay compared.
+* Tables (P5): ``HPS.lookup_many`` of 26 tables, compared with ``HPS.lookup`` of one table with the same total number of keys.
+* Row types: float32 and float16 answers from rows that the cache stores in each type, compared with float32 for both.
+* Graphs: lookups with misses in a CUDA graph, replayed with new keys; every row of every replay is compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECTIONS = ("pooled", "tables", "row types", "graphs")
 P4, P5 = 1.25, 1.3
 TABLES = 26  # as in DLRM
 CEILING, GATHER, FLOAT32 = "plain pooling", "plain gather", "float32 to float32"
-#: largest error of an element over that of the largest element of its row
+#: largest error of an element, relative to the largest element of its row
 TOLERANCES = {"float32": 0.0, "float16": 1e-3, "bfloat16": 6e-3, "int8": 6e-3, "float8_e4m3": 0.07}
 
 
@@ -67,7 +67,7 @@ TINY = Sizes(
 
 
 def found_so_far(figures: Mapping[str, Mapping[Any, float]], case: Any) -> str:
-    """The times of a case in one line."""
+    """The times of a case as one line."""
     return ", ".join(f"{name} {compact(some[case])}" for name, some in figures.items() if case in some)
 
 
@@ -75,7 +75,7 @@ def found_so_far(figures: Mapping[str, Mapping[Any, float]], case: Any) -> str:
 
 
 def pooled(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
-    """P4: medians by contender, for each number of bags and keys a bag."""
+    """P4: medians by candidate for each number of bags and of keys in a bag."""
     machine = run.machine
     store = fill_store(machine, sizes.rows, dim)
     cache = resident_cache(machine, store, sizes.ways)
@@ -96,7 +96,7 @@ def pooled(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def pool_calls(machine: Machine, cache: Any, weights: torch.Tensor, bags: int, hotness: int) -> dict[str, Call]:
-    """Each contender by name, checked."""
+    """The candidates by name; checked."""
     dim = weights.shape[1]
     batches = Batches(machine, len(weights), bags * hotness, dim, BATCHES)
     offsets = torch.arange(bags + 1, device=machine.device) * hotness
@@ -116,18 +116,18 @@ def pool_calls(machine: Machine, cache: Any, weights: torch.Tensor, bags: int, h
 
 
 def pool_call(cache: Any, combiner: str, keys: Sequence[torch.Tensor], offsets: torch.Tensor, out: torch.Tensor) -> Call:
-    """``EmbeddingCache.pool`` by addresses."""
+    """``EmbeddingCache.pool`` with addresses."""
     at, n, bags = [some.data_ptr() for some in keys], len(keys[0]), len(out)
     offsets_at, out_at = offsets.data_ptr(), out.data_ptr()
 
-    def call(turn: int, stream: int, kept: Any = (keys, offsets, out)) -> None:  # addresses alone keep no memory
+    def call(turn: int, stream: int, kept: Any = (keys, offsets, out)) -> None:  # addresses do not keep memory alive
         cache.pool(at[turn], n, offsets_at, bags, out_at, stream, combiner=combiner)
 
     return call
 
 
 def check_pooled(name: str, got: torch.Tensor, rows: torch.Tensor) -> None:
-    """Raise unless all sums are right to float32 rounding of their terms."""
+    """Raise unless all sums are right up to float32 rounding of their terms."""
     hotness = rows.shape[1]
     divisor = {"hps mean": hotness, "hps sqrtn": hotness**0.5}.get(name, 1.0)
     wide = rows.to(torch.float64)
@@ -137,7 +137,7 @@ def check_pooled(name: str, got: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def show_pooled(dim: int, figures: dict[str, dict[str, float]]) -> None:
-    """Microseconds, and the ratio to the ceiling."""
+    """Print microseconds and the ratio to the ceiling."""
     cases = list(figures[CEILING])
     rows = []
     for name, some in figures.items():
@@ -153,10 +153,10 @@ def show_pooled(dim: int, figures: dict[str, dict[str, float]]) -> None:
 
 
 def tables(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
-    """P5: one call for many tables beside one table with the same keys in total, by events and by the host's clock."""
+    """P5: one call for many tables compared with one table and as many keys, by events and by the clock of the host."""
     machine = run.machine
     with tempfile.TemporaryDirectory(prefix="hps_tables_") as folder:
-        run.say(f"writing {TABLES} tables of {sizes.table_rows:,} rows, and one of all of them")
+        run.say(f"writing {TABLES} tables of {sizes.table_rows:,} rows, and one with the rows of all")
         server = hps_numba.HPS(tables_config(Path(folder), dim, sizes, on_cpu=machine.ordinal is None))
     figures: dict[str, dict[int, float]] = {}
     with server:
@@ -174,7 +174,7 @@ def tables(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def tables_config(folder: Path, dim: int, sizes: Sizes, *, on_cpu: bool) -> dict[str, Any]:
-    """A server of the model ``many`` with all tables and the model ``one`` with their rows in one; the files are written."""
+    """Write the tables; a config of the model ``many`` with all tables and the model ``one`` with their rows in one table."""
     files = [write_table(folder / f"table{number}.model", dim, number, 1, sizes) for number in range(TABLES)]
     whole = write_table(folder / "whole.model", dim, 0, TABLES, sizes)
     models = [model_entry("many", files, dim), model_entry("one", [whole], dim)]
@@ -182,14 +182,14 @@ def tables_config(folder: Path, dim: int, sizes: Sizes, *, on_cpu: bool) -> dict
 
 
 def write_table(path: Path, dim: int, number: int, count: int, sizes: Sizes) -> str:
-    """A model with the rows of ``count`` tables from table ``number`` on; rows are numbered through all tables."""
+    """Write a model with the rows of ``count`` tables, starting with table ``number``; rows are numbered across tables."""
     numbers = np.arange(number * sizes.table_rows, (number + count) * sizes.table_rows)
     hps_numba.write_model(path, dim, [(keys_of(numbers), rows_of(torch.from_numpy(numbers), dim).numpy())])
     return str(path)
 
 
 def model_entry(name: str, files: Sequence[str], dim: int) -> dict[str, Any]:
-    """A model whose caches hold every row."""
+    """The config of a model whose caches hold every row."""
     return {
         "model": name,
         "sparse_files": list(files),
@@ -204,7 +204,7 @@ def model_entry(name: str, files: Sequence[str], dim: int) -> dict[str, Any]:
 
 
 def table_calls(server: Any, machine: Machine, dim: int, sizes: Sizes, n: int) -> dict[str, Call]:
-    """``n`` keys of each table: in one call for all tables, in a call each, and all in one table; checked."""
+    """``n`` keys of each table: in one call for all tables, in one call for each, and from one table; checked."""
     rng, rows = np.random.default_rng(n), sizes.table_rows
     numbers = [[rng.integers(0, rows, n) + number * rows for number in range(TABLES)] for _ in range(BATCHES)]
     keys = [[torch.from_numpy(keys_of(some)).to(machine.device) for some in batch] for batch in numbers]
@@ -214,10 +214,10 @@ def table_calls(server: Any, machine: Machine, dim: int, sizes: Sizes, n: int) -
         f"{TABLES} tables": lambda turn, stream: server.lookup_many(keys[turn], "many"),
         f"{TABLES} calls": lambda turn, stream: [server.lookup(some, "many", i) for i, some in enumerate(keys[turn])],
     }
-    wanted = torch.from_numpy(np.concatenate(numbers[0])).to(machine.device)
+    expected = torch.from_numpy(np.concatenate(numbers[0])).to(machine.device)
     for name, call in calls.items():
         answer = torch.cat(call(0, machine.stream()))
-        check(name, answer, wanted, dim)
+        check(name, answer, expected, dim)
     return calls
 
 
@@ -225,7 +225,7 @@ def table_calls(server: Any, machine: Machine, dim: int, sizes: Sizes, n: int) -
 
 
 def row_types(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
-    """All hits, by the type in which the cache keeps its rows and that of answers, beside float32 for both."""
+    """Hits only, by the type of stored rows and of answers, compared with float32 for both."""
     machine = run.machine
     store = fill_store(machine, sizes.rows, dim)
     weights = rows_of(torch.arange(sizes.rows, device=machine.device), dim)
@@ -251,7 +251,7 @@ def row_types(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def one_type(machine: Machine, cache: Any, batches: Batches, answer: str, sizes: Sizes) -> float:
-    """Median microseconds of a lookup, after one that was checked."""
+    """Median microseconds of a lookup, after a checked one."""
     keys, n = [some.data_ptr() for some in batches.keys], batches.n
     out = torch.full((n, cache.dim), float("nan"), dtype=getattr(torch, answer), device=machine.device)
 
@@ -269,10 +269,10 @@ def one_type(machine: Machine, cache: Any, batches: Batches, answer: str, sizes:
 
 
 def graphs(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
-    """Lookups at 90 % hits in a graph, beside eager ones; each replay has fresh keys, and every row is compared."""
+    """Lookups with 90 % hits in a graph, compared with eager ones; each replay has new keys, and every row is compared."""
     machine = run.machine
     if machine.ordinal is None:
-        run.say("there are no graphs here")
+        run.say("CUDA graphs are not available")
         return {}
     table = misses.Table(run, dim, sizes.misses.table_bytes[0], sizes.misses)
     figures: dict[str, dict[int, float]] = {}
@@ -283,7 +283,7 @@ def graphs(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
             run.say(f"D={dim} {n:,} keys, 90 % hits, us: {found_so_far(figures, n)}")
     finally:
         table.close()
-    ratio_cells(f"D={dim}: 90 % hits, a CUDA graph of {IN_ONE} lookups, one of them", figures, "eager")
+    ratio_cells(f"D={dim}: 90 % hits, one of {IN_ONE} lookups in a CUDA graph", figures, "eager")
     return figures
 
 
@@ -291,7 +291,7 @@ IN_ONE = 4  # lookups in a graph
 
 
 def replayed(table: misses.Table, n: int, replays: int) -> float:
-    """Median microseconds of one lookup of a graph, replayed with fresh keys."""
+    """Median microseconds of one lookup in a graph, replayed with new keys."""
     machine, dim = table.machine, table.dim
     cache, device = table.caches[misses.INSERTED], machine.device
     keys = torch.zeros((IN_ONE, n), dtype=torch.int64, device=device)
@@ -319,15 +319,15 @@ WORK: dict[str, Callable[[Run, int, Sizes], dict[str, Any]]] = dict(
 
 
 def sections_option(text: str) -> list[str]:
-    """``pooled,tables`` as names of sections."""
+    """Parse ``pooled,tables`` into names of sections."""
     names = text.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}, wanted some of {','.join(SECTIONS)}")
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {unknown[0]!r}")
     return names
 
 
 def main() -> int:
-    parser = parser_of("Pooled lookups (P4), many tables (P5), row types, graphs that miss.", DIMS)
+    parser = parser_of("Pooled lookups (P4), many tables (P5), row types, graphs with misses.", DIMS)
     parser.add_argument("--only", type=sections_option, default=list(SECTIONS), metavar="NAME,NAME", help=", ".join(SECTIONS))
     options = parser.parse_args()
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()

@@ -1,4 +1,4 @@
-"""What all device benchmarks share: options, progress, tables of microseconds and ratios, and sections that may fail alone."""
+"""Shared by all device benchmarks: options, progress, tables of microseconds and ratios, independent sections."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from report import finish, print_machine, print_table, verdict
 
 __all__ = ["Run", "compact", "dims_option", "median", "parser_of", "print_table", "ratio_cells", "ratios", "verdict"]
 
-Times = Mapping[str, Mapping[int, float]]  # by contender and batch size: microseconds
+Times = Mapping[str, Mapping[int, float]]  # candidate -> batch size -> microseconds
 
 
 def parser_of(description: str, dims: Sequence[int]) -> argparse.ArgumentParser:
-    """Options of all device benchmarks; ``--dims`` with these widths as default."""
+    """The options of all device benchmarks, with ``dims`` as the default of ``--dims``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write machine and results to this file")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the machine and the results to this file")
     parser.add_argument("--dims", type=dims_option, default=list(dims), metavar="N,N", help="widths to measure")
-    parser.add_argument("--on-cpu", action="store_true", help="tiny, on the CPU twin: shows that the program runs")
+    parser.add_argument("--on-cpu", action="store_true", help="tiny sizes on the CPU backend: shows that the program runs")
     return parser
 
 
 def dims_option(text: str) -> list[int]:
-    """``16,32`` as widths; multiples of 4, as the plain gather copies 16 bytes at a time."""
+    """Parse ``16,32`` into widths; multiples of 4, because the plain gather copies 16 bytes at a time."""
     try:
         dims = [int(part) for part in text.split(",")]
     except ValueError:
         dims = []
     if not dims or any(dim < 4 or dim % 4 for dim in dims):
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted multiples of 4 such as 16,32,128")
+        raise argparse.ArgumentTypeError(f"expected multiples of 4 such as 16,32,128, got {text!r}")
     return dims
 
 
 class Run:
-    """One run of a benchmark: its machine, its figures so far, and the sections that failed."""
+    """One run of a benchmark: its machine, its figures so far, and its failed sections."""
 
     def __init__(self, title: str, options: argparse.Namespace) -> None:
         self._options = options
@@ -55,11 +55,11 @@ class Run:
         self.say(self.machine.describe())
 
     def say(self, text: str) -> None:
-        """A line of progress, with the seconds since the start."""
+        """Print a line of progress with the seconds since the start."""
         print(f"[{time.perf_counter() - self._start:6.1f} s] {text}", flush=True)
 
     def section(self, name: str, work: Callable[[], Any]) -> None:
-        """Do ``work`` and keep its figures under ``name``; if it fails, say how, and go on with the next."""
+        """Run ``work`` and keep its figures as ``name``; if it fails, report that and continue with the next section."""
         self.say(name)
         try:
             self.figures[name] = work()
@@ -70,30 +70,30 @@ class Run:
         self._save()
 
     def _save(self) -> None:
-        """After every section, so that a run that is cut short leaves what it had."""
+        """Write the file after every section, so that an aborted run leaves its figures."""
         quick = self._options.quick or self._options.on_cpu
         finish(self._options.json, quick=quick, device=self.machine.describe(), figures=self.figures, failed=self.failed)
 
     def end(self) -> int:
-        """The exit code."""
+        """Report failed sections; returns the exit code."""
         self.say(f"{len(self.failed)} sections failed: {'; '.join(self.failed)}" if self.failed else "all sections done")
         return 1 if self.failed else 0
 
 
 def compact(microseconds: float) -> str:
-    """Three digits or so: ``1.84``, ``12.3``, ``281``."""
+    """About three digits: ``1.84``, ``12.3``, ``281``."""
     return f"{microseconds:.{2 if microseconds < 10 else 1 if microseconds < 100 else 0}f}"
 
 
 def ratios(times: Times, base: str) -> dict[str, dict[int, float]]:
-    """Each contender's time over that of ``base``, where both were measured."""
+    """The time of each candidate relative to that of ``base``, if both were measured."""
     return {
         name: {n: some[n] / times[base][n] for n in some if n in times[base]} for name, some in times.items() if name != base
     }
 
 
 def ratio_cells(title: str, times: Times, base: str, *, note: Callable[[str, int, float], str] | None = None) -> None:
-    """Print a table of microseconds and below it one of ratios to ``base``; ``note`` may add a mark to a ratio."""
+    """Print a table of microseconds and a table of ratios to ``base``; ``note`` may append text to a ratio."""
     sizes = sorted({n for some in times.values() for n in some})
     head = ["us", *(f"{n:,}" for n in sizes)]
     print_table(title, head, [[name, *_cells(some, sizes, compact)] for name, some in times.items()])
@@ -110,5 +110,5 @@ def _cells(some: Mapping[int, float], sizes: Iterable[int], show: Callable[[floa
 
 
 def median(times: Sequence[float]) -> float:
-    """The median of microseconds."""
+    """The median of some times."""
     return statistics.median(times)

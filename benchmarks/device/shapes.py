@@ -1,8 +1,8 @@
-"""Shapes of the kernel of large lookups, by the types of rows and answers: which one is fastest.
+"""The fastest shape of the kernel for large lookups, by the types of rows and answers.
 
-A shape is what ``KernelSpec`` has for a GPU: lanes of a tile, keys that a warp looks up at a time, loads of a lane in flight,
-most registers of a thread. All keys hit. The first shape of each pair of types is the one that lookups are built with, and what
-the others are compared with.
+A shape is the part of ``KernelSpec`` that concerns a GPU: lanes of a tile, keys that a warp looks up at a time, loads in flight
+for each lane, maximum number of registers of a thread. All keys hit. The first shape of each pair of types is the one that
+lookups use, and the others are compared with it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TINY = replace(QUICK, rows=3000, ways=4000, keys=20_000, repetitions=3, depths=(
 
 
 class Shape(NamedTuple):
-    """How a kernel is built."""
+    """The shape of a kernel."""
 
     lanes: int
     group: int
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 
 
 def shapes_of(built: Shape, sizes: Sizes) -> Iterator[Shape]:
-    """The shape that is built, then those around it."""
+    """The shape that lookups use, then similar ones."""
     yield built
     groups = sorted({max(8, built.group // 2), built.group, min(32, built.group * 2)})
     for group, depth, registers in itertools.product(groups, sizes.depths, sizes.registers):
@@ -60,7 +60,7 @@ def shapes_of(built: Shape, sizes: Sizes) -> Iterator[Shape]:
 
 
 def one_pair(run: Run, cache: Any, batches: Batches, answer: str, sizes: Sizes) -> dict[str, float]:
-    """Median microseconds by shape, after a checked lookup each."""
+    """Median microseconds by shape, after a checked lookup for each."""
     machine, n = run.machine, batches.n
     keys = [some.data_ptr() for some in batches.keys]
     out = torch.empty((n, cache.dim), dtype=getattr(torch, answer), device=machine.device)
@@ -83,7 +83,7 @@ def one_pair(run: Run, cache: Any, batches: Batches, answer: str, sizes: Sizes) 
 
 
 def all_pairs(run: Run, dim: int, sizes: Sizes, rows: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """The figures of every pair of types."""
+    """Measure every pair of types; returns the figures."""
     machine = run.machine
     store = fill_store(machine, sizes.rows, dim)
     batches = Batches(machine, sizes.rows, sizes.keys, dim, BATCHES)
@@ -96,7 +96,7 @@ def all_pairs(run: Run, dim: int, sizes: Sizes, rows: Sequence[str], answers: Se
                 figures[pair] = times = one_pair(run, cache, batches, answer, sizes)
                 best = min(times, key=lambda shape: times[shape])
                 built = next(iter(times))
-                run.say(f"D={dim} {pair}: built {built}: {compact(times[built])} us, best {best}: {compact(times[best])} us")
+                run.say(f"D={dim} {pair}: in use {built}: {compact(times[built])} us, best {best}: {compact(times[best])} us")
         finally:
             machine.wait()
             cache.close()
@@ -106,7 +106,9 @@ def all_pairs(run: Run, dim: int, sizes: Sizes, rows: Sequence[str], answers: Se
         table = [
             [shape, compact(time), f"{time / first:.3f}"] for shape, time in sorted(times.items(), key=lambda item: item[1])
         ]
-        print_table(f"D={dim}, {sizes.keys:,} keys: {pair}", ["lanes group depth registers", "us", "of built"], table)
+        print_table(
+            f"D={dim}, {sizes.keys:,} keys: {pair}", ["lanes group depth registers", "us", "ratio to the shape in use"], table
+        )
     return figures
 
 

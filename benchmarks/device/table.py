@@ -1,6 +1,7 @@
-"""The tables that device benchmarks look up: row i lies under the key ``i * odd``, and its content is known by its number.
+"""The tables of the device benchmarks: row i has the key ``i * odd``, and its values are a function of its number.
 
-So keys and expected rows of any batch are computed where they are needed, and a table larger than the device can be checked.
+So the keys and expected rows of any batch can be computed when they are needed, and a table larger than the device can be
+checked.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def rows_of(numbers: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def new_store(machine: Machine, rows: int, dim: int, name: str = "table") -> HostStore:
-    """An empty host store with room for so many rows, in pinned memory if there is a device."""
+    """An empty host store with memory for ``rows`` rows, pinned if there is a device."""
     allocator: Any = PlainHostAllocator() if machine.ordinal is None else PinnedHostAllocator()
     return HostStore(dim, name=name, rows=rows, allocator=allocator)
 
 
 def add_rows(machine: Machine, store: HostStore, start: int, stop: int) -> None:
-    """Write the rows with numbers from ``start`` to ``stop``; a store that gets them in order has row i in slot i."""
+    """Write the rows with numbers ``start`` to ``stop - 1``; if rows are written in order, row i is in slot i."""
     step = max(1, _CHUNK_BYTES // (8 * store.dim))
     for first in range(start, stop, step):
         numbers = torch.arange(first, min(stop, first + step), device=machine.device)
@@ -57,20 +58,20 @@ def add_rows(machine: Machine, store: HostStore, start: int, stop: int) -> None:
 
 
 def fill_store(machine: Machine, rows: int, dim: int) -> HostStore:
-    """A host store of so many rows."""
+    """A host store of ``rows`` rows."""
     store = new_store(machine, rows, dim)
     add_rows(machine, store, 0, rows)
     return store
 
 
 def new_cache(machine: Machine, store: HostStore, rows: int, *, policy: str | Policy = "lru", **options: Any) -> EmbeddingCache:
-    """A cache of the store's table where the machine is."""
+    """A cache for the table of the store, on the machine."""
     policy = load_policy(policy) if isinstance(policy, str) else policy
     return EmbeddingCache(store.dim, rows, device=machine.ordinal, policy=policy, store=store, **options)
 
 
 def resident_cache(machine: Machine, store: HostStore, ways: int, **options: Any) -> EmbeddingCache:
-    """A warm cache that has all rows of the store, in ``ways`` ways."""
+    """A warm cache with all rows of the store, in ``ways`` ways."""
     cache = new_cache(machine, store, len(store), whole=True, set_count=ways // 10, **options)
     resident = cache.warm()
     if resident != len(store):
@@ -80,7 +81,7 @@ def resident_cache(machine: Machine, store: HostStore, ways: int, **options: Any
 
 
 def check(who: str, got: torch.Tensor, numbers: torch.Tensor, dim: int, *, tolerance: float = 0.0) -> None:
-    """Raise unless every row is that of its number: in every bit, or within ``tolerance`` of the largest element, 0.5."""
+    """Raise unless every row fits its number: bit by bit, or up to ``tolerance`` relative to the largest element, 0.5."""
     expected = rows_of(numbers, dim)
     if tolerance:
         wrong = (got.to(torch.float32) - expected).abs().nan_to_num(nan=1.0) > tolerance * 0.5

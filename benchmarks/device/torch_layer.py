@@ -1,9 +1,10 @@
-"""P2, P4, P5 at the Torch layer: ``LookupLayer`` and ``HPSEmbeddingBag`` beside Torch's own embeddings, in one run.
+"""P2, P4, P5 in the Torch layer: ``LookupLayer`` and ``HPSEmbeddingBag`` compared with the embeddings of Torch, in one run.
 
-One model of several tables of one width, all rows in the cache; keys are uniform, hashed by the layer, and batches are fresh.
-Torch looks up row numbers in a tensor of the same rows, without a hash. Times are medians: of the host's clock for an eager
-call (the device works on), of CUDA events around a call, and of one of 20 calls in a CUDA graph. Compiled calls stand beside a
-compiled ``F.embedding``, and an operator in Python that looks nothing up: what Torch takes for any of them.
+One model has several tables of one width, with all rows in the cache; keys are uniform and hashed by the layer, and batches are
+new. Torch looks up row numbers in a tensor of the same rows, without a hash. Times are medians: by the clock of the host for an
+eager call (the device may continue), by CUDA events around a call, and per call for 20 calls in a CUDA graph. Compiled calls
+are compared with a compiled ``F.embedding`` and with an operator in Python that does nothing, the overhead of Torch for any of
+them.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ TINY = replace(QUICK, rows=2000, tables=3, table_rows=200, batches=(64, 256), ba
 
 
 class Served:
-    """A server with one table of ``rows`` rows and some small ones, and the same rows as tensors."""
+    """A server with one table of ``rows`` rows and several small ones, and the same rows as tensors."""
 
     def __init__(self, run: Run, dim: int, sizes: Sizes, folder: Path) -> None:
         self.run, self.machine, self.dim, self.sizes = run, run.machine, dim, sizes
         counts = [sizes.rows] + [sizes.table_rows] * sizes.tables
         files, self.tensors = [], []
         for number, count in enumerate(counts):
-            place = folder / f"d{dim}_t{number}.model"
-            place.mkdir()
+            table = folder / f"d{dim}_t{number}.model"
+            table.mkdir()
             numbers = torch.arange(count, device=self.machine.device)
             rows = rows_of(numbers, dim)
-            keys_of(np.arange(count)).tofile(place / "key")
-            rows.cpu().numpy().tofile(place / "emb_vector")
-            files.append(str(place))
+            keys_of(np.arange(count)).tofile(table / "key")
+            rows.cpu().numpy().tofile(table / "emb_vector")
+            files.append(str(table))
             self.tensors.append(rows)
         model = {
             "model": "m",
@@ -91,7 +92,7 @@ class Served:
         return hps.LookupLayer(self.config, "m", table, self.dim)
 
     def batches(self, n: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Row numbers and keys of fresh batches, on the device."""
+        """Row numbers and keys of new batches, on the device."""
         random = np.random.default_rng(n)
         numbers = [random.integers(0, rows, n) for _ in range(BATCHES)]
         device = self.machine.device
@@ -100,12 +101,12 @@ class Served:
         ]
 
     def lookups(self, n: int) -> dict[str, Call]:
-        """By name: the call that looks a batch up; each checked if it does."""
+        """By name: a call for one batch; checked if it looks up rows."""
         numbers, keys = self.batches(n, self.sizes.rows)
         weight, layer, embedding = self.tensors[0], self.layer(), torch.nn.functional.embedding
         module = torch.nn.Embedding.from_pretrained(weight)
         request, dim, nothing = layer.request, self.dim, torch.ops.hps_numba_benchmark.nothing.default
-        torch.compiler.reset()  # or the second size is compiled for every size
+        torch.compiler.reset()  # otherwise the second size is compiled for all sizes
         theirs, without_work, ours = (
             torch.compile(function, fullgraph=True, backend="aot_eager" if self.machine.ordinal is None else "inductor")
             for function in (lambda rows: embedding(rows, weight), lambda some: nothing(some, request, dim), layer)
@@ -137,7 +138,7 @@ class Served:
                 ):
                     if times:
                         figures[how].setdefault(name, {})[n] = median(times)
-        titles = {"wall": "eager, host's clock", "events": "eager, events", "graph": "a node of a CUDA graph"}
+        titles = {"wall": "eager, host clock", "events": "eager, events", "graph": "a node of a CUDA graph"}
         for how, some in figures.items():
             if some:
                 ratio_cells(
@@ -149,7 +150,7 @@ class Served:
         return figures
 
     def bags(self, mode: str, count: int) -> dict[str, Call]:
-        """By name: the call that pools ``count`` bags; both give the same rows."""
+        """By name: a call that pools ``count`` bags; checked to give equal rows."""
         each, weight, theirs = self.sizes.keys_of_bag, self.tensors[0], torch.nn.functional.embedding_bag
         flat_numbers, flat_keys = self.batches(count * each, self.sizes.rows)
         numbers = [some.view(count, each) for some in flat_numbers]
@@ -159,8 +160,8 @@ class Served:
             BAG: lambda turn, stream: theirs(numbers[turn], weight, mode=mode),
             "HPSEmbeddingBag": lambda turn, stream: ours(keys[turn]),
         }
-        wanted, got = (call(0, self.machine.stream()) for call in calls.values())
-        if not torch.allclose(wanted, got, rtol=1e-4, atol=1e-5):
+        expected, got = (call(0, self.machine.stream()) for call in calls.values())
+        if not torch.allclose(expected, got, rtol=1e-4, atol=1e-5):
             raise AssertionError(f"bags, {mode}, {count}: wrong rows")
         return calls
 
@@ -172,7 +173,7 @@ class Served:
         return answers
 
     def tables(self, n: int) -> dict[str, Call]:
-        """By name: the call that looks ``n`` keys up, from one table or shared out to many."""
+        """By name: a call that looks up ``n`` keys, from one table or spread over many."""
         tables, embedding = self.sizes.tables, torch.nn.functional.embedding
         collection = hps.LookupCollection(self.config, "m", {f"t{table}": (1 + table, self.dim) for table in range(tables)})
         one = self.layer()
@@ -194,7 +195,7 @@ class Served:
         return calls
 
     def measure_tables(self) -> Figures:
-        """P5: a call a table, beside one table with the same total of keys."""
+        """P5: all tables, compared with one table and the same total number of keys."""
         figures = self._events({n: self.tables(n) for n in self.sizes.batches if n >= 16 * self.sizes.tables})
         ratio_cells(f"D={self.dim}, keys in all, events", figures, ONE)
         return figures
@@ -219,7 +220,7 @@ def measure(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> int:
-    options = parser_of("The Torch layers beside Torch's own embeddings.", (32, 128)).parse_args()
+    options = parser_of("The Torch layers compared with the embeddings of Torch.", (32, 128)).parse_args()
     run = Run("LookupLayer and HPSEmbeddingBag", options)
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     for dim in options.dims:

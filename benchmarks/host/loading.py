@@ -1,8 +1,8 @@
-"""P7: a 1 GiB model, from the page cache into a host store that is ready to serve: the directory form, and HDF5 beside it.
+"""P7: loading a 1 GiB model from the page cache into a host store that is ready to serve, in directory form and as HDF5.
 
-Each repetition is a fresh process. ``first server`` is the very first thing that the process does, so that its time includes
-the import of numba and the loading of kernels from their cache (see startup.py); ``next server`` comes after one on a tiny
-model. Memory is what the peak of resident memory grew by from just before ``HPS(config)``.
+Each repetition is a fresh process. ``first server`` is the first server of the process, so its time includes the import of
+numba and the loading of kernels from their cache (see startup.py); ``next server`` follows one for a tiny model. Memory is the
+growth of the peak of resident memory, measured from just before ``HPS(config)``.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def resident(name: str) -> int:
 
 
 def load_by_server(model: Path, folder: Path, tiny: Path | None) -> dict[str, float]:
-    """Serve ``model``, whose rows ``folder`` holds in the directory form."""
+    """Serve ``model``, whose rows are in ``folder`` in directory form."""
     if tiny is not None:
         hps_numba.HPS(config_of(tiny, DIM)).close()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     start = time.perf_counter()
     server = hps_numba.HPS(config_of(model, DIM))
@@ -57,12 +57,12 @@ def load_by_server(model: Path, folder: Path, tiny: Path | None) -> dict[str, fl
 
 
 def check_rows(server: Any, folder: Path) -> None:
-    """A thousand rows from all over the table are those of the file."""
+    """Compare a thousand rows, evenly spaced over the table, with those in the file."""
     keys = np.memmap(folder / "key", np.int64, "r")
     rows = np.memmap(folder / "emb_vector", np.float32, "r").reshape(-1, DIM)
     some = np.linspace(0, len(keys) - 1, 1000).astype(np.int64)
     if not np.array_equal(server.lookup(np.array(keys[some]), "m", 0), rows[some]):
-        raise SystemExit("wrong rows were loaded")
+        raise SystemExit("wrong rows")
 
 
 def load_by_numpy(folder: Path) -> dict[str, float]:
@@ -73,32 +73,33 @@ def load_by_numpy(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "grown": resident("VmHWM") - before, "planned": sum(array.nbytes for array in arrays)}
 
 
-def child(kind: str, place: Path) -> dict[str, float]:
+def child(kind: str, folder: Path) -> dict[str, float]:
     if kind == "numpy.fromfile":
-        return load_by_numpy(place / "large")
+        return load_by_numpy(folder / "large")
     hdf5 = kind.endswith("HDF5")
-    tiny = None if kind == "first server" else place / ("tiny.h5" if hdf5 else "tiny")
-    return load_by_server(place / ("large.h5" if hdf5 else "large"), place / "large", tiny)
+    tiny = None if kind == "first server" else folder / ("tiny.h5" if hdf5 else "tiny")
+    return load_by_server(folder / ("large.h5" if hdf5 else "large"), folder / "large", tiny)
 
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
 
 
-def run_child(kind: str, place: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", kind, "--folder", str(place)]
+def run_child(kind: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", kind, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=child_environment(), check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
-def measure(place: Path, repetitions: int) -> list[dict[str, Any]]:
-    size = sum(file.stat().st_size for file in (place / "large").iterdir())
-    for kind in KINDS:  # warm-up: page cache, bytecode, kernel cache
-        run_child(kind, place)
+def measure(folder: Path, repetitions: int, *, quick: bool) -> list[dict[str, Any]]:
+    size = sum(file.stat().st_size for file in (folder / "large").iterdir())
+    if not quick:  # warm-up: page cache, bytecode, kernel cache
+        for kind in KINDS:
+            run_child(kind, folder)
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(repetitions):
         for kind in KINDS:
-            runs[kind].append(run_child(kind, place))
+            runs[kind].append(run_child(kind, folder))
     return [summary(kind, size, some) for kind, some in runs.items()]
 
 
@@ -143,12 +144,12 @@ def show(results: list[dict[str, Any]], title: str) -> None:
         ]
         for run in results
     ]
-    print_table("Peak of resident memory, growth", ["", "MiB", "announced", "ratio", "target"], memory)
+    print_table("Growth of the peak of resident memory", ["", "MiB", "planned", "ratio", "target"], memory)
 
 
 def main() -> None:
     parser = add_options(argparse.ArgumentParser(description="Loading of a 1 GiB model into host memory (P7)."))
-    parser.add_argument("--folder", type=Path, help="where to write the model (default: a temporary directory)")
+    parser.add_argument("--folder", type=Path, help="directory in which to write the model (default: a temporary one)")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -156,13 +157,13 @@ def main() -> None:
         return
     rows, repetitions = (QUICK_ROWS, QUICK_REPETITIONS) if options.quick else (ROWS, REPETITIONS)
     print_machine(f"Loading (P7): medians of {repetitions} processes, page cache warm", quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="hps_loading_", dir=options.folder) as folder:
-        place = Path(folder)
-        save_model(place / "large", rows, DIM)
-        save_model(place / "tiny", TINY_ROWS, DIM)
+    with tempfile.TemporaryDirectory(prefix="hps_loading_", dir=options.folder) as temporary:
+        folder = Path(temporary)
+        save_model(folder / "large", rows, DIM)
+        save_model(folder / "tiny", TINY_ROWS, DIM)
         for name in ("large", "tiny"):
-            hps_numba.convert_model(place / name, place / f"{name}.h5")
-        results = measure(place, repetitions)
+            hps_numba.convert_model(folder / name, folder / f"{name}.h5")
+        results = measure(folder, repetitions, quick=options.quick)
     show(results, f"D={DIM}: {rows:,} rows, {rows * (4 * DIM + 8) / 1e9:.3f} GB of files")
     finish(options.json, quick=options.quick, rows=rows, dim=DIM, results=results)
 

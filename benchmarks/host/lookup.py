@@ -1,9 +1,9 @@
-"""P6: the host lookup, hash included, against copies of rows whose place is known.
+"""P6: host lookups, including the hash, compared with copies of rows by row number.
 
-One table of about 1 GiB a width is loaded by ``HPS``. ``torch.index_select`` reads a tensor of Torch's own, as a program
-without a parameter server has it; ``numpy.take``, the ceiling and a second Torch read the memory that the host store reads, on
-its 2 MB pages, by row number. Keys are permuted multiples of an odd number. Each repetition draws fresh keys and times every
-contender once, in turning order; the medians are compared.
+For each width, ``HPS`` loads a table of about 1 GiB. ``torch.index_select`` reads a tensor allocated by Torch, as in a program
+without a parameter server; ``numpy.take``, the ceiling and a second run of Torch read the memory of the host store, which is on
+2 MB pages, by row number. Keys are permuted multiples of an odd number. Each repetition draws new keys and times every
+candidate once, in rotating order; the medians are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from report import add_options, cache_bytes, finish, print_machine, print_table,
 import hps_numba
 from hps_numba.runtime import threads as hps_threads
 
-#: width -> at least this share of torch's rate
+#: width -> minimum share of the rate of Torch
 TARGETS = {16: 0.75, 32: 0.75, 128: 0.9}
 SCALING_TARGET = 1.8
 PEER = "torch.index_select"
@@ -37,10 +37,10 @@ OURS = ("HPS.lookup", "HostStore.lookup")
 SAME_MEMORY = "torch, our memory"
 CEILING = "ceiling: row copy"
 DICT_ROWS, DICT_KEYS = 1 << 18, 1 << 16
-SETTLE_SECONDS = 0.003  # idle OpenMP threads spin for a while, on the core that the next contender needs
+SETTLE_SECONDS = 0.003  # idle OpenMP threads keep spinning on the core that the next candidate needs
 
 Call = Callable[[], Any]
-Times = dict[tuple[str, int], list[float]]  # by name and number of threads: seconds of each repetition
+Times = dict[tuple[str, int], list[float]]  # (name, threads) -> seconds of each repetition
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Table:
 
 @dataclass
 class Batch:
-    """Row numbers, the keys they stand under, and the output, each as every contender wants it."""
+    """Row numbers, their keys, and the output, as arrays and as tensors."""
 
     slots: np.ndarray
     keys: np.ndarray
@@ -94,8 +94,8 @@ class Batch:
 @contextmanager
 def served(dim: int, sizes: Sizes) -> Iterator[Table]:
     """The table of width ``dim``, loaded by a server."""
-    with tempfile.TemporaryDirectory(prefix="hps_lookup_") as place:
-        folder = Path(place) / "table.model"
+    with tempfile.TemporaryDirectory(prefix="hps_lookup_") as temporary:
+        folder = Path(temporary) / "table.model"
         keys = save_model(folder, sizes.table_bytes // (4 * dim), dim)
         server = hps_numba.HPS(config_of(folder, dim))
     with server:
@@ -117,7 +117,7 @@ def hps_lookup(table: Table, batch: Batch, threads: int) -> Call:
     def call() -> None:
         table.server.lookup(batch.keys, "m", 0, out=batch.out)
 
-    hps_threads._pool.threads = threads  # HPS.lookup takes all cores; to compare, as many as the peer has
+    hps_threads._pool.threads = threads  # HPS.lookup uses all cores; here, as many as the peer
     return call
 
 
@@ -151,7 +151,7 @@ def row_copy(table: Table, batch: Batch, threads: int) -> Call:
     return call
 
 
-CONTENDERS = {
+CANDIDATES = {
     "HPS.lookup": hps_lookup,
     "HostStore.lookup": store_lookup,
     PEER: torch_select,
@@ -159,42 +159,42 @@ CONTENDERS = {
     "numpy.take": numpy_take,
     CEILING: row_copy,
 }
-#: numpy.take has one thread
-LARGE = [(name, threads) for name in CONTENDERS for threads in (1, 2) if (name, threads) != ("numpy.take", 2)]
+#: numpy.take uses one thread
+LARGE = [(name, threads) for name in CANDIDATES for threads in (1, 2) if (name, threads) != ("numpy.take", 2)]
 
 
 def aligned_rows(n: int, dim: int) -> np.ndarray:
-    """float32 ``[n, dim]`` from a multiple of 64 bytes on, as the outputs of Torch lie; NumPy's are 16 bytes off."""
+    """float32 ``[n, dim]``, aligned to 64 bytes like the outputs of Torch; those of NumPy are 16 bytes off."""
     memory = np.zeros(n * dim + 16, np.float32)
     first = -memory.ctypes.data % 64 // 4
     return memory[first : first + n * dim].reshape(n, dim)
 
 
 def check(table: Table, n: int) -> None:
-    """Every contender gives the same rows, or there is nothing to compare."""
+    """Check that every candidate gives the same rows."""
     batch = draw(table, n, np.random.default_rng(1), aligned_rows(n, table.rows.shape[1]))
     expected = table.rows[batch.slots]
     for name, threads in LARGE:
         batch.out[:] = -1
-        CONTENDERS[name](table, batch, threads)()
+        CANDIDATES[name](table, batch, threads)()
         if not np.array_equal(batch.out, expected):
             raise SystemExit(f"{name} with {threads} threads: wrong rows")
 
 
 def large_batches(table: Table, sizes: Sizes) -> tuple[Times, int]:
-    """Seconds of each repetition of one batch, for each contender and number of threads; and how many were dropped.
+    """Seconds of each repetition of one batch, by candidate and number of threads; and the number of dropped repetitions.
 
-    A repetition that other programs disturb is made again, as often as there are repetitions to make.
+    A repetition that other programs disturb is repeated, at most as often as there are repetitions.
     """
     rng = np.random.default_rng(2)
     out = aligned_rows(sizes.batch, table.rows.shape[1])
     seconds: Times = {who: [] for who in LARGE}
-    wanted, dropped, turn = sizes.warmups + sizes.repetitions, 0, 0
-    while turn < wanted + dropped:
+    needed, dropped, turn = sizes.warmups + sizes.repetitions, 0, 0
+    while turn < needed + dropped:
         watch = Watch()
         times = large_repetition(table, sizes, rng, out, turn % len(LARGE))
         turn += 1
-        if watch.disturbed and dropped < wanted:
+        if watch.disturbed and dropped < needed:
             dropped += 1
         elif turn - dropped > sizes.warmups:
             for who, time_taken in times.items():
@@ -205,10 +205,10 @@ def large_batches(table: Table, sizes: Sizes) -> tuple[Times, int]:
 def large_repetition(
     table: Table, sizes: Sizes, rng: np.random.Generator, out: np.ndarray, turn: int
 ) -> dict[tuple[str, int], float]:
-    """Every contender once, from number ``turn`` on."""
+    """Time every candidate once, starting with number ``turn``."""
     times = {}
     for name, threads in LARGE[turn:] + LARGE[:turn]:
-        call = CONTENDERS[name](table, draw(table, sizes.batch, rng, out), threads)
+        call = CANDIDATES[name](table, draw(table, sizes.batch, rng, out), threads)
         time.sleep(SETTLE_SECONDS)
         start = time.perf_counter()
         call()
@@ -217,13 +217,13 @@ def large_repetition(
 
 
 def small_batches(table: Table, n: int, sizes: Sizes) -> dict[str, float]:
-    """Median microseconds a call with ``n`` keys, one thread; each call has fresh keys."""
+    """Median microseconds of a call with ``n`` keys on one thread; each call has new keys."""
     rng = np.random.default_rng(3)
     out = np.zeros((n, table.rows.shape[1]), np.float32)
-    taken: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    taken: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     for repetition in range(sizes.warmups + sizes.repetitions):
-        for name, contender in CONTENDERS.items():
-            calls = [contender(table, draw(table, n, rng, out), 1) for _ in range(sizes.small_calls)]
+        for name, candidate in CANDIDATES.items():
+            calls = [candidate(table, draw(table, n, rng, out), 1) for _ in range(sizes.small_calls)]
             time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             for call in calls:
@@ -234,15 +234,15 @@ def small_batches(table: Table, n: int, sizes: Sizes) -> dict[str, float]:
 
 
 def dict_rate(table: Table) -> float:
-    """Keys a second that a dict from key to row answers, the rows copied to one array. A sample: a small table, few keys."""
+    """Keys per second of a dict from key to row, with the rows copied to one array; a small sample."""
     rows = min(DICT_ROWS, len(table.keys))
     answers = dict(zip(table.keys[:rows].tolist(), table.rows[:rows], strict=True))
-    wanted = table.keys[np.random.default_rng(4).integers(0, rows, min(DICT_KEYS, rows))].tolist()
-    out = np.zeros((len(wanted), table.rows.shape[1]), np.float32)
+    keys = table.keys[np.random.default_rng(4).integers(0, rows, min(DICT_KEYS, rows))].tolist()
+    out = np.zeros((len(keys), table.rows.shape[1]), np.float32)
     start = time.perf_counter()
-    for i, key in enumerate(wanted):
+    for i, key in enumerate(keys):
         out[i] = answers[key]
-    return len(wanted) / (time.perf_counter() - start)
+    return len(keys) / (time.perf_counter() - start)
 
 
 def show_large(
@@ -263,35 +263,35 @@ def show_large(
     cells.append(
         [f"dict ({min(DICT_ROWS, len(table.keys)):,} rows)", "1", "", "", f"{dictionary / 1e6:.1f}", f"{share:.3f}", ""]
     )
-    title = f"D={dim}: {len(table.keys):,} rows, {table.rows.nbytes >> 20} MiB, {sizes.batch:,} keys a batch"
-    print_table(title, ["contender", "threads", "ms", "range", "M keys/s", "rate / torch", "target"], cells)
+    title = f"D={dim}: {len(table.keys):,} rows, {table.rows.nbytes >> 20} MiB, {sizes.batch:,} keys in a batch"
+    print_table(title, ["candidate", "threads", "ms", "range", "M keys/s", "rate / torch", "target"], cells)
     return results
 
 
 def show_scaling(dim: int, times: Times) -> list[dict[str, Any]]:
     results, cells = [], []
-    for name in (name for name in CONTENDERS if (name, 2) in times):
+    for name in (name for name in CANDIDATES if (name, 2) in times):
         gain = statistics.median(times[name, 1]) / statistics.median(times[name, 2])
         judged = verdict(gain, at_least=SCALING_TARGET) if name in OURS else ""
         results.append({"name": name, "scaling": gain, "target": judged})
         cells.append([name, f"{gain:.2f}", judged])
-    print_table(f"D={dim}: from one thread to two", ["contender", "gain", "target"], cells)
+    print_table(f"D={dim}: speed-up from one thread to two", ["candidate", "speed-up", "target"], cells)
     return results
 
 
 def show_small(dim: int, taken: dict[int, dict[str, float]]) -> None:
-    cells = [[name, *(f"{times[name]:.2f}" for times in taken.values())] for name in CONTENDERS]
-    print_table(f"D={dim}: small batches, one thread, us a call", ["contender", *(f"{n} keys" for n in taken)], cells)
+    cells = [[name, *(f"{times[name]:.2f}" for times in taken.values())] for name in CANDIDATES]
+    print_table(f"D={dim}: small batches, one thread, us per call", ["candidate", *(f"{n} keys" for n in taken)], cells)
 
 
 def measure(dim: int, sizes: Sizes) -> dict[str, Any]:
-    """All tables of one width, printed; the figures."""
+    """Measure one width and print its tables; returns the figures."""
     with served(dim, sizes) as table:
         check(table, min(sizes.batch, 1 << 19))
         seconds, dropped = large_batches(table, sizes)
         large = show_large(table, seconds, dict_rate(table), sizes)
         if dropped:
-            print(f"{dropped} repetitions were disturbed by other programs and made again\n")
+            print(f"{dropped} repetitions were disturbed by other programs and repeated\n")
         scaling = show_scaling(dim, seconds)
         taken = {n: small_batches(table, n, sizes) for n in sizes.small}
         show_small(dim, taken)
@@ -306,13 +306,13 @@ def measure(dim: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = add_options(argparse.ArgumentParser(description="Host lookup against torch, numpy and a plain copy of rows (P6)."))
+    parser = add_options(argparse.ArgumentParser(description="Host lookups compared with Torch, NumPy and a row copy (P6)."))
     parser.add_argument("--dims", type=int, nargs="+", default=list(TARGETS), choices=list(TARGETS), help="widths to measure")
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     print_machine("Host lookup (P6): medians, ratios within one run", quick=options.quick)
     if not options.quick and (cache := cache_bytes()) and sizes.table_bytes < 4 * cache:
-        print(f"the tables are not much larger than the last-level cache of {cache >> 20} MiB\n")
+        print(f"note: the tables are not much larger than the last-level cache of {cache >> 20} MiB\n")
     finish(options.json, quick=options.quick, widths=[measure(dim, sizes) for dim in options.dims])
 
 

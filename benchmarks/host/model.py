@@ -1,4 +1,4 @@
-"""Models that the host benchmarks serve: keys are permuted multiples of an odd number, rows random, in the directory form."""
+"""Models for the host benchmarks: permuted multiples of an odd number as keys, random rows, in directory form."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def save_model(folder: Path, rows: int, dim: int) -> np.ndarray:
         for start in range(0, rows, step):
             rng.random((min(step, rows - start), dim), np.float32).tofile(file)
         file.flush()
-        os.fsync(file.fileno())  # or the system writes it to disk while something is measured
+        os.fsync(file.fileno())  # otherwise the system writes it to disk during a measurement
     return keys
 
 
 def config_of(folder: Path, dim: int) -> dict[str, Any]:
-    """A server of this model ``m`` with one table, in host memory."""
+    """A config with this model, called ``m``, and one table in host memory."""
     model = {
         "model": "m",
         "sparse_files": [str(folder)],

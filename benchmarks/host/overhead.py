@@ -1,8 +1,8 @@
-"""Where the microseconds of a small lookup go: the same keys through one layer after the other, from the kernel up.
+"""Where the microseconds of a small lookup go: the same keys through each layer, from the kernel upwards.
 
-``host_lookup`` is the compiled kernel, called with addresses that are known; ``HostStore.lookup`` checks the arrays and finds
-their addresses; ``ServedTable.lookup`` counts and would go on to slower tiers; ``HPS.lookup`` finds the table and takes any
-array. All rows lie in the processor's caches and one thread works, so that what differs is the way and not the memory.
+``host_lookup`` is the compiled kernel, called with known addresses; ``HostStore.lookup`` checks the arrays and finds their
+addresses; ``ServedTable.lookup`` counts, and would continue with slower tiers; ``HPS.lookup`` finds the table and accepts any
+array. All rows are in the caches of the processor and one thread works, so the layers differ in code and not in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hps_numba.kernels.host.lookup import host_lookup
 
 DIM, ROWS = 32, 4096
 BATCHES, QUICK_BATCHES = (1, 16, 64, 256, 1024), (1, 64)
-ROUNDS, QUICK_ROUNDS = 31, 3
+ROUNDS, QUICK_ROUNDS = 31, 9
 ROUND_SECONDS, QUICK_ROUND_SECONDS = 0.004, 0.0005
 TOP = "HPS.lookup(out=)"
 
@@ -39,7 +39,7 @@ def kernel_call(store: Any, keys: np.ndarray, out: np.ndarray) -> Call:
 
 
 def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str, Call]:
-    """The ways to the same rows, each longer than the one before."""
+    """The layers, each of which calls the one before it."""
     session = server._table("m", 0)
     store = session.store
     return {
@@ -52,7 +52,7 @@ def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str
 
 
 def peers(keys: np.ndarray, slots: np.ndarray, rows: np.ndarray, out: np.ndarray) -> dict[str, Call]:
-    """Rows of which the number is known: NumPy and, where it is installed, Torch."""
+    """Rows by row number: NumPy and, if it is installed, Torch."""
     calls: dict[str, Call] = {"numpy.take(out=)": lambda: np.take(rows, slots, axis=0, out=out, mode="clip")}
     try:
         import torch
@@ -65,7 +65,7 @@ def peers(keys: np.ndarray, slots: np.ndarray, rows: np.ndarray, out: np.ndarray
 
 
 def check(calls: dict[str, Call], out: np.ndarray, expected: np.ndarray) -> None:
-    """Every way leads to the same rows."""
+    """Check that every call gives the same rows."""
     for name, call in calls.items():
         out[:] = -1
         answer = call()
@@ -75,7 +75,7 @@ def check(calls: dict[str, Call], out: np.ndarray, expected: np.ndarray) -> None
 
 
 def microseconds(calls: dict[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Microseconds a call: one figure a round, in which every way is gone as often as fits ``seconds``, in turn."""
+    """Microseconds per call: one figure for each round, in which every call is repeated for about ``seconds``."""
     start = time.perf_counter()
     for call in calls.values():
         call()
@@ -106,13 +106,13 @@ def show(taken: dict[int, dict[str, list[float]]]) -> None:
     names = list(next(iter(middle.values())))
     head = ["", *(f"{batch} keys" for batch in middle)]
     cells = [[name, *(f"{times[name]:.2f}" for times in middle.values())] for name in names]
-    print_table(f"D={DIM}, one thread: us a call", head, cells)
+    print_table(f"D={DIM}, one thread: us per call", head, cells)
     shares = [[name, *(f"{times[name] / times[TOP]:.2f}" for times in middle.values())] for name in names]
     print_table(f"Share of {TOP}", head, shares)
 
 
 def main() -> None:
-    options = add_options(argparse.ArgumentParser(description="Microseconds of small lookups, a layer at a time.")).parse_args()
+    options = add_options(argparse.ArgumentParser(description="Microseconds of small lookups, layer by layer.")).parse_args()
     print_machine("Overhead of small lookups: medians", quick=options.quick)
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="hps_overhead_") as folder:
@@ -124,7 +124,7 @@ def main() -> None:
         taken = {batch: measure(server, keys, rows, batch, quick=options.quick) for batch in batches}
     show(taken)
     if watch.disturbed:
-        print(f"other programs kept {watch.cores():.1f} cores busy meanwhile\n")
+        print(f"note: other programs kept {watch.cores():.1f} cores busy\n")
     finish(options.json, quick=options.quick, dim=DIM, microseconds=taken, cores_of_others=watch.cores())
 
 

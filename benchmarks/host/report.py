@@ -1,4 +1,4 @@
-"""What all host benchmarks share: their options, the facts of the machine, the printed table, the JSON file."""
+"""Shared by all host benchmarks: options, the description of the machine, printed tables, the JSON file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``--quick`` and ``--json``, which every benchmark has."""
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing of worth")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write machine and results to this file")
+    """Add ``--quick`` and ``--json``, the options of every benchmark."""
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; the figures are meaningless")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the machine and the results to this file")
     return parser
 
 
@@ -30,7 +30,7 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores, caches, memory, huge pages, versions, and how busy it is (load average of the last minute)."""
+    """CPU, cores, caches, memory, huge pages, versions, and the load average of the last minute."""
     return {
         "cpu": _line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -45,18 +45,18 @@ def machine() -> dict[str, Any]:
 
 
 def cache_bytes() -> int | None:
-    """Bytes of the last-level cache, where the system tells."""
+    """Bytes of the last-level cache; None if the system does not tell."""
     text = _read("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(text[:-1]) << 10 if text[:-1].isdigit() and text.endswith("K") else None
 
 
 def print_machine(title: str, *, quick: bool) -> None:
-    print(title + ("   (--quick: sizes too small to judge by)" if quick else ""))
+    print(title + ("   (--quick: the sizes are too small for conclusions)" if quick else ""))
     print("; ".join(f"{name} {value}" for name, value in machine().items()), end="\n\n")
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need; the first is aligned to the left."""
+    """Print a table; the first column is left-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print(title)
     for row in [head, ["-" * width for width in widths], *rows]:
@@ -74,14 +74,14 @@ def verdict(value: float, *, at_least: float | None = None, at_most: float | Non
 
 
 def finish(path: Path | None, *, quick: bool, **results: Any) -> None:
-    """Write machine and results to ``path``, if one was given."""
+    """Write the machine and the results to ``path``, if it is given."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), "quick": quick, **results}, indent=2) + "\n")
 
 
 def _read(path: str) -> str:
-    place = Path(path)
-    return place.read_text().strip() if place.exists() else ""
+    file = Path(path)
+    return file.read_text().strip() if file.exists() else ""
 
 
 def _line(path: str, name: str) -> str:

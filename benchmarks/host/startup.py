@@ -1,8 +1,8 @@
-"""P8: how long a fresh process takes to import the package, and from its start to the first lookup answered.
+"""P8: the time for a fresh process to import the package, and from its start to the answer of the first lookup.
 
-``import hps_numba`` is timed within the process. The first lookup is timed from just before the process is started, so that
-the interpreter's own start counts, to just after the rows of a tiny model came back. Where that time goes is timed in processes
-of their own, a stage after the other.
+``import hps_numba`` is timed within the process. The first lookup is timed from just before the start of the process, so that
+the start of the interpreter is included, until the rows of a tiny model are returned. The stages of that time are measured in
+separate processes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from model import config_of, save_model
 from report import add_options, child_environment, finish, print_machine, print_table, verdict
 
 DIM, ROWS = 16, 1000
-REPETITIONS, QUICK_REPETITIONS = 11, 1
-COLD_REPETITIONS, QUICK_COLD_REPETITIONS = 3, 1
+REPETITIONS, COLD_REPETITIONS = 11, 3
 IMPORT_TARGET, FIRST_LOOKUP_TARGET = 0.5, 1.5
 
 BARE = "import time; print(time.monotonic())"
@@ -57,7 +56,7 @@ ends("import hps_numba, all of it")
 hps_numba.read_config(sys.argv[1])
 ends("read_config")
 server = hps_numba.HPS(sys.argv[1])
-ends("HPS(config): numba wakes, kernels, model")
+ends("HPS(config): numba starts, kernels, model")
 rows = server.lookup([int(key) for key in sys.argv[2:]], "m", 0)
 ends("first lookup")
 server.lookup([int(key) for key in sys.argv[2:]], "m", 0)
@@ -69,19 +68,19 @@ server.close()
 
 
 def output(program: str, cache: Path, *arguments: str) -> str:
-    """What a fresh process prints."""
+    """The output of a fresh process."""
     environment = child_environment(HPS_NUMBA_CACHE_DIR=str(cache))
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
 
 
 def printed(program: str, cache: Path, *arguments: str) -> float:
-    """The number that a fresh process prints."""
+    """The number printed by a fresh process."""
     return float(output(program, cache, *arguments))
 
 
 def since_start(program: str, cache: Path, *arguments: str) -> float:
-    """Seconds from the start of a process to the moment that it prints; the monotonic clock is the system's."""
+    """Seconds from the start of a process until the time that it prints; the monotonic clock is that of the system."""
     start = time.monotonic()
     return printed(program, cache, *arguments) - start
 
@@ -89,20 +88,23 @@ def since_start(program: str, cache: Path, *arguments: str) -> float:
 Seconds = dict[str, list[float]]
 
 
-def measure(place: Path, *, repetitions: int, cold_repetitions: int) -> tuple[Seconds, Seconds]:
+def measure(folder: Path, *, quick: bool) -> tuple[Seconds, Seconds]:
     """Seconds of every run, and of every stage of a warm start.
 
-    Cold runs come first: the last of them leaves the cache that the warm runs use.
+    Cold runs come first: the last of them fills the cache that the warm runs use.
     """
-    keys = save_model(place / "table.model", ROWS, DIM)
-    config = place / "ps.json"
-    config.write_text(json.dumps(config_of(place / "table.model", DIM)))
+    repetitions, cold_repetitions = (1, 1) if quick else (REPETITIONS, COLD_REPETITIONS)
+    keys = save_model(folder / "table.model", ROWS, DIM)
+    config = folder / "ps.json"
+    config.write_text(json.dumps(config_of(folder / "table.model", DIM)))
     arguments = [str(config), *map(str, keys[:3])]
-    printed(IMPORT, place / "unused")  # bytecode
-    caches = [place / f"cache{i}" for i in range(cold_repetitions)]
+    if not quick:
+        printed(IMPORT, folder / "unused")  # compiles bytecode
+    caches = [folder / f"cache{i}" for i in range(cold_repetitions)]
     cold = [since_start(FIRST_LOOKUP, cache, *arguments) for cache in caches]
     warm = caches[-1]
-    since_start(FIRST_LOOKUP, warm, *arguments)
+    if not quick:
+        since_start(FIRST_LOOKUP, warm, *arguments)
     seconds: Seconds = {"python": [], "import hps_numba": [], "first lookup, warm kernel cache": []}
     stages: Seconds = {}
     for _ in range(repetitions):
@@ -117,16 +119,14 @@ def measure(place: Path, *, repetitions: int, cold_repetitions: int) -> tuple[Se
 def show_stages(seconds: dict[str, float]) -> None:
     total = sum(seconds.values())
     cells = [[stage, f"{taken:.4f}", f"{taken / total:.0%}"] for stage, taken in seconds.items()]
-    print_table("A warm start by stages, the interpreter's own start left out", ["", "s", "share"], cells)
+    print_table("Stages of a warm start, without the start of the interpreter", ["", "s", "share"], cells)
 
 
 def main() -> None:
     options = add_options(argparse.ArgumentParser(description="Import and first lookup of a fresh process (P8).")).parse_args()
-    repetitions = QUICK_REPETITIONS if options.quick else REPETITIONS
-    cold_repetitions = QUICK_COLD_REPETITIONS if options.quick else COLD_REPETITIONS
     print_machine("Start of a process (P8): medians", quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="hps_startup_") as name:
-        seconds, stages = measure(Path(name), repetitions=repetitions, cold_repetitions=cold_repetitions)
+        seconds, stages = measure(Path(name), quick=options.quick)
     targets = {"import hps_numba": IMPORT_TARGET, "first lookup, warm kernel cache": FIRST_LOOKUP_TARGET}
     results, cells = [], []
     for what, times in seconds.items():

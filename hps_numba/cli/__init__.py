@@ -1,7 +1,7 @@
-"""``hps-numba``: the command line. The folder is the menu: one file a command, found by its name.
+"""``hps-numba``: the command line. The folder is the menu: one file for each command, found by its name.
 
-A command file defines ``PLUGIN``: a function (its docstring is the help text) or a ``typer.Typer`` with subcommands. Files with
-a leading underscore hold what a command is made of. Nothing heavy is imported before a command runs.
+A command file defines ``PLUGIN``: a function, whose docstring is the help text, or a ``typer.Typer`` with subcommands. Files
+with a leading underscore hold the parts of commands. Heavy imports are delayed until a command runs.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name in plugins.names(__name__):
-        part = plugins.load(__name__, name)
-        if isinstance(part, typer.Typer):
-            app.add_typer(part, name=name)
+        command = plugins.load(__name__, name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
         else:
-            app.command(name)(part)
+            app.command(name)(command)
     return app
 
 
 def main() -> None:
-    """Run the command that ``sys.argv`` names, then exit: 0 done, 1 failed, 2 called the wrong way."""
+    """Run the command in ``sys.argv``, then exit: 0 success, 1 failure, 2 usage error."""
     build()(prog_name="hps-numba")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"hps-numba {__version__}")
         raise typer.Exit
 
 
 def _root(
     context: typer.Context,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show what the library logs at INFO.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show log messages at level INFO.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """A hierarchical parameter server for recommender models, in pure Python: exact embedding lookups."""
+    """A hierarchical parameter server for recommender models in pure Python, with exact embedding lookups."""
     context.call_on_close(show_log_lines(verbose))

@@ -1,36 +1,23 @@
-"""The demo as a picture: how long requests took, and keys a second over time."""
+"""The plot of the demo: latency of requests, and throughput over time."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hps_numba.cli._demo_traffic import KEYS_PER_SAMPLE, Round, Traffic
-from hps_numba.errors import HpsError
 
-__all__ = ["check_plot", "save_plot"]
+__all__ = ["save_plot"]
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _COLOURS = ("#4c78a8", "#2a9d8f", "#e9a03b", "#c8553d")
 _GREY = "#666666"
-_POINTS = 40  # of the throughput curve
-
-
-def check_plot(path: Path) -> None:
-    """Raise, before any work is done, if the picture could not be saved at ``path``."""
-    if find_spec("matplotlib") is None:
-        raise HpsError('--plot needs matplotlib: pip install "hps-numba[plot]"')
-    if path.suffix.lower() not in _SUFFIXES:
-        raise HpsError(f"--plot: {path} came, wanted a name that ends in {', '.join(_SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise HpsError(f"--plot: there is no directory {path.absolute().parent}")
+_POINTS = 40  # in the throughput curve
 
 
 def save_plot(path: Path, traffic: Traffic, title: str) -> None:
-    """Draw and save."""
+    """Draw the plot and save it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
@@ -46,11 +33,11 @@ def save_plot(path: Path, traffic: Traffic, title: str) -> None:
 
 
 def _draw_latencies(axes: Any, latencies: dict[int, np.ndarray]) -> None:
-    """A histogram for each batch size over one logarithmic axis, with its median."""
+    """A histogram for each batch size with its median, on one logarithmic axis."""
     from matplotlib.patheffects import withStroke
 
-    every = np.concatenate(list(latencies.values())) * 1e6
-    edges = np.geomspace(every.min() * 0.9, np.quantile(every, 0.9995) * 1.3, 90)
+    pooled = np.concatenate(list(latencies.values())) * 1e6
+    edges = np.geomspace(pooled.min() * 0.9, np.quantile(pooled, 0.9995) * 1.3, 90)
     for (samples, seconds), colour in zip(latencies.items(), _COLOURS, strict=True):
         micros = seconds * 1e6
         share = np.histogram(micros, edges)[0] / len(micros) * 100
@@ -73,7 +60,7 @@ def _draw_latencies(axes: Any, latencies: dict[int, np.ndarray]) -> None:
 
 
 def _draw_throughput(axes: Any, rounds: list[Round]) -> None:
-    """Keys a second while lookups ran, over the time of the demo, and the mean of all."""
+    """Keys per second while lookups ran, over the time of the demo, and their mean."""
     parts = [part for part in np.array_split(np.arange(len(rounds)), min(_POINTS, len(rounds))) if len(part)]
     times = [np.mean([rounds[i].start for i in part]) for part in parts]
     rates = [sum(rounds[i].keys for i in part) / sum(rounds[i].seconds for i in part) / 1e6 for part in parts]
@@ -83,7 +70,7 @@ def _draw_throughput(axes: Any, rounds: list[Round]) -> None:
     axes.set_ylim(0, max(rates) * 1.25)
     axes.set_xlim(left=0)
     axes.set_title(f"Throughput of all threads, mean {mean:.3g} M keys/s", loc="left", fontsize=10)
-    axes.set_ylabel("million keys a second", color=_GREY)
+    axes.set_ylabel("million keys per second", color=_GREY)
     axes.set_xlabel("seconds", color=_GREY)
 
 

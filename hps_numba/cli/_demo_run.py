@@ -1,4 +1,4 @@
-"""The demo's way: make a model, write a config, deploy it, send requests, check every row, sum it all up."""
+"""The steps of the demo: generate a model, write a config, deploy it, send requests, check every row, report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ import numpy as np
 from hps_numba import __version__
 from hps_numba.cli._demo_traffic import DEFAULT_VALUE, KEYS_PER_SAMPLE, LARGEST_BATCH, MODEL, Traffic, run_traffic
 from hps_numba.cli._hardware import Hardware, resident_bytes
+from hps_numba.cli._latency import percentiles, seconds_of
 from hps_numba.cli._output import human_rate, human_seconds
 from hps_numba.device.host_memory import human_bytes
 from hps_numba.server.hps import HPS
 from hps_numba.simulate.workloads import generate_model
 
-__all__ = ["PERCENTILES", "Demo", "write_config"]
-
-PERCENTILES = {"p50": 50, "p95": 95, "p99": 99}
+__all__ = ["Demo", "write_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +30,13 @@ class Demo:
     """One run.
 
     Attributes:
-        folder: where model and config are put.
+        folder: for the model and the config.
         rows, dim: shape of the model.
-        threads: that send requests.
-        seconds: how long they do.
-        seed: of the model's values and of the requests.
-        say: told about each step, as (name, text).
-        waiting: shown while requests are sent.
+        threads: number of threads that send requests.
+        seconds: duration of the requests.
+        seed: of the values of the model and of the requests.
+        say: called for each step, with (name, text).
+        waiting: a context manager shown while requests are sent.
     """
 
     folder: Path
@@ -55,24 +54,24 @@ class Demo:
         return self.rows * (8 + 4 * self.dim)
 
     def run(self, hardware: Hardware) -> tuple[dict[str, Any], Traffic]:
-        """All steps; what came of them, ready for JSON, and the traffic.
+        """Run all steps; the report, ready for JSON, and the traffic.
 
         Raises:
             HpsError: a step failed.
         """
         model, config = self.folder / "demo.model", self.folder / "demo_ps_config.json"
         self.say("hps-numba", f"{__version__} demo")
-        made = _timed(lambda: generate_model(model, self.rows, self.dim, seed=self.seed, overwrite=True))
-        self.say("model", f"{self.rows:,} rows x {self.dim} float32 made in {human_seconds(made)}: {model}")
-        ready = _timed(self._make_kernels_ready)
+        generated = seconds_of(lambda: generate_model(model, self.rows, self.dim, seed=self.seed, overwrite=True))
+        self.say("model", f"{self.rows:,} rows x {self.dim} float32 generated in {human_seconds(generated)}: {model}")
+        ready = seconds_of(self._prepare_kernels)
         self.say("kernels", f"ready in {human_seconds(ready)}; compiled once, then kept in the user's cache folder")
         write_config(config, model.name, self.dim)
         report, traffic = self._serve(config, hardware)
-        times = {"generate_seconds": made, "kernel_seconds": ready}
+        times = {"generate_seconds": generated, "kernel_seconds": ready}
         return {**_machine(hardware), "threads": self.threads, **times, **report}, traffic
 
-    def _make_kernels_ready(self) -> None:
-        """Compile the kernels, or take them from the cache folder, by serving a model of a few rows."""
+    def _prepare_kernels(self) -> None:
+        """Compile the kernels, or load them from the cache folder, by serving a model of a few rows."""
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="warm_up_") as name:
             generate_model(Path(name) / "demo.model", 64, self.dim)
             write_config(Path(name) / "ps_config.json", "demo.model", self.dim)
@@ -87,7 +86,7 @@ class Demo:
             size = human_bytes(self.model_bytes)
             self.say("load", f"{size} in {human_seconds(load)}, {human_rate(rate, 'B/s')}: {config}")
             threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-            self.say("serve", f"{self.seconds:g} s with {threads} from {_where(hardware)}")
+            self.say("serve", f"{self.seconds:g} s with {threads} from {_served_from(hardware)}")
             with self.waiting("serving and checking"):
                 traffic = run_traffic(server, self._expected(), threads=self.threads, seconds=self.seconds, seed=self.seed)
             loading = {
@@ -97,10 +96,10 @@ class Demo:
                 "used_bytes": server.host_bytes,
                 "process_grew_bytes": None if before is None or after is None else after - before,
             }
-            return {**loading, **_summed_up(server, traffic, self.rows, self.dim)}, traffic
+            return {**loading, **_results(server, traffic, self.rows, self.dim)}, traffic
 
     def _expected(self) -> np.ndarray:
-        """The rows that ``generate_model`` documents for a seed, made without it and without its file; then the default."""
+        """The rows that ``generate_model`` documents for a seed, computed without it; then the default row."""
         expected = np.empty((self.rows + 1, self.dim), np.float32)
         values = expected[:-1]
         np.random.default_rng(self.seed).random(out=values, dtype=np.float32)
@@ -111,7 +110,7 @@ class Demo:
 
 
 def write_config(path: Path, sparse_file: str, dim: int) -> None:
-    """Write a ``ps_config`` JSON with the original's keys alone: one model, one table, rows in host memory."""
+    """Write a ``ps_config`` JSON with keys of HugeCTR HPS only: one model, one table, rows in host memory."""
     entry = {
         "model": MODEL,
         "sparse_files": [sparse_file],
@@ -126,14 +125,8 @@ def write_config(path: Path, sparse_file: str, dim: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _timed(step: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def _where(hardware: Hardware) -> str:
-    unused = f" ({hardware.gpus[0].name} is here, but this version serves from the CPU)" if hardware.gpus else ""
+def _served_from(hardware: Hardware) -> str:
+    unused = f" (the demo does not use the {hardware.gpus[0].name})" if hardware.gpus else ""
     return f"host memory, {hardware.cpu}, {hardware.cores} cores{unused}"
 
 
@@ -142,30 +135,30 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
     return {"served_from": "host memory", "cpu": hardware.cpu, "cores": hardware.cores, "gpus": gpus}
 
 
-def _summed_up(server: HPS, traffic: Traffic, rows: int, dim: int) -> dict[str, Any]:
+def _results(server: HPS, traffic: Traffic, rows: int, dim: int) -> dict[str, Any]:
     (stats,) = server.stats()[MODEL].values()
-    counted_right = stats.keys == traffic.keys and stats.defaults == traffic.strangers
+    counters_agree = stats.keys == traffic.keys and stats.defaults == traffic.absent_keys
     return {
-        "ok": traffic.wrong_rows == 0 and counted_right,
+        "ok": traffic.wrong_rows == 0 and counters_agree,
         "rows": rows,
         "dim": dim,
         "requests": traffic.requests,
         "keys": traffic.keys,
         "hits": stats.host_hits,
         "defaults": stats.defaults,
-        "strangers": traffic.strangers,
+        "strangers": traffic.absent_keys,
         "wrong_rows": traffic.wrong_rows,
         "lookup_seconds": traffic.seconds,
         "keys_per_second": traffic.keys / traffic.seconds,
         "bytes_per_second": traffic.keys * dim * 4 / traffic.seconds,
         "latency": [
-            {"samples": samples, "keys": samples * KEYS_PER_SAMPLE, **_latency(times)}
-            for samples, times in traffic.latencies.items()
+            {
+                "samples": samples,
+                "keys": samples * KEYS_PER_SAMPLE,
+                "requests": len(seconds),
+                **percentiles(seconds),
+                "max_seconds": float(seconds.max()),
+            }
+            for samples, seconds in traffic.latencies.items()
         ],
     }
-
-
-def _latency(times: np.ndarray) -> dict[str, float]:
-    percentiles = np.percentile(times, list(PERCENTILES.values()))
-    named = {f"{name}_seconds": float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)}
-    return {"requests": len(times), **named, "max_seconds": float(times.max())}

@@ -1,8 +1,7 @@
-"""The demo's requests: drawn, served and checked in rounds by several threads.
+"""The requests of the demo: drawn, sent and checked in rounds by several threads.
 
-A round has three steps, and all threads end one before the next begins: draw keys, look them up, compare every row. So nothing
-but lookups runs while lookups are timed. Buffers are filled with NaN before each round, so that a row that was not
-written shows as wrong.
+A round has three steps, and all threads finish one before the next begins: draw keys, look them up, compare every row. So only
+lookups run while lookups are timed. Buffers are filled with NaN before each round, so that an unwritten row is found.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ __all__ = ["ALPHA", "DEFAULT_VALUE", "KEYS_PER_SAMPLE", "LARGEST_BATCH", "MODEL"
 
 MODEL = "demo"
 ALPHA = 1.2
-DEFAULT_VALUE = -7.0  # no row holds it: values are in [-1, 1)
-KEYS_PER_SAMPLE = 26  # as many as the categorical features of the Criteo data sets
-STRANGERS = 0.02  # share of keys that do not exist
+DEFAULT_VALUE = -7.0  # occurs in no row: values are in [-1, 1)
+KEYS_PER_SAMPLE = 26  # the number of categorical features in the Criteo data sets
+ABSENT_SHARE = 0.02  # of the keys do not exist
 CALLS: Mapping[int, int] = {1: 128, 16: 32, 128: 8, 1024: 2}
-"""Samples in a request, and how many such requests a thread sends in a round."""
+"""Samples in a request, and the number of such requests that a thread sends in a round."""
 LARGEST_BATCH = max(CALLS)
 _SPECIAL = (-1, np.iinfo(np.int64).min, np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
 class Round:
-    """When a round's lookups began, in seconds after the first one's, how long they took, and the keys of all threads."""
+    """Start of the lookups of a round, in seconds since the first one; their duration; and the keys of all threads."""
 
     start: float
     seconds: float
@@ -41,18 +40,18 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What was sent and how it was answered.
+    """The requests and their answers.
 
     Attributes:
         latencies: seconds of every request, by samples in a request.
         rounds: in order.
-        strangers: keys sent that do not exist.
-        wrong_rows: rows that were not bit for bit what was generated, or the default value for a stranger.
+        absent_keys: number of keys that do not exist.
+        wrong_rows: rows that differ in any bit from the generated ones, or from the default value for absent keys.
     """
 
     latencies: dict[int, np.ndarray]
     rounds: list[Round]
-    strangers: int
+    absent_keys: int
     wrong_rows: int
 
     @property
@@ -65,7 +64,7 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """Time in which lookups ran."""
+        """Total time of the lookups."""
         return sum(part.seconds for part in self.rounds)
 
 
@@ -73,8 +72,8 @@ def run_traffic(server: HPS, expected: np.ndarray, *, threads: int, seconds: flo
     """Send requests for about ``seconds`` and check every row.
 
     Args:
-        expected: float32 ``[rows + 1, dim]``: what key 0, 1, ... must give, and at last what a stranger must give.
-        threads: that draw, look up and check, each its own requests.
+        expected: float32 ``[rows + 1, dim]``: the rows of keys 0, 1, ..., and last the row for absent keys.
+        threads: number of threads, each of which draws, looks up and checks its own requests.
     """
     clients = [_Client(server, expected, [seed, number]) for number in range(threads)]
     rounds: list[Round] = []
@@ -89,13 +88,13 @@ def run_traffic(server: HPS, expected: np.ndarray, *, threads: int, seconds: flo
     return Traffic(
         latencies={samples: np.concatenate([client.seconds(samples) for client in clients]) for samples in CALLS},
         rounds=rounds,
-        strangers=sum(client.strangers for client in clients),
+        absent_keys=sum(client.absent_keys for client in clients),
         wrong_rows=sum(client.wrong_rows for client in clients),
     )
 
 
 class _Client:
-    """One thread's requests.   **Threads:** one at a time."""
+    """The requests of one thread.   Thread safety: one thread at a time."""
 
     def __init__(self, server: HPS, expected: np.ndarray, seed: list[int]) -> None:
         self._server = server
@@ -107,18 +106,18 @@ class _Client:
         self._ends = np.cumsum(self._samples * KEYS_PER_SAMPLE)
         self._keys = np.empty(self._ends[-1], np.int64)
         self._out = np.empty((self._ends[-1], expected.shape[1]), np.float32)
-        self._strangers = np.array([*_SPECIAL, self._rows, *self._rng.integers(self._rows, 1 << 62, 1000)])
+        self._absent = np.array([*_SPECIAL, self._rows, *self._rng.integers(self._rows, 1 << 62, 1000)])
         self._latencies: list[np.ndarray] = []
-        self.strangers = 0
+        self.absent_keys = 0
         self.wrong_rows = 0
 
     def draw(self) -> int:
-        """New keys for all requests of a round; their number."""
+        """Draw new keys for all requests of a round; returns their number."""
         count = len(self._keys)
         self._keys[:] = power_law(self._rows, count, ALPHA, self._rng)
-        strange = self._rng.random(count) < STRANGERS
-        self._keys[strange] = self._rng.choice(self._strangers, np.count_nonzero(strange))
-        self.strangers += int(np.count_nonzero(strange))
+        absent = self._rng.random(count) < ABSENT_SHARE
+        self._keys[absent] = self._rng.choice(self._absent, np.count_nonzero(absent))
+        self.absent_keys += int(np.count_nonzero(absent))
         self._out.fill(np.nan)
         return count
 
@@ -135,12 +134,12 @@ class _Client:
         self._latencies.append(latencies)
 
     def check(self) -> None:
-        """Count the rows that differ in any bit from what they must be."""
+        """Count the rows that differ from the expected ones in any bit."""
         exists = (self._keys >= 0) & (self._keys < self._rows)
-        wanted = self._expected[np.where(exists, self._keys, self._rows)]
-        differs = wanted.view(np.uint32) != self._out.view(np.uint32)
+        expected = self._expected[np.where(exists, self._keys, self._rows)]
+        differs = expected.view(np.uint32) != self._out.view(np.uint32)
         self.wrong_rows += int(np.count_nonzero(differs.any(axis=1)))
 
     def seconds(self, samples: int) -> np.ndarray:
-        """Latencies of all requests with so many samples."""
+        """Latencies of all requests of ``samples`` samples."""
         return np.concatenate([round_[self._samples == samples] for round_ in self._latencies])

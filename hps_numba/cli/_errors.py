@@ -1,4 +1,4 @@
-"""What a user sees when a command fails: one line on stderr and an exit code, never a traceback.
+"""How a command fails: with one line on stderr and an exit code, never with a traceback.
 
 ``HPS_NUMBA_DEBUG=1`` in the environment shows the traceback instead.
 """
@@ -20,15 +20,15 @@ from hps_numba.errors import HpsError
 
 __all__ = ["CommandTree"]
 
-_ARGUMENT = re.compile(r"\bpass (overwrite|format|dim)\b(=True)?")  # how the library names what is an option here
+_ARGUMENT = re.compile(r"\bpass (overwrite|format|dim)\b(=True)?")  # arguments of the library that are options here
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 
 class CommandTree(TyperGroup):
-    """The root of the commands: runs one and turns whatever it raises into a line and an exit code."""
+    """The root of the commands: runs a command and turns any exception into a line and an exit code."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command and exit; with ``standalone_mode=False`` return and raise as typer does."""
+        """Run a command and exit; with ``standalone_mode=False``, return and raise as typer does."""
         run = functools.partial(super().main, *args, **{**options, "standalone_mode": False})
         if options.get("standalone_mode", True):
             sys.exit(_exit_code(run))
@@ -39,7 +39,7 @@ class CommandTree(TyperGroup):
         return sorted(self.commands)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command; Ctrl-C leaves as ``Abort``, which typer passes on."""
+        """Run the command; Ctrl-C becomes ``Abort``, which typer passes on."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -53,25 +53,25 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except typer.Abort:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        return _reader_left()
+        return _pipe_closed()
     except Exception as problem:
         if hasattr(problem, "format_message"):  # a usage error of typer, whose class differs between its versions
-            return _misused(problem)
+            return _usage_error(problem)
         if os.environ.get("HPS_NUMBA_DEBUG"):
             raise
-        return _explained(problem)
+        return _failed(problem)
     return int(code or 0)
 
 
-def _explained(problem: Exception) -> int:
+def _failed(problem: Exception) -> int:
     if isinstance(problem, HpsError):
         return _fail(_one_line(problem), FAILED)
     if isinstance(problem, OSError):
-        return _fail(_of_system(problem), FAILED)
+        return _fail(_system_error(problem), FAILED)
     if isinstance(problem, MemoryError):
         return _fail("out of memory", FAILED)
     kind = type(problem).__name__
-    return _fail(f"{kind}: {' '.join(str(problem).split())} (a bug; HPS_NUMBA_DEBUG=1 shows where)", FAILED)
+    return _fail(f"{kind}: {' '.join(str(problem).split())} (a bug; HPS_NUMBA_DEBUG=1 shows the traceback)", FAILED)
 
 
 def _fail(line: str, code: int) -> int:
@@ -79,12 +79,12 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
-def _misused(problem: Any) -> int:
+def _usage_error(problem: Any) -> int:
     context = getattr(problem, "ctx", None)
     if type(problem).__name__ == "NoArgsIsHelpError":
         problem.show()
         return MISUSED
-    more = f" ({context.command_path} --help says more)" if context else ""
+    more = f" (see {context.command_path} --help)" if context else ""
     return _fail(f"{' '.join(problem.format_message().split())}{more}", MISUSED)
 
 
@@ -93,16 +93,16 @@ def _one_line(problem: HpsError) -> str:
     if len(problems) < 2:
         return _ARGUMENT.sub(r"pass --\1", " ".join(str(problem).split()))
     first = str(problem).splitlines()[0]
-    return f"{first}, and {len(problems) - 1} more (hps-numba config check lists all)"
+    return f"{first}, and {len(problems) - 1} more (hps-numba config check lists them)"
 
 
-def _of_system(problem: OSError) -> str:
+def _system_error(problem: OSError) -> str:
     reason = problem.strerror or " ".join(str(problem).split()) or type(problem).__name__
     return reason if problem.filename is None else f"{problem.filename}: {reason}"
 
 
-def _reader_left() -> int:
-    """Whoever read our output went away (``| head``): fall silent, and let nothing be flushed to the pipe at exit."""
+def _pipe_closed() -> int:
+    """The reader of our output has closed the pipe (``| head``): write nothing more, not even at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED

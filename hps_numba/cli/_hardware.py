@@ -1,4 +1,4 @@
-"""What this machine is made of, found without importing a CUDA package and without starting a GPU context."""
+"""The hardware of this machine, found without a CUDA package and without a GPU context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hps_numba.device.driver import driver_library
 from hps_numba.device.host_memory import available_bytes, total_bytes
 from hps_numba.runtime.threads import available_cores
 
-__all__ = ["Gpu", "Hardware", "cuda_extra", "driver_cuda", "gpus", "huge_pages", "look_at_hardware", "resident_bytes"]
+__all__ = ["Gpu", "Hardware", "cuda_extra", "driver_cuda", "gpus", "huge_pages", "inspect_hardware", "resident_bytes"]
 
 _SMI_SECONDS = 10
 
@@ -36,10 +36,10 @@ class Hardware:
     Attributes:
         cpu: name of the processor.
         cores: cores that this process may use.
-        memory_bytes, free_bytes: of the machine, or of the control group if that is less.
-        gpus: NVIDIA GPUs that are visible here.
-        driver_cuda: newest CUDA version that the installed driver serves, such as (13, 0); None without a driver.
-        huge_pages: "always", "madvise" or "never"; None if the system does not say.
+        memory_bytes, free_bytes: of the machine, or of the control group if they are smaller.
+        gpus: visible NVIDIA GPUs.
+        driver_cuda: newest CUDA version that the installed driver supports, such as (13, 0); None without a driver.
+        huge_pages: "always", "madvise" or "never"; None if the system does not tell.
     """
 
     cpu: str
@@ -51,8 +51,8 @@ class Hardware:
     huge_pages: str | None
 
 
-def look_at_hardware() -> Hardware:
-    """Look once."""
+def inspect_hardware() -> Hardware:
+    """The hardware as it is now."""
     return Hardware(
         cpu=_cpu_name(),
         cores=available_cores(),
@@ -65,11 +65,11 @@ def look_at_hardware() -> Hardware:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """NVIDIA GPUs by the word of nvidia-smi, else of the driver's files, else by their device nodes."""
-    return _gpus_of_smi() or _gpus_of_driver(Path("/proc/driver/nvidia/gpus")) or _gpus_of_nodes(Path("/dev"))
+    """NVIDIA GPUs according to nvidia-smi, or else to the files of the driver, or else to the device nodes."""
+    return _gpus_by_smi() or _gpus_by_driver(Path("/proc/driver/nvidia/gpus")) or _gpus_by_nodes(Path("/dev"))
 
 
-def _gpus_of_smi() -> tuple[Gpu, ...]:
+def _gpus_by_smi() -> tuple[Gpu, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -82,7 +82,7 @@ def _gpus_of_smi() -> tuple[Gpu, ...]:
     return tuple(Gpu(name=row[0], capability=_number(row[-1])) for row in rows)
 
 
-def _gpus_of_driver(folder: Path) -> tuple[Gpu, ...]:
+def _gpus_by_driver(folder: Path) -> tuple[Gpu, ...]:
     found = []
     for file in sorted(folder.glob("*/information")):
         fields = dict(line.partition(":")[::2] for line in _text(file).splitlines())
@@ -90,12 +90,12 @@ def _gpus_of_driver(folder: Path) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _gpus_of_nodes(folder: Path) -> tuple[Gpu, ...]:
+def _gpus_by_nodes(folder: Path) -> tuple[Gpu, ...]:
     return tuple(Gpu(name="NVIDIA GPU") for _ in folder.glob("nvidia[0-9]*"))
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """What ``cuDriverGetVersion`` of the driver's library says; the call starts nothing on a GPU."""
+    """The answer of ``cuDriverGetVersion``; this call creates no GPU context."""
     version = ctypes.c_int(0)
     try:
         failed = driver_library().cuDriverGetVersion(ctypes.byref(version))
@@ -105,9 +105,9 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def cuda_extra(driver: tuple[int, int], found: tuple[Gpu, ...]) -> str | None:
-    """The extra of this package that fits the driver and the GPUs; None if the driver is too old for any.
+    """The extra of this package for this driver and these GPUs; None if the driver is too old.
 
-    CUDA 13 serves compute capability 7.5 and up, so an older chip takes ``cuda12`` whatever the driver.
+    CUDA 13 supports compute capability 7.5 and newer, so an older chip needs ``cuda12`` with any driver.
     """
     if driver[0] < 12:
         return None
@@ -122,7 +122,7 @@ def huge_pages(file: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"))
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process occupies now; None where ``/proc`` does not say."""
+    """Resident memory of this process; None if ``/proc`` does not tell."""
     pages = _text(Path("/proc/self/statm")).split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
 

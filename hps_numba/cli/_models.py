@@ -1,4 +1,4 @@
-"""What the commands that read and write sparse models share: their options and how a model is described."""
+"""Shared by the commands that read and write sparse models: options, and the description of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 __all__ = ["Overwrite", "WriteFormat", "counted", "describe", "size_on_disk"]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
-WriteFormat = Annotated[str | None, typer.Option("--format", help="directory or hdf5; by default the name decides.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model or file.")]
+WriteFormat = Annotated[str | None, typer.Option("--format", help="directory or hdf5; by default, the name decides.")]
 
 
 def size_on_disk(path: Path) -> int:
@@ -27,7 +27,7 @@ def describe(path: Path, rows: int, dim: int) -> str:
 
 
 def counted(advance: Callable[[str, int], None], what: str) -> Callable[[int, int], None]:
-    """For writers, which call with (rows done, rows in all): passes each step on to a progress bar."""
+    """A callback for writers, which call it with (rows done, total rows); it advances a progress bar."""
     before = 0
 
     def on_progress(done: int, total: int) -> None:

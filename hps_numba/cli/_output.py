@@ -1,4 +1,4 @@
-"""How commands speak: text and tables on stdout (plain where it is no terminal), JSON instead if asked, warnings on stderr."""
+"""Output of commands: text and tables or JSON on stdout, plain unless it is a terminal; warnings on stderr."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "STDOUT",
     "AsJson",
+    "check_output_file",
     "collected_log_lines",
     "console",
     "human_rate",
@@ -28,22 +31,29 @@ __all__ = [
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
+STDOUT = Path("-")  # as the name of a file to write
 _PLAIN_WIDTH = 100
 _LOGGER = logging.getLogger("hps_numba")
 
 
+def check_output_file(option: str, path: Path | None) -> None:
+    """Raise ``BadParameter`` before any work is done if a result could not be written to ``path``."""
+    if path is not None and path != STDOUT and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"expected a file in an existing directory, got {path}", param_hint=option)
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console for the present stdout or stderr; 100 columns and no colours where that is no terminal."""
+    """A console for the current stdout or stderr; 100 columns and no colours unless it is a terminal."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
-    if not made.is_terminal:
-        made.width = _PLAIN_WIDTH
-    return made
+    created = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not created.is_terminal:
+        created.width = _PLAIN_WIDTH
+    return created
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    """A table on stdout: the first ``left`` columns are text, the others numbers."""
+    """Print a table: the first ``left`` columns are text, the others numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -57,7 +67,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """``name  value`` lines on stdout, the values in one column; a name "" continues the line above."""
+    """Print ``name  value`` lines, the values in one column; an empty name continues the line above."""
     facts = list(facts)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
@@ -65,7 +75,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(content: Any) -> None:
-    """``content`` as JSON on stdout; NaN and infinities, which JSON lacks, as null."""
+    """Print ``content`` as JSON; NaN and infinities, which JSON lacks, become null."""
     typer.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str))
 
 
@@ -93,15 +103,15 @@ def human_rate(amount: float, unit: str) -> str:
     return f"{amount:.3g} {unit}"
 
 
-# -- the library's log ---------------------------------------------------------------------
+# -- log messages ---------------------------------------------------------------------
 
 
-class _LinesOnStderr(logging.Handler):
+class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
 
 
-class _LinesInList(logging.Handler):
+class _ListHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
@@ -111,8 +121,8 @@ class _LinesInList(logging.Handler):
 
 
 def show_log_lines(verbose: bool) -> Callable[[], None]:
-    """Show the library's WARNINGs (with ``verbose`` also INFO) on stderr until the returned function is called."""
-    handler, level = _LinesOnStderr(), _LOGGER.level
+    """Show log messages of the library from WARNING (``verbose``: INFO) on, until the returned function is called."""
+    handler, level = _StderrHandler(), _LOGGER.level
     _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)
 
@@ -125,8 +135,8 @@ def show_log_lines(verbose: bool) -> Callable[[], None]:
 
 @contextmanager
 def collected_log_lines() -> Iterator[list[str]]:
-    """The texts of the library's WARNINGs while the block runs."""
-    handler = _LinesInList()
+    """The WARNING messages that the library logs in the block."""
+    handler = _ListHandler()
     _LOGGER.addHandler(handler)
     try:
         yield handler.lines

@@ -1,7 +1,7 @@
-"""Which keys the profiler asks for: drawn from a distribution over the keys of a table, or replayed from a file.
+"""The keys of the profiler: drawn from a distribution over the keys of a table, or replayed from a file.
 
-A distribution draws ranks 0, 1, ... (spec 10.2). The rank is the key, as in the original, or the place of the key in the
-table's sparse model, so that tables whose keys are not 0 .. n - 1 are asked for keys that they have.
+A distribution draws ranks 0, 1, ... A rank is the key itself, as in HugeCTR, or the position of the key in the sparse model of
+the table, so that a table whose keys are not 0 .. n - 1 gets keys that it contains.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS
 
 __all__ = ["Distribution", "DrawnKeys", "KeySource", "KeyStream", "ReplayedKeys", "chosen_distribution", "parse_weights"]
 
-_LARGEST_TABLE = 1 << 53
+_MAX_TABLE = 1 << 53
 
 
 class KeyStream(Protocol):
-    """An endless stream of keys.   **Threads:** one at a time."""
+    """An endless stream of keys.   Thread safety: one thread at a time."""
 
     def draw(self, count: int) -> np.ndarray:
         """The next ``count`` keys, int64."""
 
 
 class KeySource(Protocol):
-    """Where every thread gets a stream of its own."""
+    """A source of key streams, one for each thread."""
 
     def stream(self, number: int, of: int) -> KeyStream:
         """Stream ``number`` of ``of``."""
 
     def facts(self) -> dict[str, Any]:
-        """What the keys are, for a report."""
+        """A description of the keys, for the report."""
 
 
 # -- drawn ---------------------------------------------------------------------
@@ -44,7 +44,7 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True)
 class Distribution:
-    """A distribution of ``synthetic.KEY_DISTRIBUTIONS`` and its arguments."""
+    """A distribution of ``workloads.KEY_DISTRIBUTIONS`` and its arguments."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,11 +62,11 @@ class Distribution:
 
 
 def chosen_distribution(name: str, *, alpha: float, percentage: float, coverage: float, weights: str) -> Distribution:
-    """The distribution that options name; its arguments are checked.
+    """The distribution that the options select, with checked arguments.
 
     Args:
         name: powerlaw, hotkey, histogram or uniform, in any case, also with ``-`` or ``_``.
-        weights: as :func:`parse_weights` takes them.
+        weights: see :func:`parse_weights`.
 
     Raises:
         typer.BadParameter: an unknown name, or an argument out of range.
@@ -79,14 +79,14 @@ def chosen_distribution(name: str, *, alpha: float, percentage: float, coverage:
     }
     plain = name.lower().replace("-", "").replace("_", "")
     if plain not in options:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(options)}", param_hint="--distribution")
+        raise typer.BadParameter(f"expected one of {', '.join(options)}, got {name!r}", param_hint="--distribution")
     chosen = Distribution(plain, options[plain]())
-    chosen.draw(_LARGEST_TABLE, 0, np.random.default_rng(0))
+    chosen.draw(_MAX_TABLE, 0, np.random.default_rng(0))
     return chosen
 
 
 def parse_weights(text: str) -> list[float]:
-    """Weights of a histogram: ``0.4,0.3,0.2,0.1``, or the name of a file with such numbers (text, or an .npy array).
+    """Weights of a histogram: ``0.4,0.3,0.2,0.1``, or the name of a file with such numbers (text or .npy).
 
     Raises:
         typer.BadParameter: neither numbers nor a file of numbers.
@@ -103,9 +103,9 @@ def _weights_of_file(path: Path) -> list[float]:
             return [float(weight) for weight in np.load(path, allow_pickle=False).reshape(-1)]
         return _numbers(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = f"'{path}' is neither a list of numbers such as 0.4,0.3,0.2,0.1 nor a file"
+        what = f"expected numbers such as 0.4,0.3,0.2,0.1 or a file of numbers, got '{path}'"
     except (OSError, ValueError, TypeError, EOFError) as problem:
-        what = f"{path}: {problem}, a file of numbers is wanted"
+        what = f"{path}: expected a file of numbers: {problem}"
     raise typer.BadParameter(what, param_hint="--histogram")
 
 
@@ -117,11 +117,11 @@ class DrawnKeys:
     """Random keys.
 
     Args:
-        population: int64: the key of each rank; or how many keys there are, which then are the ranks themselves.
+        population: int64, the key of each rank; or the number of keys, which are then the ranks themselves.
         seed: equal seeds give equal streams.
 
     Raises:
-        typer.BadParameter: the distribution cannot be drawn over so many keys.
+        typer.BadParameter: the distribution is not defined over this number of keys.
     """
 
     def __init__(self, distribution: Distribution, population: np.ndarray | int, seed: int) -> None:
@@ -132,12 +132,12 @@ class DrawnKeys:
         distribution.draw(self.size, 0, np.random.default_rng(0))
 
     def stream(self, number: int, of: int) -> KeyStream:
-        """A generator of its own for each number; ``of`` does not matter."""
+        """A stream with a generator for each number; ``of`` does not matter."""
         del of
         return _DrawnStream(self, np.random.default_rng([self.seed, number]))
 
     def facts(self) -> dict[str, Any]:
-        """Name and arguments of the distribution, and over how many keys."""
+        """Name and arguments of the distribution, and the number of keys."""
         return {"distribution": self.distribution.name, **self.distribution.options, "table_size": self.size}
 
 
@@ -154,10 +154,10 @@ class _DrawnStream:
 
 
 class ReplayedKeys:
-    """The keys of an .npy file, one after the other, and again from the start once all were used.
+    """The keys of an .npy file in order, starting again after the last one.
 
     Raises:
-        ModelFileError: no such file, no .npy file, no integers, or no keys in it.
+        ModelFileError: there is no such file, or it is not an .npy file with one integer or more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -165,11 +165,11 @@ class ReplayedKeys:
         self.keys = _load_keys(path)
 
     def stream(self, number: int, of: int) -> KeyStream:
-        """Streams start at equal distances in the file."""
+        """Streams start at evenly spaced positions in the file."""
         return _ReplayedStream(self.keys, number * len(self.keys) // of)
 
     def facts(self) -> dict[str, Any]:
-        """The file and how many keys it has."""
+        """The file and its number of keys."""
         return {"keys_file": self.path, "keys_in_file": len(self.keys)}
 
 
@@ -187,8 +187,8 @@ def _load_keys(path: Path) -> np.ndarray:
     try:
         keys = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as problem:
-        raise ModelFileError(f"{path}: is no .npy file of integers: {problem}") from problem
+        raise ModelFileError(f"{path}: expected an .npy file of integers: {problem}") from problem
     if not isinstance(keys, np.ndarray) or keys.dtype.kind not in "iu" or not keys.size:
         what = f"{keys.size} of dtype {keys.dtype}" if isinstance(keys, np.ndarray) else "an archive of arrays"
-        raise ModelFileError(f"{path}: {what} came, an .npy file with one integer key or more is wanted")
+        raise ModelFileError(f"{path}: expected an .npy file with one integer key or more, got {what}")
     return np.ascontiguousarray(keys.reshape(-1)).astype(np.int64)

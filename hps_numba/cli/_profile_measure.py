@@ -1,7 +1,7 @@
-"""The profiler's way: draw keys, look them up while the clock runs, count, and compare one batch with the true rows.
+"""Measurements of the profiler: draw keys, time their lookups, and compare one batch with the true rows.
 
-Calls are made in rounds. All threads draw the keys of a round first, then all look them up, so that nothing but lookups runs
-while lookups are timed. Every call has keys of its own.
+Calls are made in rounds: all threads first draw the keys of a round and then look them up, so that only lookups run while
+lookups are timed. Every call has new keys.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.cli._latency import percentiles, seconds_of
 from hps_numba.cli._profile_keys import KeySource, KeyStream
 from hps_numba.cli._profile_target import Target
 from hps_numba.errors import ConfigError
 
-__all__ = ["PERCENTILES", "Calls", "latency", "measure", "measure_refresh"]
+__all__ = ["Calls", "latency", "measure", "measure_refresh"]
 
-PERCENTILES = {"p50": 50, "p95": 95, "p99": 99}
-
-_ROUND_KEYS = 1 << 22  # 32 MiB of keys are drawn ahead
-_REDRAWS = 20  # until keys that exist must have come
+_ROUND_KEYS = 1 << 22  # 32 MiB of keys are drawn in advance
+_REDRAWS = 20  # attempts to draw keys that exist
 _CHECKED_AFTER_REFRESH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """How often to call.
+    """The number of calls.
 
     Attributes:
         iterations: timed calls of each thread.
-        warmup: calls of each thread before, which are dropped.
-        threads: that call at the same time.
+        warmup: calls of each thread before them, which are not timed.
+        threads: number of threads that call at the same time.
     """
 
     iterations: int
@@ -45,23 +44,21 @@ class Calls:
 
 
 def latency(seconds: np.ndarray) -> dict[str, float]:
-    """Minimum, mean, percentiles (as ``np.percentile`` interpolates them) and maximum, in seconds."""
-    between = np.percentile(seconds, list(PERCENTILES.values()))
-    named = {f"{name}_seconds": float(value) for name, value in zip(PERCENTILES, between, strict=True)}
+    """Minimum, mean, maximum and percentiles, in seconds."""
     ends = {"min_seconds": float(seconds.min()), "mean_seconds": float(seconds.mean()), "max_seconds": float(seconds.max())}
-    return {**ends, **named}
+    return {**ends, **percentiles(seconds)}
 
 
 # -- lookups ---------------------------------------------------------------------
 
 
 class _Caller:
-    """One thread's calls in mode session or host.   **Threads:** one at a time."""
+    """The calls of one thread in mode session or host.   Thread safety: one thread at a time."""
 
     def __init__(self, target: Target, keys: KeyStream, num_keys: int, *, host: bool) -> None:
         self.target, self.stream, self.num_keys = target, keys, num_keys
-        self.place = target.place(host=host)
-        self.rows = self.place.new_rows((num_keys, target.spec.dim), target.dtype)
+        self.location = target.location(host=host)
+        self.rows = self.location.new_rows((num_keys, target.spec.dim), target.dtype)
         self._batches: list[Any] = []
 
     def batches(self, count: int) -> list[np.ndarray]:
@@ -69,42 +66,42 @@ class _Caller:
         return [self.stream.draw(self.num_keys) for _ in range(count)]
 
     def prepare(self, count: int) -> None:
-        """Draw the keys of the next round and put them where they are read."""
-        self._batches = [self.place.put(batch) for batch in self.batches(count)]
+        """Draw the keys of the next round and copy them to where they are read."""
+        self._batches = [self.location.put(batch) for batch in self.batches(count)]
 
     def serve(self) -> np.ndarray:
         """Make the calls of a round; returns the seconds of each."""
-        place, rows, lookup = self.place, self.rows, self.target.lookup
+        location, rows, lookup = self.location, self.rows, self.target.lookup
         seconds = np.empty(len(self._batches))
-        with place.current():
+        with location.current():
             for number, keys in enumerate(self._batches):
                 before = time.perf_counter()
-                lookup(keys, rows, place.stream)
-                place.wait()
+                lookup(keys, rows, location.stream)
+                location.wait()
                 seconds[number] = time.perf_counter() - before
         return seconds
 
     def answer(self, keys: np.ndarray) -> np.ndarray:
-        """The rows of one batch, in memory that held NaN before."""
-        place = self.place
-        with place.current():
-            rows = place.new_rows((len(keys), self.target.spec.dim), self.target.dtype)
-            self.target.lookup(place.put(keys), rows, place.stream)
-            place.wait()
-        return place.fetch(rows)
+        """The rows of one batch, written to memory that was filled with NaN."""
+        location = self.location
+        with location.current():
+            rows = location.new_rows((len(keys), self.target.spec.dim), self.target.dtype)
+            self.target.lookup(location.put(keys), rows, location.stream)
+            location.wait()
+        return location.fetch(rows)
 
 
 class _HitCaller(_Caller):
-    """Mode cache: every key of a round is one of a batch of existing keys that was looked up just before."""
+    """Mode cache: every key of a round is from a batch of existing keys that was looked up just before."""
 
     def __init__(self, target: Target, keys: KeyStream, num_keys: int, *, seed: int) -> None:
         super().__init__(target, keys, num_keys, host=False)
         self._rng = np.random.default_rng(seed)
 
     def batches(self, count: int) -> list[np.ndarray]:
-        """Keys of the pool, in another selection for every call."""
+        """Another selection from the pool for every call."""
         pool = self._existing()
-        for _ in range(3):  # a policy may admit a key only when it comes again
+        for _ in range(3):  # a policy may admit a key only when it is requested again
             self.answer(pool)
         return [self._rng.choice(pool, self.num_keys) for _ in range(count)]
 
@@ -113,18 +110,18 @@ class _HitCaller(_Caller):
             drawn = self.stream.draw(self.num_keys)
             if len(found := drawn[self.target.contains(drawn)]):
                 return found
-        raise ConfigError(f"--mode cache: none of {_REDRAWS * self.num_keys} keys has a row in {self.target.spec.tag}")
+        raise ConfigError(f"--mode cache: none of {_REDRAWS * self.num_keys} drawn keys has a row in {self.target.spec.tag}")
 
 
 def measure(target: Target, mode: str, source: KeySource, num_keys: int, calls: Calls, *, seed: int = 0) -> dict[str, Any]:
-    """Measure lookups of ``num_keys`` keys; what came of it, ready for JSON.
+    """Measure lookups of ``num_keys`` keys; the result, ready for JSON.
 
     Args:
-        mode: session (keys on the device, if there is one), host (keys in host memory) or cache (keys that it has).
+        mode: session (keys on the device, if there is one), host (keys in host memory) or cache (keys that are cached).
         seed: of the selection of keys in mode cache.
 
     Raises:
-        ConfigError: mode cache, and no cache.   Otherwise as ``HPS.lookup``.
+        ConfigError: mode cache without a cache.   Otherwise as ``HPS.lookup``.
     """
     streams = [source.stream(number, calls.threads) for number in range(calls.threads)]
     callers: list[_Caller]
@@ -133,16 +130,16 @@ def measure(target: Target, mode: str, source: KeySource, num_keys: int, calls: 
         callers = [_HitCaller(target, keys, num_keys, seed=seed + number) for number, keys in enumerate(streams)]
     else:
         callers = [_Caller(target, keys, num_keys, host=mode == "host") for keys in streams]
-    with _side_by_side(calls.threads) as everyone:
+    with _in_parallel(calls.threads) as everyone:
         _run(target, callers, calls.warmup, everyone)
         seconds, wall, counts = _run(target, callers, calls.iterations, everyone)
-    place = callers[0].place
+    location = callers[0].location
     return {
         "mode": mode,
         "num_keys": num_keys,
         "threads": calls.threads,
-        "keys_in": place.name,
-        "timing": place.timing,
+        "keys_in": location.name,
+        "timing": location.timing,
         "calls": len(seconds),
         **latency(seconds),
         **_rates(target, len(seconds) * num_keys, wall, counts),
@@ -155,8 +152,8 @@ Everyone = Callable[[Callable[[_Caller], Any], list[_Caller]], list[Any]]
 
 
 @contextmanager
-def _side_by_side(threads: int) -> Iterator[Everyone]:
-    """A function that calls a method of all callers, each in a thread of its own if there are several."""
+def _in_parallel(threads: int) -> Iterator[Everyone]:
+    """A function that calls a method of all callers, each in its own thread if there are several."""
     if threads == 1:
         yield lambda method, callers: [method(callers[0])]
         return
@@ -167,12 +164,12 @@ def _side_by_side(threads: int) -> Iterator[Everyone]:
 def _run(
     target: Target, callers: list[_Caller], iterations: int, everyone: Everyone
 ) -> tuple[np.ndarray, float, dict[str, int]]:
-    """Rounds of calls: the seconds of every call, those of all rounds, and what the server counted in them."""
-    a_round = max(1, _ROUND_KEYS // (callers[0].num_keys * len(callers)))
+    """Rounds of calls: the seconds of every call, the total of all rounds, and the counts of the server during them."""
+    round_calls = max(1, _ROUND_KEYS // (callers[0].num_keys * len(callers)))
     seconds: list[np.ndarray] = []
     wall, counts = 0.0, dict.fromkeys(target.counts(), 0)
-    for start in range(0, iterations, a_round):
-        count = min(a_round, iterations - start)
+    for start in range(0, iterations, round_calls):
+        count = min(round_calls, iterations - start)
         everyone(methodcaller("prepare", count), callers)
         before, started = target.counts(), time.perf_counter()
         seconds += everyone(methodcaller("serve"), callers)
@@ -183,7 +180,7 @@ def _run(
 
 
 def _rates(target: Target, keys: int, wall: float, counts: dict[str, int]) -> dict[str, float]:
-    """What was answered in a second: keys, those of them that had a row, and bytes; and from where."""
+    """Keys, rows and bytes per second, and the shares of keys by where they were found."""
     defaults = counts["absent"] + counts["unanswered"]
     rates = {
         "seconds": wall,
@@ -199,13 +196,13 @@ def _rates(target: Target, keys: int, wall: float, counts: dict[str, int]) -> di
 
 
 def _check(target: Target, caller: _Caller, keys: np.ndarray) -> dict[str, int]:
-    """Compare a batch bit for bit. A default in place of a row that a slower tier owed is late and not wrong."""
+    """Compare a batch bit by bit. A default instead of a row that a slower tier has not delivered yet is late, not wrong."""
     before = target.counts()["unanswered"]
     got = caller.answer(keys)
-    wanted = target.true_rows(keys)
+    expected = target.true_rows(keys)
     late = target.counts()["unanswered"] - before
-    differs = int((_bits(got[: len(wanted)]) != _bits(wanted)).any(axis=1).sum())
-    return {"checked_rows": len(wanted), "wrong_rows": max(differs - late, 0), "late_rows": min(differs, late)}
+    differs = int((_bits(got[: len(expected)]) != _bits(expected)).any(axis=1).sum())
+    return {"checked_rows": len(expected), "wrong_rows": max(differs - late, 0), "late_rows": min(differs, late)}
 
 
 def _bits(rows: np.ndarray) -> np.ndarray:
@@ -216,16 +213,15 @@ def _bits(rows: np.ndarray) -> np.ndarray:
 
 
 def measure_refresh(target: Target, source: KeySource, calls: Calls) -> dict[str, Any]:
-    """Measure refreshes of the table's cache, one after the other; what came of it, ready for JSON.
+    """Measure refreshes of the cache of the table, one after the other; the result, ready for JSON.
 
     Raises:
-        ConfigError: there is no cache, or the server cannot refresh.   Otherwise as ``HPS.refresh``.
+        ConfigError: there is no cache.   Otherwise as ``HPS.refresh``.
     """
     keys = source.stream(0, 1).draw(_CHECKED_AFTER_REFRESH)
     target.check_cache("refresh", keys)
-    refresh = target.refresh()
     caller = _Caller(target, source.stream(1, 2), _CHECKED_AFTER_REFRESH, host=False)
-    seconds = np.array([_timed(refresh) for _ in range(calls.warmup + calls.iterations)])[calls.warmup :]
+    seconds = np.array([seconds_of(target.refresh) for _ in range(calls.warmup + calls.iterations)])[calls.warmup :]
     return {
         "mode": "refresh",
         "timing": "host wall time of HPS.refresh",
@@ -233,9 +229,3 @@ def measure_refresh(target: Target, source: KeySource, calls: Calls) -> dict[str
         **latency(seconds),
         **_check(target, caller, keys),
     }
-
-
-def _timed(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""A run of the profiler: opens what is measured, measures every mode with every number of keys, and reports."""
+"""A run of the profiler: opens the table, measures every mode with every number of keys, and reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hps_numba import __version__
-from hps_numba.cli._hardware import look_at_hardware
+from hps_numba.cli._hardware import inspect_hardware
 from hps_numba.cli._profile_keys import Distribution, DrawnKeys, KeySource, ReplayedKeys
 from hps_numba.cli._profile_measure import Calls, measure, measure_refresh
 from hps_numba.cli._profile_options import NEEDS_CACHE
@@ -25,10 +25,10 @@ class Profile:
 
     Attributes:
         config: path of a config, or None to generate ``generated``.
-        model, table, device: which table of the config; None for the first.
-        allow_code: the config may name Python files to run.
-        modes, sizes: measured in all pairs, refresh once.
-        distribution, table_size: of keys that are drawn: over 0 .. table_size - 1, or by default over the keys of the table.
+        model, table, device: select a table of the config; None for the first.
+        allow_code: permit the config to name Python files, which are run.
+        modes, sizes: measured in all combinations; refresh once.
+        distribution, table_size: of drawn keys: over 0 .. table_size - 1, or by default over the keys of the table.
         keys_file: keys to replay instead.
         seed: of the keys.
     """
@@ -52,7 +52,7 @@ class Profile:
         """Measure everything; the report, ready for JSON.
 
         Raises:
-            HpsError: the config, the table, the keys, or a mode that needs a cache where there is none.
+            HpsError: an error in the config, the table or the keys, or a mode that needs a cache without one.
         """
         replayed = None if self.keys_file is None else ReplayedKeys(self.keys_file)
         with self._target() as target:
@@ -91,7 +91,7 @@ class Profile:
         return DrawnKeys(self.distribution, keys_of_model(target.spec), self.seed)
 
     def _facts(self, target: Target, source: KeySource) -> dict[str, Any]:
-        hardware = look_at_hardware()
+        hardware = inspect_hardware()
         return {
             "version": __version__,
             "cpu": hardware.cpu,

@@ -1,4 +1,4 @@
-"""What the profiler measures: one table of a server, generated or from a config, and the rows that it must answer."""
+"""What the profiler measures: one table of a server, generated or from a config, and its true rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.cli._profile_place import DeviceMemory, HostMemory, Place, cuda_devices, has_cupy
+from hps_numba.cli._profile_location import DeviceLocation, HostLocation, KeyLocation, cuda_devices, has_cupy
 from hps_numba.config import ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.errors import ConfigError, DeviceError, UnknownModelError
 from hps_numba.server.hps import HPS
@@ -20,12 +20,12 @@ from hps_numba.storage.model_files import open_model
 
 __all__ = ["DEFAULT_VALUE", "GeneratedTable", "Target", "config_target", "generated_target", "keys_of_model"]
 
-DEFAULT_VALUE = -7.0  # no generated row holds it: values are in [-1, 1)
+DEFAULT_VALUE = -7.0  # occurs in no generated row: values are in [-1, 1)
 COUNTS = (
     "calls", "keys", "host_hits", "tier_hits", "absent", "unanswered", "tier_errors", "evicted",
     "cache_hits", "cache_misses", "cache_insertions", "cache_evictions",
 )  # fmt: skip
-"""Counters of ``TableStats`` that are reported, if the server has them."""
+"""Counters of ``TableStats`` that are reported, if they are not None."""
 
 _COMPARED_ONE_BY_ONE = 1024
 _PROBED = 1024
@@ -35,15 +35,15 @@ Truth = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One table as it is served.
+    """One served table.
 
     Attributes:
         spec: the table.
-        device: number of the device, as lookups take it.
-        on_device: lookups with keys in the memory of that device can be measured.
+        device: number of the device for lookups.
+        on_device: whether lookups with keys in the memory of that device can be measured.
         dtype: of rows.
-        true_rows: from int64 ``[n]`` the rows of the first ``m <= n`` keys, ``[m, dim]``.
-        compared_with: what ``true_rows`` is, in words.
+        true_rows: a function from keys, int64 ``[n]``, to the rows of the first ``m <= n`` of them, ``[m, dim]``.
+        compared_with: the source of ``true_rows``, for the report.
     """
 
     server: HPS
@@ -54,9 +54,9 @@ class Target:
     true_rows: Truth
     compared_with: str
 
-    def place(self, *, host: bool = False) -> Place:
-        """Memory for keys and rows, on the device if there is one and not ``host``."""
-        return DeviceMemory(self.device) if self.on_device and not host else HostMemory()
+    def location(self, *, host: bool = False) -> KeyLocation:
+        """Memory for keys and rows: on the device, if there is one and not ``host``."""
+        return DeviceLocation(self.device) if self.on_device and not host else HostLocation()
 
     def lookup(self, keys: Any, out: Any, stream: Any) -> None:
         """One call of ``HPS.lookup``."""
@@ -67,7 +67,7 @@ class Target:
         return self.server.contains(keys, self.spec.model, self.spec.table_id)
 
     def counts(self) -> dict[str, int]:
-        """Those of ``COUNTS`` that this server has, since it started."""
+        """The counters in ``COUNTS`` that this server has, since its start."""
         stats = self.server.stats()[self.spec.model][self.spec.name]
         found = {name: getattr(stats, name, None) for name in COUNTS}
         return {name: int(count) for name, count in found.items() if count is not None}
@@ -77,19 +77,12 @@ class Target:
         plans = self.server.plan().tables
         return next(plan.rows for plan in plans if (plan.model, plan.table) == (self.spec.model, self.spec.name))
 
-    def refresh(self) -> Callable[[], None]:
-        """What refreshes the cache of the table.
-
-        Raises:
-            ConfigError: the server cannot.
-        """
-        call = getattr(self.server, "refresh", None)
-        if call is None:
-            raise ConfigError("--mode refresh: this version of hps_numba has no refresh")
-        return lambda: call(self.spec.model, self.spec.table_id)
+    def refresh(self) -> None:
+        """Refresh the cache of the table."""
+        self.server.refresh(self.spec.model, self.spec.table_id)
 
     def check_cache(self, mode: str, keys: np.ndarray) -> None:
-        """Raise ConfigError unless keys that were just looked up are found in a cache."""
+        """Raise ConfigError unless keys that were just looked up hit a cache."""
         model = next(model for model in self.server.config.models if model.model == self.spec.model)
         reason = no_cache_reason(self.server.config, model) or self._probe_cache(mode, keys[:_PROBED])
         if reason:
@@ -97,21 +90,21 @@ class Target:
 
     def _probe_cache(self, mode: str, keys: np.ndarray) -> str | None:
         if "cache_hits" not in self.counts():
-            return "this version of hps_numba serves without one"
+            return "the server counts no cache hits"
         keys = keys[self.contains(keys)]
         if not len(keys):
-            raise ConfigError(f"--mode {mode}: none of the keys drawn has a row in {self.spec.tag}, wanted keys of the table")
-        place, before = self.place(), self.counts()["cache_hits"]
-        with place.current():
-            batch, out = place.put(keys), place.new_rows((len(keys), self.spec.dim), self.dtype)
-            for _ in range(3):  # the second time is a hit, or the third if a policy admits keys that come again
-                self.lookup(batch, out, place.stream)
-                place.wait()
-        return None if self.counts()["cache_hits"] > before else "of keys that were just looked up none was found in it"
+            raise ConfigError(f"--mode {mode}: expected keys of the table, got none that has a row in {self.spec.tag}")
+        location, before = self.location(), self.counts()["cache_hits"]
+        with location.current():
+            batch, out = location.put(keys), location.new_rows((len(keys), self.spec.dim), self.dtype)
+            for _ in range(3):  # the second lookup hits, or the third if the policy admits a key at its second request
+                self.lookup(batch, out, location.stream)
+                location.wait()
+        return None if self.counts()["cache_hits"] > before else "keys that were just looked up did not hit"
 
 
 def no_cache_reason(config: ServerConfig, model: ModelConfig) -> str | None:
-    """Why the config gives a model no cache on this machine; None if it may have one."""
+    """Why a model of the config has no cache on this machine; None if it may have one."""
     if model.embedding_cache_type == "dynamic" and not model.gpucache:
         return "gpucache is false"
     if config.cache_on_cpu and not cuda_devices():
@@ -120,7 +113,7 @@ def no_cache_reason(config: ServerConfig, model: ModelConfig) -> str | None:
         return "no CUDA device was found, and cache_on_cpu is false"
     if not model.deployed_device_list:
         return "deployed_device_list is empty"
-    return None if has_cupy() else "CuPy, which makes keys in GPU memory, is not installed"
+    return None if has_cupy() else "CuPy, which creates keys in GPU memory, is not installed"
 
 
 # -- from a config ---------------------------------------------------------------------
@@ -130,15 +123,15 @@ def no_cache_reason(config: ServerConfig, model: ModelConfig) -> str | None:
 def config_target(
     path: Path, model: str | None, table: str | None, device: int | None, *, allow_code: bool = False, cached: str | None = None
 ) -> Iterator[Target]:
-    """Open a server of a config file, for as long as the block runs.
+    """A server for a config file, open while the block runs.
 
     Args:
         model, table: name of the model, name or number of the table; None for the first.
-        device: None for the first that the model is deployed on.
-        cached: a mode that needs a cache, if one is to be measured: without one the server is not even opened.
+        device: None for the first on which the model is deployed.
+        cached: a mode that needs a cache, if any: without a cache, the server is not opened.
 
     Raises:
-        UnknownModelError: no such model or table.   DeviceError: not deployed there.
+        UnknownModelError: there is no such model or table.   DeviceError: the model is not deployed on the device.
         ConfigError: there is no cache.   Otherwise as ``HPS``.
     """
     config = read_config(path)
@@ -148,7 +141,7 @@ def config_target(
     number = devices[0] if device is None else device
     if number not in devices:
         where = list(chosen.deployed_device_list) or "the CPU, which is 0 here"
-        raise DeviceError(f"--device: model {chosen.model!r} is deployed on {where}, not on {number}")
+        raise DeviceError(f"--device: expected {where}, on which model {chosen.model!r} is deployed, got {number}")
     if cached and (reason := no_cache_reason(config, chosen)):
         raise ConfigError(f"--mode {cached}: model {chosen.model!r} has no embedding cache: {reason}")
     on_device = bool(chosen.deployed_device_list) and cuda_devices() > 0 and has_cupy()
@@ -163,7 +156,7 @@ def _model_of(config: ServerConfig, name: str | None) -> ModelConfig:
         if name in (None, model.model):
             return model
     raise UnknownModelError(
-        f"--model: {name!r} is not in the config, its models are {', '.join(m.model for m in config.models)}"
+        f"--model: expected a model of the config, one of {', '.join(m.model for m in config.models)}, got {name!r}"
     )
 
 
@@ -173,12 +166,12 @@ def _table_of(tables: tuple[TableSpec, ...], model: str, name: str | None) -> Ta
             return spec
     known = ", ".join(spec.name for spec in tables)
     raise UnknownModelError(
-        f"--table: {name!r} is no table of model {model!r}, its tables are {known} (or 0 to {len(tables) - 1})"
+        f"--table: expected a table of model {model!r}, one of {known} (or 0 to {len(tables) - 1}), got {name!r}"
     )
 
 
 def _compared_with_host(server: HPS, spec: TableSpec, device: int, *, whole: bool) -> tuple[Truth, str]:
-    """Rows by way of host memory: a batch at once to compare a device with, else key by key to compare batches with."""
+    """Rows from host memory: by the batch to check a device, key by key to check batches."""
 
     def at_once(keys: np.ndarray) -> np.ndarray:
         return np.asarray(server.lookup(keys, spec.model, spec.table_id, device))
@@ -186,14 +179,14 @@ def _compared_with_host(server: HPS, spec: TableSpec, device: int, *, whole: boo
     def one_by_one(keys: np.ndarray) -> np.ndarray:
         return np.concatenate([at_once(key) for key in keys[:_COMPARED_ONE_BY_ONE].reshape(-1, 1)])
 
-    return (at_once, "host memory") if whole else (one_by_one, f"lookups of one key, {_COMPARED_ONE_BY_ONE:,} a batch at most")
+    return (at_once, "host memory") if whole else (one_by_one, f"lookups of one key, at most {_COMPARED_ONE_BY_ONE:,} a batch")
 
 
 def keys_of_model(spec: TableSpec) -> np.ndarray:
-    """All keys in the table's sparse model, int64, in the order of the file.
+    """All keys in the sparse model of the table, int64, in the order of the file.
 
     Raises:
-        ModelFileError: it is damaged.
+        ModelFileError: the model is damaged.
     """
     with open_model(spec.source, spec.dim) as reader:
         keys = np.empty(reader.rows, np.int64)
@@ -206,7 +199,7 @@ def keys_of_model(spec: TableSpec) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedTable:
-    """A table of ``rows`` x ``dim`` uniform values with keys 0 .. rows - 1, deployed on ``device`` if there is a GPU."""
+    """A table of ``rows`` x ``dim`` uniform values with keys 0 .. rows - 1, deployed on a GPU if there is one."""
 
     rows: int
     dim: int
@@ -215,7 +208,7 @@ class GeneratedTable:
     max_batch: int
 
     def write(self, folder: Path, device: int) -> Path:
-        """Make model and config in ``folder``; returns the config's path."""
+        """Write model and config to ``folder``; returns the path of the config."""
         generate_model(folder / "profile.model", self.rows, self.dim, seed=self.seed)
         entry = {
             "model": "profile",
@@ -233,31 +226,31 @@ class GeneratedTable:
         return path
 
     def true_rows(self, folder: Path) -> Truth:
-        """The rows as they stand in the file (spec 5.1), read without the library; the default for other keys."""
+        """The rows in the file, read without the library; the default for other keys."""
         values = np.memmap(folder / "profile.model" / "emb_vector", np.float32, "r", shape=(self.rows, self.dim))
 
         def rows(keys: np.ndarray) -> np.ndarray:
             known = (keys >= 0) & (keys < self.rows)
-            wanted = np.array(values[np.where(known, keys, 0)])
-            wanted[~known] = DEFAULT_VALUE
-            return wanted
+            found = np.array(values[np.where(known, keys, 0)])
+            found[~known] = DEFAULT_VALUE
+            return found
 
         return rows
 
 
 @contextmanager
 def generated_target(table: GeneratedTable, folder: Path, device: int | None, *, cached: str | None = None) -> Iterator[Target]:
-    """Make a table in ``folder`` and open a server of it, for as long as the block runs.
+    """A server for a table that is generated in ``folder``, open while the block runs.
 
     Args:
         device: None for 0.
-        cached: a mode that needs a cache, if one is to be measured: without one nothing is made.
+        cached: a mode that needs a cache, if any: without a cache, nothing is generated.
 
     Raises:
-        ConfigError: there is no cache.   DeviceError: no such device.   Otherwise as ``HPS``.
+        ConfigError: there is no cache.   DeviceError: there is no such device.   Otherwise as ``HPS``.
     """
     if cached and not cuda_devices():
         raise ConfigError(f"--mode {cached}: the generated table has no embedding cache: no CUDA device was found")
     config = table.write(folder, device or 0)
     with config_target(config, None, None, device, cached=cached) as target:
-        yield dataclasses.replace(target, true_rows=table.true_rows(folder), compared_with="what was generated")
+        yield dataclasses.replace(target, true_rows=table.true_rows(folder), compared_with="the generated rows")

@@ -32,48 +32,52 @@ __all__ = [
     "words_of",
 ]
 
-# what
-TraceFile = Annotated[Path, typer.Argument(help="Keys in the order in which they were asked for: .npy, .csv, .parquet, ...")]
+# what is simulated
+TraceFile = Annotated[Path, typer.Argument(help="Keys in the order of their requests: .npy, .csv, .parquet, ...")]
 FormatName = Annotated[
-    str | None, typer.Option("--format", help="npy, csv, parquet, oracle_general or text; by default by the ending.")
+    str | None, typer.Option("--format", help="npy, csv, parquet, oracle_general or text; by default, the file name decides.")
 ]
-Column = Annotated[str | None, typer.Option(help="Of a CSV or Parquet file: name, or for CSV a number from 0.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many requests, from the beginning.")]
-Sample = Annotated[float, typer.Option(help="Simulate this share of the keys and estimate, for huge traces.")]
+Column = Annotated[
+    str | None, typer.Option(help="Column of a CSV or Parquet file: its name or, for CSV, its number, counted from 0.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only this many requests, from the beginning.")]
+Sample = Annotated[float, typer.Option(help="Simulate this share of the keys and estimate the rest, for large traces.")]
 Policies = Annotated[
     list[str] | None,
-    typer.Option("--policy", help="Names, file.py:NAME or module:NAME; several with commas. By default the usual ones."),
+    typer.Option("--policy", help="Names, file.py:NAME or module:NAME, separated by commas. By default, the usual ones."),
 ]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="A policy may be a Python file to run.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit a policy to be a Python file, which is run.")]
 
-# how
+# how it is simulated
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--size", help="Of the cache: 10000, 10k, 5% (of the keys), 1%:20%:5 (a range of 5); several with commas."),
+    typer.Option("--size", help="Cache sizes: 10000, 10k, 5% (of the keys), 1%:20%:5 (a range of 5), separated by commas."),
 ]
-Geometry = Annotated[str, typer.Option(help="gpu (sets and calls as on a GPU), associative, or both.")]
+Geometry = Annotated[str, typer.Option(help="gpu (sets and calls as in the GPU cache), associative, or both.")]
 Batch = Annotated[int, typer.Option(min=1, help="Keys in a call.")]
 Warmup = Annotated[
-    float | None, typer.Option(help="Requests that do not count: a share, or a number. By default 0, with --advise 0.2.")
+    float | None, typer.Option(help="Requests that are not counted: a share or a number. By default 0; with --advise, 0.2.")
 ]
-NoBounds = Annotated[bool, typer.Option("--no-bounds", help="Without Belady's optimum and the infinite cache.")]
-Dim = Annotated[int, typer.Option(min=1, help="Elements of a row, for what is counted in bytes.")]
-RowDtype = Annotated[str, typer.Option(help="How the cache stores a row: float32, float16, bfloat16, int8, float8_e4m3.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Caches simulated at a time; by default one a core.")]
+NoBounds = Annotated[bool, typer.Option("--no-bounds", help="Leave out Belady's optimum and the infinite cache.")]
+Dim = Annotated[int, typer.Option(min=1, help="Elements in a row, for sizes in bytes.")]
+RowDtype = Annotated[str, typer.Option(help="Type of stored rows: float32, float16, bfloat16, int8, float8_e4m3.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Caches simulated at a time; by default, one per core.")]
 
 # advice
-Advise = Annotated[bool, typer.Option("--advise", help="Say which policy and size reach a hit rate at the least GPU memory.")]
-TargetHitRate = Annotated[float | None, typer.Option(help="The hit rate for --advise, by default 0.95.")]
+Advise = Annotated[bool, typer.Option("--advise", help="Find the policy and size for a hit rate with the least GPU memory.")]
+TargetHitRate = Annotated[float | None, typer.Option(help="Hit rate for --advise, by default 0.95.")]
 
 # results
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write all results there; - prints them and nothing else.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write all results to FILE; - prints the JSON only.")
 ]
-CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write a line a run there.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw: .png, .svg or .pdf.")]
-HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write one page with pictures and tables.")]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write a CSV line for each run to FILE.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Also plot to FILE: .png, .svg or .pdf.")]
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with plots and tables to FILE.")
+]
 
 
 def words_of(given: list[str] | None) -> list[str]:
-    """Values of an option that may come several times and hold several with commas."""
+    """Values of an option that may be repeated, and may hold several values separated by commas."""
     return [word.strip() for text in given or [] for word in text.split(",") if word.strip()]

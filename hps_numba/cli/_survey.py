@@ -1,4 +1,4 @@
-"""A sparse model looked through from first to last row, in bounded memory."""
+"""A survey of all rows of a sparse model, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from hps_numba.storage.model_files import formats, open_model
 
 __all__ = ["Survey", "count_duplicates", "survey_model"]
 
-_FIRST = 3  # rows that a report shows
+_FIRST = 3  # rows shown in the report
 _KEYS_AT_ONCE = 1 << 25  # 256 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What stands in a sparse model.
+    """The content of a sparse model.
 
     Attributes:
         bytes: on disk.
-        key_range: smallest and largest key, None without rows.
-        ascending: every key is greater than the one before.
-        duplicates: rows whose key stands in another, earlier row too.
-        nan, infinite: values that are no numbers, or infinite.
-        value_range: smallest and largest finite value, None without one.
-        mean: of the finite values, or NaN.
-        first_rows: key and values of the first rows.
+        key_range: smallest and largest key; None without rows.
+        ascending: whether every key is greater than the one before it.
+        duplicates: number of rows whose key occurs in an earlier row.
+        nan, infinite: number of values that are NaN or infinite.
+        value_range: smallest and largest finite value; None without one.
+        mean: of the finite values; NaN without one.
+        first_rows: keys and values of the first rows.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Survey:
 
 
 def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None]) -> Survey:
-    """Read every byte of a model: one pass over keys and rows, then passes over the keys alone if they do not ascend.
+    """Read a whole model: one pass over keys and rows, then more passes over the keys if they do not ascend.
 
     Raises:
-        ModelFileError: it is missing or damaged.
+        ModelFileError: the model is missing or damaged.
     """
     keys, values = _KeyFacts(), _ValueFacts()
     first: list[tuple[int, list[float]]] = []
@@ -85,9 +85,9 @@ def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None
 
 
 def count_duplicates(path: Path, rows: int, dim: int | None = None, *, at_once: int = _KEYS_AT_ONCE) -> int:
-    """Rows whose key came before, counted exactly.
+    """The exact number of rows whose key occurs in an earlier row.
 
-    The keys are sorted ``at_once`` at a time: a longer table is passed over several times, each time for another share of all
+    About ``at_once`` keys are sorted at a time: a longer table is read in several passes, each for another share of all
     possible keys, chosen by a hash.
     """
     shares = max(1, -(-rows // at_once))
@@ -104,14 +104,14 @@ def _keys_of_share(model: SparseModelReader, share: int, shares: int, step: int 
         keys = np.empty(min(step, model.rows - start), np.int64)
         model.read(start, start + len(keys), keys, None)
         if shares > 1:
-            keys = np.unique(keys)  # so that many copies of one key take no memory
+            keys = np.unique(keys)  # so that many copies of a key take no memory
             keys = keys[_hashes(keys) % np.uint64(shares) == share]
         found.append(keys)
     return np.concatenate(found)
 
 
 def _hashes(keys: np.ndarray) -> np.ndarray:
-    """The high half of a multiplication by 2**64 / golden ratio (Knuth): spreads runs of keys over all shares."""
+    """The high half of a product with 2**64 / golden ratio (Knuth): distributes ranges of keys over all shares."""
     return (keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
 
 
@@ -125,8 +125,8 @@ class _KeyFacts:
         low, high = int(keys.min()), int(keys.max())
         self.range = (low, high) if self.range is None else (min(low, self.range[0]), max(high, self.range[1]))
         if self.ascending:
-            goes_on = self._last is None or int(keys[0]) > self._last
-            self.ascending = goes_on and bool((keys[1:] > keys[:-1]).all())
+            continues = self._last is None or int(keys[0]) > self._last
+            self.ascending = continues and bool((keys[1:] > keys[:-1]).all())
         self._last = int(keys[-1])
 
 

@@ -1,4 +1,4 @@
-"""``hps-numba config``: is this file right, and what may stand in it."""
+"""``hps-numba config``: checks config files and prints their schema."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PLUGIN"]
 
-PLUGIN = typer.Typer(no_args_is_help=True, help="Check config files, print their schema.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Check config files and print their schema.")
 
 
 @PLUGIN.command("schema")
 def schema() -> None:
     """Print the JSON schema of config files.
 
-    It holds every key with its type, range, default and meaning; editors complete and check config files with it.
+    It contains every key with its type, range, default and meaning; editors use it to complete and check config files.
     """
     from hps_numba.config import json_schema
 
@@ -39,8 +39,8 @@ def check(
 ) -> None:
     """Check a config file and the models it names.
 
-    All values that are wrong are said at once; if none is, every sparse model is opened and its size compared. Exit code 1 if
-    anything is wrong.
+    All invalid values are reported at once. If there are none, every sparse model is opened and its size is checked. The exit
+    code is 1 if there is any problem.
     """
     from hps_numba.config import read_config
 
@@ -52,7 +52,7 @@ def check(
     report: dict[str, Any] = {"config": config, "ok": not problems, "problems": problems, "warnings": warnings}
     if server is not None:
         report |= _summary(server)
-        problems += [*_not_here(server), *(table["problem"] for table in report["tables"] if table["problem"])]
+        problems += [*_unavailable(server), *(table["problem"] for table in report["tables"] if table["problem"])]
         report["ok"] = not problems
     if as_json:
         print_json(report)
@@ -73,16 +73,17 @@ def _summary(server: ServerConfig) -> dict[str, Any]:
     }
 
 
-def _not_here(server: ServerConfig) -> Iterator[str]:
-    """What the config asks for and this version cannot start with."""
+def _unavailable(server: ServerConfig) -> Iterator[str]:
+    """What the config requires and this installation or this machine lacks."""
     from hps_numba.config.messages import dotted
+    from hps_numba.device.driver import device_count, why_no_device
 
     known = plugins.names("hps_numba.storage.tiers")
     for place, section in server.tier_sections():
         if not plugins.is_reference(section.type) and section.type not in known:
-            yield f"{dotted(place)}.type: {section.type!r} is not part of this version, which has {', '.join(known)}"
-    if server.require_gpu:
-        yield "require_gpu: true, but this version serves from host memory only"
+            yield f"{dotted(place)}.type: expected one of {', '.join(known)}, which this version has, got {section.type!r}"
+    if server.require_gpu and not device_count():
+        yield f"require_gpu: true, but {why_no_device()}"
 
 
 def _table(table: TableSpec) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _table(table: TableSpec) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     if "tables" in report:
-        devices = ", ".join(map(str, report["devices"])) or "none (the CPU serves)"
+        devices = ", ".join(map(str, report["devices"])) or "none (served by the CPU)"
         print_facts(
             [
                 ("keys", f"{report['key_bits']} bits"),
@@ -136,6 +137,6 @@ def _cells(table: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _short(source: str) -> str:
-    """A path below the working directory without the way to there."""
+    """A path, relative to the working directory if it is inside."""
     path = Path(source)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source

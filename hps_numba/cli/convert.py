@@ -1,4 +1,4 @@
-"""``hps-numba convert``: a sparse model in another format."""
+"""``hps-numba convert``: copies a sparse model to another format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["PLUGIN"]
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A sparse model of any format: a directory or a file.")],
     dst: Annotated[
-        Path, typer.Argument(metavar="DST", help="Its copy; the name decides the format (.h5 HDF5, none a directory).")
+        Path, typer.Argument(metavar="DST", help="The copy; its name decides the format (.h5: HDF5, else a directory).")
     ],
-    dim: Annotated[int | None, typer.Option(min=1, help="Width that SRC must have.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Expected width of SRC.")] = None,
     format: WriteFormat = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy a sparse model to another format.
 
-    Rows are streamed, and DST appears whole or not at all.
+    Rows are streamed. DST appears only when it is complete.
     """
     from hps_numba.runtime.progress import rows_progress
     from hps_numba.storage.model_files import convert_model, open_model

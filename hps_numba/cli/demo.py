@@ -1,4 +1,4 @@
-"""``hps-numba demo``: a model is made, deployed and served, and every row that comes back is compared."""
+"""``hps-numba demo``: generates a model, deploys and serves it, and checks every row."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ __all__ = ["PLUGIN"]
 
 def demo(
     folder: Annotated[
-        Path | None, typer.Option(help="Where to put model and config, which then stay; by default a temporary directory.")
+        Path | None, typer.Option(help="Directory for model and config, which are kept; by default a temporary one.")
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the temporary directory.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary directory.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the model.")] = 1_000_000,
     dim: Annotated[int, typer.Option(min=1, help="Floats in a row.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that send; by default all cores.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to serve and check.")] = 5.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the model's values and of the requests.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Save latencies and throughput as a picture (.png, .svg, .pdf).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that send requests; by default one per core.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of serving and checking.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the values and of the requests.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Plot latencies and throughput to this file (.png, .svg, .pdf).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model, serve it, check every row.
+    """Generate a model, serve it from host memory, check every row.
 
     Several threads send requests of 1 to 1024 samples with 26 power-law keys each; 2 % of the keys do not exist. Every row is
-    compared bit for bit with what was generated. The exit code is 1 if one is wrong.
+    compared bit by bit with the generated one. The exit code is 1 if any row is wrong.
     """
-    from hps_numba.cli._demo_plot import check_plot, save_plot
+    from hps_numba.cli._demo_plot import save_plot
     from hps_numba.cli._demo_run import Demo
-    from hps_numba.cli._hardware import look_at_hardware
+    from hps_numba.cli._hardware import inspect_hardware
+    from hps_numba.simulate.plots import check_plot
 
     if plot is not None:
         check_plot(plot)
-    hardware = look_at_hardware()
-    with _work_folder(folder, keep) as place:
+    hardware = inspect_hardware()
+    with _work_folder(folder, keep) as work:
         report, traffic = Demo(
-            folder=place,
+            folder=work,
             rows=rows,
             dim=dim,
             threads=threads or hardware.cores,
@@ -53,7 +56,7 @@ def demo(
             waiting=nullcontext if as_json else partial(console(stderr=True).status, refresh_per_second=2),
         ).run(hardware)
     if folder is not None or keep:
-        report["folder"] = place
+        report["folder"] = work
     if plot is not None:
         save_plot(plot, traffic, _headline(report))
         report["plot"] = plot
@@ -94,7 +97,7 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from hps_numba.cli._demo_run import PERCENTILES
+    from hps_numba.cli._latency import PERCENTILES
 
     typer.echo("")
     print_table(("batch", "keys", "requests", *PERCENTILES, "max"), [_cells(line, PERCENTILES) for line in report["latency"]])
@@ -131,7 +134,7 @@ def _memory(report: dict[str, Any]) -> str:
 
 def _verdict(report: dict[str, Any]) -> str:
     if report["wrong_rows"]:
-        return "FAILED: rows came back that differ from what was generated"
+        return "FAILED: some rows differ from the generated ones"
     if not report["ok"]:
-        return "FAILED: the server's counters do not agree with what was sent"
-    return f"All {report['keys']:,} rows are bit for bit what was generated."
+        return "FAILED: the counters of the server do not agree with the requests"
+    return f"All {report['keys']:,} rows equal the generated ones, bit by bit."

@@ -1,4 +1,4 @@
-"""``hps-numba doctor``: what is here, what is missing, and the line that mends it."""
+"""``hps-numba doctor``: what is installed, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ EXTRAS = {
     "safetensors": ("safetensors",),
     "examples": ("tokenizers", "safetensors", "matplotlib"),
 }
-"""The extras of this package and what each needs at least."""
+"""The extras of this package, and the packages that each needs."""
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is here and what is missing.
+    """Show what is installed and what is missing.
 
-    Looks at this machine and this installation and gives the command that mends what is missing. Ends with a small model
-    that is really served. The exit code is 1 if that fails.
+    Inspects this machine and this installation, gives the commands that fix what is missing, and serves a small model as a
+    test. The exit code is 1 if the test fails.
     """
-    from hps_numba.cli._hardware import look_at_hardware
+    from hps_numba.cli._hardware import inspect_hardware
 
-    hardware = look_at_hardware()
+    hardware = inspect_hardware()
     report: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
@@ -89,12 +89,12 @@ def _kernel_cache() -> dict[str, Any]:
 
 
 def _self_test() -> dict[str, Any]:
-    """Serve 1000 rows from a model in the original's form and compare each."""
+    """Serve 1000 rows of a model in the form of HugeCTR HPS and check each of them."""
     started = time.perf_counter()
     try:
         wrong = _wrong_rows_of_a_small_model()
         problem = f"{wrong} of 1000 rows were wrong" if wrong else None
-    except Exception as error:  # whatever it is, it is what the user came to see
+    except Exception as error:  # whatever it is, the user has to see it
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return {"ok": problem is None, "problem": problem, "seconds": time.perf_counter() - started}
 
@@ -127,27 +127,29 @@ def _wrong_rows_of_a_small_model() -> int:
 def _advice(hardware: Hardware, report: dict[str, Any]) -> list[str]:
     advice = gpu_advice(hardware, report["extras"], report["packages"]["numpy"])
     if not report["kernel_cache"]["writable"]:
-        advice.append("no writable cache folder, kernels are compiled in every process: set HPS_NUMBA_CACHE_DIR to one")
+        advice.append("kernels are compiled in every process: set HPS_NUMBA_CACHE_DIR to a writable folder")
     if hardware.huge_pages == "never":
         advice.append(
-            "large tables are faster with huge pages: echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+            "huge pages make large tables faster: echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
         )
     return advice
 
 
 def gpu_advice(hardware: Hardware, extras: dict[str, Any], numpy_version: str | None) -> list[str]:
-    """What is to be done about the GPUs of a machine, a line each; nothing if there are none."""
+    """What to do to use the GPUs of a machine, a line each; nothing if there are none."""
     from hps_numba.cli._hardware import cuda_extra
 
     if not hardware.gpus:
         return []
     if hardware.driver_cuda is None:
-        return ["a GPU is here, but the driver's library libcuda.so.1 cannot be loaded: install or mount the NVIDIA driver"]
+        return ["there is a GPU, but libcuda.so.1 of the driver cannot be loaded: install or mount the NVIDIA driver"]
     extra = cuda_extra(hardware.driver_cuda, hardware.gpus)
     if extra is None:
-        return [f"the driver serves CUDA {_dotted(hardware.driver_cuda)}, wanted 12.0 or newer: update the NVIDIA driver"]
+        return [
+            f"expected a driver for CUDA 12.0 or newer, got one for {_dotted(hardware.driver_cuda)}: update the NVIDIA driver"
+        ]
     if not extras[extra]["installed"]:
-        return [f"for the GPU: {_pip(extra)} (the driver serves CUDA {_dotted(hardware.driver_cuda)})"]
+        return [f"for the GPU: {_pip(extra)} (the driver supports CUDA {_dotted(hardware.driver_cuda)})"]
     if numpy_version is not None and _numbers(numpy_version) >= (2, 5):
         return [f'numpy {numpy_version} is too new for numba-cuda: pip install "numpy<2.5"']
     return []
@@ -161,7 +163,7 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-# -- showing it ---------------------------------------------------------------------
+# -- output ---------------------------------------------------------------------
 
 
 def _show(hardware: Hardware, report: dict[str, Any]) -> None:
@@ -204,15 +206,19 @@ def _readiness(report: dict[str, Any]) -> list[tuple[str, str]]:
 
     cache, test = report["kernel_cache"], report["self_test"]
     where = f"{cache['folder']}, {human_bytes(cache['bytes'])}" if cache["writable"] else "no writable folder"
-    served = f"1,000 rows served, all right, in {human_seconds(test['seconds'])}"
+    served = f"1,000 rows served correctly in {human_seconds(test['seconds'])}"
     return [("kernel cache", where), ("self-test", served if test["ok"] else f"FAILED: {test['problem']}")]
 
 
 def _verdict(hardware: Hardware, report: dict[str, Any]) -> str:
+    from hps_numba.device.driver import device_count, why_no_device
+
     if not report["ok"]:
-        return "verdict: it does not work here; the self-test says why"
-    where = f"host memory with {hardware.cores} core{'s' * (hardware.cores > 1)}"
-    return f"verdict: ready, serves from {where}" + (", GPUs are not used by this version" if hardware.gpus else "")
+        return "verdict: not working; see the self-test"
+    verdict = f"verdict: ready; serves from host memory with {hardware.cores} core{'s' * (hardware.cores > 1)}"
+    if not hardware.gpus:
+        return verdict
+    return verdict + (f" and from {count} GPU{'s' * (count > 1)}" if (count := device_count()) else f"; {why_no_device()}")
 
 
 PLUGIN = doctor

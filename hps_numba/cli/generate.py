@@ -1,4 +1,4 @@
-"""``hps-numba generate``: synthetic models and key streams (spec 10.2)."""
+"""``hps-numba generate``: synthetic models and key streams (checklist O03, O05)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PLUGIN"]
 
-PLUGIN = typer.Typer(no_args_is_help=True, help="Make synthetic models and keys.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Generate synthetic models and keys.")
 
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same content.")]
+Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal content.")]
 _DISTRIBUTIONS = ("power-law", "hot-key", "histogram", "uniform")
 _KEYS_AT_ONCE = 1 << 20
 
 
 @PLUGIN.command("model")
 def model(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The name decides the format (.h5 HDF5, none a directory).")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The name decides the format (.h5: HDF5, else a directory).")],
     rows: Annotated[int, typer.Option(min=0, help="Rows, with keys 0 to ROWS - 1.")],
     dim: Annotated[int, typer.Option(min=1, help="Floats in a row.")],
     seed: Seed = 0,
@@ -35,9 +35,9 @@ def model(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a synthetic sparse model.
+    """Generate a synthetic sparse model.
 
-    Keys are 0, 1, 2, ..., values float32, uniform in [-1, 1).
+    The keys are 0, 1, 2, ...; the values are float32, uniform in [-1, 1).
     """
     from hps_numba.runtime.progress import rows_progress
     from hps_numba.simulate.workloads import generate_model
@@ -50,16 +50,16 @@ def model(
     if as_json:
         print_json({"path": path, "rows": rows, "dim": dim, "seed": seed, "bytes": size_on_disk(path), "seconds": seconds})
     else:
-        typer.echo(f"{describe(path, rows, dim)}, made in {human_seconds(seconds)}")
+        typer.echo(f"{describe(path, rows, dim)}, generated in {human_seconds(seconds)}")
 
 
 @PLUGIN.command("keys")
 def keys(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The .npy file to write: int64, one dimension.")],
-    count: Annotated[int, typer.Option(min=0, help="How many keys.")],
+    count: Annotated[int, typer.Option(min=0, help="Number of keys.")],
     table_size: Annotated[int, typer.Option(min=1, help="Keys are drawn from 0 to TABLE_SIZE - 1.")],
     distribution: Annotated[str, typer.Option(help=f"One of {', '.join(_DISTRIBUTIONS)}.")] = "power-law",
-    alpha: Annotated[float, typer.Option(help="power-law: the larger, the more often small keys come.")] = 1.2,
+    alpha: Annotated[float, typer.Option(help="power-law: the larger, the more frequent are small keys.")] = 1.2,
     hot_percentage: Annotated[float, typer.Option(min=0, max=1, help="hot-key: share of keys that are hot.")] = 0.2,
     hot_coverage: Annotated[float, typer.Option(min=0, max=1, help="hot-key: probability of a hot key.")] = 0.8,
     weights: Annotated[str, typer.Option(help="histogram: weights of equal ranges of keys.")] = "0.4,0.3,0.2,0.1",
@@ -67,9 +67,9 @@ def keys(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a stream of keys into a .npy file.
+    """Draw a stream of keys and write it to an .npy file.
 
-    Keys are drawn as the original's profiler draws them.
+    The distributions are those of HugeCTR's profiler.
     """
     name = distribution.lower().replace("_", "-")
     name = {"powerlaw": "power-law", "hotkey": "hot-key"}.get(name, name)
@@ -80,7 +80,8 @@ def keys(
         "uniform": {},
     }
     if name not in options:
-        raise typer.BadParameter(f"{distribution!r} is not one of {', '.join(_DISTRIBUTIONS)}", param_hint="--distribution")
+        what = f"expected one of {', '.join(_DISTRIBUTIONS)}, got {distribution!r}"
+        raise typer.BadParameter(what, param_hint="--distribution")
     _write_keys(path, count, _drawn(name, table_size, count, options[name], seed), overwrite)
     if as_json:
         facts = {"path": path, "count": count, "table_size": table_size, "distribution": name, **options[name], "seed": seed}
@@ -93,7 +94,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0.4,0.3,0.2,0.1", param_hint="--weights") from None
+        raise typer.BadParameter(f"expected numbers such as 0.4,0.3,0.2,0.1, got {text!r}", param_hint="--weights") from None
 
 
 def _drawn(name: str, n: int, count: int, options: dict[str, Any], seed: int) -> Iterator[np.ndarray]:
@@ -110,13 +111,13 @@ def _drawn(name: str, n: int, count: int, options: dict[str, Any], seed: int) ->
 
 
 def _write_keys(path: Path, count: int, chunks: Iterator[np.ndarray], overwrite: bool) -> None:
-    """Write an .npy file of ``count`` int64, which appears whole or not at all."""
+    """Write an .npy file of ``count`` int64 keys, which appears only when it is complete."""
     import numpy as np
 
     from hps_numba.storage.formats._atomic import replacing
 
     if path.is_dir():
-        raise ModelFileError(f"{path}: is a directory, wanted the name of an .npy file")
+        raise ModelFileError(f"{path}: expected the name of an .npy file, got a directory")
     with replacing(path, overwrite=overwrite) as new, new.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
         for chunk in chunks:

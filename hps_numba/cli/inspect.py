@@ -1,4 +1,4 @@
-"""``hps-numba inspect``: what stands in a sparse model."""
+"""``hps-numba inspect``: describes the content of a sparse model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["PLUGIN"]
 
-_SHOWN = 6  # values of a row
+_SHOWN = 6  # values of a row that are printed
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sparse model of any format: a directory or a file.")],
-    dim: Annotated[int | None, typer.Option(min=1, help="Width that it must have.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Expected width.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what stands in a sparse model.
+    """Describe the content of a sparse model.
 
-    All of it is read; rows are streamed, so memory does not depend on their number. Keys that come twice are counted exactly:
-    where the keys do not ascend, 32 Mi of them (256 MiB) are sorted at a time, and longer tables take several passes.
+    The whole model is read; rows are streamed, so memory does not depend on their number. Duplicate keys are counted exactly:
+    if the keys do not ascend, 32 Mi of them (256 MiB) are sorted at a time, and longer tables take several passes.
     """
     from hps_numba.cli._survey import survey_model
     from hps_numba.runtime.progress import rows_progress
@@ -51,7 +51,7 @@ def _show(survey: Survey) -> None:
             ("format", survey.format + (", with meta" if survey.has_meta else ", without meta")),
             ("rows", f"{survey.rows:,} x {survey.dim} float32, {human_bytes(survey.bytes)} on disk"),
             ("keys", _keys(survey)),
-            ("duplicates", f"{survey.duplicates:,}" + (" (the last of equal keys is served)" if survey.duplicates else "")),
+            ("duplicates", f"{survey.duplicates:,}" + (" (of equal keys, the last is served)" if survey.duplicates else "")),
             ("values", _values(survey)),
             ("not finite", f"{survey.nan:,} NaN, {survey.infinite:,} infinite"),
             *(("first rows" if number == 0 else "", _row(*row)) for number, row in enumerate(survey.first_rows)),
@@ -64,7 +64,7 @@ def _keys(survey: Survey) -> str:
         return "none"
     low, high = survey.key_range
     fits = "fit 32 bits" if low >= 0 and high < 2**32 else "need 64 bits"
-    return f"{low} .. {high}, {'ascending' if survey.ascending else 'in no order'}, {fits}"
+    return f"{low} .. {high}, {'ascending' if survey.ascending else 'not ascending'}, {fits}"
 
 
 def _values(survey: Survey) -> str:

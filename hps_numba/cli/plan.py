@@ -1,4 +1,4 @@
-"""``hps-numba plan``: bytes before anything is allocated."""
+"""``hps-numba plan``: memory requirements, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A ps_config JSON file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say how much memory a config takes.
+    """Show how much memory a config needs.
 
-    Shows the bytes of each table in each tier, and whether this machine has them. Only the sizes of the sparse models are
-    read; nothing is allocated. The exit code is 1 if the plan does not fit.
+    Shows the bytes of each table in each tier, and whether they fit in the memory of this machine. Only the sizes of the
+    sparse models are read; nothing is allocated. The exit code is 1 if the plan does not fit.
     """
     from hps_numba.config import read_config
     from hps_numba.server.plan import make_plan
@@ -60,9 +60,9 @@ def _show(planned: Plan) -> None:
     heads = ("table", "dim", "rows in file", "rows in host memory", "host memory", "persistent", "each cache")
     print_table(heads[: 7 if cached else 6], rows)
     for device, size in planned.device_bytes.items():
-        copies = planned.index_mirror_bytes[device]
-        more = f", and {human_bytes(copies)} for copies of indexes if there is room" if copies else ""
-        typer.echo(f"{human_bytes(size)} of device {device}{more}")
+        mirrors = planned.index_mirror_bytes[device]
+        more = f", plus {human_bytes(mirrors)} for index mirrors if they fit" if mirrors else ""
+        typer.echo(f"{human_bytes(size)} on device {device}{more}")
     peak, free = planned.host_bytes + planned.loading_bytes, planned.available_bytes
     verdict = "fits" if planned.fits else f"DOES NOT FIT: {human_bytes(peak - free)} too much"
     typer.echo(f"{human_bytes(peak)} of host memory while loading, {human_bytes(free)} available: {verdict}")

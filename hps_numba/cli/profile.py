@@ -1,4 +1,4 @@
-"""``hps-numba profile``: how long lookups of a table take, from which tier they are answered, and whether they are right."""
+"""``hps-numba profile``: the time of lookups, the tiers that answer them, and whether the rows are right."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import Any
 import typer
 
 from hps_numba.cli import _profile_options as options
-from hps_numba.cli._output import console, human_rate, human_seconds, print_facts, print_json, print_table
+from hps_numba.cli._output import (
+    STDOUT,
+    check_output_file,
+    console,
+    human_rate,
+    human_seconds,
+    print_facts,
+    print_json,
+    print_table,
+)
 
 __all__ = ["PLUGIN"]
 
-_STDOUT = Path("-")
 _TIMES = ("p50", "p95", "p99")
 
 
@@ -50,17 +58,17 @@ def profile(
 ) -> None:
     """Measure lookups of a table.
 
-    Mode session is a whole lookup, with keys in GPU memory if the model is deployed on a GPU; host has keys in host memory,
-    which are answered from there; cache asks for keys that were looked up just before; refresh reads the cache's rows anew.
-    Every call has new keys, and one batch of each line is compared with the true rows: the exit code is 1 if one is wrong.
-    The options of the original's hps_profiler are understood too.
+    Mode session is a complete lookup, with keys in GPU memory if the model is deployed on a GPU; host has keys in host memory,
+    and is answered from there; cache looks up keys that were looked up just before; refresh reloads the rows of the cache.
+    Every call has new keys, and one batch for each line of the table is checked: the exit code is 1 if any row is wrong.
+    The options of HugeCTR's hps_profiler are accepted as well.
     """
     _check_options_of("a config", config is not None, {"--model": model, "--table": table})
     _check_options_of("a generated table", config is None, {"--rows": rows, "--dim": dim, "--gpucacheper": gpucacheper})
     flags = {"session": lookup_session, "host": database_backend, "cache": embedding_cache}
     modes = options.chosen_modes(mode, {**flags, "refresh": refresh_embeddingcache > 0})
     sizes = options.chosen_sizes(num_keys)
-    _check_json_file(json_file)
+    check_output_file("--json", json_file)
 
     from hps_numba.cli._profile_keys import chosen_distribution
     from hps_numba.cli._profile_measure import Calls
@@ -89,7 +97,7 @@ def profile(
             keys_file=keys,
             seed=seed,
         ).run()
-    _put_out(report, json_file)
+    _write(report, json_file)
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -98,27 +106,21 @@ PLUGIN = profile
 
 
 def _check_options_of(what: str, used: bool, given: dict[str, Any]) -> None:
-    """Refuse options that would have no effect."""
+    """Reject options that would have no effect."""
     for name, value in given.items():
         if value is not None and not used:
-            raise typer.BadParameter(f"is an option of {what}, which is not what is measured", param_hint=name)
+            raise typer.BadParameter(f"is an option for {what} only", param_hint=name)
 
 
 def _waiting(json_file: Path | None) -> AbstractContextManager[Any]:
-    return nullcontext() if json_file == _STDOUT else console(stderr=True).status("measuring", refresh_per_second=2)
+    return nullcontext() if json_file == STDOUT else console(stderr=True).status("measuring", refresh_per_second=2)
 
 
 # -- the report ---------------------------------------------------------------------
 
 
-def _check_json_file(path: Path | None) -> None:
-    """Raise before anything is measured if the report could not be written."""
-    if path is not None and path != _STDOUT and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path} came, the name of a file in a directory that exists is wanted", param_hint="--json")
-
-
-def _put_out(report: dict[str, Any], json_file: Path | None) -> None:
-    if json_file == _STDOUT:
+def _write(report: dict[str, Any], json_file: Path | None) -> None:
+    if json_file == STDOUT:
         print_json(report)
         return
     if json_file is not None:
@@ -134,7 +136,7 @@ def _show(report: dict[str, Any]) -> None:
             ("table", _table(report)),
             ("keys", _keys(report["keys"])),
             ("machine", ", ".join([*report["gpus"], f"{report['cpu']} ({report['cores']} cores)"])),
-            ("threads", f"{report['threads']}, each with {report['warmup_iterations']:,} calls before that do not count"),
+            ("threads", f"{report['threads']}, each with {report['warmup_iterations']:,} calls before that are not timed"),
             *((f"time of {mode}", text) for mode, text in timing.items()),
         ]
     )
@@ -158,7 +160,7 @@ def _table(report: dict[str, Any]) -> str:
 
 def _keys(facts: dict[str, Any]) -> str:
     if "keys_file" in facts:
-        return f"{facts['keys_in_file']:,} of {facts['keys_file']}, in turn"
+        return f"{facts['keys_in_file']:,} of {facts['keys_file']}, in order"
     arguments = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("distribution", "table_size"))
     return f"{facts['distribution']}{f' ({arguments})' if arguments else ''} over {facts['table_size']:,} keys"
 
@@ -177,20 +179,20 @@ def _hits(result: dict[str, Any], *, cached: bool) -> list[str]:
 
 
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
-    """What a reader of the figures has to know."""
+    """What a reader of the figures needs to know."""
     results = report["results"]
     if report["device"] is None and {"session", "host"} <= {result["mode"] for result in results}:
         yield "Without a GPU, modes session and host are the same lookups."
     defaults = max((result.get("default_rate", 0.0) for result in results), default=0.0)
     if defaults:
-        yield f"Up to {defaults:.2%} of the keys had no row and were answered with the default value."
+        yield f"Up to {defaults:.2%} of the keys had no row and got the default value."
     hits = min((result.get("cache_hit_rate", 1.0) for result in results if result["mode"] == "cache"), default=1.0)
     if hits < 1:
-        yield f"Mode cache had {hits:.2%} hits: the keys of a call did not all stay in the cache."
+        yield f"Mode cache had {hits:.2%} hits: some keys of a call were evicted from the cache."
 
 
 def _verdict(report: dict[str, Any]) -> str:
     checked, wrong = (sum(result[name] for result in report["results"]) for name in ("checked_rows", "wrong_rows"))
     if wrong:
         return f"FAILED: {wrong:,} of {checked:,} rows differ from {report['compared_with']}"
-    return f"{checked:,} rows were compared with {report['compared_with']}: all are the same, bit for bit."
+    return f"{checked:,} rows were compared with {report['compared_with']}: all are equal, bit by bit."

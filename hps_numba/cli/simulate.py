@@ -1,4 +1,4 @@
-"""``hps-numba simulate``: hit rates of cache policies and sizes on a trace of keys, before anything is deployed."""
+"""``hps-numba simulate``: hit rates of cache policies and sizes on a trace of keys, before deployment."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hps_numba.cli import _simulate_options as options
-from hps_numba.cli._output import human_seconds, print_facts, print_json, print_table
+from hps_numba.cli._output import STDOUT, check_output_file, human_seconds, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from hps_numba.simulate import Advice, Run, Simulation
 
 __all__ = ["PLUGIN"]
 
-_STDOUT = Path("-")
-_WHERE = {"gpu": "GPU", "associative": "assoc."}
+_GEOMETRIES = {"gpu": "GPU", "associative": "assoc."}
 
 
 def simulate(
@@ -44,14 +43,14 @@ def simulate(
 ) -> None:
     """Simulate cache policies on a trace of keys.
 
-    Policies run as a GPU cache runs them (sets of ten rows, calls of --batch keys: the hits are exactly the cache's) and as
-    the literature has them (one order of all rows, one request after the other). Belady's optimum and the infinite cache say
-    what is possible at all. --advise says which policy and size reach a hit rate at the least GPU memory.
+    Policies run as in the GPU cache (sets of ten rows, calls of --batch keys; the hits are exactly those of the cache) and as
+    in the literature (one order of all rows, one request after the other). Belady's optimum and the infinite cache are upper
+    bounds. --advise finds the policy and size that reach a hit rate with the least GPU memory.
     """
     if target_hit_rate is not None and not advise:
-        raise typer.BadParameter("is an option of --advise", param_hint="--target-hit-rate")
+        raise typer.BadParameter("is an option for --advise only", param_hint="--target-hit-rate")
     for name, path in (("--json", json_file), ("--csv", csv_file), ("--html", html)):
-        _check_file(name, path)
+        check_output_file(name, path)
 
     from hps_numba import simulate as simulation
     from hps_numba.simulate.plots import check_plot
@@ -62,7 +61,7 @@ def simulate(
         check_plot(html.with_suffix(".svg"))
     opened = simulation.open_trace(trace, format=format_name, column=column, limit=limit)
     how: dict[str, Any] = {"batch": batch, "sample": sample, "dim": dim, "row_dtype": row_dtype, "threads": threads}
-    how |= {"allow_code": allow_code, "progress": False if json_file == _STDOUT else None}
+    how |= {"allow_code": allow_code, "progress": False if json_file == STDOUT else None}
     named = options.words_of(policy)
     advice = None
     if advise:
@@ -75,7 +74,7 @@ def simulate(
         how |= {"geometry": geometry, "bounds": not no_bounds, "warmup": warmup or 0}
         result = simulation.run(opened, named or simulation.DEFAULT_POLICIES, *([sizes] if sizes else []), **how)
     _write(result, advice, json_file, csv_file, plot, html)
-    if json_file != _STDOUT:
+    if json_file != STDOUT:
         if result is not None:
             _show(result)
         if advice is not None:
@@ -83,12 +82,6 @@ def simulate(
 
 
 PLUGIN = simulate
-
-
-def _check_file(option: str, path: Path | None) -> None:
-    """Raise before anything is simulated if a result could not be written."""
-    if path is not None and path != _STDOUT and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path} came, the name of a file in a directory that exists is wanted", param_hint=option)
 
 
 def _write(
@@ -104,7 +97,7 @@ def _write(
     from hps_numba import simulate as simulation
 
     content = {**({} if result is None else result.to_dict()), **({} if advice is None else {"advice": advice.to_dict()})}
-    if json_file == _STDOUT:
+    if json_file == STDOUT:
         print_json(content)
     elif json_file is not None:
         json_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -117,12 +110,12 @@ def _write(
             simulation.write_page(result, html, advice=advice)
 
 
-# -- on a terminal -----------------------------------------------------------------------------------
+# -- for a terminal -----------------------------------------------------------------------------------
 
 
 def _show(result: Simulation) -> None:
     sampled = "" if result.rate == 1 else f", estimated from {result.rate:.3g} of the keys ({result.simulated:,} requests)"
-    counted = f"the first {result.warmup:,} requests do not count" if result.warmup else "from an empty cache on"
+    counted = f"all but the first {result.warmup:,} requests" if result.warmup else "all requests, starting with an empty cache"
     print_facts(
         [
             ("trace", f"{result.trace} ({result.format}): {result.requests:,} requests, {result.distinct:,} keys{sampled}"),
@@ -141,18 +134,18 @@ def _show(result: Simulation) -> None:
     )
     typer.echo("")
     typer.echo(
-        "hits: share of requests. by key: share of the distinct keys of each call. host MB: rows that missed. GPU MB: the"
+        "hits: share of requests. by key: share of the distinct keys of each call. host MB: missed rows. GPU MB: memory of"
     )
-    typer.echo("cache's memory. GPU: sets and calls as there. assoc.: one order of all rows, one request after the other.")
+    typer.echo("of the cache. GPU: its sets and calls. assoc.: one order of all rows, one request after the other.")
     if sampled_error:
-        typer.echo("+-: half of a 95 % interval, from four quarters of the sample. Counts and bytes are of the sample.")
+        typer.echo("+-: half of a 95 % interval, from four quarters of the sample. Counts and bytes are those of the sample.")
 
 
 def _line(run: Run, error: bool) -> list[str]:
     name = f"{run.policy} (bound)" if run.bound else run.policy
     return [
         name,
-        "" if run.bound else _WHERE[run.geometry],
+        "" if run.bound else _GEOMETRIES[run.geometry],
         f"{run.rows:,}",
         f"{run.hit_rate:.2%}",
         *([f"{run.error:.2%}"] if error else []),
@@ -169,16 +162,18 @@ def _show_advice(advice: Advice, *, blank: bool) -> None:
         typer.echo("")
     best = advice.best
     if best is None:
-        typer.echo(f"{advice.target:.1%} hits: no policy reaches it on {advice.trace}.")
+        typer.echo(f"No policy reaches a hit rate of {advice.target:.1%} on {advice.trace}.")
         typer.echo(
-            f"A cache that is never full has {advice.ceiling:.2%}: the first request for a key misses whatever the policy."
+            f"Even a cache that is never full has {advice.ceiling:.2%}: the first request for a key misses under every policy."
         )
     else:
-        typer.echo(f"{advice.target:.1%} hits on {advice.trace}, at the least GPU memory: {best.policy}, {best.rows:,} rows")
+        typer.echo(
+            f"A hit rate of {advice.target:.1%} on {advice.trace} with the least GPU memory: {best.policy}, {best.rows:,} rows"
+        )
         typer.echo("")
         sampled = any(one.error for one in advice.choices)
         print_table(
-            ("policy", "rows", "GPU memory", "hits", *(("+-",) if sampled else ()), f"a call of {advice.batch:,}"),
+            ("policy", "rows", "GPU memory", "hits", *(("+-",) if sampled else ()), f"call of {advice.batch:,} keys"),
             [
                 (
                     one.policy,
@@ -194,6 +189,6 @@ def _show_advice(advice: Advice, *, blank: bool) -> None:
         if advice.missed:
             typer.echo(f"Not reached by {', '.join(advice.missed)}.")
     typer.echo("")
-    typer.echo("This holds for:")
+    typer.echo("Assumptions:")
     for line in advice.assumptions:
         typer.echo(f"* {line}")

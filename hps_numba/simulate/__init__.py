@@ -1,11 +1,12 @@
-"""Simulate cache policies over a trace of keys: hit rates of policies, sizes and geometries, before anything is deployed.
+"""Simulate cache policies over a trace of keys: hit rates of policies, sizes and geometries, before deployment.
 
 >>> from hps_numba import simulate
 >>> result = simulate.run("trace.npy", ["lru", "lfu", "my_policy.py:Mine"], "1%:20%:5", allow_code=True)  # doctest: +SKIP
 >>> simulate.write_page(result, "report.html")                                                             # doctest: +SKIP
 
-``run`` simulates, ``Simulation`` is what it finds, ``advise`` says which policy and size reach a hit rate at the least memory,
-``write_plot`` and ``write_page`` draw. ``open_trace`` has the options of traces. The command is ``hps-numba simulate``.
+``run`` returns a ``Simulation``; ``advise`` finds the policy and size that reach a hit rate with the least memory;
+``write_plot`` and ``write_page`` draw the results. ``open_trace`` has the options for reading traces. On the command line:
+``hps-numba simulate``.
 """
 
 from __future__ import annotations

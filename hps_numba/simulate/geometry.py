@@ -1,6 +1,6 @@
-"""The cache as a GPU has it, for the simulator: the ``EmbeddingCache`` of the CPU itself, with rows of one float.
+"""The GPU cache for the simulator: an ``EmbeddingCache`` on the CPU backend, with rows of one float.
 
-Sets, ways, batches, admission and victims are those of the kernels, and so is every hit: nothing is modelled.
+Sets, ways, batches, admission and victims come from the kernels, and so does every hit: nothing is modelled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MISSED = np.float32(1)
 
 
 class GpuGeometry:
-    """A cache that has no rows to speak of: a batch of keys goes in, and it says which of them hit.
+    """A cache with dummy rows: takes batches of keys, and reports which of them hit.
 
     Args:
-        rows: to hold; the cache rounds up to whole sets, as a GPU's does.
-        policy: which entry of a full set is evicted.
-        batch: keys of a call, at most; 1 to ``kernels.layouts.cache.MAX_BATCH``.
+        rows: capacity; the cache rounds it up to whole sets, as a GPU cache does.
+        policy: decides which entry of a full set is evicted.
+        batch: largest number of keys in a call, 1 to ``kernels.layouts.cache.MAX_BATCH``.
     """
 
     def __init__(self, rows: int, policy: Policy, batch: int) -> None:
@@ -34,7 +34,7 @@ class GpuGeometry:
         parts = self._cache.parts
         self._lookups, self._workspace = parts.lookups, parts.workspaces.own
         self._workspace.reserve(batch, False, 0)
-        parts.backend.store_word(self._workspace.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row in slower tiers
+        parts.backend.store_word(self._workspace.address + WORKSPACE_ASSUME, 1, 0)  # every key has a row in the store
         self._answers = np.empty(batch, np.float32)
         shape = ("lookup_kernel", "int64", "float32", True, True)
         # policies that admit also count the requests of each batch
@@ -42,13 +42,13 @@ class GpuGeometry:
 
     @property
     def policy_bytes(self) -> int:
-        """Bytes that the policy needs beside index, rows and state."""
+        """Bytes that the policy needs in addition to index, rows and state."""
         return self._cache.parts.state.hits_bytes + self._cache.parts.workspaces.policy_memory.bytes
 
     def replay(self, keys: np.ndarray, hits: np.ndarray, batch: int) -> None:
-        """Look int64 ``[n]`` keys up in batches, and write which were there when their batch began: uint8 ``[n]``.
+        """Look up int64 ``[n]`` keys in batches, and write which were resident when their batch began: uint8 ``[n]``.
 
-        Keys that enter get the rows that the workspace of the batch has for them, which nobody wrote: they are 0.
+        Inserted rows are copied from the workspace of the batch, where nothing was written: they are 0.
         """
         address = keys.__array_interface__["data"][0]
         out = self._answers.__array_interface__["data"][0]
@@ -61,13 +61,13 @@ class GpuGeometry:
             np.not_equal(self._answers[:n], _MISSED, out=hits[start : start + n], casting="unsafe")
 
     def counters(self) -> CacheCounters:
-        """What happened so far."""
+        """Counters since the creation of the cache."""
         return self._cache.counters()
 
     def entries(self) -> list[CacheEntry]:
-        """All that the cache holds, in the order of sets, lines and ways; for tests."""
+        """All entries of the cache, in the order of sets, lines and ways; for tests."""
         return self._cache.entries()
 
     def resident(self) -> int:
-        """Keys that the cache holds."""
+        """Number of resident keys."""
         return self._cache.resident()

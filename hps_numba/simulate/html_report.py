@@ -1,4 +1,4 @@
-"""A simulation as one self-contained HTML page: facts, pictures as inline SVG, tables; nothing is loaded from elsewhere."""
+"""A simulation as one self-contained HTML page with facts, tables and plots as inline SVG; it loads nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hps_numba.errors import ConfigError
-from hps_numba.simulate.advice import Advice
-from hps_numba.simulate.plots import figures, svg_of
+from hps_numba.simulate.advice import Advice, Choice
+from hps_numba.simulate.plots import GEOMETRY_NAMES, figures, to_svg
 from hps_numba.simulate.results import Run, Simulation
 
-__all__ = ["page_of", "write_page"]
+__all__ = ["render_page", "write_page"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -28,27 +28,26 @@ td.best { font-weight: 700; } tr.bound td { color: #777; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .15rem 1.2rem; } dt { color: #555; } dd { margin: 0; }
 details { margin-top: 1rem; } summary { cursor: pointer; }
 """
-_WHERE = {"gpu": "GPU sets", "associative": "associative"}
 
 
 def write_page(simulation: Simulation, path: str | Path, *, advice: Advice | None = None, rows: int | None = None) -> None:
-    """Write the page.
+    """Write the simulation to ``path`` as a self-contained HTML page.
 
     Args:
-        advice: shown as well.   rows: cache size of the hit rates over time; by default that in the middle.
+        advice: to show as well.   rows: cache size of the plot over time; by default the middle one.
 
     Raises:
-        HpsError: matplotlib is missing.   ConfigError: there is no such folder, or no cache of so many rows was simulated.
+        HpsError: matplotlib is missing.   ConfigError: there is no such directory, or no cache of this size was simulated.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"page: there is no directory {path.absolute().parent}")
-    path.write_text(page_of(simulation, advice=advice, rows=rows), encoding="utf-8")
+        raise ConfigError(f"page: expected a file in an existing directory, got {path}")
+    path.write_text(render_page(simulation, advice=advice, rows=rows), encoding="utf-8")
 
 
-def page_of(simulation: Simulation, *, advice: Advice | None = None, rows: int | None = None) -> str:
-    """The page as text."""
-    drawn = {name: svg_of(figure) for name, figure in figures(simulation, rows).items()}
+def render_page(simulation: Simulation, *, advice: Advice | None = None, rows: int | None = None) -> str:
+    """The page as a string."""
+    drawn = {name: to_svg(figure) for name, figure in figures(simulation, rows).items()}
     title = f"Cache policies on {simulation.trace}"
     body = [
         f"<h1>{_text(title)}</h1>",
@@ -57,14 +56,14 @@ def page_of(simulation: Simulation, *, advice: Advice | None = None, rows: int |
         *([] if advice is None else _advice(advice)),
         "<h2>Hit rates</h2>",
         drawn["curves"],
-        _explained(simulation),
-        '<div class="scroll">' + _rates(simulation) + "</div>",
+        _legend(simulation),
+        '<div class="scroll">' + _hit_rates(simulation) + "</div>",
         "<h2>Over time</h2>",
         drawn["time"],
         drawn["heat"],
-        '<p class="note">Keys are sorted by popularity and cut into groups with equally many requests over the whole trace;'
-        " where a group turns red it is asked for more than on average, where it turns blue less. Rows of one colour: the"
-        " popular keys stay the same.</p>",
+        '<p class="note">Keys are sorted by popularity and cut into groups with equally many requests over the whole trace.'
+        " Red: the group is requested more often than on average; blue: less often. A row of one colour means that its keys are"
+        " equally popular all the time.</p>",
         f"<details><summary>All {len(simulation.runs)} runs: hits, admissions, evictions, bytes</summary>",
         _all_runs(simulation),
         "</details>",
@@ -87,7 +86,7 @@ def _facts(simulation: Simulation) -> str:
             "counted",
             f"all but the first {simulation.warmup:,} requests"
             if simulation.warmup
-            else "all requests, from an empty cache on",
+            else "all requests, starting with an empty cache",
         ),
         ("rows", f"{simulation.dim} x {simulation.row_dtype}"),
     ]
@@ -95,47 +94,47 @@ def _facts(simulation: Simulation) -> str:
         facts.append(
             (
                 "sample",
-                f"{simulation.simulated:,} requests for {simulation.rate:.3g} of the keys, caches as much smaller;"
-                " &plusmn; is half of a 95 % interval, measured on four disjoint quarters of the sample",
+                f"{simulation.simulated:,} requests for {simulation.rate:.3g} of the keys, in caches scaled down by the same"
+                " factor; &plusmn; is half of a 95 % interval, measured on four disjoint quarters of the sample",
             )
         )
     facts += [("not simulated", _text(line)) for line in simulation.skipped]
     return "<dl>" + "".join(f"<dt>{_text(name)}</dt><dd>{value}</dd>" for name, value in facts) + "</dl>"
 
 
-def _explained(simulation: Simulation) -> str:
+def _legend(simulation: Simulation) -> str:
     lines = []
     if simulation.select(geometry="gpu"):
         lines.append(
-            "<b>GPU sets</b>: the cache as it runs on a GPU: sets of ten rows, and calls of"
-            f" {simulation.batch:,} keys of which none comes in before all were looked up: a key that comes twice in the call"
-            " that brings it in misses twice."
+            "<b>GPU sets</b>: the cache as it runs on a GPU, with sets of ten rows and calls of"
+            f" {simulation.batch:,} keys. Rows are inserted after the whole call was looked up, so a missing key that occurs"
+            " twice in a call misses twice."
         )
     if simulation.select(geometry="associative"):
-        lines.append("<b>associative</b>: one order of all rows and one request after the other, as in the literature.")
+        lines.append("<b>associative</b>: one order of all rows, one request after the other, as in the literature.")
     if any(run.bound for run in simulation.runs):
         lines.append(
-            "<b>belady</b> knows the future: no policy has more hits in a cache of that size."
+            "<b>belady</b> knows the future: no policy has more hits in a cache of the same size."
             " <b>infinite</b>: each key misses once."
         )
-    lines.append("Below each size: its share of the distinct keys; in bold: the best of each size and geometry.")
+    lines.append("Below each size: its share of the distinct keys. Bold: the best policy for each size and geometry.")
     return f'<p class="note">{" ".join(lines)}</p>'
 
 
-def _rates(simulation: Simulation) -> str:
-    """Hit rates, a line a policy and a column a size; in bold the best one of each column and geometry."""
+def _hit_rates(simulation: Simulation) -> str:
+    """Hit rates, a line for each policy and a column for each size; the best of each column and geometry in bold."""
     curves = {name: runs for name, runs in simulation.curves().items() if name[0] != "infinite"}
     count = max(map(len, curves.values()))
     columns = [max(runs[i].rows for runs in curves.values() if i < len(runs)) for i in range(count)]
     best = {
-        (geometry, i): max(runs[i].hit_rate for (_, place), runs in curves.items() if place == geometry and not runs[0].bound)
-        for geometry in {place for (_, place), runs in curves.items() if not runs[0].bound}
+        (geometry, i): max(runs[i].hit_rate for (_, other), runs in curves.items() if other == geometry and not runs[0].bound)
+        for geometry in {other for (_, other), runs in curves.items() if not runs[0].bound}
         for i in range(count)
     }
     head = ["policy", "geometry", *(f"{rows:,} rows<br>{_share(rows / simulation.distinct)}" for rows in columns)]
     lines = []
     for (policy, geometry), runs in curves.items():
-        cells = [_text(policy), _WHERE[geometry]]
+        cells = [_text(policy), GEOMETRY_NAMES[geometry]]
         marks = ["", "text"]
         for i in range(count):
             run = runs[i] if i < len(runs) else None
@@ -151,7 +150,7 @@ def _share(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _rate(run: Run) -> str:
+def _rate(run: Run | Choice) -> str:
     return f"{run.hit_rate:.2%}" + (f" &plusmn; {100 * run.error:.2f}" if run.error else "")
 
 
@@ -167,14 +166,23 @@ def _table(head: Sequence[str], lines: Iterable[tuple[Sequence[str], Sequence[st
 
 
 def _all_runs(simulation: Simulation) -> str:
-    head = ["policy", "geometry", "rows", "hits by request", "by distinct key of a call", "requests", "admissions", "evictions"]
+    head = [
+        "policy",
+        "geometry",
+        "rows",
+        "hit rate by request",
+        "by distinct key of a call",
+        "requests",
+        "admissions",
+        "evictions",
+    ]
     head += ["MB from host", "MB into cache", "MB from cache", "GPU memory, MB"]
     lines = []
     for run in simulation.runs:
         numbers = (run.bytes_from_host, run.bytes_into_cache, run.bytes_from_cache)
         cells = [
             _text(run.policy),
-            _WHERE[run.geometry],
+            GEOMETRY_NAMES[run.geometry],
             f"{run.rows:,}",
             _rate(run),
             f"{run.key_hit_rate:.2%}",
@@ -193,34 +201,34 @@ def _advice(advice: Advice) -> list[str]:
     best = advice.best
     if best is None:
         verdict = (
-            f"No policy reaches {advice.target:.1%} on this trace: a cache that is never full has {advice.ceiling:.2%},"
-            " for the first request of each key misses whatever the policy."
+            f"No policy reaches {advice.target:.1%} on this trace: even a cache that is never full has {advice.ceiling:.2%},"
+            " because the first request for each key misses under every policy."
         )
     else:
         verdict = (
             f"<b>{_text(best.policy)}</b> with <b>{best.rows:,} rows</b> ({best.gpu_bytes / 1e6:,.2f} MB of GPU memory) reaches"
-            f" {advice.target:.1%}: {best.hit_rate:.2%} hits, about {best.lookup_seconds * 1e6:,.0f} &micro;s for a call of"
+            f" {advice.target:.1%}: hit rate {best.hit_rate:.2%}, about {best.lookup_seconds * 1e6:,.0f} &micro;s for a call of"
             f" {advice.batch:,} keys."
         )
     lines = [
         (
             [
-                _text(one.policy),
-                f"{one.rows:,}",
-                f"{one.gpu_bytes / 1e6:,.2f}",
-                f"{one.hit_rate:.2%}" + (f" &plusmn; {100 * one.error:.2f}" if one.error else ""),
-                f"{one.lookup_seconds * 1e6:,.0f}",
+                _text(choice.policy),
+                f"{choice.rows:,}",
+                f"{choice.gpu_bytes / 1e6:,.2f}",
+                _rate(choice),
+                f"{choice.lookup_seconds * 1e6:,.0f}",
             ],
             [""] * 5,
             False,
         )
-        for one in advice.choices
+        for choice in advice.choices
     ]
     table = [_table(["policy", "rows", "GPU memory, MB", "hit rate", "&micro;s a call"], lines)] if lines else []
     missed = [f'<p class="note">Not reached by {_text(", ".join(advice.missed))}.</p>'] if advice.missed and lines else []
     holds = "".join(f"<li>{_text(line)}</li>" for line in advice.assumptions)
     return [
-        f"<h2>Advice: {advice.target:.1%} hits</h2>",
+        f"<h2>Advice for a hit rate of {advice.target:.1%}</h2>",
         f"<p>{verdict}</p>",
         *table,
         *missed,

@@ -1,4 +1,4 @@
-"""A simulation as pictures: hit rate by cache size, hit rate over time, and which keys are asked for when. Needs matplotlib."""
+"""Plots of a simulation: hit rate by cache size, hit rate over time, popularity of keys over time. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import numpy as np
 from hps_numba.errors import ConfigError, HpsError
 from hps_numba.simulate.results import Run, Simulation
 
-__all__ = ["ENDINGS", "check_plot", "figures", "svg_of", "write_plot"]
+__all__ = ["GEOMETRY_NAMES", "check_plot", "figures", "to_svg", "write_plot"]
 
-ENDINGS = (".png", ".svg", ".pdf")
+_ENDINGS = (".png", ".svg", ".pdf")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "#7a4bb7", "#3c3c3c", "#b22222", "#5f8f2f")
 _MARKS = "osD^vPX*<>"
 _GREY, _PALE = "#555555", "#9a9a9a"
-_NAMES = {"gpu": "GPU sets", "associative": "associative"}
+GEOMETRY_NAMES = {"gpu": "GPU sets", "associative": "associative"}
 _LINES: dict[str, Any] = {"gpu": "-", "associative": (0, (3, 2))}
 
 
 def check_plot(path: Path) -> None:
-    """Raise, before any work is done, if a picture could not be saved there.
+    """Raise, before any work is done, if a plot could not be saved at ``path``.
 
     Raises:
-        HpsError: matplotlib is missing.   ConfigError: an unknown ending, or no such folder.
+        HpsError: matplotlib is missing.   ConfigError: an unknown ending, or no such directory.
     """
     if find_spec("matplotlib") is None:
         raise HpsError('plots need matplotlib: pip install "hps-numba[plot]"')
-    if path.suffix.lower() not in ENDINGS:
-        raise ConfigError(f"plot: {path} came, wanted a name that ends in {', '.join(ENDINGS)}")
+    if path.suffix.lower() not in _ENDINGS:
+        raise ConfigError(f"plot: expected a file name that ends in {', '.join(_ENDINGS)}, got {path}")
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"plot: there is no directory {path.absolute().parent}")
+        raise ConfigError(f"plot: expected a file in an existing directory, got {path}")
 
 
 def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = None) -> None:
-    """Draw all of it into one PNG, SVG or PDF.
+    """Draw all plots into one PNG, SVG or PDF file.
 
     Args:
-        rows: cache size of the hit rates over time; by default that in the middle.
+        rows: cache size of the plot over time; by default the middle one.
 
     Raises:
-        As ``check_plot``; ConfigError if no cache of so many rows was simulated.
+        As ``check_plot``; ConfigError if no cache of this size was simulated.
     """
     check_plot(Path(path))
     _runs_of_size(simulation, rows)
@@ -59,7 +59,7 @@ def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = N
 
 
 def figures(simulation: Simulation, rows: int | None = None) -> dict[str, Any]:
-    """One figure of matplotlib each: ``curves``, ``time``, ``heat``."""
+    """The plots as separate matplotlib figures: ``curves``, ``time`` and ``heat``."""
     check_plot(Path("page.svg"))
     _runs_of_size(simulation, rows)
     from matplotlib.figure import Figure
@@ -77,8 +77,8 @@ def figures(simulation: Simulation, rows: int | None = None) -> dict[str, Any]:
     return drawn
 
 
-def svg_of(figure: Any) -> str:
-    """A figure as an ``<svg>`` element, the same in every run."""
+def to_svg(figure: Any) -> str:
+    """A figure as an ``<svg>`` element, reproducible from run to run."""
     import matplotlib
 
     text = io.StringIO()
@@ -100,7 +100,7 @@ def _styles(simulation: Simulation) -> dict[str, tuple[str, str]]:
 
 
 def _draw_curves(axes: Any, simulation: Simulation) -> None:
-    """Hit rate by cache size; what is estimated has a band of its 95 % interval."""
+    """Hit rate by cache size; estimates have a band for their 95 % interval."""
     styles = _styles(simulation)
     for (policy, geometry), runs in simulation.curves().items():
         rows, rates = [run.rows for run in runs], [100 * run.hit_rate for run in runs]
@@ -111,7 +111,7 @@ def _draw_curves(axes: Any, simulation: Simulation) -> None:
             axes.plot(rows, rates, color=_PALE, linewidth=1.6, linestyle=(0, (5, 2, 1, 2)), label=f"{policy} (optimum)")
             continue
         colour, mark = styles[policy]
-        label = f"{policy}, {_NAMES[geometry]}"
+        label = f"{policy}, {GEOMETRY_NAMES[geometry]}"
         marks = {"marker": mark, "markersize": 4.5, "markerfacecolor": colour if geometry == "gpu" else "white"}
         axes.plot(rows, rates, color=colour, linewidth=1.6, linestyle=_LINES[geometry], label=label, **marks)
         if any(run.error for run in runs):
@@ -131,28 +131,27 @@ def _draw_curves(axes: Any, simulation: Simulation) -> None:
     top.set_xlabel("cache size, share of the distinct keys", color=_GREY, fontsize=8.5)
     batches = f"GPU sets: calls of {simulation.batch:,} keys" if simulation.select(geometry="gpu") else ""
     warm = f"first {simulation.warmup:,} requests not counted" if simulation.warmup else "cold start counted"
-    _finish(
-        axes, "Hit rate by cache size", "cache size, rows", "hits, share of requests", "; ".join(filter(None, [batches, warm]))
-    )
+    note = "; ".join(filter(None, [batches, warm]))
+    _finish(axes, "Hit rate by cache size", "cache size, rows", "hit rate, share of requests", note)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
-def _spread(sizes: list[int], most: int = 9) -> list[int]:
-    """Of sizes, at most so many, with even distances on a logarithmic axis, the first and the last among them."""
+def _spread(sizes: list[int], max_ticks: int = 9) -> list[int]:
+    """At most ``max_ticks`` of the sizes, evenly spaced on a logarithmic axis, with the first and the last."""
     if len(sizes) < 2:
         return sizes
-    wanted = np.geomspace(sizes[0], sizes[-1], min(len(sizes), most))
-    return sorted({min(sizes, key=lambda size: abs(np.log(size / place))) for place in wanted})
+    ticks = np.geomspace(sizes[0], sizes[-1], min(len(sizes), max_ticks))
+    return sorted({min(sizes, key=lambda size: abs(np.log(size / tick))) for tick in ticks})
 
 
 def _runs_of_size(simulation: Simulation, rows: int | None) -> tuple[int, list[Run]]:
-    """The runs of one cache size, by default that in the middle."""
+    """The runs of one cache size, by default the middle one."""
     sizes = simulation.sizes
     if not sizes:
         raise ConfigError("nothing to draw: only the infinite cache was simulated")
     rows = sizes[len(sizes) // 2] if rows is None else rows
     if rows not in sizes:
-        raise ConfigError(f"rows: {rows:,} were not simulated, wanted one of {', '.join(f'{size:,}' for size in sizes)}")
+        raise ConfigError(f"rows: expected a simulated size, one of {', '.join(f'{size:,}' for size in sizes)}, got {rows:,}")
     return rows, [run for run in simulation.runs if run.rows == rows and run.policy != "infinite"]
 
 
@@ -164,7 +163,7 @@ def _draw_over_time(axes: Any, simulation: Simulation, rows: int | None) -> None
         rates = 100 * run.by_window / simulation.windows
         colour = _PALE if run.bound else styles[run.policy][0]
         style: Any = (0, (5, 2, 1, 2)) if run.bound else _LINES[run.geometry]
-        label = f"{run.policy} (optimum)" if run.bound else f"{run.policy}, {_NAMES[run.geometry]}"
+        label = f"{run.policy} (optimum)" if run.bound else f"{run.policy}, {GEOMETRY_NAMES[run.geometry]}"
         axes.plot((edges[:-1] + edges[1:]) / 2, rates, color=colour, linewidth=1.4, linestyle=style, label=label)
     if simulation.warmup:
         axes.axvspan(0, simulation.warmup, color="#000000", alpha=0.06, linewidth=0)
@@ -175,13 +174,13 @@ def _draw_over_time(axes: Any, simulation: Simulation, rows: int | None) -> None
     axes.yaxis.set_major_formatter("{x:g} %")
     note = f"in windows of {round(edges[1] - edges[0]):,} requests"
     if simulation.rate < 1:
-        note += ", of the sampled keys alone"
-    _finish(axes, f"Hit rate over time, cache of {size:,} rows", "requests so far", "hits, share of requests", note)
+        note += ", sampled keys only"
+    _finish(axes, f"Hit rate over time, cache of {size:,} rows", "requests so far", "hit rate, share of requests", note)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
 def _draw_heat(axes: Any, simulation: Simulation) -> None:
-    """Which keys are asked for when: a row of equal colour is traffic that stays as it is."""
+    """Popularity of keys over time: a row of one colour means that its keys are equally popular all the time."""
     from matplotlib.colors import TwoSlopeNorm
 
     heat = np.clip(simulation.heat, 0, 3)
@@ -198,12 +197,12 @@ def _draw_heat(axes: Any, simulation: Simulation) -> None:
     bar.ax.set_yticklabels(["none", "half", "average", "twice", "3 times +"], fontsize=7.5)
     bar.outline.set_visible(False)
     ranks = "keys by popularity" if simulation.rate == 1 else "sampled keys by popularity"
-    _finish(axes, "Which keys are asked for when", "requests so far", ranks, "", grid=False)
-    axes.set_title("share of the window's requests, beside that of the whole trace", loc="right", fontsize=8.5, color=_GREY)
+    _finish(axes, "Popularity of keys over time", "requests so far", ranks, "", grid=False)
+    axes.set_title("share of the requests of a window, relative to the whole trace", loc="right", fontsize=8.5, color=_GREY)
 
 
 def _edges(simulation: Simulation) -> np.ndarray:
-    """Where windows begin and end, in requests of the whole trace."""
+    """Boundaries of the windows, in requests of the whole trace."""
     counts = np.concatenate([[0], np.cumsum(simulation.windows)])
     return counts * (simulation.requests / max(1, simulation.simulated))
 

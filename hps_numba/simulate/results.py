@@ -1,10 +1,9 @@
-"""What a simulation found: a line a policy, geometry and cache size; as dict, JSON and CSV."""
+"""The results of a simulation: one run for each policy, geometry and cache size; as dict, JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,16 @@ class Run:
     """One policy in a cache of one size.
 
     Attributes:
-        policy: its name.   geometry: ``gpu`` (sets of ways, batches) or ``associative`` (one order of all rows, one by one).
-        bound: no policy can do better in this trace: Belady's optimum, the infinite cache.
-        rows: that the cache holds; on a GPU rounded up to whole sets. Of the whole trace, also where a sample was simulated.
-        requests, hits: after the warm-up, of the keys simulated.
-        batch_keys, batch_key_hits: the same, each key once in each batch.
+        policy: its name.   geometry: ``gpu`` (sets, batches) or ``associative`` (one order of all rows, one request at a time).
+        bound: an upper bound on all policies: Belady's optimum, the infinite cache.
+        rows: capacity of the cache; for ``gpu``, rounded up to whole sets. With sampling, the capacity for the whole trace.
+        requests, hits: after the warm-up, of the simulated keys.
+        batch_keys, batch_key_hits: the same, each key counted once a batch.
         admissions, evictions: after the warm-up.   resident: rows at the end.
-        hit_rate: share of requests; of a sample, the estimate for the whole trace.
-        error: half of the 95 % interval of ``hit_rate``; 0 where nothing was sampled.
-        row_bytes: of a row.   gpu_bytes: of the cache on a GPU, without buffers of batches; 0 where it would not be there.
-        seconds: that the simulation took.   by_window: int64, hits by window of the trace, warm-up included.
+        hit_rate: share of requests; with sampling, the estimate for the whole trace.
+        error: half of the 95 % interval of ``hit_rate``; 0 without sampling.
+        row_bytes: size of a row.   gpu_bytes: GPU memory of the cache, without the buffers of calls; 0 for ``associative``.
+        seconds: duration of the simulation.   by_window: int64, hits in each window of the trace, warm-up included.
     """
 
     policy: str
@@ -56,26 +55,26 @@ class Run:
 
     @property
     def key_hit_rate(self) -> float:
-        """Share of distinct keys of batches that were there: what a lookup sees that asks for each key once."""
+        """Share of the distinct keys of batches that hit: the rate for a lookup that removes duplicates first."""
         return self.batch_key_hits / self.batch_keys if self.batch_keys else 0.0
 
     @property
     def bytes_from_host(self) -> int:
-        """Rows that missed: bytes over the bus."""
+        """Bytes of missed rows, which cross the bus."""
         return self.misses * self.row_bytes
 
     @property
     def bytes_into_cache(self) -> int:
-        """Rows admitted."""
+        """Bytes of admitted rows."""
         return self.admissions * self.row_bytes
 
     @property
     def bytes_from_cache(self) -> int:
-        """Rows that hit."""
+        """Bytes of rows that hit."""
         return self.hits * self.row_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, by name; windows as a list."""
+        """All figures by name, the windows as a list."""
         names = [name for name in self.__dataclass_fields__ if name != "by_window"]
         more = ("misses", "key_hit_rate", "bytes_from_host", "bytes_into_cache", "bytes_from_cache")
         return {**{name: getattr(self, name) for name in (*names, *more)}, "by_window": self.by_window.tolist()}
@@ -87,16 +86,16 @@ class Simulation:
 
     Attributes:
         trace: its name.   format: of the file.
-        requests: of the whole trace.   distinct: keys in it; of a sample, estimated.
-        simulated: requests that were simulated: fewer if only a sample of the keys was.   rate: their share of the keys.
-        batch: keys of a call.   warmup: requests at the beginning that do not count.
+        requests: of the whole trace.   distinct: number of its keys; with sampling, an estimate.
+        simulated: requests that were simulated; fewer with sampling.   rate: sampled share of the keys.
+        batch: keys of a call.   warmup: requests at the beginning that are not counted.
         dim, row_dtype: of a row.
-        window: simulated requests of a window.   windows: int64, requests by window.
-        heat: float64 ``[groups, windows]``: keys in groups, the most popular first, each with the same number of requests
-            over the whole trace; its share of the requests of a window, 1.0 if it is as large as on average.
+        window: simulated requests of a window.   windows: int64, requests in each window.
+        heat: float64 ``[groups, windows]``: keys are sorted by popularity and cut into groups with equally many requests over
+            the whole trace; this is the share of each group in the requests of a window, relative to its average, 1.0.
         group_keys: int64 ``[groups]``, keys in each group.
-        runs: one a policy, geometry and size, in the order in which they were asked for.
-        skipped: what was asked for and cannot be, in words.
+        runs: one for each policy, geometry and size, in the order of the request.
+        skipped: requested policies that could not be simulated, a line each.
     """
 
     trace: str
@@ -122,7 +121,7 @@ class Simulation:
         return sorted({run.rows for run in self.runs if run.policy != "infinite"})
 
     def select(self, *, policy: str | None = None, geometry: str | None = None, rows: int | None = None) -> list[Run]:
-        """The runs that fit, by size."""
+        """The runs with these properties, by size."""
         found = [
             run
             for run in self.runs
@@ -131,31 +130,26 @@ class Simulation:
         return sorted(found, key=lambda run: run.rows)
 
     def curves(self) -> dict[tuple[str, str], list[Run]]:
-        """(policy, geometry) -> its runs by size, in the order in which they were asked for."""
+        """(policy, geometry) -> its runs by size, in the order of the request."""
         named = dict.fromkeys((run.policy, run.geometry) for run in self.runs)
         return {(policy, geometry): self.select(policy=policy, geometry=geometry) for policy, geometry in named}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """Everything, ready for JSON."""
         names = [name for name in self.__dataclass_fields__ if name not in ("runs", "windows", "heat", "group_keys", "skipped")]
         arrays = {name: getattr(self, name).tolist() for name in ("windows", "heat", "group_keys")}
         facts = {name: getattr(self, name) for name in names}
         return {**facts, "skipped": list(self.skipped), "runs": [run.to_dict() for run in self.runs], **arrays}
 
     def write_json(self, path: str | Path) -> None:
-        """Write all of it as JSON."""
+        """Write everything as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_csv(self, path: str | Path) -> None:
-        """Write a line a run as CSV, with the trace's name first."""
+        """Write a CSV line for each run, the name of the trace first."""
         lines = [{"trace": self.trace, **run.to_dict()} for run in self.runs]
         with Path(path).open("w", encoding="utf-8", newline="") as file:
-            _write_lines(file, lines)
-
-
-def _write_lines(file: Any, lines: Iterable[dict[str, Any]]) -> None:
-    lines = list(lines)
-    names = [name for name in lines[0] if name != "by_window"] if lines else []
-    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+            names = [name for name in lines[0] if name != "by_window"] if lines else []
+            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)

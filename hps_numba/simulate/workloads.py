@@ -1,7 +1,7 @@
-"""Synthetic models, and keys drawn the way that the original's profiler and request generator draw them (spec 10.2).
+"""Synthetic models, and keys drawn from the distributions of HugeCTR's profiler and request generator (checklist O03, O05).
 
-All keys are int64 in ``[0, n)``. The original takes an inclusive upper end N and its callers pass a count here and a
-count less 1 there; here ``n`` is always the number of keys, so that N = n - 1.
+All keys are int64 in ``[0, n)``. HugeCTR takes an inclusive upper end N, for which some of its callers pass a count and others
+a count less 1; here ``n`` is always the number of keys, so that N = n - 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["KEY_DISTRIBUTIONS", "generate_model", "histogram", "hot_key", "power
 
 Seed: TypeAlias = np.random.Generator | int | None
 
-_LARGEST_N = 1 << 53  # above, float64 does not tell one key from the next
+_MAX_N = 1 << 53  # above, float64 does not tell one key from the next
 
 
 def generate_model(
@@ -37,9 +37,9 @@ def generate_model(
 ) -> int:
     """Write a model with keys 0 .. rows - 1 and float32 values uniform in [low, high); return its number of rows.
 
-    Values are the numbers that ``np.random.default_rng(seed).random(dtype=np.float32)`` draws one after the other, row by row,
-    times ``high - low`` plus ``low`` in float32. So a seed gives the same model in every format, and a longer model begins
-    with the shorter one. (Rounding may give ``high`` itself for bounds other than the default ones.)
+    Values are consecutive draws of ``np.random.default_rng(seed).random(dtype=np.float32)``, row by row, times ``high - low``
+    plus ``low`` in float32. So a seed gives the same model in every format, and a longer model begins with the shorter one.
+    (Rounding may give ``high`` itself for bounds other than the default ones.)
 
     Args:
         path: as in :func:`hps_numba.storage.model_files.write_model`, also for ``format``, ``overwrite`` and ``on_progress``.
@@ -48,15 +48,17 @@ def generate_model(
 
     Raises:
         ValueError: ``rows``, ``dim``, ``low`` or ``high`` is out of range.
-        ModelFileError: it cannot be written there.
+        ModelFileError: it cannot be written to ``path``.
     """
     if rows < 0:
-        raise ValueError(f"rows: {rows}, wanted at least 0")
+        raise ValueError(f"rows: expected at least 0, got {rows}")
     if dim < 1:
-        raise ValueError(f"dim: {dim}, wanted at least 1")
+        raise ValueError(f"dim: expected at least 1, got {dim}")
     largest = float(np.finfo(np.float32).max)
     if not (-largest <= low <= high <= largest and high - low <= largest):
-        raise ValueError(f"low, high: {low}, {high}, wanted low <= high, and both and their distance within float32")
+        raise ValueError(
+            f"low, high: expected low <= high, with both and their difference in the range of float32, got {low}, {high}"
+        )
     chunks = _uniform_chunks(rows, dim, np.random.default_rng(seed), low, high)
     return write_model(path, dim, chunks, format=format, rows=rows, overwrite=overwrite, on_progress=on_progress)
 
@@ -83,23 +85,23 @@ def uniform(n: int, size: int, rng: Seed = None) -> Keys:
 
 
 def power_law(n: int, size: int, alpha: float = 1.2, rng: Seed = None) -> Keys:
-    """``size`` keys of 0 .. n - 1, small keys the more often the larger ``alpha`` is.
+    """``size`` keys of 0 .. n - 1; the larger ``alpha`` is, the more frequent are small keys.
 
-    With x uniform in [0, 1): ``y = ((n**(1 - alpha) - 1) x + 1) ** (1 / (1 - alpha))``, ``key = round(y) - 1`` (spec
-    10.2, where M is our ``n``). y is continuous on [1, n] with density proportional to ``y**-alpha``. For ``alpha`` = 1
-    the limit ``y = n**x`` is used, which the original does not have.
+    With x uniform in [0, 1): ``y = ((n**(1 - alpha) - 1) x + 1) ** (1 / (1 - alpha))``, ``key = round(y) - 1``, as
+    in HugeCTR. y is continuous on [1, n] with density proportional to ``y**-alpha``. For ``alpha`` = 1 the limit ``y = n**x``
+    is used, which HugeCTR lacks.
 
     Raises:
         ValueError: ``n`` or ``size`` is out of range, or ``alpha`` is not greater than 0.
     """
     _check(n, size)
     if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha: {alpha}, wanted more than 0")
+        raise ValueError(f"alpha: expected a finite number above 0, got {alpha}")
     y = np.random.default_rng(rng).random(size)
     exponent, log_n = 1.0 - alpha, math.log(n)
     if exponent * log_n == 0.0:
         y *= log_n
-    else:  # the formula above by logarithms: exact also where alpha is near 1
+    else:  # the formula above in logarithms, which is exact for alpha near 1 as well
         y *= math.expm1(exponent * log_n)
         np.log1p(y, out=y)
         y /= exponent
@@ -112,7 +114,7 @@ def power_law(n: int, size: int, alpha: float = 1.2, rng: Seed = None) -> Keys:
 def hot_key(n: int, size: int, percentage: float = 0.2, coverage: float = 0.8, rng: Seed = None) -> Keys:
     """``size`` keys of 0 .. n - 1: with probability ``coverage`` one of the hot keys, else one of the others.
 
-    The ``round(n * percentage)`` smallest keys, and at least one, are hot; where all are hot, keys are uniform.
+    The ``round(n * percentage)`` smallest keys are hot, at least one; if all are hot, keys are uniform.
 
     Raises:
         ValueError: ``n`` or ``size`` is out of range, or ``percentage`` or ``coverage`` is not within 0 .. 1.
@@ -120,7 +122,7 @@ def hot_key(n: int, size: int, percentage: float = 0.2, coverage: float = 0.8, r
     _check(n, size)
     for name, value in (("percentage", percentage), ("coverage", coverage)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}: {value}, wanted 0 to 1")
+            raise ValueError(f"{name}: expected 0 to 1, got {value}")
     generator = np.random.default_rng(rng)
     hot = min(n, max(1, round(n * percentage)))
     if hot == n:
@@ -142,10 +144,10 @@ def histogram(n: int, size: int, weights: Sequence[float] = (0.4, 0.3, 0.2, 0.1)
     _check(n, size)
     bins = len(weights)
     if not 1 <= bins <= n:
-        raise ValueError(f"weights: {bins} bins, wanted 1 to n = {n}")
+        raise ValueError(f"weights: expected 1 to n = {n} bins, got {bins}")
     shares = np.asarray(weights, np.float64)
     if not (np.isfinite(shares).all() and (shares >= 0).all() and 0 < shares.sum() < math.inf):
-        raise ValueError(f"weights: {list(weights)}, wanted numbers of 0 or more that are not all 0")
+        raise ValueError(f"weights: expected numbers of 0 or more that are not all 0, got {list(weights)}")
     edges = np.array([b * n // bins for b in range(bins + 1)], np.int64)
     generator = np.random.default_rng(rng)
     chosen = _choose(shares, generator.random(size))
@@ -162,10 +164,10 @@ def _choose(shares: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> npt.
 
 
 def _check(n: int, size: int) -> None:
-    if not 1 <= n <= _LARGEST_N:
-        raise ValueError(f"n: {n}, wanted 1 to {_LARGEST_N}")
+    if not 1 <= n <= _MAX_N:
+        raise ValueError(f"n: expected 1 to {_MAX_N}, got {n}")
     if size < 0:
-        raise ValueError(f"size: {size}, wanted 0 or more")
+        raise ValueError(f"size: expected 0 or more, got {size}")
 
 
 KEY_DISTRIBUTIONS: dict[str, Callable[..., Keys]] = {
@@ -174,4 +176,4 @@ KEY_DISTRIBUTIONS: dict[str, Callable[..., Keys]] = {
     "histogram": histogram,
     "uniform": uniform,
 }
-"""By the names of the original's options; all are called with ``(n, size, ..., rng=...)``."""
+"""By the names of HugeCTR's options; all are called with ``(n, size, ..., rng=...)``."""

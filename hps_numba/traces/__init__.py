@@ -1,1 +1,1 @@
-"""Traces of requested keys: read, recorded."""
+"""Traces of requested keys: read, and recorded by a server."""

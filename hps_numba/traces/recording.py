@@ -1,8 +1,8 @@
-"""Records the keys that are asked for, as a trace for the simulator: a sample of bounded size, at bounded cost.
+"""Records the requested keys of a table as a trace for the simulator: a sample of bounded size, at bounded cost.
 
-The trace is an ``.npy`` file of int64 keys, readable at any time, and beside it a JSON file that says what share of the keys it
-has and how many requests there were: the simulator scales cache sizes by it. Keys are chosen by a hash, each with all its
-requests, as for a sampled simulation (``simulate.simulation``).
+The trace is an ``.npy`` file of int64 keys that can be read at any time. A JSON file next to it contains the sampled share of
+the keys and the number of requests, by which the simulator scales cache sizes. Keys are chosen by a hash, each with all its
+requests, as in a sampled simulation (``simulate.sampling``).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from hps_numba.errors import ConfigError, TraceError
 from hps_numba.kernels.host.numbering import sample_keys
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["TraceRecording", "facts_beside"]
+__all__ = ["TraceRecording", "metadata_path"]
 
 log = logging.getLogger(__name__)
-_BUFFER = 1 << 17  # keys that wait to be written
+_BUFFER = 1 << 17  # keys that are buffered before they are written
 _HEADER = 128
 _HASH_BITS = 24
-_FORMS = {"int64": np.int64, "int32": np.int32, "uint32": np.uint32, "checked32_in_int64": np.int64}
+_DTYPES = {"int64": np.int64, "int32": np.int32, "uint32": np.uint32, "checked32_in_int64": np.int64}
 
 
-def facts_beside(path: Path) -> Path:
-    """Where the facts about a recorded trace stand."""
+def metadata_path(path: Path) -> Path:
+    """The JSON file with the metadata of a recorded trace."""
     return path.with_name(f"{path.name}.json")
 
 
 class TraceRecording:
-    """A recording of the keys of one table; made by ``HPS.record_trace``. A context manager: it ends with the block.
+    """A recording of the keys of one table, started by ``HPS.record_trace``. A context manager: it ends with the block.
 
     Attributes:
-        path: of the trace.   keys: recorded so far.   requests: seen in the calls that count, whether recorded or not.
-        calls: seen so far.   done: it ended, by itself at its limit or by ``close``.
+        path: of the trace.   keys: recorded so far.   requests: keys in the selected calls, whether recorded or not.
+        calls: so far, selected or not.   done: it has ended, at its limit or by ``close``.
 
-    **Threads:** all methods.
+    Thread safety: all methods may be called by several threads.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class TraceRecording:
     ) -> None:
         self.path = Path(path).expanduser()
         if self.path.suffix != ".npy":
-            raise ConfigError(f"record_trace: {self.path} came, wanted a name that ends in .npy")
+            raise ConfigError(f"record_trace: expected a file name that ends in .npy, got {self.path}")
         if not 0 < rate <= 1:
-            raise ConfigError(f"record_trace: rate is {rate}, wanted a share of the keys above 0 and up to 1")
+            raise ConfigError(f"record_trace: rate: expected a share of the keys above 0 and up to 1, got {rate}")
         for name, value in (("every", every), ("limit", limit)):
             if value < 1:
-                raise ConfigError(f"record_trace: {name} is {value}, wanted 1 or more")
+                raise ConfigError(f"record_trace: {name}: expected 1 or more, got {value}")
         self._table, self._every, self._limit, self._on_done = table, every, limit, on_done
         self._threshold = max(1, round(rate * (1 << _HASH_BITS)))
         self.keys = self.requests = self.calls = 0
         self.done = False
-        self._buffer, self._waiting, self._written = np.empty(_BUFFER, np.int64), 0, 0
+        self._buffer, self._buffered, self._written = np.empty(_BUFFER, np.int64), 0, 0
         self.reset_after_fork()
         try:
             self._file: BinaryIO = self.path.open("wb")
@@ -89,18 +89,18 @@ class TraceRecording:
         return f"TraceRecording({str(self.path)!r}, {self._table}: {self.keys:,} keys of {self.requests:,} requests, {state})"
 
     def saw(self, keys: np.ndarray) -> None:
-        """A call asked for these keys, int64 ``[n]``."""
-        if self._counts():
+        """Record a call with these keys, int64 ``[n]``."""
+        if self._is_selected():
             self._keep(keys)
 
-    def saw_on_device(self, address: int, n: int, form: str, stream: int) -> None:
-        """A call asked for keys in the memory of the current device; waits for the stream if the call counts."""
-        if self._counts():
-            keys = np.empty(n, _FORMS[form])
+    def saw_on_device(self, address: int, n: int, key_form: str, stream: int) -> None:
+        """Record a call with keys in the memory of the current device; waits for the stream if the call is selected."""
+        if self._is_selected():
+            keys = np.empty(n, _DTYPES[key_form])
             driver.to_host(keys, address, stream)
             self._keep(keys.astype(np.int64, copy=False))
 
-    def _counts(self) -> bool:
+    def _is_selected(self) -> bool:
         if self.done:
             return False
         with self._lock:
@@ -110,8 +110,8 @@ class TraceRecording:
     def _keep(self, keys: np.ndarray) -> None:
         kept = np.ascontiguousarray(keys)
         if self._threshold < 1 << _HASH_BITS:
-            room = np.empty(len(keys), np.int64)
-            kept = room[: sample_keys(kept, room, 0, self._threshold)]
+            sampled = np.empty(len(keys), np.int64)
+            kept = sampled[: sample_keys(kept, sampled, 0, self._threshold)]
         with self._lock:
             if self.done:
                 return
@@ -119,22 +119,26 @@ class TraceRecording:
             self.requests += len(keys)
             self.keys += len(kept)
             while len(kept):
-                some = kept[: _BUFFER - self._waiting]
-                self._buffer[self._waiting : self._waiting + len(some)] = some
-                self._waiting += len(some)
+                some = kept[: _BUFFER - self._buffered]
+                self._buffer[self._buffered : self._buffered + len(some)] = some
+                self._buffered += len(some)
                 kept = kept[len(some) :]
-                if self._waiting == _BUFFER and not self._written_down():
+                if self._buffered == _BUFFER and not self._try_write():
                     break
             if self.keys < self._limit and not self.done:
                 return
-            if not self.done:
-                self.done = True
-                if self._written_down():
-                    self._file.close()
+            self._finish()
         self._on_done(self)
 
-    def _written_down(self) -> bool:
-        """Write; a disk that refuses ends the recording and not the lookup that filled the buffer."""
+    def _finish(self) -> None:
+        """End the recording, with the lock held."""
+        if not self.done:
+            self.done = True
+            if self._try_write():
+                self._file.close()
+
+    def _try_write(self) -> bool:
+        """Write the buffer; an error of the disk ends the recording, not the lookup that filled the buffer."""
         try:
             self._write()
         except OSError as problem:
@@ -146,33 +150,35 @@ class TraceRecording:
         return True
 
     def close(self) -> None:
-        """End it, and write what is left. Again does nothing."""
+        """Write the rest and end the recording. A second call does nothing."""
         with self._lock:
             if self.done:
                 return
-            self.done = True
-            if self._written_down():
-                self._file.close()
+            self._finish()
         self._on_done(self)
 
     def _write(self) -> None:
-        """Put what waits into the file, and the facts beside it."""
+        """Write the buffer to the file, and the metadata next to it."""
         self._file.seek(0, 2)
         if self._file.tell() == 0:
             self._file.write(_header(0))
-        self._file.write(self._buffer[: self._waiting].tobytes())
-        self._written += self._waiting
-        self._waiting = 0
+        self._file.write(self._buffer[: self._buffered].tobytes())
+        self._written += self._buffered
+        self._buffered = 0
         self._file.seek(0)
         self._file.write(_header(self._written))
         self._file.flush()
-        facts: dict[str, Any] = {"table": self._table, "rate": self._threshold / (1 << _HASH_BITS), "requests": self.requests}
-        facts |= {"keys": self._written, "calls": self.calls, "every": self._every}
-        facts_beside(self.path).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        metadata: dict[str, Any] = {
+            "table": self._table,
+            "rate": self._threshold / (1 << _HASH_BITS),
+            "requests": self.requests,
+        }
+        metadata |= {"keys": self._written, "calls": self.calls, "every": self._every}
+        metadata_path(self.path).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
 def _header(count: int) -> bytes:
-    """What an ``.npy`` file of int64 ``[count]`` begins with; as long whatever the count."""
+    """The header of an ``.npy`` file of int64 ``[count]``; its length does not depend on ``count``."""
     text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({count},), }}"
     size = _HEADER - 10
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", size) + text.ljust(size - 1).encode() + b"\n"

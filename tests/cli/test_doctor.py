@@ -1,4 +1,4 @@
-"""``hps-numba doctor``: what it finds, and that its advice fits what it found."""
+"""``hps-numba doctor``: what it finds, and the advice that it gives."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def _doctor(*, code: int = 0) -> Any:
     return json.loads(result.stdout)
 
 
-def test_doctor() -> None:
+def test_doctor_reports_and_serves() -> None:
     report = _doctor()
     assert report["ok"] and report["self_test"]["ok"] and report["packages"]["numpy"] == np.__version__
     assert report["hardware"]["cores"] >= 1 and report["kernel_cache"]["writable"]
     text = CliRunner().invoke(build(), ["doctor"]).stdout
-    assert "1,000 rows served, all right" in text and "verdict: ready" in text.splitlines()[-1]
+    assert "1,000 rows served correctly" in text and "verdict: ready" in text.splitlines()[-1]
     for extra, found in report["extras"].items():
         assert found["installed"] or f'pip install "hps-numba[{extra}]"' in text
 
 
 def test_doctor_knows_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(doctor.EXTRAS) == set(extras) - {"test", "dev"}
+    assert set(doctor.EXTRAS) == set(extras) - {"test", "dev", "docs"}
 
 
-def test_doctor_says_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_failed_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> int:
         raise RuntimeError("no\nkernels")
 
@@ -67,7 +67,7 @@ H200, V100 = Gpu(name="NVIDIA H200", capability=9.0), Gpu(name="Tesla V100", cap
         ([H200], (13, 0), ("cuda13",), "2.5.0", 'pip install "numpy<2.5"'),
     ],
 )
-def test_gpu_advice(
+def test_gpu_advice_for_driver_and_packages(
     found: list[Gpu], driver: tuple[int, int] | None, installed: tuple[str, ...], numpy: str, advice: str | None
 ) -> None:
     machine = Hardware(
@@ -78,24 +78,24 @@ def test_gpu_advice(
     assert given == [] if advice is None else advice in given[0]
 
 
-def test_gpus_are_found_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_found_by_smi_driver_or_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0'\necho 'Tesla V100, [N/A]'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert _hardware.gpus() == (H200, Gpu(name="Tesla V100"))
     tool.write_text("#!/bin/sh\necho no driver >&2\nexit 9\n")
-    assert _hardware._gpus_of_smi() == ()
+    assert _hardware._gpus_by_smi() == ()
     for number in range(2):
         (tmp_path / f"0000:0{number}").mkdir()
         (tmp_path / f"0000:0{number}" / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 5\n")
         (tmp_path / f"nvidia{number}").touch()
-    assert _hardware._gpus_of_driver(tmp_path) == (Gpu(name="NVIDIA H200"),) * 2
+    assert _hardware._gpus_by_driver(tmp_path) == (Gpu(name="NVIDIA H200"),) * 2
     (tmp_path / "nvidiactl").touch()
-    assert len(_hardware._gpus_of_nodes(tmp_path)) == 2
+    assert len(_hardware._gpus_by_nodes(tmp_path)) == 2
 
 
-def test_huge_pages(tmp_path: Path) -> None:
+def test_huge_pages_setting_is_read(tmp_path: Path) -> None:
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     assert _hardware.huge_pages(tmp_path / "enabled") == "never"
     assert _hardware.huge_pages(tmp_path / "missing") is None

@@ -1,4 +1,4 @@
-"""``hps-numba profile``: what it measures, which keys it asks for, what it reports, and how it refuses (rows O01, O02, N05)."""
+"""``hps-numba profile``: what it measures, its keys, its report, and its errors (checklist O01, O02, N05)."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def error_of(*arguments: object, code: int) -> str:
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that has none."""
+    """As on a machine without a GPU."""
     monkeypatch.setattr(_profile_target, "cuda_devices", lambda: 0)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The keys of every call, in order."""
     calls: list[np.ndarray] = []
     lookup = Target.lookup
@@ -80,14 +80,14 @@ def config(workshop: Workshop) -> Callable[..., Path]:
     return write
 
 
-# -- what is measured ---------------------------------------------------------------------
+# -- modes and report ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_modes_and_sizes_of_a_generated_table() -> None:
+def test_all_modes_and_sizes_of_a_generated_table_are_measured() -> None:
     report = report_of(*SMALL, "--mode", "host,session", "--num-keys", "1,20")
     assert report["ok"] and (report["rows"], report["dim"], report["device"]) == (400, 4, None)
-    assert report["compared_with"] == "what was generated" and report["keys"]["table_size"] == 400
+    assert report["compared_with"] == "the generated rows" and report["keys"]["table_size"] == 400
     lines = [(result["mode"], result["num_keys"]) for result in report["results"]]
     assert lines == [("session", 50), ("session", 1), ("session", 20), ("host", 50), ("host", 1), ("host", 20)]
     for result in report["results"]:
@@ -97,7 +97,7 @@ def test_modes_and_sizes_of_a_generated_table() -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_the_form_of_the_report() -> None:
+def test_report_contains_all_fields() -> None:
     report = report_of(*SMALL)
     assert set(report) == {
         "ok", "version", "cpu", "cores", "gpus", "config", "model", "table", "rows", "dim", "dtype", "device", "keys", "seed",
@@ -114,7 +114,7 @@ def test_the_form_of_the_report() -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_the_report_goes_to_a_file_and_a_table_to_the_terminal(tmp_path: Path) -> None:
+def test_report_is_written_to_a_file_and_a_table_to_the_terminal(tmp_path: Path) -> None:
     result = profile(*SMALL, "--mode", "session,host", "--json", tmp_path / "report.json")
     assert result.exit_code == 0 and "\x1b" not in result.output
     for words in ("p50", "p95", "p99", "keys/s", "100 rows were compared", "the same lookups", "host wall time"):
@@ -123,33 +123,33 @@ def test_the_report_goes_to_a_file_and_a_table_to_the_terminal(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_every_call_has_keys_of_its_own_and_warm_up_does_not_count(
-    asked: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+def test_every_call_has_new_keys_and_warmup_is_not_counted(
+    looked_up: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_profile_measure, "_ROUND_KEYS", 100)  # two calls of one thread a round
     (result,) = report_of(*SMALL, "--distribution", "uniform", "--rows", 10**5)["results"]
-    assert len(asked) == 2 + 6 + 1 and len({keys.tobytes() for keys in asked}) == len(asked)
+    assert len(looked_up) == 2 + 6 + 1 and len({keys.tobytes() for keys in looked_up}) == len(looked_up)
     assert result["calls"] == result["counts"]["calls"] == 6 and result["counts"]["keys"] == 300
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_several_threads_ask_for_different_keys(asked: list[np.ndarray]) -> None:
+def test_threads_look_up_different_keys(looked_up: list[np.ndarray]) -> None:
     (result,) = report_of(*SMALL, "--threads", 3, "--distribution", "uniform")["results"]
     assert (result["threads"], result["calls"], result["counts"]["keys"]) == (3, 18, 900)
-    assert len({keys.tobytes() for keys in asked}) == len(asked) == 3 * 8 + 1
+    assert len({keys.tobytes() for keys in looked_up}) == len(looked_up) == 3 * 8 + 1
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_a_seed_gives_the_same_keys(asked: list[np.ndarray]) -> None:
+def test_equal_seeds_give_equal_keys(looked_up: list[np.ndarray]) -> None:
     for seed in (5, 5, 6):
         assert report_of(*SMALL, "--seed", seed)["ok"]
-    first, same, other = (np.concatenate(asked[start : start + 9]) for start in (0, 9, 18))
+    first, same, other = (np.concatenate(looked_up[start : start + 9]) for start in (0, 9, 18))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_the_names_of_the_original() -> None:
+def test_options_of_hps_profiler_are_accepted() -> None:
     report = report_of(
         "--lookup_session", "--database_backend", "--distribution", "hotKey", "--hot_key_percentage", 0.1,
         "--hot_key_coverage", 1.0, "--table_size", 50, "--num_key", 30, "--iterations", 4, "--warmup_iterations", 1,
@@ -160,7 +160,7 @@ def test_the_names_of_the_original() -> None:
     assert report["warmup_iterations"] == 1 and report["results"][0]["num_keys"] == 30
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert profile(*SMALL).exit_code == 0
     assert not list(tmp_path.iterdir())
@@ -170,26 +170,28 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "wanted", [(), ("--table", 1), ("--table", "sparse_embedding1"), ("--model", "m", "--table", 0)], ids=str
+    "selection", [(), ("--table", 1), ("--table", "sparse_embedding1"), ("--model", "m", "--table", 0)], ids=str
 )
 @pytest.mark.parametrize("top", [{}, {"supportlonglong": False}, {"fuse_embedding_table": True}], ids=str)
-def test_any_table_of_a_config(config: Callable[..., Path], top: dict[str, Any], wanted: tuple[Any, ...]) -> None:
-    report = report_of("--config", config(**top), *wanted, "--num-keys", 30, "--iterations", 4)
-    table = 1 if wanted[-1:] in ((1,), ("sparse_embedding1",)) else 0
+def test_any_table_of_a_config_is_measured(
+    config: Callable[..., Path], top: dict[str, Any], selection: tuple[Any, ...]
+) -> None:
+    report = report_of("--config", config(**top), *selection, "--num-keys", 30, "--iterations", 4)
+    table = 1 if selection[-1:] in ((1,), ("sparse_embedding1",)) else 0
     assert (report["table"], report["dim"], report["rows"]) == (f"sparse_embedding{table}", (3, 5)[table], (300, 40)[table])
     (result,) = report["results"]
     assert result["default_rate"] == 0.0 and result["host_hit_rate"] == 1.0  # keys of the table, wherever they lie
     assert result["checked_rows"] == 30 and "one key" in report["compared_with"]
 
 
-def test_keys_that_do_not_exist_are_counted(config: Callable[..., Path]) -> None:
+def test_absent_keys_are_counted(config: Callable[..., Path]) -> None:
     arguments = ("--config", config(), "--num-keys", 30, "--iterations", 4)
     (result,) = report_of(*arguments, "--table-size", 7)["results"]
     assert (result["default_rate"], result["rows_per_second"], result["wrong_rows"]) == (1.0, 0.0, 0)
     assert "Up to 100.00% of the keys had no row" in profile(*arguments, "--table-size", 7).stdout
 
 
-def test_float16_answers(config: Callable[..., Path]) -> None:
+def test_float16_output_is_measured(config: Callable[..., Path]) -> None:
     report = report_of("--config", config({"output_dtype": "float16"}), "--num-keys", 9, "--iterations", 3)
     assert report["ok"] and report["dtype"] == "float16"
 
@@ -198,7 +200,7 @@ def test_float16_answers(config: Callable[..., Path]) -> None:
 
 
 def chi_square_is_plausible(observed: np.ndarray, probabilities: np.ndarray) -> bool:
-    """Within 6 standard deviations of what the distribution gives; bins of fewer than 10 expected are put together."""
+    """Within 6 standard deviations of the distribution; bins with fewer than 10 expected are merged."""
     expected = probabilities * observed.sum()
     rare = expected < 10
     observed = np.append(observed[~rare], observed[rare].sum())
@@ -227,7 +229,7 @@ def test_keys_follow_their_distribution(name: str) -> None:
     chosen = chosen_distribution(name, alpha=1.3, percentage=0.1, coverage=0.7, weights="0.5 0 0.3,0.2")
     population = np.random.default_rng(1).permutation(n) - 100
     keys = DrawnKeys(chosen, population, seed=3).stream(0, 1).draw(100_000)
-    ranks = np.argsort(population)[keys + 100]  # the place of a key in the population
+    ranks = np.argsort(population)[keys + 100]  # the position of a key in the population
     observed = np.bincount(ranks, minlength=n)
     assert chi_square_is_plausible(observed, probabilities_of(name, n))
     assert not chi_square_is_plausible(observed, probabilities_of("uniform" if name != "uniform" else "hotkey", n))
@@ -240,7 +242,7 @@ def test_streams_of_threads_differ_and_repeat() -> None:
     assert (one != other).any()
 
 
-def test_replayed_keys_come_in_turn_and_again(tmp_path: Path) -> None:
+def test_replayed_keys_repeat_in_order(tmp_path: Path) -> None:
     np.save(tmp_path / "keys.npy", np.arange(10, dtype=np.uint32).reshape(2, 5))
     source = ReplayedKeys(tmp_path / "keys.npy")
     first, second = source.stream(0, 2), source.stream(1, 2)
@@ -248,16 +250,16 @@ def test_replayed_keys_come_in_turn_and_again(tmp_path: Path) -> None:
     assert second.draw(12).tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
 
 
-def test_keys_of_a_file_are_looked_up(tmp_path: Path, asked: list[np.ndarray], without_gpu: None) -> None:
+def test_keys_of_a_file_are_looked_up(tmp_path: Path, looked_up: list[np.ndarray], without_gpu: None) -> None:
     np.save(tmp_path / "keys.npy", np.arange(11) * 3)
     report = report_of(*SMALL, "--num-keys", 4, "--keys", tmp_path / "keys.npy")
     assert report["keys"] == {"keys_file": str(tmp_path / "keys.npy"), "keys_in_file": 11}
-    sent = np.concatenate(asked[:8])  # calls of 50 keys
+    sent = np.concatenate(looked_up[:8])  # calls of 50 keys
     np.testing.assert_array_equal(sent, np.arange(400) % 11 * 3)
 
 
 @pytest.mark.parametrize("content", ["0.25, 0.75", "0.25\n0.75\n", np.array([0.25, 0.75])], ids=["commas", "lines", "npy"])
-def test_a_histogram_from_a_file(tmp_path: Path, content: Any) -> None:
+def test_histogram_weights_are_read_from_a_file(tmp_path: Path, content: Any) -> None:
     if isinstance(content, str):
         path = tmp_path / "weights.txt"
         path.write_text(content)
@@ -270,7 +272,7 @@ def test_a_histogram_from_a_file(tmp_path: Path, content: Any) -> None:
 # -- figures ---------------------------------------------------------------------
 
 
-def test_percentiles_are_those_of_numpy() -> None:
+def test_percentiles_equal_those_of_numpy() -> None:
     seconds = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 7.0])
     found = latency(seconds)
     assert [found[f"p{p}_seconds"] for p in (50, 95, 99)] == np.percentile(seconds, [50, 95, 99]).tolist()
@@ -278,7 +280,7 @@ def test_percentiles_are_those_of_numpy() -> None:
     assert set(latency(np.array([0.25])).values()) == {0.25}
 
 
-def test_modes_and_sizes_are_read_in_any_spelling() -> None:
+def test_modes_and_sizes_are_parsed() -> None:
     assert chosen_modes(None, {}) == ("session",)
     assert chosen_modes(["HOST, session", "host"], {"cache": True, "refresh": False}) == ("session", "host", "cache")
     assert (chosen_sizes(None), chosen_sizes(["1,20", "300"])) == ((1000,), (1, 20, 300))
@@ -292,14 +294,14 @@ def test_modes_and_sizes_are_read_in_any_spelling() -> None:
 
 @pytest.fixture
 def one_flipped_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared with differs in the eighth row."""
+    """The true rows differ in the eighth row."""
     true_rows = GeneratedTable.true_rows
 
     def tampered(self: GeneratedTable, folder: Path) -> Callable[[np.ndarray], np.ndarray]:
         def rows(keys: np.ndarray) -> np.ndarray:
-            wanted = true_rows(self, folder)(keys)
-            wanted.view(np.uint32)[7, 1] ^= 1
-            return wanted
+            found = true_rows(self, folder)(keys)
+            found.view(np.uint32)[7, 1] ^= 1
+            return found
 
         return rows
 
@@ -309,13 +311,13 @@ def one_flipped_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_gpu", "one_flipped_bit")
 def test_one_flipped_bit_fails() -> None:
     result = profile(*SMALL)
-    assert result.exit_code == 1 and "FAILED: 1 of 50 rows differ from what was generated" in result.stdout
+    assert result.exit_code == 1 and "FAILED: 1 of 50 rows differ from the generated rows" in result.stdout
     report = report_of(*SMALL, code=1)
     assert report["ok"] is False and report["results"][0]["wrong_rows"] == 1
 
 
 @pytest.mark.usefixtures("without_gpu", "one_flipped_bit")
-def test_a_row_that_a_slower_tier_owes_is_late_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_missing_from_a_slower_tier_is_late_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     counts, late = Target.counts, itertools.count()
     monkeypatch.setattr(Target, "counts", lambda self: {**counts(self), "unanswered": next(late)})
     (result,) = report_of(*SMALL)["results"]
@@ -323,7 +325,7 @@ def test_a_row_that_a_slower_tier_owes_is_late_and_not_wrong(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_rows_that_were_not_written_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Target, "lookup", lambda *_: None)
     assert report_of(*SMALL, code=1)["results"][0]["wrong_rows"] == 50
 
@@ -331,10 +333,10 @@ def test_rows_that_were_not_written_fail(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the cache ---------------------------------------------------------------------
 
 
-class _AllRemembered:
-    """Counts hits as a cache would that keeps every key."""
+class _FullCache:
+    """Counts hits like a cache that keeps every key."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, remembers: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, keeps: bool = True) -> None:
         self.keys: set[int] = set()
         self.hits = 0
         self.refreshed: list[tuple[Any, ...]] = []
@@ -342,7 +344,7 @@ class _AllRemembered:
 
         def counted(target: Target, keys: Any, out: Any, stream: Any) -> None:
             self.hits += sum(int(key) in self.keys for key in keys)
-            self.keys |= set(keys.tolist()) if remembers else set()
+            self.keys |= set(keys.tolist()) if keeps else set()
             lookup(target, keys, out, stream)
 
         monkeypatch.setattr(Target, "lookup", counted)
@@ -355,39 +357,39 @@ def cached_config(config: Callable[..., Path], without_gpu: None) -> Path:
     return config(cache_on_cpu=True)
 
 
-def test_mode_cache_asks_only_for_what_was_looked_up_just_before(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _AllRemembered(monkeypatch)
+def test_mode_cache_looks_up_only_cached_keys(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _FullCache(monkeypatch)
     report = report_of("--config", cached_config, "--mode", "cache", "--num-keys", 25, "--iterations", 5)
     (result,) = report["results"]
     assert report["ok"] and result["cache_hit_rate"] == 1.0 and result["counts"]["keys"] == 125
     assert "in cache" in profile("--config", cached_config, "--mode", "session", "--num-keys", 5, "--iterations", 2).stdout
 
 
-def test_mode_refresh_calls_refresh(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = _AllRemembered(monkeypatch)
+def test_mode_refresh_measures_refreshes(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = _FullCache(monkeypatch)
     (result,) = report_of("--config", cached_config, "--mode", "refresh", "--refreshes", 4, "--table", 1)["results"]
-    assert cache.refreshed == [("m", 1)] * 5  # one of them before the clock runs
+    assert cache.refreshed == [("m", 1)] * 5  # the first is not timed
     assert (result["calls"], result["wrong_rows"]) == (4, 0) and result["p50_seconds"] > 0
     cache.refreshed.clear()
     result = profile("--config", cached_config, "--refresh_embeddingcache", 0.02, "--iterations", 150)
     assert result.exit_code == 0 and "refresh" in result.stdout and len(cache.refreshed) == 4
 
 
-def test_mode_cache_with_a_cache_that_never_hits(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _AllRemembered(monkeypatch, remembers=False)
+def test_mode_cache_fails_with_a_cache_that_never_hits(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _FullCache(monkeypatch, keeps=False)
     line = error_of("--config", cached_config, "--mode", "cache", code=1)
-    assert "has no embedding cache: of keys that were just looked up none was found in it" in line
+    assert "has no embedding cache: keys that were just looked up did not hit" in line
 
 
-def test_mode_cache_without_a_key_that_exists(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _AllRemembered(monkeypatch)
+def test_mode_cache_fails_without_existing_keys(cached_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _FullCache(monkeypatch)
     line = error_of("--config", cached_config, "--mode", "cache", "--table-size", 5, code=1)
-    assert "none of the keys drawn has a row in hps_et.m.sparse_embedding0" in line
+    assert "expected keys of the table, got none that has a row in hps_et.m.sparse_embedding0" in line
 
 
 @pytest.mark.parametrize("mode", ["cache", "refresh"])
 @pytest.mark.usefixtures("without_gpu")
-def test_modes_that_need_a_cache_say_so(config: Callable[..., Path], mode: str) -> None:
+def test_modes_that_need_a_cache_fail_without_one(config: Callable[..., Path], mode: str) -> None:
     assert "no CUDA device was found" in error_of(*SMALL, "--mode", f"session,{mode}", code=1)
     line = error_of("--config", config(), "--mode", mode, code=1)
     assert f"--mode {mode}: model 'm' has no embedding cache: no CUDA device was found, and cache_on_cpu is false" in line
@@ -395,29 +397,32 @@ def test_modes_that_need_a_cache_say_so(config: Callable[..., Path], mode: str) 
     assert line.endswith("has no embedding cache: gpucache is false")
 
 
-# -- called the wrong way ---------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--mode", "turbo"), "'turbo' is not one of session, host, cache, refresh"),
-        (("--num-keys", "10,x"), "'x' is not a number of 1 or more"),
-        (("--distribution", "zipf"), "'zipf' is not one of powerlaw"),
-        (("--alpha", "0"), "alpha: 0.0, wanted more than 0"),
-        (("--distribution", "histogram", "--histogram", "no/such file"), "neither a list of numbers"),
+        (("--mode", "turbo"), "expected one of session, host, cache, refresh, got 'turbo'"),
+        (("--num-keys", "10,x"), "expected a number of 1 or more, got 'x'"),
+        (("--distribution", "zipf"), "expected one of powerlaw, hotkey, histogram, uniform, got 'zipf'"),
+        (("--alpha", "0"), "alpha: expected a finite number above 0, got 0.0"),
+        (("--distribution", "histogram", "--histogram", "no/such file"), "or a file of numbers, got 'no/such file'"),
         (("--distribution", "histogram", "--histogram", "0,0"), "weights"),
-        (("--distribution", "histogram", "--histogram", "1,1,1", "--table-size", "2"), "3 bins"),
+        (
+            ("--distribution", "histogram", "--histogram", "1,1,1", "--table-size", "2"),
+            "weights: expected 1 to n = 2 bins, got 3",
+        ),
         (("--hot-key-coverage", "1.5"), "--hot_key_coverage"),
         (("--iterations", "0"), "--iterations"),
         (("--threads", "0"), "--threads"),
-        (("--table", "1"), "--table: is an option of a config"),
-        (("--config", "ps.json", "--dim", "4"), "--dim: is an option of a generated table"),
-        (("--json", "no/such/folder/report.json"), "a directory that exists"),
+        (("--table", "1"), "--table: is an option for a config only"),
+        (("--config", "ps.json", "--dim", "4"), "--dim: is an option for a generated table only"),
+        (("--json", "no/such/folder/report.json"), "expected a file in an existing directory, got no/such/folder/report.json"),
     ],
     ids=str,
 )
-def test_called_the_wrong_way(arguments: tuple[str, ...], words: str) -> None:
+def test_usage_errors(arguments: tuple[str, ...], words: str) -> None:
     small = () if "--config" in arguments else ("--rows", 10, "--dim", 2)
     assert words in error_of(*small, *arguments, code=2).replace("'--", "--").replace("': ", ": ")
 
@@ -425,23 +430,26 @@ def test_called_the_wrong_way(arguments: tuple[str, ...], words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "x"), "--model: 'x' is not in the config, its models are m"),
-        (("--table", "2"), "--table: '2' is no table of model 'm'"),
-        (("--device", "3"), "--device: model 'm' is deployed on the CPU, which is 0 here, not on 3"),
-        (("--keys", "nowhere.npy"), "nowhere.npy"),
+        (("--model", "x"), "--model: expected a model of the config, one of m, got 'x'"),
+        (
+            ("--table", "2"),
+            "--table: expected a table of model 'm', one of sparse_embedding0, sparse_embedding1 (or 0 to 1), got '2'",
+        ),
+        (("--device", "3"), "--device: expected the CPU, which is 0 here, on which model 'm' is deployed, got 3"),
+        (("--keys", "absent.npy"), "absent.npy"),
     ],
     ids=str,
 )
-def test_what_is_not_there(config: Callable[..., Path], arguments: tuple[str, ...], words: str) -> None:
+def test_unknown_model_table_device_or_file(config: Callable[..., Path], arguments: tuple[str, ...], words: str) -> None:
     assert words in error_of("--config", config(), *arguments, code=1)
 
 
-def test_a_missing_config(tmp_path: Path) -> None:
-    assert "nowhere.json" in error_of("--config", tmp_path / "nowhere.json", code=1)
+def test_missing_config(tmp_path: Path) -> None:
+    assert "absent.json" in error_of("--config", tmp_path / "absent.json", code=1)
 
 
 @pytest.mark.parametrize("content", [b"1 2 3", np.array([0.5]), np.array([], np.int64)], ids=["text", "floats", "none"])
-def test_a_file_that_holds_no_keys(tmp_path: Path, content: Any) -> None:
+def test_keys_file_without_keys(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "keys.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -454,14 +462,14 @@ def test_a_file_that_holds_no_keys(tmp_path: Path, content: Any) -> None:
 
 
 class _Copied(np.ndarray):
-    """An array "on a device": comes back by ``get``."""
+    """An array "on a device", copied back by ``get``."""
 
     def get(self) -> np.ndarray:
         return np.asarray(self)
 
 
 class _NamedBlock(contextlib.nullcontext[None]):
-    """Stands for CuPy's device and stream, and writes down what is asked of it."""
+    """Stands for a device and a stream of CuPy, and records what is called."""
 
     def __init__(self, events: list[str], name: str) -> None:
         super().__init__()
@@ -474,7 +482,7 @@ class _NamedBlock(contextlib.nullcontext[None]):
         self.events.append("synchronize")
 
 
-def test_calls_with_device_keys_are_timed_up_to_the_end_of_their_stream(
+def test_calls_with_device_keys_are_timed_until_their_stream_is_done(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []

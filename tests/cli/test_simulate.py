@@ -1,4 +1,4 @@
-"""``hps-numba simulate``: tables, files, pictures, the page, advice, and how it refuses."""
+"""``hps-numba simulate``: tables, files, plots, the HTML page, advice, and errors."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def hps(*arguments: object) -> Result:
     return CliRunner().invoke(build(), ["simulate", *map(str, arguments)])
 
 
-def test_tables(trace: Path) -> None:
+def test_table_contains_the_results(trace: Path) -> None:
     result = hps(trace, "--size", "10%,300", "--policy", "lru,arc", "--batch", 100, "--warmup", 0.1)
     assert result.exit_code == 0, result.output
-    assert "30,000 requests" in result.output and "the first 3,000 requests do not count" in result.output
+    assert "30,000 requests" in result.output and "all but the first 3,000 requests" in result.output
     found = simulate.run(trace, ["lru", "arc"], ["10%,300"], batch=100, warmup=0.1, progress=False)
     for one in found.runs:
         name = f"{one.policy} (bound)" if one.bound else one.policy
@@ -42,13 +42,13 @@ def test_tables(trace: Path) -> None:
     assert all(len(line) <= 100 for line in result.output.splitlines() if line.startswith(("lru", "arc", "policy")))
 
 
-def test_json_alone(trace: Path) -> None:
+def test_json_to_stdout(trace: Path) -> None:
     result = hps(trace, "--size", 300, "--policy", "lru", "--no-bounds", "--geometry", "gpu", "--json", "-")
     content = json.loads(result.stdout)
     assert [(one["policy"], one["rows"]) for one in content["runs"]] == [("lru", 300)] and content["trace"] == trace.name
 
 
-def test_a_policy_of_ones_own(trace: Path, tmp_path: Path) -> None:
+def test_policy_from_a_file(trace: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     options = ("--size", 300, "--policy", f"{tmp_path / 'mine.py'}:Fading", "--no-bounds")
     assert "runs code from a file" in hps(trace, *options).output
@@ -56,25 +56,30 @@ def test_a_policy_of_ones_own(trace: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and result.output.count("\nFading ") == 2
 
 
-def test_advice(trace: Path) -> None:
+def test_advice_of_all_policies(trace: Path) -> None:
     result = hps(trace, "--advise", "--target-hit-rate", 0.7, "--batch", 64)
     assert result.exit_code == 0, result.output
     best = simulate.advise(trace, 0.7, batch=64, progress=False).best
-    assert best is not None and f"at the least GPU memory: {best.policy}, {best.rows:,} rows" in result.output
-    assert "This holds for:" in result.output and "H200" in result.output and "from an empty cache" not in result.output
-    content = json.loads(hps(trace, "--advise", "--target-hit-rate", 0.7, "--batch", 64, "--json", "-").stdout)
-    assert content["advice"]["best"]["rows"] == best.rows and "runs" not in content
-    result = hps(trace, "--advise", "--target-hit-rate", 0.999)
-    assert "99.9% hits: no policy reaches it" in result.output and "never full has" in result.output
+    assert best is not None and f"with the least GPU memory: {best.policy}, {best.rows:,} rows" in result.output
+    assert "Assumptions:" in result.output and "H200" in result.output and "empty cache" not in result.output
 
 
-def test_sampled(trace: Path) -> None:
+def test_advice_as_json_and_for_an_unreachable_target(trace: Path) -> None:
+    options = ("--advise", "--policy", "lru,lfu", "--batch", 64)
+    content = json.loads(hps(trace, *options, "--target-hit-rate", 0.7, "--json", "-").stdout)
+    best = simulate.advise(trace, 0.7, ["lru", "lfu"], batch=64, progress=False).best
+    assert best is not None and content["advice"]["best"]["rows"] == best.rows and "runs" not in content
+    result = hps(trace, *options, "--target-hit-rate", 0.999)
+    assert "No policy reaches a hit rate of 99.9%" in result.output and "never full has" in result.output
+
+
+def test_sample_is_reported_with_its_error(trace: Path) -> None:
     result = hps(trace, "--size", 1500, "--policy", "lru", "--sample", 0.5)
     assert result.exit_code == 0 and "estimated from 0.5 of the keys" in result.output and "95 % interval" in result.output
 
 
 class Page(HTMLParser):
-    """Elements of a page, what it would load, and the cells of its tables."""
+    """The elements of a page, the links that it loads, and the cells of its tables."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -109,7 +114,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_files(trace: Path, tmp_path: Path) -> None:
+def test_files_contain_the_results(trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = ("--size", "100,400,1500", "--policy", "lru,s3fifo", "--warmup", 0.2, "--advise", "--target-hit-rate", 0.7)
     names = {option: tmp_path / name for option, name in (("--csv", "r.csv"), ("--json", "r.json"), ("--plot", "r.png"))}
@@ -117,12 +122,12 @@ def test_files(trace: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     content = json.loads(names["--json"].read_text())
     assert len(names["--csv"].read_text().splitlines()) == 1 + len(content["runs"]) and "advice" in content
-    picture = names["--plot"].read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
+    plot = names["--plot"].read_bytes()
+    assert plot.startswith(b"\x89PNG") and len(plot) > 50_000
     text = (tmp_path / "r.html").read_text()
     page = Page(text)
     assert page.open == [] and page.elements.count("svg") == 3 and page.elements.count("table") == 3
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.loads), "nothing comes from elsewhere"
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.loads), "the page loads nothing"
     assert "script" not in page.elements and "@import" not in text and "url(http" not in text
     assert "zipf <1>.npy" in page.text and "<1>" not in re.sub(r"<style>.*?</style>", "", text)
     for run in content["runs"]:
@@ -132,12 +137,12 @@ def test_files(trace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".svg", ".pdf"])
-def test_other_pictures(trace: Path, tmp_path: Path, ending: str) -> None:
+def test_plots_in_other_formats(trace: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     result = simulate.run(trace, "lru", "100,400", progress=False)
     simulate.write_plot(result, tmp_path / f"p{ending}", rows=400)
     assert (tmp_path / f"p{ending}").stat().st_size > 5000
-    with pytest.raises(ConfigError, match="rows: 401 were not simulated, wanted one of 100, 400"):
+    with pytest.raises(ConfigError, match="rows: expected a simulated size, one of 100, 400, got 401"):
         simulate.write_plot(result, tmp_path / f"p{ending}", rows=401)
 
 
@@ -145,22 +150,22 @@ def axes_of(result: simulate.Simulation, rows: int | None = None) -> dict[str, A
     return {name: figure.axes[0] for name, figure in plots.figures(result, rows).items()}
 
 
-def test_pictures_show_the_numbers(trace: Path) -> None:
-    """Axes start at zero, are named with units, and every line has the values of its runs."""
+def test_plots_show_the_results(trace: Path) -> None:
+    """Axes start at zero and are labelled with units, and every line has the values of its runs."""
     pytest.importorskip("matplotlib")
     result = simulate.run(trace, ["lru", "arc"], "100,400,1500", warmup=0.2, progress=False)
     axes = axes_of(result)
     curves = axes["curves"]
     assert curves.get_ylim() == (0, 100) and curves.get_xscale() == "log"
-    assert (curves.get_xlabel(), curves.get_ylabel()) == ("cache size, rows", "hits, share of requests")
+    assert (curves.get_xlabel(), curves.get_ylabel()) == ("cache size, rows", "hit rate, share of requests")
     assert [text.get_text() for text in curves.get_xticklabels()] == ["100", "400", "1.5 k"]
     lines = {line.get_label(): line for line in curves.get_lines()}
     assert set(lines) == {
         "lru, GPU sets", "lru, associative", "arc, associative", "belady (optimum)", "infinite cache (ceiling)",
     }  # fmt: skip
-    wanted = result.select(policy="lru", geometry="gpu")
-    assert list(lines["lru, GPU sets"].get_xdata()) == [run.rows for run in wanted]
-    assert list(lines["lru, GPU sets"].get_ydata()) == [100 * run.hit_rate for run in wanted]
+    runs = result.select(policy="lru", geometry="gpu")
+    assert list(lines["lru, GPU sets"].get_xdata()) == [run.rows for run in runs]
+    assert list(lines["lru, GPU sets"].get_ydata()) == [100 * run.hit_rate for run in runs]
     assert any("first 5,120 requests not counted" in text.get_text() for text in curves.texts)
     time = axes["time"]
     assert time.get_title("left") == "Hit rate over time, cache of 400 rows" and time.get_xlim() == (0, 30_000)
@@ -172,7 +177,7 @@ def test_pictures_show_the_numbers(trace: Path) -> None:
     assert heat.get_yticklabels()[-1].get_text().endswith(f" to {result.distinct:,}")
 
 
-def test_without_matplotlib(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_without_matplotlib_names_the_extra(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hps_numba.simulate.plots.find_spec", lambda name: None)
     for option in ("--plot", "--html"):
         failed = hps(trace, option, tmp_path / "r.png")
@@ -183,18 +188,21 @@ def test_without_matplotlib(trace: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target-hit-rate", 0.5), "is an option of --advise"),
-        (("--csv", "/no/such/folder/r.csv"), "in a directory that exists is wanted"),
-        (("--html", "."), "in a directory that exists is wanted"),
+        (("--target-hit-rate", 0.5), "is an option for --advise only"),
+        (("--csv", "/no/such/folder/r.csv"), "expected a file in an existing directory, got /no/such/folder/r.csv"),
+        (("--html", "."), "expected a file in an existing directory, got ."),
         (("--batch", 0), "Invalid value for '--batch'"),
     ],
 )
-def test_called_the_wrong_way(trace: Path, options: tuple[object, ...], message: str) -> None:
+def test_usage_errors(trace: Path, options: tuple[object, ...], message: str) -> None:
     result = hps(trace, *options)
     assert result.exit_code == 2 and message in re.sub(r"[\s│]+", " ", result.output)
 
 
-def test_a_picture_that_cannot_be_written(trace: Path, tmp_path: Path) -> None:
+def test_plot_that_cannot_be_saved_is_rejected(trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for path, message in ((tmp_path / "p.gif", "ends in .png, .svg, .pdf"), (tmp_path / "none" / "p.png", "no directory")):
+    for path, message in (
+        (tmp_path / "p.gif", "ends in .png, .svg, .pdf"),
+        (tmp_path / "none" / "p.png", "an existing directory"),
+    ):
         assert message in hps(trace, "--plot", path).output

@@ -1,5 +1,5 @@
-"""A policy from a file has the same hits, misses and evictions in the simulator, the CPU cache and the GPU cache, for a
-long trace; and recordings of keys that lie on a GPU."""
+"""Policies have the same hits, misses and evictions in the simulator, the CPU cache and the GPU cache over a long trace; and
+recordings of keys in GPU memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
-from hps_numba.traces.recording import facts_beside
+from hps_numba.traces.recording import metadata_path
 
 REQUESTS, KEYS, ROWS, BATCH = 1_000_000, 100_000, 10_000, 1000
-PLACES = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
+DEVICES = [pytest.param(None, id="cpu"), pytest.param(0, id="gpu", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def trace() -> np.ndarray:
     return skewed(REQUESTS, KEYS, 9)
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=DEVICES)
 def store(request: pytest.FixtureRequest, trace: np.ndarray) -> Iterator[tuple[int | None, HostStore]]:
     known = np.unique(trace)
     allocator = PlainHostAllocator() if request.param is None else PinnedHostAllocator()
-    made = HostStore(1, allocator=allocator, rows=len(known))
-    made.upsert(known, known.astype(np.float32).reshape(-1, 1))
-    yield request.param, made
-    made.close()
+    created = HostStore(1, allocator=allocator, rows=len(known))
+    created.upsert(known, known.astype(np.float32).reshape(-1, 1))
+    yield request.param, created
+    created.close()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "mine.py:Fading"])
@@ -44,33 +44,33 @@ def test_simulator_and_cache_agree_on_a_long_trace(
     if ":" in policy:
         (tmp_path / "mine.py").write_text(MINE)
         policy = str(tmp_path / policy)
-    place, rows_behind = store
+    device, backing = store
     loaded = load_policy(policy, allow_code=True)
-    cache = EmbeddingCache(1, ROWS, device=place, policy=loaded, default=0.5, store=rows_behind)
+    cache = EmbeddingCache(1, ROWS, device=device, policy=loaded, default=0.5, store=backing)
     out = np.empty((BATCH, 1), np.float32)
     for start in range(0, REQUESTS, BATCH):
         batch = trace[start : start + BATCH]
         cache.lookup_arrays(batch, out)
         assert np.array_equal(out[:, 0], batch.astype(np.float32))
-    found = cache.counters()
+    counters = cache.counters()
     (run,) = simulate.run(trace, policy, ROWS, batch=BATCH, geometry="gpu", bounds=False, allow_code=True, progress=False).runs
-    assert (run.requests - found.misses, run.misses) == (run.hits, found.misses)
-    assert (run.admissions, run.evictions, run.resident) == (found.inserted, found.evicted, cache.resident())
+    assert (run.requests - counters.misses, run.misses) == (run.hits, counters.misses)
+    assert (run.admissions, run.evictions, run.resident) == (counters.inserted, counters.evicted, cache.resident())
     cache.close()
 
 
 @pytest.mark.gpu
-def test_keys_on_a_gpu_are_recorded(workshop: Workshop, tmp_path: Path) -> None:
+def test_recording_of_keys_in_gpu_memory(workshop: Workshop, tmp_path: Path) -> None:
     cupy = pytest.importorskip("cupy")
     model = workshop.model((range(500), 3), deployed_device_list=[0], gpucacheper=0.5)
     server = workshop.open(model, volatile_db={"type": "hash_map"})
-    asked = np.random.default_rng(2).integers(-10, 500, 3000)
+    requested = np.random.default_rng(2).integers(-10, 500, 3000)
     with (
         server.record_trace(tmp_path / "all.npy", "m", 0),
         server.record_trace(tmp_path / "some.npy", "m", 0, rate=0.3, every=2),
     ):
         for start in range(0, 3000, 100):
-            some = asked[start : start + 100]
+            some = requested[start : start + 100]
             keys = cupy.asarray(some.astype(np.int32) if start % 200 else some)
             server.lookup(keys, "m", 0)
         graph_keys, stream = cupy.arange(9), cupy.cuda.Stream(non_blocking=True)
@@ -83,9 +83,9 @@ def test_keys_on_a_gpu_are_recorded(workshop: Workshop, tmp_path: Path) -> None:
         graph.launch(stream)
         stream.synchronize()
     recorded = np.load(tmp_path / "all.npy")
-    assert recorded.tolist() == [*asked.tolist(), *range(9)]
+    assert recorded.tolist() == [*requested.tolist(), *range(9)]
     kept = np.load(tmp_path / "some.npy")
-    even = np.concatenate([asked[at : at + 100] for at in range(0, 3000, 200)])
+    even = np.concatenate([requested[at : at + 100] for at in range(0, 3000, 200)])
     chosen = set(kept.tolist())
     assert kept.tolist() == [key for key in [*even.tolist(), *range(9)] if key in chosen] and 80 < len(chosen) < 250
-    assert facts_beside(tmp_path / "all.npy").exists()
+    assert metadata_path(tmp_path / "all.npy").exists()

@@ -1,6 +1,6 @@
-"""Replacement algorithms as slow and obvious Python over lists and dicts: oracles of ``kernels/associative``.
+"""Replacement algorithms in slow and obvious Python over lists and dicts: oracles for ``simulate.algorithms``.
 
-Each takes a trace and a capacity and returns one bool a request: was the key there. Lists run from the oldest to the latest.
+Each takes a trace and a capacity and returns a bool for each request: was it a hit. Lists run from the oldest to the newest.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def lfu(trace: Trace, capacity: int) -> list[bool]:
 
 
 def clock(trace: Trace, capacity: int) -> list[bool]:
-    """As a queue: a marked row at its head goes to the end without its mark."""
+    """As a queue: a referenced row at its head moves to the end, no longer referenced."""
     queue: list[int] = []
-    marked: set[int] = set()
+    referenced: set[int] = set()
     hits = []
     for key in trace:
         hits.append(key in queue)
         if key in queue:
-            marked.add(key)
+            referenced.add(key)
             continue
         if len(queue) == capacity:
-            while queue[0] in marked:
-                marked.remove(queue[0])
+            while queue[0] in referenced:
+                referenced.remove(queue[0])
                 queue.append(queue.pop(0))
             queue.pop(0)
         queue.append(key)
@@ -71,18 +71,18 @@ def clock(trace: Trace, capacity: int) -> list[bool]:
 
 def sieve(trace: Trace, capacity: int) -> list[bool]:
     queue: list[int] = []
-    marked: set[int] = set()
+    visited: set[int] = set()
     hand: int | None = None  # a key, None: the oldest
     hits = []
     for key in trace:
         hits.append(key in queue)
         if key in queue:
-            marked.add(key)
+            visited.add(key)
             continue
         if len(queue) == capacity:
             at = 0 if hand is None else queue.index(hand)
-            while queue[at] in marked:
-                marked.remove(queue[at])
+            while queue[at] in visited:
+                visited.remove(queue[at])
                 at = (at + 1) % len(queue)
             hand = queue[at + 1] if at + 1 < len(queue) else None
             queue.pop(at)
@@ -91,29 +91,29 @@ def sieve(trace: Trace, capacity: int) -> list[bool]:
 
 
 def two_q(trace: Trace, capacity: int) -> list[bool]:
-    news: list[int] = []
-    main: list[int] = []
-    ghosts: list[int] = []
+    a1in: list[int] = []
+    am: list[int] = []
+    a1out: list[int] = []
     hits = []
     for key in trace:
-        hits.append(key in news or key in main)
-        if key in news:
+        hits.append(key in a1in or key in am)
+        if key in a1in:
             continue
-        if key in main:
-            main.remove(key)
-            main.append(key)
+        if key in am:
+            am.remove(key)
+            am.append(key)
             continue
-        was_ghost = key in ghosts
+        was_ghost = key in a1out
         if was_ghost:
-            ghosts.remove(key)
-        if len(news) + len(main) == capacity:
-            if len(news) > max(1, capacity // 4) or not main:
-                ghosts.append(news.pop(0))
-                if len(ghosts) > max(1, capacity // 2):
-                    ghosts.pop(0)
+            a1out.remove(key)
+        if len(a1in) + len(am) == capacity:
+            if len(a1in) > max(1, capacity // 4) or not am:
+                a1out.append(a1in.pop(0))
+                if len(a1out) > max(1, capacity // 2):
+                    a1out.pop(0)
             else:
-                main.pop(0)
-        (main if was_ghost else news).append(key)
+                am.pop(0)
+        (am if was_ghost else a1in).append(key)
     return hits
 
 
@@ -121,14 +121,14 @@ def s3fifo(trace: Trace, capacity: int) -> list[bool]:
     small: list[int] = []
     main: list[int] = []
     ghosts: list[int] = []
-    asked: dict[int, int] = {}
+    frequency: dict[int, int] = {}
     max_small = max(1, capacity // 10)
     evicted = False
     hits = []
     for key in trace:
         hits.append(key in small or key in main)
         if hits[-1]:
-            asked[key] = min(3, asked[key] + 1)
+            frequency[key] = min(3, frequency[key] + 1)
             continue
         was_ghost = key in ghosts
         if was_ghost:
@@ -136,29 +136,29 @@ def s3fifo(trace: Trace, capacity: int) -> list[bool]:
         while len(small) + len(main) == capacity:
             if len(main) > capacity - max_small or not small:
                 victim = main.pop(0)
-                if asked[victim]:
-                    asked[victim] -= 1
+                if frequency[victim]:
+                    frequency[victim] -= 1
                     main.append(victim)
                 else:
                     evicted = True
             else:
                 victim = small.pop(0)
-                if asked[victim] >= 2:
-                    asked[victim] = 0
+                if frequency[victim] >= 2:
+                    frequency[victim] = 0
                     main.append(victim)
                 else:
                     ghosts.append(victim)
                     if len(ghosts) > max(1, capacity * 9 // 10):
                         ghosts.pop(0)
                     evicted = True
-        asked[key] = 0
+        frequency[key] = 0
         filling = not evicted and len(small) >= max_small
         (main if was_ghost or filling else small).append(key)
     return hits
 
 
 def arc(trace: Trace, capacity: int) -> list[bool]:
-    """By the names and cases of the paper."""
+    """With the names and cases of the paper."""
     t1: list[int] = []
     t2: list[int] = []
     b1: list[int] = []
@@ -206,23 +206,23 @@ def arc(trace: Trace, capacity: int) -> list[bool]:
 
 
 def belady(trace: Trace, capacity: int) -> list[bool]:
-    """The row with the furthest next request leaves, or the newcomer stays out if its own is as far."""
-    there: set[int] = set()
+    """Evicts the row with the furthest next request; does not admit a key whose own is at least as far."""
+    resident: set[int] = set()
     hits = []
 
     def next_use(key: int, after: int) -> float:
         return next((at for at in range(after + 1, len(trace)) if trace[at] == key), float("inf"))
 
     for now, key in enumerate(trace):
-        hits.append(key in there)
-        if key in there:
+        hits.append(key in resident)
+        if key in resident:
             continue
-        if len(there) == capacity:
-            furthest = max(there, key=lambda one: next_use(one, now))
+        if len(resident) == capacity:
+            furthest = max(resident, key=lambda one: next_use(one, now))
             if next_use(furthest, now) <= next_use(key, now):
                 continue
-            there.remove(furthest)
-        there.add(key)
+            resident.remove(furthest)
+        resident.add(key)
     return hits
 
 

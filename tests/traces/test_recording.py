@@ -1,4 +1,4 @@
-"""``HPS.record_trace``: what lookups ask for becomes a trace, a sample of bounded size; off, nothing happens."""
+"""``HPS.record_trace`` records the keys of lookups as a trace, or a sample of bounded size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.factories import Workshop
 
 from hps_numba import HPS, simulate
 from hps_numba.errors import ClosedError, ConfigError, TraceError, UnknownModelError
-from hps_numba.traces.recording import _BUFFER, facts_beside
+from hps_numba.traces.recording import _BUFFER, metadata_path
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def recorded(path: Path) -> list[int]:
     return np.load(path).tolist()
 
 
-def test_all_ways_to_look_up_are_recorded(server: HPS, tmp_path: Path) -> None:
+def test_all_kinds_of_lookups_are_recorded(server: HPS, tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     with server.record_trace(path, "m", 0) as recording:
         server.lookup([1, 5, 5, -9], "m", 0)
@@ -39,14 +39,14 @@ def test_all_ways_to_look_up_are_recorded(server: HPS, tmp_path: Path) -> None:
     server.lookup([4], "m", 0)
     assert recorded(path) == [1, 5, 5, -9, 7, 8, 2, 6, 6, 9]
     assert recording.done and (recording.keys, recording.requests, recording.calls) == (10, 10, 6)
-    facts = json.loads(facts_beside(path).read_text())
-    assert facts == {"table": "m/sparse_embedding0", "rate": 1.0, "requests": 10, "keys": 10, "calls": 6, "every": 1}
+    metadata = json.loads(metadata_path(path).read_text())
+    assert metadata == {"table": "m/sparse_embedding0", "rate": 1.0, "requests": 10, "keys": 10, "calls": 6, "every": 1}
     assert server._recordings == ()
     recording.close()
 
 
-def test_a_share_of_the_keys_of_some_calls_up_to_a_limit(server: HPS, tmp_path: Path) -> None:
-    asked = np.random.default_rng(0).integers(0, 1000, 4000)
+def test_rate_every_and_limit_select_what_is_recorded(server: HPS, tmp_path: Path) -> None:
+    requested = np.random.default_rng(0).integers(0, 1000, 4000)
     shared, some, few = (tmp_path / f"{name}.npy" for name in ("shared", "some", "few"))
     with (
         server.record_trace(shared, "m", 0, rate=0.25),
@@ -54,20 +54,20 @@ def test_a_share_of_the_keys_of_some_calls_up_to_a_limit(server: HPS, tmp_path: 
         server.record_trace(few, "m", 0, limit=25) as limited,
     ):
         for start in range(0, 4000, 10):
-            server.lookup(asked[start : start + 10], "m", 0)
+            server.lookup(requested[start : start + 10], "m", 0)
         assert limited.done and len(server._recordings) == 2
     kept = set(recorded(shared))
-    assert 150 < len(kept) < 350 and recorded(shared) == [key for key in asked.tolist() if key in kept]
-    assert recorded(some) == np.concatenate([asked[at : at + 10] for at in range(0, 4000, 30)]).tolist()
-    assert recorded(few) == asked[:25].tolist()
+    assert 150 < len(kept) < 350 and recorded(shared) == [key for key in requested.tolist() if key in kept]
+    assert recorded(some) == np.concatenate([requested[at : at + 10] for at in range(0, 4000, 30)]).tolist()
+    assert recorded(few) == requested[:25].tolist()
 
 
-def test_the_simulator_knows_that_it_is_a_sample(server: HPS, tmp_path: Path) -> None:
+def test_simulator_scales_a_recorded_sample(server: HPS, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    asked = rng.zipf(1.2, 60_000) % 9000
+    requested = rng.zipf(1.2, 60_000) % 9000
     with server.record_trace(tmp_path / "all.npy", "m", 0), server.record_trace(tmp_path / "some.npy", "m", 0, rate=0.4):
         for start in range(0, 60_000, 5000):
-            server.lookup(asked[start : start + 5000], "m", 0)
+            server.lookup(requested[start : start + 5000], "m", 0)
     true = simulate.run(tmp_path / "all.npy", "lru", 1000, geometry="associative", progress=False).runs
     found = simulate.run(tmp_path / "some.npy", "lru", 1000, geometry="associative", progress=False)
     assert found.requests == 60_000 and found.rate == pytest.approx(0.4, abs=1e-6) and found.simulated < 50_000
@@ -75,26 +75,26 @@ def test_the_simulator_knows_that_it_is_a_sample(server: HPS, tmp_path: Path) ->
         assert abs(one.hit_rate - estimate.hit_rate) <= max(estimate.error, 0.02) and estimate.error > 0
     part = simulate.open_trace(tmp_path / "some.npy", limit=found.simulated // 2)
     assert part.whole == pytest.approx(30_000, rel=0.001)
-    facts_beside(tmp_path / "some.npy").write_text("{}")
-    with pytest.raises(TraceError, match=r"some\.npy\.json: not the facts about a recorded trace"):
+    metadata_path(tmp_path / "some.npy").write_text("{}")
+    with pytest.raises(TraceError, match=r"some\.npy\.json: expected the metadata of a recorded trace"):
         simulate.open_trace(tmp_path / "some.npy")
-    facts_beside(tmp_path / "some.npy").write_text('{"rate": 0.5, "requests": 10, "keys": 3}')
+    metadata_path(tmp_path / "some.npy").write_text('{"rate": 0.5, "requests": 10, "keys": 3}')
     with pytest.raises(TraceError, match=r"3 keys of 10 requests at rate 0\.5, but some\.npy has"):
         simulate.open_trace(tmp_path / "some.npy")
 
 
-def test_the_file_can_be_read_while_it_grows(server: HPS, tmp_path: Path) -> None:
-    path, asked = tmp_path / "t.npy", np.arange(_BUFFER + 10) % 70
+def test_file_is_readable_while_it_grows(server: HPS, tmp_path: Path) -> None:
+    path, requested = tmp_path / "t.npy", np.arange(_BUFFER + 10) % 70
     with server.record_trace(path, "m", 0):
         assert recorded(path) == []
-        server.lookup(asked, "m", 0)
-        assert recorded(path) == asked[:_BUFFER].tolist()
+        server.lookup(requested, "m", 0)
+        assert recorded(path) == requested[:_BUFFER].tolist()
         assert simulate.open_trace(path).requests == _BUFFER
-        server.lookup(np.tile(asked, 2), "m", 0)
-    assert recorded(path) == np.tile(asked, 3).tolist()
+        server.lookup(np.tile(requested, 2), "m", 0)
+    assert recorded(path) == np.tile(requested, 3).tolist()
 
 
-def test_threads_record_whole_calls(server: HPS, tmp_path: Path) -> None:
+def test_calls_of_threads_are_not_interleaved(server: HPS, tmp_path: Path) -> None:
     def work(number: int) -> None:
         for _ in range(200):
             server.lookup(np.full(7, number), "m", 0)
@@ -110,7 +110,7 @@ def test_threads_record_whole_calls(server: HPS, tmp_path: Path) -> None:
     assert np.bincount(calls[:, 0]).tolist() == [200] * 4
 
 
-def test_closing_the_server_ends_a_recording(workshop: Workshop, tmp_path: Path) -> None:
+def test_closing_the_server_ends_the_recording(workshop: Workshop, tmp_path: Path) -> None:
     server = workshop.open(workshop.model((range(50), 3)))
     recording = server.record_trace(tmp_path / "t.npy", "m", 0)
     server.lookup([1, 2], "m", 0)
@@ -121,12 +121,12 @@ def test_closing_the_server_ends_a_recording(workshop: Workshop, tmp_path: Path)
     assert not (tmp_path / "u.npy").exists()
 
 
-def test_misuse(server: HPS, tmp_path: Path) -> None:
+def test_misuse_of_record_trace_raises(server: HPS, tmp_path: Path) -> None:
     for options, message in (
-        ({"rate": 0}, "rate is 0"),
-        ({"rate": 1.1}, "rate is 1.1"),
-        ({"every": 0}, "every is 0"),
-        ({"limit": 0}, "limit is 0"),
+        ({"rate": 0}, "rate: expected .*, got 0"),
+        ({"rate": 1.1}, "rate: expected .*, got 1.1"),
+        ({"every": 0}, "every: expected 1 or more, got 0"),
+        ({"limit": 0}, "limit: expected 1 or more, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             server.record_trace(tmp_path / "t.npy", "m", 0, **options)
@@ -141,7 +141,7 @@ def test_misuse(server: HPS, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_leaves_the_file_to_its_parent(server: HPS, tmp_path: Path) -> None:
+def test_forked_child_does_not_write_the_file(server: HPS, tmp_path: Path) -> None:
     with server.record_trace(tmp_path / "t.npy", "m", 0):
         server.lookup([1], "m", 0)
         child = os.fork()
@@ -153,19 +153,19 @@ def test_a_forked_child_leaves_the_file_to_its_parent(server: HPS, tmp_path: Pat
     assert recorded(tmp_path / "t.npy") == [1, 3]
 
 
-def test_a_full_disk_ends_the_recording_and_no_lookup(
+def test_full_disk_ends_the_recording_but_not_the_lookup(
     server: HPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = np.arange(_BUFFER)
+    requested = np.arange(_BUFFER)
     recording = server.record_trace(tmp_path / "t.npy", "m", 0)
-    server.lookup(asked, "m", 0)
+    server.lookup(requested, "m", 0)
 
     def refuse(self: object, *args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hps_numba.traces.recording.TraceRecording._write", refuse)
-    assert server.lookup(asked, "m", 0).shape == (_BUFFER, 3)
+    assert server.lookup(requested, "m", 0).shape == (_BUFFER, 3)
     assert recording.done and server._recordings == ()
     assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
-    assert recorded(tmp_path / "t.npy") == asked.tolist()
+    assert recorded(tmp_path / "t.npy") == requested.tolist()
     recording.close()

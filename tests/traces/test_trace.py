@@ -1,4 +1,4 @@
-"""Traces: every format gives the same keys, and what is damaged or unclear is a typed error that names the place."""
+"""Traces: every format yields the same keys; damaged or ambiguous files raise a TraceError that names the position."""
 
 from __future__ import annotations
 
@@ -39,31 +39,31 @@ def save(name: str, folder: Path, keys: list[int]) -> Path:
         records["object"] = np.array(keys, np.int64).view(np.uint64)
         records.tofile(folder / "t.oracleGeneral")
         return folder / "t.oracleGeneral"
-    assert name == "text", f"{name}: a new format wants a line here"
+    assert name == "text", f"{name}: a new format needs a case here"
     (folder / "t.txt").write_text(text_of(keys))
     return folder / "t.txt"
 
 
 @pytest.mark.parametrize("name", formats())
-def test_every_format_gives_the_keys(name: str, tmp_path: Path) -> None:
+def test_every_format_yields_the_keys(name: str, tmp_path: Path) -> None:
     path = save(name, tmp_path, KEYS)
     trace = simulate.open_trace(path)
     assert trace.format == name and trace.name == path.name and trace.requests in (None, len(KEYS))
-    for _ in range(2):  # from the beginning with each call
+    for _ in range(2):  # each call starts at the beginning
         assert [key for block in trace.blocks() for key in block.tolist()] == KEYS
     assert trace.keys().dtype == np.int64
     few = simulate.open_trace(path, limit=3)
     assert few.keys().tolist() == KEYS[:3] and few.requests in (None, 3)
     assert simulate.open_trace(path, limit=100).keys().tolist() == KEYS
     other = path.rename(tmp_path / "unnamed")
-    with pytest.raises(TraceError, match=r"its ending is none of \.csv"):
+    with pytest.raises(TraceError, match=r"unnamed: expected a name ending in \.csv"):
         simulate.open_trace(other)
     assert simulate.open_trace(other, format=name, name="mine").name == "mine"
 
 
 @pytest.mark.parametrize("name", formats())
-def test_every_format_is_cut_into_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("npy", "oracle_general", "text", "parquet"):
+def test_every_format_yields_blocks_of_limited_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("_format", "parquet"):
         monkeypatch.setattr(f"hps_numba.traces.formats.{module}.BLOCK", 4)
     monkeypatch.setattr("hps_numba.traces.formats.csv._ROWS", 4)
     keys = list(range(10))
@@ -72,7 +72,7 @@ def test_every_format_is_cut_into_blocks(name: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", formats())
-def test_every_format_without_requests(name: str, tmp_path: Path) -> None:
+def test_empty_trace_of_every_format_raises(name: str, tmp_path: Path) -> None:
     path = save(name, tmp_path, KEYS)
     if name == "npy":
         np.save(path, np.empty(0, np.int64))
@@ -81,11 +81,11 @@ def test_every_format_without_requests(name: str, tmp_path: Path) -> None:
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"key": pyarrow.array([], pyarrow.int64())}), path)
     else:
         path.write_text("key\n" if name == "csv" else "")
-    with pytest.raises(TraceError, match=f"{path.name}: is empty, wanted keys"):
+    with pytest.raises(TraceError, match=f"{path.name}: expected keys, got an empty trace"):
         simulate.run(path, "lru", 10, progress=False)
 
 
-def test_arrays_and_traces_are_traces() -> None:
+def test_open_trace_accepts_arrays_and_traces() -> None:
     keys = np.arange(12, dtype=np.uint32).reshape(3, 4)
     trace = simulate.open_trace(keys, limit=7)
     assert trace.keys().tolist() == list(range(7)) and simulate.open_trace(trace) is trace
@@ -94,7 +94,7 @@ def test_arrays_and_traces_are_traces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "column", "wanted"),
+    ("text", "column", "expected"),
     [
         ("7\n8\n", None, [7, 8]),
         ("id\n7\n", None, [7]),
@@ -108,28 +108,28 @@ def test_arrays_and_traces_are_traces() -> None:
         ("Key , other\n5,6\n", None, [5]),
     ],
 )
-def test_columns_of_csv(tmp_path: Path, text: str, column: Any, wanted: list[int]) -> None:
+def test_column_of_a_csv_file_is_found(tmp_path: Path, text: str, column: Any, expected: list[int]) -> None:
     (tmp_path / "t.csv").write_text(text)
-    assert simulate.open_trace(tmp_path / "t.csv", column=column).keys().tolist() == wanted
+    assert simulate.open_trace(tmp_path / "t.csv", column=column).keys().tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("text", "column", "message"),
     [
-        ("", None, "t.csv: is empty"),
-        ("key\n1\nx\n", None, "t.csv:3: 'x', wanted an integer of 64 bits"),
-        ("key\n1\n\n1.0\n", None, "t.csv:4: '1.0'"),
-        ("key\n99999999999999999999\n", None, "t.csv:2: '99999999999999999999'"),
-        ("a,key\n1,2\n1\n", None, "t.csv:3: 1 columns, wanted 2 or more"),
-        ("a,b\n1,2\n", None, "t.csv: column 'key' is none of a, b"),
-        ("a,b\n1,2\n", "c", "t.csv: column 'c' is none of a, b"),
-        ("1,2\n", None, "t.csv: 2 columns and no header"),
-        ("1,2\n", "a", "t.csv: column 'a', but there is no header"),
-        ("1,2\n", "2", "t.csv: column 2 of 2, counted from 0"),
-        ("key\n1\0\n", None, "t.csv: not a CSV file: it has zero bytes"),
+        ("", None, "t.csv: expected a header or rows, got an empty file"),
+        ("key\n1\nx\n", None, "t.csv:3: expected a 64-bit integer, got 'x'"),
+        ("key\n1\n\n1.0\n", None, "t.csv:4: expected a 64-bit integer, got '1.0'"),
+        ("key\n99999999999999999999\n", None, "t.csv:2: expected a 64-bit integer, got '99999999999999999999'"),
+        ("a,key\n1,2\n1\n", None, "t.csv:3: expected 2 or more columns, got 1"),
+        ("a,b\n1,2\n", None, "t.csv: column (--column): expected one of a, b, got 'key'"),
+        ("a,b\n1,2\n", "c", "t.csv: column (--column): expected one of a, b, got 'c'"),
+        ("1,2\n", None, "t.csv: expected the number of a column (--column), as there are 2 and no header"),
+        ("1,2\n", "a", "t.csv: column: expected a number, as there is no header, got 'a'"),
+        ("1,2\n", "2", "t.csv: column: expected 0 to 1, got 2"),
+        ("key\n1\0\n", None, "t.csv: expected a CSV file, got one with zero bytes"),
     ],
 )
-def test_csv_that_is_damaged_or_unclear(tmp_path: Path, text: str, column: Any, message: str) -> None:
+def test_damaged_or_ambiguous_csv_raises(tmp_path: Path, text: str, column: Any, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(TraceError) as failed:
         simulate.open_trace(tmp_path / "t.csv", column=column).keys()
@@ -139,18 +139,18 @@ def test_csv_that_is_damaged_or_unclear(tmp_path: Path, text: str, column: Any, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.npy", b"", "not an .npy file of integers"),
-        ("t.npy", b"\x93NUMPY\x01\x00garbage", "not an .npy file of integers"),
-        ("t.txt", b"1 2\n3 four\n", "t.txt:2: 'four', wanted an integer"),
+        ("t.npy", b"", "expected an .npy file of integers"),
+        ("t.npy", b"\x93NUMPY\x01\x00garbage", "expected an .npy file of integers"),
+        ("t.txt", b"1 2\n3 four\n", "t.txt:2: expected a 64-bit integer, got 'four'"),
         ("t.txt", b"1\n\xff\xfe\n", "t.txt:2: "),
-        ("t.csv", b"key\n\xff\xfe\n", "not a CSV file in UTF-8"),
-        ("t.oracleGeneral", bytes(25), "25 bytes, wanted whole records of 24"),
-        ("t.oracleGeneral", b"\x28\xb5\x2f\xfd" + bytes(20), "is compressed, wanted plain oracleGeneral: zstd -d"),
-        ("t.parquet", b"PAR1 and no more", "not a Parquet file"),
-        ("t.parquet", b"", "not a Parquet file"),
+        ("t.csv", b"key\n\xff\xfe\n", "expected a CSV file in UTF-8"),
+        ("t.oracleGeneral", bytes(25), "expected whole records of 24 bytes, got 25 bytes"),
+        ("t.oracleGeneral", b"\x28\xb5\x2f\xfd" + bytes(20), "expected plain oracleGeneral, got a compressed file: zstd -d"),
+        ("t.parquet", b"PAR1 and no more", "expected a Parquet file"),
+        ("t.parquet", b"", "expected a Parquet file"),
     ],
 )
-def test_files_that_are_damaged(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_damaged_file_raises(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
@@ -159,31 +159,31 @@ def test_files_that_are_damaged(tmp_path: Path, name: str, content: bytes, messa
     assert message in str(failed.value) and "\n" not in str(failed.value)
 
 
-def test_npy_files_of_other_things(tmp_path: Path) -> None:
+def test_npy_without_integers_raises(tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     np.save(path, np.arange(10_000))
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(TraceError, match=r"not an \.npy file"):
+    with pytest.raises(TraceError, match=r"expected an \.npy file of integers"):
         simulate.open_trace(path)
     for array, message in (
-        (np.ones(3), "holds float64, wanted an array of integers"),
-        (np.array([None]), "not an .npy file of integers"),
-        (np.asfortranarray(np.arange(6).reshape(2, 3)), "is in Fortran order"),
+        (np.ones(3), "expected an array of integers, got float64"),
+        (np.array([None]), "expected an .npy file of integers"),
+        (np.asfortranarray(np.arange(6).reshape(2, 3)), "expected C order, got Fortran order"),
     ):
         np.save(path, array)
         with pytest.raises(TraceError, match=message):
             simulate.open_trace(path)
 
 
-def test_parquet_files_of_other_things(tmp_path: Path) -> None:
+def test_parquet_without_integers_or_damaged_raises(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "t.parquet"
     for table, column, message in (
-        ({"key": [1.5]}, None, "column 'key' is double, wanted integers"),
-        ({"key": ["a"]}, None, "column 'key' is string"),
-        ({"key": [1, None]}, None, "column 'key' has 1 nulls"),
-        ({"a": [1], "b": [1]}, None, "column 'key' is none of a, b"),
-        ({"a": [1]}, "b", "column 'b' is none of a"),
+        ({"key": [1.5]}, None, "column 'key': expected integers, got double"),
+        ({"key": ["a"]}, None, "column 'key': expected integers, got string"),
+        ({"key": [1, None]}, None, "column 'key': expected integers, got 1 nulls"),
+        ({"a": [1], "b": [1]}, None, r"column \(--column\): expected one of a, b, got 'key'"),
+        ({"a": [1]}, "b", r"column \(--column\): expected one of a, got 'b'"),
     ):
         parquet.write_table(pyarrow.table(table), path)
         with pytest.raises(TraceError, match=message):
@@ -198,15 +198,15 @@ def test_parquet_files_of_other_things(tmp_path: Path) -> None:
         simulate.open_trace(path).keys()
 
 
-def test_columns_where_there_are_none_and_other_misuse(tmp_path: Path) -> None:
+def test_misuse_of_open_trace_raises(tmp_path: Path) -> None:
     for name in ("npy", "oracle_general", "text"):
-        with pytest.raises(TraceError, match="column 'key' of a"):
+        with pytest.raises(TraceError, match="column: expected none"):
             simulate.open_trace(save(name, tmp_path, KEYS), column="key")
-    with pytest.raises(TraceError, match="no such file"):
+    with pytest.raises(TraceError, match="expected a trace file, got no such file"):
         simulate.open_trace(tmp_path / "none.npy")
-    with pytest.raises(TraceError, match="is a directory"):
+    with pytest.raises(TraceError, match="expected a trace file, got a directory"):
         simulate.open_trace(tmp_path)
-    with pytest.raises(TraceError, match="limit: 0 requests"):
+    with pytest.raises(TraceError, match="limit: expected 1 or more requests, got 0"):
         simulate.open_trace(KEYS, limit=0)
-    with pytest.raises(TraceError, match="format: 'pickle' is unknown, known are csv, npy"):
+    with pytest.raises(TraceError, match=r"format: expected one of csv, npy, .*, got 'pickle'"):
         simulate.open_trace(tmp_path / "t.npy", format="pickle")

@@ -1,15 +1,14 @@
-"""What a fully associative algorithm is: a compiled step over a piece of a trace, and the arrays that it keeps between steps.
+"""The interface of a fully associative algorithm: a compiled step over a piece of a trace, and arrays kept between steps.
 
-Keys are dense numbers, 0 to ``keys - 1``: the simulator numbers them once, so that an algorithm looks a key up by indexing an
-array and never hashes. Lists are doubly linked by arrays (``_lists``). All rows are of one size, so a capacity is a number of
-rows. The step of an algorithm is ::
+Keys are dense numbers, 0 to ``keys - 1``, so that an algorithm finds a key by indexing an array instead of hashing. Lists are
+doubly linked in arrays (``_lists``). All rows have one size, so a capacity is a number of rows. The step of an algorithm is ::
 
     step(ids, hits, counters, capacity, *state)
 
-ids: int32 ``[n]``, the keys asked for.   hits: uint8 ``[n]``, 1 where the row was resident, else 0.
-counters: int64 ``[8]``, kept from step to step: RESIDENT, ADMITTED, EVICTED; the others are the algorithm's own.
-``future`` comes after ``capacity`` for algorithms that look ahead: int64 ``[n]``, position of the next request for the same
-key, or FOREVER.   **Writes:** hits, counters, state.
+ids: int32 ``[n]``, the requested keys.   hits: uint8 ``[n]``, 1 where the row was resident, else 0.
+counters: int64 ``[8]``, kept from step to step: RESIDENT, ADMITTED, EVICTED; the others belong to the algorithm.
+Algorithms that look ahead take ``future`` after ``capacity``: int64 ``[n]``, position of the next request for the same key,
+or FOREVER.   **Writes:** hits, counters, state.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 __all__ = ["ADMITTED", "COUNTERS", "EVICTED", "FOREVER", "OWN", "RESIDENT", "Algorithm"]
 
 RESIDENT, ADMITTED, EVICTED = 0, 1, 2
-OWN = 3  # the first counter that is the algorithm's own
+OWN = 3  # the first counter that belongs to the algorithm
 COUNTERS = 8
 FOREVER = 1 << 62
 
@@ -34,8 +33,8 @@ class Algorithm:
 
     Attributes:
         step: the compiled step.
-        state: ``state(capacity, keys, most)`` makes its arrays; ``most``: how often the most popular key is asked for.
-        looks_ahead: takes ``future``.   bound: no cache of that many rows can do better, or none of any size.
+        state: ``state(capacity, keys, max_count)`` returns its arrays; ``max_count``: requests for the most popular key.
+        looks_ahead: takes ``future``.   bound: an upper bound on the hits of all caches of the same size, or of any size.
     """
 
     step: Callable[..., None]

@@ -1,4 +1,4 @@
-"""A binary heap whose smallest score is first, with the place of every key, so that any score can change."""
+"""A binary min-heap of scores that knows the position of every key, so that any score can change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOT_IN_HEAP = -1
 
 
 @host_function
-def sift_up(heap, place, key_of, at):
+def sift_up(heap, position_of, key_of, at):
     """The score at ``at`` became smaller.   **Writes:** all."""
     score, key = heap[at], key_of[at]
     while at > 0:
@@ -18,13 +18,13 @@ def sift_up(heap, place, key_of, at):
         if heap[above] <= score:
             break
         heap[at], key_of[at] = heap[above], key_of[above]
-        place[key_of[at]] = at
+        position_of[key_of[at]] = at
         at = above
-    heap[at], key_of[at], place[key] = score, key, at
+    heap[at], key_of[at], position_of[key] = score, key, at
 
 
 @host_function
-def sift_down(heap, place, key_of, at, size):
+def sift_down(heap, position_of, key_of, at, size):
     """The score at ``at`` became larger.   **Writes:** all."""
     score, key = heap[at], key_of[at]
     while True:
@@ -36,6 +36,6 @@ def sift_down(heap, place, key_of, at, size):
         if heap[below] >= score:
             break
         heap[at], key_of[at] = heap[below], key_of[below]
-        place[key_of[at]] = at
+        position_of[key_of[at]] = at
         at = below
-    heap[at], key_of[at], place[key] = score, key, at
+    heap[at], key_of[at], position_of[key] = score, key, at

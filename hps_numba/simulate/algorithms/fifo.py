@@ -11,28 +11,28 @@ HAND = OWN
 
 
 @host_kernel
-def step(ids, hits, counters, capacity, there, ring):
-    """``ring``: keys in the order in which they came; the hand is at the oldest.   **Writes:** as ``_algorithm`` says."""
+def step(ids, hits, counters, capacity, resident, ring):
+    """``ring``: keys in order of insertion; the hand is at the oldest.   **Writes:** hits, counters, resident, ring."""
     for i in range(len(ids)):
         key = ids[i]
-        if there[key]:
+        if resident[key]:
             hits[i] = 1
             continue
         hits[i] = 0
         counters[ADMITTED] += 1
         hand = counters[HAND]
         if counters[RESIDENT] == capacity:
-            there[ring[hand]] = 0
+            resident[ring[hand]] = 0
             counters[EVICTED] += 1
         else:
             counters[RESIDENT] += 1
-        there[key] = 1
+        resident[key] = 1
         ring[hand] = key
         counters[HAND] = 0 if hand + 1 == capacity else hand + 1
 
 
-def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
-    """there, ring."""
+def state(capacity: int, keys: int, max_count: int) -> tuple[np.ndarray, ...]:
+    """resident, ring."""
     return np.zeros(keys, np.uint8), np.zeros(capacity, np.int32)
 
 

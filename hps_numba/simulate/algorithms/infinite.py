@@ -1,4 +1,4 @@
-"""A cache without end: only the first request for a key misses. The ceiling of every policy and size."""
+"""An infinite cache: only the first request for a key misses. An upper bound for every policy and size."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from hps_numba.simulate.algorithms._algorithm import ADMITTED, RESIDENT, Algorit
 
 
 @host_kernel
-def step(ids, hits, counters, capacity, there):
-    """**Writes:** as ``_algorithm`` says."""
+def step(ids, hits, counters, capacity, resident):
+    """**Writes:** hits, counters, resident."""
     for i in range(len(ids)):
         key = ids[i]
-        hits[i] = there[key]
-        if there[key] == 0:
-            there[key] = 1
+        hits[i] = resident[key]
+        if resident[key] == 0:
+            resident[key] = 1
             counters[ADMITTED] += 1
             counters[RESIDENT] += 1
 
 
-def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
-    """there."""
+def state(capacity: int, keys: int, max_count: int) -> tuple[np.ndarray, ...]:
+    """resident."""
     return (np.zeros(keys, np.uint8),)
 
 

@@ -1,6 +1,6 @@
-"""Random replacement: any row leaves, each as likely as the others (L. A. Belady, 1966). The same in every run.
+"""Random replacement: evicts a row chosen uniformly at random (L. A. Belady, 1966), reproducible from run to run.
 
-Numbers are those of xorshift64* (S. Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled",
+The generator is xorshift64* (S. Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled",
 ACM TOMS 42(4), 2016).
 """
 
@@ -17,11 +17,11 @@ _STAR = np.uint64(0x2545F4914F6CDD1D)
 
 
 @host_kernel
-def step(ids, hits, counters, capacity, there, rows, source):
-    """``rows``: the resident keys, in no order; ``source``: state of the generator.   **Writes:** as ``_algorithm`` says."""
+def step(ids, hits, counters, capacity, resident, rows, source):
+    """``rows``: the resident keys, unordered; ``source``: state of the generator.   **Writes:** all but ids."""
     for i in range(len(ids)):
         key = ids[i]
-        if there[key]:
+        if resident[key]:
             hits[i] = 1
             continue
         hits[i] = 0
@@ -34,16 +34,16 @@ def step(ids, hits, counters, capacity, there, rows, source):
             x ^= x >> _27
             source[0] = x
             at = np.int64((((x * _STAR) >> _32) * np.uint64(capacity)) >> _32)
-            there[rows[at]] = 0
+            resident[rows[at]] = 0
             counters[EVICTED] += 1
         else:
             counters[RESIDENT] += 1
-        there[key] = 1
+        resident[key] = 1
         rows[at] = key
 
 
-def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
-    """there, rows, source."""
+def state(capacity: int, keys: int, max_count: int) -> tuple[np.ndarray, ...]:
+    """resident, rows, source."""
     return np.zeros(keys, np.uint8), np.zeros(capacity, np.int32), np.array([SEED], np.uint64)
 
 

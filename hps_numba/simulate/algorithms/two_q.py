@@ -1,8 +1,8 @@
 """2Q, the full version (T. Johnson, D. Shasha, "2Q: a low overhead high performance buffer management replacement algorithm",
-VLDB 1994), with the sizes that the paper advises: a quarter of the rows for newcomers, ghosts of half as many keys as rows.
+VLDB 1994), with the sizes recommended there: a quarter of the rows for A1in, half as many keys in A1out as the cache has rows.
 
-Newcomers queue first in, first out; a hit there changes nothing. One that left and is asked for again while its ghost lasts
-enters the main list, which is least recently used.
+New rows enter A1in, a FIFO queue in which hits change nothing. The keys of rows evicted from it are kept in A1out; a key that
+is requested while it is there enters Am, an LRU list.
 """
 
 from __future__ import annotations
@@ -13,60 +13,60 @@ from hps_numba.kernels.compiler.njit import host_kernel
 from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, OWN, RESIDENT, Algorithm
 from hps_numba.simulate.algorithms._lists import PREV, cut, new_links, push
 
-ABSENT, NEW, MAIN, GHOST = 0, 1, 2, 3
-NEWS, GHOSTS = OWN, OWN + 1
+ABSENT, A1IN, AM, A1OUT = 0, 1, 2, 3
+A1IN_SIZE, A1OUT_SIZE = OWN, OWN + 1
 
 
 @host_kernel
 def step(ids, hits, counters, capacity, where, links):
-    """Lists: newcomers, main, ghosts.   **Writes:** as ``_algorithm`` says."""
+    """Lists: A1in, Am, A1out.   **Writes:** all but ids."""
     keys = len(where)
-    news, main, ghosts = keys, keys + 1, keys + 2
-    max_news, max_ghosts = max(1, capacity // 4), max(1, capacity // 2)
+    a1in, am, a1out = keys, keys + 1, keys + 2
+    max_a1in, max_a1out = max(1, capacity // 4), max(1, capacity // 2)
     for i in range(len(ids)):
         key = ids[i]
-        place = where[key]
-        if place in (NEW, MAIN):
+        queue = where[key]
+        if queue in (A1IN, AM):
             hits[i] = 1
-            if place == MAIN:
+            if queue == AM:
                 cut(links, key)
-                push(links, main, key)
+                push(links, am, key)
             continue
         hits[i] = 0
         counters[ADMITTED] += 1
-        if place == GHOST:
+        if queue == A1OUT:
             cut(links, key)
-            counters[GHOSTS] -= 1
+            counters[A1OUT_SIZE] -= 1
         if counters[RESIDENT] == capacity:
             counters[EVICTED] += 1
-            if counters[NEWS] > max_news or links[main, PREV] == main:
-                victim = links[news, PREV]
+            if counters[A1IN_SIZE] > max_a1in or links[am, PREV] == am:
+                victim = links[a1in, PREV]
                 cut(links, victim)
-                counters[NEWS] -= 1
-                if counters[GHOSTS] == max_ghosts:
-                    oldest = links[ghosts, PREV]
+                counters[A1IN_SIZE] -= 1
+                if counters[A1OUT_SIZE] == max_a1out:
+                    oldest = links[a1out, PREV]
                     cut(links, oldest)
                     where[oldest] = ABSENT
-                    counters[GHOSTS] -= 1
-                where[victim] = GHOST
-                push(links, ghosts, victim)
-                counters[GHOSTS] += 1
+                    counters[A1OUT_SIZE] -= 1
+                where[victim] = A1OUT
+                push(links, a1out, victim)
+                counters[A1OUT_SIZE] += 1
             else:
-                victim = links[main, PREV]
+                victim = links[am, PREV]
                 cut(links, victim)
                 where[victim] = ABSENT
         else:
             counters[RESIDENT] += 1
-        if place == GHOST:
-            where[key] = MAIN
-            push(links, main, key)
+        if queue == A1OUT:
+            where[key] = AM
+            push(links, am, key)
         else:
-            where[key] = NEW
-            push(links, news, key)
-            counters[NEWS] += 1
+            where[key] = A1IN
+            push(links, a1in, key)
+            counters[A1IN_SIZE] += 1
 
 
-def state(capacity: int, keys: int, most: int) -> tuple[np.ndarray, ...]:
+def state(capacity: int, keys: int, max_count: int) -> tuple[np.ndarray, ...]:
     """where, links."""
     return np.zeros(keys, np.uint8), new_links(keys, 3)
 

@@ -1,1 +1,1 @@
-"""Formats of traces, one a file, found by its name."""
+"""Trace formats, one a file, found by its name."""

@@ -1,4 +1,4 @@
-"""What a format of traces is: it opens a file as blocks of keys."""
+"""The interface of a trace format: it opens a file as blocks of keys."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 from hps_numba.errors import TraceError
 
-__all__ = ["BLOCK", "Blocks", "TraceFormat", "as_int64"]
+__all__ = ["BLOCK", "Blocks", "TraceFormat", "as_int64", "blocks_of"]
 
-BLOCK = 1 << 20  # keys that a block has at most
+BLOCK = 1 << 20  # largest number of keys in a block
 Blocks = Callable[[], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class TraceFormat:
-    """A format of traces.
+    """A trace format.
 
     Attributes:
-        endings: of names of files, in small letters, by which it is recognised.
-        open: ``open(path, column) -> (requests or None, blocks)``: ``blocks()`` begins anew with each call and gives integer
-            arrays ``[n]`` of at most ``BLOCK`` keys; ``column`` says where the keys are, None for the usual place. Raises
-            TraceError or OSError at once or while blocks are read.
+        endings: of file names, in lower case, by which it is recognised.
+        open: ``open(path, column) -> (requests or None, blocks)``: each call of ``blocks()`` starts at the beginning and yields
+            integer arrays ``[n]`` of at most ``BLOCK`` keys; ``column`` names the column of keys, None for the default one.
+            Raises TraceError or OSError at once or while blocks are read.
     """
 
     endings: tuple[str, ...]
@@ -32,13 +32,23 @@ class TraceFormat:
 
 
 def as_int64(keys: np.ndarray, where: str) -> np.ndarray:
-    """Keys as int64, uint64 by their bits.
+    """Keys as int64; uint64 is reinterpreted bit by bit.
 
     Raises:
-        TraceError: they are no integers.
+        TraceError: they are not integers.
     """
     if keys.dtype.kind not in "iu":
-        raise TraceError(f"{where}: keys are {keys.dtype}, wanted integers")
+        raise TraceError(f"{where}: expected integer keys, got {keys.dtype}")
     if keys.dtype == np.uint64:
         return np.ascontiguousarray(keys).view(np.int64)
     return np.ascontiguousarray(keys, np.int64)
+
+
+def blocks_of(keys: np.ndarray) -> Blocks:
+    """The blocks of an array, ``[n]``, which may be mapped from a file."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(keys), BLOCK):
+            yield np.asarray(keys[start : start + BLOCK])
+
+    return blocks

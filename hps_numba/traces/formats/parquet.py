@@ -1,4 +1,4 @@
-"""Parquet: one column of integers, by its name; else ``key``, or the only one. Needs pyarrow. Decoded as a stream."""
+"""Parquet: one column of integers, by its name; by default ``key`` or the only column. Needs pyarrow. Decoded as a stream."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as problem:
-        raise TraceError(f"{path}: not a Parquet file: {' '.join(str(problem).split())}") from None
+        raise TraceError(f"{path}: expected a Parquet file: {' '.join(str(problem).split())}") from None
     schema, rows = file.schema_arrow, file.metadata.num_rows
     name = _column(path, schema.names, column)
     if not pyarrow.types.is_integer(schema.field(name).type):
-        raise TraceError(f"{path}: column {name!r} is {schema.field(name).type}, wanted integers")
+        raise TraceError(f"{path}: column {name!r}: expected integers, got {schema.field(name).type}")
 
     def blocks() -> Iterator[np.ndarray]:
         try:
@@ -44,7 +44,7 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
 
 def _keys(path: Path, name: str, values: Any) -> np.ndarray:
     if values.null_count:
-        raise TraceError(f"{path}: column {name!r} has {values.null_count} nulls, wanted integers")
+        raise TraceError(f"{path}: column {name!r}: expected integers, got {values.null_count} nulls")
     keys: np.ndarray = values.to_numpy(zero_copy_only=False)
     return keys
 
@@ -53,7 +53,7 @@ def _column(path: Path, names: list[str], column: str | None) -> str:
     if column is None:
         column = "key" if len(names) != 1 else names[0]
     if column not in names:
-        raise TraceError(f"{path}: column {column!r} is none of {', '.join(names)} (--column names one)")
+        raise TraceError(f"{path}: column (--column): expected one of {', '.join(names)}, got {column!r}")
     return column
 
 

@@ -1,4 +1,4 @@
-"""Where the profiler's keys and rows lie, and what has to be waited for before a call counts as done."""
+"""Where the keys and rows of the profiler are, and how to wait for the end of a call."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["DeviceMemory", "HostMemory", "Place", "cuda_devices", "has_cupy"]
+__all__ = ["DeviceLocation", "HostLocation", "KeyLocation", "cuda_devices", "has_cupy"]
 
 
-class Place(Protocol):
-    """Memory of one kind, and the stream that works on it.   **Threads:** one at a time."""
+class KeyLocation(Protocol):
+    """Memory for keys and rows, and the stream that works on it.   Thread safety: one thread at a time."""
 
     name: str
     timing: str
     stream: Any
 
     def current(self) -> AbstractContextManager[Any]:
-        """A block in which device and stream are the current ones of this thread."""
+        """A block in which the device and the stream are the current ones of this thread."""
 
     def put(self, keys: np.ndarray) -> Any:
-        """The same keys in this memory, ready to be read."""
+        """The keys in this memory, ready to be read."""
 
     def new_rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Memory for rows, filled with NaN."""
 
     def wait(self) -> None:
-        """Return when all work of the stream is done."""
+        """Wait for all work of the stream."""
 
     def fetch(self, rows: Any) -> np.ndarray:
         """The rows in host memory."""
 
 
-class HostMemory:
-    """NumPy arrays: a call is done when it returns."""
+class HostLocation:
+    """NumPy arrays: a call is complete when it returns."""
 
     name = "host"
     timing = "host wall time of HPS.lookup(keys, out=rows), NumPy arrays"
     stream = None
 
     def current(self) -> AbstractContextManager[Any]:
-        """There is nothing to choose."""
+        """An empty block."""
         return nullcontext()
 
     def put(self, keys: np.ndarray) -> np.ndarray:
@@ -56,15 +56,15 @@ class HostMemory:
         return np.full(shape, np.nan, dtype)
 
     def wait(self) -> None:
-        """Nothing is pending."""
+        """Nothing to wait for."""
 
     def fetch(self, rows: np.ndarray) -> np.ndarray:
         """The rows themselves."""
         return rows
 
 
-class DeviceMemory:
-    """CuPy arrays on one device, worked on by a CUDA stream of this object's own.
+class DeviceLocation:
+    """CuPy arrays on one device, and a CUDA stream.
 
     Args:
         device: number of the CUDA device.
@@ -79,24 +79,21 @@ class DeviceMemory:
         with self._device:
             self.stream = self._cupy.cuda.Stream(non_blocking=True)
 
-    def current(self) -> AbstractContextManager[Any]:
-        """Device and stream are the current ones of this thread."""
-        return self._entered()
-
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
+        """Device and stream are the current ones of this thread."""
         with self._device, self.stream:
             yield
 
     def put(self, keys: np.ndarray) -> Any:
-        """A copy on the device, complete."""
+        """A completed copy on the device."""
         with self.current():
             copied = self._cupy.array(keys)
         self.wait()
         return copied
 
     def new_rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """A CuPy array of NaN, copied from the host: to fill it on the device would compile a kernel."""
+        """A CuPy array of NaN, copied from the host: filling it on the device would compile a kernel."""
         return self.put(np.full(shape, np.nan, dtype))
 
     def wait(self) -> None:
@@ -110,12 +107,12 @@ class DeviceMemory:
 
 
 def cuda_devices() -> int:
-    """How many CUDA devices this process can use; 0 also where what serves them is not installed."""
+    """Number of CUDA devices that this process can use; 0 without the packages for them."""
     from hps_numba.device.driver import device_count
 
     return device_count()
 
 
 def has_cupy() -> bool:
-    """CuPy, which makes keys in GPU memory, is installed."""
+    """Whether CuPy, which creates keys in GPU memory, is installed."""
     return find_spec("cupy") is not None

@@ -1,0 +1,57 @@
+"""The settings of a simulation, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hps_numba.errors import ConfigError
+from hps_numba.kernels.dtypes import ELEMENT_BYTES
+
+__all__ = ["GEOMETRIES", "Settings", "check_settings", "warmup_requests"]
+
+GEOMETRIES = ("both", "gpu", "associative")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a cache is simulated.
+
+    Attributes:
+        batch: keys of a call.   warmup: requests at the beginning that are not counted.   window: requests of a window.
+        dim, row_dtype: of a row, for sizes in bytes.
+    """
+
+    batch: int
+    warmup: int
+    window: int
+    dim: int
+    row_dtype: str
+
+
+def check_settings(
+    *, geometry: str, batch: int, warmup: float, sample: float, dim: int, row_dtype: str, windows: int = 1
+) -> None:
+    """Raise ConfigError if one of them is out of range or unknown."""
+    if geometry not in GEOMETRIES:
+        raise ConfigError(f"geometry: expected one of {', '.join(GEOMETRIES)}, got {geometry!r}")
+    if row_dtype not in ELEMENT_BYTES:
+        raise ConfigError(f"row_dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {row_dtype!r}")
+    for name, value in (("batch", batch), ("dim", dim), ("windows", windows)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected 1 or more, got {value}")
+    if not 0 <= warmup < 1 << 62:
+        raise ConfigError(f"warmup: expected a share below 1 or a number of requests, got {warmup}")
+    if not 0 < sample <= 1:
+        raise ConfigError(f"sample: expected a share of the keys above 0 and up to 1, got {sample}")
+
+
+def warmup_requests(warmup: float, requests: int, batch: int) -> int:
+    """How many of ``requests`` are not counted, in whole batches; ``warmup``: below 1 a share, else a number of requests.
+
+    Raises:
+        ConfigError: nothing would be counted.
+    """
+    skip = round(warmup * requests) if warmup < 1 else round(warmup)
+    if skip >= requests:
+        raise ConfigError(f"warmup: expected fewer than the {requests:,} requests of the trace, got {skip:,}")
+    return skip // batch * batch
