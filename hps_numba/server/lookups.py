@@ -1,8 +1,8 @@
 """How a parameter server answers: keys of any kind, where they lie, one table or several, rows or bags.
 
-Keys in host memory: ``HPS.lookup`` (here) -> ``ServedTable.lookup`` (session.py) -> ``HostStore.lookup``
-(storage/host_store.py) -> ``kernels.host.lookup`` (kernels/host/lookup.py). Keys on a GPU: ``HPS.lookup`` ->
-``ServedTable.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache_memory.py) -> ``lookup_kernel`` (kernels/cache/lookup.py) and
+Keys in host memory: ``HPS.lookup`` (here) -> ``ServedTable.lookup`` (table.py) -> ``HostStore.lookup``
+(storage/host/store.py) -> ``kernels.host.lookup`` (kernels/host/lookup.py). Keys on a GPU: ``HPS.lookup`` ->
+``ServedTable.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache/lookup.py) -> ``lookup_kernel`` (kernels/cache/lookup.py) and
 ``insert_kernel``.
 """
 
