@@ -133,9 +133,7 @@ def _show(result: Simulation) -> None:
         left=2,
     )
     typer.echo("")
-    typer.echo(
-        "hits: share of requests. by key: share of the distinct keys of each call. host MB: missed rows. GPU MB: memory of"
-    )
+    typer.echo("hits: share of requests. by key: share of the distinct keys of each call. host MB: missed rows. GPU MB: memory")
     typer.echo("of the cache. GPU: its sets and calls. assoc.: one order of all rows, one request after the other.")
     if sampled_error:
         typer.echo("+-: half of a 95 % interval, from four quarters of the sample. Counts and bytes are those of the sample.")
