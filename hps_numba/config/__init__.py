@@ -5,6 +5,7 @@ file           content
 ============== ======================================================================================================
 reading        ``read_config``: a file, a dict or objects in, a checked ``ServerConfig`` out
 schema         every key with its range, default and meaning; ``json_schema()``
+databases      the same for sections that name a plugin: storage tiers and the update source
 fields         what a single value may be: the annotations that ``schema`` is written with
 enums          the enums and all their spellings
 validation     types and ranges of single values, and the messages about them
@@ -37,18 +38,16 @@ from hps_numba.config.params import (
 from hps_numba.config.spec import TableSpec
 
 if TYPE_CHECKING:
-    from hps_numba.config.options import checked_options, tier_config
-    from hps_numba.config.reading import ConfigSource, read_config
-    from hps_numba.config.schema import (
-        ModelConfig,
+    from hps_numba.config.databases import (
         PersistentDatabaseConfig,
         PluginSection,
-        ServerConfig,
         TierConfig,
         UpdateSourceConfig,
         VolatileDatabaseConfig,
-        json_schema,
     )
+    from hps_numba.config.options import checked_options, tier_config
+    from hps_numba.config.reading import ConfigSource, read_config
+    from hps_numba.config.schema import ModelConfig, ServerConfig, json_schema
 
 __all__ = [
     "ConfigSource",
@@ -75,11 +74,19 @@ __all__ = [
     "tier_config",
 ]
 
-_HOMES = {"ConfigSource": "reading", "read_config": "reading", "checked_options": "options", "tier_config": "options"}
+_HOMES = {
+    "ConfigSource": "reading",
+    "ModelConfig": "schema",
+    "ServerConfig": "schema",
+    "checked_options": "options",
+    "json_schema": "schema",
+    "read_config": "reading",
+    "tier_config": "options",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'schema')}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'databases')}")
     return globals().setdefault(name, getattr(module, name))

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from hps_numba.config.databases import PluginSection, VolatileDatabaseConfig
 from hps_numba.config.messages import Location, dotted, problem, show, unexpected
-from hps_numba.config.schema import ModelConfig, PluginSection, ServerConfig, VolatileDatabaseConfig
+from hps_numba.config.schema import ModelConfig, ServerConfig
 
 __all__ = ["completed", "contradictions", "warnings"]
 

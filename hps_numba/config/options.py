@@ -1,6 +1,6 @@
 """The options that a storage tier or an update source declares, checked like the rest of a config.
 
-A plugin class has ``Options``: a dataclass, a pydantic model, or a section of ``schema`` that has the keys it needs. They are
+A plugin class has ``Options``: a dataclass, a pydantic model, or a section of ``databases`` that has its keys. They are
 checked when the plugin is opened, not when the config is read: until then it may not be imported.
 """
 
@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from hps_numba.config.databases import PluginSection, TierConfig
 from hps_numba.config.messages import Location, dotted, failed
-from hps_numba.config.schema import PluginSection, TierConfig
 from hps_numba.config.validation import problems_of
 
 __all__ = ["checked_options", "tier_config"]

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from hps_numba.config.cross_checks import completed, contradictions, warnings
+from hps_numba.config.databases import (
+    PersistentDatabaseConfig,
+    PluginSection,
+    Section,
+    UpdateSourceConfig,
+    VolatileDatabaseConfig,
+    tier_class,
+)
 from hps_numba.config.json_text import parse
 from hps_numba.config.messages import Location, dotted, failed, show, unexpected
 from hps_numba.config.objects import FILE_KEYS, json_form
 from hps_numba.config.params import InferenceParams, ParameterServerConfig
 from hps_numba.config.plain import plain
-from hps_numba.config.schema import (
-    ModelConfig,
-    PersistentDatabaseConfig,
-    PluginSection,
-    Section,
-    ServerConfig,
-    UpdateSourceConfig,
-    VolatileDatabaseConfig,
-    tier_class,
-)
+from hps_numba.config.schema import ModelConfig, ServerConfig
 from hps_numba.config.validation import validate
 
 __all__ = ["ConfigSource", "read_config"]
