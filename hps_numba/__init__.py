@@ -35,8 +35,11 @@ if TYPE_CHECKING:
         DatabaseType_t,
         EmbeddingCacheType_t,
         InferenceParams,
+        ModelConfig,
         ParameterServerConfig,
         PersistentDatabaseParams,
+        ServerConfig,
+        TableSpec,
         UpdateSourceParams,
         UpdateSourceType_t,
         VolatileDatabaseParams,
@@ -46,24 +49,31 @@ if TYPE_CHECKING:
     from hps_numba.kernels.policies._policy import Policy
     from hps_numba.server.hps import HPS
     from hps_numba.server.plan import Plan, TablePlan, make_plan
-    from hps_numba.server.stats import TableStats
+    from hps_numba.server.stats import CacheStats, TableStats
     from hps_numba.simulate.workloads import generate_model
     from hps_numba.storage.model_files import convert_model, open_model, write_model
+    from hps_numba.storage.tiers._tier import Fetched, Tier
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CacheStats": "server.stats",
     "DatabaseOverflowPolicy_t": "config",
     "DatabaseType_t": "config",
     "EmbeddingCacheType_t": "config",
+    "Fetched": "storage.tiers._tier",
     "HPS": "server.hps",
     "InferenceParams": "config",
+    "ModelConfig": "config",
     "ParameterServerConfig": "config",
     "PersistentDatabaseParams": "config",
     "Plan": "server.plan",
     "Policy": "kernels.policies._policy",
+    "ServerConfig": "config",
     "TablePlan": "server.plan",
+    "TableSpec": "config",
     "TableStats": "server.stats",
+    "Tier": "storage.tiers._tier",
     "UpdateSourceParams": "config",
     "UpdateSourceType_t": "config",
     "VolatileDatabaseParams": "config",
@@ -81,6 +91,7 @@ _HOMES = {
 __all__ = [
     "HPS",
     "ArrayError",
+    "CacheStats",
     "CapacityError",
     "ClosedError",
     "ConfigError",
@@ -88,17 +99,22 @@ __all__ = [
     "DatabaseType_t",
     "DeviceError",
     "EmbeddingCacheType_t",
+    "Fetched",
     "HpsError",
     "InferenceParams",
     "KeyDtypeError",
+    "ModelConfig",
     "ModelFileError",
     "ParameterServerConfig",
     "PersistentDatabaseParams",
     "Plan",
     "Policy",
     "PolicyError",
+    "ServerConfig",
     "TablePlan",
+    "TableSpec",
     "TableStats",
+    "Tier",
     "TierError",
     "TierUnavailable",
     "TraceError",

@@ -1,10 +1,10 @@
-"""Unchanged scripts of the original: its module names lead to this package.
+"""Scripts written for HugeCTR HPS run unchanged: its module names are aliases of this package's.
 
 ``install()``, or ``python -m hps_numba.compat script.py [arguments]``, makes these importable::
 
     import hierarchical_parameter_server as hps            the TensorFlow front end
     import hps_torch                                        the Torch front end
-    from hugectr.inference import HPS, InferenceParams      the Python API (spec 4.1)
+    from hugectr.inference import HPS, InferenceParams      the Python API
 
 A name is loaded when it is imported, so frameworks are needed only by scripts that use them.
 """
@@ -22,23 +22,23 @@ from typing import Any
 
 __all__ = ["MODULES", "install", "main"]
 
-#: what stands for which module of the original
+#: module of HugeCTR: the module of this package that takes its place
 MODULES = {
     "hierarchical_parameter_server": "hps_numba.frontends.tensorflow",
     "hps_torch": "hps_numba.frontends.torch",
-    "hugectr": "",  # a package that only leads to the next
+    "hugectr": "",  # a package with nothing in it but the next
     "hugectr.inference": "hps_numba",
 }
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of ``MODULES``, in front of whatever else has these names."""
+    """Finds the modules of ``MODULES``, before anything else of these names."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self, is_package=name == "hugectr") if name in MODULES else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        module = ModuleType(spec.name, f"{MODULES[spec.name] or 'hps_numba'} under the name of the original.")
+        module = ModuleType(spec.name, f"{MODULES[spec.name] or 'hps_numba'} under its name in HugeCTR.")
         source = MODULES[spec.name]
         if source:
             real = importlib.import_module(source)
@@ -47,26 +47,26 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        """Do nothing: ``create_module`` filled the module."""
 
 
 _finder = _Finder()
 
 
 def install() -> None:
-    """Let the names of ``MODULES`` be imported in this process; twice is as good as once.
+    """Make the names of ``MODULES`` importable in this process; calling it again changes nothing.
 
-    A module of that name that was imported before stays what it is.
+    A module of that name that was imported before stays as it is.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a script as ``python script.py arguments`` would, with the names of the original.
+    """Run a script as ``python script.py arguments`` would, with the module names of HugeCTR.
 
     Raises:
-        SystemExit: no script is named.   Otherwise what the script raises.
+        SystemExit: no script is given.   Otherwise what the script raises.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:

@@ -36,7 +36,7 @@ HOMES = {
     "pydantic_core": {"config": "now"},
     "llvmlite": {"kernels": "now"},
     "numba": {"kernels": "now", "simulate.algorithms": "now", "arrays.host": "", "cli": ""},
-    "cuda": {"device": "", "arrays.cuda": "", "kernels.compiler.launch": ""},
+    "cuda": {"device": "", "arrays.cuda_memory": "", "kernels.compiler.launch": ""},
     "cupy": {"device": "", "arrays": "", "frontends": "", "cli": ""},
     "jax": {},
     "pytest": {"testing": "now"},

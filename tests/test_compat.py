@@ -1,4 +1,4 @@
-"""The module names of the original: scripts of its users run unchanged."""
+"""The module names of HugeCTR HPS: scripts written for it run unchanged."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_script_of_the_python_api_needs_no_framework(tmp_path: Path) -> None:
     assert np.isclose(float(total), rig.rows[1:3].sum(), rtol=1e-5) and rig.rows.shape[1] == DIM
 
 
-def test_what_is_wrong(tmp_path: Path) -> None:
+def test_a_script_that_is_missing_or_fails(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"usage: python -m hps_numba\.compat script\.py"):
         compat.main([])
     failing = script(tmp_path, "import hugectr.training")

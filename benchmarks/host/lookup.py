@@ -99,7 +99,7 @@ def served(dim: int, sizes: Sizes) -> Iterator[Table]:
         keys = save_model(folder, sizes.table_bytes // (4 * dim), dim)
         server = hps_numba.HPS(config_of(folder, dim))
     with server:
-        store = server._table("m", 0).store
+        store = server._catalog.table("m", 0).store
         rows = store.versions.current.rows_view(0, len(keys))  # a server fills the slots in the order of the file
         shared = torch.from_numpy(rows)
         table = Table(server, store, keys, rows, shared, shared.clone())

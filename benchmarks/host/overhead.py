@@ -40,7 +40,7 @@ def kernel_call(store: Any, keys: np.ndarray, out: np.ndarray) -> Call:
 
 def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str, Call]:
     """The layers, each of which calls the one before it."""
-    session = server._table("m", 0)
+    session = server._catalog.table("m", 0)
     store = session.store
     return {
         "host_lookup (kernel)": kernel_call(store, keys, out),

@@ -1,8 +1,8 @@
-"""Memory of answers, used again when nobody holds the answer any more.
+"""Memory of answers, reused once nobody holds the answer any more.
 
-An answer that a framework takes over is freed when its tensor is. Large memory then goes back to the system, and the next
-answer is new pages, which cost more to touch for the first time than to fill: 85 ms instead of 37 for 218 MB of rows on two
-cores of a virtual machine. So freed memory is kept, up to a bound, and given out again.
+An answer that a framework takes over is freed with its tensor. Large memory then goes back to the system, and the next answer
+gets new pages, whose first touch costs more than filling them: 85 ms instead of 37 for 218 MB of rows on two cores of a virtual
+machine. So freed memory is kept, up to a bound, and reused.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class BufferPool:
     """Memory by size, kept for the next array of about that size.
 
     Args:
-        bound: bytes that are kept at most, give or take what threads that end arrays at once make of it.
+        bound: most bytes that are kept; threads that free arrays at the same time may exceed it slightly.
 
-    **Threads:** every method, and arrays may end on any thread.
+    Thread safety: every method; arrays may be freed on any thread.
     """
 
     def __init__(self, bound: int) -> None:
@@ -94,7 +94,7 @@ def _rounded(size: int) -> int:
 USED = BufferPool(512 << 20)
 """That of this process."""
 
-_SMALL = 64 << 10  # bytes; smaller arrays are the business of malloc
+_SMALL = 64 << 10  # bytes; malloc serves smaller arrays well
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:

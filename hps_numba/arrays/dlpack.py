@@ -1,9 +1,9 @@
 """A DLPack capsule seen as a NumPy array, or as an address in CUDA memory, without consuming it.
 
-``numpy.from_dlpack`` and its likes take the memory over and rename the capsule, so that it can be used once. The original's
-``lookup_fromdlpack`` leaves its capsules alone and its users pass the same ones again and again (spec 4.1), and it writes into
-one of them. NumPy marks what comes out of an unversioned capsule read-only. So the struct is read here, by ctypes: shape,
-strides, ``byte_offset``, dtype and device, and the capsule is kept alive by the view instead of being consumed.
+``numpy.from_dlpack`` and its likes take the memory over and rename the capsule, so that it can be used once. HugeCTR's
+``lookup_fromdlpack`` leaves its capsules alone, its users pass the same ones again and again, and it writes to one of them.
+NumPy marks what comes out of an unversioned capsule read-only. So the struct is read here, by ctypes: shape, strides,
+``byte_offset``, dtype and device, and the capsule is kept alive by the view instead of being consumed.
 
 Turned down: renaming the capsule back after ``from_dlpack`` (the consumer then frees memory that the capsule still owns).
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hps_numba.arrays.kinds import one_line
 from hps_numba.errors import DeviceError, HpsError, KeyDtypeError
 
 __all__ = ["DeviceMemory", "capsule_of", "cuda_device_of", "cuda_memory_of", "device_of", "is_capsule", "view_of_capsule"]
@@ -113,7 +114,7 @@ def _device_name(kind: int, number: int) -> str | None:
 def cuda_device_of(array: Any) -> int | None:
     """The CUDA ordinal of a capsule or of an object with ``__dlpack_device__``; None for anything else, and other memory.
 
-    Looks at metadata only. A capsule that cannot be read gives None: whoever reads it says why. Whatever the object raises is
+    Looks at metadata only. A capsule that cannot be read gives None: its reader says why. Whatever the object raises is
     passed on.
     """
     if is_capsule(array):
@@ -136,15 +137,15 @@ def cuda_memory_of(capsule: Any, *, place: str, error: type[HpsError]) -> Device
         DeviceError: the memory is not on a CUDA device.
         error: not a capsule that can be read (see :func:`view_of_capsule`), or a dtype of several lanes.
 
-    Source: dlpack.h 1.0; spec 4.1.
+    Source: dlpack.h 1.0.
     """
     tensor, flags = _struct(capsule, place, error)
     if tensor.device.type != _CUDA:
         where = _device_name(tensor.device.type, tensor.device.id) or "host memory"
-        raise DeviceError(f"{place}: the capsule's memory is on {where}, memory on a CUDA device is wanted")
+        raise DeviceError(f"{place}: expected memory on a CUDA device, got a capsule on {where}")
     code, bits = tensor.dtype.code, tensor.dtype.bits
     if code not in _DTYPE_NAMES or tensor.dtype.lanes != 1 or bits % 8:
-        raise error(f"{place}: DLPack dtype code {code}, {bits} bits, {tensor.dtype.lanes} lanes came, which is unknown here")
+        raise error(f"{place}: expected a known dtype, got DLPack dtype code {code}, {bits} bits, {tensor.dtype.lanes} lanes")
     shape, itemsize = _dimensions(tensor, place, error), bits // 8
     if not tensor.data and 0 not in shape:
         raise error(f"{place}: the capsule of shape {shape} has no data pointer")
@@ -154,15 +155,15 @@ def cuda_memory_of(capsule: Any, *, place: str, error: type[HpsError]) -> Device
     return DeviceMemory(address, shape, strides, name, itemsize, tensor.device.id, bool(flags & (_READ_ONLY | _IS_COPIED)))
 
 
-def capsule_of(array: Any, **wanted: Any) -> Any:
+def capsule_of(array: Any, **options: Any) -> Any:
     """A capsule of an object that has ``__dlpack__``: a versioned one from a producer that knows them, else an old one.
 
-    ``wanted`` goes to the producer, e.g. ``dl_device=(1, 0), copy=True``. Whatever the producer raises is passed on.
+    ``options`` go to the producer, e.g. ``dl_device=(1, 0), copy=True``. Whatever the producer raises is passed on.
     """
     try:
-        return array.__dlpack__(max_version=(1, 0), **wanted)
+        return array.__dlpack__(max_version=(1, 0), **options)
     except TypeError:  # a producer from before DLPack 1.0
-        return array.__dlpack__(**wanted)
+        return array.__dlpack__(**options)
 
 
 def view_of_capsule(
@@ -178,36 +179,35 @@ def view_of_capsule(
         error: what to raise for a source that is not a readable (or, with ``writable``, writable) capsule.
 
     Returns:
-        An array of any integer, float, bool or complex dtype that NumPy has; whether it suits is for the caller to say.
+        An array of any integer, float, bool or complex dtype that NumPy has; the caller checks whether it suits.
 
     Raises:
         DeviceError: the memory lies on a device that the CPU cannot read (CPU, pinned and managed memory are fine).
         error: not a DLPack capsule, one that was consumed already, a malformed struct, a dtype that NumPy has not, or, with
             ``writable``, memory that is read-only or is a copy of the producer's.
 
-    Source: dlpack.h 1.0; spec 4.1.
+    Source: dlpack.h 1.0.
     """
     capsule = source if is_capsule(source) else _exported(source, place, error)
     tensor, flags = _struct(capsule, place, error)
     device = _device_name(tensor.device.type, tensor.device.id)
     if device is not None:
-        raise DeviceError(f"{place}: the capsule's memory is on {device}, memory that the CPU can read is wanted")
+        raise DeviceError(f"{place}: expected memory that the CPU can read, got a capsule on {device}")
     if writable and flags & (_READ_ONLY | _IS_COPIED):
         what = "is read-only" if flags & _READ_ONLY else "is a copy made for the export"
-        raise error(f"{place}: the capsule's memory {what}, memory that can be written is wanted")
+        raise error(f"{place}: expected writable memory, got a capsule whose memory {what}")
     return _view(capsule, tensor, not writable, place, error)
 
 
 def _exported(source: Any, place: str, error: type[HpsError]) -> Any:
     if not hasattr(source, "__dlpack__"):
-        raise error(f"{place}: {type(source).__name__} came, a DLPack capsule or an object with __dlpack__ is wanted")
+        raise error(f"{place}: expected a DLPack capsule or an object with __dlpack__, got {type(source).__name__}")
     try:
         capsule = capsule_of(source)
     except Exception as problem:
-        reason = " ".join(str(problem).split())
-        raise error(f"{place}: {type(source).__name__} cannot be exported by DLPack: {reason}") from problem
+        raise error(f"{place}: {type(source).__name__} cannot be exported by DLPack: {one_line(problem)}") from problem
     if not is_capsule(capsule):
-        raise error(f"{place}: __dlpack__ of {type(source).__name__} gave {type(capsule).__name__}, a capsule is wanted")
+        raise error(f"{place}: __dlpack__ of {type(source).__name__}: expected a capsule, got {type(capsule).__name__}")
     return capsule
 
 
@@ -217,13 +217,13 @@ def _struct(capsule: Any, place: str, error: type[HpsError]) -> tuple[_Tensor, i
         return _Managed.from_address(_pointer(capsule, b"dltensor")).tensor, 0
     if _is_valid(capsule, b"dltensor_versioned"):
         managed = _ManagedVersioned.from_address(_pointer(capsule, b"dltensor_versioned"))
-        if managed.major != 1:  # the fields behind the version may lie elsewhere
-            raise error(f"{place}: the capsule speaks DLPack {managed.major}.{managed.minor}, 0.x or 1.x is wanted")
+        if managed.major != 1:  # the fields after the version may have moved
+            raise error(f"{place}: expected a capsule of DLPack 0.x or 1.x, got {managed.major}.{managed.minor}")
         return managed.tensor, managed.flags
     name = (_name(capsule) or b"").decode("ascii", "replace")
     if name.startswith("used_dltensor"):
-        raise error(f"{place}: the DLPack capsule was consumed already ({name}), one that still owns its memory is wanted")
-    raise error(f"{place}: a capsule named {name!r} came, 'dltensor' or 'dltensor_versioned' is wanted")
+        raise error(f"{place}: expected a capsule that still owns its memory, got one that was consumed already ({name})")
+    raise error(f"{place}: expected 'dltensor' or 'dltensor_versioned', got a capsule named {name!r}")
 
 
 def _view(capsule: Any, tensor: _Tensor, read_only: bool, place: str, error: type[HpsError]) -> NDArray[Any]:
@@ -247,15 +247,17 @@ def _dtype(dtype: _DataType, place: str, error: type[HpsError]) -> np.dtype[Any]
             return np.dtype(f"{kind}{dtype.bits // 8}")
         except TypeError as problem:  # e.g. an 8-bit float
             raise error(f"{place}: NumPy has no {dtype.bits}-bit dtype of kind {kind!r}") from problem
-    raise error(f"{place}: DLPack dtype code {dtype.code}, {dtype.bits} bits, {dtype.lanes} lanes came, which NumPy has not")
+    raise error(
+        f"{place}: expected a dtype of NumPy, got DLPack dtype code {dtype.code}, {dtype.bits} bits, {dtype.lanes} lanes"
+    )
 
 
 def _dimensions(tensor: _Tensor, place: str, error: type[HpsError]) -> tuple[int, ...]:
     if not 0 <= tensor.ndim <= _MAX_NDIM:
-        raise error(f"{place}: the capsule has {tensor.ndim} dimensions, 0 to {_MAX_NDIM} are wanted")
+        raise error(f"{place}: expected 0 to {_MAX_NDIM} dimensions, got a capsule of {tensor.ndim}")
     if tensor.ndim and not tensor.shape:
         raise error(f"{place}: the capsule has {tensor.ndim} dimensions but no shape pointer")
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     if min(shape, default=0) < 0:
-        raise error(f"{place}: the capsule has the shape {shape}, sizes of 0 or more are wanted")
+        raise error(f"{place}: expected sizes of 0 or more, got a capsule of shape {shape}")
     return shape

@@ -1,217 +1,306 @@
-"""What a layer asks for, as a line of text that a graph can keep, and the answer to it.
+"""A lookup as a message: what to look up, the rows, and both as JSON text or as bytes. Knows no framework and no protocol.
 
-A graph that is saved and run in another process cannot hold a server. It holds the text: the config, the tables, what is to be
-done with the rows. The text is read once a process; from then on its server and tables are known by it.
+A network front end reads a ``Request`` from the body of a call, lets ``respond`` answer it, and writes the ``Response``.
+
+*JSON*: arrays are nested lists; absent fields have their defaults::
+
+    {"model": "m", "tables": [{"table": 0, "keys": [1, 5]}, {"table": "t", "keys": [7, 8], "offsets": [0, 2], "mode": "mean"}]}
+
+*Bytes*: 4 bytes ``HPS1``, the length of a head as uint32, the head, then the arrays, each at a multiple of 8 bytes from the
+start; all little-endian. The head is the JSON with ``{"dtype": "<i8", "shape": [2]}`` in place of each array. Reading copies
+nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 
+from hps_numba.arrays.bags import COMBINERS
 from hps_numba.arrays.buffer_pool import aligned_empty
-from hps_numba.errors import ConfigError
-from hps_numba.runtime.threads import SPLIT_BYTES, run_ranges
+from hps_numba.arrays.host import to_host
+from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.server.hps import HPS
-from hps_numba.server.registry import SERVERS, Config, Servers
-from hps_numba.storage.host.pooling import offsets_of
 
-__all__ = ["Request", "TableQuery", "answer", "tables_of"]
+__all__ = ["Request", "Response", "TableRequest", "respond"]
+
+_MAGIC, _HEAD = b"HPS1", struct.Struct("<4sI")
+_ALIGNMENT = 8
+_OUTPUT_TYPES = ("float32", "float16")
+_ARRAYS = {"keys": "iu", "offsets": "iu", "weights": "fiu", "rows": "f"}  # field: kinds of dtype
+_DTYPES = frozenset({"<i4", "<i8", "<u4", "<u8", "<f2", "<f4", "<f8"})
 
 
-_WANTED = {"dim": "an integer from 1 on", "table": "the number or name of a table", "default_id": "an integer or None"}
-
-
-@dataclass(frozen=True)
-class TableQuery:
-    """Rows of one table.
+@dataclass(frozen=True, eq=False)
+class TableRequest:
+    """Keys of one table.
 
     Attributes:
-        model, table, dim: of the table; ``dim`` is checked.
-        combiner: None for a row a key; else one pooled row for each row of a sparse matrix of keys: ``sum``, ``mean``,
-            ``sqrtn`` or ``max``.
-        weighted: pooled, and each key has a weight.   paired: weights come with indices, which must be those of the keys.
-        clipped: pooled, and rows are clipped to a norm first.
-        default_id: pooled, and the key that stands in a row without keys, or None: such rows are 0.
+        table: its number in the model, or its name.
+        keys: integers of any shape ``S``; with offsets ``[n]``.
+        offsets: integers ``[bags + 1]``, ascending from 0 to ``n``: one pooled row for each bag. None: a row for each key.
+        weights: numbers ``[n]``, or None: all are 1.   mode: of pooling: ``sum`` (also None), ``mean``, ``sqrtn`` or ``max``.
+    """
+
+    table: int | str
+    keys: np.ndarray
+    offsets: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    mode: str | None = None
+
+    def check(self, place: str) -> None:
+        """
+        Raises:
+            ConfigError: fields of another type, or that do not go together.
+        """
+        if isinstance(self.table, bool) or not isinstance(self.table, (int, str)):
+            raise ConfigError(f"{place}.table: expected the number or name of a table, got {self.table!r}")
+        if self.mode is not None and self.mode not in COMBINERS:
+            raise ConfigError(f"{place}.mode: expected one of {', '.join(COMBINERS)}, got {self.mode!r}")
+        if self.offsets is None and (self.mode is not None or self.weights is not None):
+            raise ConfigError(f"{place}.offsets: expected offsets with mode or weights, got none")
+        for name in ("keys", "offsets", "weights"):
+            array = getattr(self, name)
+            if array is not None and array.dtype.kind not in _ARRAYS[name]:
+                expected = "numbers" if name == "weights" else "integers"
+                raise ConfigError(f"{place}.{name}: expected {expected}, got {array.dtype}")
+
+
+class _Message:
+    """What requests and responses share: both forms, one of which has the arrays in it and one beside it."""
+
+    def _plain(self, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        """The message as JSON's types, with ``put(array)`` for each array."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The message as JSON."""
+        return json.dumps(self._plain(np.ndarray.tolist))
+
+    def to_bytes(self) -> bytes:
+        """The message as bytes."""
+        arrays: list[np.ndarray] = []
+
+        def put(array: np.ndarray) -> dict[str, Any]:
+            arrays.append(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+            return {"dtype": arrays[-1].dtype.str, "shape": list(array.shape)}
+
+        head = json.dumps(self._plain(put)).encode()
+        parts, size = [_HEAD.pack(_MAGIC, len(head)), head], _HEAD.size + len(head)
+        for array in arrays:
+            padding = -size % _ALIGNMENT
+            parts += [bytes(padding), array.tobytes()]
+            size += padding + array.nbytes
+        return b"".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Request(_Message):
+    """Rows of some tables of one model.
+
+    Attributes:
+        model: its name.   tables: the keys of each.   output_dtype: of the rows: ``float32`` or ``float16``.
+        version: number of the version of the model that has to answer, or None: any.
+
+    Raises:
+        ConfigError: a field is of another type, or fields do not go together; the message names it.
     """
 
     model: str
-    table: int | str
-    dim: int
-    combiner: str | None = None
-    weighted: bool = False
-    paired: bool = False
-    clipped: bool = False
-    default_id: int | None = None
+    tables: tuple[TableRequest, ...]
+    output_dtype: str = "float32"
+    version: int | None = None
 
     def __post_init__(self) -> None:
-        for field, least in (("dim", 1), ("table", None), ("default_id", None)):
-            value = getattr(self, field)
-            if (field == "default_id" and value is None) or (field == "table" and isinstance(value, str)):
-                continue
-            if isinstance(value, bool) or not hasattr(value, "__index__") or (least is not None and value < least):
-                name = {"dim": "emb_vec_size", "table": "table_id"}.get(field, field)
-                raise ConfigError(f"{name}: {value!r} came, {_WANTED[field]} is wanted")
-            object.__setattr__(self, field, value.__index__())  # NumPy's integers have no form in JSON
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model: expected a name, got {self.model!r}")
+        if self.output_dtype not in _OUTPUT_TYPES:
+            raise ConfigError(f"output_dtype: expected one of {', '.join(_OUTPUT_TYPES)}, got {self.output_dtype!r}")
+        if self.version is not None and (isinstance(self.version, bool) or not isinstance(self.version, int)):
+            raise ConfigError(f"version: expected an integer, got {self.version!r}")
+        for number, table in enumerate(self.tables):
+            table.check(f"tables[{number}]")
 
-    @property
-    def inputs(self) -> int:
-        """How many arrays ``answer`` wants for it: keys; pooled also indices, number of rows, weights, their indices, norm."""
-        return 1 if self.combiner is None else 3 + self.weighted + self.paired + self.clipped
-
-
-@dataclass(frozen=True)
-class Request:
-    """Rows of some tables of the server of one config; ``global_batch_size`` and ``replicas`` count if it must be built."""
-
-    config: Config
-    wanted: tuple[TableQuery, ...]
-    global_batch_size: int = 1
-    replicas: int = 1
-
-    @cached_property
-    def text(self) -> bytes:
-        """The request as JSON, in UTF-8.
-
-        Raises:
-            ConfigError: the config is a dict with something in it that JSON has no form for.
-        """
-        try:
-            return json.dumps(asdict(self), sort_keys=True).encode()
-        except TypeError as problem:
-            raise ConfigError(f"ps_config_file: {problem}; plain numbers, texts, lists and dicts are wanted") from problem
-
-    def pieces(self) -> tuple[str, list[str], str]:
-        """``(head, a text for each of the wanted, tail)``; head, some of the texts with commas, and tail are a request."""
-        text = replace(self, wanted=()).text.decode()
-        return text[:-2], [json.dumps(asdict(one)) for one in self.wanted], text[-2:]
+    def _plain(self, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        tables = [
+            {
+                field.name: put(value) if isinstance(value, np.ndarray) else value
+                for field in fields(table)
+                if (value := getattr(table, field.name)) is not None
+            }
+            for table in self.tables
+        ]
+        plain = {"model": self.model, "tables": tables, "output_dtype": self.output_dtype}
+        return plain if self.version is None else {**plain, "version": self.version}
 
     @classmethod
-    def of_text(cls, text: str | bytes) -> Request:
-        """The request that ``text`` made this of."""
-        values = json.loads(text)
-        return cls(**{**values, "wanted": tuple(TableQuery(**one) for one in values["wanted"])})
+    def from_json(cls, text: str | bytes) -> Request:
+        """The request in a text.
+
+        Raises:
+            ConfigError: it is not JSON, or not of a request.   KeyDtypeError: keys or offsets are not integers.
+        """
+        return cls._of(_parsed(text), _array_of_lists)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Request:
+        """The request in a message; its arrays are read-only views of it.
+
+        Raises:
+            ConfigError: it is not a whole message, or not of a request.
+        """
+        head, take = _unpacked(data)
+        return cls._of(head, take)
+
+    @classmethod
+    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Request:
+        given = _checked(values, cls, "request")
+        tables = given.get("tables")
+        if not isinstance(tables, list):
+            raise ConfigError(f"tables: expected a list, got {type(tables).__name__}")
+        given["tables"] = tuple(_table_of(table, f"tables[{number}]", array_of) for number, table in enumerate(tables))
+        return cls(**given)
 
 
-Lookup = Callable[[Sequence[np.ndarray]], np.ndarray]
+@dataclass(frozen=True, eq=False)
+class Response(_Message):
+    """The answer to a request.
+
+    Attributes:
+        model, version: who answered.
+        rows: for each table of the request in turn: ``S + (dim,)`` or ``[bags, dim]``, of ``output_dtype``.
+    """
+
+    model: str
+    version: int
+    rows: tuple[np.ndarray, ...]
+
+    def _plain(self, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        return {"model": self.model, "version": self.version, "rows": [put(rows) for rows in self.rows]}
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Response:
+        """The response in a text, with rows in float32.
+
+        Raises:
+            ConfigError: it is not JSON, or not of a response.
+        """
+        return cls._of(_parsed(text), lambda rows, place: np.asarray(rows, np.float32))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Response:
+        """The response in a message; its arrays are read-only views of it.
+
+        Raises:
+            ConfigError: it is not a whole message, or not of a response.
+        """
+        head, take = _unpacked(data)
+        return cls._of(head, take)
+
+    @classmethod
+    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Response:
+        given = _checked(values, cls, "response")
+        rows = given.get("rows")
+        if not isinstance(rows, list):
+            raise ConfigError(f"rows: expected a list, got {type(rows).__name__}")
+        given["rows"] = tuple(array_of(some, f"rows[{number}]") for number, some in enumerate(rows))
+        return cls(**given)
 
 
-class _Ready:
-    """A request with its server and a function for each table."""
-
-    def __init__(self, text: str | bytes, servers: Servers) -> None:
-        request = Request.of_text(text)
-        self.wanted = request.wanted
-        self.servers: list[HPS] = []
-        self._lookups: list[Lookup] = []
-        self._inputs: list[slice] = []
-        self._row_bytes: list[int] = []
-        at = 0
-        for wanted in request.wanted:
-            server = servers.of_model(
-                request.config,
-                wanted.model,
-                global_batch_size=request.global_batch_size,
-                replicas=request.replicas,
-            )
-            spec = server.table_spec(wanted.model, wanted.table)
-            if spec.dim != wanted.dim:
-                raise ConfigError(f"emb_vec_size: {wanted.dim} came, rows of {spec.tag} have {spec.dim} elements")
-            self.servers.append(server)
-            self._lookups.append(_lookup_of(server, wanted))
-            self._inputs.append(slice(at, at + wanted.inputs))
-            self._row_bytes.append(4 * wanted.dim)
-            at += wanted.inputs
-        self.tables = list(zip(self.servers, self.wanted, strict=True))
-
-    def answer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The rows, table by table; if there are many, by all threads."""
-        parts = [arrays[inputs] for inputs in self._inputs]
-        if len(parts) == 1 or sum(part[0].size * size for part, size in zip(parts, self._row_bytes)) < SPLIT_BYTES:
-            return [lookup(part) for lookup, part in zip(self._lookups, parts)]
-        answers: list[Any] = [None] * len(parts)
-
-        def some(start: int, stop: int) -> int:
-            for number in range(start, stop):
-                answers[number] = self._lookups[number](parts[number])
-            return stop - start
-
-        run_ranges(some, [(number, number + 1) for number in range(len(parts))])
-        return answers
-
-    @property
-    def stale(self) -> bool:
-        return True in [server.closed for server in self.servers]  # a small lookup would notice any()
-
-
-_ready: dict[str | bytes, _Ready] = {}
-
-
-def answer(text: str | bytes, arrays: Sequence[np.ndarray], servers: Servers = SERVERS) -> list[np.ndarray]:
-    """The rows that a request asks for.
-
-    Args:
-        text: of a ``Request``.
-        arrays: for each table in turn: the keys, integers of any shape ``S``. If its rows are pooled: the keys ``[n]``; int64
-            ``[n, 2]`` with their rows and columns in a sparse matrix, by row; the number ``N`` of rows; if weighted, numbers
-            ``[n]``; if paired, the indices of the weights; if clipped, the norm.
-
-    Returns:
-        float32 ``S + (dim,)``, or ``[N, dim]``, for each table, in memory that TensorFlow takes over without a copy.
+def respond(server: HPS, request: Request) -> Response:
+    """Answer a request, all tables from one version of the model.
 
     Raises:
-        As ``HPS``, ``HPS.lookup`` and ``HPS.lookup_pooled``.
+        UnknownModelError: no such model, table or version.   Otherwise as ``HPS.lookup`` and ``HPS.lookup_pooled``.
     """
-    return _ready_for(text, servers).answer(arrays)
+    rows, version = server.direct.read_one_version(request.model, lambda: tuple(_rows_of(server, request)))
+    if request.version not in (None, version):
+        raise UnknownModelError(f"version: expected {version}, which model {request.model!r} has, got {request.version}")
+    return Response(request.model, version, rows)
 
 
-def tables_of(text: str | bytes, servers: Servers = SERVERS) -> list[tuple[HPS, TableQuery]]:
-    """The server of each table of a request, and what is wanted of it: for keys on a GPU, which ``answer`` cannot take.
-
-    Raises:
-        As ``HPS``.
-    """
-    return _ready_for(text, servers).tables
-
-
-def _ready_for(text: str | bytes, servers: Servers) -> _Ready:
-    ready = _ready.get(text)
-    if ready is None or ready.stale:
-        ready = _Ready(text, servers)
-        _ready[text] = ready
-    return ready
-
-
-def _lookup_of(server: HPS, wanted: TableQuery) -> Lookup:
-    model, table, dim = wanted.model, wanted.table, wanted.dim
-
-    def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        (keys,) = arrays
-        out = aligned_empty((*keys.shape, dim))
-        server.lookup_into(keys, model, table, out)
-        return out
-
-    def pooled(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        keys, indices, bags, *others = arrays
-        offsets = offsets_of(indices[:, 0], int(bags))
-        options: dict[str, Any] = {"combiner": wanted.combiner, "max_norm": float(others.pop()) if wanted.clipped else None}
-        if wanted.paired and not np.array_equal(indices, others.pop()):
-            raise ConfigError("sp_weights: its indices differ from those of sp_ids, the same ones are wanted")
-        weights = others.pop() if wanted.weighted else None
-        if weights is not None and len(weights) != len(keys):
-            raise ConfigError(f"sp_weights: {len(weights)} values came, {len(keys)} are wanted, as many as ids")
-        out = aligned_empty((len(offsets) - 1, dim))
-        server.lookup_pooled(keys, offsets, model, table, None, weights=weights, out=out, **options)
-        empty = offsets[1:] == offsets[:-1]
-        if wanted.default_id is not None and empty.any():
-            out[empty] = server.lookup_pooled(
-                np.array([wanted.default_id]), [0, 1], model, table, None, max_norm=options["max_norm"]
+def _rows_of(server: HPS, request: Request) -> Iterator[np.ndarray]:
+    for one in request.tables:
+        if one.offsets is None:
+            dim = server.direct.table_spec(request.model, one.table).dim
+            rows = aligned_empty((*one.keys.shape, dim))
+            server.direct.lookup_into(one.keys, request.model, one.table, rows)
+        else:
+            mode = one.mode or "sum"
+            rows = server.lookup_pooled(
+                one.keys, one.offsets, request.model, one.table, None, weights=one.weights, combiner=mode
             )
-        return out
+        yield rows.astype(request.output_dtype, copy=False)
 
-    return rows if wanted.combiner is None else pooled
+
+# -- reading ---------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as problem:  # UnicodeDecodeError too
+        raise ConfigError(f"request: expected JSON, got {problem}") from problem
+
+
+def _checked(values: Any, kind: type[Any], place: str) -> dict[str, Any]:
+    """The fields of a message, known ones only and with none missing."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place}: expected an object, got {type(values).__name__}")
+    known = [field.name for field in fields(kind)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigError(f"{place}: expected fields of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    missing = [name for name in known[:2] if name not in values]  # the others have defaults, or are checked as lists
+    if missing:
+        raise ConfigError(f"{place}.{missing[0]}: expected a value, got none")
+    return dict(values)
+
+
+def _table_of(values: Any, place: str, array_of: Callable[[Any, str], np.ndarray]) -> TableRequest:
+    given = _checked(values, TableRequest, place)
+    for name in _ARRAYS:
+        if given.get(name) is not None:
+            given[name] = array_of(given[name], f"{place}.{name}")
+    return TableRequest(**given)
+
+
+def _array_of_lists(values: Any, place: str) -> np.ndarray:
+    if not isinstance(values, (list, int)) or isinstance(values, bool):
+        raise ConfigError(f"{place}: expected a list, got {type(values).__name__}")
+    return np.asarray(values, np.float32) if place.endswith(".weights") else to_host(values, place)
+
+
+def _unpacked(data: bytes | memoryview) -> tuple[Any, Callable[[Any, str], np.ndarray]]:
+    """The head of a message, and what reads its arrays one after the other."""
+    view = memoryview(data).cast("B")
+    if len(view) < _HEAD.size or (head := _HEAD.unpack_from(view))[0] != _MAGIC:
+        raise ConfigError(f"message: expected {_MAGIC.decode()} at its start, got {bytes(view[:4])!r}")
+    at = _HEAD.size + head[1]
+    if at > len(view):
+        raise ConfigError(f"message: expected a head of {head[1]} bytes, got {len(view) - _HEAD.size}")
+
+    def take(values: Any, place: str) -> np.ndarray:
+        nonlocal at
+        dtype, shape = (values.get("dtype"), values.get("shape")) if isinstance(values, dict) else (None, None)
+        if dtype not in _DTYPES or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ConfigError(f"{place}: expected dtype and shape of an array, got {values!r}")
+        at += -at % _ALIGNMENT
+        kind, n = np.dtype(dtype), 1
+        for size in shape:
+            n *= size
+        if n * kind.itemsize > len(view) - at:
+            raise ConfigError(f"{place}: expected {n * kind.itemsize} bytes, got {max(len(view) - at, 0)}")
+        array = np.frombuffer(view, kind, n, at if n else 0).reshape(shape)
+        array.flags.writeable = False
+        at += array.nbytes
+        return array
+
+    return _parsed(bytes(view[_HEAD.size : at])), take

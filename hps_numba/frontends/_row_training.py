@@ -1,4 +1,4 @@
-"""Training of rows for frameworks that hand gradients over as NumPy's arrays: what was noted of a table, and who applies it."""
+"""Training of rows for frameworks that hand gradients over as NumPy arrays: they are accumulated here, and applied."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hps_numba.server.hps import HPS
 from hps_numba.training import trainer as row_training
 from hps_numba.training.initializers import Initializer
 
-__all__ = ["GradientAccumulator", "RowOptimizer", "noted_rows"]
+__all__ = ["GradientAccumulator", "RowOptimizer", "accumulator_of"]
 
 
 class GradientAccumulator:
-    """Gradients of the rows of one table, noted until an optimizer takes them.
+    """Gradients of the rows of one table, accumulated until an optimizer takes them.
 
-    **Threads:** every method.
+    Thread safety: every method.
     """
 
     def __init__(self, server: HPS, model: str, table: str, dim: int) -> None:
         self.model, self.table, self.dim = model, table, dim
-        self.wide: bool = server.config.supportlonglong
+        self.key_bits = server.direct.key_bits
         self.server = weakref.ref(server)
         self.initializer: Initializer | None = None
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
@@ -38,15 +38,15 @@ class GradientAccumulator:
         """A new lock, as a forked child needs it."""
         self._lock = threading.Lock()
 
-    def note(self, keys: np.ndarray, gradients: np.ndarray) -> None:
-        """Keys of any shape ``S`` and float32 ``S + (dim,)``; nothing of them is kept."""
-        flat = as_keys(keys, wide=self.wide).flat
+    def add(self, keys: np.ndarray, gradients: np.ndarray) -> None:
+        """Add gradients: keys of any shape ``S`` and float32 ``S + (dim,)``; both are copied."""
+        flat = as_keys(keys, key_bits=self.key_bits).flat
         part = _summed(flat, np.ascontiguousarray(gradients, np.float32).reshape(len(flat), self.dim))
         with self._lock:
             self._parts.append(part)
 
     def take(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Distinct keys, ascending, and the sums of their gradients in the order in which they came; then there are none."""
+        """Distinct keys, ascending, and the sums of their gradients in the order in which they were added; leaves none."""
         with self._lock:
             parts, self._parts = self._parts, []
         if len(parts) < 2:
@@ -65,13 +65,13 @@ _known: weakref.WeakKeyDictionary[HPS, dict[str, GradientAccumulator]] = weakref
 _making = threading.Lock()
 
 
-def noted_rows(server: HPS, model: str, table: int | str) -> GradientAccumulator:
-    """Those of a table of a server.
+def accumulator_of(server: HPS, model: str, table: int | str) -> GradientAccumulator:
+    """The gradients of a table of a server.
 
     Raises:
         UnknownModelError: no such table.
     """
-    spec = server.table_spec(model, table)
+    spec = server.direct.table_spec(model, table)
     with _making:
         tables = _known.setdefault(server, {})
         if spec.tag not in tables:
@@ -80,20 +80,20 @@ def noted_rows(server: HPS, model: str, table: int | str) -> GradientAccumulator
 
 
 class RowOptimizer:
-    """Lets the rows of some tables follow the gradients that were noted.
+    """Applies accumulated gradients to the rows of some tables.
 
     Args:
-        tables: their noted gradients.
-        rule: made anew for each step from the settings, which may change between steps: ``optimizer.lr = 0.1``.
+        tables: their gradients.
+        rule: built for each step from the settings, which may change between steps: ``optimizer.lr = 0.1``.
 
-    **Threads:** steps take turns; gradients are noted meanwhile.
+    Thread safety: steps take turns; gradients are accumulated meanwhile.
     """
 
     def __init__(
         self, tables: Sequence[GradientAccumulator], rule: Callable[..., row_training.Rule], **settings: float
     ) -> None:
         if not tables:
-            raise ConfigError("no trained rows came, layers of trainable=True, or models with such, are wanted")
+            raise ConfigError("layers: expected layers with train_rows=True, or models with such layers, got none")
         self._rule, self._names = rule, tuple(settings)
         self.__dict__.update(settings)
         self.tables = tuple(tables)
@@ -101,11 +101,11 @@ class RowOptimizer:
         self.trainers: list[row_training.RowTrainer] = []
         for rows in tables:
             server = rows.server()
-            assert server is not None  # whoever found the rows held it
+            assert server is not None  # the caller, who found the rows, holds it
             self.trainers.append(row_training.RowTrainer(server, rows.model, rows.table, made))
 
     def step(self) -> None:
-        """Apply what was noted since the last step; every lookup that starts after the return sees it.
+        """Apply the gradients since the last step; every lookup that starts after the return sees the new rows.
 
         Raises:
             As ``HPS.insert``.
@@ -118,7 +118,7 @@ class RowOptimizer:
                 trainer.step(*taken, rule)
 
     def zero_grad(self) -> None:
-        """Forget what was noted."""
+        """Drop the accumulated gradients."""
         for rows in self.tables:
             rows.take()
 

@@ -1,4 +1,4 @@
-"""The servers of this process, one a config, shared by every layer of every framework."""
+"""The servers of this process, one for each config, shared by every layer of every framework."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["SERVERS", "Config", "Servers", "check_batch", "config_of", "server_o
 log = logging.getLogger(__name__)
 
 Config = str | Mapping[str, Any]
-"""``ps_config_file`` of a layer: a path, the content as a dict, or an empty path: a server that is there already."""
+"""``ps_config_file`` of a layer: a path, the content as a dict, or an empty path: a server that is initialised already."""
 
 
 def check_batch(config: ServerConfig, global_batch_size: int, replicas: int) -> None:
-    """Whether every replica can take its share of the batch (spec 2.1).
+    """Check that every replica can take its share of the batch.
 
     Raises:
         ConfigError: it cannot.
     """
     if global_batch_size < 1:
-        raise ConfigError(f"global_batch_size: {global_batch_size} came, at least 1 is wanted")
+        raise ConfigError(f"global_batch_size: expected at least 1, got {global_batch_size}")
     if global_batch_size % replicas:
-        raise ConfigError(f"global_batch_size: {global_batch_size} came, a multiple of the {replicas} replicas is wanted")
+        raise ConfigError(f"global_batch_size: expected a multiple of the {replicas} replicas, got {global_batch_size}")
     share = global_batch_size // replicas
     for number, model in enumerate(config.models):
         if share > model.max_batch_size:
             raise ConfigError(
-                f"global_batch_size: {global_batch_size} came, {share} for each of {replicas} replicas, but "
+                f"global_batch_size: {global_batch_size} is {share} for each of {replicas} replicas, but "
                 f"models[{number}].max_batch_size is {model.max_batch_size}"
             )
 
@@ -44,8 +44,8 @@ def check_batch(config: ServerConfig, global_batch_size: int, replicas: int) -> 
 class Servers:
     """Servers by config.
 
-    **Threads:** every method. Who wants a server that another thread builds waits for it; a server that could not be built is
-    tried again by whoever wants it next.
+    Thread safety: every method. A thread that asks for a server that another thread is building waits for it; after a failure
+    the next call tries again.
     """
 
     def __init__(self) -> None:
@@ -61,13 +61,15 @@ class Servers:
     def open(self, config: Config, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
         """The server of a config; built, with every row loaded, if this process has none yet.
 
-        Only a server that is built is checked against the batch: who comes later takes it as it is (spec 2.1).
+        Only a server that is built is checked against the batch: later calls take it as it is.
 
         Raises:
             ConfigError: the config or the batch is wrong.   Otherwise as ``HPS``.
         """
         if not config:
-            raise ConfigError("ps_config_file: an empty one came, and no server was initialised before; give a path or a dict")
+            raise ConfigError(
+                "ps_config_file: expected a path or a dict, got an empty one, and no server was initialised before"
+            )
         parsed = None
         if isinstance(config, str):
             identity = str(Path(config).resolve())
@@ -97,7 +99,7 @@ class Servers:
         return [server for server in list(self._servers.values()) if not server.closed]
 
     def of_model(self, config: Config, model_name: str, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
-        """The server that a layer wants: of its config, or for an empty one the only open server with its model.
+        """The server of a layer: of its config, or for an empty one the only open server with its model.
 
         Raises:
             UnknownModelError: an empty config, and no server or more than one has the model.   Otherwise as ``open``.
@@ -113,11 +115,11 @@ class Servers:
         names = ", ".join(sorted({name for server in servers for name in server.models}))
         found = "several have it" if having else f"they have {names}"
         raise UnknownModelError(
-            f"model_name: {model_name!r} came without ps_config_file, and of {len(servers)} initialised servers {found}"
+            f"model_name: {model_name!r} without ps_config_file, and of {len(servers)} initialised servers {found}"
         )
 
     def close(self) -> None:
-        """Close all servers; the next one who wants a server builds it anew."""
+        """Close all servers; the next call that asks for one builds it again."""
         with self._lock:
             servers, self._servers = self._servers, {}
         for server in servers.values():
@@ -133,7 +135,7 @@ SERVERS = Servers()
 
 
 def config_of(ps_config_file: Any) -> Config:
-    """What a user gave as ``ps_config_file``, as a path in text or a dict.
+    """A user's ``ps_config_file`` as a path in text or a dict.
 
     Raises:
         ConfigError: it is neither.
@@ -142,7 +144,7 @@ def config_of(ps_config_file: Any) -> Config:
         return dict(ps_config_file)
     if isinstance(ps_config_file, (str, os.PathLike)):
         return os.fspath(ps_config_file)
-    raise ConfigError(f"ps_config_file: {type(ps_config_file).__name__} came, a path or a dict is wanted")
+    raise ConfigError(f"ps_config_file: expected a path or a dict, got {type(ps_config_file).__name__}")
 
 
 def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:

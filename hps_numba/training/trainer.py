@@ -146,7 +146,7 @@ class RowTrainer:
 
     def __init__(self, server: HPS, model: str, table: int | str, rule: Rule, initializer: Initializer | None = None) -> None:
         self.server = server
-        self.spec = server.table_spec(model, table)
+        self.spec = server.direct.table_spec(model, table)
         self.rule = rule
         self.initializer = initializer
         self.steps = 0
@@ -293,7 +293,7 @@ def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, ini
     Raises:
         As ``HPS.read_modify_write``, and what the initializer raises.
     """
-    spec = server.table_spec(model, table)
+    spec = server.direct.table_spec(model, table)
     absent = np.unique(keys[~server.contains(keys, model, table)])
     if not len(absent):
         return 0

@@ -1,4 +1,4 @@
-"""Arrays in CUDA memory seen as addresses (spec 2.5, 4.1, rows N02, N03): by stand-ins, and on a GPU by the marker.
+"""Arrays in CUDA memory seen as addresses (checklist N02, N03): by stand-ins, and on a GPU by the marker.
 
 The stand-ins hold host memory and say that it is on a GPU: what lies at an address can then be read here. Torch is the real
 one, with a tensor class that lies about its device; CuPy, and Torch's streams, are made up.
@@ -21,17 +21,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.capsules import Forged, drop
 
-from hps_numba.arrays.cuda import (
-    CudaOrigin,
-    DeviceKeys,
-    as_device_keys,
-    as_device_output,
-    device_of_array,
-    new_device_output,
-    stream_handle,
-)
+from hps_numba.arrays.cuda import DeviceKeys, as_device_keys, device_of_array
+from hps_numba.arrays.cuda_memory import CudaOrigin
+from hps_numba.arrays.cuda_outputs import as_device_output, new_device_output
 from hps_numba.arrays.dlpack import cuda_device_of, cuda_memory_of
 from hps_numba.arrays.host import NUMPY, ArrayKind
+from hps_numba.arrays.streams import stream_handle
 from hps_numba.device import driver as devices
 from hps_numba.errors import ArrayError, CapacityError, DeviceError, HpsError, KeyDtypeError
 
@@ -46,9 +41,9 @@ LAYOUTS = {
 }
 
 
-def naive_key(value: int, dtype: str, wide: bool) -> int:
+def naive_key(value: int, dtype: str, key_bits: int) -> int:
     """What the kernel is to see: contracts, 'Keys and dtypes', for one value."""
-    if wide or dtype in ("int64", "uint64"):
+    if key_bits == 64 or dtype in ("int64", "uint64"):
         return value - 2**64 if value >= 2**63 else value
     return value % 2**32
 
@@ -214,8 +209,8 @@ class OnlyDlpack:
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.forged.tensor.device.id
 
-    def __dlpack__(self, **wanted: Any) -> Any:
-        self.asked.append(wanted["stream"])
+    def __dlpack__(self, **options: Any) -> Any:
+        self.asked.append(options["stream"])
         return self.forged.capsule
 
 
@@ -293,7 +288,7 @@ def test_private_frameworks_are_left_to_the_host_path() -> None:
         assert device_of_array(array) is None
         name = module.partition(".")[0]
         with pytest.raises(DeviceError, match=f"^ids: {name} arrays cannot be served in CUDA memory"):
-            as_device_keys(array, wide=True, place="ids")
+            as_device_keys(array, key_bits=64, place="ids")
         with pytest.raises(ArrayError, match=f"^out: {name} arrays cannot be written"):
             as_device_output(array, (3,), "float32", 0)
 
@@ -315,6 +310,7 @@ def on_cuda() -> Any:
     return lambda tensor: tensor.as_subclass(OnCuda)
 
 
+KEY_BITS = st.sampled_from([64, 32])
 TORCH_LAYOUTS = {
     "contiguous": lambda t: t,
     "transposed": lambda t: t.permute(tuple(reversed(range(t.ndim)))),
@@ -323,14 +319,19 @@ TORCH_LAYOUTS = {
 }
 
 
-@given(data=st.data(), dtype=st.sampled_from(INTEGERS), wide=st.booleans(), layout=st.sampled_from(sorted(TORCH_LAYOUTS)))
-def test_torch_keys_of_every_dtype_shape_and_stride(on_cuda: Any, data: Any, dtype: str, wide: bool, layout: str) -> None:
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(INTEGERS),
+    key_bits=KEY_BITS,
+    layout=st.sampled_from(sorted(TORCH_LAYOUTS)),
+)
+def test_torch_keys_of_every_dtype_shape_and_stride(on_cuda: Any, data: Any, dtype: str, key_bits: int, layout: str) -> None:
     import torch
 
     base = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
     keys, expected = TORCH_LAYOUTS[layout](torch.from_numpy(base)), LAYOUTS[layout](base)
-    got = as_device_keys(on_cuda(keys), wide=wide)
-    assert values(got) == [naive_key(int(k), dtype, wide) for k in expected.flat]
+    got = as_device_keys(on_cuda(keys), key_bits=key_bits)
+    assert values(got) == [naive_key(int(k), dtype, key_bits) for k in expected.flat]
     assert type(got.shape) is tuple and (got.shape, got.n, got.device) == (expected.shape, expected.size, 1)
     assert got.kind == ArrayKind("torch", torch.device("cuda", 1))
     if dtype[-2:] in ("32", "64") and keys.is_contiguous():
@@ -338,28 +339,28 @@ def test_torch_keys_of_every_dtype_shape_and_stride(on_cuda: Any, data: Any, dty
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wide", "form"),
+    ("dtype", "key_bits", "form"),
     [
-        ("int64", True, "int64"),
-        ("uint64", True, "int64"),
-        ("int32", True, "int32"),
-        ("uint32", True, "uint32"),
-        ("int8", True, "int32"),
-        ("uint16", True, "int32"),
-        ("int64", False, "checked32_in_int64"),
-        ("uint64", False, "checked32_in_int64"),
-        ("int32", False, "uint32"),
-        ("uint32", False, "uint32"),
-        ("int16", False, "uint32"),
-        ("uint8", False, "uint32"),
+        ("int64", 64, "int64"),
+        ("uint64", 64, "int64"),
+        ("int32", 64, "int32"),
+        ("uint32", 64, "uint32"),
+        ("int8", 64, "int32"),
+        ("uint16", 64, "int32"),
+        ("int64", 32, "checked32_in_int64"),
+        ("uint64", 32, "checked32_in_int64"),
+        ("int32", 32, "uint32"),
+        ("uint32", 32, "uint32"),
+        ("int16", 32, "uint32"),
+        ("uint8", 32, "uint32"),
     ],
 )
-def test_forms(cupy: FakeCupy, on_cuda: Any, dtype: str, wide: bool, form: str) -> None:
+def test_forms(cupy: FakeCupy, on_cuda: Any, dtype: str, key_bits: int, form: str) -> None:
     import torch
 
     memory = np.zeros(3, dtype)
     for keys in (on_cuda(torch.from_numpy(memory)), FakeCupyArray(memory), Placed(memory), capsule_of(memory)):
-        assert as_device_keys(keys, wide=wide).form == form
+        assert as_device_keys(keys, key_bits=key_bits).form == form
 
 
 def test_torch_keys_that_are_refused(on_cuda: Any) -> None:
@@ -369,19 +370,19 @@ def test_torch_keys_that_are_refused(on_cuda: Any) -> None:
         (
             on_cuda(torch.ones(2)),
             KeyDtypeError,
-            "OnCuda of dtype float32 came, integers (int64, int32, uint64, ...) are wanted",
+            "expected integers (int64, int32, uint64, ...), got OnCuda of dtype float32",
         ),
-        (on_cuda(torch.ones(2, dtype=torch.bool)), KeyDtypeError, "OnCuda of dtype bool came"),
-        (on_cuda(torch.ones(2, dtype=torch.bfloat16)), KeyDtypeError, "OnCuda of dtype bfloat16 came"),
+        (on_cuda(torch.ones(2, dtype=torch.bool)), KeyDtypeError, "got OnCuda of dtype bool"),
+        (on_cuda(torch.ones(2, dtype=torch.bfloat16)), KeyDtypeError, "got OnCuda of dtype bfloat16"),
         (
             on_cuda(torch.empty(2, dtype=torch.int64, device="meta")),
             DeviceError,
-            "OnCuda at address 0x0 came, memory aligned to 8",
+            "expected memory aligned to 8 bytes, got OnCuda at address 0x0",
         ),
-        (torch.arange(2), DeviceError, "Tensor in host memory came, an array in CUDA memory is wanted"),
+        (torch.arange(2), DeviceError, "expected an array in CUDA memory, got Tensor in host memory"),
     ):
         with pytest.raises(error, match=r"^ids: ") as raised:
-            as_device_keys(keys, wide=True, place="ids")
+            as_device_keys(keys, key_bits=64, place="ids")
         assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -410,7 +411,7 @@ def test_larger_torch_outputs_keep_their_tail(on_cuda: Any) -> None:
         memory_at(address, (3, 2), np.float32)[...] = [[0, 1], [2, 3], [4, 5]]
         finish()
         assert plain.flatten().tolist() == [0, 1, 2, 3, 4, 5, *[7] * 14]
-    with pytest.raises(ArrayError, match=r"shape \(20,\) came, \(30, 2\) or more elements is wanted"):
+    with pytest.raises(ArrayError, match=r"expected shape \(30, 2\) or more elements, got \(20,\)"):
         as_device_output(on_cuda(torch.zeros(20)), (30, 2), "float32", 1, larger=True)
 
 
@@ -430,18 +431,18 @@ def test_torch_outputs_that_are_refused(on_cuda: Any) -> None:
     import torch
 
     for out, error, message in (
-        (on_cuda(torch.zeros(2, 3, requires_grad=True)), ArrayError, "a tensor that requires grad came"),
-        (torch.zeros(2, 3), DeviceError, "Tensor in host memory came"),
-        (on_cuda(torch.zeros(2, 3, dtype=torch.float64)), ArrayError, "dtype float64 came, float32 is wanted"),
-        (on_cuda(torch.zeros(3, 2)), ArrayError, "shape (3, 2) came, (2, 3) is wanted"),
-        (on_cuda(torch.zeros(4, 3)), ArrayError, "shape (4, 3) came, (2, 3) is wanted"),
-        (on_cuda(torch.zeros(1, 3).expand(2, 3)), ArrayError, "overlaps itself (strides (0, 1))"),
-        (on_cuda(torch.zeros(2, 3, device="meta")), ArrayError, "an array at address 0x0 came"),
+        (on_cuda(torch.zeros(2, 3, requires_grad=True)), ArrayError, "expected a tensor that does not require grad"),
+        (torch.zeros(2, 3), DeviceError, "got Tensor in host memory"),
+        (on_cuda(torch.zeros(2, 3, dtype=torch.float64)), ArrayError, "expected dtype float32, got float64"),
+        (on_cuda(torch.zeros(3, 2)), ArrayError, "expected shape (2, 3), got (3, 2)"),
+        (on_cuda(torch.zeros(4, 3)), ArrayError, "expected shape (2, 3), got (4, 3)"),
+        (on_cuda(torch.zeros(1, 3).expand(2, 3)), ArrayError, "got strides (0, 1): the array overlaps itself"),
+        (on_cuda(torch.zeros(2, 3, device="meta")), ArrayError, "got an array at address 0x0"),
     ):
         with pytest.raises(error, match=r"^answer: ") as raised:
             as_device_output(out, (2, 3), "float32", 1, place="answer")
         assert message in str(raised.value)
-    with pytest.raises(DeviceError, match=r"^out: an array on cuda:1 came, one on cuda:0, as the keys, is wanted"):
+    with pytest.raises(DeviceError, match=r"^out: expected an array on cuda:0, as the keys, got one on cuda:1"):
         as_device_output(on_cuda(torch.zeros(2, 3)), (2, 3), "float32", 0)
 
 
@@ -544,8 +545,8 @@ def test_current_stream_of_torch(monkeypatch: pytest.MonkeyPatch, raw: bool) -> 
 def test_torch_works_in_the_order_of_the_stream(torch_streams: FakeTorch, stream: int | None, order: int) -> None:
     """78 is the current stream of device 1: nothing to change."""
     kind = ArrayKind("torch", torch_streams.device("cuda", 1))
-    as_device_keys(FakeTensor(dtype="torch.int64"), wide=True, stream=stream)
-    as_device_keys(FakeTensor(dtype="torch.int8"), wide=True, stream=stream)
+    as_device_keys(FakeTensor(dtype="torch.int64"), key_bits=64, stream=stream)
+    as_device_keys(FakeTensor(dtype="torch.int8"), key_bits=64, stream=stream)
     new_device_output(kind, (2, 3), "float32", stream=stream)
     _, finish, _ = as_device_output(FakeTensor(), (2, 3), "float32", 1, stream=stream)
     finish()
@@ -554,22 +555,22 @@ def test_torch_works_in_the_order_of_the_stream(torch_streams: FakeTorch, stream
 
 
 def test_torch_has_no_per_thread_stream(torch_streams: FakeTorch) -> None:
-    with pytest.raises(DeviceError, match=r"per-thread default stream \(2\) came"):
-        as_device_keys(FakeTensor(dtype="torch.int64"), wide=True, stream=2)
+    with pytest.raises(DeviceError, match=r"got the per-thread default stream \(2\)"):
+        as_device_keys(FakeTensor(dtype="torch.int64"), key_bits=64, stream=2)
 
 
 # ---- CuPy ----------------------------------------------------------------------------------------------------------------
 
 
-@given(data=st.data(), dtype=st.sampled_from(INTEGERS), wide=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_keys_of_cupy_and_unknown_frameworks(data: Any, dtype: str, wide: bool, layout: str) -> None:
+@given(data=st.data(), dtype=st.sampled_from(INTEGERS), key_bits=KEY_BITS, layout=st.sampled_from(sorted(LAYOUTS)))
+def test_keys_of_cupy_and_unknown_frameworks(data: Any, dtype: str, key_bits: int, layout: str) -> None:
     base = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
     memory = LAYOUTS[layout](base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", FakeCupy())
         for keys in (FakeCupyArray(memory), Placed(memory), OnlyDlpack(memory), capsule_of(memory)):
-            got = as_device_keys(keys, wide=wide)
-            assert values(got) == [naive_key(int(k), dtype, wide) for k in memory.flat]
+            got = as_device_keys(keys, key_bits=key_bits)
+            assert values(got) == [naive_key(int(k), dtype, key_bits) for k in memory.flat]
             assert (got.shape, got.n) == (memory.shape, memory.size)
             assert got.kind.framework == ("cupy" if isinstance(keys, FakeCupyArray) else "cuda")
             if memory.size and dtype[-2:] in ("32", "64") and memory.flags.c_contiguous:
@@ -581,8 +582,8 @@ def test_cupy_works_on_the_device_and_stream_of_the_lookup(cupy: FakeCupy, monke
     keys, out = FakeCupyArray(np.arange(6)[::2]), FakeCupyArray(np.zeros((3, 2), np.float32).T)
     for stream, order in ((None, 78), (5, 5)):
         cupy.log.clear()
-        kind = as_device_keys(keys, wide=True, stream=stream).kind
-        as_device_keys(FakeCupyArray(np.zeros(2, np.int8)), wide=True, stream=stream)
+        kind = as_device_keys(keys, key_bits=64, stream=stream).kind
+        as_device_keys(FakeCupyArray(np.zeros(2, np.int8)), key_bits=64, stream=stream)
         rows, address = new_device_output(kind, (2, 3), "float16", stream=stream)
         assert (rows.shape, rows.dtype, rows.data.ptr, rows.data.device_id) == ((2, 3), np.float16, address, 1)
         _, finish, _ = as_device_output(out, (2, 3), "float32", 1, stream=stream)
@@ -593,7 +594,7 @@ def test_cupy_works_on_the_device_and_stream_of_the_lookup(cupy: FakeCupy, monke
 
 
 def test_cupy_outputs(cupy: FakeCupy) -> None:
-    kind = as_device_keys(FakeCupyArray(np.arange(3)), wide=True).kind
+    kind = as_device_keys(FakeCupyArray(np.arange(3)), key_bits=64).kind
     rows, address = new_device_output(kind, (0, 4), "float32")
     assert rows.shape == (0, 4) and address == 0 and cupy.log == [("empty", 0, 77)]
     for memory in (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32).T, np.zeros((4, 6), np.float32)[::-2, ::2]):
@@ -612,15 +613,15 @@ def test_cupy_outputs(cupy: FakeCupy) -> None:
 def test_cupy_keys_and_outputs_that_are_refused(cupy: FakeCupy) -> None:
     bytes_ = FakeCupyArray(np.zeros(17, np.uint8)[1:].view(np.int64))
     assert bytes_.data.ptr % 8
-    with pytest.raises(DeviceError, match=r"^ids: FakeCupyArray at address 0x\w+ came, memory aligned to 8 bytes is wanted"):
-        as_device_keys(bytes_, wide=True, place="ids")
-    with pytest.raises(KeyDtypeError, match="FakeCupyArray of dtype float64 came, integers"):
-        as_device_keys(FakeCupyArray(np.zeros(3)), wide=False)
-    with pytest.raises(ArrayError, match="dtype bfloat16 came, one of float32, float16 is wanted for keys of cupy"):
+    with pytest.raises(DeviceError, match=r"^ids: expected memory aligned to 8 bytes, got FakeCupyArray at address 0x\w+"):
+        as_device_keys(bytes_, key_bits=64, place="ids")
+    with pytest.raises(KeyDtypeError, match="got FakeCupyArray of dtype float64"):
+        as_device_keys(FakeCupyArray(np.zeros(3)), key_bits=32)
+    with pytest.raises(ArrayError, match="expected dtype float32 or float16 for keys of cupy, got bfloat16"):
         new_device_output(ArrayKind("cupy", cupy.cuda.Device(0)), (2, 3), "bfloat16")
     with pytest.raises(ArrayError, match="overlaps itself"):
         as_device_output(FakeCupyArray(np.broadcast_to(np.zeros(3, np.float32), (2, 3))), (2, 3), "float32", 0)
-    with pytest.raises(ArrayError, match="aligned memory is wanted"):
+    with pytest.raises(ArrayError, match="expected aligned memory"):
         as_device_output(FakeCupyArray(np.zeros(9, np.uint8)[1:].view(np.float32)), (2,), "float32", 0)
 
 
@@ -639,9 +640,9 @@ def test_what_cannot_be_allocated(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatc
 
 
 def test_outputs_of_other_kinds() -> None:
-    with pytest.raises(ArrayError, match="dtype float64 came, one of float32, float16, bfloat16 is wanted for keys of torch"):
+    with pytest.raises(ArrayError, match="expected dtype float32 or float16 or bfloat16 for keys of torch, got float64"):
         new_device_output(ArrayKind("torch"), (2, 3), "float64")
-    with pytest.raises(DeviceError, match="keys of numpy in host memory came"):
+    with pytest.raises(DeviceError, match="got keys of numpy in host memory"):
         new_device_output(NUMPY, (2, 3), "float32")
 
 
@@ -651,11 +652,11 @@ def test_outputs_of_other_kinds() -> None:
 def test_an_unknown_framework_brings_its_stream(cupy: FakeCupy) -> None:
     for keys, stream in ((Placed(np.arange(6)[::2], stream=9), 9), (Placed(np.arange(6)[::2], stream=None), 0)):
         cupy.log.clear()
-        got = as_device_keys(keys, wide=True)
+        got = as_device_keys(keys, key_bits=64)
         assert got.kind == ArrayKind("cuda", CudaOrigin(1, stream)) and stream_handle(None, got.kind, 1) == stream
         rows, _ = new_device_output(got.kind, (3, 2), "float32")
         assert type(rows) is FakeCupyArray
-        as_device_keys(keys, wide=True, stream=4)
+        as_device_keys(keys, key_bits=64, stream=4)
         new_device_output(got.kind, (3, 2), "float32", stream=4)
         names = ("ascontiguousarray", "empty")
         assert cupy.log == [(name, 1, order) for order in (stream, 4) for name in names]
@@ -663,9 +664,9 @@ def test_an_unknown_framework_brings_its_stream(cupy: FakeCupy) -> None:
 
 def test_dlpack_is_asked_for_the_stream_of_the_lookup() -> None:
     keys = OnlyDlpack(np.arange(3))
-    assert stream_handle(None, as_device_keys(keys, wide=True).kind, 1) == 0
-    as_device_keys(keys, wide=True, stream=0)
-    as_device_keys(keys, wide=True, stream=5)
+    assert stream_handle(None, as_device_keys(keys, key_bits=64).kind, 1) == 0
+    as_device_keys(keys, key_bits=64, stream=0)
+    as_device_keys(keys, key_bits=64, stream=5)
     out = OnlyDlpack(np.zeros((2, 3), np.float32))
     as_device_output(out, (2, 3), "float32", 1, stream=6)
     assert (keys.asked, out.asked) == ([1, 1, 5], [6])  # the legacy stream is 1 in DLPack
@@ -673,7 +674,7 @@ def test_dlpack_is_asked_for_the_stream_of_the_lookup() -> None:
 
 def test_a_capsule_is_taken_for_the_framework_that_is_there(torch_streams: FakeTorch, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_a_capsule() -> int:
-        return stream_handle(None, as_device_keys(capsule_of(np.arange(3), 1), wide=True).kind, 1)
+        return stream_handle(None, as_device_keys(capsule_of(np.arange(3), 1), key_bits=64).kind, 1)
 
     monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
     assert of_a_capsule() == 78
@@ -691,13 +692,13 @@ def test_capsules_of_keys_and_outputs_are_not_consumed(versioned: bool) -> None:
     """The way of ``lookup_fromdlpack``: the same capsules again and again."""
     keys, out = Capsule(np.arange(4), versioned=versioned), Capsule(np.zeros((5, 2), np.float32), versioned=versioned)
     for _ in range(2):
-        assert as_device_keys(keys.capsule, wide=True).address == keys.memory.ctypes.data
+        assert as_device_keys(keys.capsule, key_bits=64).address == keys.memory.ctypes.data
         address, finish, keep = as_device_output(out.capsule, (4, 2), "float32", 0, larger=True)
         assert (address, keep) == (out.memory.ctypes.data, out.capsule)
         finish()
     keys.tensor.byte_offset = 8
     keys.shape((3,))
-    assert values(as_device_keys(keys.capsule, wide=True)) == [1, 2, 3]
+    assert values(as_device_keys(keys.capsule, key_bits=64)) == [1, 2, 3]
 
 
 def test_a_capsule_of_bfloat16_is_written(cupy: FakeCupy) -> None:
@@ -712,26 +713,26 @@ def test_capsules_that_are_refused() -> None:
     forged = Capsule(np.arange(3))
     for fields, message in (
         ({"data": None}, r"^ids: the capsule of shape \(3,\) has no data pointer"),
-        ({"ndim": -1}, "^ids: the capsule has -1 dimensions"),
+        ({"ndim": -1}, "^ids: expected 0 to 64 dimensions, got a capsule of -1"),
     ):
         bad = Capsule(np.arange(3))
         drop(bad.tensor, **fields)
         with pytest.raises(KeyDtypeError, match=message):
-            as_device_keys(bad.capsule, wide=True, place="ids")
+            as_device_keys(bad.capsule, key_bits=64, place="ids")
     forged.tensor.dtype.lanes = 2
-    with pytest.raises(KeyDtypeError, match="DLPack dtype code 0, 64 bits, 2 lanes came"):
-        as_device_keys(forged.capsule, wide=True)
+    with pytest.raises(KeyDtypeError, match="got DLPack dtype code 0, 64 bits, 2 lanes"):
+        as_device_keys(forged.capsule, key_bits=64)
     for kind, where in ((1, "host memory"), (10, "rocm:0")):
         forged.tensor.device.type = kind
-        with pytest.raises(DeviceError, match=f"^keys: the capsule's memory is on {where}, memory on a CUDA device is wanted"):
-            as_device_keys(forged.capsule, wide=True)
-    with pytest.raises(KeyDtypeError, match="capsule of dtype float32 came, integers"):
-        as_device_keys(capsule_of(np.zeros(3, np.float32)), wide=True)
-    with pytest.raises(KeyDtypeError, match="capsule of dtype bool came, integers"):
-        as_device_keys(capsule_of(np.zeros(3, bool)), wide=True)
+        with pytest.raises(DeviceError, match=f"^keys: expected memory on a CUDA device, got a capsule on {where}"):
+            as_device_keys(forged.capsule, key_bits=64)
+    with pytest.raises(KeyDtypeError, match="got capsule of dtype float32"):
+        as_device_keys(capsule_of(np.zeros(3, np.float32)), key_bits=64)
+    with pytest.raises(KeyDtypeError, match="got capsule of dtype bool"):
+        as_device_keys(capsule_of(np.zeros(3, bool)), key_bits=64)
     locked = Capsule(np.zeros(3, np.float32), versioned=True)
     locked.struct.flags = 1
-    with pytest.raises(ArrayError, match=r"^out: the array is read-only"):
+    with pytest.raises(ArrayError, match=r"^out: expected a writable array"):
         as_device_output(locked.capsule, (3,), "float32", 0)
 
 
@@ -745,25 +746,25 @@ def test_what_dlpack_tells_of_cuda_memory() -> None:
 def test_arrays_of_unknown_frameworks_that_are_refused(no_cupy: None, driver: Driver) -> None:
     big_endian, row = np.zeros(3, ">i8"), np.zeros((2, 3), np.float32)
     for keys, error, message in (
-        (np.arange(3), DeviceError, "ndarray in host memory came, an array in CUDA memory is wanted"),
-        ([1, 2], DeviceError, "list in host memory came"),
-        (Placed(big_endian), KeyDtypeError, "Placed of dtype >i8 came, integers"),
-        (Placed(np.arange(3), mask=np.zeros(3)), KeyDtypeError, "a masked array came"),
-        (Placed(np.arange(3), data=(0, False)), DeviceError, "Placed at address 0x0 came"),
+        (np.arange(3), DeviceError, "expected an array in CUDA memory, got ndarray in host memory"),
+        ([1, 2], DeviceError, "got list in host memory"),
+        (Placed(big_endian), KeyDtypeError, "got Placed of dtype >i8"),
+        (Placed(np.arange(3), mask=np.zeros(3)), KeyDtypeError, "got a masked array"),
+        (Placed(np.arange(3), data=(0, False)), DeviceError, "got Placed at address 0x0"),
         (Placed(np.arange(3), shape=None), KeyDtypeError, "Placed cannot be read as an array of integers in CUDA memory"),
         (Placed(np.arange(6)[::2]), DeviceError, "needs CuPy here, which does not import: ModuleNotFoundError"),
         (Placed(np.zeros(2, np.int8)), DeviceError, "needs CuPy here"),
     ):
         with pytest.raises(error, match=r"^ids: ") as raised:
-            as_device_keys(keys, wide=True, place="ids")
+            as_device_keys(keys, key_bits=64, place="ids")
         assert message in str(raised.value)
     for out, error, message in (
-        (Placed(read_only(row.copy())), ArrayError, "the array is read-only"),
-        (Placed(row, mask=np.zeros(3)), ArrayError, "a masked array came"),
+        (Placed(read_only(row.copy())), ArrayError, "expected a writable array, got a read-only one"),
+        (Placed(row, mask=np.zeros(3)), ArrayError, "got a masked array"),
         (Placed(row.reshape(3, 2).T), DeviceError, "needs CuPy here"),
-        (row, DeviceError, "ndarray in host memory came"),
+        (row, DeviceError, "got ndarray in host memory"),
         (Placed(row, shape=None), ArrayError, "Placed cannot be written from here: TypeError"),
-        (object(), DeviceError, "object in host memory came"),
+        (object(), DeviceError, "got object in host memory"),
     ):
         with pytest.raises(error, match=r"^out: ") as raised:
             as_device_output(out, (2, 3), "float32", 1)
@@ -773,12 +774,12 @@ def test_arrays_of_unknown_frameworks_that_are_refused(no_cupy: None, driver: Dr
 
 
 def test_arrays_without_a_device_are_looked_up_by_address(driver: Driver) -> None:
-    assert as_device_keys(Interface(np.arange(3)), wide=True).device == 1
-    assert as_device_keys(Interface(np.zeros((0, 2), np.int8), data=(0, False)), wide=True)[:3] == (0, 0, (0, 2))
+    assert as_device_keys(Interface(np.arange(3)), key_bits=64).device == 1
+    assert as_device_keys(Interface(np.zeros((0, 2), np.int8), data=(0, False)), key_bits=64)[:3] == (0, 0, (0, 2))
     driver.status = 201
-    assert as_device_keys(Interface(np.zeros(0, np.int64), data=(0, False)), wide=True).device == 0
+    assert as_device_keys(Interface(np.zeros(0, np.int64), data=(0, False)), key_bits=64).device == 0
     with pytest.raises(DeviceError, match=r"the driver knows no memory at address 0x\w+: 201"):
-        as_device_keys(Interface(np.arange(3)), wide=True)
+        as_device_keys(Interface(np.arange(3)), key_bits=64)
 
 
 # ---- streams that the caller names ---------------------------------------------------------------------------------------
@@ -804,17 +805,17 @@ def test_streams_that_are_named(cupy: FakeCupy) -> None:
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        ("side", "^stream: str 'side' came, a handle, a Torch or CuPy stream or an object with __cuda_stream__ is wanted"),
-        (True, "bool True came"),
-        (-1, "int -1 came"),
-        (1.5, "float 1.5 came"),
-        (Protocol((1, 11)), "version 1 of __cuda_stream__, 0 is known"),
-        (Protocol(None), "Protocol .* came"),
-        (types.SimpleNamespace(cuda_stream=13, device_index=1), "a stream of cuda:1 came, one of cuda:0 is wanted"),
-        (types.SimpleNamespace(ptr=13, device_id=2), "a stream of cuda:2 came, one of cuda:0 is wanted"),
+        ("side", "^stream: expected a handle, a Torch or CuPy stream or an object with __cuda_stream__, got str 'side'"),
+        (True, "got bool True"),
+        (-1, "got int -1"),
+        (1.5, "got float 1.5"),
+        (Protocol((1, 11)), "expected version 0 of __cuda_stream__, got 1"),
+        (Protocol(None), "got Protocol .*"),
+        (types.SimpleNamespace(cuda_stream=13, device_index=1), "expected a stream of cuda:0, got one of cuda:1"),
+        (types.SimpleNamespace(ptr=13, device_id=2), "expected a stream of cuda:0, got one of cuda:2"),
     ],
 )
-def test_what_is_no_stream_is_refused(stream: Any, message: str) -> None:
+def test_objects_that_are_not_streams_are_refused(stream: Any, message: str) -> None:
     with pytest.raises(DeviceError, match=message):
         stream_handle(stream, NUMPY, 0)
 
@@ -868,18 +869,18 @@ class OnlyInterface:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("key_bits", [64, 32])
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_gpu_keys_of_every_dtype_and_stride(dtype: str, wide: bool) -> None:
+def test_gpu_keys_of_every_dtype_and_stride(dtype: str, key_bits: int) -> None:
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
     base = np.arange(24).reshape(4, 6) - (11 if dtype.startswith("i") else 0)
     for cut in (lambda a: a, lambda a: a.T, lambda a: a[::2, 1:], lambda a: a[:0], lambda a: a[2, 3]):
-        expected = [naive_key(int(k), dtype, wide) for k in cut(base).ravel()]
+        expected = [naive_key(int(k), dtype, key_bits) for k in cut(base).ravel()]
         keys = cut(torch.from_numpy(base.astype(dtype)).cuda())
         others = cut(cupy.asarray(base.astype(dtype)))
         for array in (keys, keys.__dlpack__(), others, others.__dlpack__(), OnlyInterface(others)):
             assert device_of_array(array) == 0
-            got = as_device_keys(array, wide=wide)
+            got = as_device_keys(array, key_bits=key_bits)
             assert on_host(cupy, got) == expected and got.shape == cut(base).shape
 
 
@@ -888,7 +889,7 @@ def test_gpu_arrays_are_not_copied() -> None:
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
     keys, others = torch.arange(6, device="cuda").reshape(2, 3), cupy.arange(6).reshape(2, 3)
     for array, address in ((keys, keys.data_ptr()), (keys.__dlpack__(), keys.data_ptr()), (others, others.data.ptr)):
-        assert as_device_keys(array, wide=True).address == address
+        assert as_device_keys(array, key_bits=64).address == address
     out = torch.zeros(2, 3, device="cuda")
     for array in (out, out.__dlpack__(), OnlyInterface(out), cupy.from_dlpack(out)):
         address, finish, _ = as_device_output(array, (2, 3), "float32", 0)
@@ -902,7 +903,7 @@ def test_gpu_arrays_that_are_refused() -> None:
     sparse = torch.eye(3, device="cuda").to_sparse()
     for keys in (sparse.to(torch.int64), torch.ones(2, device="cuda"), cupy.ones(2), torch.ones(2, device="cuda").__dlpack__()):
         with pytest.raises(KeyDtypeError, match=r"^ids: "):
-            as_device_keys(keys, wide=True, place="ids")
+            as_device_keys(keys, key_bits=64, place="ids")
     for out in (sparse, torch.zeros(1, 3, device="cuda").expand(3, 3), cupy.zeros((3, 3)), cupy.zeros((3, 4), np.float32)):
         with pytest.raises(ArrayError, match=r"^answer: "):
             as_device_output(out, (3, 3), "float32", 0, place="answer")
@@ -912,14 +913,14 @@ def test_gpu_arrays_that_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_gpu_outputs(dtype: str) -> None:
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
-    rows, address = new_device_output(as_device_keys(torch.arange(2, device="cuda"), wide=True).kind, (2, 3), dtype)
+    rows, address = new_device_output(as_device_keys(torch.arange(2, device="cuda"), key_bits=64).kind, (2, 3), dtype)
     assert (rows.data_ptr(), rows.dtype, str(rows.device), tuple(rows.shape)) == (
         address,
         getattr(torch, dtype),
         "cuda:0",
         (2, 3),
     )
-    kinds = [as_device_keys(array, wide=True).kind for array in (cupy.arange(2), OnlyInterface(cupy.arange(2)))]
+    kinds = [as_device_keys(array, key_bits=64).kind for array in (cupy.arange(2), OnlyInterface(cupy.arange(2)))]
     for kind in kinds if dtype != "bfloat16" else []:
         rows, address = new_device_output(kind, (2, 3), dtype)
         assert (type(rows), rows.dtype, rows.data.ptr, rows.device.id) == (cupy.ndarray, np.dtype(dtype), address, 0)
@@ -950,7 +951,7 @@ def test_gpu_outputs_of_cupy_with_strides_keep_their_tail() -> None:
 @pytest.mark.gpu
 def test_gpu_streams() -> None:
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
-    kind, other = (as_device_keys(a, wide=True).kind for a in (torch.arange(2, device="cuda"), cupy.arange(2)))
+    kind, other = (as_device_keys(a, key_bits=64).kind for a in (torch.arange(2, device="cuda"), cupy.arange(2)))
     assert stream_handle(None, kind, 0) == torch.cuda.current_stream().cuda_stream
     assert stream_handle(None, other, 0) == cupy.cuda.get_current_stream().ptr
     side, others = torch.cuda.Stream(), cupy.cuda.Stream()
@@ -972,7 +973,7 @@ def test_gpu_copies_follow_the_stream_and_wait_for_nothing() -> None:
             torch.cuda._sleep(cycles)
             keys.fill_(cycles)
         made.record(side)
-        batch = as_device_keys(keys[::2], wide=True, stream=side)
+        batch = as_device_keys(keys[::2], key_bits=64, stream=side)
         _, finish, _ = as_device_output(out, (2, 3), "float32", 0, stream=side.cuda_stream)
         finish()
         pending = not made.query()
@@ -985,12 +986,12 @@ def test_gpu_numba_arrays_and_streams() -> None:
     torch_with_cuda()
     cuda, cupy = pytest.importorskip("numba.cuda"), cupy_with_cuda()
     keys = cuda.to_device(np.arange(6, dtype=np.int32))
-    batch = as_device_keys(keys, wide=True)
+    batch = as_device_keys(keys, key_bits=64)
     assert (device_of_array(keys), on_host(cupy, batch), batch.form) == (0, list(range(6)), "int32")
     stream = cuda.stream()
     assert stream_handle(stream, batch.kind, 0) == int(stream.__cuda_stream__()[1]) > 0
     assert stream_handle(None, batch.kind, 0) == 0
-    bound = as_device_keys(keys.bind(stream), wide=True)
+    bound = as_device_keys(keys.bind(stream), key_bits=64)
     assert stream_handle(None, bound.kind, 0) == stream_handle(stream, bound.kind, 0)
 
 
@@ -1007,14 +1008,14 @@ def test_gpu_second_device() -> None:
     with cupy.cuda.Device(1):
         others = cupy.arange(12).reshape(3, 4)
     for keys in (torch.arange(12, device="cuda:1").reshape(3, 4), others, OnlyInterface(others)):
-        batch = as_device_keys(keys, wide=True)
+        batch = as_device_keys(keys, key_bits=64)
         assert device_of_array(keys) == batch.device == 1
         assert on_host(cupy, batch) == list(range(12))
         rows, address = new_device_output(batch.kind, (12, 2), "float32")
         assert device_of_array(rows) == 1 and address
-        with pytest.raises(DeviceError, match="cuda:1 came, one on cuda:0"):
+        with pytest.raises(DeviceError, match="on cuda:0, as the keys, got one on cuda:1"):
             as_device_output(rows, (12, 2), "float32", 0)
-    with pytest.raises(DeviceError, match="a stream of cuda:1 came"):
+    with pytest.raises(DeviceError, match="expected a stream of cuda:0, got one of cuda:1"):
         stream_handle(torch.cuda.Stream(device=1), batch.kind, 0)
 
 
@@ -1023,10 +1024,10 @@ def test_gpu_calls_cost_microseconds() -> None:
     """The bounds are loose: machines of CI stall."""
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
     for keys in (torch.arange(64, device="cuda"), cupy.arange(64)):
-        kind = as_device_keys(keys, wide=True).kind
+        kind = as_device_keys(keys, key_bits=64).kind
         for call, limit in (
             (lambda keys=keys: device_of_array(keys), 5e-6),
-            (lambda keys=keys: as_device_keys(keys, wide=True), 20e-6),
+            (lambda keys=keys: as_device_keys(keys, key_bits=64), 20e-6),
             (lambda kind=kind: new_device_output(kind, (64, 4), "float32"), 50e-6),
             (lambda kind=kind: stream_handle(None, kind, 0), 10e-6),
         ):

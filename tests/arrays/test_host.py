@@ -1,4 +1,4 @@
-"""Any array in, the same kind out (spec 4.1, rows N02, N03, C10): keys, outputs, protocols and devices.
+"""Any array in, the same kind out (checklist N02, N03, C10): keys, outputs, protocols and devices.
 
 The real frameworks are in test_interop_frameworks.py, capsules in test_dlpack.py.
 """
@@ -19,15 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_output, as_rows, new_output, wrap_output
+from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_rows
+from hps_numba.arrays.host_outputs import as_output, new_output, wrap_output
 from hps_numba.errors import ArrayError, DeviceError, HpsError, KeyDtypeError
 
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
 
-def naive_key(value: int, itemsize: int, wide: bool) -> int:
+def naive_key(value: int, itemsize: int, key_bits: int) -> int:
     """Contracts, 'Keys and dtypes', for one value."""
-    if wide:
+    if key_bits == 64:
         return value - 2**64 if value >= 2**63 else value
     return value if itemsize == 8 else value % 2**32
 
@@ -38,10 +39,10 @@ class OnlyDlpack:
     def __init__(self, memory: np.ndarray, *, old: bool = False) -> None:
         self.memory, self.old = memory, old
 
-    def __dlpack__(self, **wanted: Any) -> Any:
-        if self.old and wanted:
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.old and options:
             raise TypeError("unexpected keyword")
-        return self.memory.__dlpack__(**wanted)
+        return self.memory.__dlpack__(**options)
 
 
 class OnlyInterface:
@@ -64,16 +65,16 @@ class OnGpu(OnlyDlpack):
     def __init__(self, memory: np.ndarray, *, dlpack: bool = True) -> None:
         super().__init__(memory)
         self.dlpack = dlpack
-        self.wanted: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 3
 
-    def __dlpack__(self, **wanted: Any) -> Any:
-        self.wanted = wanted
+    def __dlpack__(self, **options: Any) -> Any:
+        self.asked = options
         if not self.dlpack:
             raise BufferError("this producer cannot copy to another device")
-        return super().__dlpack__(**wanted)
+        return super().__dlpack__(**options)
 
 
 class OnGpuWithGet(OnGpu):
@@ -110,14 +111,14 @@ LAYOUTS = {
 }
 
 
-@given(data=st.data(), dtype=st.sampled_from(INTEGERS), order=st.sampled_from("<>"), wide=st.booleans())
-def test_keys_of_every_dtype_shape_and_stride(data: st.DataObject, dtype: str, order: str, wide: bool) -> None:
-    fitting = st.integers(0, 2**32 - 1) if dtype[1] == "8" and not wide else None
+@given(data=st.data(), dtype=st.sampled_from(INTEGERS), order=st.sampled_from("<>"), key_bits=st.sampled_from([64, 32]))
+def test_keys_of_every_dtype_shape_and_stride(data: st.DataObject, dtype: str, order: str, key_bits: int) -> None:
+    fitting = st.integers(0, 2**32 - 1) if dtype[1] == "8" and key_bits == 32 else None
     shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
     base = data.draw(hnp.arrays(np.dtype(order + dtype), shapes, elements=fitting))
     keys = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](base)
-    batch = as_keys(keys, wide=wide)
-    assert batch.flat.tolist() == [naive_key(int(k), keys.itemsize, wide) for k in keys.flat]
+    batch = as_keys(keys, key_bits=key_bits)
+    assert batch.flat.tolist() == [naive_key(int(k), keys.itemsize, key_bits) for k in keys.flat]
     assert batch.flat.dtype == np.int64 and batch.flat.dtype.isnative and batch.flat.ndim == 1
     assert batch.flat.flags.c_contiguous and batch.flat.flags.aligned
     assert batch.shape == keys.shape and batch.kind == NUMPY
@@ -127,31 +128,31 @@ def test_keys_of_every_dtype_shape_and_stride(data: st.DataObject, dtype: str, o
 def test_wide_values_in_32_bit_mode_fit_or_raise(keys: np.ndarray) -> None:
     bad = [(index, value) for index, value in np.ndenumerate(keys) if not 0 <= int(value) < 2**32]
     if not bad:
-        assert as_keys(keys, wide=False).flat.tolist() == keys.ravel().tolist()
+        assert as_keys(keys, key_bits=32).flat.tolist() == keys.ravel().tolist()
         return
     index, value = bad[0]
     with pytest.raises(KeyDtypeError, match=r"^ids\[") as error:
-        as_keys(keys, wide=False, place="ids")
-    assert str(error.value).startswith(f"ids[{', '.join(map(str, index))}] is {value}, ")
+        as_keys(keys, key_bits=32, place="ids")
+    assert str(error.value) == f"ids[{', '.join(map(str, index))}]: expected 32-bit keys in 0..4294967295, got {value}"
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("wide", [True, False])
-def test_keys_in_one_strided_dimension(dtype: str, wide: bool) -> None:
+@pytest.mark.parametrize("key_bits", [64, 32])
+def test_keys_in_one_strided_dimension(dtype: str, key_bits: int) -> None:
     for keys in (np.arange(9, dtype=dtype)[::2], np.arange(9, dtype=dtype)[::-1], unaligned(np.arange(9, dtype=dtype))):
-        flat = as_keys(keys, wide=wide).flat
+        flat = as_keys(keys, key_bits=key_bits).flat
         assert flat.tolist() == keys.tolist() and flat.flags.c_contiguous and flat.flags.aligned
 
 
 def test_extremes_of_each_width() -> None:
     for value in (2**32, 2**63 - 1, -1):
-        with pytest.raises(KeyDtypeError, match=rf"keys\[1\] is {value}, "):
-            as_keys(np.array([2**32 - 1, value]), wide=False)
-    assert as_keys(np.array([-1], np.int32), wide=False).flat.tolist() == [2**32 - 1]
-    assert as_keys(np.array([-1], np.int8), wide=False).flat.tolist() == [2**32 - 1]
-    assert as_keys(np.array([-1], np.int32), wide=True).flat.tolist() == [-1]
-    assert as_keys(np.array([2**32 - 1], np.uint32), wide=True).flat.tolist() == [2**32 - 1]
-    assert as_keys(np.array([2**64 - 1, 2**63], np.uint64), wide=True).flat.tolist() == [-1, -(2**63)]
+        with pytest.raises(KeyDtypeError, match=rf"keys\[1\]: expected .*, got {value}$"):
+            as_keys(np.array([2**32 - 1, value]), key_bits=32)
+    assert as_keys(np.array([-1], np.int32), key_bits=32).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([-1], np.int8), key_bits=32).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([-1], np.int32), key_bits=64).flat.tolist() == [-1]
+    assert as_keys(np.array([2**32 - 1], np.uint32), key_bits=64).flat.tolist() == [2**32 - 1]
+    assert as_keys(np.array([2**64 - 1, 2**63], np.uint64), key_bits=64).flat.tolist() == [-1, -(2**63)]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
@@ -159,14 +160,14 @@ def test_extremes_of_each_width() -> None:
 def test_contiguous_64_bit_keys_are_not_copied(dtype: type, shape: tuple[int, ...]) -> None:
     keys = np.zeros(shape, dtype)
     keys.flags.writeable = False
-    for wide in (True, False):
-        batch = as_keys(keys, wide=wide)
+    for key_bits in (64, 32):
+        batch = as_keys(keys, key_bits=key_bits)
         assert batch.flat.ctypes.data == keys.ctypes.data and batch.flat.size == keys.size
 
 
 def test_scalar_keys_have_rank_0() -> None:
     for key in (7, np.int64(7), np.array(7), np.uint8(7)):
-        batch = as_keys(key, wide=True)
+        batch = as_keys(key, key_bits=64)
         assert batch.flat.tolist() == [7] and batch.shape == ()
 
 
@@ -191,36 +192,36 @@ def test_scalar_keys_have_rank_0() -> None:
     ],
 )
 def test_lists_in_64_bit_mode(keys: Any, flat: list[int], shape: tuple[int, ...]) -> None:
-    batch = as_keys(keys, wide=True)
+    batch = as_keys(keys, key_bits=64)
     assert (batch.flat.tolist(), batch.shape, batch.kind) == (flat, shape, NUMPY)
 
 
 def test_lists_in_32_bit_mode() -> None:
-    assert as_keys([0, 2**32 - 1], wide=False).flat.tolist() == [0, 2**32 - 1]
-    assert as_keys([], wide=False).shape == (0,)
-    assert as_keys([np.int32(-1)], wide=False).flat.tolist() == [2**32 - 1]
+    assert as_keys([0, 2**32 - 1], key_bits=32).flat.tolist() == [0, 2**32 - 1]
+    assert as_keys([], key_bits=32).shape == (0,)
+    assert as_keys([np.int32(-1)], key_bits=32).flat.tolist() == [2**32 - 1]
     for keys, message in (
-        ([3, -1], r"keys\[1\] is -1, .*0\.\.4294967295"),
-        ([[0, 1], [2**32, -5]], r"keys\[1, 0\] is 4294967296"),
-        ([1, 2**63], r"keys\[1\] is 9223372036854775808"),
-        (-3, r"keys is -3"),
+        ([3, -1], r"keys\[1\]: expected .*0\.\.4294967295, got -1"),
+        ([[0, 1], [2**32, -5]], r"keys\[1, 0\]: .*, got 4294967296"),
+        ([1, 2**63], r"keys\[1\]: .*, got 9223372036854775808"),
+        (-3, r"keys: .*, got -3"),
     ):
         with pytest.raises(KeyDtypeError, match=message):
-            as_keys(keys, wide=False)
+            as_keys(keys, key_bits=32)
 
 
-@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("key_bits", [64, 32])
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ([1, 2.5], r"keys\[1\] is 2.5 \(float\), integers are wanted"),
-        ([True, None], r"keys\[0\] is True \(bool\)"),
-        ([[1, 2], [None, 3]], r"keys\[1, 0\] is None \(NoneType\)"),
+        ([1, 2.5], r"keys\[1\]: expected integers, got 2.5 \(float\)"),
+        ([True, None], r"keys\[0\]: expected integers, got True \(bool\)"),
+        ([[1, 2], [None, 3]], r"keys\[1, 0\]: expected integers, got None \(NoneType\)"),
         ([1, [2, 3]], r"list cannot be read as an array of integers: ValueError: .*inhomogeneous"),
         ([[1], [2, 3]], "inhomogeneous"),
-        ([-1, 2**63], r"keys\[1\] is 9223372036854775808, int64 .* beside negative keys"),
-        ([0, 2**64], r"keys\[1\] is 18446744073709551616, uint64"),
-        (-(2**63) - 1, r"keys is -9223372036854775809, int64"),
+        ([-1, 2**63], r"keys\[1\]: expected int64 .* beside negative keys, got 9223372036854775808"),
+        ([0, 2**64], r"keys\[1\]: expected uint64 .*, got 18446744073709551616"),
+        (-(2**63) - 1, r"keys: expected int64 .*, got -9223372036854775809"),
         (["a", "b"], r"list of dtype <U1"),
         ("ab", "str of dtype <U2"),
         (b"ab", "bytes of dtype"),
@@ -230,7 +231,7 @@ def test_lists_in_32_bit_mode() -> None:
         (None, "NoneType of dtype object"),
         ({1, 2}, "set of dtype object"),
         (np.zeros(0), "numpy array of dtype float64"),
-        (np.zeros(2, np.float32), "numpy array of dtype float32 came, integers"),
+        (np.zeros(2, np.float32), "got numpy array of dtype float32"),
         (np.zeros(2, bool), "dtype bool"),
         (np.zeros(2, complex), "dtype complex128"),
         (np.array([1, 2], object), "dtype object"),
@@ -240,9 +241,9 @@ def test_lists_in_32_bit_mode() -> None:
         (np.float64(1), "float64 of dtype float64"),
     ],
 )
-def test_what_is_not_keys_is_refused(keys: Any, message: str, wide: bool) -> None:
+def test_objects_that_are_not_keys_are_refused(keys: Any, message: str, key_bits: int) -> None:
     with pytest.raises(KeyDtypeError, match=message) as error:
-        as_keys(keys, wide=wide)
+        as_keys(keys, key_bits=key_bits)
     assert "\n" not in str(error.value) and isinstance(error.value, TypeError)
 
 
@@ -252,7 +253,7 @@ def test_what_is_not_keys_is_refused(keys: Any, message: str, wide: bool) -> Non
 @pytest.mark.parametrize("kind", [OnlyDlpack, OnlyInterface, OnlyArray, memoryview, np.ma.masked_array])
 def test_protocols(kind: Any) -> None:
     memory = np.arange(12).reshape(3, 4)
-    batch = as_keys(kind(memory), wide=True)
+    batch = as_keys(kind(memory), key_bits=64)
     assert (batch.flat.tolist(), batch.shape, batch.kind) == (list(range(12)), (3, 4), NUMPY)
     assert np.shares_memory(batch.flat, memory) == (kind is not OnlyArray)
 
@@ -260,7 +261,7 @@ def test_protocols(kind: Any) -> None:
 def test_protocols_with_strides_and_old_producers() -> None:
     memory = np.arange(12, dtype=np.int32).reshape(3, 4)[::2, ::-1]
     for keys in (OnlyDlpack(memory), OnlyDlpack(memory, old=True), OnlyInterface(memory)):
-        assert as_keys(keys, wide=True).flat.tolist() == memory.ravel().tolist()
+        assert as_keys(keys, key_bits=64).flat.tolist() == memory.ravel().tolist()
 
 
 def test_an_array_that_fails_is_a_key_dtype_error() -> None:
@@ -269,26 +270,26 @@ def test_an_array_that_fails_is_a_key_dtype_error() -> None:
             raise ZeroDivisionError("two\nlines")
 
     with pytest.raises(KeyDtypeError, match=r"ids: Failing cannot be read .*: ZeroDivisionError: two lines"):
-        as_keys(Failing(), wide=True, place="ids")
+        as_keys(Failing(), key_bits=64, place="ids")
 
 
 def test_gpu_keys_are_copied_by_dlpack() -> None:
     keys = OnGpu(np.arange(4).reshape(2, 2))
-    batch = as_keys(keys, wide=True)
+    batch = as_keys(keys, key_bits=64)
     assert (batch.flat.tolist(), batch.shape, batch.kind) == ([0, 1, 2, 3], (2, 2), NUMPY)
-    assert keys.wanted["dl_device"] == (1, 0) and keys.wanted["copy"] is True
+    assert keys.asked["dl_device"] == (1, 0) and keys.asked["copy"] is True
 
 
 def test_gpu_keys_fall_back_on_their_own_method() -> None:
-    assert as_keys(OnGpuWithGet(np.arange(3), dlpack=False), wide=True).flat.tolist() == [0, 1, 2]
+    assert as_keys(OnGpuWithGet(np.arange(3), dlpack=False), key_bits=64).flat.tolist() == [0, 1, 2]
 
 
 def test_gpu_keys_that_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba.cuda", None)  # else a machine with a GPU would read the made-up address
     with pytest.raises(DeviceError, match=r"ids: OnGpu is on cuda:3 and cannot be copied .*cannot copy to another device"):
-        as_keys(OnGpu(np.arange(3), dlpack=False), wide=True, place="ids")
+        as_keys(OnGpu(np.arange(3), dlpack=False), key_bits=64, place="ids")
     with pytest.raises(DeviceError, match="OnlyCudaInterface is on cuda and cannot be copied"):
-        as_keys(OnlyCudaInterface(np.arange(3)), wide=True)
+        as_keys(OnlyCudaInterface(np.arange(3)), key_bits=64)
 
 
 def test_gpu_outputs_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +330,7 @@ class CupyArray(StandIn):
 def test_a_framework_on_a_gpu_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(asarray=lambda rows: CupyArray(rows.copy())))
     keys = CupyArray(np.arange(4, dtype=np.int32).reshape(2, 2))
-    batch = as_keys(keys, wide=True)
+    batch = as_keys(keys, key_bits=64)
     assert (batch.flat.tolist(), batch.shape) == ([0, 1, 2, 3], (2, 2))
     assert batch.kind == ArrayKind("cupy", keys.device)
     answer = wrap_output(np.ones((2, 2, 3), np.float32), batch.kind)
@@ -339,7 +340,7 @@ def test_a_framework_on_a_gpu_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -
     rows[...] = [[1, 2, 3], [4, 5, 6]]
     finish()
     assert out.memory.tolist() == [[1, 2, 3], [4, 5, 6]]
-    with pytest.raises(ArrayError, match="out: dtype float64 came"):
+    with pytest.raises(ArrayError, match="out: expected dtype float32, got float64"):
         as_output(CupyArray(np.zeros((2, 3))), (2, 3))
 
 
@@ -352,9 +353,9 @@ def test_an_unknown_gpu_output_without_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     finish()
     assert out.memory.tolist() == [[1] * 3] * 2 + [[7] * 3] * 2
     for memory in (np.zeros((3, 2), np.float32).T, read_only(np.zeros((2, 3), np.float32))):
-        with pytest.raises(ArrayError, match="read-only or non-contiguous GPU array"):
+        with pytest.raises(ArrayError, match="expected a writable and contiguous GPU array, got a read-only"):
             as_output(StandIn(memory), (2, 3))
-    with pytest.raises(ArrayError, match=r"shape \(4, 3\) came, \(2, 3\) is wanted"):
+    with pytest.raises(ArrayError, match=r"expected shape \(2, 3\), got \(4, 3\)"):
         as_output(out, (2, 3))
 
 
@@ -363,7 +364,7 @@ def test_an_unknown_gpu_output_without_the_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("keys", [[1, 2], (1,), 5, np.arange(3), np.int32(3), OnlyDlpack(np.arange(2)), OnGpu(np.arange(2))])
 def test_output_of_numpy_kind_is_the_rows_themselves(keys: Any) -> None:
-    kind = as_keys(keys, wide=True).kind
+    kind = as_keys(keys, key_bits=64).kind
     rows = new_output(kind, (2, 3))
     assert type(rows) is np.ndarray and rows.dtype == np.float32 and rows.shape == (2, 3)
     assert wrap_output(rows, kind) is rows
@@ -400,7 +401,7 @@ def test_larger_out_keeps_its_tail(step: int) -> None:
     rows[...] = [[0, 1], [2, 3], [4, 5]]
     finish()
     assert out.tolist() == [0, 1, 2, 3, 4, 5, *[7] * (len(out) - 6)]
-    with pytest.raises(ArrayError, match=r"shape \(\d+,\) came, \(30, 2\) or more elements is wanted"):
+    with pytest.raises(ArrayError, match=r"expected shape \(30, 2\) or more elements, got \(\d+,\)"):
         as_output(out, (30, 2), larger=True)
 
 
@@ -416,10 +417,10 @@ def test_out_of_other_kinds_shares_memory(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        (np.zeros((2, 3)), "dtype float64 came, float32 is wanted"),
-        (np.zeros((2, 3), ">f4"), "dtype >f4 came"),
-        (np.zeros((3, 2), np.float32), r"shape \(3, 2\) came, \(2, 3\) is wanted"),
-        (np.zeros((4, 3), np.float32), r"shape \(4, 3\) came"),
+        (np.zeros((2, 3)), "expected dtype float32, got float64"),
+        (np.zeros((2, 3), ">f4"), "expected dtype float32, got >f4"),
+        (np.zeros((3, 2), np.float32), r"expected shape \(2, 3\), got \(3, 2\)"),
+        (np.zeros((4, 3), np.float32), r"got \(4, 3\)"),
         (read_only(np.zeros((2, 3), np.float32)), "read-only"),
         (OnlyDlpack(read_only(np.zeros((2, 3), np.float32))), "read-only"),
         (OnlyInterface(read_only(np.zeros((2, 3), np.float32))), "read-only"),
@@ -442,8 +443,9 @@ def test_what_cannot_be_an_output_is_refused(out: Any, message: str) -> None:
 def test_no_framework_is_imported() -> None:
     code = (
         "import sys, numpy as np\n"
-        "from hps_numba.arrays.host import as_keys, wrap_output\n"
-        "wrap_output(np.zeros(2), as_keys([1, 2], wide=True).kind)\n"
+        "from hps_numba.arrays.host import as_keys\n"
+        "from hps_numba.arrays.host_outputs import wrap_output\n"
+        "wrap_output(np.zeros(2), as_keys([1, 2], key_bits=64).kind)\n"
         "print([name for name in ('torch', 'tensorflow', 'cupy', 'jax', 'numba.cuda') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -453,7 +455,7 @@ def test_no_framework_is_imported() -> None:
 def test_contiguous_int64_costs_about_a_microsecond() -> None:
     keys = np.arange(64)
     best = min(
-        timeit.repeat(lambda: wrap_output(new_output(as_keys(keys, wide=True).kind, (64, 4)), NUMPY), number=500, repeat=20)
+        timeit.repeat(lambda: wrap_output(new_output(as_keys(keys, key_bits=64).kind, (64, 4)), NUMPY), number=500, repeat=20)
     )
     assert best / 500 < 10e-6  # about 1.3 microseconds on an idle machine
 
@@ -484,14 +486,14 @@ def test_rows_of_torch() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (np.ones((2, 3), np.float32), r"shape \(2, 3\) came, \(3, 2\) is wanted"),
+        (np.ones((2, 3), np.float32), r"expected shape \(3, 2\), got \(2, 3\)"),
         ([[1.0], [2.0, 3.0]], "list cannot be read as float32 rows"),
-        ([["a", "b"]] * 3, "dtype <U1 came"),
-        (np.ones((3, 2), complex), "dtype complex128 came"),
-        (object(), "object cannot be read|dtype object came"),
-        (np.full((3, 2), 1e300), "beyond what float32 holds"),
+        ([["a", "b"]] * 3, "expected dtype float32, got <U1"),
+        (np.ones((3, 2), complex), "expected dtype float32, got complex128"),
+        (object(), "object cannot be read|got object"),
+        (np.full((3, 2), 1e300), "out of the range of float32"),
     ],
 )
-def test_what_is_not_rows_is_refused(rows: object, said: str) -> None:
+def test_objects_that_are_not_rows_are_refused(rows: object, said: str) -> None:
     with pytest.raises(ArrayError, match=said):
         as_rows(rows, (3, 2))

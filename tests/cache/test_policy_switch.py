@@ -213,7 +213,7 @@ def test_graph_is_replayed_while_policies_change() -> None:
 
 
 def cache_of(server: hps_numba.HPS, service: Service, table: int = 0, model: str = "m") -> EmbeddingCache:
-    caches = server._models[model].tables[table].caches
+    caches = server._catalog.models[model].tables[table].caches
     assert caches is not None
     cache = caches.on(service.device)
     assert cache is not None

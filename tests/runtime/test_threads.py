@@ -258,7 +258,7 @@ def test_a_server_ends_while_others_look_up(workshop: Workshop, end: str) -> Non
     for reader in readers:
         reader.join(30)
     assert outcomes == [ClosedError if end == "close" else UnknownModelError] * 3
-    assert server._allocator.in_use <= 64
+    assert server._loader.allocator.in_use <= 64
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -267,7 +267,7 @@ def test_a_lookup_whose_model_is_unloaded_says_so(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, many: bool, again: bool
 ) -> None:
     server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
-    table = server._models["m"].tables[0]
+    table = server._catalog.models["m"].tables[0]
     look_up = table.lookup
 
     def unloaded_before(keys: np.ndarray, out: np.ndarray) -> None:
@@ -286,7 +286,7 @@ def test_a_lookup_whose_model_is_unloaded_says_so(
 
 def test_lookup_many_waits_for_a_switch_and_looks_up_once(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
-    deployment = server._models["m"]
+    deployment = server._catalog.models["m"]
     answers: list[Any] = []
     reader = threading.Thread(target=lambda: answers.append(server.lookup_many([[1], [2]], "m")))
     deployment.switches += 1
@@ -303,7 +303,7 @@ def test_lookup_many_waits_for_a_switch_and_looks_up_once(workshop: Workshop) ->
 
 def test_a_switch_does_not_begin_before_the_writes_at_work_have_ended(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(9), 4), (range(9), 4)))
-    deployment = server._models["m"]
+    deployment = server._catalog.models["m"]
     held, go_on = threading.Event(), threading.Event()
 
     def write() -> None:

@@ -38,7 +38,7 @@ def allocators(monkeypatch: pytest.MonkeyPatch) -> list[PlainHostAllocator]:
         made.append(PlainHostAllocator())
         return made[-1]
 
-    monkeypatch.setattr("hps_numba.server.hps.PlainHostAllocator", make)
+    monkeypatch.setattr("hps_numba.server.model_loader.PlainHostAllocator", make)
     return made
 
 

@@ -676,7 +676,7 @@ def test_an_invalid_policy_is_refused_before_anything_is_allocated(
         server.load_model(model)
     assert (bytes_in_use(server), server.models) == (before, ("m",))
     opened: list[object] = []
-    monkeypatch.setattr("hps_numba.server.hps.open_tiers", lambda *args, **options: opened.append(args))
+    monkeypatch.setattr("hps_numba.server.model_loader.open_tiers", lambda *args, **options: opened.append(args))
     with pytest.raises(PolicyError, match=message):
         service.workshop.open(service.model((KEYS, DIM)), model, cache_on_cpu=True)
     assert not opened

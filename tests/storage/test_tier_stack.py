@@ -35,7 +35,7 @@ def test_each_tier_is_asked_only_for_what_faster_ones_lack(workshop: Workshop) -
     server, tier = workshop.open_cold()
     truth = NaiveServer(DIM, -7.5, places=2)
     truth.places[1].upsert(KEYS, rows_of(KEYS, DIM))
-    for store in (server._models["m"].tables[0].store, truth.places[0]):
+    for store in (server._catalog.models["m"].tables[0].store, truth.places[0]):
         store.upsert(np.array([0, 1]), rows_of([0, 1], DIM, 1))
     tier.calls.clear()
     tier.keys.clear()
@@ -222,7 +222,7 @@ def test_unanswered_keys_are_not_kept_as_default_rows(workshop: Workshop, clock:
     tier.seconds = 0.01
     server.lookup(KEYS, "m", 0)
     workshop.let_background_finish(server)
-    kept = [int(key) for keys, _ in server._models["m"].tables[0].store.scan() for key in keys]
+    kept = [int(key) for keys, _ in server._catalog.models["m"].tables[0].store.scan() for key in keys]
     assert sorted(kept) == [0, 1, 2]
     tier.seconds = 0.0
     assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))

@@ -16,7 +16,7 @@ HANG_SECONDS = 300.0
 
 
 def served_model(server: hps_numba.HPS, model: str = "m") -> ServedModel:
-    return server._models[model]
+    return server._catalog.models[model]
 
 
 def served_table(server: hps_numba.HPS, table: int = 0, model: str = "m") -> ServedTable:
@@ -25,29 +25,29 @@ def served_table(server: hps_numba.HPS, table: int = 0, model: str = "m") -> Ser
 
 def slower_tier(server: hps_numba.HPS) -> Any:
     """The first slower tier."""
-    return server._slower.tiers[0]
+    return server._loader.slower.tiers[0]
 
 
 def host_memory(server: hps_numba.HPS) -> HashMapTier:
     """The tier in host memory."""
-    assert server._host is not None
-    return server._host
+    assert server._loader.host is not None
+    return server._loader.host
 
 
 def bytes_in_use(server: hps_numba.HPS) -> int:
     """Bytes of host memory that the allocator of a server has handed out."""
-    return server._allocator.in_use
+    return server._loader.allocator.in_use
 
 
 def due_refreshes(server: hps_numba.HPS) -> list[str]:
     """Names of the models that the timer is going to refresh."""
-    return list(server._timer._due)
+    return list(server._loader.timer._due)
 
 
 def wait_for_background(server: hps_numba.HPS) -> None:
     """Wait until every background job of every model has run."""
     pause = threading.Event()  # not ``time.sleep``, as tests may have stopped the clock
-    for model in server._models.values():
+    for model in server._catalog.models.values():
         deadline = time.perf_counter() + HANG_SECONDS
         while model._jobs._waiting:
             assert time.perf_counter() < deadline, "background jobs hang"

@@ -210,7 +210,7 @@ def test_a_tier_of_ones_own_serves_a_row(workshop: Workshop, form: str) -> None:
     assert_same_bits(server.lookup([3, 8, 3], "m", 0), rows_of([3, 8, 3], 3))
     stats = server.stats()["m"]["sparse_embedding0"]
     assert (stats.host_hits, stats.tier_hits) == (0, 3)
-    options = [tier.options for tier in server._slower.tiers]
+    options = [tier.options for tier in server._loader.slower.tiers]
     assert [(one.shards, one.name) for one in options] == [(7, "own"), (7, "second")][: len(options)]
 
 
@@ -271,7 +271,7 @@ def test_plugins_of_an_installed_package_need_no_permission(installed: None, on_
     server = on_cpu.workshop.open(model, tiers=tiers, cache_on_cpu=True, allow_code=False)
     assert_same_bits(on_cpu.lookup(server, np.arange(300)), rows_of(range(300), 17))
     assert cache_of(server).policy == "most_recent"
-    assert server._slower.tiers[0].options.shards == 2
+    assert server._loader.slower.tiers[0].options.shards == 2
 
 
 def test_an_installed_format_is_detected_and_a_broken_one_is_left_out(

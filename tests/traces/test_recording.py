@@ -33,7 +33,7 @@ def test_all_kinds_of_lookups_are_recorded(server: HPS, tmp_path: Path) -> None:
         server.lookup([3], "m", 1)  # another table
         server.lookup_many({0: [2], 1: [4]}, "m")
         server.lookup_pooled([6, 6], [0, 2], "m", 0)
-        server.lookup_into(np.array([9]), "m", 0, np.empty((1, 3), np.float32))
+        server.direct.lookup_into(np.array([9]), "m", 0, np.empty((1, 3), np.float32))
         server.lookup([], "m", 0)
         assert "recording" in repr(recording) and not recording.done
     server.lookup([4], "m", 0)
@@ -41,7 +41,7 @@ def test_all_kinds_of_lookups_are_recorded(server: HPS, tmp_path: Path) -> None:
     assert recording.done and (recording.keys, recording.requests, recording.calls) == (10, 10, 6)
     metadata = json.loads(metadata_path(path).read_text())
     assert metadata == {"table": "m/sparse_embedding0", "rate": 1.0, "requests": 10, "keys": 10, "calls": 6, "every": 1}
-    assert server._recordings == ()
+    assert server._recordings.active == ()
     recording.close()
 
 
@@ -55,7 +55,7 @@ def test_rate_every_and_limit_select_what_is_recorded(server: HPS, tmp_path: Pat
     ):
         for start in range(0, 4000, 10):
             server.lookup(requested[start : start + 10], "m", 0)
-        assert limited.done and len(server._recordings) == 2
+        assert limited.done and len(server._recordings.active) == 2
     kept = set(recorded(shared))
     assert 150 < len(kept) < 350 and recorded(shared) == [key for key in requested.tolist() if key in kept]
     assert recorded(some) == np.concatenate([requested[at : at + 10] for at in range(0, 4000, 30)]).tolist()
@@ -136,7 +136,7 @@ def test_misuse_of_record_trace_raises(server: HPS, tmp_path: Path) -> None:
         server.record_trace(tmp_path / "none" / "t.npy", "m", 0)
     with pytest.raises(UnknownModelError):
         server.record_trace(tmp_path / "t.npy", "other", 0)
-    assert server._recordings == ()
+    assert server._recordings.active == ()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -165,7 +165,7 @@ def test_full_disk_ends_the_recording_but_not_the_lookup(
 
     monkeypatch.setattr("hps_numba.traces.recording.TraceRecording._write", refuse)
     assert server.lookup(requested, "m", 0).shape == (_BUFFER, 3)
-    assert recording.done and server._recordings == ()
+    assert recording.done and server._recordings.active == ()
     assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
     assert recorded(tmp_path / "t.npy") == requested.tolist()
     recording.close()

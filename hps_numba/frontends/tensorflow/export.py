@@ -1,4 +1,4 @@
-"""Models that leave the process: loading a SavedModel, and cutting a model in two for servers without Python."""
+"""Models that leave the process: loading a SavedModel, and splitting a model in two for servers without Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYERS = (LookupLayer, SparseLookupLayer, LookupCollection)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """``tf.saved_model.load``, in a process in which lookups of this package work (they do wherever it is imported).
+    """``tf.saved_model.load``, in a process in which the lookups of this package work (it is imported).
 
     Raises:
         As ``tf.saved_model.load``.
@@ -26,7 +26,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def split(model: Any) -> tuple[Any, Any]:
-    """Cut a functional model behind its lookup layers, for a server that cannot run Python (TF-Serving).
+    """Split a functional model after its lookup layers, for a server that cannot run Python (TF-Serving).
 
     Returns:
         ``(lookup, dense)``: two functional models; ``dense(lookup(inputs))`` is ``model(inputs)``. ``dense`` has no lookup in
@@ -37,10 +37,10 @@ def split(model: Any) -> tuple[Any, Any]:
     """
     layers = getattr(model, "layers", None)
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None) or layers is None:
-        raise ConfigError(f"model: {type(model).__name__} came, a functional keras.Model is wanted")
+        raise ConfigError(f"model: expected a functional keras.Model, got {type(model).__name__}")
     cuts = [tensor for layer in layers if isinstance(layer, _LAYERS) for tensor in keras.tree.flatten(layer.output)]
     if not cuts:
-        raise ConfigError(f"model: {model.name!r} has no lookup layer to cut behind")
+        raise ConfigError(f"model: expected lookup layers in {model.name!r}, got none")
     passed = [tensor for tensor in model.inputs if _reaches(model, tensor, cuts)]
     lookup = keras.Model(model.inputs, [*cuts, *passed], name=f"{model.name}_lookup")
     dense = keras.Model([*cuts, *passed], model.outputs, name=f"{model.name}_dense")
@@ -48,11 +48,11 @@ def split(model: Any) -> tuple[Any, Any]:
 
 
 def _reaches(model: Any, tensor: Any, cuts: list[Any]) -> bool:
-    """Whether the outputs of a model need ``tensor`` otherwise than through one of ``cuts``."""
-    behind, waiting, seen = {id(cut) for cut in cuts}, list(model.outputs), set()
+    """Whether the outputs of a model depend on ``tensor`` other than through one of ``cuts``."""
+    stops, waiting, seen = {id(cut) for cut in cuts}, list(model.outputs), set()
     while waiting:
         here = waiting.pop()
-        if id(here) in behind or id(here) in seen:
+        if id(here) in stops or id(here) in seen:
             continue
         seen.add(id(here))
         if here is tensor:

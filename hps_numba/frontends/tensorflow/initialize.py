@@ -1,4 +1,4 @@
-"""``Init``: load the models before the first lookup, once a process and config (spec 2.1)."""
+"""``Init``: load the models before the first lookup, once for each process and config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def replica_count() -> int:
         return int(horovod.size())
     size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if not size.isdecimal() or int(size) < 1:
-        raise ConfigError(f"OMPI_COMM_WORLD_SIZE: {size!r} came, a number from 1 on is wanted")
+        raise ConfigError(f"OMPI_COMM_WORLD_SIZE: expected a number from 1 on, got {size!r}")
     return int(size)
 
 
@@ -58,12 +58,12 @@ def Init(**kwargs: Any) -> Any:
     """
     for name in ("global_batch_size", "ps_config_file"):
         if name not in kwargs:
-            raise KeyError(f"{name}: missing, Init(global_batch_size=..., ps_config_file=...) is wanted")
+            raise KeyError(f"{name}: missing, expected Init(global_batch_size=..., ps_config_file=...)")
     batch, config = kwargs.pop("global_batch_size"), kwargs.pop("ps_config_file")
     if kwargs:
         log.warning("Init: ignored %s", ", ".join(kwargs))
     if isinstance(batch, bool) or not hasattr(batch, "__index__"):
-        raise ConfigError(f"global_batch_size: {batch!r} came, an integer is wanted")
+        raise ConfigError(f"global_batch_size: expected an integer, got {batch!r}")
     ok = init_op(config_of(config), batch.__index__(), replica_count())
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return (ok,) * len(tf.distribute.get_strategy().extended.worker_devices)

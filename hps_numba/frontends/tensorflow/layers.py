@@ -1,4 +1,4 @@
-"""Keras layers: ``LookupLayer``, ``SparseLookupLayer``, ``LookupCollection`` (spec 2.2, 2.3)."""
+"""Keras layers: ``LookupLayer``, ``SparseLookupLayer``, ``LookupCollection``."""
 
 from __future__ import annotations
 
@@ -33,22 +33,26 @@ _ROW_TYPES = (tf.float32, tf.float16, tf.bfloat16)
 
 
 class _Layer(keras.layers.Layer):
-    """What all layers share: ids left as they are, rows in the dtype that is wanted; no weights but the switch of rows that
-    train."""
+    """What all layers share: ids left as they are, rows in the dtype of the layer; no weights but the switch of rows that
+    train.
+
+    ``trainable`` is Keras's: whether the weights of a layer are frozen, true by default. So that rows train is ``train_rows``
+    here, and ``trainable`` in Torch.
+    """
 
     def __init__(self, emb_vec_dtype: Any, train_rows: bool, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
         self.train_rows = bool(train_rows)
         self.initializer = initializer_of(initializer)
         if self.initializer is not None and not self.train_rows:
-            raise ConfigError("initializer: came without train_rows=True; only rows that train are made for new ids")
+            raise ConfigError("initializer: expected train_rows=True with it: only rows that train are made for new ids")
         if self.train_rows:
             self.switch = self.add_weight(shape=(), initializer="zeros", dtype="float32", name="switch")
         self.supports_jit = False
         self.emb_vec_dtype = tf.as_dtype(emb_vec_dtype)
         if self.emb_vec_dtype not in _ROW_TYPES:
             names = ", ".join(kind.name for kind in _ROW_TYPES)
-            raise ConfigError(f"emb_vec_dtype: {self.emb_vec_dtype.name} came, one of {names} is wanted")
+            raise ConfigError(f"emb_vec_dtype: expected one of {names}, got {self.emb_vec_dtype.name}")
 
     def _trains(self, training: bool | None) -> bool:
         return self.train_rows and bool(training) and self.trainable
@@ -65,8 +69,8 @@ class _Layer(keras.layers.Layer):
 
     def _finished(self, rows: Any) -> Any:
         """In ``emb_vec_dtype``, or where that is float32 in the layer's ``compute_dtype`` (mixed precision)."""
-        wanted = self.emb_vec_dtype if self.emb_vec_dtype != tf.float32 else tf.as_dtype(self.compute_dtype)
-        return rows if rows.dtype == wanted else tf.cast(rows, wanted)
+        dtype = self.emb_vec_dtype if self.emb_vec_dtype != tf.float32 else tf.as_dtype(self.compute_dtype)
+        return rows if rows.dtype == dtype else tf.cast(rows, dtype)
 
 
 class _TableLayer(_Layer):
@@ -77,15 +81,16 @@ class _TableLayer(_Layer):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         emb_vec_dtype: of the answer: float32, float16 or bfloat16.
-        ps_config_file: path of the JSON, or its content as a dict; with an empty one ``Init`` comes first. It is read when the
+        ps_config_file: path of the JSON, or its content as a dict; with an empty one call ``Init`` first. It is read when the
             layer is first called, so the file may change after a model was saved.
         global_batch_size: as for ``Init``.
-        train_rows: calls with ``training=True`` note gradients of rows, for an optimizer of ours (``training.py``).
+        train_rows: calls with ``training=True`` accumulate gradients of rows, for the optimizers of this package.
         initializer: of trained rows that do not exist, made in such calls: ``zeros``, ``normal``, ``uniform``, a function
-            (``hps_numba/initializers.py``), or None: such ids get the table's default value, and a row with their gradient.
+            (``hps_numba/training/initializers.py``), or None: such ids get the table's default value, and a row with their
+            gradient.
         kwargs: of ``keras.layers.Layer``; its ``trainable`` freezes rows that train.
 
-    Rows are frozen by default: the layer has no weights. **Threads:** calls.
+    Rows are frozen by default: the layer has no weights. Thread safety: calls.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class _TableLayer(_Layer):
         self.table = Table(model_name, table_id, emb_vec_size, ps_config_file, global_batch_size)
 
     def trained_tables(self) -> list[GradientAccumulator]:
-        """What optimizers of ours train; builds the server if this process has none."""
+        """What the optimizers of this package train; builds the server if this process has none."""
         return [table_rows(self.table, self.initializer)] if self.train_rows else []
 
     def get_config(self) -> dict[str, Any]:
@@ -124,7 +129,7 @@ class _TableLayer(_Layer):
 
 @keras.saving.register_keras_serializable("hps_numba")
 class LookupLayer(_TableLayer):
-    """The row of each id: what ``tf.nn.embedding_lookup`` gives, bit for bit, of tables of any size (spec 2.2)."""
+    """The row of each id: what ``tf.nn.embedding_lookup`` gives, bit for bit, of tables of any size."""
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
@@ -135,7 +140,7 @@ class LookupLayer(_TableLayer):
 
 @keras.saving.register_keras_serializable("hps_numba")
 class SparseLookupLayer(_TableLayer):
-    """The pooled row of each row of a SparseTensor of ids: as ``tf.nn.embedding_lookup_sparse`` (spec 2.3)."""
+    """The pooled row of each row of a SparseTensor of ids: as ``tf.nn.embedding_lookup_sparse``."""
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
@@ -149,7 +154,7 @@ class SparseLookupLayer(_TableLayer):
         default_id: int | None = None,
         training: bool | None = None,
     ) -> Any:
-        """float32 ``[N, emb_vec_size]``; see ``embedding_lookup_sparse``. ``name`` is ignored, as in the original."""
+        """float32 ``[N, emb_vec_size]``; see ``embedding_lookup_sparse``. ``name`` is ignored, as in HugeCTR HPS."""
         if self._trains(training):
             how = (sp_weights, combiner, max_norm, default_id, self.switch, named(self.initializer))
             return self._finished(trained_lookup_sparse(self.table, sp_ids, *how))
@@ -166,7 +171,7 @@ class LookupCollection(_Layer):
         emb_vec_dtype, ps_config_file, global_batch_size, train_rows, initializer, kwargs: as for ``LookupLayer``; calls that
             train ask one table after the other.
 
-    Rows are frozen by default. **Threads:** calls.
+    Rows are frozen by default. Thread safety: calls.
     """
 
     def __init__(
@@ -183,7 +188,7 @@ class LookupCollection(_Layer):
     ) -> None:
         super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
         if not tables:
-            raise ConfigError("tables: none came, {feature: (table_id, emb_vec_size)} is wanted")
+            raise ConfigError("tables: expected {feature: (table_id, emb_vec_size)}, got none")
         self.model_name = model_name
         self._tables = {
             feature: Table(model_name, table_id, size, ps_config_file, global_batch_size)
@@ -200,11 +205,11 @@ class LookupCollection(_Layer):
         Ids are dense or ragged (a row each), or a SparseTensor (the mean of each row of it).
 
         Raises:
-            ConfigError: a feature that is none of the collection's.
+            ConfigError: a feature that is not in the collection.
         """
-        strangers = [feature for feature in ids if feature not in self._tables]
-        if strangers:
-            raise ConfigError(f"ids: features {', '.join(strangers)} came, known are {', '.join(self._tables)}")
+        unknown = [feature for feature in ids if feature not in self._tables]
+        if unknown:
+            raise ConfigError(f"ids: expected features of {', '.join(self._tables)}, got {', '.join(unknown)}")
         if self._trains(training):
             return {feature: self._finished(self._trained(self._tables[feature], some)) for feature, some in ids.items()}
         rows = embedding_lookup_many([(self._tables[feature], some) for feature, some in ids.items()]) if ids else []

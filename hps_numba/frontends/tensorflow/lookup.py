@@ -1,4 +1,4 @@
-"""Lookups as functions, like ``tf.nn.embedding_lookup`` and ``tf.nn.embedding_lookup_sparse`` (spec 2.2, 2.3)."""
+"""Lookups as functions, like ``tf.nn.embedding_lookup`` and ``tf.nn.embedding_lookup_sparse``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from hps_numba.arrays.bags import COMBINERS as ALL_COMBINERS
 from hps_numba.errors import ConfigError, KeyDtypeError
-from hps_numba.frontends._requests import Request, TableQuery
+from hps_numba.frontends._queries import Query, TableQuery
 from hps_numba.frontends.tensorflow.initialize import replica_count
 from hps_numba.frontends.tensorflow.operator import lookup_op
 from hps_numba.server.registry import Config, config_of
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 ID_TYPES = (tf.int64, tf.int32, tf.uint32, tf.uint64)
-COMBINERS = ("sum", "mean", "sqrtn")
+COMBINERS = tuple(name for name in ALL_COMBINERS if name != "max")  # as tf.nn.embedding_lookup_sparse
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,26 @@ class Table:
     ps_config_file: Config = ""
     global_batch_size: int = 1
     #: a row a key of this table
-    wanted: TableQuery = field(init=False, repr=False, compare=False)
-    _requests: dict[Any, Request] = field(default_factory=dict, init=False, repr=False, compare=False)
+    rows: TableQuery = field(init=False, repr=False, compare=False)
+    _queries: dict[Any, Query] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        wanted = TableQuery(self.model_name, self.table_id, self.emb_vec_size)  # checked there, once
+        rows = TableQuery(self.model_name, self.table_id, self.emb_vec_size)  # checked there, once
         for name, value in (
             ("ps_config_file", config_of(self.ps_config_file)),
-            ("wanted", wanted),
-            ("table_id", wanted.table),
-            ("emb_vec_size", wanted.dim),
+            ("rows", rows),
+            ("table_id", rows.table),
+            ("emb_vec_size", rows.dim),
         ):
             object.__setattr__(self, name, value)
 
-    def request(self, *wanted: TableQuery) -> Request:
+    def query(self, *tables: TableQuery) -> Query:
         """For lookups of this table's server; made once."""
         replicas = replica_count()
-        made = self._requests.get((wanted, replicas))
+        made = self._queries.get((tables, replicas))
         if made is None:
-            made = Request(self.ps_config_file, wanted, self.global_batch_size, replicas)
-            self._requests[wanted, replicas] = made
+            made = Query(self.ps_config_file, tables, self.global_batch_size, replicas)
+            self._queries[tables, replicas] = made
         return made
 
 
@@ -97,33 +98,33 @@ def embedding_lookup_many(lookups: Any) -> list[Any]:
         ConfigError: tables of different configs.   Otherwise as ``embedding_lookup``.
     """
     if any(table.ps_config_file != lookups[0][0].ps_config_file for table, _ in lookups):
-        raise ConfigError("lookups: tables of different ps_config_file came, those of one are wanted")
+        raise ConfigError("lookups: expected tables of one ps_config_file, got several")
     pieces = [_piece(table, ids) for table, ids in lookups]
-    request = lookups[0][0].request(*(wanted for wanted, _, _, _ in pieces))
+    query = lookups[0][0].query(*(one for one, _, _, _ in pieces))
     inputs = [tensor for _, tensors, _, _ in pieces for tensor in tensors]
-    answers = lookup_op(request, inputs, [shape for _, _, shape, _ in pieces])
+    answers = lookup_op(query, inputs, [shape for _, _, shape, _ in pieces])
     return [answer if ragged is None else ragged.with_flat_values(answer) for answer, (_, _, _, ragged) in zip(answers, pieces)]
 
 
 def _piece(table: Table, ids: Any, combiner: str | None = None) -> tuple[TableQuery, list[Any], Any, Any]:
-    """``(wanted, inputs, static shape, ids if they are ragged)`` of one table."""
+    """``(query, inputs, static shape, ids if they are ragged)`` of one table."""
     ragged = None
     if isinstance(ids, tf.SparseTensor):
-        wanted = replace(table.wanted, combiner=combiner or "mean")
+        query = replace(table.rows, combiner=combiner or "mean")
         _check_ids(ids, "sp_ids")
         inputs = [ids.values, ids.indices, ids.dense_shape[0]]
-        return wanted, inputs, tf.TensorShape([ids.shape[0], table.emb_vec_size]), None
+        return query, inputs, tf.TensorShape([ids.shape[0], table.emb_vec_size]), None
     if isinstance(ids, tf.RaggedTensor):
         ragged, ids = ids, ids.flat_values
     elif not tf.is_tensor(ids):
         ids = tf.convert_to_tensor(ids)
     _check_ids(ids, "ids")
-    return table.wanted, [ids], ids.shape.concatenate([table.emb_vec_size]), ragged
+    return table.rows, [ids], ids.shape.concatenate([table.emb_vec_size]), ragged
 
 
 def _check_ids(ids: Any, place: str) -> None:
     if ids.dtype not in ID_TYPES:
-        raise KeyDtypeError(f"{place}: {ids.dtype.name} came, one of {', '.join(kind.name for kind in ID_TYPES)} is wanted")
+        raise KeyDtypeError(f"{place}: expected one of {', '.join(kind.name for kind in ID_TYPES)}, got {ids.dtype.name}")
 
 
 def clipped(rows: Any, max_norm: Any) -> Any:
@@ -138,12 +139,12 @@ def clipped(rows: Any, max_norm: Any) -> Any:
 def check_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> str:
     """The combiner. Raises as ``embedding_lookup_sparse``."""
     if not isinstance(sp_ids, tf.SparseTensor):
-        raise TypeError(f"sp_ids: {type(sp_ids).__name__} came, a SparseTensor is wanted")
+        raise TypeError(f"sp_ids: expected a SparseTensor, got {type(sp_ids).__name__}")
     if sp_weights is not None and not isinstance(sp_weights, tf.SparseTensor):
-        raise TypeError(f"sp_weights: {type(sp_weights).__name__} came, a SparseTensor or None is wanted")
+        raise TypeError(f"sp_weights: expected a SparseTensor or None, got {type(sp_weights).__name__}")
     combiner = "mean" if combiner is None else combiner
     if combiner not in COMBINERS:
-        raise ConfigError(f"combiner: {combiner!r} came, one of {', '.join(COMBINERS)} is wanted")
+        raise ConfigError(f"combiner: expected one of {', '.join(COMBINERS)}, got {combiner!r}")
     return combiner
 
 
@@ -156,7 +157,7 @@ def embedding_lookup_sparse(
     max_norm: Any = None,
     default_id: int | None = None,
 ) -> Any:
-    """One row for each row of a sparse matrix of ids: their rows, combined in the pass that reads them (spec 2.3).
+    """One row for each row of a sparse matrix of ids: their rows, combined in the pass that reads them.
 
     Args:
         sp_ids: SparseTensor ``[N, M]`` of ids, ordered by row.
@@ -164,35 +165,35 @@ def embedding_lookup_sparse(
         combiner: ``sum``; ``mean`` (also for None), over the sum of weights; ``sqrtn``, over the root of the sum of their
             squares; 0 where the divisor is 0.
         max_norm: number or scalar tensor; rows are clipped to this norm before they are weighted.
-        default_id: the id that stands, with weight 1, in rows without ids; by default such rows are 0.
+        default_id: the id that rows without ids are taken to have, with weight 1; by default such rows are 0.
 
     Returns:
         float32 ``[N, emb_vec_size]``.
 
     Raises:
-        TypeError: ids or weights are no SparseTensor.   ValueError: an unknown combiner, or static shapes that differ.
+        TypeError: ids or weights are not a SparseTensor.   ValueError: an unknown combiner, or static shapes that differ.
         ConfigError (a ValueError): other indices of weights, ids not ordered by row.   Otherwise as ``lookup_op``.
     """
     combiner = check_sparse(sp_ids, sp_weights, combiner)
-    wanted, inputs, shape, _ = _piece(table, sp_ids, combiner)
-    wanted = replace(wanted, default_id=default_id)
+    query, inputs, shape, _ = _piece(table, sp_ids, combiner)
+    query = replace(query, default_id=default_id)
     if max_norm is not None:
         max_norm = tf.cast(max_norm, tf.float32)
-        wanted = replace(wanted, clipped=True)
+        query = replace(query, clipped=True)
     norm = [] if max_norm is None else [max_norm]
     if sp_weights is None:
-        (rows,) = lookup_op(table.request(wanted), [*inputs, *norm], [shape])
+        (rows,) = lookup_op(table.query(query), [*inputs, *norm], [shape])
         return rows
     if not sp_weights.dtype.is_floating and not sp_weights.dtype.is_integer:
-        raise TypeError(f"sp_weights: {sp_weights.dtype.name} came, numbers are wanted")
+        raise TypeError(f"sp_weights: expected numbers, got {sp_weights.dtype.name}")
     sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
     paired = sp_weights.indices is not sp_ids.indices
-    wanted = replace(wanted, weighted=True, paired=paired)
+    query = replace(query, weighted=True, paired=paired)
     others = [*([sp_weights.indices] if paired else []), *norm]
 
     @tf.custom_gradient
     def pooled(weights: Any) -> tuple[Any, Any]:
-        (rows,) = lookup_op(table.request(wanted), [*inputs, weights, *others], [shape])
+        (rows,) = lookup_op(table.query(query), [*inputs, weights, *others], [shape])
 
         def gradient(upstream: Any) -> Any:
             return _gradient_of_weights(table, sp_ids, weights, combiner, max_norm, rows, upstream)

@@ -1,11 +1,11 @@
 """The TensorFlow operator: one call of Python, under a token that is the same in every process.
 
-*Why a ``py_function``-type op.* It needs no compiled library and no tie to a build of TensorFlow. Its callback is looked up by
-a token; TensorFlow's own ``tf.py_function`` makes a new token each time, so that a graph that was saved finds nothing in
-another process. Ours is fixed and registered when this module is imported: a SavedModel serves wherever that happened. What is
-asked for travels as text (``frontends/_requests.py``), an input of the op.
+Why an op of the ``py_function`` kind: it needs no compiled library and no tie to a build of TensorFlow. Its callback is looked
+up by a token; ``tf.py_function`` makes a new token each time, so that a saved graph finds nothing in another process. Ours is
+fixed and registered when this module is imported: a SavedModel serves in any process that did so. The query travels as text
+(``frontends/_queries.py``), an input of the op.
 
-Eager calls do not take the op: they call Python at once, which is faster, and errors keep their type.
+Eager calls skip the op: they call Python directly, which is faster, and errors keep their type.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import script_ops  # where the callbacks of py_function are kept
 
-from hps_numba.arrays.host import ArrayKind, wrap_output
+from hps_numba.arrays.host_outputs import wrap_output
+from hps_numba.arrays.kinds import ArrayKind
 from hps_numba.errors import HpsError
-from hps_numba.frontends._requests import Request, answer
+from hps_numba.frontends._queries import Query, answer
 from hps_numba.frontends.tensorflow.on_gpu import rows_on_gpu
 from hps_numba.server.registry import SERVERS
 
@@ -42,7 +43,7 @@ def _init(request: Any) -> bytes:
     return b"OK"
 
 
-# the registry holds its functions weakly: this keeps them
+# the registry holds its functions by weak references: this keeps them alive
 _CALLBACKS: dict[str, Callable[..., Any]] = {LOOKUP_TOKEN: _lookup, INIT_TOKEN: _init}
 
 
@@ -74,26 +75,26 @@ def python_op(token: str, function: Callable[..., np.ndarray]) -> Callable[[Sequ
     return call
 
 
-def lookup_op(request: Request, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
-    """The answer to a request: float32 tensors of static ``shapes``, one a table; eager or in a graph.
+def lookup_op(query: Query, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
+    """The answer to a query: float32 tensors of static ``shapes``, one a table; eager or in a graph.
 
     Args:
-        inputs: tensors, as ``_requests.answer`` wants arrays.
+        inputs: tensors, as ``_queries.answer`` takes arrays.
 
     Raises:
-        As ``_requests.answer`` in eager calls. In a graph a ``tf.errors.OpError`` with the same text: InvalidArgumentError for
+        As ``_queries.answer`` in eager calls. In a graph a ``tf.errors.OpError`` with the same text: InvalidArgumentError for
         ValueErrors and TypeErrors, UnknownError for most others.
     """
-    text = request.text
+    text = query.encoded
     if tf.executing_eagerly():
-        on_gpu = rows_on_gpu(request, inputs)
+        on_gpu = rows_on_gpu(query, inputs)
         if on_gpu is not None:
             return on_gpu
         rows = answer(text, [np.asarray(tensor) for tensor in inputs])
         return [wrap_output(one, _HOST) for one in rows]
     # no gradient: PyFunc has none
     answers = tf.raw_ops.PyFunc(
-        input=[tf.constant(text, tf.string), *inputs], token=LOOKUP_TOKEN, Tout=[tf.float32] * len(request.wanted)
+        input=[tf.constant(text, tf.string), *inputs], token=LOOKUP_TOKEN, Tout=[tf.float32] * len(query.tables)
     )
     for tensor, shape in zip(answers, shapes, strict=True):
         tensor.set_shape(shape)

@@ -24,8 +24,8 @@ import tensorflow as tf
 
 from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import tables_of
-from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, noted_rows
+from hps_numba.frontends._queries import tables_of
+from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, accumulator_of
 from hps_numba.frontends.tensorflow.lookup import Table, check_sparse, clipped, embedding_lookup
 from hps_numba.frontends.tensorflow.operator import python_op
 from hps_numba.training import trainer
@@ -64,7 +64,7 @@ def initializer_of(given: Any) -> Initializer | None:
     """What a user or a saved config gave.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not an initializer.
     """
     if isinstance(given, Mapping) and given.get("class") in _CLASSES:
         made: Initializer = _CLASSES[given["class"]](**{name: value for name, value in given.items() if name != "class"})
@@ -73,10 +73,10 @@ def initializer_of(given: Any) -> Initializer | None:
 
 
 def config_of_initializer(initializer: Initializer | None) -> dict[str, Any] | None:
-    """What a saved config keeps.
+    """What a saved config keeps of an initializer.
 
     Raises:
-        ConfigError: of a function of one's own nothing can be kept.
+        ConfigError: it is a function, of which nothing can be kept.
     """
     if initializer is None:
         return None
@@ -86,15 +86,15 @@ def config_of_initializer(initializer: Initializer | None) -> dict[str, Any] | N
 
 
 def _create(request: Any, initializer: Any, keys: Any) -> np.ndarray:
-    ((server, wanted),) = tables_of(bytes(request))
-    flat = as_keys(keys, wide=server.config.supportlonglong).flat
-    trainer.create_rows(server, wanted.model, wanted.table, flat, _initializers[bytes(initializer).decode()])
+    ((server, query),) = tables_of(bytes(request))
+    flat = as_keys(keys, key_bits=server.direct.key_bits).flat
+    trainer.create_rows(server, query.model, query.table, flat, _initializers[bytes(initializer).decode()])
     return np.asarray(keys)
 
 
 def _note(request: Any, keys: Any, gradients: Any) -> np.ndarray:
-    ((server, wanted),) = tables_of(bytes(request))
-    noted_rows(server, wanted.model, wanted.table).note(np.asarray(keys), np.asarray(gradients))
+    ((server, query),) = tables_of(bytes(request))
+    accumulator_of(server, query.model, query.table).add(np.asarray(keys), np.asarray(gradients))
     return np.zeros((), np.float32)
 
 
@@ -103,23 +103,24 @@ _note_op = python_op("hps_numba.note_gradient.1", _note)
 
 
 def table_rows(table: Table, initializer: Initializer | None = None) -> GradientAccumulator:
-    """What was noted of a table; builds its server if this process has none.
+    """The accumulated gradients of a table; builds its server if this process has none.
 
     Raises:
         As ``HPS``.   ConfigError: another layer gave the table another initializer.
     """
-    ((server, wanted),) = tables_of(table.request(table.wanted).text)
-    rows = noted_rows(server, wanted.model, wanted.table)
+    ((server, query),) = tables_of(table.query(table.rows).encoded)
+    rows = accumulator_of(server, query.model, query.table)
     if initializer is not None:
         if rows.initializer not in (None, initializer):
-            raise ConfigError(f"initializer: {initializer!r} came, another layer gave {rows.initializer!r}")
+            expected = f"{rows.initializer!r}, as another layer of the table has"
+            raise ConfigError(f"initializer: expected {expected}, got {initializer!r}")
         rows.initializer = initializer
     return rows
 
 
 @tf.autograph.experimental.do_not_convert
 def trained_lookup(table: Table, ids: Any, switch: Any, initializer: str = "") -> Any:
-    """``embedding_lookup`` whose gradient is noted for an optimizer.
+    """``embedding_lookup`` whose gradient is accumulated for an optimizer.
 
     Args:
         ids: a tensor, or a RaggedTensor.   switch: float32 scalar, 0, that a tape watches.
@@ -128,7 +129,7 @@ def trained_lookup(table: Table, ids: Any, switch: Any, initializer: str = "") -
     if isinstance(ids, tf.RaggedTensor):
         return ids.with_flat_values(trained_lookup(table, ids.flat_values, switch, initializer))
     ids = tf.convert_to_tensor(ids)
-    request = tf.constant(table.request(table.wanted).text, tf.string)
+    request = tf.constant(table.query(table.rows).encoded, tf.string)
     if initializer:
         shape = ids.shape
         ids = _create_op([request, tf.constant(initializer, tf.string), ids], ids.dtype)
@@ -157,7 +158,7 @@ def trained_lookup_sparse(
     switch: Any,
     initializer: str = "",
 ) -> Any:
-    """``embedding_lookup_sparse`` whose gradient is noted: rows are looked up one by one, and combined by TensorFlow.
+    """``embedding_lookup_sparse`` whose gradient is accumulated: rows are looked up one by one, and combined by TensorFlow.
 
     Raises:
         As ``embedding_lookup_sparse``.
@@ -191,7 +192,7 @@ def _tables_in(layers: Any) -> Iterator[GradientAccumulator]:
         for layer in layers:
             yield from _tables_in(layer)
     else:
-        raise ConfigError(f"layers: {type(layers).__name__} came, Keras layers or models are wanted")
+        raise ConfigError(f"layers: expected Keras layers or models, got {type(layers).__name__}")
 
 
 class _Optimizer(RowOptimizer):
@@ -218,14 +219,14 @@ class Adagrad(_Optimizer):
 
 
 class Adam(_Optimizer):
-    """Lazy Adam: only rows that have a gradient move, and only their means are renewed."""
+    """Lazy Adam: only rows that have a gradient move, and only their moments are updated."""
 
     def __init__(self, layers: Any, lr: float = 0.001, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         super().__init__(layers, trainer.Adam, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
 
 
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:
-    """Write the rows of an optimizer's tables and its state to one file, whole or not there; returns how many rows.
+    """Write the rows of an optimizer's tables and its state to one file, atomically; returns how many rows.
 
     Raises:
         ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
@@ -234,7 +235,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> in
 
 
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> None:
-    """Bring tables and optimizer to what a checkpoint holds; rows that it lacks leave the tables, noted gradients go.
+    """Bring tables and optimizer to what a checkpoint holds; rows that it lacks are erased, gradients are dropped.
 
     Raises:
         ModelFileError: missing or damaged.   ConfigError: of other tables or another optimizer.   Otherwise as ``HPS.insert``.

@@ -10,8 +10,8 @@ import torch
 
 from hps_numba.arrays.bags import MAX_KEYS
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import tables_of
-from hps_numba.frontends.torch.operator import bound_to, check_keys, is_plain
+from hps_numba.frontends._device_path import can_pool
+from hps_numba.frontends.torch.operator import check_keys, is_plain, table_bindings
 from hps_numba.frontends.torch.pooling import COMBINERS, fused, fused_rows, pooled
 from hps_numba.frontends.torch.training import OneTableLayer
 from hps_numba.training.initializers import Initializer
@@ -31,7 +31,7 @@ class HPSEmbeddingBag(OneTableLayer):
         trainable, initializer: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row; where several
             rows are the largest, they share it.
 
-    Rows are frozen by default; gradients flow to ``per_sample_weights``. **Threads:** calls.
+    Rows are frozen by default; gradients flow to ``per_sample_weights``. Thread safety: calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -53,9 +53,9 @@ class HPSEmbeddingBag(OneTableLayer):
     ) -> None:
         super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
         if mode not in COMBINERS:
-            raise ConfigError(f"mode: {mode!r} came, one of {', '.join(COMBINERS)} is wanted")
+            raise ConfigError(f"mode: expected one of {', '.join(COMBINERS)}, got {mode!r}")
         if max_norm is not None and not max_norm >= 0:
-            raise ConfigError(f"max_norm: {max_norm} came, None or a number from 0 on is wanted")
+            raise ConfigError(f"max_norm: expected None or a number from 0 on, got {max_norm}")
         self.mode = mode
         self.max_norm = None if max_norm is None else float(max_norm)
         self.padding_idx = padding_idx
@@ -77,22 +77,22 @@ class HPSEmbeddingBag(OneTableLayer):
         """
         if per_sample_weights is not None:
             if per_sample_weights.shape != input.shape:
-                came = list(per_sample_weights.shape)
-                raise ConfigError(f"per_sample_weights: {came} came, the shape of input, {list(input.shape)}, is wanted")
+                got = list(per_sample_weights.shape)
+                raise ConfigError(f"per_sample_weights: expected the shape of input, {list(input.shape)}, got {got}")
             if self.mode == "max":
-                raise ConfigError("per_sample_weights: came with mode 'max', which has no weights")
+                raise ConfigError("per_sample_weights: expected None with mode 'max', got weights")
             per_sample_weights = per_sample_weights.reshape(-1)
         trains, weights = self.trainable and self._trains(), per_sample_weights
-        straight = not trains and not torch.compiler.is_compiling() and self._goes_straight(input, weights)
-        if straight and input.dim() == 2 and offsets is None and self.padding_idx is None:
+        direct = not trains and not torch.compiler.is_compiling() and self._skips_dispatcher(input, weights)
+        if direct and input.dim() == 2 and offsets is None and self.padding_idx is None:
             rows = fused_rows(input, weights, self.request, self.mode)
             if rows is not None:
                 return rows
-        starts, open_end = self._starts(input, offsets)
+        starts, has_last = self._starts(input, offsets)
         keys = input.reshape(-1)
-        if straight:
-            return fused(keys, starts, weights, self.request, self.mode, self.padding_idx, open_end=open_end)
-        if open_end:
+        if direct:
+            return fused(keys, starts, weights, self.request, self.mode, self.padding_idx, include_last_offset=has_last)
+        if not has_last:
             starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
         if trains:
             return self._trained(keys, starts, weights)
@@ -112,29 +112,27 @@ class HPSEmbeddingBag(OneTableLayer):
         )
         return pooled
 
-    def _goes_straight(self, keys: torch.Tensor, weights: torch.Tensor | None) -> bool:
-        """An eager call that a kernel answers and no gradient comes back to: without the dispatcher."""
+    def _skips_dispatcher(self, keys: torch.Tensor, weights: torch.Tensor | None) -> bool:
+        """An eager call that a kernel answers and that needs no gradient."""
         if self.max_norm is not None or not is_plain(keys) or not keys.is_cuda:
             return False
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             return False
         check_keys(keys)
-        if keys.numel() <= MAX_KEYS and bound_to(self.request, keys.get_device()) is not None:
-            return True
-        ((server, wanted),) = tables_of(self.request)
-        return server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel())
+        device, n = keys.get_device(), keys.numel()
+        return (n <= MAX_KEYS and table_bindings[self.request, device] is not None) or can_pool(self.request, device, n)
 
     def _starts(self, input: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
-        """Where bags begin, and whether the end of the last is left out."""
+        """Where bags begin, and whether the last offset, the number of keys, is included."""
         if input.dim() == 2:
             if offsets is not None:
-                raise ConfigError("offsets: came with input of two dimensions, whose rows are the bags")
-            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1], False
+                raise ConfigError("offsets: expected None with input of two dimensions, whose rows are the bags")
+            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1], True
         if input.dim() != 1:
-            raise ConfigError(f"input: {list(input.shape)} came, one or two dimensions are wanted")
+            raise ConfigError(f"input: expected one or two dimensions, got {list(input.shape)}")
         if offsets is None or offsets.dim() != 1:
-            raise ConfigError("offsets: integers of one dimension are wanted with input of one dimension")
-        return offsets, not self.include_last_offset
+            raise ConfigError("offsets: expected integers of one dimension with input of one dimension")
+        return offsets, self.include_last_offset
 
     def _settings_repr(self) -> str:
         return f"mode={self.mode}"

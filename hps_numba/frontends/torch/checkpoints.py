@@ -1,4 +1,4 @@
-"""Checkpoints of a Torch model with trained rows: rows, their optimizer and the dense part, in one file, whole or not there."""
+"""Checkpoints of a Torch model with trained rows: rows, their optimizer and the dense part, in one file, written atomically."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SETTINGS, _DENSE = "param_groups.pt", "dense.pt"
 
 
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, dense: Any = None) -> int:
-    """Write the rows of all tables of an optimizer, and its state, in the place of the file at ``path``; returns how many rows.
+    """Write the rows of all tables of an optimizer, and its state, to the file at ``path``; returns how many rows.
 
     A crash at any moment leaves the old file whole. Lookups go on meanwhile; steps wait. With several processes, one saves.
 
     Args:
-        path: of a file, ``.npz`` by custom: ``np.load`` reads it.
+        path: of a file, by convention ``.npz``: ``np.load`` reads it.
         dense: anything that ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back, kept with the rows that it
             belongs to: ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
 
@@ -40,8 +40,8 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> Any:
     """Bring the tables of an optimizer and its state to what a checkpoint holds; returns ``dense``, on the CPU.
 
-    The optimizer is made first, of the same kind and on the same tables in the same order. Rows that are not in the file leave
-    the tables, and gradients are forgotten. With several processes, each loads.
+    The optimizer is made first, of the same kind and on the same tables in the same order. Rows that are not in the file are
+    erased, and gradients are dropped. With several processes, each loads.
 
     Raises:
         ModelFileError: missing or damaged; nothing changed.

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hps_numba.arrays.bags import MAX_KEYS
-from hps_numba.errors import ClosedError, ConfigError
-from hps_numba.frontends._requests import Request, TableQuery, answer, tables_of
+from hps_numba.errors import ConfigError
+from hps_numba.frontends._device_path import Bindings, FusedCaches, find_fused
+from hps_numba.frontends._queries import Query, TableQuery, answer, tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
@@ -21,11 +22,14 @@ from hps_numba.training.initializers import Initializer
 
 __all__ = ["LookupCollection"]
 
+#: requests for several tables, bound to their caches on a GPU
+_fused_bindings: Bindings[FusedCaches] = Bindings(find_fused, operator.KEY_ENCODINGS_OF)
+
 operator.library.define("lookup_many(Tensor[] keys, str request, int[] dims) -> Tensor[]")
 
 
 def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int]) -> list[torch.Tensor]:
-    if 4 * sum(some.numel() * dim for some, dim in zip(keys, dims, strict=True)) < SPLIT_BYTES:  # nothing is shared out
+    if 4 * sum(some.numel() * dim for some, dim in zip(keys, dims, strict=True)) < SPLIT_BYTES:  # one thread is enough
         return [operator.rows_on_cpu(some, *table) for some, table in zip(keys, tables_of(request), strict=True)]
     for some in keys:
         operator.check_keys(some)
@@ -35,30 +39,18 @@ def _lookup_many_on_cpu(keys: list[torch.Tensor], request: str, dims: list[int])
 def _lookup_many_on_cuda(
     keys: list[torch.Tensor], request: str, dims: list[int], *, in_one: bool = False
 ) -> list[torch.Tensor]:
-    """``in_one``: the answers may be parts of one tensor, which is sooner made."""
+    """``in_one``: the answers may be views of one tensor, which is allocated faster."""
     device, dtype = keys[0].get_device(), keys[0].dtype
     operator.check_keys(keys[0])
-    bound = operator.fused_lookup_for(request, device)
-    form = None if bound is None else bound.forms.get(dtype)
+    binding = _fused_bindings[request, device]
+    form = None if binding is None else binding.encodings.get(dtype)
     counts = [some.numel() for some in keys]
-    if bound is not None and form is not None and max(counts) <= MAX_KEYS and _are_alike(keys, dtype, device):
-        make = _parts_of_one if in_one else _one_by_one
-        rows = make(keys, counts, dims)
-        try:
-            bound.cache.lookup(
-                [some.data_ptr() for some in keys],
-                counts,
-                [some.data_ptr() for some in rows],
-                operator.current_stream(device),
-                key_form=form,
-            )
-        except ClosedError:
-            operator.unbind(request, device)
-        else:
+    if binding is not None and form is not None and max(counts) <= MAX_KEYS and _are_alike(keys, dtype, device):
+        rows = (_parts_of_one if in_one else _one_by_one)(keys, counts, dims)
+        addresses, outs = [some.data_ptr() for some in keys], [some.data_ptr() for some in rows]
+        if binding.lookup(addresses, counts, outs, operator.current_stream(device), form):
             return rows
-    return [
-        operator.rows_on_cuda(some, server, wanted) for some, (server, wanted) in zip(keys, tables_of(request), strict=True)
-    ]
+    return [operator.rows_on_cuda(some, server, query) for some, (server, query) in zip(keys, tables_of(request), strict=True)]
 
 
 def _are_alike(keys: list[torch.Tensor], dtype: torch.dtype, device: int) -> bool:
@@ -68,23 +60,19 @@ def _are_alike(keys: list[torch.Tensor], dtype: torch.dtype, device: int) -> boo
 def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor | None:
     """Rows of keys ``[tables, ...]`` on a GPU; None where that takes more than the kernels of caches."""
     device = keys.get_device()
-    bound = operator.fused_lookup_for(request, device)
-    form = None if bound is None else bound.forms.get(keys.dtype)
+    binding = _fused_bindings[request, device]
+    form = None if binding is None else binding.encodings.get(keys.dtype)
     tables = keys.shape[0]
     n = keys.numel() // tables
-    if bound is None or form is None or not keys.is_contiguous() or n > MAX_KEYS:
+    if binding is None or form is None or not keys.is_contiguous() or n > MAX_KEYS:
         return None
     rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
     first, to = keys.data_ptr(), rows.data_ptr()
     step, stride = n * keys.element_size(), 4 * dim * n
     addresses = [first + step * i for i in range(tables)]
     outs = [to + stride * i for i in range(tables)]
-    try:
-        bound.cache.lookup(addresses, [n] * tables, outs, operator.current_stream(device), key_form=form)
-    except ClosedError:
-        operator.unbind(request, device)
-        return None
-    return rows
+    done = binding.lookup(addresses, [n] * tables, outs, operator.current_stream(device), form)
+    return rows if done else None
 
 
 def jagged(batch: Any) -> dict[str, torch.Tensor]:
@@ -128,9 +116,9 @@ class LookupCollection(TrainableLayer):
         tables: ``{feature: (table_id, emb_vec_size)}``.
         trainable, initializer: as for ``LookupLayer``, for all tables.
 
-    On the CPU large batches are shared out to all cores, table by table. On a GPU tables of one width and kind are looked up by
-    one kernel, up to 32 of them; the answers to an eager call are parts of one tensor. Rows are frozen by
-    default. **Threads:** calls.
+    On the CPU large batches are spread over all cores, table by table. On a GPU tables of one width and kind are looked up by
+    one kernel, up to 32 of them; the answers to an eager call are views of one tensor. Rows are frozen by
+    default. Thread safety: calls.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -147,12 +135,12 @@ class LookupCollection(TrainableLayer):
     ) -> None:
         super().__init__()
         if not tables:
-            raise ConfigError("tables: none came, {feature: (table_id, emb_vec_size)} is wanted")
-        self._wanted = {feature: TableQuery(model_name, table, dim) for feature, (table, dim) in tables.items()}
+            raise ConfigError("tables: expected {feature: (table_id, emb_vec_size)}, got none")
+        self._queries = {feature: TableQuery(model_name, table, dim) for feature, (table, dim) in tables.items()}
         # joined when called, by what a compiler can follow
-        self._head, texts, self._tail = Request(config_of(ps_config_file), tuple(self._wanted.values())).pieces()
-        self._texts = dict(zip(self._wanted, texts, strict=True))
-        self._request = self.request_of(list(self._wanted))
+        self._head, texts, self._tail = Query(config_of(ps_config_file), tuple(self._queries.values())).pieces()
+        self._texts = dict(zip(self._queries, texts, strict=True))
+        self._request = self.request_of(list(self._queries))
         self._set_training(trainable, initializer)
 
     def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
@@ -168,7 +156,7 @@ class LookupCollection(TrainableLayer):
             jagged features, ``{feature: rows of its values}``.
 
         Raises:
-            ConfigError: a feature that is none of the collection's, or another number of them.   Otherwise as ``LookupLayer``.
+            ConfigError: a feature that is not in the collection, or another number of them.   Otherwise as ``LookupLayer``.
         """
         if isinstance(keys, torch.Tensor):
             return self._stacked(keys)
@@ -177,10 +165,10 @@ class LookupCollection(TrainableLayer):
         features = list(keys)
         if not features:
             return {}
-        strangers = [feature for feature in features if feature not in self._texts]
-        if strangers:
-            raise ConfigError(f"keys: features {', '.join(strangers)} came, known are {', '.join(self._texts)}")
-        dims = [self._wanted[feature].dim for feature in features]
+        unknown = [feature for feature in features if feature not in self._texts]
+        if unknown:
+            raise ConfigError(f"keys: expected features of {', '.join(self._texts)}, got {', '.join(unknown)}")
+        dims = [self._queries[feature].dim for feature in features]
         given = list(keys.values())
         request = self.request_of(features)
         if self.trainable and self._trains():
@@ -192,11 +180,11 @@ class LookupCollection(TrainableLayer):
         return dict(zip(features, rows, strict=True))
 
     def _stacked(self, keys: torch.Tensor) -> torch.Tensor:
-        dims = [wanted.dim for wanted in self._wanted.values()]
+        dims = [query.dim for query in self._queries.values()]
         if keys.dim() == 0 or keys.shape[0] != len(dims):
-            raise ConfigError(f"keys: {list(keys.shape)} came, [{len(dims)}, ...] is wanted, a row for each feature")
+            raise ConfigError(f"keys: expected [{len(dims)}, ...], a row for each feature, got {list(keys.shape)}")
         if len(set(dims)) > 1:
-            raise ConfigError(f"keys: one tensor came for rows of {sorted(set(dims))} elements, {{feature: keys}} is wanted")
+            raise ConfigError(f"keys: expected {{feature: keys}} for rows of {sorted(set(dims))} elements, got one tensor")
         if self.trainable and self._trains():
             return torch.stack(self._trained(list(keys.unbind(0)), self._request, dims))
         if not torch.compiler.is_compiling() and operator.is_plain(keys) and keys.is_cuda:
@@ -211,7 +199,7 @@ class LookupCollection(TrainableLayer):
         return rows
 
     def request_of(self, features: list[str]) -> str:
-        """What the operator is asked for some features, in this order."""
+        """The operator's request for some features, in this order."""
         return self._head + ", ".join([self._texts[feature] for feature in features]) + self._tail
 
     def _request_for_all(self) -> str:
@@ -223,5 +211,5 @@ class LookupCollection(TrainableLayer):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        tables = ", ".join(f"{feature}: {wanted.table} [{wanted.dim}]" for feature, wanted in self._wanted.items())
+        tables = ", ".join(f"{feature}: {query.table} [{query.dim}]" for feature, query in self._queries.items())
         return tables + self._training_repr()

@@ -34,16 +34,16 @@ def save_embedding(
 
     Raises:
         ConfigError (a ValueError): not a matrix, or not a key a row.
-        ModelFileError: as ``write_model``.   KeyDtypeError: keys are no integers.
+        ModelFileError: as ``write_model``.   KeyDtypeError: keys are not integers.
     """
     weight = getattr(embedding, "weight", embedding)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        came = f"{list(weight.shape)} of {weight.dtype}" if isinstance(weight, torch.Tensor) else type(embedding).__name__
-        raise ConfigError(f"embedding: {came} came, a module with a weight, or floats [rows, dim] are wanted")
+        got = f"{list(weight.shape)} of {weight.dtype}" if isinstance(weight, torch.Tensor) else type(embedding).__name__
+        raise ConfigError(f"embedding: expected a module with a weight, or floats [rows, dim], got {got}")
     rows = weight.shape[0]
     names = np.arange(rows) if keys is None else np.asarray(keys.cpu() if isinstance(keys, torch.Tensor) else keys)
     if names.shape != (rows,):
-        raise ConfigError(f"keys: {list(names.shape)} came, [{rows}] is wanted, one a row")
+        raise ConfigError(f"keys: expected [{rows}], one a row, got {list(names.shape)}")
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, rows, _CHUNK_ROWS):

@@ -1,4 +1,4 @@
-"""``LookupLayer``: an embedding layer whose rows live in a server (spec 3)."""
+"""``LookupLayer``: an embedding layer whose rows live in a server."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class LookupLayer(OneTableLayer):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         output_dtype: of the answer: ``torch.float32``, ``float16`` or ``bfloat16``.
-        trainable: rows train: backwards note their gradients for an optimizer of ours (``frontends/torch/optimizers.py``).
+        trainable: rows train: backward passes accumulate their gradients for the optimizers of this package.
         initializer: of trained rows that do not exist, made when they are first looked up with gradients on: ``zeros``,
-            ``normal``, ``uniform``, a function (``hps_numba/initializers.py``), or None: such keys get the table's default
-            value, and a row with their first gradient. Keys on a GPU are copied to the host for it.
+            ``normal``, ``uniform``, a function (``hps_numba/training/initializers.py``), or None: such keys get the table's
+            default value, and a row with their first gradient. Keys on a GPU are copied to the host for it.
 
     Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
     stream. A key that no tier has gets the table's default value. Rows are frozen, or train by way of ``rows``; either way
-    the layer has no parameters, and its ``state_dict`` tells the table and has no rows (``rows_in_state_dict`` changes that).
+    the layer has no parameters, and its ``state_dict`` names the table and has no rows (``rows_in_state_dict`` changes that).
     It can be compiled, exported, scripted, pickled and copied, and ``torch.vmap`` takes it; none of that takes rows along.
 
     Raises (when called):
-        KeyDtypeError: keys are no integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
+        KeyDtypeError: keys are not integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
 
-    **Threads:** calls.
+    Thread safety: calls.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class LookupLayer(OneTableLayer):
         super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
         if output_dtype not in _ROW_TYPES:
             names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
-            raise ConfigError(f"output_dtype: {str(output_dtype).removeprefix('torch.')} came, one of {names} is wanted")
+            raise ConfigError(f"output_dtype: expected one of {names}, got {str(output_dtype).removeprefix('torch.')}")
         self.output_dtype = output_dtype
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
-        if torch.jit.is_scripting():  # a script has the operator and nothing else of ours
+        if torch.jit.is_scripting():  # a script has only the operator
             rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
         elif self.trainable and self._trains():
             rows = self._trained(keys)

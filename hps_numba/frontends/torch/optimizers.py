@@ -14,7 +14,7 @@
 
 A step writes the rows to every tier and every cache of the server before it returns. With several processes
 (``torch.distributed``) each has its own server, and gradients of all processes are averaged, as DistributedDataParallel does
-with those of the dense part: every process must step, clip and unscale alike.
+with those of the dense part: every process must step, clip and unscale in the same way.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class RowOptimizer(torch.optim.Optimizer):
     Raises:
         ConfigError (a ValueError): a setting is wrong, or nothing trains.
 
-    **Threads:** backwards go on beside a step; calls of one optimizer take turns.
+    Thread safety: backward passes may run beside a step; calls of one optimizer take turns.
     """
 
     _rule: ClassVar[Callable[..., row_training.Rule]]
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, reduction: str | None, process_group: Any) -> None:
         if reduction not in _REDUCTIONS:
-            raise ConfigError(f"reduction: {reduction!r} came, one of 'mean', 'sum' or None is wanted")
+            raise ConfigError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
         self._reduction = None if reduction is None else (reduction, process_group)
         self._trainers: dict[int, row_training.RowTrainer] = {}
         self._rule_of({**defaults})
@@ -64,10 +64,10 @@ class RowOptimizer(torch.optim.Optimizer):
         super().__init__(groups if groups and isinstance(groups[0], dict) else [{"params": groups}], defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A group more: ``{"params": a module, Rows, or several of them, "lr": ...}``."""
+        """Add a group: ``{"params": a module, Rows, or several of them, "lr": ...}``."""
         found = list(_tables_in(param_group["params"]))
         if not found:
-            raise ConfigError("params: no trained rows came, modules with layers of trainable=True, or their rows are wanted")
+            raise ConfigError("params: expected modules with layers of trainable=True, or their rows, got no trained rows")
         group = {**param_group, "params": found}
         rule = self._rule_of({**self.defaults, **group})
         super().add_param_group(group)
@@ -80,7 +80,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let every row that has a gradient follow it; returns what ``closure``, which computes the loss anew, gave.
+        """Update every row that has a gradient; returns what ``closure``, which computes the loss again, returned.
 
         Raises:
             As ``HPS.insert``; tables before the one that failed have made their step.
@@ -100,7 +100,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; rows without one stay as they are, so there are no zeros in their place."""
+        """Drop the gradients; rows without one stay as they are, so there are no zeros to set."""
         for rows in self._tables():
             rows.grad = None
 
@@ -111,7 +111,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Of each table, in the order of groups."""
         return [self._trainers[id(rows)] for rows in self._tables()]
 
-    # -- keeping it ---------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, and of each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
@@ -131,7 +131,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         trainers = self.trainers()
         if len(state_dict["state"]) != len(trainers):
-            raise ConfigError(f"state: of {len(state_dict['state'])} tables came, of {len(trainers)} is wanted")
+            raise ConfigError(f"state: expected {len(trainers)} tables, got {len(state_dict['state'])}")
         states = [
             (trainer, int(kept["steps"]), kept["keys"].numpy(), kept["values"].numpy())
             for trainer, (_, kept) in zip(trainers, sorted(state_dict["state"].items()), strict=True)
@@ -157,7 +157,7 @@ def _tables_in(params: Any) -> Iterable[Rows]:
     elif isinstance(params, Rows):
         yield params
     elif isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
-        raise ConfigError(f"params: {type(params).__name__} came, modules or their trained rows are wanted")
+        raise ConfigError(f"params: expected modules or their trained rows, got {type(params).__name__}")
     else:
         for one in params:
             yield from _tables_in(one)
@@ -198,9 +198,9 @@ class Adagrad(RowOptimizer):
 
 
 class Adam(RowOptimizer):
-    """Adam as ``torch.optim.SparseAdam``: only rows that have a gradient move, and only their means are renewed.
+    """Adam as ``torch.optim.SparseAdam``: only rows that have a gradient move, and only their moments are updated.
 
-    The correction of the bias counts the steps of the table, not those of a row.
+    Bias correction counts the steps of the table, not those of a row.
     """
 
     def __init__(

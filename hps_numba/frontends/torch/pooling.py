@@ -1,7 +1,7 @@
 """The pooled operator: one row for each bag of keys, and the gradient of the weights.
 
 ``hps_numba::pooled(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm,
-int? padding) -> Tensor``. The rows of a bag go from the table to its sum, and nowhere in between; on a GPU too, unless
+int? padding) -> Tensor``. The rows of a bag go straight from the table to its sum; on a GPU too, unless
 ``max_norm`` is given or the table has slower tiers: then they are looked up first and combined by Torch.
 """
 
@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from hps_numba.arrays.bags import EQUAL, OFFSETS32, OPEN_END
+from hps_numba.arrays.bags import COMBINERS, EQUAL, OFFSETS32, OPEN_END
 from hps_numba.arrays.buffer_pool import aligned_empty
-from hps_numba.errors import ClosedError
-from hps_numba.frontends._requests import tables_of
+from hps_numba.frontends._device_path import can_pool
+from hps_numba.frontends._queries import tables_of
 from hps_numba.frontends.torch import operator
 
 __all__ = ["COMBINERS", "fused", "fused_rows", "pool_rows", "pooled"]
-
-COMBINERS = ("sum", "mean", "max", "sqrtn")
 
 operator.library.define(
     "pooled(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm, int? padding)"
@@ -39,13 +37,13 @@ def _pooled_on_cpu(
 ) -> torch.Tensor:
     operator.check_keys(keys)
     factors = None if weights is None else weights.detach().float().numpy()
-    ((server, wanted),) = tables_of(request)
+    ((server, query),) = tables_of(request)
     out = aligned_empty((max(offsets.shape[0] - 1, 0), dim))
     server.lookup_pooled(
         keys.detach().numpy(),
         offsets.detach().numpy(),
-        wanted.model,
-        wanted.table,
+        query.model,
+        query.table,
         None,
         weights=factors,
         combiner=combiner,
@@ -67,8 +65,7 @@ def _pooled_on_cuda(
     padding: int | None,
 ) -> torch.Tensor:
     operator.check_keys(keys)
-    ((server, wanted),) = tables_of(request)
-    if max_norm is None and server.pools_where(keys.get_device(), wanted.model, wanted.table, keys.numel()):
+    if max_norm is None and can_pool(request, keys.get_device(), keys.numel()):
         return fused(keys, offsets, weights, request, combiner, padding)
     rows = operator.lookup(keys, request, dim)
     return pool_rows(rows, offsets, weights, combiner, max_norm, None if padding is None else keys.long() != padding)
@@ -82,19 +79,26 @@ def fused(
     combiner: str,
     padding: int | None,
     *,
-    open_end: bool = False,
+    include_last_offset: bool = True,
 ) -> torch.Tensor:
-    """``pooled`` in one kernel, from the cache of the table on the GPU of the keys; ``open_end``: offsets without the last."""
-    bags = offsets.shape[0] - (not open_end)
+    """``pooled`` in one kernel, from the cache of the table on the GPU of the keys; offsets may come without the last."""
+    bags = offsets.shape[0] - include_last_offset
     plain = offsets.is_contiguous() and offsets.dtype in _OFFSETS and offsets.get_device() == keys.get_device()
     if plain and padding is None and bags >= 0:
-        options = _OFFSETS[offsets.dtype] | (OPEN_END if open_end else 0)
+        options = _OFFSETS[offsets.dtype] | (0 if include_last_offset else OPEN_END)
         rows = _pooled_by_address(keys, offsets.data_ptr(), bags, options, weights, request, combiner)
         if rows is not None:
             return rows
-    ((server, wanted),) = tables_of(request)
+    ((server, query),) = tables_of(request)
     answer: torch.Tensor = server.lookup_pooled(
-        keys, offsets, wanted.model, wanted.table, weights=weights, combiner=combiner, padding=padding, open_end=open_end
+        keys,
+        offsets,
+        query.model,
+        query.table,
+        weights=weights,
+        combiner=combiner,
+        padding=padding,
+        include_last_offset=include_last_offset,
     )
     return answer if answer.dtype == torch.float32 else answer.float()
 
@@ -116,29 +120,25 @@ def _pooled_by_address(
     combiner: str,
 ) -> torch.Tensor | None:
     device = keys.get_device()
-    bound = operator.bound_to(request, device)
-    form = None if bound is None else bound.forms.get(keys.dtype)
-    if bound is None or form is None or not keys.is_contiguous():
+    binding = operator.table_bindings[request, device]
+    form = None if binding is None else binding.encodings.get(keys.dtype)
+    if binding is None or form is None or not keys.is_contiguous():
         return None
     factors = None if weights is None else weights.detach().to(keys.device, torch.float32).contiguous()
-    rows = torch.empty((bags, bound.cache.dim), dtype=torch.float32, device=keys.device)
-    try:
-        bound.cache.pool(
-            keys.data_ptr(),
-            keys.numel(),
-            offsets,
-            bags,
-            rows.data_ptr(),
-            operator.current_stream(device),
-            combiner=combiner,
-            weights=0 if factors is None else factors.data_ptr(),
-            options=options,
-            key_form=form,
-        )
-    except ClosedError:
-        operator.unbind(request, device)
-        return None
-    return rows
+    rows = torch.empty((bags, binding.dim), dtype=torch.float32, device=keys.device)
+    done = binding.pool(
+        keys.data_ptr(),
+        keys.numel(),
+        offsets,
+        bags,
+        rows.data_ptr(),
+        operator.current_stream(device),
+        form,
+        combiner,
+        0 if factors is None else factors.data_ptr(),
+        options,
+    )
+    return rows if done else None
 
 
 _OFFSETS = {torch.int64: 0, torch.int32: OFFSETS32}

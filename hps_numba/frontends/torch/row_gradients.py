@@ -1,11 +1,11 @@
-"""``Rows``: what stands for the trained rows of a table where Torch looks for gradients.
+"""``Rows``: the parameter by which Torch sees the trained rows of a table.
 
 Problem: rows live in a server, a table may have more of them than a tensor has room for, and any int64 is a key; yet loss
 scalers, clipping and learning rates expect parameters with a ``grad``. Choice: one parameter a table, without elements, whose
 ``grad`` is float32 ``[m, dim]``: the gradients of the ``m`` rows that backwards touched since ``zero_grad``, equal keys summed;
-``touched`` has their keys. It is made when somebody reads it: a backward only notes what it got, and waits for no device.
+``touched`` has their keys. It is computed when it is read: a backward pass only keeps what it got, and waits for no device.
 Turned down: a sparse ``grad`` (``clip_grad_norm_`` does not take it, and indices cannot be negative); the parameters of a model
-(``torch.optim.Adam(model.parameters())`` would take what it cannot train, and DistributedDataParallel wait for it).
+(``torch.optim.Adam(model.parameters())`` would take what it cannot train, and DistributedDataParallel would wait for it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hps_numba.errors import ArrayError, ClosedError, ConfigError
-from hps_numba.frontends._requests import tables_of
+from hps_numba.frontends._queries import tables_of
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
 from hps_numba.training.initializers import Initializer
@@ -28,7 +28,7 @@ __all__ = ["Rows", "parameter_of"]
 
 log = logging.getLogger(__name__)
 
-_PENDING = 8  # backwards that are noted before they are summed
+_PENDING = 8  # backward passes whose gradients are kept before they are summed
 
 
 class _Part(NamedTuple):
@@ -48,7 +48,7 @@ class Rows(torch.nn.Parameter):
     ``torch.nn.utils.clip_grad_norm_([*head.parameters(), layer.rows], 1.0)`` and ``GradScaler.unscale_(optimizer)`` find and
     change its ``grad``. The parameter itself has no elements, and a copy of it is itself.
 
-    **Threads:** backwards from any thread.
+    Thread safety: backward passes from any thread.
     """
 
     model: str
@@ -60,12 +60,12 @@ class Rows(torch.nn.Parameter):
 
     def __init__(self, server: HPS, model: str, table: str, width: int) -> None:
         self.model, self.table, self.width = model, table, width
-        self.wide: bool = server.config.supportlonglong
+        self.key_bits = server.direct.key_bits
         self._server = weakref.ref(server)
         self._pending: list[_Part] = []
         self._sum: _Part | None = None
         self._reduced = False
-        #: no optimizer has them, and nobody was told
+        #: no optimizer has them, and no warning was logged yet
         self.unclaimed = True
         #: of rows that do not exist when their first gradient comes; None: the table's default value
         self.initializer: Initializer | None = None
@@ -83,18 +83,18 @@ class Rows(torch.nn.Parameter):
         """Where the rows are.
 
         Raises:
-            ClosedError: it is gone.
+            ClosedError: it is closed.
         """
         server = self._server()
         if server is None or server.closed:
-            raise ClosedError(f"rows of {self.model}, {self.table}: the server that they were in is closed")
+            raise ClosedError(f"rows of {self.model}, {self.table}: their server is closed")
         return server
 
     # -- gradients ---------------------------------------------------------------------
 
-    def note(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Note gradients of rows: keys of any shape ``S`` and integer type, and ``S + [dim]``; nothing of them is kept."""
-        part = _Part(as_int64(keys, wide=self.wide), gradients.detach().reshape(-1, self.width))
+    def add_gradient(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add gradients of rows: keys of any shape ``S`` and integer type, and ``S + [dim]``; both are copied."""
+        part = _Part(as_int64(keys, key_bits=self.key_bits), gradients.detach().reshape(-1, self.width))
         if part.gradients.is_cuda:  # to sum them would wait for the device
             copy = part.gradients.to(torch.float32, copy=True)
             part = _Part(part.keys.to(copy.device), copy, torch.cuda.current_stream(copy.device).record_event())
@@ -103,7 +103,7 @@ class Rows(torch.nn.Parameter):
         with self._lock:
             if self.unclaimed:
                 self.unclaimed = False
-                log.warning("%r: gradients came, but no optimizer of hps_numba has these rows: they do not move", self)
+                log.warning("%r: got gradients, but no optimizer of hps_numba has these rows: they do not move", self)
             self._pending.append(part)
             self._reduced = False
             if len(self._pending) >= _PENDING:
@@ -113,8 +113,8 @@ class Rows(torch.nn.Parameter):
     def grad(self) -> torch.Tensor | None:
         """float32 ``[m, dim]``, on the device of the first keys; None without a backward since ``zero_grad``.
 
-        Where an optimizer trains this table in several processes, the first to ask after a backward waits for the others, which
-        must ask too.
+        Where an optimizer trains this table in several processes, the first to read it after a backward pass waits for the
+        others, which must read it too.
         """
         return self.gathered()[1]
 
@@ -125,10 +125,10 @@ class Rows(torch.nn.Parameter):
                 self._pending, self._sum, self._reduced = [], None, False
                 return
             self._gather()
-            wanted = [0 if self._sum is None else len(self._sum.keys), self.width]
-            if self._sum is None or list(gradients.shape) != wanted:
-                came = list(gradients.shape)
-                raise ArrayError(f"grad of rows: {came} came, {wanted} is wanted: a row for each touched key")
+            expected = [0 if self._sum is None else len(self._sum.keys), self.width]
+            if self._sum is None or list(gradients.shape) != expected:
+                got = list(gradients.shape)
+                raise ArrayError(f"grad of rows: expected {expected}, a row for each touched key, got {got}")
             self._sum = self._sum._replace(gradients=gradients)
 
     @property
@@ -147,8 +147,8 @@ class Rows(torch.nn.Parameter):
     def _gather(self) -> None:
         new: _Part | None = None
         if self._pending:
-            alone = len(self._pending) == 1 and not self._pending[0].gradients.is_cuda  # and summed already
-            new = self._pending[0] if alone else _summed(self._pending)
+            summed = len(self._pending) == 1 and not self._pending[0].gradients.is_cuda
+            new = self._pending[0] if summed else _summed(self._pending)
         if self.reduction is not None and not self._reduced and torch.distributed.is_initialized():
             new = _of_all_processes(new, self.width, *self.reduction)
             self._reduced = True
@@ -156,7 +156,7 @@ class Rows(torch.nn.Parameter):
         if new is not None:
             self._sum = new if self._sum is None else _summed([self._sum, new])
 
-    # -- a good citizen ---------------------------------------------------------------------
+    # -- copying and showing ---------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
         return self
@@ -168,14 +168,14 @@ class Rows(torch.nn.Parameter):
         return f"<Rows of {self.model}, {self.table} [{self.width}]>"
 
 
-def as_int64(keys: torch.Tensor, *, wide: bool) -> torch.Tensor:
-    """A copy of keys as the server knows them: int64 ``[n]``; without ``wide`` the bits of 32-bit types without a sign."""
+def as_int64(keys: torch.Tensor, *, key_bits: int) -> torch.Tensor:
+    """A copy of keys as the server knows them: int64 ``[n]``; 32-bit keys are zero-extended."""
     flat = keys.detach().reshape(-1)
     if flat.dtype == torch.uint64:
         flat = flat.view(torch.int64)
     elif flat.dtype == torch.uint32:
         flat = flat.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    elif flat.dtype == torch.int32 and not wide:
+    elif flat.dtype == torch.int32 and key_bits == 32:
         flat = flat.to(torch.int64) & 0xFFFFFFFF
     return flat.to(torch.int64, copy=True)
 
@@ -253,13 +253,13 @@ _making = threading.Lock()
 
 
 def parameter_of(request: str, number: int = 0) -> Rows:
-    """The trained rows of one of the tables of a request (``frontends/_requests.py``).
+    """The trained rows of one of the tables of a request (``frontends/_queries.py``).
 
     Raises:
         As ``HPS``.
     """
-    server, wanted = tables_of(request)[number]
-    spec = server.table_spec(wanted.model, wanted.table)
+    server, query = tables_of(request)[number]
+    spec = server.direct.table_spec(query.model, query.table)
     tables = _known.get(server)
     rows = None if tables is None else tables.get(spec.tag)
     if rows is None:

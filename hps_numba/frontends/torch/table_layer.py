@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, tables_of
+from hps_numba.frontends._queries import Query, tables_of
 from hps_numba.training.checkpoints import set_rows
 
 __all__ = ["TableLayer"]
@@ -20,27 +20,27 @@ class TableLayer(torch.nn.Module):
 
     Attributes:
         rows_in_state_dict: ``state_dict`` takes all rows of the tables along, and ``load_state_dict`` makes them the content
-            of the tables. Off by default: it is some hundred bytes then.
+            of the tables. Off by default: the entry then takes some hundred bytes.
 
-    A ``state_dict`` tells config and tables. Loading it checks that the tables are those of the layer; the config may be
-    another, as on another machine, and the layer keeps its own. A ``state_dict`` that tells nothing of the layer is fine.
+    A ``state_dict`` has config and tables. Loading it checks that the tables are those of the layer; the config may differ, as
+    on another machine, and the layer keeps its own. A ``state_dict`` without an entry for the layer is fine.
     """
 
     rows_in_state_dict = False
 
     def _request_for_all(self) -> str:
-        """The request (``frontends/_requests.py``) for all tables of the layer."""
+        """The request (``frontends/_queries.py``) for all tables of the layer."""
         raise NotImplementedError
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict`` has of the layer."""
         text = self._request_for_all()
-        request = Request.of_text(text)
-        state: dict[str, Any] = {"version": _VERSION, "config": request.config, "tables": _names(request)}
+        query = Query.from_json(text)
+        state: dict[str, Any] = {"version": _VERSION, "config": query.config, "tables": _names(query)}
         if self.rows_in_state_dict:
             state["rows"] = []
-            for server, wanted in tables_of(text):
-                with server.locked_table(wanted.model, wanted.table) as (keys, read):
+            for server, table in tables_of(text):
+                with server.locked_table(table.model, table.table) as (keys, read):
                     state["rows"].append([torch.from_numpy(keys), torch.from_numpy(read(keys))])
         return state
 
@@ -52,10 +52,10 @@ class TableLayer(torch.nn.Module):
         """
         text = self._request_for_all()
         if state.get("version") != _VERSION:
-            raise ConfigError(f"state_dict: version {state.get('version')!r} came, {_VERSION} is wanted")
-        wanted = _names(Request.of_text(text))
-        if state["tables"] != wanted:
-            raise ConfigError(f"state_dict: of tables {state['tables']} came, of {wanted} is wanted")
+            raise ConfigError(f"state_dict: expected version {_VERSION}, got {state.get('version')!r}")
+        names = _names(Query.from_json(text))
+        if state["tables"] != names:
+            raise ConfigError(f"state_dict: expected tables {names}, got {state['tables']}")
         for (server, table), (keys, rows) in zip(
             tables_of(text) if "rows" in state else [], state.get("rows", []), strict=True
         ):
@@ -75,5 +75,5 @@ class TableLayer(torch.nn.Module):
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}_extra_state"]
 
 
-def _names(request: Request) -> list[list[Any]]:
-    return [[wanted.model, wanted.table, wanted.dim] for wanted in request.wanted]
+def _names(query: Query) -> list[list[Any]]:
+    return [[table.model, table.table, table.dim] for table in query.tables]

@@ -1,9 +1,9 @@
 """Layers whose rows train: the operators, and what a layer keeps for it.
 
-An operator for training does what the one for serving does, after it made rows for new keys if the layer has an initializer,
-and takes ``switch`` besides: a 0 that needs a gradient, so that the answer does. Its backward hands keys and gradients to
-``Rows`` by way of an opaque operator, in compiled graphs too. That is numbered, so that no compiler takes two of them for one,
-and gives the 0 that is the gradient of ``switch``, so that none leaves it out (as some do where no element comes out).
+An operator for training does what the one for serving does, after it created rows for new keys if the layer has an initializer.
+It takes ``switch`` besides: a 0 that needs a gradient, so that the answer does. Its backward pass hands keys and gradients to
+``Rows`` through an opaque operator, in compiled graphs too. Each of these has a number, so that no compiler merges two of them,
+and returns the 0 that is the gradient of ``switch``, so that none is dropped as dead code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends._requests import Request, TableQuery, tables_of
+from hps_numba.frontends._queries import Query, TableQuery, tables_of
 from hps_numba.frontends.torch import operator, pooling
 from hps_numba.frontends.torch.row_gradients import Rows, as_int64, parameter_of
 from hps_numba.frontends.torch.table_layer import TableLayer
@@ -40,7 +40,7 @@ _define(
     " int? padding, Tensor switch) -> Tensor"
 )
 
-_sites = itertools.count()  # a new one for each backward that is run or compiled
+_sites = itertools.count()  # a new number for each backward pass that is run or compiled
 
 # -- rows for new keys ---------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ _initializers: dict[str, Initializer] = {}
 
 
 def _named(initializer: Initializer) -> str:
-    """A text for an initializer, by which the operators of this process find it."""
+    """The name by which the operators of this process find an initializer."""
     name = repr(initializer)
     _initializers[name] = initializer
     return name
@@ -56,11 +56,11 @@ def _named(initializer: Initializer) -> str:
 
 def _create_rows(keys: torch.Tensor, request: str, number: int, initializer: str, padding: int | None) -> torch.Tensor:
     operator.check_keys(keys)
-    server, wanted = tables_of(request)[number]
-    flat = as_int64(keys, wide=server.config.supportlonglong).cpu().numpy()
+    server, query = tables_of(request)[number]
+    flat = as_int64(keys, key_bits=server.direct.key_bits).cpu().numpy()
     if padding is not None:
         flat = flat[flat != padding]
-    create_rows(server, wanted.model, wanted.table, flat, _initializers[initializer])
+    create_rows(server, query.model, query.table, flat, _initializers[initializer])
     return keys.clone()
 
 
@@ -73,7 +73,7 @@ def _shape_of_created(keys: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _add_gradient(keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int) -> torch.Tensor:
-    parameter_of(request, number).note(keys, gradient)
+    parameter_of(request, number).add_gradient(keys, gradient)
     return torch.zeros(1)
 
 
@@ -121,7 +121,7 @@ def _add_bag_gradient(
         toward = torch.where(norm > max_norm, (toward - along) * (max_norm / norm), toward)
     if counted is not None:
         keys, toward = keys[counted], toward[counted]
-    parameter_of(request).note(keys, toward)
+    parameter_of(request).add_gradient(keys, toward)
     return torch.zeros(1)
 
 
@@ -205,7 +205,7 @@ def _pooled_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _remember_pooled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    keys, offsets, weights, *ctx.settings, _ = inputs  # as the backward of the operator for serving knows them
+    keys, offsets, weights, *ctx.settings, _ = inputs  # in the form that the backward pass of the serving operator takes
     ctx.save_for_backward(keys, offsets, weights, output)
 
 
@@ -222,7 +222,7 @@ class TrainableLayer(TableLayer):
     """A layer on tables of a server that may train their rows.
 
     Attributes:
-        trainable: backwards note gradients of rows. It may be changed at any time.
+        trainable: backward passes accumulate gradients of rows. It may be changed at any time.
     """
 
     __jit_unused_properties__ = ("tables", "rows")
@@ -231,7 +231,7 @@ class TrainableLayer(TableLayer):
         self.trainable: bool = bool(trainable)
         self.initializer = as_initializer(initializer)
         if self.initializer is not None and not trainable:
-            raise ConfigError("initializer: came without trainable=True; only rows that train are made for new keys")
+            raise ConfigError("initializer: expected trainable=True with it: only rows that train are made for new keys")
         self._switch = torch.zeros(1, requires_grad=True)
         self._initializer_text = "" if self.initializer is None else _named(self.initializer)
 
@@ -242,14 +242,15 @@ class TrainableLayer(TableLayer):
 
     @property
     def tables(self) -> tuple[Rows, ...]:
-        """The tables of the layer, as parameters for an optimizer of ours; builds the server if this process has none."""
+        """The tables of the layer, as parameters for the optimizers of this package; builds the server if need be."""
         raise NotImplementedError
 
     def _rows_of(self, request: str) -> Rows:
         rows = parameter_of(request)
         if self.initializer is not None:
             if rows.initializer not in (None, self.initializer):
-                raise ConfigError(f"initializer: {self.initializer!r} came, another layer gave {rows!r} {rows.initializer!r}")
+                expected = f"{rows.initializer!r}, as another layer of {rows!r} has"
+                raise ConfigError(f"initializer: expected {expected}, got {self.initializer!r}")
             rows.initializer = self.initializer
         return rows
 
@@ -259,11 +260,11 @@ class TrainableLayer(TableLayer):
         return ", trainable=True" + ("" if self.initializer is None else f", initializer={self.initializer!r}")
 
     def _trains(self) -> bool:
-        """Whether the backward of a call now is to reach the rows of a layer that trains; exported programs only serve."""
+        """Whether the backward pass of this call reaches the rows of a layer that trains; exported programs only serve."""
         return torch.is_grad_enabled() and not _is_exporting()
 
     def _created(self, keys: torch.Tensor, request: str, number: int = 0, *, padding: int | None = None) -> torch.Tensor:
-        """Keys whose rows are there, if the layer makes rows."""
+        """The keys, once their rows exist, if the layer creates rows."""
         if not self._initializer_text:
             return keys
         text = self._initializer_text
@@ -275,7 +276,7 @@ class OneTableLayer(TrainableLayer):
     """A layer on one table.
 
     Attributes:
-        request: what its operator is asked for (``frontends/_requests.py``).   emb_vec_size: elements of a row.
+        request: what its operator is called with (``frontends/_queries.py``).   emb_vec_size: elements of a row.
     """
 
     def __init__(
@@ -288,9 +289,9 @@ class OneTableLayer(TrainableLayer):
         initializer: str | Initializer | None,
     ) -> None:
         super().__init__()
-        wanted = TableQuery(model_name, table_id, emb_vec_size)
-        self.request: str = Request(config_of(ps_config_file), (wanted,)).text.decode()
-        self.emb_vec_size: int = wanted.dim
+        query = TableQuery(model_name, table_id, emb_vec_size)
+        self.request: str = Query(config_of(ps_config_file), (query,)).to_json()
+        self.emb_vec_size: int = query.dim
         self._set_training(trainable, initializer)
 
     def _request_for_all(self) -> str:
@@ -298,7 +299,8 @@ class OneTableLayer(TrainableLayer):
 
     @property
     def rows(self) -> Rows:
-        """The rows of the table as a parameter for an optimizer of ours, ``grad`` included; builds the server if need be."""
+        """The rows of the table as a parameter for the optimizers of this package, ``grad`` included; builds
+        the server if need be."""
         return self._rows_of(self.request)
 
     @property
@@ -307,8 +309,8 @@ class OneTableLayer(TrainableLayer):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        (wanted,) = Request.of_text(self.request).wanted
-        return f"{wanted.model}, {wanted.table}, {wanted.dim}, {self._settings_repr()}{self._training_repr()}"
+        (query,) = Query.from_json(self.request).tables
+        return f"{query.model}, {query.table}, {query.dim}, {self._settings_repr()}{self._training_repr()}"
 
     def _settings_repr(self) -> str:
         """The setting by which the layer differs from others on the table."""
@@ -321,7 +323,7 @@ def _is_exporting() -> bool:
 
 
 def trained_rows(*modules: torch.nn.Module) -> Iterator[Rows]:
-    """The trained tables of all layers in some modules, each once: as parameters for an optimizer of ours, and for clipping.
+    """The trained tables of all layers in some modules, each once: parameters for our optimizers, and for clipping.
 
     Raises:
         As ``HPS``, where a server must be built.

@@ -1,4 +1,4 @@
-"""``hps.Init``: explicit and implicit, in graphs, under strategies and beside other processes (spec 2.1)."""
+"""``hps.Init``: explicit and implicit, in graphs, under strategies and beside other processes."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def test_implicit_by_many_threads_at_once(rig: Rig) -> None:
 
 def test_neither_explicit_nor_implicit() -> None:
     layer = hps.LookupLayer("m", 0, DIM)
-    with pytest.raises(ConfigError, match="ps_config_file: an empty one came, and no server was initialised"):
+    with pytest.raises(ConfigError, match="ps_config_file: expected a path or a dict, got an empty one, and no server"):
         layer(tf.constant([1]))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"global_batch_size": 0}, ConfigError, "global_batch_size: 0 came"),
-        ({"global_batch_size": -3}, ConfigError, "global_batch_size: -3 came"),
-        ({"global_batch_size": 1.5}, ConfigError, "global_batch_size: 1.5 came, an integer"),
+        ({"global_batch_size": 0}, ConfigError, "global_batch_size: expected at least 1, got 0"),
+        ({"global_batch_size": -3}, ConfigError, "global_batch_size: expected at least 1, got -3"),
+        ({"global_batch_size": 1.5}, ConfigError, "global_batch_size: expected an integer, got 1.5"),
         ({"global_batch_size": 65}, ConfigError, "max_batch_size is 64"),
         ({"global_batch_size": 8, "ps_config_file": "nothing.json"}, ConfigError, "nothing.json"),
         ({"global_batch_size": 8, "ps_config_file": ""}, ConfigError, "an empty one"),
@@ -128,7 +128,7 @@ def test_processes_of_mpi_share_the_batch(rig: Rig, monkeypatch: pytest.MonkeyPa
             hps.Init(global_batch_size=batch, ps_config_file=rig.path)
 
 
-def test_a_size_of_mpi_that_is_none(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_size_of_mpi_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in ("0", "two", ""):
         monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", size)
         with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE"):
@@ -271,4 +271,4 @@ def test_one_process_a_rank(rig: Rig, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", rig.rows)
     arguments = (rig.path, str(tmp_path / "rows.npy"), str(DIM))
     ranks = [start_program(_RANK, *arguments, OMPI_COMM_WORLD_RANK=str(i), OMPI_COMM_WORLD_SIZE="2") for i in range(2)]
-    assert all("9 came, a multiple of the 2 replicas" in finish(rank) for rank in ranks)
+    assert all("expected a multiple of the 2 replicas, got 9" in finish(rank) for rank in ranks)

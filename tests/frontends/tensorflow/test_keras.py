@@ -1,4 +1,4 @@
-"""Keras and SavedModel: saving, loading elsewhere, mixed precision, training a head, cutting a model in two (spec 2.4)."""
+"""Keras and SavedModel: saving, loading elsewhere, mixed precision, training a head, cutting a model in two."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pytest
 from support.framework_rig import DIM, ROWS, Rig, rig_of, tensorflow
 
 import hps_numba
+from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.registry import SERVERS
 
 tf, _, hps = tensorflow()
@@ -45,7 +46,7 @@ def gpu(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     cupy = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(on_gpu, "_gpu_of", lambda tensor: 0)
-    monkeypatch.setattr(hps_numba.HPS, "cache_on", lambda *args: object())
+    monkeypatch.setattr(DirectAccess, "cache_on", lambda *args: object())
     monkeypatch.setattr(tf.experimental.dlpack, "to_dlpack", lambda tensor: tensor.numpy())
     return cupy
 
@@ -62,7 +63,7 @@ def test_ids_and_rows_are_handed_over(rig: Rig, gpu: FakeCupy, monkeypatch: pyte
     monkeypatch.setattr(tf.experimental.dlpack, "from_dlpack", lambda capsule: ("handed over", capsule))
     table = hps.Table("m", 0, DIM, rig.path)
     ids = tf.constant([[1, 2], [3, 4]], tf.int64)
-    ((what, rows),) = on_gpu.rows_on_gpu(table.request(table.wanted), [ids])
+    ((what, rows),) = on_gpu.rows_on_gpu(table.query(table.rows), [ids])
     assert what == "handed over" and np.array_equal(rows, rig.rows[[[1, 2], [3, 4]]])
     assert gpu.done == ["ids", "wait"]  # rows are complete before TensorFlow sees them
     assert [(model, number) for _, model, number in given] == [("m", 0)]
@@ -74,9 +75,9 @@ def test_otherwise_they_go_through_the_host(rig: Rig, gpu: FakeCupy, monkeypatch
         raise hps_numba.DeviceError("device_id: not there")
 
     if why == "no cache there":
-        monkeypatch.setattr(hps_numba.HPS, "cache_on", lambda *args: None)
+        monkeypatch.setattr(DirectAccess, "cache_on", lambda *args: None)
     elif why == "not deployed there":
-        monkeypatch.setattr(hps_numba.HPS, "cache_on", not_there)
+        monkeypatch.setattr(DirectAccess, "cache_on", not_there)
     elif why == "no CuPy":
         monkeypatch.setitem(sys.modules, "cupy", None)
     elif why == "elsewhere":

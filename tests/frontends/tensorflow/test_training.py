@@ -137,11 +137,11 @@ def test_several_tables_ragged_and_sparse(rig: Rig) -> None:
     np.testing.assert_allclose(after[[5, 6, 7]], rig.rows[[5, 6, 7]] - [[2.5], [1], [0.5]], atol=1e-5)
     server = SERVERS.open(rig.path)
     np.testing.assert_allclose(server.lookup([5, 1000], "m", 1), [rig.narrow[5] - 1, [-0.5] * 3], atol=1e-5)
-    optimizer.step()  # nothing was noted since
+    optimizer.step()  # no gradient since
     assert np.array_equal(all_rows(rig), after)
 
 
-def test_what_is_frozen_and_what_does_not_fit(rig: Rig) -> None:
+def test_frozen_layers_have_no_gradients_and_bad_arguments_are_refused(rig: Rig) -> None:
     layer = layer_of(rig, initializer=Normal(0.5))
     ids = tf.constant([1, 1000], tf.int64)
     assert (layer(ids)[1] == 0.25).numpy().all()
@@ -152,11 +152,11 @@ def test_what_is_frozen_and_what_does_not_fit(rig: Rig) -> None:
     frozen = hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)
     assert not frozen.weights and "train_rows" not in frozen.get_config()
     for wrong in (frozen, keras.Sequential([keras.layers.Dense(1)])):
-        with pytest.raises(ConfigError, match="no trained rows came"):
+        with pytest.raises(ConfigError, match="layers: expected layers with train_rows=True"):
             hps.SGD(wrong)
-    with pytest.raises(ConfigError, match="layers: int came"):
+    with pytest.raises(ConfigError, match="layers: expected Keras layers or models, got int"):
         hps.SGD(5)
-    with pytest.raises(ConfigError, match="came without train_rows=True"):
+    with pytest.raises(ConfigError, match="initializer: expected train_rows=True with it"):
         hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path, initializer="zeros")
     with pytest.raises(ConfigError, match="cannot be saved with a model"):
         layer_of(rig, initializer=lambda keys, dim: np.zeros((len(keys), dim))).get_config()

@@ -1,4 +1,4 @@
-"""``HPSEmbeddingBag`` against ``torch.nn.EmbeddingBag`` and float64 (spec 2.3, row P11)."""
+"""``HPSEmbeddingBag`` against ``torch.nn.EmbeddingBag`` and float64 (checklist P11)."""
 
 from __future__ import annotations
 
@@ -152,18 +152,18 @@ def test_what_does_not_fit(served: Rig, device: str) -> None:
     keys = torch.tensor([1, 2, 3], device=device)
     offsets = torch.tensor([0, 2], device=device)
     for arguments, match in (
-        ((keys,), "offsets: integers of one dimension"),
-        ((keys[None], offsets), "offsets: came with input of two dimensions"),
+        ((keys,), "offsets: expected integers of one dimension"),
+        ((keys[None], offsets), "offsets: expected None with input of two dimensions"),
         ((keys[None, None],), "input: .* one or two dimensions"),
-        ((keys, offsets, torch.ones(2, device=device)), "per_sample_weights: .2. came"),
+        ((keys, offsets, torch.ones(2, device=device)), r"per_sample_weights: expected the shape of input, .*, got .2."),
     ):
         with pytest.raises(ConfigError, match=match):
             bag_of(served)(*arguments)
-    with pytest.raises(ConfigError, match="has no weights"):
+    with pytest.raises(ConfigError, match="per_sample_weights: expected None with mode 'max'"):
         bag_of(served, mode="max")(keys, offsets, torch.ones(3, device=device))
     with pytest.raises(KeyDtypeError):
         bag_of(served)(keys.float(), offsets)
-    with pytest.raises(ConfigError, match="mode: 'average' came, one of sum, mean, max, sqrtn"):
+    with pytest.raises(ConfigError, match="mode: expected one of sum, mean, sqrtn, max, got 'average'"):
         bag_of(served, mode="average")
     with pytest.raises(ConfigError, match="max_norm: -1"):
         bag_of(served, max_norm=-1)
@@ -174,6 +174,6 @@ def test_what_does_not_fit(served: Rig, device: str) -> None:
     assert "mode=sum" in repr(bag_of(served, mode="sum")) and not list(bag_of(served).parameters())
 
 
-def test_keys_that_are_nowhere_count_with_the_default(served: Rig, device: str) -> None:
+def test_absent_keys_count_with_the_default(served: Rig, device: str) -> None:
     answer = bag_of(served, mode="sum")(torch.tensor([[1, ROWS, -1]], device=device))
     assert np.allclose(answer.cpu()[0], served.rows[1] + 0.5, rtol=1e-5)

@@ -1,0 +1,90 @@
+"""What a server serves: models by name and tables by number or name. Every part of a server finds them here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from hps_numba.errors import ClosedError, DeviceError, UnknownModelError
+from hps_numba.server.model import ServedModel
+from hps_numba.server.table import ServedTable
+
+__all__ = ["Catalog", "read_one_version"]
+
+T = TypeVar("T")
+
+
+class Catalog:
+    """The deployed models of a server.
+
+    Args:
+        key_bits: of the keys of all tables, 64 or 32.
+
+    Attributes:
+        models: by name; replaced as a whole, never changed, so that lookups read it without a lock.
+        closed: the server was closed.
+
+    Thread safety: every method from any thread; one thread at a time sets the attributes.
+    """
+
+    def __init__(self, key_bits: int) -> None:
+        self.key_bits = key_bits
+        self.models: dict[str, ServedModel] = {}
+        self.closed = False
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            ClosedError: the server was closed.
+        """
+        if self.closed:
+            raise ClosedError("the server is closed")
+
+    def model(self, name: str, device_id: int | None = None) -> ServedModel:
+        """A deployed model.
+
+        Args:
+            device_id: where it has to be deployed; None: anywhere.
+
+        Raises:
+            UnknownModelError: no such model.   DeviceError: it is not deployed there.   ClosedError: the server was closed.
+        """
+        found = self.models.get(name) if isinstance(name, str) else None
+        if found is None:
+            self.check_open()
+            raise UnknownModelError(f"model_name: {name!r} is not deployed, deployed are {', '.join(self.models)}")
+        if device_id is not None:
+            devices = found.model.deployed_device_list
+            if device_id not in (devices or (0,)):
+                where = list(devices) or "the CPU"
+                raise DeviceError(f"device_id: model {name!r} is deployed on {where}, not on {device_id}")
+        return found
+
+    def table(self, model_name: str, table_id: int | str, device_id: int | None = None) -> ServedTable:
+        """A table of a deployed model.
+
+        Raises:
+            UnknownModelError: no such model or table.   Otherwise as ``model``.
+        """
+        return self.model(model_name, device_id).table(table_id)
+
+    def explain(self, model: ServedModel, problem: ClosedError) -> NoReturn:
+        """Raise what a caller has to know when a lookup met something closed: the server was closed, or the model unloaded."""
+        if self.closed:
+            raise ClosedError("the server is closed") from problem
+        if self.models.get(model.name) is model:
+            raise problem
+        raise UnknownModelError(f"model_name: {model.name!r} was unloaded during the lookup") from problem
+
+
+def read_one_version(model: ServedModel, read: Callable[[], T]) -> T:
+    """What ``read`` returns of several tables, all of one version of the model; called again if a new version overtakes it."""
+    while True:
+        before = model.switches
+        if before % 2:
+            time.sleep(1e-4)  # a switch of versions takes about as long
+            continue
+        answer = read()
+        if before == model.switches:
+            return answer

@@ -1,0 +1,96 @@
+"""Internal: what the front ends of this package need of a server beyond its public methods. It may change in any version.
+
+Choice: a part that a front end asks for (``server.direct``), so that ``HPS`` lists what users need. Turned down: front ends
+that find tables and caches themselves, which would tie them to the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.config.spec import TableSpec
+from hps_numba.server.catalog import Catalog, read_one_version
+from hps_numba.server.fused_tables import FusedLookup
+from hps_numba.server.lookups import Lookups
+from hps_numba.server.recordings import Recordings
+
+__all__ = ["DirectAccess"]
+
+T = TypeVar("T")
+
+
+class DirectAccess:
+    """Lookups into memory that a front end owns, and the caches that it may call with addresses.
+
+    Attributes:
+        key_bits: of the server's keys: 64 or 32 (``supportlonglong``).
+        recordings: while ``recordings.active`` is not empty, keys are being recorded (``record_trace``): whoever keeps a cache
+            asks the server instead.
+        lookup_into: see below.
+
+    Thread safety: every method.
+    """
+
+    def __init__(self, catalog: Catalog, lookups: Lookups, recordings: Recordings) -> None:
+        self._catalog = catalog
+        self.key_bits = catalog.key_bits
+        self.recordings = recordings
+        #: ``lookup_into(keys, model_name, table_id, out)``: keys are integers of any shape ``S``, NumPy's; rows are written to
+        #: ``out``, float32 ``S + (dim,)``, contiguous, whatever the model's ``output_dtype``. Raises as ``HPS.lookup``, and
+        #: ArrayError for ``out``.
+        self.lookup_into: Callable[[np.ndarray, str, int | str, np.ndarray], None] = lookups.lookup_into
+
+    def table_spec(self, model_name: str, table_id: int | str) -> TableSpec:
+        """Name, width and default value of a table.
+
+        Raises:
+            UnknownModelError: no such model or table.   ClosedError: the server was closed.
+        """
+        return self._catalog.table(model_name, table_id).spec
+
+    def read_one_version(self, model_name: str, read: Callable[[], T]) -> tuple[T, int]:
+        """What ``read`` returns of several tables, all of one version of the model, and the number of the version.
+
+        Raises:
+            UnknownModelError, ClosedError: as ``HPS.lookup``.
+        """
+        model = self._catalog.model(model_name)
+        return read_one_version(model, lambda: (read(), model.version))
+
+    def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
+        """The cache of a table on a GPU; None if there is none, if lookups may have to wait for slower tiers, or if answers are
+        not float32.
+
+        Once server or model are closed it raises ClosedError; then ``HPS.lookup`` says why.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``HPS.lookup``.
+        """
+        table = self._catalog.table(model_name, table_id, device)
+        cache = table.cache_on(device)
+        return cache if table.pools_on(cache, 0) and table.output_type == "float32" else None
+
+    def fused_lookup_on(self, device: int, model_name: str, tables: Sequence[int | str]) -> FusedLookup | None:
+        """``cache_on`` for several tables of a model, which are then looked up in as few launches as possible.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``HPS.lookup``.
+        """
+        model = self._catalog.model(model_name, device)
+        served = [model.table(table) for table in tables]
+        if any(table.output_type != "float32" for table in served):
+            return None
+        return model.groups.on(device, served)
+
+    def can_pool_on(self, device: int, model_name: str, table_id: int | str, n: int) -> bool:
+        """``HPS.lookup_pooled`` serves ``n`` keys in the memory of this GPU there, unless ``max_norm`` is given.
+
+        Raises:
+            UnknownModelError, DeviceError, ClosedError: as ``HPS.lookup``.
+        """
+        table = self._catalog.table(model_name, table_id, device)
+        return table.pools_on(table.cache_on(device), n)

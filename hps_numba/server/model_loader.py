@@ -1,0 +1,195 @@
+"""How models get into a server and out of it: tiers opened, models loaded, replaced, unloaded, refreshed by a timer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig
+from hps_numba.config.spec import locate
+from hps_numba.device import driver
+from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator, PlainHostAllocator
+from hps_numba.errors import ConfigError, DeviceError, TierUnavailable
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.progress import rows_progress
+from hps_numba.runtime.timer import Timer
+from hps_numba.server.catalog import Catalog
+from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
+from hps_numba.server.plan import make_plan
+from hps_numba.server.table import ServedTable
+from hps_numba.storage.tier_stack import TierStack, open_tiers
+from hps_numba.storage.tiers._tier import Tier
+from hps_numba.storage.tiers.hash_map import HashMapTier
+
+__all__ = ["ModelLoader"]
+
+log = logging.getLogger(__name__)
+
+
+class ModelLoader:
+    """The tiers of a server, and the models that are loaded into them.
+
+    Args:
+        config: of the server.   catalog: gets the models.
+        strict, allow_code, progress: as for ``HPS``.
+
+    Attributes:
+        changing: held by whoever changes the set of models, one at a time.
+        timer: refreshes the caches of models with a ``refresh_delay`` or ``refresh_interval``.
+        allocator: of host memory.   host: the tier in host memory, or None.   slower: all other tiers.
+
+    Thread safety: every method from any thread.
+    """
+
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, *, strict: bool, allow_code: bool, progress: bool | None
+    ) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._strict, self._allow_code, self._progress = strict, allow_code, progress
+        self.reset_after_fork()
+        register_fork_reset(self)
+        self.timer = Timer("refresh")
+        self.host: HashMapTier | None = None
+        self.slower = TierStack([])
+        self._host_of_fixed: HashMapTier | None = None
+        self.allocator: HostAllocator
+
+    def reset_after_fork(self) -> None:
+        """A new lock, as a forked child needs it."""
+        self.changing = threading.RLock()
+
+    def load_all(self) -> None:
+        """Open the tiers and load the models of the config; nothing is allocated unless the plan fits the machine.
+
+        Raises:
+            As ``HPS``.
+        """
+        models = self._config.models
+        on_devices = self._check_devices(models)
+        policies = [self._policies(self._config, model) for model in models]
+        self.allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
+        make_plan(self._config).check()
+        self.host, self.slower = open_tiers(self._config, self.allocator, allow_code=self._allow_code)
+        for model, own in zip(models, policies, strict=True):
+            self._deploy(self._config, model, own)
+
+    def _check_devices(self, models: Iterable[ModelConfig]) -> bool:
+        """Whether the models are served from GPUs; one WARNING if they are listed and this machine has none.
+
+        Raises:
+            DeviceError: a GPU is required and there is none, or one that is listed is missing while others are there.
+        """
+        devices = sorted({device for model in models for device in model.deployed_device_list})
+        if self._config.update_source.type != "null":
+            log.warning("update_source.type: %r: this version reads no updates", self._config.update_source.type)
+        if not driver.device_count():
+            if self._config.require_gpu:
+                raise DeviceError(f"require_gpu: true, but {driver.why_no_device()}")
+            if devices:
+                what = "a cache in host memory serves" if self._config.cache_on_cpu else "host memory serves"
+                log.warning("deployed_device_list %s: %s: %s all lookups", devices, driver.why_no_device(), what)
+            return False
+        for device in devices:
+            driver.check_device(device)
+        if self._config.require_gpu and not devices:
+            raise DeviceError("require_gpu: true, but no model has a deployed_device_list")
+        return bool(devices)
+
+    def _cache_devices(self, model: ModelConfig) -> tuple[int | None, ...]:
+        """Where the caches of a model are; None is host memory."""
+        if driver.device_count():
+            return model.deployed_device_list
+        return (None,) if self._config.cache_on_cpu else ()
+
+    def _host_for(self, model: ModelConfig) -> HashMapTier | None:
+        """The rows in host memory; static and uvm tables keep theirs there even if the config has no volatile database."""
+        if self.host is None and model.embedding_cache_type != "dynamic" and self._cache_devices(model):
+            self._host_of_fixed = self._host_of_fixed or HashMapTier(
+                VolatileDatabaseConfig(type="parallel_hash_map"),
+                wide_keys=self._config.supportlonglong,
+                allocator=self.allocator,
+            )
+            return self._host_of_fixed
+        return self.host
+
+    def _policies(self, config: ServerConfig, model: ModelConfig) -> Policies:
+        """The cache policies of a model, if it has caches."""
+        return load_policies(config, model, allow_code=self._allow_code) if self._cache_devices(model) else ()
+
+    def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies) -> None:
+        devices = self._cache_devices(model)
+        served = ServedModel(config, model, self._host_for(model), self.slower, devices=devices, policies=policies)
+        try:
+            with rows_progress(sum(table.rows for table in served.plan().tables), self._progress) as on_rows:
+                served.load(on_rows)
+        except BaseException:
+            served.close()
+            raise
+        self._catalog.models = {**self._catalog.models, model.model: served}
+        if served.has_caches:
+            self.timer.add(model.model, served.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
+
+    def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
+        """As ``HPS.load_model``."""
+        with self.changing:
+            self._catalog.check_open()
+            config = config_of_model(self._config, model, strict=self._strict)
+            added = config.models[0]
+            if added.model in self._catalog.models:
+                raise ConfigError(f"model: {added.model!r} is deployed already, give another name or call replace_model")
+            self._check_devices([added])
+            policies = self._policies(config, added)
+            make_plan(config).check()
+            self._deploy(config, added, policies)
+
+    def replace(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None) -> None:
+        """As ``HPS.replace_model``."""
+        with self.changing:
+            model = self._catalog.model(model_name)
+            if isinstance(sparse_files, (str, Path)):
+                sparse_files = [sparse_files]
+            sources = None if sparse_files is None else [locate(str(file), self._config.folder) for file in sparse_files]
+            plan = model.plan_of_replacement(sources)
+            plan.check()
+            with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
+                model.replace(sources, on_rows)
+
+    def unload(self, model_name: str, *, erase: bool) -> None:
+        """As ``HPS.unload_model``."""
+        with self.changing:
+            model = self._catalog.model(model_name)
+            self.timer.remove(model_name)
+            self._catalog.models = {name: other for name, other in self._catalog.models.items() if name != model_name}
+            model.close(erase=erase)
+
+    def set_policy(self, policy: Any, model_name: str, table_id: int | str | None) -> None:
+        """As ``HPS.set_policy``."""
+        with self.changing:
+            self._catalog.model(model_name).set_policy(policy, table_id, allow_code=self._allow_code)
+
+    def fastest_tier(self, table: ServedTable) -> Tier:
+        """The fastest tier that has the rows of a table.
+
+        Raises:
+            TierUnavailable: there is none.
+        """
+        host = self.host or (self._host_of_fixed if table.store is not None else None)
+        tier = host if host is not None else next(iter(self.slower.tiers), None)
+        if tier is None:
+            raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
+        return tier
+
+    def close(self) -> None:
+        """Let the lookups at work end, then free all models and tiers. The catalog is closed already, and ``changing`` held."""
+        self.timer.close()
+        models, self._catalog.models = self._catalog.models, {}
+        for model in models.values():
+            model.release()
+        for host in (self.host, self._host_of_fixed):
+            if host is not None:
+                host.close()
+        self.slower.close()

@@ -1,0 +1,92 @@
+"""How a parameter server changes rows: NumPy arrays or those of any framework in, every tier and every cache written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hps_numba.arrays.host import as_keys, as_rows
+from hps_numba.errors import ModelFileError
+from hps_numba.server.catalog import Catalog
+from hps_numba.server.table import ServedTable
+from hps_numba.server.table_writes import Change
+from hps_numba.storage.tiers._tier import Tier
+
+__all__ = ["Writes"]
+
+
+class Writes:
+    """Writes to the tables of a server; ``server.hps.HPS`` says what each takes, returns and raises.
+
+    Args:
+        catalog: where tables are found.
+        fastest: the fastest tier with the rows of a table, to dump them from.
+        dump_rows: rows that ``load_dump`` inserts at a time.
+
+    Thread safety: every method from any thread; writes to one table take turns.
+    """
+
+    def __init__(self, catalog: Catalog, fastest: Callable[[ServedTable], Tier], dump_rows: int) -> None:
+        self._catalog = catalog
+        self._fastest = fastest
+        self._dump_rows = dump_rows
+
+    def insert(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.insert``."""
+        table = self._catalog.table(model_name, table_id)
+        return table.writes.insert(*self._keys_and_rows(keys, rows, table))
+
+    def update(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.update``."""
+        table = self._catalog.table(model_name, table_id)
+        return table.writes.update(*self._keys_and_rows(keys, rows, table))
+
+    def _keys_and_rows(self, keys: Any, rows: Any, table: ServedTable) -> tuple[np.ndarray, np.ndarray]:
+        batch = as_keys(keys, key_bits=self._catalog.key_bits)
+        return batch.flat, as_rows(rows, (*batch.shape, table.spec.dim)).reshape(-1, table.spec.dim)
+
+    def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.read_modify_write``."""
+        table = self._catalog.table(model_name, table_id)
+        flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
+        shape = (len(flat), table.spec.dim)
+        return table.writes.read_modify_write(flat, lambda rows, found: as_rows(change(rows, found), shape))
+
+    @contextmanager
+    def locked_table(
+        self, model_name: str, table_id: int | str
+    ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
+        """As ``HPS.locked_table``."""
+        table = self._catalog.table(model_name, table_id)
+        with table.writes.changing():
+            yield table.writes.keys(), lambda some: table.writes.read(some)[0]
+
+    def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.erase``."""
+        table = self._catalog.table(model_name, table_id)
+        return table.writes.erase(as_keys(keys, key_bits=self._catalog.key_bits).flat)
+
+    def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
+        """As ``HPS.contains``."""
+        table = self._catalog.table(model_name, table_id)
+        batch = as_keys(keys, key_bits=self._catalog.key_bits)
+        return table.writes.contains(batch.flat).reshape(batch.shape)
+
+    def dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.dump``."""
+        table = self._catalog.table(model_name, table_id)
+        return self._fastest(table).dump(table.spec.tag, path)
+
+    def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
+        """As ``HPS.load_dump``."""
+        table = self._catalog.table(model_name, table_id)
+        dump = self._fastest(table).open_dump(path)
+        if dump.pairs and dump.dim != table.spec.dim:
+            raise ModelFileError(f"{path}: expected rows of width {table.spec.dim} for table {table.spec.tag}, got {dump.dim}")
+        for keys, rows in dump.chunks(self._dump_rows):
+            table.writes.insert(keys, rows)
+        return dump.pairs
