@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hps_numba.device import driver
+from hps_numba.device import memory as device_memory
 from hps_numba.errors import ConfigError, TraceError
 from hps_numba.kernels.host.numbering import sample_keys
 from hps_numba.runtime.fork import register_fork_reset
@@ -97,7 +97,7 @@ class TraceRecording:
         """Record a call with keys in the memory of the current device; waits for the stream if the call is selected."""
         if self._is_selected():
             keys = np.empty(n, _DTYPES[key_form])
-            driver.to_host(keys, address, stream)
+            device_memory.to_host(keys, address, stream)
             self._keep(keys.astype(np.int64, copy=False))
 
     def _is_selected(self) -> bool:
