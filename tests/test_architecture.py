@@ -55,7 +55,9 @@ FOLDERS = (
 #: HugeCTR has two names for one tier
 ALIASES = {("storage.tiers.parallel_hash_map", "storage.tiers.hash_map")}
 #: numba's CUDA target and what needs it, imported only when a kernel is built for a GPU
-CUDA_TARGET = {"kernels.compiler.numba_cuda", "kernels.simt.cuda", "kernels.simt.cuda_pooling", "kernels.simt.cuda_dtypes"}
+CUDA_TARGET = {"kernels.compiler.numba_cuda", "kernels.simt.cuda"} | {
+    f"kernels.simt.cuda_{part}" for part in ("memory", "parts", "pooling", "probe", "rows", "warp")
+}
 
 
 class Import(NamedTuple):

@@ -14,8 +14,14 @@ from hps_numba.arrays.cuda import DeviceKeys, as_device_floats, as_device_keys, 
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.errors import ConfigError, DeviceError
-from hps_numba.kernels.cache.pooling import COMBINERS, EQUAL, OFFSETS32, OPEN_END, PADDED
 from hps_numba.kernels.layouts.cache import MAX_BATCH as MAX_KEYS
+from hps_numba.kernels.layouts.pooling import (
+    COMBINERS,
+    EQUAL,
+    OFFSETS32,
+    OPEN_END,
+    PADDED,
+)
 
 __all__ = [
     "COMBINERS",

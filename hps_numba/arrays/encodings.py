@@ -7,7 +7,7 @@ int64 that is an absent key unless it lies in 0..2^32-1.
 
 from __future__ import annotations
 
-from hps_numba.kernels.dtypes import ELEMENT_BYTES, TYPE_NUMBERS
+from hps_numba.kernels.dtypes import KEY_BYTES, OUT_TYPES
 
 __all__ = ["KEY_ALIGNMENT", "KEY_ENCODINGS", "NARROW_INTEGERS", "OUTPUT_TYPES", "as_key"]
 
@@ -20,9 +20,9 @@ KEY_ENCODINGS: dict[int, dict[str, str]] = {
     | dict.fromkeys(["int32", "uint32", *NARROW_INTEGERS], "uint32"),
 }
 #: bytes to which keys of an encoding must be aligned
-KEY_ALIGNMENT = {"int64": 8, "checked32_in_int64": 8, "int32": 4, "uint32": 4}
+KEY_ALIGNMENT = KEY_BYTES
 #: element types that answers may have; caches may store others
-OUTPUT_TYPES = tuple(name for name in TYPE_NUMBERS if ELEMENT_BYTES[name] >= 2)
+OUTPUT_TYPES = OUT_TYPES
 
 
 def as_key(number: int, *, key_bits: int) -> int:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from hps_numba.device import driver
+from hps_numba.device import driver, streams
+from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
-from hps_numba.kernels.compiler.specialize import HostKernel, KernelSpec, for_host
+from hps_numba.kernels.compiler.host_kernels import HostKernel, for_host
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.host.epoch import publish
 from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
@@ -69,43 +71,43 @@ class CudaBackend:
         self._max_blocks, self._min_blocks_after = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._max_blocks_after = 4 * info.multiprocessors
         self.serving_blocks = self._max_blocks
-        self._setup = driver.new_stream(ordinal)
+        self._setup = streams.new_stream(ordinal)
         self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
-        self.new_stream = partial(driver.new_stream, ordinal)
-        self.new_event = partial(driver.new_event, ordinal)
-        self._allocate = partial(driver.allocate, ordinal)
+        self.new_stream = partial(streams.new_stream, ordinal)
+        self.new_event = partial(streams.new_event, ordinal)
+        self._allocate = partial(device_memory.allocate, ordinal)
 
     relaxed = staticmethod(driver.relaxed_capture)
-    is_capturing = staticmethod(driver.is_capturing)
-    fill = staticmethod(driver.fill)
-    copy = staticmethod(driver.copy)
-    from_host = staticmethod(driver.to_device)
-    to_host = staticmethod(driver.to_host)
-    destroy_stream = staticmethod(driver.destroy_stream)
-    synchronize = staticmethod(driver.synchronize)
-    record = staticmethod(driver.record)
-    wait = staticmethod(driver.wait)
-    event_done = staticmethod(driver.event_done)
-    wait_for = staticmethod(driver.wait_for)
-    destroy_event = staticmethod(driver.destroy_event)
+    is_capturing = staticmethod(streams.is_capturing)
+    fill = staticmethod(device_memory.fill)
+    copy = staticmethod(device_memory.copy)
+    from_host = staticmethod(device_memory.to_device)
+    to_host = staticmethod(device_memory.to_host)
+    destroy_stream = staticmethod(streams.destroy_stream)
+    synchronize = staticmethod(streams.synchronize)
+    record = staticmethod(streams.record)
+    wait = staticmethod(streams.wait)
+    event_done = staticmethod(streams.event_done)
+    wait_for = staticmethod(streams.wait_for)
+    destroy_event = staticmethod(streams.destroy_event)
 
     def allocate(self, size: int, purpose: str) -> Memory:
         """Zeroed device memory."""
         memory = self._allocate(size, purpose)
         with self.current():
-            driver.fill(memory.address, 0, size, self._setup)
-            driver.synchronize(self._setup)
+            device_memory.fill(memory.address, 0, size, self._setup)
+            streams.synchronize(self._setup)
         return memory
 
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
         """Device memory with the content of an array; waits."""
         memory = self._allocate(array.nbytes, "arguments of a call")
-        driver.to_device(memory.address, array, stream)
+        device_memory.to_device(memory.address, array, stream)
         return memory
 
     def store_word(self, address: int, value: int, stream: int) -> None:
         """Store an int64 for readers on the device; waits until they see it."""
-        driver.to_device(address, np.array([value], np.int64), stream)
+        device_memory.to_device(address, np.array([value], np.int64), stream)
 
     def allocate_pinned(self, size: int, purpose: str) -> Memory:
         """Pinned memory of the host."""
@@ -194,7 +196,7 @@ class CudaBackend:
 
     def close(self) -> None:
         """Free what the backend itself holds."""
-        driver.destroy_stream(self._setup)
+        streams.destroy_stream(self._setup)
 
 
 class _CpuMemory:

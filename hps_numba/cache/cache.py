@@ -21,7 +21,6 @@ import numpy as np
 from hps_numba.cache.backends import Backend
 from hps_numba.cache.host_arrays import contiguous_keys
 from hps_numba.cache.inspect import CacheCounters, CacheEntry
-from hps_numba.cache.lookup import KEY_BYTES
 from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.policy_switch import PolicyChange
 from hps_numba.cache.sizing import CacheGeometry
@@ -30,7 +29,7 @@ from hps_numba.errors import ConfigError
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["KEY_BYTES", "CacheCounters", "CacheEntry", "EmbeddingCache"]
+__all__ = ["CacheCounters", "CacheEntry", "EmbeddingCache"]
 
 _FIXED_WORKSPACES = 64  # small ones: streams of a fixed cache need not wait for each other
 

@@ -33,6 +33,7 @@ from contextlib import ExitStack
 from hps_numba.cache.backends import Backend, Memory
 from hps_numba.cache.store_link import StoreLink
 from hps_numba.device import driver
+from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import human_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.cache import REGIONS
@@ -207,7 +208,7 @@ class IndexMirror:
         if self._backend.ordinal is not None:
             limit, free = (
                 max_bytes(driver.device_info(self._backend.ordinal).total_bytes),
-                driver.free_bytes(self._backend.ordinal),
+                device_memory.free_bytes(self._backend.ordinal),
             )
             with _taking:
                 taken = _taken.get(self._backend.ordinal, 0)

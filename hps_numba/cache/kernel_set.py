@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 from hps_numba.cache.backends import Backend, CudaBackend, Kernel
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.errors import CapacityError
-from hps_numba.kernels.cache.pooling import MAX_ROWS, pool_registers
-from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.dtypes import TYPE_NUMBERS
+from hps_numba.kernels.layouts.pooling import MAX_ROWS, pool_registers
 from hps_numba.kernels.policies._load import for_hits, load_policy
 from hps_numba.kernels.policies._policy import Policy
 

@@ -23,12 +23,10 @@ from hps_numba.cache.state import CacheState
 from hps_numba.cache.workspace import Workspace
 from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.errors import CapacityError
-from hps_numba.kernels.dtypes import ELEMENT_BYTES
+from hps_numba.kernels.dtypes import ELEMENT_BYTES, KEY_BYTES
 from hps_numba.kernels.layouts.cache import MAX_BATCH, WORKSPACE_ABSENT
 
-__all__ = ["KEY_BYTES", "Lookups"]
-
-KEY_BYTES = {"int64": 8, "int32": 4, "uint32": 4, "checked32_in_int64": 8}
+__all__ = ["Lookups"]
 
 
 class Lookups:

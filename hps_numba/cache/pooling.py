@@ -16,8 +16,14 @@ from hps_numba.cache.state import CacheState
 from hps_numba.cache.workspace import Workspace
 from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.errors import CapacityError, ConfigError
-from hps_numba.kernels.cache.pooling import COMBINERS, PADDED, THREADS, pool_blocks, pool_run
 from hps_numba.kernels.layouts.cache import MAX_BATCH
+from hps_numba.kernels.layouts.pooling import (
+    COMBINERS,
+    PADDED,
+    THREADS,
+    pool_blocks,
+    pool_run,
+)
 
 __all__ = ["Pooling"]
 

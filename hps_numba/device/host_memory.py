@@ -1,12 +1,12 @@
-"""Where bytes live: reserved address ranges of host memory, how much is in use, how much the machine has.
+"""Host memory: reserved address ranges, how much of them is in use, and how much memory the machine has.
 
 *Why reserve and commit.* Rows of a table must never move (a kernel may be reading them) and yet the table grows. A region
 reserves addresses for all it may ever hold, which costs nothing, and takes memory page by page as rows are written; so the
-address of a row is ``base + slot * row_bytes`` for ever. A pinned or shared allocator does its work in ``commit``.
+address of a row is always ``base + slot * row_bytes``. A pinned or shared allocator does its work in ``commit``.
 Regions of 4 MiB and more ask for 2 MB pages: random reads of a large table are bound by address translation otherwise.
 
 *Pinned memory and forks.* A pinned region is private memory like any other, registered piece by piece. When the process
-forks, Linux (5.10 and later) gives the child copies of registered pages at once instead of when one side writes: devices and
+forks, Linux (5.10 and later) gives the child copies of registered pages at once instead of on the first write: devices and
 parent go on sharing the same pages, and the child reads its own copy from the CPU. So a fork takes as much memory again as is
 pinned; older kernels may give the parent the copy, so fork there before a server is opened, or use spawn. Turned down: leaving
 the pages out of the child (``MADV_DONTFORK``: its lookups would crash), shared memory (its writes would change the parent's
@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hps_numba.device import driver
+from hps_numba.device import memory
 from hps_numba.errors import CapacityError, ClosedError, DeviceError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
 
@@ -43,15 +43,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _HUGE = 4 << 20
-_PINNED_STEP = 2 << 20  # pinned memory grows by this, and by a 32nd of what there is: some hundred registrations at most
-_ADDRESSES = 64 << 40  # of the 128 TiB that a process has on the processors of today
+_PINNED_STEP = 2 << 20  # pinned memory grows by this, and by a 32nd of what is committed: about a hundred registrations at most
+_ADDRESSES = 64 << 40  # of the 128 TiB that a process has on current processors
 _NO_RESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)
 
 
 class HostRegion:
     """A range of host addresses that never moves; ``committed`` bytes from its start may be used.
 
-    **Threads:** ``commit`` and ``release`` by one thread at a time.
+    Thread safety: call ``commit`` and ``release`` from one thread at a time.
     """
 
     def __init__(self, allocator: PlainHostAllocator, limit: int, purpose: str) -> None:
@@ -64,22 +64,24 @@ class HostRegion:
         self.address: int = self._bytes.__array_interface__["data"][0]
 
     def commit(self, size: int) -> None:
-        """Make the first ``size`` bytes usable, or more as the allocator goes; they read as zero until written.
+        """Make the first ``size`` bytes usable, or more if the allocator rounds up; they read as zero until written.
 
         Raises:
-            CapacityError: more than was reserved, than the machine has free, or than can be pinned; what was committed stays.
-            DeviceError: pinned memory is wanted and there is no device.
+            CapacityError: more than is reserved, than the machine has free, or than can be pinned; what was committed stays.
+            DeviceError: the memory is pinned and there is no device.
         """
         if size <= self.committed:
             return
         memory = self._memory()
         if size > self.limit:
-            raise CapacityError(f"{self.purpose}: {human_bytes(size)} wanted, {human_bytes(self.limit)} were reserved")
+            raise CapacityError(
+                f"{self.purpose}: expected at most the reserved {human_bytes(self.limit)}, got {human_bytes(size)}"
+            )
         size = self._allocator.commit_end(self, size)
         more = size - self.committed
         crosses = size // _HUGE > self.committed // _HUGE  # small steps add up
         if crosses and more > (free := available_bytes()):
-            raise CapacityError(f"{self.purpose}: {human_bytes(more)} more wanted, the machine has {human_bytes(free)} free")
+            raise CapacityError(f"{self.purpose}: expected {human_bytes(more)} more of free memory, got {human_bytes(free)}")
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             start = self.committed - self.committed % mmap.PAGESIZE
             _advise(memory, mmap.MADV_HUGEPAGE, start, size - start)
@@ -88,20 +90,20 @@ class HostRegion:
         self.committed = size
 
     def view(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
-        """The memory from byte ``offset`` on as an array; it keeps the memory alive, so let go of it soon."""
+        """The memory from byte ``offset`` on as an array; it keeps the memory alive, so drop it soon."""
         count = int(np.prod(shape, dtype=np.int64))
         return np.frombuffer(self._memory(), dtype, count, offset).reshape(shape)
 
     def _memory(self) -> mmap.mmap:
         if self._map is None:
-            raise ClosedError(f"{self.purpose}: the memory was given back")
+            raise ClosedError(f"{self.purpose}: the memory has been released")
         return self._map
 
     def release(self) -> None:
-        """Give the memory back. No address in the region may be used any more."""
+        """Release the memory. No address in the region may be used any more."""
         if self._map is not None:
             self._allocator.on_release(self)
-            if hasattr(mmap, "MADV_DONTNEED") and self.committed:  # at once, even if a view is still about
+            if hasattr(mmap, "MADV_DONTNEED") and self.committed:  # at once, even if there still is a view
                 _advise(self._map, mmap.MADV_DONTNEED, 0, min(_page_up(self.committed), len(self._map)))
             self._allocator.add(-self.committed, -self.limit)
             self.committed = 0
@@ -126,7 +128,7 @@ class HostAllocator(Protocol):
 
 
 class PlainHostAllocator:
-    """Anonymous private memory of the process.   **Threads:** all methods."""
+    """Anonymous private memory of the process.   Thread safety: all methods."""
 
     def __init__(self) -> None:
         self._in_use = 0
@@ -135,14 +137,14 @@ class PlainHostAllocator:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Make the lock anew, as a forked child has to."""
+        """Replace the lock, as a forked child must."""
         self._lock = threading.Lock()
 
     def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
-        """Reserve ``limit`` bytes of addresses, or as many of them as the machine lets, down to ``least``.
+        """Reserve ``limit`` bytes of addresses, or as many of them as the machine allows, down to ``least``.
 
         Raises:
-            CapacityError: the addresses cannot be had.
+            CapacityError: the addresses cannot be reserved.
         """
         least = limit if least is None else least
         limit = max(least, min(limit, (_ADDRESSES - self._reserved) // 64))  # leaves room for many tables
@@ -157,7 +159,7 @@ class PlainHostAllocator:
                 limit = max(least, limit // 2)
 
     def add(self, committed: int, reserved: int = 0) -> None:
-        """Account for bytes that a region took or, if negative, gave back."""
+        """Account for bytes that a region took or, if negative, released."""
         with self._lock:
             self._in_use += committed
             self._reserved += reserved
@@ -175,7 +177,7 @@ class PlainHostAllocator:
         """Called before the bytes from ``region.committed`` to ``end`` are used; an error leaves them uncommitted."""
 
     def on_release(self, region: HostRegion) -> None:
-        """Called before the memory of a region goes; raises nothing."""
+        """Called before the memory of a region is released; raises nothing."""
 
 
 class PinnedHostAllocator(PlainHostAllocator):
@@ -183,13 +185,13 @@ class PinnedHostAllocator(PlainHostAllocator):
 
     A commit goes to the end of a page and, where the reserve has room, at least 2 MiB beyond the last: all of it is pinned
     and counted as committed. A region is released when no stream uses it any more. In a forked child this hands out plain
-    memory, and what was registered is the parent's.   **Threads:** all methods.
+    memory, and what was registered is the parent's.   Thread safety: all methods.
     """
 
     def __init__(
         self,
-        register: Callable[[int, int], object] = driver.register,
-        unregister: Callable[[int], object] = driver.unregister,
+        register: Callable[[int, int], object] = memory.register,
+        unregister: Callable[[int], object] = memory.unregister,
     ) -> None:
         """Pin by ``register(address, size)``, which raises ``CapacityError`` if it cannot, and ``unregister(address)``."""
         self._register, self._unregister = register, unregister
@@ -203,7 +205,7 @@ class PinnedHostAllocator(PlainHostAllocator):
         self._pieces: dict[int, list[tuple[int, int]]] = {}  # address of a region -> (start, end) of what is registered in it
 
     def commit_end(self, region: HostRegion, size: int) -> int:
-        """A page's end, in steps that keep the number of registrations small."""
+        """The end of a page, in steps that keep the number of registrations small."""
         if not self._pins:
             return size
         step = max(_PINNED_STEP, region.committed // 32)
@@ -221,14 +223,14 @@ class PinnedHostAllocator(PlainHostAllocator):
         pieces = self._pieces.setdefault(region.address, [])
         while pieces and pieces[-1][1] > region.committed:  # a commit that was interrupted
             self._unpin_last(pieces, region)
-        start, wanted = region.committed, human_bytes(end - region.committed)
-        pieces.append((start, end))  # first, so that an interrupt leaves nothing behind that is not known here
+        start, more = region.committed, human_bytes(end - region.committed)
+        pieces.append((start, end))  # first, so that an interrupt leaves no unknown registration
         try:
             self._register(region.address + start, end - start)
         except HpsError as problem:
             pieces.pop()
             kind = CapacityError if isinstance(problem, CapacityError) else DeviceError
-            raise kind(f"{region.purpose}: {wanted} more of pinned host memory wanted: {problem}") from problem
+            raise kind(f"{region.purpose}: {more} of host memory cannot be pinned: {problem}") from problem
 
     def on_release(self, region: HostRegion) -> None:
         """Unregister the region, the last piece first."""
@@ -281,7 +283,7 @@ def total_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without pushing anything out (an estimate of the system; at most ``total_bytes``)."""
+    """Memory that can be allocated without swapping (the system's estimate; at most ``total_bytes``)."""
     free = total_bytes()
     limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
     if limit is not None and used is not None:

@@ -1,8 +1,8 @@
 """Hashes of keys, as scalar functions on ``numpy.uint64``: run as plain Python and compiled from the same source.
 
-``index_hash`` places a key in an index (the 64-bit finalizer of MurmurHash3, A. Appleby, public domain), ``murmur3_32`` is the
-hash of the original cache (spec 6.2), ``partition_hash`` the one of its databases and of Kafka (spec 8.2; P. Evensen's
-rrxmrrxmsx_0). Called from plain Python, wrap-around of ``numpy.uint64`` warns unless inside ``numpy.errstate(over="ignore")``.
+``index_hash`` places a key in an index (the 64-bit finalizer of MurmurHash3, Austin Appleby, public domain), ``murmur3_32`` is
+the hash of HugeCTR HPS's cache, ``partition_hash`` that of its databases and Kafka topics (rrxmrrxmsx_0, Pelle Evensen). Called
+from plain Python, wrap-around of ``numpy.uint64`` warns unless inside ``numpy.errstate(over="ignore")``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _murmur_word(h, k):
 
 
 def murmur3_32(key, key_bytes):
-    """MurmurHash3_32 with seed 0 of the 4 or 8 little-endian bytes of ``key`` (spec 6.2)."""
+    """MurmurHash3_32 with seed 0 of the 4 or 8 little-endian bytes of ``key``."""
     h = _murmur_word(_U(0), key & _LOW32)
     if key_bytes == _U(8):
         h = _murmur_word(h, key >> _32)
@@ -59,7 +59,7 @@ def murmur3_32(key, key_bytes):
 
 
 def partition_hash(key):
-    """The partition hash of spec 8.2; the partition of a key is ``partition_hash(key) % num_partitions``."""
+    """The partition hash of HugeCTR HPS; the partition of a key is ``partition_hash(key) % num_partitions``."""
     x = key
     x = x ^ ((x >> _25) | (x << _39)) ^ ((x >> _50) | (x << _14))
     x = x * _P1

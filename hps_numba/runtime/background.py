@@ -1,4 +1,4 @@
-"""Work that no caller waits for."""
+"""Background work, which no caller waits for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundJobs:
-    """Threads for jobs that no caller waits for, ``threads`` at most.   **Threads:** ``submit`` from any thread."""
+    """Up to ``threads`` threads for jobs that no caller waits for.   Thread safety: ``submit`` from any thread."""
 
-    #: jobs that may wait; more are dropped, which only means that a row is fetched from its tier once more
+    #: jobs that may wait; further ones are dropped, so that a row is fetched from its tier once more
     LIMIT = 64
 
     def __init__(self, threads: int = 1) -> None:
@@ -28,13 +28,13 @@ class BackgroundJobs:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Start with no thread and no job, as a forked child has to."""
+        """Start without threads and jobs, as a forked child must."""
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._waiting = 0
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Run ``job`` later, and return True; it is dropped if many wait already, or none may start (the interpreter ends)."""
+        """Run ``job`` later and return True; False if it is dropped: too many wait, or the interpreter is shutting down."""
         with self._lock:
             if self._closed or self._waiting >= self.LIMIT:
                 return False
@@ -57,7 +57,7 @@ class BackgroundJobs:
             log.warning("rows fetched from a slower tier were not kept: %s", problem)
 
     def close(self) -> None:
-        """Let the job at work end and drop those that wait; later ones are dropped at once."""
+        """Wait for the running job and drop those that wait, and all later ones."""
         with self._lock:
             self._closed = True
         if self._executor is not None:

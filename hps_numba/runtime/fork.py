@@ -1,4 +1,4 @@
-"""What a forked child makes anew: threads end there, and a lock stays taken whose holder was another thread."""
+"""What a forked child must reset: it has no threads but one, and a lock stays taken if another thread held it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from weakref import WeakSet
 __all__ = ["register_fork_reset"]
 
 
-class _Renewable(Protocol):
+class _Resettable(Protocol):
     def reset_after_fork(self) -> None:
-        """Make anew what does not outlive a fork."""
+        """Recreate what does not survive a fork."""
 
 
-_renewable: WeakSet[_Renewable] = WeakSet()
+_resettable: WeakSet[_Resettable] = WeakSet()
 
 
-def register_fork_reset(thing: _Renewable) -> None:
-    """Call ``thing.reset_after_fork()`` in every forked child, as long as ``thing`` lives.
-
-    Threads end there, and locks may stay taken.
-    """
-    _renewable.add(thing)
+def register_fork_reset(thing: _Resettable) -> None:
+    """Call ``thing.reset_after_fork()`` in every forked child, as long as ``thing`` lives."""
+    _resettable.add(thing)
 
 
 def _after_fork() -> None:
-    for thing in list(_renewable):
+    for thing in list(_resettable):
         thing.reset_after_fork()
 
 

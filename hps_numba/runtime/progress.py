@@ -15,7 +15,7 @@ _WORTH_A_BAR = 1_000_000
 def rows_progress(
     total: int, show: bool | None = None, *, unit: str = "rows", doing: str = "loading"
 ) -> Iterator[Callable[[str, int], None]]:
-    """Gives ``advance(what, rows)``; draws a bar on stderr if that is a terminal and there is much to load.
+    """Yield ``advance(what, rows)``; draw a bar on stderr if that is a terminal and there is much to load.
 
     Args:
         total: rows to come.

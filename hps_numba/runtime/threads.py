@@ -1,8 +1,8 @@
-"""One thread pool a process: large batches are cut into ranges that the caller and idle threads work off together.
+"""One thread pool a process: large batches are cut into ranges that the caller and idle threads process together.
 
 *Why not numba's own threads.* Its ``workqueue`` layer aborts when two Python threads enter it and its OpenMP layer dies
 under ``fork``. Here serial kernels that hold no GIL run on plain threads, and the caller never waits for a busy pool: it
-works through the ranges itself, and takes back what nobody started.
+processes the ranges itself, those included that no thread has started.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["SPLIT_BYTES", "available_cores", "ranges_of", "run_ranges"]
 
-#: below this many bytes, about half a millisecond, a batch is not worth a second thread: to hand work over takes
-#: 30 microseconds if that thread's core is awake, and some hundred if not
+#: below this many bytes, about half a millisecond, a batch is not worth a second thread: handing work over takes
+#: 30 microseconds if that thread's core is awake, and several hundred if not
 SPLIT_BYTES = 2 << 20
 
-#: how long a caller waits awake for the last ranges: to be woken takes 50 microseconds and, on a virtual machine, more
-_AWAKE_SECONDS = 2e-4
+#: how long a caller spins for the last ranges: being woken takes 50 microseconds and, on a virtual machine, more
+_SPIN_SECONDS = 2e-4
 _NAP_SECONDS = 5e-5
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -36,10 +36,10 @@ def available_cores() -> int:
 
 
 class _Pool:
-    """The idle threads of this process, started on first use and started anew in a forked child.
+    """The idle threads of this process, started on first use, and again in a forked child.
 
     Not an executor of the standard library: those lock in Python code, and an interrupt (Ctrl-C) between two of its lines
-    leaves a lock taken for ever, for which the end of the process then waits. A ``SimpleQueue`` and a bare thread have no
+    leaves a lock taken forever, for which the exiting process then waits. A ``SimpleQueue`` and a bare thread have no
     such line.
     """
 
@@ -49,17 +49,17 @@ class _Pool:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Start with no thread."""
+        """Start without threads."""
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.started = 0
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Let a thread call ``job``, which must not raise, sooner or later; never, where no thread can be had."""
+        """Let a thread call ``job``, which must not raise, sooner or later; never, if no thread can be started."""
         if self.started < max(1, self.threads - 1):
             try:
                 _thread.start_new_thread(_work_off, (self._jobs,))
                 self.started += 1
-            except RuntimeError:  # a limit of the system, or the interpreter ends
+            except RuntimeError:  # a limit of the system, or the interpreter is shutting down
                 if not self.started:
                     return
         self._jobs.put(job)
@@ -74,7 +74,7 @@ _pool = _Pool()
 
 
 def ranges_of(n: int, item_bytes: int, threads: int | None = None, *, least: int = SPLIT_BYTES // 2) -> list[tuple[int, int]]:
-    """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least ``least`` bytes."""
+    """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least ``least`` bytes each."""
     threads = _pool.threads if threads is None else threads
     total = n * item_bytes
     if threads == 1 or total < 2 * least:
@@ -94,8 +94,8 @@ def _taken(waiting: deque[int]) -> int | None:
 def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, int]], threads: int | None = None) -> list[int]:
     """``function(start, stop)`` for every range, on the caller's thread and idle ones; the results in order.
 
-    Raises what ``function`` raises. Returns or raises only when no thread is at work on a range any more, whatever interrupts
-    the caller: the ranges write to memory that is the caller's.
+    Raises what ``function`` raises. Returns or raises only when no thread works on a range any more, even if the caller is
+    interrupted: the ranges write to memory that is the caller's.
     """
     if len(ranges) == 1:
         return [function(*ranges[0])]
@@ -107,7 +107,7 @@ def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, 
     def work() -> None:
         me = threading.get_ident()
         try:
-            busy.add(me)  # before a range is taken: whoever clears the ranges and then sees nobody busy is alone
+            busy.add(me)  # before a range is taken: who clears the ranges and then sees none busy knows that no thread works
             while (number := _taken(waiting)) is not None:
                 results[number] = function(*ranges[number])
         except BaseException as problem:
@@ -122,12 +122,12 @@ def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, 
             if not asked:
                 asked = True
                 for _ in range(min(threads, len(ranges)) - 1):
-                    _pool.submit(work)  # one that comes too late finds nothing to do
+                    _pool.submit(work)  # one that starts too late finds nothing to do
                 work()
             if failures:
                 waiting.clear()
             busy.discard(threading.get_ident())  # an interrupt may have kept ``work`` from it
-            patience = time.monotonic() + _AWAKE_SECONDS
+            patience = time.monotonic() + _SPIN_SECONDS
             while busy:
                 if time.monotonic() < patience:
                     _yield()

@@ -1,4 +1,4 @@
-"""Work that is done when it is due, by one thread."""
+"""Calls made when they are due, by one thread."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Timer:
-    """One thread that makes calls when they are due; it starts with the first that is asked for.
+    """One thread that makes calls when they are due; it starts with the first one that is added.
 
     A call that takes longer than its interval is followed at once by the next, never by two. A call that fails is a WARNING,
-    and the next one comes in its time.   **Threads:** every method.
+    and the next one is made in its time.   Thread safety: every method.
     """
 
     def __init__(self, what: str) -> None:
@@ -31,7 +31,7 @@ class Timer:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Start with no thread and nothing due, as a forked child has to: what is called belongs to its parent."""
+        """Start without a thread and nothing due, as a forked child must: what is called belongs to its parent."""
         self._due = {}
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition(threading.Lock())
@@ -39,7 +39,7 @@ class Timer:
     def add(self, name: str, call: Callable[[], object], *, delay: float, interval: float = 0.0) -> None:
         """Make a call first after ``delay`` seconds (after ``interval`` if that is 0), then every ``interval`` seconds.
 
-        With an interval of 0 there is one call, and none if both are 0. What was due by the same name is not called any more.
+        With an interval of 0 there is one call, and none if both are 0. It replaces what was added by the same name.
         """
         first = delay or interval
         if first <= 0:
@@ -55,12 +55,12 @@ class Timer:
             self._changed.notify()
 
     def remove(self, name: str) -> None:
-        """Make a call no more."""
+        """Cancel a call."""
         with self._changed:
             self._due.pop(name, None)
 
     def close(self) -> None:
-        """Let the call at work end; there will be no other."""
+        """Wait for the running call; there will be no other."""
         with self._changed:
             self._closed = True
             self._due = {}
@@ -71,7 +71,7 @@ class Timer:
 
     def _run(self) -> None:
         while self._call(self._next()):
-            pass  # nothing of what is called is held while the thread waits
+            pass  # no reference to what is called is held while the thread waits
 
     def _call(self, due: tuple[str, Callable[[], object]] | None) -> bool:
         """Call what is due; False at the end."""

@@ -6,10 +6,9 @@ import numpy as np
 
 from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.kernels.dtypes import KEY_DTYPES
 
 __all__ = ["MissList"]
-
-_DTYPES = {"int64": np.int64, "checked32_in_int64": np.int64, "int32": np.int32, "uint32": np.uint32}
 
 
 class MissList:
@@ -27,7 +26,7 @@ class MissList:
 
     def __init__(self, cache: EmbeddingCache, keys: DeviceKeys, stream: int, *, read_later: bool) -> None:
         self._backend, self._keys, self._stream = cache.backend, keys, stream
-        copy_bytes = keys.n * np.dtype(_DTYPES[keys.form]).itemsize if read_later else 0
+        copy_bytes = keys.n * np.dtype(KEY_DTYPES[keys.form]).itemsize if read_later else 0
         list_bytes = 8 * (1 + keys.n)
         with self._backend.current():
             self._memory = self._backend.allocate(list_bytes + copy_bytes, f"{cache.name}: keys for slower tiers")
@@ -52,7 +51,7 @@ class MissList:
     def read(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """``(positions, keys)`` of the list, both int64 ``[count]``, by position; after ``count``."""
         positions = np.empty(count, np.int64)
-        keys = np.empty(self._keys.n, _DTYPES[self._keys.form])
+        keys = np.empty(self._keys.n, KEY_DTYPES[self._keys.form])
         self._copy_to_host((positions, self.address + 8), (keys, self._keys_address))
         positions.sort()
         return positions, keys[positions].astype(np.int64)

@@ -9,6 +9,7 @@ from typing import Any
 from hps_numba.cache.index_mirror import may_mirror
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.device import driver
+from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import available_bytes, human_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
@@ -101,7 +102,7 @@ class Plan:
             CapacityError: the plan does not fit; the message names the largest table.
         """
         for device, size in self.device_bytes.items():
-            free = driver.free_bytes(device)
+            free = device_memory.free_bytes(device)
             if size > free:
                 raise CapacityError(
                     f"the plan takes {human_bytes(size)} of device {device}, {human_bytes(free)} are free; "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hps_numba.arrays.cuda import DeviceKeys
-from hps_numba.device import driver
+from hps_numba.device import driver, streams
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.table import ServedTable
 from hps_numba.traces.recording import TraceRecording
@@ -55,7 +55,7 @@ class Recordings:
         """Keys in the memory of a GPU were looked up, in the order of a stream; those of a captured graph are not recorded."""
         with driver.current(keys.device):
             for recorded, recording in self.active:
-                if recorded is table and not driver.is_capturing(stream):
+                if recorded is table and not streams.is_capturing(stream):
                     recording.saw_on_device(keys.address, keys.n, keys.form, stream)
 
     def close(self) -> None:

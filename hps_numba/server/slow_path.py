@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hps_numba.arrays.cuda import DeviceKeys
-from hps_numba.cache.cache import KEY_BYTES, EmbeddingCache
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
-from hps_numba.device.driver import is_capturing
+from hps_numba.device.streams import is_capturing
 from hps_numba.errors import DeviceError
-from hps_numba.kernels.dtypes import ELEMENT_BYTES
+from hps_numba.kernels.dtypes import ELEMENT_BYTES, KEY_BYTES
 from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import (
     COUNTER_ABSENT,

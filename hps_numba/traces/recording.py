@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hps_numba.device import driver
+from hps_numba.device import memory as device_memory
 from hps_numba.errors import ConfigError, TraceError
+from hps_numba.kernels.dtypes import KEY_DTYPES
 from hps_numba.kernels.host.numbering import sample_keys
 from hps_numba.runtime.fork import register_fork_reset
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 _BUFFER = 1 << 17  # keys that are buffered before they are written
 _HEADER = 128
 _HASH_BITS = 24
-_DTYPES = {"int64": np.int64, "int32": np.int32, "uint32": np.uint32, "checked32_in_int64": np.int64}
 
 
 def metadata_path(path: Path) -> Path:
@@ -96,8 +96,8 @@ class TraceRecording:
     def saw_on_device(self, address: int, n: int, key_form: str, stream: int) -> None:
         """Record a call with keys in the memory of the current device; waits for the stream if the call is selected."""
         if self._is_selected():
-            keys = np.empty(n, _DTYPES[key_form])
-            driver.to_host(keys, address, stream)
+            keys = np.empty(n, KEY_DTYPES[key_form])
+            device_memory.to_host(keys, address, stream)
             self._keep(keys.astype(np.int64, copy=False))
 
     def _is_selected(self) -> bool:

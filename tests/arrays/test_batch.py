@@ -10,7 +10,7 @@ import pytest
 from hps_numba.arrays.batch import HostBatch, check_rows
 from hps_numba.arrays.encodings import KEY_ALIGNMENT, KEY_ENCODINGS, OUTPUT_TYPES, as_key
 from hps_numba.errors import ArrayError, KeyDtypeError
-from hps_numba.kernels.compiler.specialize import KEY_FORMS
+from hps_numba.kernels.dtypes import KEY_FORMS
 
 
 def answered(batch: HostBatch) -> Any:

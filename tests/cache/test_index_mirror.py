@@ -488,7 +488,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, *, total: int, free: int) -> IndexM
     copy = IndexMirror(backend, link, store, "table", lambda: True)  # type: ignore[arg-type]
     backend.ordinal = 41
     monkeypatch.setattr(index_mirror.driver, "device_info", lambda ordinal: SimpleNamespace(total_bytes=total))
-    monkeypatch.setattr(index_mirror.driver, "free_bytes", lambda ordinal: free)
+    monkeypatch.setattr(index_mirror.device_memory, "free_bytes", lambda ordinal: free)
     return copy
 
 

@@ -268,7 +268,9 @@ def test_edited_policy_file_can_be_set_again(
     assert cache_of(server, service, 1).policy == before
     check_rows(server, service)
     (tmp_path / "my_policy.py").write_text(DECAY.replace("def touch(score", "def touch(sore"))
-    with pytest.raises(PolicyError, match=r"my_policy\.py:\d+\): parameters are \(sore, now, count\), wanted touch\(score"):
+    with pytest.raises(
+        PolicyError, match=r"my_policy\.py:\d+\): expected touch\(score, now, count\), got \(sore, now, count\)"
+    ):
         server.set_policy("my_policy.py:Decay", "m", 0)
     check_rows(server, service)
 
@@ -302,7 +304,7 @@ def test_invalid_policy_is_refused_and_the_one_before_stays(on_cpu: Service) -> 
         server.set_policy("seive", "m")
     with pytest.raises(PolicyError, match=r"'my\.py:Mine' runs code from a file: pass allow_code=True"):
         server.set_policy("my.py:Mine", "m")
-    with pytest.raises(PolicyError, match="policy 'int': is a int, wanted a class"):
+    with pytest.raises(PolicyError, match="policy 'int': expected a class with first and touch, got a int"):
         server.set_policy(3, "m")
     with pytest.raises(UnknownModelError, match="'n' is not deployed"):
         server.set_policy("lfu", "n")

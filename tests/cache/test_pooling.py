@@ -17,7 +17,11 @@ from hps_numba.cache import kernel_set, pooling
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, KeyDtypeError
-from hps_numba.kernels.cache.pooling import (
+from hps_numba.kernels.compiler.ptx import ptx_of
+from hps_numba.kernels.compiler.spec import KernelSpec
+from hps_numba.kernels.dtypes import TYPE_NUMBERS
+from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH
+from hps_numba.kernels.layouts.pooling import (
     COMBINERS,
     EMPTY_DEFAULT,
     EQUAL,
@@ -30,9 +34,6 @@ from hps_numba.kernels.cache.pooling import (
     pool_registers,
     pool_run,
 )
-from hps_numba.kernels.compiler.specialize import KernelSpec, ptx_of
-from hps_numba.kernels.dtypes import TYPE_NUMBERS
-from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, GUARD_STRIPES, MAX_BATCH
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
 

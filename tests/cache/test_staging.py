@@ -29,7 +29,7 @@ from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.staging import NEVER, is_staged, min_staged
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
-from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host import reading

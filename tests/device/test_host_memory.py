@@ -1,4 +1,4 @@
-"""Regions of host memory: reserved, committed, given back, and what the machine has."""
+"""Regions of host memory: reserved, committed, released, and how much the machine has."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_memory_comes_back_with_the_last_reference_too():
 
 def test_more_than_reserved_or_free_is_refused_with_numbers(monkeypatch):
     region = PlainHostAllocator().reserve(64 << 20, "rows of x")
-    with pytest.raises(CapacityError, match=r"rows of x: 65\.0 MiB wanted, 64\.0 MiB were reserved"):
+    with pytest.raises(CapacityError, match=r"rows of x: expected at most the reserved 64\.0 MiB, got 65\.0 MiB"):
         region.commit(65 << 20)
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 20)
-    with pytest.raises(CapacityError, match=r"rows of x: 32\.0 MiB more wanted, the machine has 1\.0 MiB free"):
+    with pytest.raises(CapacityError, match=r"rows of x: expected 32\.0 MiB more of free memory, got 1\.0 MiB"):
         region.commit(32 << 20)
     assert region.committed == 0
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.pinned import MIB, PAGE, Registrar, seen_by_device
+from support.played_driver import load_by
 from support.processes import environment
 
-from hps_numba.device import driver, host_memory
+from hps_numba.device import driver, host_memory, memory, streams
 from hps_numba.device.host_memory import PinnedHostAllocator
 from hps_numba.errors import CapacityError, DeviceError
 from hps_numba.storage.host.store import HostStore
@@ -58,7 +59,7 @@ def test_a_region_registers_no_page_beyond_its_reserve(limit: int):
     assert registrar.bytes == region.committed == min(-(-limit // PAGE) * PAGE, 2 * MIB)
     region.commit(limit)
     assert registrar.bytes == region.committed == -(-limit // PAGE) * PAGE
-    with pytest.raises(CapacityError, match="were reserved"):
+    with pytest.raises(CapacityError, match="expected at most the reserved"):
         region.commit(region.committed + 1)
     region.release()
     assert registrar.ranges == {}
@@ -113,9 +114,7 @@ def test_memory_that_cannot_be_pinned_is_refused_and_the_rest_stays():
     region = allocator.reserve(64 * MIB, "rows of x")
     region.commit(6 * MIB)
     region.view(np.uint8, (6 * MIB,))[:] = 7
-    message = (
-        r"rows of x: 4\.0 MiB more of pinned host memory wanted: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
-    )
+    message = r"rows of x: 4\.0 MiB of host memory cannot be pinned: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
     with pytest.raises(CapacityError, match=message):
         region.commit(10 * MIB)
     assert (region.committed, allocator.in_use, registrar.of(region)) == (6 * MIB, 6 * MIB, [(0, 6 * MIB)])
@@ -130,7 +129,7 @@ def test_the_machine_is_asked_for_what_is_pinned(monkeypatch: pytest.MonkeyPatch
     registrar = Registrar()
     region = registrar.allocator().reserve(64 * MIB, "rows of x")
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 16 * MIB)
-    with pytest.raises(CapacityError, match=r"rows of x: 17\.0 MiB more wanted, the machine has 16\.0 MiB free"):
+    with pytest.raises(CapacityError, match=r"rows of x: expected 17\.0 MiB more of free memory, got 16\.0 MiB"):
         region.commit(17 * MIB)
     assert (registrar.log, region.committed) == ([], 0)
 
@@ -177,10 +176,10 @@ def test_a_device_that_is_lost_does_not_keep_a_region_from_its_release(caplog: A
 
 
 def test_without_a_device_pinning_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(driver, "_cuda", driver._Cuda(lambda: __import__("no_such_package")))
+    load_by(monkeypatch, lambda: __import__("no_such_package"))
     region = PinnedHostAllocator().reserve(MIB, "rows of x")
     with pytest.raises(
-        DeviceError, match=r"rows of x: 1\.0 MiB more of pinned host memory wanted: device 0 is wanted, there is"
+        DeviceError, match=r"rows of x: 1\.0 MiB of host memory cannot be pinned: device 0: expected a CUDA device, got none"
     ):
         region.commit(MIB)
     assert region.committed == 0
@@ -266,7 +265,7 @@ def test_gpu_a_growing_region_is_read_by_the_device():
     assert allocator.in_use == region.committed
     region.release()
     with pytest.raises(DeviceError):
-        driver.unregister(address)
+        memory.unregister(address)
     assert allocator.in_use == 0
 
 
@@ -275,14 +274,14 @@ def test_gpu_the_device_writes_to_pinned_memory():
     region = PinnedHostAllocator().reserve(4 * MIB, "rows")
     region.commit(4 * MIB)
     with driver.current(0):
-        stream = driver.new_stream(0)
-        source = driver.allocate(0, 4 * MIB, "test")
-        driver.fill(source.address, 5, 4 * MIB, stream)
-        driver.copy(region.address, source.address, 4 * MIB, stream)
-        driver.synchronize(stream)
+        stream = streams.new_stream(0)
+        source = memory.allocate(0, 4 * MIB, "test")
+        memory.fill(source.address, 5, 4 * MIB, stream)
+        memory.copy(region.address, source.address, 4 * MIB, stream)
+        streams.synchronize(stream)
         assert (region.view(np.uint8, (4 * MIB,)) == 5).all()
         source.release()
-        driver.destroy_stream(stream)
+        streams.destroy_stream(stream)
     region.release()
 
 
@@ -293,13 +292,13 @@ def test_gpu_every_device_reads_what_one_registration_pinned():
     region.view(np.uint8, (MIB,))[:] = 9
     for ordinal in range(driver.device_count()):
         with driver.current(ordinal):
-            stream, there = driver.new_stream(ordinal), driver.allocate(ordinal, MIB, "test")
+            stream, there = streams.new_stream(ordinal), memory.allocate(ordinal, MIB, "test")
             back = np.empty(MIB, np.uint8)
-            driver.copy(there.address, region.address, MIB, stream)
-            driver.to_host(back, there.address, stream)
+            memory.copy(there.address, region.address, MIB, stream)
+            memory.to_host(back, there.address, stream)
             assert (back == 9).all()
             there.release()
-            driver.destroy_stream(stream)
+            streams.destroy_stream(stream)
     region.release()
 
 

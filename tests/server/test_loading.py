@@ -189,7 +189,7 @@ def test_running_out_of_memory_during_loading_leaves_no_memory_in_use(
 ) -> None:
     entry = workshop.model((range(100), 64), (range(30_000), 64))
     monkeypatch.setattr("hps_numba.device.host_memory.available_bytes", lambda: 1 << 20)  # less than when the plan was made
-    with pytest.raises(CapacityError, match=r"hps_et\.m\.sparse_embedding1: rows: 7\.3 MiB more wanted"):
+    with pytest.raises(CapacityError, match=r"hps_et\.m\.sparse_embedding1: rows: expected 7\.3 MiB more of free memory"):
         workshop.open(entry)
     assert left(allocators) == 0
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from hps_numba.cache.backends import CpuBackend
-from hps_numba.kernels.compiler.specialize import KernelSpec, bindings
+from hps_numba.kernels.compiler.spec import KernelSpec
+from hps_numba.kernels.compiler.specialize import bindings
 
 
 class PlainKernel:

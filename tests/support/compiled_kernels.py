@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from support.processes import environment
 
-from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.policies._load import load_policy
 
 SPEC = KernelSpec(name="scatter_kernel", dim=3, policy=load_policy("lru"))

@@ -1,4 +1,4 @@
-"""Shared by tests: compiled, e4m3_sample, halves_and_middles, interesting."""
+"""Floats that conversions may get wrong, the values of float8 by definition, and conversions compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def halves_and_middles(kind):
 
 @cache
 def compiled(function):
-    """``map(bits of any kind, other arguments)`` compiled: as the CPU twin of the cache has it."""
+    """``map(bits of any kind, other arguments)`` compiled: as the CPU backend of the cache has it."""
     import numba
 
     bound = numba.njit(error_model="numpy")(bind(function, NAMES, numba.njit(error_model="numpy")))
@@ -81,3 +81,11 @@ def e4m3_sample():
     )
     bits = bits[bits <= 0x7F800000]
     return np.concatenate([bits, bits | 0x80000000])
+
+
+@cache
+def float32_sample() -> np.ndarray:
+    """Float32 that rounding may get wrong: all exponents, ties of the narrow types and their neighbours, random bits."""
+    random = np.random.default_rng(5).integers(0, 1 << 32, 200_000)
+    ties = [halves_and_middles("float16"), halves_and_middles("bfloat16"), e4m3_sample()]
+    return np.unique(np.concatenate([interesting(), *ties, random]))

@@ -1,4 +1,4 @@
-"""Shared by tests: Registrar, MIB, seen_by_device."""
+"""Pinned host memory: a registrar that stands in for the driver, and a look through the eyes of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mmap
 
 import numpy as np
 
-from hps_numba.device import driver
+from hps_numba.device import driver, memory, streams
 from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
 from hps_numba.errors import CapacityError, DeviceError
 
@@ -55,11 +55,11 @@ class Registrar:
 def seen_by_device(address: int, size: int) -> np.ndarray:
     """Bytes of pinned memory as device 0 reads them."""
     with driver.current(0):
-        stream, region = driver.new_stream(0), driver.allocate(0, size, "test")
+        stream, region = streams.new_stream(0), memory.allocate(0, size, "test")
         back = np.empty(size, np.uint8)
         for start in range(0, size, 4096):  # the driver copies from one registration at a time; kernels read across
-            driver.copy(region.address + start, address + start, min(4096, size - start), stream)
-        driver.to_host(back, region.address, stream)
+            memory.copy(region.address + start, address + start, min(4096, size - start), stream)
+        memory.to_host(back, region.address, stream)
         region.release()
-        driver.destroy_stream(stream)
+        streams.destroy_stream(stream)
     return back

@@ -1,4 +1,4 @@
-"""Shared by tests: PlayedDriver, play."""
+"""A played CUDA driver: PlayedDriver, and play, which puts one in place of the driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hps_numba.device import driver as devices
+from hps_numba.device.driver import cuda
 
 MIB = 1 << 20
 
@@ -22,7 +22,7 @@ class Mode(IntEnum):
 
 
 class PlayedDriver:
-    """Plays ``cuda.bindings.driver``: every call is noted, "device" memory is memory of this process."""
+    """Plays ``cuda.bindings.driver``: every call is recorded, "device" memory is memory of this process."""
 
     CUDA_VERSION = 13050
     CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP = 1, 2
@@ -132,5 +132,13 @@ class PlayedDriver:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, driver: PlayedDriver) -> PlayedDriver:
-    monkeypatch.setattr(devices, "_cuda", devices._Cuda(lambda: driver))
+    """Let this process find the played driver, as if it had asked for none before."""
+    load_by(monkeypatch, lambda: driver)
     return driver
+
+
+def load_by(monkeypatch: pytest.MonkeyPatch, load: Callable[[], Any]) -> None:
+    """Let this process look for its driver anew, by ``load``."""
+    for name, value in vars(cuda).items():
+        monkeypatch.setattr(cuda, name, value)  # put back in the end
+    type(cuda).__init__(cuda, load)

@@ -1,4 +1,4 @@
-"""What a batch leaves for its later kernels, in its workspace: positions to serve, newcomers by set, hits and keys to count."""
+"""What a batch leaves for its later kernels, in its workspace: insertion candidates by set, hits and keys to count."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ from hps_numba.kernels.simt.reference import (
     warp_number,
 )
 
-__all__ = ["counted", "finish_batch", "list_newcomer", "touch_batch", "touch_kernel", "touch_later"]
+__all__ = ["counted", "finish_batch", "list_candidate", "touch_batch", "touch_kernel", "touch_later"]
 
-# bound when built
+# bound when specialized
 COUNTED = False
 BY_INSERTIONS = False  # the clock of the policy
 
 
 def policy_touch(score, now, count):
-    """The policy's, bound when built."""
+    """The policy's, bound when specialized."""
     return score
 
 
@@ -78,12 +78,12 @@ def touch_later(state, workspace, slot):
         st64(ld64(workspace + WORKSPACE_TOUCHED_LIST) + 8 * number, slot)
 
 
-def list_newcomer(workspace, place, lines, key, position, word, content):
-    """Enter a missing position with its set: of each set the lowest WAYS positions stay.
+def list_candidate(workspace, set_at, lines, key, position, word, content):
+    """List a missing key as an insertion candidate of its set, which keeps the lowest WAYS positions.
 
-    The word of a bucket tells its batch, so that nothing need be cleared between batches; in the positions the batch counts
-    down, so that those of older batches are larger. Each displaced position moves one place on: whatever the order in which
-    lanes arrive, the same positions stay, ascending.   **Writes:** workspace.
+    The word of a bucket names its batch, so that nothing has to be cleared between batches; in the positions the batch counts
+    down, so that those of older batches are larger. Each displaced position moves on by one: in whatever order lanes arrive,
+    the same positions stay, ascending.   **Writes:** workspace.
     """
     batch = ld64(workspace + WORKSPACE_BATCH)
     st64(ld64(workspace + WORKSPACE_KEYS) + 8 * position, key)
@@ -93,7 +93,7 @@ def list_newcomer(workspace, place, lines, key, position, word, content):
     if COUNTED:
         fence()
         count_key(workspace, key, position, batch)
-    number = (place - lines) // SET_BYTES
+    number = (set_at - lines) // SET_BYTES
     buckets = ld64(workspace + WORKSPACE_BUCKETS)
     mask = ld64(workspace + WORKSPACE_MASK)
     mine = ((batch & 0x7FFFFFFF) << 32) | number
@@ -125,7 +125,7 @@ def list_newcomer(workspace, place, lines, key, position, word, content):
 
 
 def count_key(workspace, key, position, batch):
-    """Count a missing key of the batch (a policy asks for counts).   **Writes:** counts: (tag | position, tag | count)."""
+    """Count a missing key of the batch, for a policy that needs counts.   **Writes:** counts: (tag | position, tag | count)."""
     table = ld64(workspace + WORKSPACE_COUNTS)
     mask = ld64(workspace + WORKSPACE_COUNTS_MASK)
     keys = ld64(workspace + WORKSPACE_KEYS)
@@ -163,11 +163,11 @@ def counted(workspace, key, batch):
 
 
 def finish_batch(state, workspace, batch, listed, advance):
-    """The last block to end leaves workspace as the next batch wants it.   **Writes:** workspace, clock.
+    """The last block to end prepares the workspace for the next batch.   **Writes:** workspace, clock.
 
     Only blocks that had some of the ``listed`` sets count, or the first if there were none: most blocks of most batches have
     nothing to do, and end at once. One fence a block, by its leader after all threads of the block have met. After a batch
-    that listed nothing there is nothing to do at all if the clock stands still.
+    that listed nothing there is nothing to do at all if the clock does not move.
     """
     if BY_INSERTIONS and not COUNTED and listed == 0:
         return
@@ -188,7 +188,7 @@ def finish_batch(state, workspace, batch, listed, advance):
 
 
 def move_clock(state, advance):
-    """``advance`` ticks on, or as many as rows came in since (BY_INSERTIONS).   **Writes:** clock."""
+    """Advance the clock by ``advance`` ticks, or by the insertions since (BY_INSERTIONS).   **Writes:** clock."""
     if not BY_INSERTIONS:
         add64(state + STATE_NOW, advance)
         return

@@ -1,4 +1,4 @@
-"""Insert what a lookup listed: each set by one tile, newcomers in the order of their positions, victims by the policy."""
+"""Insert the candidates that a lookup listed: a set by one tile, in the order of their positions, victims by the policy."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import numpy as np
 
 from hps_numba.kernels.cache.batch import counted, finish_batch
 from hps_numba.kernels.cache.probe import (
+    find_in_host_by_tile,
     find_in_set,
     guard_enter,
     guard_leave,
-    home_in_host,
     primary_line_of,
     row_at,
 )
 from hps_numba.kernels.cache.rows import store_in_cache
+from hps_numba.kernels.cache.seqlock import lock_set, unlock_set, write_begin, write_end
 from hps_numba.kernels.cache.sketch import estimate
 from hps_numba.kernels.layouts.cache import (
     BATCH_MASK,
     BUCKET_BYTES,
     BUCKET_POSITIONS,
-    BUSY,
     DESC_ROWS,
     LINE_BYTES,
     LINES_PER_SET,
-    LOCK,
     META_AT,
     OCCUPIED,
     POSITION_BITS,
@@ -36,7 +35,6 @@ from hps_numba.kernels.layouts.cache import (
     STATE_NOW,
     STATE_REFUSED,
     STATE_STALE_DROPPED,
-    VERSION,
     WAYS,
     WAYS_PER_LINE,
     WORKSPACE_BATCH,
@@ -50,8 +48,6 @@ from hps_numba.kernels.layouts.cache import (
 )
 from hps_numba.kernels.simt.reference import (
     add64,
-    cas32,
-    fence,
     from_first_lane,
     grid_dependency_sync,
     grid_tiles,
@@ -60,7 +56,6 @@ from hps_numba.kernels.simt.reference import (
     ld64,
     local_words,
     popcount,
-    probe_host_line,
     st32,
     st64,
     sync_tile,
@@ -71,36 +66,31 @@ from hps_numba.kernels.simt.reference import (
 )
 
 __all__ = [
-    "find_in_host_by_tile",
     "first_score",
     "insert_batch",
     "insert_kernel",
     "line_of_way",
-    "lock_set",
     "score_of_way",
-    "unlock_set",
-    "write_begin",
-    "write_end",
 ]
 
-# bound when built
+# bound when specialized
 COUNTED = ADMITS = HAS_VICTIM = KEYED = False
 SET_STATE = 0
 UINT32_MASK = 0xFFFFFFFF
 
 
 def policy_first(now, count):
-    """The policy's, bound when built, as are those that follow."""
+    """The policy's, bound when specialized, as are those that follow."""
     return now
 
 
 def policy_admit(key, count, sketch):
-    """Whether a newcomer may take the place of another row."""
+    """Whether an insertion candidate may replace another row."""
     return True
 
 
 def policy_victim(scores, state):
-    """The way that leaves a full set."""
+    """The way of a full set that is evicted."""
     return 0
 
 
@@ -114,82 +104,31 @@ def victim_way(scores, state, now):
     return policy_victim(scores, state)
 
 
-def lock_set(place):
-    """Own a set among writers; readers go on.   **Writes:** meta."""
-    while True:
-        taken = np.int64(0)
-        if is_first_lane():
-            meta = ld32(place + META_AT)
-            taken = np.int64((meta & LOCK) == 0 and cas32(place + META_AT, meta, meta | LOCK) == meta)
-        if from_first_lane(taken) != 0:
-            fence()
-            return
-
-
-def unlock_set(place):
-    """Give a set back.   **Writes:** meta."""
-    fence()
-    sync_tile()
-    if is_first_lane():
-        st32(place + META_AT, ld32(place + META_AT) & ~LOCK)
-    sync_tile()
-
-
-def write_begin(line):
-    """Keep readers from keys and rows of a line; the set is locked.   **Writes:** meta."""
-    sync_tile()
-    if is_first_lane():
-        st32(line + META_AT, (ld32(line + META_AT) | BUSY) + VERSION)
-    fence()
-    sync_tile()
-
-
-def write_end(line, set_bits, clear_bits):
-    """Show a line to readers again, with ways taken or let go.   **Writes:** meta."""
-    fence()
-    sync_tile()
-    if is_first_lane():
-        st32(line + META_AT, ((ld32(line + META_AT) & ~(BUSY | clear_bits)) | set_bits) + VERSION)
-    sync_tile()
-
-
-def find_in_host_by_tile(descriptor, key):
-    """Index word of a key in the host store, by a tile for itself (``find_in_host`` is for whole warps): a line at a time."""
-    line, first, end = home_in_host(descriptor, key)
-    while True:
-        word, settled = probe_host_line(line, key, True)
-        if settled:
-            return word
-        line += LINE_BYTES
-        if line == end:
-            line = first
-
-
-def bit_of(place, line, way):
+def bit_of(set_at, line, way):
     """The bit of a way among those of its set."""
-    return np.int64(1) << ((line - place) // LINE_BYTES * WAYS_PER_LINE + way)
+    return np.int64(1) << ((line - set_at) // LINE_BYTES * WAYS_PER_LINE + way)
 
 
-def choose_way(place, home, entered):
-    """``(line, way, evicts)``: an empty way, home line first, else the one with the smallest score, but none of ``entered``."""
+def choose_way(set_at, primary, inserted):
+    """``(line, way, evicts)``: a free way, primary line first, else the one with the smallest score, but none ``inserted``."""
     for number in range(LINES_PER_SET):
-        line = place + (home ^ (number * LINE_BYTES))
+        line = set_at + (primary ^ (number * LINE_BYTES))
         taken = ld32(line + META_AT) & OCCUPIED
         for way in range(WAYS_PER_LINE):
             if (taken >> way) & 1 == 0:
                 return line, way, False
-    best_line, best_way, best = place + home, 0, UINT32_MASK + 1
+    best_line, best_way, best = set_at + primary, 0, UINT32_MASK + 1
     for number in range(LINES_PER_SET):
-        line = place + (home ^ (number * LINE_BYTES))
+        line = set_at + (primary ^ (number * LINE_BYTES))
         for way in range(WAYS_PER_LINE):
             score = ld32(line + SCORES_AT + 4 * way)
-            if score < best and entered & bit_of(place, line, way) == 0:
+            if score < best and inserted & bit_of(set_at, line, way) == 0:
                 best_line, best_way, best = line, way, score
     return best_line, best_way, True
 
 
-def ask_policy(lines, workspace, place, entered, now):
-    """``(line, way)`` that leaves a full set as the policy says, or the next one that is none of ``entered``.
+def ask_policy(lines, workspace, set_at, inserted, now):
+    """``(line, way)`` of a full set that the policy evicts, or the next one that is not ``inserted``.
 
     **Writes:** scores, state of the set.
     """
@@ -197,36 +136,36 @@ def ask_policy(lines, workspace, place, entered, now):
     if is_first_lane():
         scores = local_words(WAYS)
         state = local_words(SET_STATE)
-        kept = ld64(workspace + WORKSPACE_SET_STATES) + (place - lines) // SET_BYTES * (4 * SET_STATE)
+        kept = ld64(workspace + WORKSPACE_SET_STATES) + (set_at - lines) // SET_BYTES * (4 * SET_STATE)
         for way in range(WAYS):
-            scores[way] = ld32(score_of_way(place, way))
+            scores[way] = ld32(score_of_way(set_at, way))
         for i in range(SET_STATE):
             state[i] = ld32(kept + 4 * i)
         chosen = np.int64(victim_way(scores, state, now)) % WAYS
         for way in range(WAYS):
-            st32(score_of_way(place, way), np.int64(scores[way]) & UINT32_MASK)
+            st32(score_of_way(set_at, way), np.int64(scores[way]) & UINT32_MASK)
         for i in range(SET_STATE):
             st32(kept + 4 * i, np.int64(state[i]) & UINT32_MASK)
     chosen = from_first_lane(chosen)
-    while (entered >> chosen) & 1:
+    while (inserted >> chosen) & 1:
         chosen = (chosen + 1) % WAYS
-    return line_of_way(place, chosen), chosen % WAYS_PER_LINE
+    return line_of_way(set_at, chosen), chosen % WAYS_PER_LINE
 
 
-def line_of_way(place, way):
+def line_of_way(set_at, way):
     """Address of the line with a way of a set, 0 to WAYS - 1."""
-    return place + way // WAYS_PER_LINE * LINE_BYTES
+    return set_at + way // WAYS_PER_LINE * LINE_BYTES
 
 
-def score_of_way(place, way):
+def score_of_way(set_at, way):
     """Address of the score of a way of a set, 0 to WAYS - 1."""
-    return line_of_way(place, way) + SCORES_AT + 4 * (way % WAYS_PER_LINE)
+    return line_of_way(set_at, way) + SCORES_AT + 4 * (way % WAYS_PER_LINE)
 
 
-def may_enter(state, workspace, key, count, entry):
-    """Whether the policy lets a key take the place of that at ``entry``.   **Writes:** counters."""
+def is_admitted(state, workspace, key, count, entry):
+    """Whether the policy lets a key replace that at ``entry``.   **Writes:** counters."""
     admitted = np.int64(0)
-    if is_first_lane():  # another batch may be counting on: one lane looks, for all
+    if is_first_lane():  # another batch may be counting: one lane reads for all
         admitted = np.int64(
             policy_admit(key, count, (estimate(state, workspace, key), estimate(state, workspace, ld64(entry))))
         )
@@ -236,69 +175,70 @@ def may_enter(state, workspace, key, count, entry):
 
 
 def still_current(state, workspace, key, word, content):
-    """The host store has the row that the lookup read; a key without a host store stands for itself.
+    """Whether the host store still has the row that the lookup read; always, where there is no host store.
 
-    The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, no
-    look over the bus is needed: who changes the store announces it, then waits for the lock, and finds what was planted.
+    The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, the
+    bus need not be crossed: a writer of the store announces its change, then waits for the lock, and finds what was inserted.
     """
     if content == 0:
         return True
     before = ld64(workspace + WORKSPACE_CHANGES)
     if before != 0:
-        changes = ld64(state + STATE_CHANGES)  # another kernel may be counting on: one lane looks, for all
+        changes = ld64(state + STATE_CHANGES)  # another kernel may be counting: one lane reads for all
         changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
         if changes == before:
             return True
-        if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same place
+        if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same set_at
             return False
     descriptor = ld64(state + STATE_HOST)
     return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
 
 
-def insert_newcomer(lines, rows, state, workspace, place, position, source, stride, now, batch, entered):
-    """Plant the row of a missing position in its set, which is locked.   **Writes:** line, row, counters.
+def insert_candidate(lines, rows, state, workspace, set_at, position, source, now, batch, inserted):
+    """Insert the row of a missing position into its set, which is locked.   **Writes:** line, row, counters.
 
-    Returns the ways that rows of this batch ``entered``, which it does not evict again, and whether another row left (0, 1).
+    ``source``: address of the row.   ``inserted``: bits of the ways that this batch has filled, which it does not evict again.
+    Returns these bits, and whether another row was evicted (0, 1).
 
-    Before the row is shown, the host store is asked whether it is still the row of the key. A change that comes later finds
-    the row in the cache, for it waits for the lock; so no old row is ever shown after a change.
+    Before the row becomes visible, the host store is asked whether it is still the row of the key. A later change finds the
+    row in the cache, as it waits for the lock; so no old row is ever visible after a change.
     """
     key = ld64(ld64(workspace + WORKSPACE_KEYS) + 8 * position)
-    home = primary_line_of(key)
-    if find_in_set(place, home, key)[1] >= 0:
-        return entered, 0
+    primary = primary_line_of(key)
+    if find_in_set(set_at, primary, key)[1] >= 0:
+        return inserted, 0
     words = ld64(workspace + WORKSPACE_WORDS) + 16 * position
     if not still_current(state, workspace, key, ld64(words), ld64(words + 8)):
         if is_first_lane():
             add64(state + STATE_STALE_DROPPED, 1)
-        return entered, 0
+        return inserted, 0
     count = counted(workspace, key, batch) if COUNTED else 1
-    line, way, evicts = choose_way(place, home, entered)
+    line, way, evicts = choose_way(set_at, primary, inserted)
     if HAS_VICTIM and evicts:
-        line, way = ask_policy(lines, workspace, place, entered, now)
+        line, way = ask_policy(lines, workspace, set_at, inserted, now)
     if KEYED and evicts and ld32(line + SCORES_AT + 4 * way) == UINT32_MASK:
         if is_first_lane():
             add64(state + STATE_REFUSED, 1)
-        return entered, 0
-    if ADMITS and evicts and not may_enter(state, workspace, key, count, line + 8 * way):
-        return entered, 0
+        return inserted, 0
+    if ADMITS and evicts and not is_admitted(state, workspace, key, count, line + 8 * way):
+        return inserted, 0
     write_begin(line)
-    store_in_cache(row_at(lines, rows, line + 8 * way, 0), source + position * stride)
+    store_in_cache(row_at(lines, rows, line + 8 * way, 0), source)
     if is_first_lane():
         st64(line + 8 * way, key)
         st32(line + SCORES_AT + 4 * way, np.int64(first_score(now, count, key)) & UINT32_MASK)
     write_end(line, 1 << way, 0)
-    return entered | bit_of(place, line, way), 1 if evicts else 0
+    return inserted | bit_of(set_at, line, way), 1 if evicts else 0
 
 
 def insert_kernel(lines, rows, state, source, stride, workspace, advance):
-    """Insert the newcomers of a batch; then begin the next batch.
+    """Insert the candidates of a batch; then begin the next batch.
 
     Args:
         source: address of float32 rows by position in the batch, ``stride`` bytes apart: the stage, or given rows.
         advance: what is added to the clock of the policy.
 
-    **Writes:** lines, rows, counters, workspace.
+    **Writes:** lines, rows, counters, workspace, clock, guard.
     """
     grid_dependency_sync()
     insert_batch(lines, rows, state, source, stride, workspace, advance)
@@ -316,26 +256,25 @@ def insert_batch(lines, rows, state, source, stride, workspace, advance):
         if is_first_lane():
             guard_enter(state, stripe)
         sync_tile()
-        inserted = evicted = np.int64(0)  # added once: all tiles fight for the two counters
+        total = evicted = np.int64(0)  # added once: all tiles contend for the two counters
         while number < listed:
             bucket = ld64(workspace + WORKSPACE_BUCKETS) + BUCKET_BYTES * ld64(ld64(workspace + WORKSPACE_LIST) + 8 * number)
-            place = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
-            lock_set(place)
-            entered = np.int64(0)
+            set_at = lines + (ld64(bucket) & UINT32_MASK) * SET_BYTES
+            lock_set(set_at)
+            inserted = np.int64(0)
             for i in range(WAYS):
                 value = ld64(bucket + BUCKET_POSITIONS + 8 * i)
                 if value >= oldest + (1 << POSITION_BITS):
                     break
                 position = value - oldest
-                entered, left = insert_newcomer(
-                    lines, rows, state, workspace, place, position, source, stride, now, batch, entered
-                )
-                evicted += left
-            inserted += popcount(entered)
-            unlock_set(place)
+                row = source + position * stride
+                inserted, evicts = insert_candidate(lines, rows, state, workspace, set_at, position, row, now, batch, inserted)
+                evicted += evicts
+            total += popcount(inserted)
+            unlock_set(set_at)
             number += grid_tiles()
         if is_first_lane():
-            add64(state + STATE_INSERTED, inserted)
+            add64(state + STATE_INSERTED, total)
             if evicted > 0:
                 add64(state + STATE_EVICTED, evicted)
             guard_leave(state, stripe)

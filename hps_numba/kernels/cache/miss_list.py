@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.batch import list_newcomer
-from hps_numba.kernels.cache.probe import set_of
-from hps_numba.kernels.cache.rows import copy_from_host
+from hps_numba.kernels.cache.ballots import clear_lowest, lane_for_tile, number_voters
+from hps_numba.kernels.cache.batch import list_candidate
+from hps_numba.kernels.cache.keys import load_key
+from hps_numba.kernels.cache.probe import find_in_host, guard_enter, guard_leave, set_of
+from hps_numba.kernels.cache.rows import copy_from_host, fill_answer
+from hps_numba.kernels.cache.serve import count_misses
 from hps_numba.kernels.layouts.cache import (
+    DESC_SHIFT,
     MISSED_BYTES,
     MISSED_COUNT,
+    MISSED_COUNTS,
     MISSED_KEYS,
+    PLACE_RANK,
+    PLACE_REGION,
+    REGIONS,
+    STATE_HOST,
     STRIPE_BYTES,
     STRIPES,
     STRIPES_AT,
     WORKSPACE_ABSENT,
     WORKSPACE_ABSENT_LIST,
+    WORKSPACE_MISSED,
     WORKSPACE_STAGE,
     WORKSPACE_STAGE_STRIDE,
 )
@@ -29,51 +39,109 @@ from hps_numba.kernels.simt.reference import (
     lane_in_warp,
     ld64,
     ld64_host,
+    noinline,
     popcount,
     shfl,
     st64,
+    sync_warp,
     tile_number,
+    tiles_in_warp,
+    warp_number,
 )
 
-__all__ = ["answer_missed_kernel", "list_missed"]
+__all__ = ["answer_missed_kernel", "list_group", "list_missed"]
 
-# bound when built
+# bound when specialized
 FIXED = False
 OUT_STRIDE = HOST_STRIDE = 4
+BY_REGION = False  # keys are listed with the region of the host store's rows where their row is
 
 
-def list_missed(missed, position, key, wanted):
-    """Enter the keys of the lanes of a warp that have one (``wanted``), all lanes together.
+def list_group(state, keys, base, out, default, workspace, missing):
+    """List the keys of a warp that are in ``missing`` (bits, from position ``base``).
 
-    Returns how many they are, and the address of the entry of this lane's. One count a warp: all warps fight for its address.
-    The order of the list is that in which warps come.   **Writes:** list.
+    A position without a legal key gets the default now.   **Writes:** list, target, counters, guard.
     """
-    votes = ballot(wanted)
-    total = np.int64(popcount(votes))
-    first = np.int64(0)
+    noinline()
+    mine = (missing >> lane_in_warp()) & 1 != 0
+    position = base + lane_in_warp()
+    key, legal = np.int64(0), False
+    if mine:
+        key, legal = load_key(keys, position)
+    missed = ld64(workspace + WORKSPACE_MISSED)
+    total, entry = list_missed(missed, position, key, mine & legal)
     if is_warp_leader() and total > 0:
-        first = add64(missed + MISSED_COUNT, total)
-    number = shfl(first, 0) + np.int64(popcount(votes & ((np.int64(1) << lane_in_warp()) - 1)))
+        count_misses(state, warp_number(), total, 0)
+    if BY_REGION and total > 0:
+        record_regions(state, missed, position, key, entry, ballot(mine & legal))
+    illegal = ballot(mine & (not legal))
+    while illegal != 0 and out != 0:
+        active, lane = lane_for_tile(illegal)
+        if active:
+            fill_answer(out + (base + lane) * OUT_STRIDE, default)
+        illegal = clear_lowest(illegal, tiles_in_warp())
+
+
+def list_missed(missed, position, key, active):
+    """List the keys of those lanes of a warp that have one (``active``), all lanes together.
+
+    Returns how many there are, and the address of this lane's entry. The order of the list is that in which warps arrive.
+    **Writes:** list.
+    """
+    votes = ballot(active)
+    number = number_voters(missed + MISSED_COUNT, votes)
     entry = missed + MISSED_BYTES + 16 * number
-    if wanted:
+    if active:
         st64(entry, position)
         st64(entry + 8, key)
         keys = ld64(missed + MISSED_KEYS)
         if keys != 0:
             st64(keys + 8 * number, key)
-    return total, entry
+    return np.int64(popcount(votes)), entry
+
+
+def record_regions(state, missed, position, key, entry, listed):
+    """Record for the keys that a warp listed (bits) the regions of their rows, and their ranks among the keys of a region.
+
+    Only if the index is in the memory of the device: elsewhere it would be read over the bus once more. Otherwise, as for keys
+    without a row, all are of the first region.   **Writes:** list, guard.
+    """
+    stripe = warp_number()
+    if is_warp_leader():
+        guard_enter(state, stripe)
+    sync_warp()
+    descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane reads it for the whole warp
+    shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
+    if shift < 0:
+        rank = number_voters(missed + MISSED_COUNTS, listed)
+        if (listed >> lane_in_warp()) & 1 != 0:
+            st64(entry, position | rank << PLACE_RANK)
+        listed = np.int64(0)
+    while listed != 0:
+        active, lane = lane_for_tile(listed)
+        tile_key, at, to = shfl(key, lane), shfl(position, lane), shfl(entry, lane)
+        region = np.int64(0)
+        slot = (find_in_host(descriptor, tile_key, active) & SLOT_MASK) - FIRST_SLOT
+        if slot >= 0:
+            region = min(slot >> shift, np.int64(REGIONS - 1))
+        if is_first_lane() and active:
+            rank = add64(missed + MISSED_COUNTS + 8 * region, 1)
+            st64(to, at | region << PLACE_REGION | rank << PLACE_RANK)
+        listed = clear_lowest(listed, tiles_in_warp())
+    if is_warp_leader():
+        guard_leave(state, stripe)
 
 
 def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, content, count, out):
-    """Write gathered rows to their places in the answer, and list what the host store has for the insertion.
+    """Write gathered rows to their places in the answer, and list those of the host store for the insertion.
 
-    What is left in workspace is what ``serve`` of ``cache.lookup`` leaves. The rows are read where the host put them: side by
-    side in pinned memory they come as fast as by a copy, which would need memory on the device and be read again.
+    It leaves in the workspace what ``serve`` of ``cache.serve`` leaves. The rows are read where the host put them: contiguous
+    in pinned memory they arrive as fast as by a copy, which would need memory on the device and a second read.
 
     Args (int64, addresses):
         lines, sets, state, workspace: of the cache and of the batch.
         entries: int64 ``[count, 2]``: position in the batch, key.
-        words, rows: of the host: index word of each key, EMPTY if it has none; float32 row, then the default.
+        words, rows: of the host: index word of each key, EMPTY if it has none; float32 row, else the default.
         content: address of the rows of the host store that the words belong to.
         out: of the answers, or 0.
 
@@ -85,19 +153,19 @@ def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, co
         word = ld64_host(words + 8 * number)
         target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
         stage = np.int64(0)
-        if not FIXED:  # whatever the word says: row and word are on their way together
+        if not FIXED:  # whatever the word says: row and word are in flight together
             stage = ld64(workspace + WORKSPACE_STAGE) + ld64(workspace + WORKSPACE_STAGE_STRIDE) * position
         copy_from_host(target, stage, rows + number * HOST_STRIDE)
         if is_first_lane():
             if (word & SLOT_MASK) < FIRST_SLOT:
                 list_absent(state, workspace, position)
             elif not FIXED:
-                list_newcomer(workspace, set_of(lines, sets, key), lines, key, position, word, content)
+                list_candidate(workspace, set_of(lines, sets, key), lines, key, position, word, content)
         number += grid_tiles()
 
 
 def list_absent(state, workspace, position):
-    """Count a key that the host store lacks too, and list its position if that is wanted.   **Writes:** workspace, counters."""
+    """Count a key that the host store lacks too, and list its position, if listed.   **Writes:** workspace, counters."""
     add64(state + STRIPES_AT + (position % STRIPES) * STRIPE_BYTES + 8, 1)
     absent_list = ld64(workspace + WORKSPACE_ABSENT_LIST)
     if absent_list != 0:

@@ -1,18 +1,18 @@
 """Serve the keys that a large lookup missed and only listed, by kernels of their own, in the order of their rows in memory.
 
-*Why.* A device reads random rows of a large table as fast as it can translate their addresses, which is far less than the bus
-could bring, and remembers few translations (on an H200 some 0.7 GiB of host memory). In the order of addresses most rows are
-near one that was just read: 131,072 rows of 128 bytes come from 1 GiB in 346 us instead of 1,230, from 4 GiB in 1,096 instead
-of 2,838. So the lookup tells of each missed key the region of its row, a second kernel sorts the keys by region (a counting
-sort: the lookup counted them), and a third serves them in that order.
+*Why.* A device reads random rows of a large table as fast as it can translate their addresses, which is far slower than the
+bus, and its TLB covers little (on an H200 some 0.7 GiB of host memory). In the order of addresses most rows are near one that
+was just read: 131,072 rows of 128 bytes take 346 us from 1 GiB instead of 1,230, and 1,096 us from 4 GiB instead of 2,838. So
+the lookup records for each missed key the region of its row, a second kernel sorts the keys by region (a counting sort: the
+lookup counted them), and a third serves them in that order.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.lookup import count_misses, serve, wait_and_copy
 from hps_numba.kernels.cache.probe import guard_enter, guard_leave
+from hps_numba.kernels.cache.serve import count_misses, serve, wait_and_copy
 from hps_numba.kernels.layouts.cache import (
     MISSED_BYTES,
     MISSED_COUNT,
@@ -50,7 +50,7 @@ from hps_numba.kernels.simt.reference import (
 
 __all__ = ["serve_missed_kernel", "sort_missed_kernel"]
 
-# bound when built
+# bound when specialized
 LANES = 1
 OUT_STRIDE = 4
 
@@ -67,14 +67,14 @@ def sort_missed_kernel(workspace):
     target = ld64(missed + MISSED_SORTED)
     before, first = scan_counts(missed)
     while base < count:
-        wanted = base + lane_in_warp() < count
+        active = base + lane_in_warp() < count
         place, key = np.int64(0), np.int64(0)
-        if wanted:
+        if active:
             entry = missed + MISSED_BYTES + 16 * (base + lane_in_warp())
             place, key = ld64(entry), ld64(entry + 8)
         region = (place >> PLACE_REGION) & (REGIONS - 1)
         number = start_of(missed, before, first, region) + (place >> PLACE_RANK)
-        if wanted:
+        if active:
             st64(target + 16 * number, place & ((1 << PLACE_REGION) - 1))
             st64(target + 16 * number + 8, key)
         base += grid_warps() * lanes
@@ -108,7 +108,7 @@ def start_of(missed, before, first, region):
 
 
 def serve_missed_kernel(lines, rows, sets, state, default, workspace):
-    """Answer what was listed and sorted in the workspace, from the host store, and list newcomers for the insertion.
+    """Answer what was listed and sorted in the workspace, from the host store, and list candidates for the insertion.
 
     Args (int64, addresses in memory of the device):
         lines, rows, sets, state: of the cache.   default: float32.   workspace: of the batch, whose list is empty afterwards.
@@ -145,14 +145,14 @@ def serve_sorted(lines, rows, sets, state, default, workspace, missed, count):
     sync_warp()
     absent = np.int64(0)
     while base < count:
-        wanted = base + tile_in_warp() < count
-        entry = entries + 16 * (base + tile_in_warp() if wanted else base)
+        active = base + tile_in_warp() < count
+        entry = entries + 16 * (base + tile_in_warp() if active else base)
         position, key = ld64(entry), ld64(entry + 8)
         target = out + position * OUT_STRIDE if out != 0 else np.int64(0)
-        if wanted and ld64(state + STATE_HOST) == 0:  # nobody else has a row that a writer is at work on
-            wanted = not wait_and_copy(lines, rows, sets, key, target)
-        present = serve(lines, sets, state, key, position, target, default, workspace, wanted)
-        absent += count_in_warp(wanted & (not present))
+        if active and ld64(state + STATE_HOST) == 0:  # only the cache has the row that a writer is at work on
+            active = not wait_and_copy(lines, rows, sets, key, target)
+        present = serve(lines, sets, state, key, position, target, default, workspace, active)
+        absent += count_in_warp(active & (not present))
         base += grid_warps() * tiles_in_warp()
     if is_warp_leader():
         guard_leave(state, stripe)

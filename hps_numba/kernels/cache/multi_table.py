@@ -18,18 +18,18 @@ from hps_numba.kernels.layouts.cache import (
     TABLE_DEFAULT,
     TABLE_LINES,
     TABLE_ROWS,
-    TABLE_SCRATCH,
     TABLE_SETS,
     TABLE_STAGE,
     TABLE_STAGE_STRIDE,
     TABLE_STATE,
     TABLE_WORDS,
+    TABLE_WORKSPACE,
 )
 from hps_numba.kernels.simt.reference import bits_float, grid_dependency_sync, grid_row, grid_rows, ld64
 
 __all__ = ["insert_tables_kernel", "lookup_tables_kernel", "touch_tables_kernel"]
 
-ONE_GROUP = False  # bound when built: the grid has a row for each table
+ONE_GROUP = False  # bound when specialized: the grid has a row for each table
 
 
 def lookup_tables_kernel(tables, count, words):
@@ -48,7 +48,7 @@ def lookup_tables_kernel(tables, count, words):
         if n > 0:
             lines, rows, sets = ld64(table + TABLE_LINES), ld64(table + TABLE_ROWS), ld64(table + TABLE_SETS)
             default = np.float32(bits_float(ld64(table + TABLE_DEFAULT)))
-            state, workspace = ld64(table + TABLE_STATE), ld64(table + TABLE_SCRATCH)
+            state, workspace = ld64(table + TABLE_STATE), ld64(table + TABLE_WORKSPACE)
             answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
         if ONE_GROUP:
             break
@@ -61,7 +61,7 @@ def touch_tables_kernel(tables, count):
     row = grid_row()
     while row < count:
         table = tables + TABLE_BYTES * row
-        touch_batch(ld64(table + TABLE_LINES), ld64(table + TABLE_STATE), ld64(table + TABLE_SCRATCH))
+        touch_batch(ld64(table + TABLE_LINES), ld64(table + TABLE_STATE), ld64(table + TABLE_WORKSPACE))
         if ONE_GROUP:
             break
         row += grid_rows()
@@ -79,7 +79,11 @@ def insert_tables_kernel(tables, count, words):
         n = words[TABLE_WORDS * row + 1]
         if n > 0:
             lines, rows, state = ld64(table + TABLE_LINES), ld64(table + TABLE_ROWS), ld64(table + TABLE_STATE)
-            stage, stride, workspace = ld64(table + TABLE_STAGE), ld64(table + TABLE_STAGE_STRIDE), ld64(table + TABLE_SCRATCH)
+            stage, stride, workspace = (
+                ld64(table + TABLE_STAGE),
+                ld64(table + TABLE_STAGE_STRIDE),
+                ld64(table + TABLE_WORKSPACE),
+            )
             advance = max(np.int64(1), 4 * n // ld64(table + TABLE_CAPACITY))
             insert_batch(lines, rows, state, stage, stride, workspace, advance)
         if ONE_GROUP:

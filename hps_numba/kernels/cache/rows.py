@@ -1,21 +1,17 @@
-"""Rows on their way: from the cache to the answer, from the host store to answer and stage, from the stage to the cache.
+"""Copies of rows: from the cache to the answer, from the host store to answer and stage, from the stage to the cache.
 
-Every lane of a tile moves its share of the elements. These are the versions for any lanes; a GPU has faster ones, for float32
-in ``kernels.simt.cuda``, for other types in ``kernels.simt.cuda_dtypes``.
+Every lane of a tile moves its share of the elements. These versions are for any number of lanes; ``simt.cuda_rows`` has faster
+ones for a GPU.
 
-Constants bound when a kernel is built (``build.py``): DIM, LANES, ROW_TYPE (how the cache stores rows), OUT_TYPE (of answers),
-SCALE_AT (byte of the scale in a stored row, or 0).
+Constants bound when a kernel is specialized: DIM, LANES, ROW_TYPE (how the cache stores rows), OUT_TYPE (of answers),
+SCALE_AT (offset in bytes of the scale in a stored row, or 0).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.dtypes import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    INT8,
+from hps_numba.kernels.cache.conversions import (
     bfloat16_of,
     float8_of,
     float16_of,
@@ -26,6 +22,7 @@ from hps_numba.kernels.dtypes import (
     int8_of,
     scale_of,
 )
+from hps_numba.kernels.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8
 from hps_numba.kernels.simt.reference import (
     bits_float,
     float_bits,
@@ -107,7 +104,7 @@ def copy_rows(target, source):
 
 
 def copy_from_host(target, stage, source):
-    """The answer from a row of the host store, and float32 to the stage if there is one.   **Writes:** target, stage."""
+    """The answer from a row of the host store, and the row itself to the stage; 0: neither.   **Writes:** target, stage."""
     for element in range(lane(), DIM, LANES):
         bits = ld32(source + 4 * element)
         if target != 0:
@@ -117,14 +114,14 @@ def copy_from_host(target, stage, source):
 
 
 def fill_answer(target, default):
-    """The answer for a key that is nowhere.   **Writes:** target."""
+    """The answer for a key that is in no tier.   **Writes:** target."""
     bits = float_bits(default)
     for element in range(lane(), DIM, LANES):
         put_answer(target, element, bits)
 
 
 def store_in_cache(target, source):
-    """A row of the cache from float32.   **Writes:** target."""
+    """Store a float32 row in the cache.   **Writes:** target."""
     scale = np.float32(1.0)
     if ROW_TYPE >= INT8:
         largest = 0

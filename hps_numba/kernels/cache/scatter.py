@@ -1,4 +1,4 @@
-"""Bring rows that came later to their places in an answer."""
+"""Write rows that were fetched later to their positions in an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hps_numba.kernels.simt.reference import grid_tiles, ld64, tile_number
 
 __all__ = ["scatter_kernel"]
 
-# bound when built
+# bound when specialized
 OUT_STRIDE = HOST_STRIDE = 4
 
 

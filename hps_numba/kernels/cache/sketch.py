@@ -1,4 +1,4 @@
-"""How often keys were asked for lately: a count-min sketch that forgets, for policies that admit.
+"""How often keys were requested lately: a count-min sketch that forgets, for policies that admit.
 
 ::
 
@@ -13,15 +13,15 @@ bits that are halved: G. Einziger, R. Friedman, B. Manes, "TinyLFU: a highly eff
 Transactions on Storage 13(4), 2017).
 
 *Why one word.* A request is then one read and one exchange, and for keys whose counters are full, which are those that many
-lanes ask for together, only the read. Turned down: counters all over the sketch (four times the traffic), counting up the
-smallest only (what stands there would depend on the order of lanes), and a pass that halves all (a batch would wait for it).
+lanes request together, only the read. Turned down: counters all over the sketch (four times the traffic), counting up the
+smallest only (the result would depend on the order of lanes), and a pass that halves all (a batch would wait for it).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.lookup import load_key
+from hps_numba.kernels.cache.keys import load_key
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.layouts.cache import (
     STATE_KEYS,
@@ -31,16 +31,16 @@ from hps_numba.kernels.layouts.cache import (
 )
 from hps_numba.kernels.simt.reference import cas64, grid_dependency_sync, grid_warps, lane_in_warp, ld64, warp_number
 
-__all__ = ["EPOCHS", "MOST", "estimate", "sketch_kernel", "sketch_places", "sketch_shape"]
+__all__ = ["EPOCHS", "MAX_COUNT", "estimate", "sketch_kernel", "sketch_places", "sketch_shape"]
 
-GROUP = 1  # bound when built: keys that a warp takes at a time
+GROUP = 1  # bound when specialized: keys that a warp takes at a time
 
 EPOCHS = 0x100
-MOST = 15
+MAX_COUNT = 15
 #: bits of all counters but the highest of each
 _HALVES = 0x0777_7777_7777_7700
 _AGED_OUT = 4  # halvings after which nothing is left
-#: bytes of scrambling, so that the keys of one set are not those of one word
+#: mixed into the hash, so that the keys of one set are not those of one word
 _APART = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -76,10 +76,10 @@ def as_of(word, epoch):
 
 
 def estimate(state, workspace, key):
-    """About how often a key was asked for lately, 0 to ``MOST``; never less than it was, as far as that goes."""
+    """About how often a key was requested lately, 0 to ``MAX_COUNT``; never underestimated."""
     number, a, b, c, d = sketch_places(ld64(workspace + WORKSPACE_SKETCH_WORDS), key)
     word = as_of(ld64(ld64(workspace + WORKSPACE_SKETCH) + 8 * number), epoch_of(state, workspace))
-    return min(min((word >> a) & MOST, (word >> b) & MOST), min((word >> c) & MOST, (word >> d) & MOST))
+    return min(min((word >> a) & MAX_COUNT, (word >> b) & MAX_COUNT), min((word >> c) & MAX_COUNT, (word >> d) & MAX_COUNT))
 
 
 def count_request(place, a, b, c, d, epoch):
@@ -87,10 +87,10 @@ def count_request(place, a, b, c, d, epoch):
     while True:
         there = ld64(place)
         word = as_of(there, epoch)
-        word += np.int64((word >> a) & MOST < MOST) << a
-        word += np.int64((word >> b) & MOST < MOST) << b
-        word += np.int64((word >> c) & MOST < MOST) << c
-        word += np.int64((word >> d) & MOST < MOST) << d
+        word += np.int64((word >> a) & MAX_COUNT < MAX_COUNT) << a
+        word += np.int64((word >> b) & MAX_COUNT < MAX_COUNT) << b
+        word += np.int64((word >> c) & MAX_COUNT < MAX_COUNT) << c
+        word += np.int64((word >> d) & MAX_COUNT < MAX_COUNT) << d
         if word == there or cas64(place, there, word) == there:
             return
 
@@ -100,7 +100,7 @@ def sketch_kernel(state, keys, n, skips, skipped, workspace):
 
     Args (int64):
         state: of the cache.   keys: address of ``n`` keys (KEY_FORM).   workspace: of this batch.
-        skips: 1: the key ``skipped`` (padding of bags) is no request.
+        skips: 1: the key ``skipped`` (padding of bags) is not a request.
 
     **Writes:** sketch.
     """

@@ -1,25 +1,26 @@
 """Change what a cache holds: update and erase keys, refresh or clear sets, list keys. Each set under its lock.
 
-A key of a set marked OVERFLOW may stand twice: an insertion looks at the primary set only, and a lookup that met a writer lists
-a key that stands in its alternate set. So updates and erasures look at both.
+A key of a set marked OVERFLOW may be there twice: an insertion looks at the primary set only, and a lookup that met a writer
+lists a key that is in its alternate set. So updates and erasures look at both.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hps_numba.kernels.cache.insert import find_in_host_by_tile, lock_set, unlock_set, write_begin, write_end
 from hps_numba.kernels.cache.probe import (
     alternate_set_of,
+    find_in_host_by_tile,
     find_in_set,
     guard_enter,
     guard_leave,
-    has_chain,
+    has_overflowed,
     primary_line_of,
     row_at,
     set_of,
 )
 from hps_numba.kernels.cache.rows import store_in_cache
+from hps_numba.kernels.cache.seqlock import lock_set, unlock_set, write_begin, write_end
 from hps_numba.kernels.layouts.cache import (
     BUSY,
     DESC_ROWS,
@@ -52,12 +53,12 @@ from hps_numba.kernels.simt.reference import (
 
 __all__ = ["clear_kernel", "dump_kernel", "erase_kernel", "refresh_kernel", "update_kernel"]
 
-# bound when built
+# bound when specialized
 HOST_STRIDE = 4
 
 
 def announce_change(state):
-    """Say that rows are about to change, before a set is locked for it: who inserts what was read before looks again.
+    """Announce that rows are about to change, before a set is locked for it: insertions of what was read before check again.
 
     By a tile; ``guard_enter`` or another fence follows.   **Writes:** state.
     """
@@ -71,8 +72,8 @@ def row_in_host(descriptor, key):
     return ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE if slot >= 0 else np.int64(0)
 
 
-def renew_row(state, key, line, way, row, drop):
-    """Bring the row of a way from the host store again; a key that is gone there is dropped, or keeps its row.
+def refresh_row(state, key, line, way, row, drop):
+    """Read the row of a way from the host store again; a key that is gone there is dropped, or keeps its row.
 
     The set is locked.   **Writes:** line, row.
     """
@@ -90,8 +91,8 @@ def renew_row(state, key, line, way, row, drop):
         write_end(line, 0, 1 << way)
 
 
-def renew_line(lines, rows, state, line, drop):
-    """As ``renew_row`` for all ways of a line, which readers see again when all are done.   **Writes:** line, rows."""
+def refresh_line(lines, rows, state, line, drop):
+    """``refresh_row`` for all ways of a line, which readers see again when all are done.   **Writes:** line, rows."""
     descriptor = ld64(state + STATE_HOST)
     taken = ld32(line + META_AT) & OCCUPIED
     if descriptor == 0 or taken == 0:
@@ -110,13 +111,13 @@ def renew_line(lines, rows, state, line, drop):
 
 
 def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
-    """Renew the rows of those of ``n`` int64 keys that the cache has; other keys and all scores stay.
+    """Replace the rows of those of ``n`` int64 keys that the cache has; other keys and all scores stay.
 
     Args:
         source: address of a float32 row for each key, ``stride`` bytes apart, or 0: take them from the host store.
-        drop: 1: a key that the host store has no more is dropped.
+        drop: 1: a key that the host store no longer has is dropped.
 
-    **Writes:** lines, rows, state.
+    **Writes:** lines, rows, state, guard.
     """
     number = tile_number()
     if number >= n:
@@ -128,31 +129,31 @@ def update_kernel(lines, rows, sets, state, keys, n, source, stride, drop):
     sync_tile()
     while number < n:
         key = ld64(keys + 8 * number)
-        home = primary_line_of(key)
-        place = set_of(lines, sets, key)
+        primary = primary_line_of(key)
+        set_at = set_of(lines, sets, key)
         for number_of_set in range(2):
-            lock_set(place)
-            line, way, _meta, score = find_in_set(place, home, key)
+            lock_set(set_at)
+            line, way, _meta, score = find_in_set(set_at, primary, key)
             if way >= 0:
                 row = row_at(lines, rows, line + 8 * way, score)
                 if source == 0:
-                    renew_row(state, key, line, way, row, drop)
+                    refresh_row(state, key, line, way, row, drop)
                 else:
                     write_begin(line)
                     store_in_cache(row, source + number * stride)
                     write_end(line, 0, 0)
-            further = has_chain(place)
-            unlock_set(place)
-            if number_of_set == 1 or not further:
+            overflowed = has_overflowed(set_at)
+            unlock_set(set_at)
+            if number_of_set == 1 or not overflowed:
                 break
-            place = alternate_set_of(lines, sets, key)
+            set_at = alternate_set_of(lines, sets, key)
         number += grid_tiles()
     if is_first_lane():
         guard_leave(state, stripe)
 
 
 def erase_kernel(lines, sets, state, keys, n):
-    """Drop those of ``n`` int64 keys that the cache has; their number is added to STATE_COUNT.   **Writes:** lines."""
+    """Drop those of ``n`` int64 keys that the cache has; their number is added to STATE_COUNT.   **Writes:** lines, state."""
     number = tile_number()
     if number >= n:
         return
@@ -160,26 +161,26 @@ def erase_kernel(lines, sets, state, keys, n):
     fence()
     while number < n:
         key = ld64(keys + 8 * number)
-        home = primary_line_of(key)
-        place = set_of(lines, sets, key)
+        primary = primary_line_of(key)
+        set_at = set_of(lines, sets, key)
         for number_of_set in range(2):
-            lock_set(place)
-            line, way, _meta, _score = find_in_set(place, home, key)
+            lock_set(set_at)
+            line, way, _meta, _score = find_in_set(set_at, primary, key)
             if way >= 0:
                 write_begin(line)
                 write_end(line, 0, 1 << way)
                 if is_first_lane():
                     add64(state + STATE_COUNT, 1)
-            further = has_chain(place)
-            unlock_set(place)
-            if number_of_set == 1 or not further:
+            overflowed = has_overflowed(set_at)
+            unlock_set(set_at)
+            if number_of_set == 1 or not overflowed:
                 break
-            place = alternate_set_of(lines, sets, key)
+            set_at = alternate_set_of(lines, sets, key)
         number += grid_tiles()
 
 
 def refresh_kernel(lines, rows, state, first, stop, drop):
-    """Renew all rows of the sets ``first`` to ``stop`` from the host store.   **Writes:** lines, rows."""
+    """Read all rows of the sets ``first`` to ``stop`` from the host store again.   **Writes:** lines, rows, state, guard."""
     number = first + tile_number()
     if number >= stop:
         return
@@ -189,11 +190,11 @@ def refresh_kernel(lines, rows, state, first, stop, drop):
         guard_enter(state, stripe)
     sync_tile()
     while number < stop:
-        place = lines + number * SET_BYTES
-        lock_set(place)
+        set_at = lines + number * SET_BYTES
+        lock_set(set_at)
         for half in range(LINES_PER_SET):
-            renew_line(lines, rows, state, place + half * LINE_BYTES, drop)
-        unlock_set(place)
+            refresh_line(lines, rows, state, set_at + half * LINE_BYTES, drop)
+        unlock_set(set_at)
         number += grid_tiles()
     if is_first_lane():
         guard_leave(state, stripe)
@@ -203,27 +204,27 @@ def clear_kernel(lines, sets):
     """Drop all rows.   **Writes:** lines."""
     number = tile_number()
     while number < sets:
-        place = lines + number * SET_BYTES
-        lock_set(place)
+        set_at = lines + number * SET_BYTES
+        lock_set(set_at)
         for half in range(LINES_PER_SET):
-            line = place + half * LINE_BYTES
+            line = set_at + half * LINE_BYTES
             if is_first_lane():
                 st32(line + META_AT, (ld32(line + META_AT) & ~(OCCUPIED | OVERFLOW | BUSY)) + VERSION)
-        unlock_set(place)
+        unlock_set(set_at)
         number += grid_tiles()
 
 
 def dump_kernel(lines, state, first, stop, keys):
-    """List the keys in the sets ``first`` to ``stop``; their number is added to STATE_COUNT.   **Writes:** keys (int64)."""
+    """List the int64 keys in the sets ``first`` to ``stop``; STATE_COUNT counts them.   **Writes:** keys, state."""
     number = first + tile_number()
     while number < stop:
-        place = lines + number * SET_BYTES
-        lock_set(place)
+        set_at = lines + number * SET_BYTES
+        lock_set(set_at)
         for half in range(LINES_PER_SET):
-            line = place + half * LINE_BYTES
+            line = set_at + half * LINE_BYTES
             taken = ld32(line + META_AT) & OCCUPIED
             for way in range(WAYS_PER_LINE):
                 if (taken >> way) & 1 and is_first_lane():
                     st64(keys + 8 * add64(state + STATE_COUNT, 1), ld64(line + 8 * way))
-        unlock_set(place)
+        unlock_set(set_at)
         number += grid_tiles()

@@ -1,10 +1,10 @@
 """Machine code of kernels on disk, for GPUs and for the CPU: found again, never trusted, never required.
 
-A file is named after the kernel, after the text of all sources that its code was made of (with the versions of the compilers),
-and after what it was made for. It repeats that name inside, under a checksum, so that a truncated, damaged or misplaced file is
-seen as such: then the kernel is compiled anew and the file replaced. Files appear at once (``os.replace``), so that any number
-of processes may look for and keep the same one. Code that another user could have written is not run: folder and file must
-belong to the user, and the file must be writable by no one else.
+A file is named after the kernel, a digest of the text of all kernel sources and the versions of the compilers, and a digest of
+what the code was made for. It repeats that name inside, under a checksum, so that a truncated, damaged or misplaced file is
+recognized: then the kernel is compiled again and the file replaced. Files appear atomically (``os.replace``), so that any
+number of processes may look for and keep the same one. Code that another user could have written is not run: folder and file
+must belong to the user, and only the user may be able to write the file.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MAX_FILES = 400  # with more in the folder, those made from other sources go
+MAX_FILES = 400  # with more in the folder, those made from other sources are removed
 FOLDERS = {".cubin": "cuda", ".object": "cpu"}  # by how the names of files end
 _MAGIC = b"HPSK2\n"
 _CHECKSUM = hashlib.sha256().digest_size
-_ABANDONED = 3600.0  # seconds after which a file that is being written has no writer any more
+_ABANDONED = 3600.0  # seconds after which an unfinished file no longer has a writer
 _PACKAGES = (
     "numba-cuda",
     "numba",
@@ -68,17 +68,22 @@ def _versions() -> list[str]:
 
 
 def user_cache() -> Path:
-    """The folder for what this user's processes keep, wherever they run; it need not exist.
+    """The folder for what this user's processes keep, whatever their working directory; it need not exist.
 
-    HPS_NUMBA_CACHE_DIR, else hps_numba in XDG_CACHE_HOME, else in ~/.cache.
+    HPS_NUMBA_CACHE_DIR, else ``hps_numba`` in the system's folder for caches: on Linux in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home directory.
     """
     chosen = os.environ.get("HPS_NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hps_numba"
+    from platformdirs import user_cache_path
+
+    folder = user_cache_path("hps_numba", appauthor=False)
+    if not folder.is_absolute():
+        raise RuntimeError(f"the cache folder {folder} is not absolute: there is no home directory")
+    return folder
 
 
 def _sources() -> list[Path]:
@@ -88,7 +93,7 @@ def _sources() -> list[Path]:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of the text of all that kernels are made of, and of the versions of their compilers (hex)."""
+    """Digest (hex) of the text of all kernel sources and of the versions of their compilers."""
     package = Path(__file__).parents[2]
     digest = hashlib.sha256(", ".join(_versions()).encode())
     for file in _sources():
@@ -111,12 +116,12 @@ def host_target(target: Any) -> str:
 
 
 def name_of(kernel: str, made_for: str, ending: str = ".cubin") -> str:
-    """Name of the file of a kernel; ``made_for``: all that its code depends on besides the sources; ``ending``: see FOLDERS."""
+    """Name of the file of a kernel; ``made_for``: what its code depends on besides the sources; ``ending``: see FOLDERS."""
     return f"{kernel}-{source_digest()}-{hashlib.sha256(made_for.encode()).hexdigest()[:32]}{ending}"
 
 
 def folder(ending: str = ".cubin") -> Path | None:
-    """The folder of the files, mode 0700; None (with one WARNING a process) if the user has none of their own to write to."""
+    """The folder of the files, mode 0700; None (with one WARNING a process) if the user has no folder to write to."""
     try:
         chosen = user_cache() / FOLDERS[ending]
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -130,23 +135,23 @@ def folder(ending: str = ".cubin") -> Path | None:
 
 
 def _check_owner(chosen: Path) -> None:
-    """Code of a stranger's folder is not run."""
+    """Raise PermissionError for a folder of another user: code from there is not run."""
     if not hasattr(os, "getuid"):
         return
     status = chosen.stat()
     if status.st_uid != os.getuid():
-        raise PermissionError(f"{chosen} belongs to user {status.st_uid}, wanted a folder of user {os.getuid()}")
+        raise PermissionError(f"{chosen}: expected a folder of user {os.getuid()}, got one of user {status.st_uid}")
     if status.st_mode & 0o077:
         chosen.chmod(0o700)
 
 
 def _read(file: Path) -> bytes:
-    """What is in a file of the user's own: others may have put theirs here while the folder was open to them."""
+    """The content of a file of the user's own: others may have put theirs here while the folder was open to them."""
     with file.open("rb") as opened:
         status = os.fstat(opened.fileno())
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
             raise PermissionError(
-                f"user {status.st_uid}, mode {status.st_mode & 0o777:o}, wanted one that only its user writes"
+                f"expected a file of this user, writable by no other, got user {status.st_uid}, mode {status.st_mode & 0o777:o}"
             )
         return opened.read()
 
@@ -160,7 +165,7 @@ def _warn(problem: Exception) -> None:
 
 
 def find(name: str) -> tuple[bytes, str] | None:
-    """``(machine code, symbol)`` of a file; None if there is none, or (with one WARNING) one that is not what it should be."""
+    """``(machine code, symbol)`` of a file; None if there is no such file, or (with a WARNING) if it is not valid."""
     place = folder(Path(name).suffix)
     if place is None:
         return None
@@ -169,19 +174,19 @@ def find(name: str) -> tuple[bytes, str] | None:
     except FileNotFoundError:
         return None
     except OSError as problem:
-        log.warning("%s: cannot be read, compiled anew: %s", place / name, problem)
+        log.warning("%s: cannot be read, compiled again: %s", place / name, problem)
         return None
     head = _MAGIC + name.encode() + b"\n"
     body = data[len(head) + _CHECKSUM :]
     if data[: len(head) + _CHECKSUM] != head + hashlib.sha256(body).digest():
-        log.warning("%s: damaged or not the file of this kernel, compiled anew", place / name)
+        log.warning("%s: damaged or not the file of this kernel, compiled again", place / name)
         return None
     symbol, _, code = body.partition(b"\n")
     return code, symbol.decode()
 
 
 def keep(name: str, code: bytes, symbol: str) -> None:
-    """Put a file into the folder, in place of one of this name. Where that fails, one WARNING a process."""
+    """Write or replace a file. Where that fails, one WARNING a process."""
     place = folder(Path(name).suffix)
     if place is None:
         return
@@ -194,7 +199,7 @@ def keep(name: str, code: bytes, symbol: str) -> None:
 
 
 def find_result(name: str, target: Any) -> Any:
-    """numba's result of a compilation for the CPU, brought to life from a file without compiling; None where ``find`` has none.
+    """numba's result of a compilation for the CPU, restored from a file without compiling; None where ``find`` has none.
 
     Args:
         target: numba's context of the CPU.
@@ -210,7 +215,7 @@ def find_result(name: str, target: Any) -> Any:
             target.refresh()
             return CompileResult._rebuild(target, *pickle.loads(kept[0]))
     except Exception as problem:  # what numba has written may raise anything
-        log.warning("%s: cannot be used, compiled anew: %s: %s", name, type(problem).__name__, problem)
+        log.warning("%s: cannot be used, compiled again: %s: %s", name, type(problem).__name__, problem)
         return None
 
 
@@ -251,7 +256,7 @@ def _sweep_old_folders(cache: Path) -> None:
 
 
 def _sweep(place: Path) -> None:
-    """Where files pile up, remove those made from other sources, and what writers that died left. Others may do so too."""
+    """If there are many files, remove those made from other sources and what dead writers left. Others may do so too."""
     _sweep_old_folders(place.parent)
     files = list(place.iterdir())
     if len(files) <= MAX_FILES:

@@ -3,9 +3,9 @@
 ``load`` gives a ``LoadedKernel`` for a spec and a device: from this process, from the cache folder (``disk_cache``), or
 compiled and linked.
 
-A launch packs the arguments into memory of the calling thread, at one stroke, and calls the driver: no conversion of types by
-anybody. *Why the driver and not numba or cuda.core.* Their launches look at each argument's type and attributes, which costs
-more than a small lookup takes on the device.
+A launch packs the arguments into memory of the calling thread in one step and calls the driver: no types are converted on the
+way. *Why the driver and not numba or cuda.core.* Their launches inspect each argument's type and attributes, which costs more
+than a small lookup takes on the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from hps_numba.kernels.compiler.launch_native import (
     start_kernels,
     start_lookup,
 )
-from hps_numba.kernels.compiler.specialize import KernelSpec, ptx_of, uses_pdl
+from hps_numba.kernels.compiler.ptx import ptx_of, uses_pdl
+from hps_numba.kernels.compiler.spec import KernelSpec
 
 __all__ = ["LaunchChain", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
 
@@ -41,17 +42,17 @@ THREADS = 256
 # CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
 _CONFIG = "@7I4xQQI4x"
 # CUlaunchAttribute: a number, padding to 8 bytes, a value of 64 bytes
-_EARLY = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1))  # programmatic stream serialization: allowed
+_PDL = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1))  # programmatic stream serialization: allowed
 _loading = threading.RLock()
 _loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
 
 
 class LoadedKernel:
-    """A kernel on the device whose context was current when it was made.   **Threads:** ``launch`` from any thread.
+    """A kernel on the device whose context was current when it was made.   Thread safety: ``launch`` from any thread.
 
     Args:
         cubin: machine code.   symbol: of the kernel in it.   arg_types: of its arguments, q (int64) and f (float32).
-        pdl: it may be started while the kernel before it on the stream still runs (``build.uses_pdl``).
+        pdl: it may be started while the kernel before it on the stream still runs (``ptx.uses_pdl``).
 
     Raises:
         DeviceError: the driver refuses the code.
@@ -62,11 +63,11 @@ class LoadedKernel:
         self._symbol = symbol
         self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), symbol)
         self.handle = _check(driver.cuLibraryGetKernel(self._library, symbol.encode()), symbol)
-        # now and not at the first launch, which may stand in a graph capture, where nothing can be loaded
+        # now and not at the first launch, which may be inside a graph capture, where nothing can be loaded
         self._in_context = _check(driver.cuKernelGetFunction(self.handle), symbol)
         self._function = int(self.handle)
         self._launch = _launch_function()
-        self._attributes, self._count = (ctypes.addressof(_EARLY), 1) if pdl else (0, 0)
+        self._attributes, self._count = (ctypes.addressof(_PDL), 1) if pdl else (0, 0)
         layout = struct.Struct(_CONFIG + arg_types)
         self._bytes, self._pack_into = layout.size, layout.pack_into
         self._offsets = _offsets(_CONFIG, arg_types)
@@ -80,7 +81,7 @@ class LoadedKernel:
 
         Raises:
             DeviceError: the driver refused.
-            struct.error: number or kinds of the arguments are not those of the kernel.
+            struct.error: number or types of the arguments are not those of the kernel.
         """
         config, function, pointers = self.pack(blocks, stream, *args, threads=threads, rows=rows)
         status = self._launch(config, function, pointers, None)
@@ -90,7 +91,7 @@ class LoadedKernel:
     def pack(self, blocks: int, stream: int, *args: Any, threads: int = THREADS, rows: int = 1) -> tuple[int, int, int]:
         """What the driver's ``cuLaunchKernelEx`` takes for this launch: addresses of configuration, kernel and arguments.
 
-        They are good until this thread packs or launches this kernel again.
+        They are valid until this thread packs or launches this kernel again.
         """
         try:
             buffer, config, pointers = self._threads.arguments
@@ -101,7 +102,7 @@ class LoadedKernel:
 
     def refused(self, status: int, how: str) -> DeviceError:
         """The error for a launch that the driver refused."""
-        return DeviceError(f"launch of {self._symbol} {how}: the driver says {self._driver.CUresult(status).name}")
+        return DeviceError(f"launch of {self._symbol} {how}: {self._driver.CUresult(status).name}")
 
     def _make_arguments(self) -> tuple[Any, int, int]:
         """Memory of this thread for the shape of the launch and the values of arguments, and a list of their addresses."""
@@ -110,7 +111,7 @@ class LoadedKernel:
         return arguments
 
     def pack_apart(self, blocks: int, stream: int, *args: Any, threads: int = THREADS) -> tuple[_ArgumentMemory, int]:
-        """``pack`` into memory of its own, and the handle of the kernel."""
+        """``pack`` into new memory, and the handle of the kernel."""
         memory = _ArgumentMemory(self._bytes, self._offsets)
         self._pack_into(memory.bytes, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self._attributes, self._count, *args)
         return memory, self._function
@@ -134,14 +135,14 @@ class _ArgumentMemory:
 
 
 class PreparedLookup:
-    """A lookup of a cache on a stream, with one workspace, that is started again and again.   **Threads:** one at a time.
+    """A lookup of a cache on a stream, with one workspace, that is started repeatedly.   Thread safety: one thread at a time.
 
     Args:
         kernels: of the lookup, then of what follows it.
-        launches: as ``LaunchChain.start`` takes them, one row each; arguments that vary have any values.
+        launches: as ``LaunchChain.start`` takes them, one row each; arguments that vary may have any values.
         context, stream, event: as for ``LaunchChain.start``.
         keys_at: number of the argument ``keys`` of the first kernel.   advance_at: number of the argument ``advance`` of the
-            insertion.   touch_at, insert_at: which kernels are those, 0: none.
+            insertion.   touch_at, insert_at: the numbers of those kernels, 0: none.
         numbers: the other ``LOOKUP_WORDS``.
     """
 
@@ -197,7 +198,7 @@ class PreparedLookup:
 
 
 class LaunchChain:
-    """Starts kernels of one device one after the other, with one step out of Python.   **Threads:** ``start`` from any."""
+    """Starts kernels of one device in order, with one call out of Python.   Thread safety: ``start`` from any thread."""
 
     def __init__(self, kernels: Sequence[LoadedKernel]) -> None:
         self._kernels = tuple(kernels)
@@ -228,7 +229,7 @@ class LaunchChain:
         raise self._kernels[0].refused(status, "in {} x {} blocks of {}".format(*launches[0]))
 
     def _make_work(self, launches: Sequence[tuple[Any, ...]], stream: int) -> int:
-        """Address of memory of this thread for ``start_kernels``: what it takes of each kernel stays where it is."""
+        """Address of memory of this thread for ``start_kernels``; the addresses of each kernel's arguments stay the same."""
         memory = ctypes.create_string_buffer(self._words.size)
         taken = [
             kernel.pack(blocks, stream, *args, threads=threads, rows=rows)
@@ -240,8 +241,8 @@ class LaunchChain:
 
 
 def _offsets(before: str, arg_types: str) -> list[int]:
-    """Where each value stands in memory packed by ``struct``, which aligns as C does."""
-    return [struct.calcsize(before + arg_types[: i + 1]) - struct.calcsize(kind) for i, kind in enumerate(arg_types)]
+    """The offset of each value in memory packed by ``struct``, which aligns as C does."""
+    return [struct.calcsize(before + arg_types[: i + 1]) - struct.calcsize(letter) for i, letter in enumerate(arg_types)]
 
 
 @cache
@@ -260,12 +261,12 @@ def _launch_function() -> Any:
 
 def _check(answer: tuple[Any, ...], symbol: str) -> Any:
     if answer[0]:
-        raise DeviceError(f"loading {symbol}: the driver says {answer[0].name}")
+        raise DeviceError(f"loading {symbol}: {answer[0].name}")
     return answer[1]
 
 
 def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKernel:
-    """The kernel of a spec on a device, whose context is current.   **Threads:** any; each kernel is compiled once.
+    """The kernel of a spec on a device, whose context is current.   Thread safety: any thread; each kernel is compiled once.
 
     Raises:
         DeviceError: it does not compile, or the driver refuses it.
@@ -296,7 +297,7 @@ def cubin_of(spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]
     ptx = ptx_of(spec, capability)
     entry = re.search(r"\.visible \.entry (\w+)", ptx)
     if entry is None:
-        raise DeviceError(f"{spec}: the PTX has no kernel in it")
+        raise DeviceError(f"{spec}: expected a kernel in the PTX, got none")
     try:
         cubin = link(ptx, capability, spec.registers)
     except DeviceError as problem:
@@ -311,7 +312,7 @@ def _made_for(spec: KernelSpec, capability: tuple[int, int]) -> str:
 
 
 def link(ptx: str, capability: tuple[int, int], registers: int = 0) -> bytes:
-    """Machine code from PTX for a chip, with at most so many ``registers`` a thread (0: as many as it likes).
+    """Machine code from PTX for a chip, with at most ``registers`` registers a thread (0: no limit).
 
     Raises:
         DeviceError: the linker is missing or refuses.

@@ -1,8 +1,8 @@
-"""Several calls of the CUDA driver in one step out of Python: what a lookup has the driver do, without the GIL.
+"""Several calls of the CUDA driver in one call out of Python, without the GIL: those of a lookup.
 
-The driver is reached by the addresses of its functions (``devices.driver_addresses``). *Why.* A call out of Python costs as
-much as the driver's own work, and a lookup makes six: which context is current, is the stream captured, two or three kernels,
-an event. In one step they cost as much as one.
+The driver is reached by the addresses of its functions (``device.driver.driver_addresses``). *Why.* A call out of Python costs
+as much as the driver's own work, and a lookup makes six: which context is current, whether the stream is being captured, two or
+three kernels, an event. Together they cost as much as one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "start_lookup",
 ]
 
-#: what the table of addresses has, in this order
+#: functions in the table of addresses, in this order
 DRIVER_FUNCTIONS = ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamIsCapturing", "cuLaunchKernelEx", "cuEventRecord")
 _GET, _SET, _CAPTURING, _LAUNCH, _RECORD = (8 * i for i in range(len(DRIVER_FUNCTIONS)))
 
@@ -35,7 +35,7 @@ NO_EVENT = 0
 
 #: words of ``work`` that ``start_kernels`` uses itself
 WORK_WORDS = 2
-#: what a lookup that is prepared differs in from others, int64 each; the addresses lead into what its kernels take
+#: words of a prepared lookup, int64 each; the addresses point into the arguments of its kernels
 LOOKUP_WORDS = (
     "work",  # address, as ``start_kernels`` takes it
     "context",
@@ -67,8 +67,8 @@ LOOKUP_WORDS = (
     _INSERT_BLOCKS,
     _ADVANCE,
     _TILES_OF_BLOCK,
-    _MOST_BLOCKS,
-    _FEW_BLOCKS,
+    _MAX_BLOCKS,
+    _MIN_BLOCKS,
     _SETS,
     _CAPACITY,
 ) = (8 * i for i in range(len(LOOKUP_WORDS)))
@@ -139,7 +139,7 @@ def _start(driver, work, stream, event, count):
 
 @host_kernel
 def start_lookup(driver, lookup, keys, n, out):
-    """Start the kernels of a lookup that was prepared, for other keys and another place of the answer.
+    """Start the kernels of a prepared lookup with new keys and a new output.
 
     Args (int64):
         driver: as for ``start_kernels``.   lookup: address of ``LOOKUP_WORDS``.
@@ -148,7 +148,7 @@ def start_lookup(driver, lookup, keys, n, out):
     Returns:
         As ``start_kernels``.
 
-    **Writes:** what the kernels take, and ``work``.
+    **Writes:** arguments and configurations of the kernels, and ``work``.
     """
     at = load_word(lookup + _KEYS)
     store_word(at, keys)
@@ -156,13 +156,13 @@ def start_lookup(driver, lookup, keys, n, out):
     store_word(at + 16, out)
     keys_of_block = load_word(lookup + _KEYS_OF_BLOCK)
     store_word(load_word(lookup + _BLOCKS), (n + keys_of_block - 1) // keys_of_block | _ONE_ROW)
-    tiles, most, sets = load_word(lookup + _TILES_OF_BLOCK), load_word(lookup + _MOST_BLOCKS), load_word(lookup + _SETS)
-    most = min(most, max(load_word(lookup + _FEW_BLOCKS), n // KEYS_OF_A_BLOCK_AFTER))
+    tiles, max_blocks, sets = load_word(lookup + _TILES_OF_BLOCK), load_word(lookup + _MAX_BLOCKS), load_word(lookup + _SETS)
+    max_blocks = min(max_blocks, max(load_word(lookup + _MIN_BLOCKS), n // KEYS_OF_A_BLOCK_AFTER))
     touch_blocks, insert_blocks = load_word(lookup + _TOUCH_BLOCKS), load_word(lookup + _INSERT_BLOCKS)
     if touch_blocks != 0:
-        store_word(touch_blocks, min((n + tiles - 1) // tiles, most) | _ONE_ROW)
+        store_word(touch_blocks, min((n + tiles - 1) // tiles, max_blocks) | _ONE_ROW)
     if insert_blocks != 0:
-        store_word(insert_blocks, min((min(n, sets) + tiles - 1) // tiles, most) | _ONE_ROW)
+        store_word(insert_blocks, min((min(n, sets) + tiles - 1) // tiles, max_blocks) | _ONE_ROW)
         store_word(load_word(lookup + _ADVANCE), max(1, 4 * n // load_word(lookup + _CAPACITY)))
     return start_kernels(
         driver,

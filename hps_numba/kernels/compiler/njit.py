@@ -1,6 +1,6 @@
-"""Builds host kernels: compiled by numba on first call, without the GIL, and kept on disk (``kernels.compiler.disk_cache``).
+"""Host kernels: compiled by numba on first call, run without the GIL, and kept on disk (``compiler.disk_cache``).
 
-*Why not numba's own disk cache.* It finds code by the file that a function stands in, so a kernel that inlined a function of
+*Why not numba's own disk cache.* It finds code by the file that a function is in, so a kernel that inlined a function of
 another file would survive a change of that file.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["host_function", "host_kernel"]
 
 
 def host_kernel(function: Callable[..., Any]) -> Any:
-    """Compile ``function`` for the CPU: on first call, GIL released, C division, kept on disk."""
+    """Compile ``function`` for the CPU on first call: GIL released, C division, kept on disk."""
     kernel = numba.njit(nogil=True, error_model="numpy")(function)
     kernel._cache = _DiskCache(function)
     return kernel
@@ -41,7 +41,7 @@ class _DiskCache:
         return str(disk_cache.folder(".object") or "")
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """numba's result of the compilation for these types; None: compile it."""
+        """numba's result of the compilation for these types; None if it has to be compiled."""
         return disk_cache.find_result(self._file_for(signature, target), target)
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -55,7 +55,7 @@ class _DiskCache:
 
 @functools.cache
 def _digest_beside(module: str) -> str:
-    """Digest of the sources in the folder of a kernel that stands outside of ``hps_numba.kernels``."""
+    """Digest of the sources in the folder of a kernel outside of ``hps_numba.kernels``."""
     if module.startswith("hps_numba.kernels."):
         return ""  # ``source_digest`` has it
     digest = hashlib.sha256()

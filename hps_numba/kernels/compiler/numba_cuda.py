@@ -1,4 +1,4 @@
-"""The one place that imports numba's CUDA target: numba-cuda if it is installed, as ``numba.cuda``. A successor goes here."""
+"""The one place that imports numba's CUDA target: numba-cuda if it is installed, as ``numba.cuda``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _compiling = threading.RLock()
 
 
 class _Chip:
-    """What numba asks of a device while it compiles."""
+    """The part of a device that numba queries while it compiles."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.compute_capability = capability
@@ -35,8 +35,8 @@ class _Chip:
 def _for_chip(capability: tuple[int, int]) -> Iterator[None]:
     """The calling thread's device functions are compiled for a chip.
 
-    They ask the current device for its capability, and there may be none, or another one. Other threads, which may run numba
-    kernels of their own meanwhile, get the answer that they always got.
+    They query the current device for its capability, and there may be none, or another one. Other threads, which may run numba
+    kernels of their own meanwhile, get the device that they always got.
     """
     from numba.cuda import dispatcher
 
@@ -51,11 +51,11 @@ def _for_chip(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def compile_ptx(kernel: Any, signature: Any, capability: tuple[int, int], *, device: bool = False) -> str:
-    """PTX of a kernel for a chip, which need not be in this machine.   **Threads:** any, one at a time.
+    """PTX of a kernel for a chip, which need not be in this machine.   Thread safety: any thread, one at a time.
 
     Args:
         kernel: a plain function that returns nothing; with ``device``, one that kernels call.
-        signature: a tuple of the numba types of its arguments; with ``device``, a signature with the type of the answer.
+        signature: a tuple of the numba types of its arguments; with ``device``, a signature with the type of the result.
         capability: (major, minor) of the chip.
     """
     with _for_chip(capability):

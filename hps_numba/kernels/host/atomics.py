@@ -1,7 +1,7 @@
 """Raw memory for host kernels: ordered loads and stores, prefetch and row copies, as numba intrinsics on addresses.
 
-Addresses are plain integers, so that one compiled kernel serves every array kind and no reference count is touched without
-the GIL. LLVM gives the memory order on every processor it targets (x86-64, aarch64); nothing here is architecture code.
+Addresses are plain integers, so that one compiled kernel serves every kind of array and no reference count is touched without
+the GIL. LLVM provides the memory order on every processor it targets (x86-64, aarch64); nothing here depends on one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def array_address(typingctx, array):
 
 @intrinsic
 def float_pointer(typingctx, address):
-    """``address`` as ``numba.carray`` wants it, for an array of float32."""
+    """``address`` as a pointer to float32, for ``numba.carray``."""
 
     def codegen(context, builder, signature, args):
         return _pointer(builder, args[0], _FLOAT)
@@ -122,7 +122,7 @@ def add_word(typingctx, address, value):
 
 @intrinsic
 def full_fence(typingctx):
-    """No load or store moves over it, in either direction."""
+    """No load or store moves across it, in either direction."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
@@ -191,7 +191,7 @@ def copy_row(typingctx, target, source, size):
 
 @intrinsic
 def stream_row(typingctx, target, source, size):
-    """As ``copy_row`` for a ``target`` and ``size`` that are multiples of 64, past the caches; wants a ``full_fence`` after."""
+    """As ``copy_row`` for a ``target`` and ``size`` that are multiples of 64, past the caches; a ``full_fence`` must follow."""
 
     def codegen(context, builder, signature, args):
         target, source, size = args

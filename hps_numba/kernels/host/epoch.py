@@ -23,7 +23,7 @@ def epoch_leave(record):
 
 @host_kernel
 def epoch_advance(epoch):
-    """Begin a new epoch; returns the one that ended. What was retired before is tagged with it. Fences both ways."""
+    """Begin a new epoch; returns the one that ended. What was retired before is tagged with it. A full fence follows."""
     ended = add_word(epoch, 1)
     full_fence()
     return ended
@@ -37,5 +37,5 @@ def count(counter, amount):
 
 @host_kernel
 def publish(place, value):
-    """Make an address visible to readers, after all that it leads to.   **Writes:** place."""
+    """Make an address visible to readers, after all that it points to.   **Writes:** place."""
     store_word_release(place, value)

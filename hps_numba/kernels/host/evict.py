@@ -1,4 +1,4 @@
-"""Make room in a host store: erase the rows with the lowest scores, without a copy of the scores."""
+"""Evict from a host store: erase the rows with the lowest scores, without a copy of the scores."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _hash = host_function(index_hash)
 
 @host_function
 def _score(entry, slot, mode, recency, seed):
-    """What decides who stays: the recency word, or a random number that the key and ``seed`` fix."""
+    """What decides which row is evicted: the recency word, or a random number determined by the key and ``seed``."""
     if mode == RECENCY_NONE:
         return np.int64(_hash(np.uint64(load_word(entry) ^ seed)) >> np.uint64(32))
     return load_word(recency + 8 * slot)
 
 
 @host_function
-def _lowest_bucket(histogram, wanted):
-    """Bucket in which the ``wanted``-th lowest score lies, and how many lie in the buckets below."""
+def _lowest_bucket(histogram, rank):
+    """Bucket of the ``rank``-th lowest score, and the number of scores in the buckets below."""
     below = 0
     for bucket in range(HISTOGRAM):
-        if below + histogram[bucket] >= wanted:
+        if below + histogram[bucket] >= rank:
             return bucket, below
         below += histogram[bucket]
     return HISTOGRAM - 1, below
@@ -51,8 +51,8 @@ def host_evict(block, excess, by_recency, seed, histogram, state, retired):
     """Erase ``excess`` live entries: with ``by_recency`` those with the lowest recency words, else at random.
 
     The score of the last victim is found by narrowing a range in passes over the index, each with a histogram of 2**16
-    buckets, so that no score is copied and nothing is sorted. Lookups may raise scores meanwhile: then fewer go, never more.
-    Random scores do not move.
+    buckets, so that no score is copied and nothing is sorted. Lookups may raise scores meanwhile: then fewer rows are erased,
+    never more. Random scores do not change.
 
     Returns how many were erased.   **Writes:** index words, histogram, state, retired.
     """
@@ -60,7 +60,7 @@ def host_evict(block, excess, by_recency, seed, histogram, state, retired):
     recency = load_word(block + META_RECENCY)
     entries = load_word(block + META_LINES) * ENTRIES_PER_LINE
     low, width, ties = np.int64(0), np.int64(63), excess
-    while True:  # the victims' limit lies in low .. low + 2**width - 1; ``ties`` of the scores in there go
+    while True:  # the victims' limit is in low .. low + 2**width - 1; ``ties`` of the scores in there are evicted
         shift = max(width - 16, 0)
         histogram[:] = 0
         for number in range(entries):

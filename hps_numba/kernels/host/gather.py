@@ -10,7 +10,7 @@ __all__ = ["host_gather"]
 
 @host_kernel
 def host_gather(block, keys, start, stop, rows, default, words, now, streamed):
-    """``kernels.host.lookup`` of ``keys[start:stop]`` that keeps the index words; in an epoch of the caller's.
+    """``kernels.host.lookup`` of ``keys[start:stop]`` that also returns the index words; inside an epoch of the caller's.
 
     Args (addresses and counts are int64):
         block: address of the index block in force.   keys: of int64 keys.   rows: of float32 rows, row_bytes apart.

@@ -23,10 +23,10 @@ from hps_numba.kernels.host.probe import (
     end_of,
     enter_epoch,
     find_entry,
-    home_address,
-    home_word,
     leave_epoch,
     line_after,
+    primary_address,
+    primary_word,
     slot_of,
 )
 from hps_numba.kernels.layouts.host_store import (
@@ -42,9 +42,17 @@ from hps_numba.kernels.layouts.host_store import (
     RECENCY_NONE,
 )
 
-__all__ = ["copy_rows_of", "find_words", "host_addresses", "host_contains", "host_lookup"]
+__all__ = [
+    "copy_rows_of",
+    "count_lookup",
+    "find_words",
+    "host_addresses",
+    "host_contains",
+    "host_lookup",
+    "touch_recency",
+]
 
-# keys between asking for a cache line and using it: by measurement, flat from 8 to 32
+# keys between the prefetch of a cache line and its use: measured, equally fast from 8 to 32
 _AHEAD = 16
 # keys whose index words are found before their rows are copied: the words stay in the first-level cache
 _BATCH = 1024
@@ -54,20 +62,20 @@ _BATCH = 1024
 def find_words(block, keys, n, words, late):
     """Put the index words of ``n`` keys in ``words``.   **Writes:** words, late.
 
-    A key that its home line does not settle (the line is full, one key in twenty) waits in ``late`` until the others are done,
-    so that the next line is on its way meanwhile.
+    A key that its primary line does not settle (the line is full, one key in twenty) waits in ``late`` until the others are
+    done, while the next line is prefetched.
     """
     lines = load_word(block + META_LINES)
     end = end_of(block)
     unsettled = 0
     for i in range(-_AHEAD, n):
         if i + _AHEAD < n:
-            line = home_address(block, lines, load_word(keys + 8 * (i + _AHEAD)))
+            line = primary_address(block, lines, load_word(keys + 8 * (i + _AHEAD)))
             prefetch(line)
             words[i + _AHEAD] = line
         if i < 0:
             continue
-        word = home_word(words[i], load_word(keys + 8 * i))
+        word = primary_word(words[i], load_word(keys + 8 * i))
         if word == UNSETTLED:
             word = line_after(block, end, words[i])
             prefetch(word)
@@ -77,6 +85,23 @@ def find_words(block, keys, n, words, late):
     for number in range(unsettled):
         i = late[number]
         words[i] = find_entry(block, end, words[i], load_word(keys + 8 * i))[1]
+
+
+@host_function
+def touch_recency(recency, mode, slot, now):
+    """Count a use of a row, or note its time, as the mode says.   **Writes:** recency words."""
+    if mode != RECENCY_NONE:
+        word = recency + 8 * slot
+        store_word(word, load_word(word) + 1 if mode == RECENCY_COUNT else now)
+
+
+@host_function
+def count_lookup(counters, keys, missing, starts_call):
+    """Add a part of a lookup to the counters of a table, unless ``counters`` is 0.   **Writes:** counters."""
+    if counters != 0:
+        add_word(counters + COUNTER_KEYS, keys)
+        add_word(counters + COUNTER_MISSES, missing)
+        add_word(counters + COUNTER_CALLS, np.int64(starts_call))
 
 
 @host_function
@@ -107,18 +132,16 @@ def copy_found_rows(block, words, n, first, out, default, misses, now, streamed)
             stream_row(target, rows + slot * row_bytes, row_bytes)
         else:
             copy_row(target, rows + slot * row_bytes, row_bytes)
-        if mode != RECENCY_NONE:
-            place = recency + 8 * slot
-            store_word(place, load_word(place) + 1 if mode == RECENCY_COUNT else now)
+        touch_recency(recency, mode, slot, now)
     return missing
 
 
 @host_function
 def copy_rows_of(block, keys, start, stop, out, default, misses, words, now, streamed):
-    """The rows of ``keys[start:stop]``, or the default, to ``out[start:stop]``; in an epoch of the caller's.
+    """The rows of ``keys[start:stop]``, or the default, to ``out[start:stop]``; inside an epoch of the caller's.
 
-    Two passes over 1024 keys at a time, each with the memory of the keys ahead on its way: find the index words, copy the rows.
-    One pass for both is slower: a row is many cache lines, which crowd out the index lines that wait for their turn.
+    Two passes over 1024 keys at a time, each prefetching for the keys ahead: find the index words, copy the rows. One pass for
+    both is slower: a row is many cache lines, which evict the prefetched lines of the index.
 
     ``words``: address of int64, as many as keys, for the index words under which rows were read, or 0; the rest as for
     ``kernels.host.lookup``. Returns how many are missing.   **Writes:** out, misses, words, recency words.
@@ -147,7 +170,7 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
 
     Args (addresses and counts are int64):
         header: address of the store's header.   keys: of int64 keys.   out: of float32 rows, row_bytes apart.
-        misses: address of int64 positions, as many as keys, or 0.   epoch, record: of the reader's epoch (storage/epochs.py).
+        misses: address of int64 positions, as many as keys, or 0.   epoch, record: of the reader's epoch (``storage.host``).
         now: tick for the recency words; negative leaves them as they are.   counters: of the words COUNTER_*, or 0.
         streamed: write rows past the caches; ``out`` and rows must be multiples of 64 bytes.
 
@@ -160,16 +183,13 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
         return -1
     missing = copy_rows_of(block, keys, start, stop, out, default, misses, 0, now, streamed)
     leave_epoch(record)
-    if counters != 0:
-        add_word(counters + COUNTER_KEYS, stop - start)
-        add_word(counters + COUNTER_MISSES, missing)
-        add_word(counters + COUNTER_CALLS, np.int64(start == 0))
+    count_lookup(counters, stop - start, missing, start == 0)
     return missing
 
 
 @host_kernel
 def host_addresses(keys, out):
-    """Addresses of two arrays; Python needs ten times as long to tell them."""
+    """Addresses of two arrays; Python takes ten times as long to get them."""
     return array_address(keys), array_address(out)
 
 
@@ -188,11 +208,11 @@ def host_contains(header, keys, n, found, epoch, record):
     end = end_of(block)
     for i in range(n + _AHEAD):
         if i < n:
-            prefetch(home_address(block, lines, load_word(keys + 8 * i)))
+            prefetch(primary_address(block, lines, load_word(keys + 8 * i)))
         j = i - _AHEAD
         if j >= 0:
             key = load_word(keys + 8 * j)
-            word = find_entry(block, end, home_address(block, lines, key), key)[1]
+            word = find_entry(block, end, primary_address(block, lines, key), key)[1]
             store_word(found + 8 * j, np.int64(slot_of(word) >= 0))
     leave_epoch(record)
     return n

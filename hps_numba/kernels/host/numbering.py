@@ -1,4 +1,4 @@
-"""Numbers the keys of a trace: dense, in the order in which they first come. And what else is known of a trace beforehand."""
+"""Number the keys of a trace densely, in order of first occurrence, and derive what algorithms need to know beforehand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["count_batches", "count_keys", "look_ahead", "number_keys", "number_s
 
 _hash = host_function(index_hash)
 _1, _32, _40 = np.uint64(1), np.uint64(32), np.uint64(40)
-_OTHER = np.uint64(0x9E3779B97F4A7C15)  # so that a sample is not taken by what decides the set of a key
+_SALT = np.uint64(0x9E3779B97F4A7C15)  # so that a sample does not depend on the hash bits that decide the set of a key
 
 
 @host_kernel
@@ -31,7 +31,7 @@ def number_keys(keys, ids, table, numbers, known, start):
     """Number keys from ``start`` on, until the table is three quarters full.
 
     Args:
-        keys: int64 ``[n]``.   ids: int32 ``[n]``.   known: how many keys have a number so far.
+        keys: int64 ``[n]``.   ids: int32 ``[n]``.   known: number of keys numbered so far.
         table: int64, a power of two: keys.   numbers: int32: 1 + the number of the key there, 0 for an empty place.
 
     Returns ``(next position, known)``.   **Writes:** ids, table, numbers.
@@ -58,7 +58,7 @@ def sample_keys(keys, kept, least, limit):
     """Keep the keys whose hash (24 bits) is ``least`` or more and below ``limit``; returns how many.   **Writes:** kept."""
     count = 0
     for i in range(len(keys)):
-        hashed = np.int64(_hash(np.uint64(keys[i]) ^ _OTHER) >> _40)
+        hashed = np.int64(_hash(np.uint64(keys[i]) ^ _SALT) >> _40)
         if least <= hashed < limit:
             kept[count] = keys[i]
             count += 1
@@ -67,14 +67,14 @@ def sample_keys(keys, kept, least, limit):
 
 @host_kernel
 def count_keys(ids, counts):
-    """How often each key is asked for.   **Writes:** counts, int64 by key, added to."""
+    """Add the number of requests for each key.   **Writes:** counts, int64 by key."""
     for i in range(len(ids)):
         counts[ids[i]] += 1
 
 
 @host_kernel
 def look_ahead(ids, future, next_use, start):
-    """Positions of the next requests of a piece of a trace that begins at ``start``; pieces come from the last to the first.
+    """Positions of the next requests of a piece of a trace that begins at ``start``; pieces are passed last to first.
 
     ``next_use``: int64 by key, FOREVER before the first call.   **Writes:** future, next_use.
     """

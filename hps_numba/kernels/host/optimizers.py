@@ -1,6 +1,6 @@
 """Train rows in host memory: one step of an optimizer on the rows of distinct keys, and rows for keys that are new.
 
-Everything is float32 and in a fixed order, so that a step gives the same bits however its rows are shared out to threads.
+Everything is float32 and in a fixed order, so that a step gives the same bits however its rows are divided among threads.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def adagrad_rows(rows, gradients, state, start, stop, rate, epsilon):
 def adam_rows(rows, gradients, state, start, stop, rate, epsilon, forget, forget_squares):
     """Adam on the rows that have a gradient: ``state`` float32 ``[n, 2 * dim]``, the means of gradients and of their squares.
 
-    ``rate`` has the corrections of the bias in it; a mean forgets the share ``forget``, which is 1 - beta, of itself.
+    ``rate`` includes the bias corrections; ``forget`` and ``forget_squares`` are 1 - beta1 and 1 - beta2.
 
     **Writes:** rows, state.
     """
@@ -78,14 +78,14 @@ def adam_rows(rows, gradients, state, start, stop, rate, epsilon, forget, forget
 
 @host_function
 def _unit_of(seed, key, number):
-    """A number of [0, 1) that seed, key and position of the element name, with 53 bits."""
+    """A number of 53 bits in [0, 1), determined by seed, key and position of the element."""
     bits = index_hash(index_hash(key ^ seed) + number * _GOLDEN)
     return np.float64(bits >> _11) * _UNIT
 
 
 @host_kernel
 def uniform_rows(keys, rows, seed, bound):
-    """Rows of numbers between -bound and bound, the same for a key whenever it comes.   **Writes:** rows.
+    """Rows of numbers between -bound and bound, the same for a key every time.   **Writes:** rows.
 
     Args:
         keys: uint64 ``[n]``.   rows: float32 ``[n, dim]``.   seed: uint64.
@@ -97,7 +97,7 @@ def uniform_rows(keys, rows, seed, bound):
 
 @host_kernel
 def normal_rows(keys, rows, seed, deviation):
-    """Rows of normal numbers (Box and Muller 1958), the same for a key whenever it comes.   **Writes:** rows."""
+    """Rows of normal numbers (G. E. P. Box, M. E. Muller, 1958), the same for a key every time.   **Writes:** rows."""
     for i in range(len(keys)):
         for j in range(rows.shape[1]):
             radius = np.sqrt(-2.0 * np.log(1.0 - _unit_of(seed, keys[i], np.uint64(2 * j + 1))))

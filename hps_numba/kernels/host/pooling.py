@@ -1,29 +1,25 @@
-"""Pool rows of a host store: the rows of each bag of keys, combined to one row, without the rows in between (spec 2.3)."""
+"""Pool rows of a host store: the rows of each bag of keys, combined to one row, without storing the rows in between."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 
-from hps_numba.kernels.cache.pooling import MAX, MEAN, SQRTN
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
-from hps_numba.kernels.host.atomics import add_word, float_pointer, load_word, load_word_acquire, prefetch_row, store_word
-from hps_numba.kernels.host.lookup import find_words
+from hps_numba.kernels.host.atomics import float_pointer, load_word, load_word_acquire, prefetch_row, store_word
+from hps_numba.kernels.host.lookup import count_lookup, find_words, touch_recency
 from hps_numba.kernels.host.probe import enter_epoch, leave_epoch, slot_of
 from hps_numba.kernels.layouts.host_store import (
-    COUNTER_CALLS,
-    COUNTER_KEYS,
-    COUNTER_MISSES,
     META_RECENCY,
     META_RECENCY_MODE,
     META_ROWS,
-    RECENCY_COUNT,
     RECENCY_NONE,
 )
+from hps_numba.kernels.layouts.pooling import MAX, MEAN, SQRTN
 
 __all__ = ["bag_starts", "host_pool"]
 
-_AHEAD = 16  # keys between asking for a row and using it
+_AHEAD = 16  # keys between the prefetch of a row and its use
 _BATCH = 1024  # keys whose index words are found before their rows are read
 
 
@@ -53,13 +49,21 @@ def _add_row(sums, row, factor, combiner):
 
 @host_function
 def _end_bag(sums, total, filled, combiner):
-    """Divide the sums of a bag as its combiner wants, 0 where that is 0 and where the bag is empty.   **Writes:** sums."""
+    """Divide the sums of a bag by what its combiner says, 0 if that is 0 or the bag is empty.   **Writes:** sums."""
     divisor = np.float32(np.sqrt(total)) if combiner == SQRTN else total
     if not filled or (combiner in (MEAN, SQRTN) and divisor == np.float32(0.0)):
         sums[:] = np.float32(0.0)
     elif combiner in (MEAN, SQRTN):
         for j in range(len(sums)):
             sums[j] /= divisor
+
+
+@host_function
+def _begin_bag(out, bag, dim, combiner):
+    """The sums of a bag, where its answer is, with what they begin with.   **Writes:** out."""
+    sums = numba.carray(float_pointer(out + 4 * dim * bag), dim)
+    sums[:] = np.float32(-np.inf if combiner == MAX else 0.0)
+    return sums
 
 
 @host_kernel
@@ -69,13 +73,13 @@ def host_pool(
 ):  # fmt: skip
     """Write the pooled row of each of the bags ``first`` to ``stop``.
 
-    An element is added in order of position, in float32, multiplication and addition rounded apart, as in ``cache.pooling``.
+    Elements are added in order of position, in float32, multiplication and addition rounded separately (``cache.pooling``).
 
     Args (addresses and counts are int64):
         header: of the store, or 0: there is none.   keys: int64 keys.   offsets: int64, where bags begin, one more than bags.
         weights: float32, one a key, or 0: all are 1.   out: float32 rows of ``dim``, one a bag.
-        combiner: SUM, MEAN, SQRTN or MAX of ``kernels.cache.pooling``.
-        default: float32 that fills the row of a key that is nowhere.
+        combiner: SUM, MEAN, SQRTN or MAX of ``layouts.pooling``.
+        default: float32 that fills the row of a key that is in no tier.
         bound: float32; rows are clipped to this norm before they are weighted; negative leaves them.
         side, side_rows: where a key that the store lacks has a row: int64 row numbers, one a key, -1 for none; or 0.
         misses: int64, as many as keys: positions of keys that the store lacks, from that of the first key on; or 0.
@@ -92,18 +96,14 @@ def host_pool(
         if block == 0:
             leave_epoch(record)
             return -1
-        rows = load_word(block + META_ROWS)
-        recency = load_word(block + META_RECENCY)
+        rows, recency = load_word(block + META_ROWS), load_word(block + META_RECENCY)
         mode = load_word(block + META_RECENCY_MODE) if now >= 0 else np.int64(RECENCY_NONE)
     room = max(1, min(_BATCH, end - begin))
-    words = np.zeros(room, np.int64)
-    late = np.empty(room, np.int64)
+    words, late = np.zeros(room, np.int64), np.empty(room, np.int64)
     absent = np.full(dim, default, np.float32)
     factors = numba.carray(float_pointer(weights), max(end, 1))
-    missing = 0
-    bag = first
-    sums = numba.carray(float_pointer(out + bag * row_bytes), dim)
-    sums[:] = np.float32(-np.inf if combiner == MAX else 0.0)
+    missing, bag = 0, first
+    sums = _begin_bag(out, bag, dim, combiner)
     total, filled = np.float32(0.0), False
     bag_end = load_word(offsets + 8 * (bag + 1))
     for start in range(begin, end, _BATCH):
@@ -119,17 +119,14 @@ def host_pool(
             while position >= bag_end:
                 _end_bag(sums, total, filled, combiner)
                 bag += 1
-                sums = numba.carray(float_pointer(out + bag * row_bytes), dim)
-                sums[:] = np.float32(-np.inf if combiner == MAX else 0.0)
+                sums = _begin_bag(out, bag, dim, combiner)
                 total, filled = np.float32(0.0), False
                 bag_end = load_word(offsets + 8 * (bag + 1))
             slot = slot_of(words[i]) if header != 0 else np.int64(-1)
             row = absent
             if slot >= 0:
                 row = numba.carray(float_pointer(rows + slot * row_bytes), dim)
-                if mode != RECENCY_NONE:
-                    place = recency + 8 * slot
-                    store_word(place, load_word(place) + 1 if mode == RECENCY_COUNT else now)
+                touch_recency(recency, mode, slot, now)
             else:
                 if misses != 0:
                     store_word(misses + 8 * (begin + missing), position)
@@ -142,18 +139,12 @@ def host_pool(
             _add_row(sums, row, clip if combiner == MAX else weight * clip, combiner)
             total += weight * weight if combiner == SQRTN else weight
             filled = True
-    while bag < stop:
-        _end_bag(sums, total, filled, combiner)
-        bag += 1
-        if bag < stop:
-            sums = numba.carray(float_pointer(out + bag * row_bytes), dim)
-            total, filled = np.float32(0.0), False
+    _end_bag(sums, total, filled, combiner)
+    for empty in range(bag + 1, stop):
+        _end_bag(_begin_bag(out, empty, dim, combiner), np.float32(0.0), False, combiner)
     if header != 0:
         leave_epoch(record)
-    if counters != 0:
-        add_word(counters + COUNTER_KEYS, end - begin)
-        add_word(counters + COUNTER_MISSES, missing)
-        add_word(counters + COUNTER_CALLS, np.int64(first == 0))
+    count_lookup(counters, end - begin, missing, first == 0)
     return missing
 
 
@@ -170,10 +161,10 @@ def bag_starts(bags, n, offsets):
     last = len(offsets) - 1
     bag = -1
     for i in range(n):
-        wanted = bags[i]
-        if wanted < max(bag, 0) or wanted >= last:
+        number = bags[i]
+        if number < max(bag, 0) or number >= last:
             return i
-        while bag < wanted:
+        while bag < number:
             bag += 1
             offsets[bag] = i
     while bag < last:

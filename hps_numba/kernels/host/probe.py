@@ -1,4 +1,4 @@
-"""Where a key stands in the index of a host store: the search that every host kernel shares.
+"""Where a key is in the index of a host store: the search that all host kernels share.
 
 Addresses and words are int64 throughout; only hashes are uint64 (numba makes a float of a sum of the two).
 """
@@ -26,21 +26,21 @@ __all__ = [
     "end_of",
     "enter_epoch",
     "find_entry",
-    "home_address",
-    "home_word",
     "leave_epoch",
     "line_after",
+    "primary_address",
+    "primary_word",
     "slot_of",
 ]
 
-#: what ``home_word`` says of a key that may stand in a later line; no index word is negative
+#: ``primary_word`` of a key that may be in a later line; no index word is negative
 UNSETTLED = -1
 
 _primary_line = host_function(primary_line)
 
 
 @host_function
-def home_address(block, lines, key):
+def primary_address(block, lines, key):
     """Address of the line where the search for ``key`` starts."""
     return block + META_BYTES + np.int64(_primary_line(np.uint64(key), np.uint64(lines))) * LINE_BYTES
 
@@ -52,14 +52,14 @@ def end_of(block):
 
 
 @host_function
-def find_entry(block, end, home, key):
+def find_entry(block, end, primary, key):
     """``(address of the entry, its word)`` of ``key``, else of the empty entry where it would go; the index is never full.
 
-    The word is loaded before the key: a key is written before its word and never changes in one index block, so a word
-    that is not empty vouches for the key beside it. Use the word returned here: loaded again, the word of an entry that
-    was empty may be that of another key by then.
+    The word is loaded before the key: a key is written before its word and never changes in one index block, so the key of a
+    word that is not empty is valid. Use the word returned here: loaded again, the word of an entry that was empty may be that
+    of another key.
     """
-    entry = home
+    entry = primary
     while True:
         word = load_word_acquire(entry + 8)
         if word == EMPTY or load_word(entry) == key:
@@ -70,17 +70,17 @@ def find_entry(block, end, home, key):
 
 
 @host_function
-def home_word(home, key):
-    """Index word of ``key`` as far as its home line tells: EMPTY if it has none, UNSETTLED if it may stand in a later line.
+def primary_word(primary, key):
+    """Index word of ``key`` as far as its primary line tells: EMPTY if it has none, UNSETTLED if it may be in a later line.
 
-    All entries of the line are looked at without a branch: where in its line a key stands cannot be predicted. A key has one
+    All entries of the line are compared without a branch: the position of a key in its line cannot be predicted. A key has one
     entry at most, and the word is loaded before the key, as in ``find_entry``.
     """
     found = np.int64(EMPTY)
     word = np.int64(EMPTY)
     for entry in range(ENTRIES_PER_LINE):
-        word = load_word_acquire(home + ENTRY_BYTES * entry + 8)
-        found |= word if load_word(home + ENTRY_BYTES * entry) == key else EMPTY
+        word = load_word_acquire(primary + ENTRY_BYTES * entry + 8)
+        found |= word if load_word(primary + ENTRY_BYTES * entry) == key else EMPTY
     return found if found != EMPTY or word == EMPTY else UNSETTLED
 
 
@@ -99,7 +99,7 @@ def slot_of(word):
 
 @host_function
 def enter_epoch(epoch, record):
-    """Say that a reader is at work: nothing retired from now on is reused until it leaves.
+    """Announce a reader: nothing retired from now on is reused before it leaves.
 
     The record must be visible to the writer before the index is read, which only a full fence ensures on every processor.
     """
@@ -109,5 +109,5 @@ def enter_epoch(epoch, record):
 
 @host_function
 def leave_epoch(record):
-    """Take back what ``enter_epoch`` said."""
+    """End what ``enter_epoch`` announced."""
     store_word_release(record, 0)

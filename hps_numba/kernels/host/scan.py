@@ -14,7 +14,7 @@ __all__ = ["host_keys"]
 def host_keys(block, keys, slots):
     """Copy the keys of all live entries to ``keys``, and the slots of their rows to ``slots`` unless that is 0.
 
-    Both have room for one an entry. The caller stands in an epoch. Returns their number.   **Writes:** keys, slots.
+    Both have room for one word an entry. The caller is inside an epoch. Returns the number of keys.   **Writes:** keys, slots.
     """
     count = 0
     for entry in range(block + META_BYTES, end_of(block), ENTRY_BYTES):

@@ -1,14 +1,14 @@
 """Change a host store: upsert, update and erase of a batch, and the fill of a new table. One writer at a time.
 
 A row is never overwritten where a reader could see it: an upsert writes a slot that no reader can hold and then swings the
-index word to it; the slot that the word left is reported as retired and comes back after an epoch.
+index word to it; the old slot is reported as retired and is reused after an epoch.
 """
 
 from __future__ import annotations
 
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.host.atomics import copy_row, load_word, prefetch, store_word, store_word_release
-from hps_numba.kernels.host.probe import end_of, find_entry, home_address, slot_of
+from hps_numba.kernels.host.probe import end_of, find_entry, primary_address, slot_of
 from hps_numba.kernels.layouts.host_store import (
     EMPTY,
     ENTRY_BYTES,
@@ -93,11 +93,11 @@ def _start_recency(block, slot, old_slot, now):
 
 @host_function
 def _entry_of(block, lines, end, keys, i, n):
-    """``(key, entry, word)`` of the i-th of n keys; asks for the line of a later one."""
+    """``(key, entry, word)`` of the i-th of n keys; prefetches the line of a later one."""
     if i + _AHEAD < n:
-        prefetch(home_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
+        prefetch(primary_address(block, lines, load_word(keys + 8 * (i + _AHEAD))))
     key = load_word(keys + 8 * i)
-    entry, word = find_entry(block, end, home_address(block, lines, key), key)
+    entry, word = find_entry(block, end, primary_address(block, lines, key), key)
     return key, entry, word
 
 
@@ -107,7 +107,7 @@ def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
 
     Args: addresses of the index block, of int64 keys and of float32 rows; state, free, retired: int64 arrays of the writer.
 
-    Returns ``(done, changed)``: keys dealt with, which is less than ``n`` when the index or the slots must grow first, and
+    Returns ``(done, changed)``: keys processed, which is less than ``n`` when the index or the slots must grow first, and
     how many of them were new (upsert) or present (update).   **Writes:** rows, index entries, recency, state, free, retired.
     """
     lines = load_word(block + META_LINES)
@@ -160,9 +160,9 @@ def host_erase(block, keys, n, state, retired):
 
 @host_kernel
 def host_fill(block, keys, n, first_slot, state, free, now):
-    """Index rows that already stand in the slots from ``first_slot`` on, of a table that nobody reads yet.
+    """Index rows that are already in the slots from ``first_slot`` on, of a table that has no readers yet.
 
-    A key that comes again takes the later row (last wins); the slot of the earlier one is free at once.
+    A duplicate key takes the later row (last wins); the slot of the earlier one is free at once.
     **Writes:** index entries, recency, state, free.
     """
     lines = load_word(block + META_LINES)
@@ -194,11 +194,11 @@ def host_reindex(old, new):
     for entry in range(old + META_BYTES, old_end, ENTRY_BYTES):
         ahead = entry + _AHEAD * ENTRY_BYTES
         if ahead < old_end:
-            prefetch(home_address(new, lines, load_word(ahead)))
+            prefetch(primary_address(new, lines, load_word(ahead)))
         word = load_word(entry + 8)
         if slot_of(word) >= 0:
             key = load_word(entry)
-            place, _ = find_entry(new, end, home_address(new, lines, key), key)
+            place, _ = find_entry(new, end, primary_address(new, lines, key), key)
             store_word(place, key)
             store_word(place + 8, word)
             live += 1
@@ -207,7 +207,7 @@ def host_reindex(old, new):
 
 @host_kernel
 def host_census(block, taken, state):
-    """Count what stands in an index, after a writer was interrupted: live rows and entries in use.
+    """Count live rows and entries in use in an index, after a writer was interrupted.
 
     ``taken`` (uint8, one a slot, zeros) gets 1 where a live entry names the slot.   **Writes:** taken, state.
     """

@@ -2,23 +2,24 @@
 
 ::
 
-    set (128 bytes)     two lines; a key has a home set and in it a home line, and another set, all by ``index_hash``
+    set (128 bytes)     two lines; a key has a primary set with a primary line, and an alternate set, all by ``index_hash``
     line (64 bytes)     what one read of memory brings: 5 ways
         0..39           5 int64 keys
         40..59          5 uint32 scores; in a fixed cache (static, uvm) the number of the row instead
-        60..63          meta, uint32: which ways are taken, is a writer at work, a version
+        60..63          meta, uint32: which ways are occupied, whether a writer is at work, a version
     rows                way w of line l: row 5 * l + w at  rows + row * row_stride
 
-    meta                bits 0-4   way is taken (no key is special: occupancy lives here)
-                        bit 5      OVERFLOW: a key with this home set may stand in its other set
+    meta                bits 0-4   way is occupied (no key is special: occupancy lives here)
+                        bit 5      OVERFLOW: a key with this primary set may be in its alternate set
                         bit 6      BUSY: a writer is changing keys or rows of this line
                         bit 7      LOCK: in the first line of a set, one writer owns both
-                        bits 8-31  version, one more with each change
+                        bits 8-31  version, incremented with each change
 
-*Why 64 bytes.* Memory of the GPU is read 64 bytes at a time: a line of keys, scores and version together is one access, so
-that recency and the check of the version cost no further one. *How a reader needs no lock.* It reads the line, copies the
-row, then reads key and meta again: as nothing changed meanwhile, the row was that of the key (a sequence lock; L. Lameter,
-"Effective synchronization on Linux/NUMA systems", 2005). If something changed, the host store answers: it is the truth.
+*Why 64 bytes.* The GPU reads its memory 64 bytes at a time: a line of keys, scores and version is one access, so that recency
+and the check of the version cost no further one. *How a reader needs no lock.* It reads the line, copies the row, then reads
+key and meta again: if nothing has changed, the row was that of the key (a sequence lock; Christoph Lameter, "Effective
+synchronization on Linux/NUMA systems", Gelato Conference 2005). If something changed, the host store answers: it is
+authoritative.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ SCORES_AT, META_AT = 8 * WAYS_PER_LINE, 60
 
 OCCUPIED, OVERFLOW, BUSY, LOCK, VERSION = 0x1F, 0x20, 0x40, 0x80, 0x100
 
-# state of a cache, in its device's memory: words, then counters and guards in stripes, so that no address is fought for
+# state of a cache, in its device's memory: words, then counters and guards in stripes, so that no address is contended
 (
     STATE_NOW,  # the clock of the policy
     STATE_HOST,  # address of the descriptor of the host store, or 0
-    STATE_KEYS,  # counters: keys asked for
+    STATE_KEYS,  # counters: keys looked up
     STATE_CALLS,
     STATE_INSERTED,
     STATE_EVICTED,
     STATE_STALE_DROPPED,  # rows that changed in the host store on their way to the cache
     STATE_COUNT,  # result of an erasure or a dump
     STATE_PENDING,  # address of uint32 [ways]: hits of this batch, for policies that need counts
-    STATE_REFUSED,  # newcomers that the policy did not admit
+    STATE_REFUSED,  # candidates that the policy did not admit
     STATE_CAPACITY,  # ways of the cache
-    STATE_TOLD,  # what a clock of insertions made of STATE_INSERTED: TICKS_OF_A_CACHE * rows, less what is no whole tick yet
-    STATE_CHANGES,  # from 1 on: counted up before a change of rows begins, and by CLEARED before all are dropped
+    STATE_TOLD,  # how far a clock of insertions has followed: TICKS_OF_A_CACHE * rows, less what is no whole tick yet
+    STATE_CHANGES,  # from 1 on: incremented before a change of rows begins, and by CLEARED before all are dropped
 ) = (8 * i for i in range(13))
-TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows come in as the cache has ways
+TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows are inserted as the cache has ways
 CLEARED = 1 << 32
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
-HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST leads to the one in force, or is 0
-# index block, its lines, the rows; of a copy of the index how far a slot is shifted to give a region of the rows, else -1
+HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST points to the one in force, or is 0
+# index block, its lines, the rows; for a mirror of the index the shift from a slot to a region of the rows, else -1
 DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_SHIFT, DESC_BYTES = 0, 8, 16, 24, 32
 GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
 GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
@@ -63,25 +64,25 @@ STATE_BYTES = NO_LISTS + 192
 # workspace of one batch: words, the rest by address
 (
     WORKSPACE_BATCH,  # number of the batch, counted up by the insertion that ends it
-    WORKSPACE_LISTED,  # sets that have newcomers
+    WORKSPACE_LISTED,  # sets that have candidates
     WORKSPACE_TICKET,  # blocks of the insertion that have ended
     WORKSPACE_KEYS,  # address of int64 [n]: keys of the missing positions
     WORKSPACE_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
     WORKSPACE_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
     WORKSPACE_STAGE_STRIDE,  # bytes from row to row there
-    WORKSPACE_BUCKETS,  # address of the buckets, one a set with newcomers; 0: newcomers are not listed
+    WORKSPACE_BUCKETS,  # address of the buckets, one a set with candidates; 0: candidates are not listed
     WORKSPACE_MASK,  # number of buckets - 1
     WORKSPACE_LIST,  # address of int64: numbers of the buckets in use
-    WORKSPACE_ABSENT,  # keys found nowhere
+    WORKSPACE_ABSENT,  # keys found in no tier
     WORKSPACE_ABSENT_LIST,  # address of int64 [n]: their positions, or 0
-    WORKSPACE_ASSUME,  # 1: keys that the cache lacks are newcomers although there is no host store
+    WORKSPACE_ASSUME,  # 1: keys that the cache lacks are candidates although there is no host store
     WORKSPACE_COUNTS,  # address of the counts of keys in the batch, or 0
     WORKSPACE_TOUCHED,  # ways touched by a policy that needs counts
     WORKSPACE_TOUCHED_LIST,  # address of int64 [n]: their rows
     WORKSPACE_COUNTS_MASK,  # number of the counts - 1
-    # of the policy with which the workspace was made; memory that lives as long as a graph may use the workspace
+    # of the policy for which the workspace was made; memory that lives as long as a graph may use the workspace
     WORKSPACE_SET_STATES,  # address of uint32 [sets, words]: what the policy remembers of each set
-    WORKSPACE_SKETCH,  # address of the frequency sketch, see kernels.cache_sketch
+    WORKSPACE_SKETCH,  # address of the frequency sketch, see kernels.cache.sketch
     WORKSPACE_SKETCH_WORDS,
     WORKSPACE_SKETCH_SHIFT,
     WORKSPACE_MISSED,  # address of the list of missed keys (``list_kernel``)
@@ -95,7 +96,7 @@ WORKSPACE_BYTES = STATE_BYTES - NO_LISTS
     MISSED_COUNT,
     MISSED_OUT,  # address of the answers of the batch, or 0
     MISSED_TICKET,  # blocks of the kernel that serves them that have ended
-    MISSED_KEYS,  # address of int64 [n] in pinned memory of the host: the keys again; or 0
+    MISSED_KEYS,  # address of int64 [n] in pinned host memory: the keys again; or 0
     MISSED_SELF,  # address of these words
     MISSED_SORTED,  # address of int64 [n, 2]: position and key in the order of regions
 ) = (8 * i for i in range(6))
@@ -113,7 +114,7 @@ MAX_BATCH = 1 << POSITION_BITS
 KEYS_OF_A_BLOCK_AFTER = 256  # of a lookup: for each block of the kernels that follow it, beyond the fewest
 BATCH_MASK = (1 << 39) - 1
 # These belong together. A bucket begins with UNUSED_BUCKET in every byte; positions of a batch from FIRST_BATCH on are smaller
-# than that, as they count down, so that they displace it. Those of a batch 0 would be larger: it would enter nothing.
+# than that, as they count down, so that they displace it. Those of batch 0 would be larger: it would list nothing.
 UNUSED_BUCKET = 0x7F
 FIRST_BATCH = 1 << 32
 
@@ -124,7 +125,7 @@ FIRST_BATCH = 1 << 32
     TABLE_SETS,
     TABLE_STATE,
     TABLE_DEFAULT,  # bits of a float32
-    TABLE_SCRATCH,
+    TABLE_WORKSPACE,
     TABLE_STAGE,
     TABLE_STAGE_STRIDE,
     TABLE_CAPACITY,

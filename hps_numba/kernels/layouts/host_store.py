@@ -12,14 +12,14 @@ Everything is made of 64-bit words in native (little-endian) order::
     recency      slot s at  recency + 8 * s, one word a slot, only where the overflow policy needs it
 
     index word   0                        the entry was never used: a probe ends here
-                 low 40 bits = 1          erased; the key stays, so a probe goes on
+                 low 40 bits = 1          erased; the key stays, so that a probe goes on
                  low 40 bits = slot + 2   the row of ``key`` is in ``slot``
                  next 23 bits             a write counter, so that a word tells two writes of one slot apart
 
 *Why one pointer in the header.* A reader that loaded the index address and the number of lines one after the other could see
 one of the old and one of the new table. Hanging both behind a single pointer makes every snapshot consistent, for a host
 thread and for a kernel in a captured graph. *Why no special key.* Every int64 is a legal key, so occupancy lives in the word.
-*Why lines and not single slots.* A probe reads whole 64-byte lines; the home line of a key is ``hash * lines >> 32``, so the
+*Why lines and not single slots.* A probe reads whole 64-byte lines; the primary line of a key is ``hash * lines >> 32``, so the
 number of lines is free (not a power of two) and the memory of a table can be planned exactly.
 """
 
@@ -75,7 +75,7 @@ EMPTY, ERASED, FIRST_SLOT = 0, 1, 2
 
 RECENCY_NONE, RECENCY_COUNT, RECENCY_TIME = 0, 1, 2
 
-# counters of a table (64 bytes): keys asked for, keys not in the host store, calls, keys found in slower tiers, keys that no
+# counters of a table (64 bytes): keys looked up, keys not in the host store, calls, keys found in slower tiers, keys that no
 # tier has, keys answered with the default because a slower tier was late or failed, failures of slower tiers
 COUNTER_BYTES = 64
 (

@@ -1,4 +1,4 @@
-"""The functions of a policy: what they may use, copies that keep what they were loaded with, and what they are, as text."""
+"""The functions of a policy: what they may use, copies that keep the globals they were loaded with, and their description."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hps_numba.errors import PolicyError
 __all__ = ["MAX_CONSTANTS", "broken", "described", "does_not_compile", "for_compiler", "is_simple", "isolated"]
 
 _BUILTINS = ("abs", "int", "len", "max", "min", "range")
-#: of a tuple; constants of a kernel stand in 64 KiB of a GPU
+#: elements of a tuple; the constants of a kernel share 64 KiB of a GPU
 MAX_CONSTANTS = 4096
 
 #: bytecode that cannot run on every device, by what it does
@@ -37,7 +37,7 @@ _REFUSED = {
 
 
 def is_simple(function: FunctionType) -> bool:
-    """Positional parameters only, none with a default value; an ordinary function."""
+    """Whether it is an ordinary function with positional parameters only, none with a default value."""
     code = function.__code__
     special = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
     special |= inspect.CO_ASYNC_GENERATOR
@@ -48,18 +48,18 @@ def is_simple(function: FunctionType) -> bool:
 
 
 def broken(name: str, function: Callable[..., Any], what: str, line: int | None = None) -> PolicyError:
-    """The error for a function of the policy ``name``: where it stands, and what is wrong with it."""
+    """The error for a function of the policy ``name``: where it is, and what is wrong with it."""
     code = function.__code__
     return PolicyError(f"policy {name!r}, {code.co_name} ({code.co_filename}:{line or code.co_firstlineno}): {what}")
 
 
 def does_not_compile(name: str, function: Callable[..., Any], target: str, problem: Exception) -> PolicyError:
-    """The error for what a compiler said, with the line that it named last, if it is of this function's file."""
+    """The error for a compiler's message, with the line that it named last, if that is in this function's file."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     causes = [line for line in lines if not line.startswith("Failed in ")]
     cause = (causes or lines or [type(problem).__name__])[0]
-    file = re.escape(Path(function.__code__.co_filename).name)  # numba gives its way from the working directory
+    file = re.escape(Path(function.__code__.co_filename).name)  # numba gives its path from the working directory
     named = re.findall(rf'File "(?:[^"]*/)?{file}", line (\d+)', text)
     line = int(named[-1]) if named else None
     return broken(name, function, f"does not compile for {target}: {cause}", line)
@@ -71,22 +71,22 @@ def does_not_compile(name: str, function: Callable[..., Any], target: str, probl
 def isolated(
     name: str, function: FunctionType, constants: Mapping[str, Any], callers: tuple[CodeType, ...] = ()
 ) -> FunctionType:
-    """A copy of ``function`` that sees the globals it uses, with the values they have now, and no others.
+    """A copy of ``function`` that sees only the globals it uses, with the values they have now.
 
     Args:
-        constants: values that take the place of globals of these names, in functions that are called too.
+        constants: values that replace globals of these names, in called functions too.
 
     Raises:
         PolicyError: it uses what no policy may.
     """
     code = function.__code__
     if code in callers:
-        raise broken(name, function, "calls itself, wanted no recursion")
+        raise broken(name, function, "calls itself; expected no recursion")
     if code.co_freevars:
         raise broken(
             name,
             function,
-            f"uses {code.co_freevars[0]!r} of an enclosing function, wanted a global integer (or policy_with)",
+            f"uses {code.co_freevars[0]!r} of an enclosing function; expected a global integer (or policy_with)",
         )
     scope: dict[str, Any] = {"__name__": function.__module__ or "policy"}  # None where code came from exec
     for step in dis.get_instructions(code):
@@ -100,11 +100,11 @@ def isolated(
 
 def _fault(step: dis.Instruction) -> str | None:
     if step.opname in _REFUSED:
-        return f"{_REFUSED[step.opname]}, wanted integer arithmetic only"
+        return f"{_REFUSED[step.opname]}; expected integer arithmetic only"
     if step.opname == "BINARY_OP" and step.argrepr.startswith("/") and not step.argrepr.startswith("//"):
-        return "divides by /, wanted //"
+        return "expected the division //, got /"
     if step.opname == "LOAD_CONST" and isinstance(step.argval, (float, complex, str, bytes)):
-        return f"uses {step.argval!r}, wanted integers only"
+        return f"expected integers only, got {step.argval!r}"
     return None
 
 
@@ -116,7 +116,7 @@ def _global(
     callers: tuple[CodeType, ...],
     line: int | None,
 ) -> dict[str, int | tuple[int, ...] | FunctionType]:
-    """What the global ``used`` is for an isolated copy of ``function``; nothing for a builtin."""
+    """The global ``used`` as an isolated copy of ``function`` sees it; nothing for a builtin."""
     if used not in constants and used not in function.__globals__:
         if used in _BUILTINS:
             return {}
@@ -128,28 +128,28 @@ def _global(
         return {used: _checked(name, function, used, value, line)}
     if isinstance(value, FunctionType):
         if not is_simple(value):
-            raise broken(name, value, f"parameters are {inspect.signature(value)}, wanted positional ones without defaults")
+            raise broken(name, value, f"expected positional parameters without defaults, got {inspect.signature(value)}")
         return {used: isolated(name, value, constants, callers)}
     raise broken(
         name,
         function,
-        f"uses the {type(value).__name__} {used!r}, wanted integers, tuples of integers and plain functions only",
+        f"expected integers, tuples of integers and plain functions as globals, got the {type(value).__name__} {used!r}",
         line,
     )
 
 
 def _checked(name: str, function: FunctionType, used: str, value: tuple[Any, ...], line: int | None) -> tuple[int, ...]:
-    """A tuple that a compiler can take."""
+    """The tuple, if a compiler can take it."""
     if not 1 <= len(value) <= MAX_CONSTANTS:
-        raise broken(name, function, f"{used!r} has {len(value)} elements, wanted 1 to {MAX_CONSTANTS}", line)
+        raise broken(name, function, f"{used!r}: expected 1 to {MAX_CONSTANTS} elements, got {len(value)}", line)
     for element in value:
         if type(element) is not int or not -(2**63) <= element < 2**63:
-            raise broken(name, function, f"{used!r} has {element!r} in it, wanted integers of 64 bits", line)
+            raise broken(name, function, f"{used!r}: expected integers of 64 bits, got {element!r}", line)
     return value
 
 
 def described(function: FunctionType) -> Iterator[str]:
-    """What an isolated function does, as text."""
+    """The behaviour of an isolated function, as text."""
     code = function.__code__
     yield f"{code.co_argcount} {code.co_code.hex()} {code.co_consts!r} {code.co_names!r}"
     for used, value in sorted(function.__globals__.items()):
@@ -166,9 +166,9 @@ def described(function: FunctionType) -> Iterator[str]:
 
 @functools.cache
 def for_compiler(function: FunctionType) -> FunctionType:
-    """An isolated function as it is to be compiled: tuples are int64 arrays, which take any index at no cost.
+    """An isolated function as it is compiled: tuples become int64 arrays, which take any index at no cost.
 
-    The function itself if it uses no tuple, and the same copy with every call.
+    The function itself if it uses no tuple, and the same copy on every call.
     """
     known = function.__globals__
     used = {name: _compilable(known[name]) for name in function.__code__.co_names if name in known}

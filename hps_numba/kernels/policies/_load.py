@@ -1,4 +1,4 @@
-"""Cache policies found by name, checked, and made of classes (``_policy`` says what a policy is)."""
+"""Cache policies found by name, checked, and made from classes (``_policy`` says what a policy is)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = No
     """The policy called ``name``: built-in (by file name), ``package.module:NAME``, or ``file.py:NAME`` of the user's.
 
     Args:
-        allow_code: ``name`` may be a file, which is run.
+        allow_code: ``name`` may be a file, which is executed.
         folder: where a relative file is looked up after the working directory.
 
     Raises:
-        PolicyError: no such policy, or it breaks the contract above; one line with function, line, what came, what is wanted.
+        PolicyError: no such policy, or it breaks the contract; one line with function, line, what was expected and found.
     """
     if not isinstance(name, str):
-        raise PolicyError(
-            f"cache policy: {name!r} is no name, wanted one of {', '.join(plugins.names(_PACKAGE))} or module:NAME"
-        )
+        raise PolicyError(f"cache policy: expected one of {', '.join(plugins.names(_PACKAGE))} or module:NAME, got {name!r}")
     kind = plugins.load(_PACKAGE, name, allow_code=allow_code, folder=folder, error=PolicyError)
-    # built-in ones are compiled by their tests: a start does not wait for that again
+    # built-in ones are compiled by their tests: starting up does not wait for that again
     return _policy_of(kind, name, compiled=plugins.is_reference(name))
 
 
@@ -49,13 +47,13 @@ def as_policy(kind: Any, *, name: str | None = None) -> Policy:
     Globals that its functions use are read now: after a change of one, call ``as_policy`` again.
 
     Raises:
-        PolicyError: it breaks the contract above.
+        PolicyError: it breaks the contract.
     """
     return _policy_of(kind, name or getattr(kind, "__name__", None) or type(kind).__name__, compiled=True)
 
 
 def for_hits(policy: Policy) -> Policy:
-    """What kernels that only touch rows know of a policy: policies that touch alike share them."""
+    """The part of a policy that kernels use which only touch rows: policies that touch alike share them."""
     if policy.needs_count:  # a kernel of its own touches
         return load_policy("lfu")
     first = load_policy("fifo").first
@@ -64,16 +62,16 @@ def for_hits(policy: Policy) -> Policy:
 
 
 def policy_with(kind: type, **constants: Any) -> type:
-    """A class like ``kind`` whose functions, and those that they call, see other values of the globals in ``constants``.
+    """A class like ``kind`` whose functions, and those they call, see other values of the globals in ``constants``.
 
     So one file serves for policies that differ in a number, a tuple of keys or another policy's function:
     ``policy_with(Decay, HALF_LIFE=100)``. ``clock``, ``needs_count`` and ``state`` among the constants are those of the class.
 
     Raises:
-        PolicyError: ``kind`` is no class. What the constants may be is checked when the result is loaded.
+        PolicyError: ``kind`` is not a class. The constants are checked when the result is loaded.
     """
     if not isinstance(kind, type):
-        raise PolicyError(f"policy_with: {kind!r} came, a class is wanted")
+        raise PolicyError(f"policy_with: expected a class, got {kind!r}")
     body: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
     for name in ("clock", "needs_count", "state"):
         if name in constants:
@@ -142,26 +140,26 @@ def _digest(functions: Mapping[str, Any], needs_count: bool, state: int, clock: 
 # -- what a class must look like ------------------------------------------------------------
 
 
-def _wanted(label: str) -> str:
+def _signatures(label: str) -> str:
     plain = f"{label}({', '.join(PARAMETERS[label])})"
     return f"{plain} or {label}({', '.join(PARAMETERS[label])}, {OPTIONAL[label]})" if label in OPTIONAL else plain
 
 
 def _check_attributes(kind: Any, name: str) -> None:
     if not isinstance(kind, type):
-        raise PolicyError(f"policy {name!r}: is a {type(kind).__name__}, wanted a class with first and touch")
+        raise PolicyError(f"policy {name!r}: expected a class with first and touch, got a {type(kind).__name__}")
     for attribute in dir(kind):
         if attribute not in _KNOWN and not attribute.startswith("_"):
-            raise PolicyError(f"policy {name!r}: {attribute!r} is unknown, wanted {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]}")
+            raise PolicyError(f"policy {name!r}: expected {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]}, got {attribute!r}")
     needs_count = getattr(kind, "needs_count", False)
     if not isinstance(needs_count, bool):
-        raise PolicyError(f"policy {name!r}: needs_count is {needs_count!r}, wanted True or False")
+        raise PolicyError(f"policy {name!r}: expected needs_count to be True or False, got {needs_count!r}")
     clock = getattr(kind, "clock", "calls")
     if clock not in _CLOCKS:
-        raise PolicyError(f"policy {name!r}: clock is {clock!r}, wanted {' or '.join(map(repr, _CLOCKS))}")
+        raise PolicyError(f"policy {name!r}: expected clock to be {' or '.join(map(repr, _CLOCKS))}, got {clock!r}")
     state = getattr(kind, "state", 0)
     if type(state) is not int or not 0 <= state <= MAX_STATE:
-        raise PolicyError(f"policy {name!r}: state is {state!r}, wanted a number of uint32 a set, 0 to {MAX_STATE}")
+        raise PolicyError(f"policy {name!r}: expected state to be a number of uint32 a set, 0 to {MAX_STATE}, got {state!r}")
     if state and getattr(kind, "victim", None) is None:
         raise PolicyError(f"policy {name!r}: state is {state}, but there is no victim(scores, state) that would use it")
 
@@ -171,14 +169,14 @@ def _function(name: str, kind: type, label: str) -> FunctionType | None:
     if function is None:
         if label not in _NEEDED:
             return None
-        raise PolicyError(f"policy {name!r}: has no {label}, wanted a function {_wanted(label)}")
+        raise PolicyError(f"policy {name!r}: expected a function {_signatures(label)}, got no {label}")
     if not isinstance(function, FunctionType):
         raise PolicyError(
-            f"policy {name!r}: {label} is a {type(function).__name__}, wanted a plain Python function {_wanted(label)}"
+            f"policy {name!r}: expected a plain Python function {_signatures(label)}, got a {type(function).__name__}"
         )
     code = function.__code__
     given = code.co_varnames[: code.co_argcount]
     known = [PARAMETERS[label], *([(*PARAMETERS[label], OPTIONAL[label])] if label in OPTIONAL else [])]
     if given not in known or not is_simple(function):
-        raise broken(name, function, f"parameters are {inspect.signature(function)}, wanted {_wanted(label)}")
+        raise broken(name, function, f"expected {_signatures(label)}, got {inspect.signature(function)}")
     return function

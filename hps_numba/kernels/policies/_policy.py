@@ -1,10 +1,10 @@
-"""What a cache policy is: integer functions that decide which row leaves a full set of the cache, and who may come in.
+"""What a cache policy is: integer functions that decide which row of a full set is evicted, and which row is admitted.
 
-Each way of a set has a score. ``first(now, count)`` is the score of a row that comes in, ``touch(score, now, count)`` the
-score of a row that was asked for again; the row with the smallest score leaves first. A policy is a class that serves as
+Each way of a set has a score. ``first(now, count)`` is the score of a row that is inserted, ``touch(score, now, count)`` the
+score of a row that is requested again; the row with the smallest score is evicted first. A policy is a class that serves as
 their namespace, there is no ``self``::
 
-    class MostRecentLeaves:
+    class MostRecentlyUsed:
         def first(now, count):
             return -now
 
@@ -12,31 +12,30 @@ their namespace, there is no ``self``::
             return -now
 
 * ``now``: time in ticks, 0 <= now < 2**48; the same for all keys of a call, larger in each later call. With the class attribute
-  ``clock = "insertions"`` it is the number of rows that came in so far, 64 ticks for as many as the cache has ways: it stands
-  still while nothing comes in, and a cache that holds its whole table then needs no second kernel a lookup.
+  ``clock = "insertions"`` it follows the number of rows inserted so far, 64 ticks for as many as the cache has ways: it does
+  not move while nothing is inserted, and a cache that holds its whole table then needs no second kernel a lookup.
 * ``count``: 1. With the class attribute ``needs_count = True``: how often the batch has the key, 1 <= count < 2**31.
 * ``score``: 0 <= score < 2**32. What a function returns is kept modulo 2**32.
 
-Without ``needs_count`` a touch may be applied more than once to a row that a batch has more than once, so it has to be
-idempotent for equal ``now``. Three things more, each at its own price, which only policies that have it pay:
+Without ``needs_count`` a touch may be applied more than once to a row that a batch requests more than once, so it has to be
+idempotent for equal ``now``. Three more features, each at a price that only policies with it pay:
 
 * ``first(now, count, key)``: the score may depend on the key, an int64. Under such a policy a row with the largest score,
-  2**32 - 1, stays: where no other row could leave, the newcomer is refused.
-* ``victim(scores, state) -> way`` or ``victim(scores, state, now) -> way``: which way of a full set leaves, in the place of
-  the smallest score. ``scores`` are those of the set's ways, ``len(scores)`` of them (10 in a cache; as many as there are
-  slots in a fully associative simulation), numbered the same whichever key comes. ``state`` is what the policy remembers of
-  the set: as many uint32 as the class attribute ``state`` says (0 to 16, 0 if it is left out), 0 in the beginning. Both are
-  read and written by index; what is written is kept modulo 2**32. If the way belongs to a row that came in with the same
-  batch, the next way that does not leaves in its place.
-* ``admit(key, count, sketch) -> bool``: may the newcomer take the place of the row that is to leave? It is asked when the set
-  is full, after the victim was chosen; if not, that row stays (and what ``victim`` wrote). ``sketch`` is two integers,
-  0 to 15: about how often the newcomer was asked for lately, its requests in this batch included, and the same of the row
-  that is to leave. Requests are counted by lookups, found or not, in a count-min sketch that forgets
-  (``kernels.cache.sketch``); what it says is never too small.
+  2**32 - 1, stays: where no other row can be evicted, the insertion candidate is refused.
+* ``victim(scores, state) -> way`` or ``victim(scores, state, now) -> way``: which way of a full set is evicted, instead of
+  that with the smallest score. ``scores`` are those of the set's ways, ``len(scores)`` of them (10 in a cache; as many as there
+  are slots in a fully associative simulation), in the same order whatever the key. ``state`` is what the policy remembers of
+  the set: as many uint32 as the class attribute ``state`` says (0 to 16, 0 if it is left out), initially 0. Both are read and
+  written by index; what is written is kept modulo 2**32. If the way holds a row that was inserted by the same batch, the next
+  way that does not is evicted instead.
+* ``admit(key, count, sketch) -> bool``: may the candidate replace the victim? Asked when the set is full, after the victim was
+  chosen; if not, that row stays (and what ``victim`` wrote). ``sketch`` is two integers, 0 to 15: about how often the
+  candidate was requested lately, in this batch included, and the same of the victim. Requests are counted by lookups, found or
+  not, in a count-min sketch that forgets (``kernels.cache.sketch``); it never underestimates.
 
-A batch acts on a set in this order: all touches of resident rows; then newcomers in the order of their first positions, each
-into an empty way, else ``victim`` (or the smallest score, the first in the probe order of the newcomer of equals), ``admit``
-and ``first``. A newcomer that was refused is asked for again at its next position in the batch.
+A batch acts on a set in this order: all touches of resident rows; then insertion candidates in the order of their first
+positions, each into a free way, else ``victim`` (or the smallest score, of equals the first in the probe order of the
+candidate), ``admit`` and ``first``. A candidate that was refused is considered again at its next position in the batch.
 
 The functions run as plain Python, compiled for the CPU and compiled for CUDA, and have to say the same everywhere: integers
 only (floats round differently), nothing allocated, nothing raised, and no globals but integers, tuples of integers, functions
@@ -46,7 +45,7 @@ is loaded, with the function, its line, and for which target it does not compile
 *What a digest covers.* Problem: compiled kernels are kept on disk under the digest of their policy, so two policies that
 act differently must never share one. Choice: bytecode, constants and the values of all globals in use, of the functions and
 of those that they call; and the functions of a :class:`Policy` are copies that keep seeing these values. Turned down: the
-text of the source, because a notebook or an edited file gives text that is not what runs, and a comment would compile anew.
+source text, because in a notebook or an edited file it is not what runs, and a changed comment would force a compilation.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ OPTIONAL = {"first": "key", "victim": "now"}
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy that was checked, ready to be compiled into the kernels of a cache.
+    """A checked policy, ready to be compiled into the kernels of a cache.
 
     Attributes:
         name: as the config names it, or the name of the class.
@@ -79,12 +78,12 @@ class Policy:
         touch: plain Python function ``touch(score, now, count) -> score``. Compiled code passes int64 to both and keeps
             the low 32 bits of what they return.
         needs_count: ``count`` is the number of occurrences in the batch, and ``touch`` is applied once; else ``count`` is 1.
-        digest: 32 hex digits that tell what the functions do, constants and called functions included; equal digests
-            belong to the same function objects. Of one Python version, as compiled kernels are.
-        admit: ``admit(key, count, sketch) -> bool``, or None: all newcomers come in.
-        victim: ``victim(scores, state) -> way``, with ``now`` besides if ``takes_now``; or None: the smallest score leaves.
+        digest: 32 hex digits that identify what the functions do, constants and called functions included; equal digests
+            belong to the same function objects. Valid for one Python version, as compiled kernels are.
+        admit: ``admit(key, count, sketch) -> bool``, or None: every candidate is inserted.
+        victim: ``victim(scores, state) -> way``, with ``now`` besides if ``takes_now``; or None: the smallest score is evicted.
             In plain Python, scores and state are lists, compiled they are int64 arrays.
-        state: uint32 that victim keeps of each set.
+        state: number of uint32 that victim keeps of each set.
         takes_key, takes_now: the functions have these parameters.
         clock: what ``now`` counts: ``calls`` or ``insertions``.
     """
@@ -103,5 +102,5 @@ class Policy:
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """The functions that it has, by name."""
+        """The functions it has, by name."""
         return {label: function for label in PARAMETERS if (function := getattr(self, label)) is not None}

@@ -1,4 +1,4 @@
-"""What the functions of a policy answer, tried out when it is loaded: integers in range, and the same when compiled."""
+"""Probes of the functions of a policy when it is loaded: they return integers in range, and the same when compiled."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SEQUENCES, _STEPS = 30, 24  # of a full set, for victim
 
 
 def check_plain(policy: Policy) -> None:
-    """Raise PolicyError if plain Python has no good answer to some question that a cache may ask."""
+    """Raise PolicyError if a function, run as plain Python, fails for arguments that a cache may pass."""
     probes = _probes(policy)
     if not policy.needs_count:
         _check_idempotent(policy, probes["touch"])
 
 
 def check_compiled(policy: Policy) -> None:
-    """Raise PolicyError if a function does not compile for the CPU, or says something else than in plain Python.
+    """Raise PolicyError if a function does not compile for the CPU, or returns something else than in plain Python.
 
     A policy that is sound is remembered in the cache folder, so that the next process need not compile its functions again.
     """
@@ -50,16 +50,16 @@ def check_compiled(policy: Policy) -> None:
             plain = _asked(policy, label, probe)
             if not _is_same(answer, plain):
                 what = f"{_call(label, probe)} is {_told(label, plain)}, but compiled {_told(label, answer)}"
-                raise broken(policy.name, function, f"{what}, wanted the same with int64 arithmetic")
+                raise broken(policy.name, function, f"{what}; expected the same with int64 arithmetic")
     disk_cache.keep(sound, b"", "sound")
 
 
 def _digest_of_this() -> str:
-    """Of the text of the checks."""
+    """Digest of the text of the checks."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
-# -- questions --------------------------------------------------------------------------------
+# -- arguments --------------------------------------------------------------------------------
 
 
 def _times() -> Iterator[tuple[random.Random, int]]:
@@ -76,15 +76,15 @@ def _of_first(policy: Policy, now: int, count: int, key: int) -> _Probe:
 
 
 def _scores(policy: Policy, source: random.Random, now: int) -> list[int]:
-    """Scores that a row may have at ``now``: of rows that came in or were touched before, and any others."""
+    """Scores that a row may have at ``now``: of rows inserted or touched before, and any others."""
     ages = (0, 1, 7, 8, 9, source.randint(10, 10**6))
-    born = [_asked(policy, "first", _of_first(policy, max(now - age, 0), 1, age)) for age in ages]
-    touched = [_asked(policy, "touch", (score, max(now - age // 2, 0), 1)) for score, age in zip(born, ages, strict=True)]
-    return sorted({*born, *touched, 0, 1, 2**31 - 1, 2**31, _LOW32, source.getrandbits(32)})
+    inserted = [_asked(policy, "first", _of_first(policy, max(now - age, 0), 1, age)) for age in ages]
+    touched = [_asked(policy, "touch", (score, max(now - age // 2, 0), 1)) for score, age in zip(inserted, ages, strict=True)]
+    return sorted({*inserted, *touched, 0, 1, 2**31 - 1, 2**31, _LOW32, source.getrandbits(32)})
 
 
 def _probes(policy: Policy) -> _Probes:
-    """Arguments to try, by function; plain Python was asked all of them."""
+    """Arguments to try, by function; plain Python has been tried with all of them."""
     first: list[_Probe] = []
     touch: list[_Probe] = []
     for source, now in _times():
@@ -108,11 +108,11 @@ def _sketches() -> list[tuple[int, int]]:
 
 
 def _full_sets(policy: Policy) -> Iterator[_Probe]:
-    """What ``victim`` is asked over the lives of some sets: rows come, are touched and leave as it says."""
+    """Arguments of ``victim`` over the lives of some sets: rows are inserted, touched, and evicted as it says."""
     source = random.Random(21)
     for _ in range(_SEQUENCES):
         now = source.getrandbits(source.randint(1, 47))
-        scores = [_newcomer(policy, source, now + way) for way in range(WAYS)]
+        scores = [_new_score(policy, source, now + way) for way in range(WAYS)]
         state = (0,) * policy.state
         now += WAYS
         for _ in range(_STEPS):
@@ -122,32 +122,32 @@ def _full_sets(policy: Policy) -> Iterator[_Probe]:
             now += source.choice((0, 1, 1, 8, 100, 2**20))
             probe = (tuple(scores), state, now) if policy.takes_now else (tuple(scores), state)
             yield probe
-            leaves, left, state = _asked(policy, "victim", probe)
-            scores = list(left)
-            scores[leaves] = _newcomer(policy, source, now)
+            evicted, kept, state = _asked(policy, "victim", probe)
+            scores = list(kept)
+            scores[evicted] = _new_score(policy, source, now)
 
 
-def _newcomer(policy: Policy, source: random.Random, now: int) -> int:
+def _new_score(policy: Policy, source: random.Random, now: int) -> int:
     count = source.randint(1, 3) if policy.needs_count else 1
     score: int = _asked(policy, "first", _of_first(policy, now, count, source.choice(_KEYS)))
     return score
 
 
-# -- answers ----------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------
 
 
 def _asked(policy: Policy, label: str, probe: _Probe) -> Any:
-    """The answer of plain Python, as the cache keeps it; of victim with the scores and the state that it leaves."""
+    """The result in plain Python, as the cache keeps it; for victim with the scores and the state that it leaves."""
     function: Callable[..., Any] = getattr(policy, label)
     arguments = [list(argument) if label == "victim" and type(argument) is tuple else argument for argument in probe]
-    wanted = _WANTED[label]
+    expected = _EXPECTED[label]
     try:
         answer = function(*arguments)
     except Exception as problem:
-        what = f"{_call(label, probe)} raised {type(problem).__name__}: {problem}, wanted {wanted}"
+        what = f"{_call(label, probe)}: expected {expected}, got {type(problem).__name__}: {problem}"
         raise broken(policy.name, function, what) from None
     if type(answer) is not (bool if label == "admit" else int) or (label == "victim" and not 0 <= answer < WAYS):
-        raise broken(policy.name, function, f"{_call(label, probe)} is {answer!r}, wanted {wanted}")
+        raise broken(policy.name, function, f"{_call(label, probe)}: expected {expected}, got {answer!r}")
     if label == "admit":
         return answer
     if label != "victim":
@@ -155,11 +155,11 @@ def _asked(policy: Policy, label: str, probe: _Probe) -> Any:
     for what, words in zip(("scores", "state"), arguments, strict=False):
         for word in words:
             if type(word) is not int:
-                raise broken(policy.name, function, f"{_call(label, probe)} leaves {word!r} in {what}, wanted integers")
+                raise broken(policy.name, function, f"{_call(label, probe)}: expected integers in {what}, got {word!r}")
     return answer, _kept(arguments[0]), _kept(arguments[1])
 
 
-_WANTED = {
+_EXPECTED = {
     "first": "an integer",
     "touch": "an integer",
     "admit": "True or False",
@@ -202,8 +202,8 @@ def _check_idempotent(policy: Policy, probes: list[_Probe]) -> None:
             raise broken(
                 policy.name,
                 policy.touch,
-                f"{_call('touch', (score, now, count))} is {once} and then {_call('touch', (once, now, count))} is {twice}, "
-                "wanted the same for equal now: set needs_count = True if it counts requests",
+                f"{_call('touch', (score, now, count))} is {once} and then {_call('touch', (once, now, count))} is {twice}; "
+                "expected the same for equal now: set needs_count = True if it counts requests",
             )
 
 

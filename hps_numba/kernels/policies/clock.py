@@ -1,7 +1,7 @@
-"""CLOCK, or second chance: a hand goes round the ways; a row that was asked for since it last came by stays once more.
+"""CLOCK, or second chance: a hand goes round the ways; a row that was requested since the hand last passed is spared once.
 
-F. J. Corbato, "A paging experiment with the Multics system", MIT Project MAC Report M-384, 1968. Close to LRU, but a hit writes
-only if it is the first since the hand came by, and hits of one batch need not be counted.
+F. J. Corbató, "A paging experiment with the Multics system", MIT Project MAC Report M-384, 1968. Close to LRU, but a hit writes
+only if it is the first since the hand passed, and hits of one batch need not be counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """The score is 1 if the row was asked for again, else 0; the state is the way where the hand is."""
+    """The score is 1 if the row was requested again, else 0; the state is the way where the hand is."""
 
     state = 1
 

@@ -1,16 +1,16 @@
-"""Least frequently used: the row with the fewest requests since it came in leaves first.
+"""Least frequently used: the row with the fewest requests since it was inserted is evicted.
 
-Where each request is independent of those before, the best rows to keep are the most probable ones (algorithm A0 of
-A. V. Aho, P. J. Denning, J. D. Ullman, "Principles of optimal page replacement", Journal of the ACM 18(1), 1971), and counts
-estimate the probabilities. Nothing ages: a row that was popular once stays, and a newcomer is the next to leave until it was
-asked for more often than another. So it fits traffic whose popular keys stay the same, and not traffic that drifts.
+Where requests are independent of each other, the best rows to keep are the most probable ones (algorithm A0 of A. V. Aho,
+P. J. Denning, J. D. Ullman, "Principles of optimal page replacement", Journal of the ACM 18(1), 1971), and counts estimate the
+probabilities. Nothing ages: a row that was popular once stays, and a new row is the next to be evicted until it has been
+requested more often than another. So it suits traffic whose popular keys stay the same, and not traffic that drifts.
 """
 
 from __future__ import annotations
 
 __all__ = ["LFU"]
 
-MOST = 0xFFFF_FFFF
+MAX_SCORE = 0xFFFF_FFFF
 
 
 class LFU:
@@ -19,10 +19,10 @@ class LFU:
     needs_count = True
 
     def first(now, count):
-        return min(count, MOST)
+        return min(count, MAX_SCORE)
 
     def touch(score, now, count):
-        return min(score + count, MOST)
+        return min(score + count, MAX_SCORE)
 
 
 PLUGIN = LFU

@@ -1,10 +1,11 @@
-"""Least frequently used, with requests that fade: each counts half as much after ``HALF_LIFE`` ticks.
+"""Least frequently used, with requests that fade: the weight of each halves every ``HALF_LIFE`` ticks.
 
 The measure is that of D. Lee, J. Choi, J.-H. Kim, S. H. Noh, S. L. Min, Y. Cho, C. S. Kim, "LRFU: a spectrum of policies that
 subsumes the least recently used and least frequently used policies", IEEE Transactions on Computers 50(12), 2001. It is kept so
 that no score has to change as time passes: a request at time t weighs 2**(t / HALF_LIFE), and the score is the logarithm of
-the sum (G. Cormode, V. Shkapenyuk, D. Srivastava, B. Xu, "Forward decay", ICDE 2009), to the base 2, times 256. So traffic may
-drift: what was popular once leaves. A long half-life is LFU, a short one LRU. Scores begin anew after 2**34 ticks.
+the sum (G. Cormode, V. Shkapenyuk, D. Srivastava, B. Xu, "Forward decay: a practical time decay model for streaming systems",
+ICDE 2009), to base 2, times 256. So traffic may drift: what is no longer popular is evicted. A long half-life is LFU, a short
+one LRU. Scores wrap around after 2**34 ticks.
 
 ``policy_with(LFUDecay, HALF_LIFE=ticks)`` is the same with another half-life.
 """
@@ -21,7 +22,7 @@ GAIN = (256, 225, 198, 172, 150, 130, 112, 96, 82, 70, 60, 51, 44, 37, 31, 26, 2
 
 
 def log_of(count):
-    """256 * log2(count), as if the logarithm were straight between powers of 2."""
+    """256 * log2(count), interpolated linearly between powers of 2."""
     powers = 0
     while (count >> powers) >= 2:
         powers += 1
@@ -29,7 +30,7 @@ def log_of(count):
 
 
 class LFUDecay:
-    """The score is the logarithm of the weight of all requests since the row came in."""
+    """The score is the logarithm of the weight of all requests since insertion."""
 
     needs_count = True
 

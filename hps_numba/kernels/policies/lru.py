@@ -1,16 +1,16 @@
-"""Least recently used: the row that was not asked for during the longest time leaves first.
+"""Least recently used: the row whose last request is the oldest is evicted.
 
 R. L. Mattson, J. Gecsei, D. R. Slutz, I. L. Traiger, "Evaluation techniques for storage hierarchies", IBM Systems Journal
-9(2), 1970; the policy of the original cache (spec 6.3).
+9(2), 1970; the policy of HugeCTR HPS's cache.
 
-*Slack.* A hit that renews a stamp writes to memory that it otherwise only reads, and with LRU every hit would. A stamp is
-therefore renewed only when it is ``SLACK`` ticks old or older. The price: two rows whose last requests lie less than
-``SLACK`` ticks apart may leave in the wrong order, rows further apart never.
+*Slack.* A hit that updates a stamp writes to memory that it otherwise only reads, and with strict LRU every hit would. A stamp
+is therefore updated only when it is ``SLACK`` ticks old or older. The price: two rows whose last requests are less than
+``SLACK`` ticks apart may be evicted in the wrong order, rows further apart never.
 
-*Time is counted in rows that came in*, not in calls: it is they who push others out. So how near to LRU this is does not depend
-on the size of batches, ``SLACK`` ticks are a 16th of the cache renewed; and where nothing is missed, nothing is written.
+*Time is counted in insertions*, not in calls: they are what evicts rows. So the distance from strict LRU does not depend on the
+size of batches: ``SLACK`` ticks are a 16th of the cache replaced. And where nothing is missed, nothing is written.
 
-Stamps begin anew after 2**32 ticks: a row that nobody asked for since then looks newer than one that came in after it.
+Stamps wrap around after 2**32 ticks: a row that was not requested since then looks newer than one inserted after it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Pinned keys: rows of given keys do not leave, the others leave as another policy says.
+"""Pinned keys: rows of given keys are never evicted, the others as another policy says.
 
 As pages are fixed in the buffer of a database (W. Effelsberg, T. Haerder, "Principles of database buffer management", ACM
-Transactions on Database Systems 9(4), 1984). For rows that must be fast when they come, however rarely: a home page, a key
-for all unknown users. A pinned key enters like any other, when it is first asked for or by the warming. If a set has more
-pinned keys than ways, those that came first stay.
+Transactions on Database Systems 9(4), 1984). For rows that must be fast however rarely they are requested: a home page, a key
+for all unknown users. A pinned key is inserted like any other, when it is first requested or by warming. If a set has more
+pinned keys than ways, those inserted first stay.
 
 Keys are given in code: ``pinned([1, 5, 9])``, or in a file that the config names as ``my_pins.py:PINS``::
 
@@ -22,7 +22,7 @@ from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
 
 __all__ = ["Pinned", "pinned"]
 
-MOST = 0xFFFF_FFFF
+MAX_SCORE = 0xFFFF_FFFF
 KEYS = (0,)
 COUNT = 0
 
@@ -53,21 +53,21 @@ class Pinned:
     """The score is the largest one for pinned keys, else that of the policy for the others, which is less."""
 
     def first(now, count, key):
-        return MOST if is_pinned(key) else min(order_first(now, count) & MOST, MOST - 1)
+        return MAX_SCORE if is_pinned(key) else min(order_first(now, count) & MAX_SCORE, MAX_SCORE - 1)
 
     def touch(score, now, count):
-        return MOST if score == MOST else min(order_touch(score, now, count) & MOST, MOST - 1)
+        return MAX_SCORE if score == MAX_SCORE else min(order_touch(score, now, count) & MAX_SCORE, MAX_SCORE - 1)
 
 
 def pinned(keys: Iterable[int], order: Any = "lru") -> type:
-    """A policy under which rows of up to 4096 ``keys`` stay; of the others, ``order`` (a name or a class) says who leaves.
+    """A policy under which rows of up to 4096 ``keys`` stay; ``order`` (a name or a class) says which of the others is evicted.
 
     Raises:
         PolicyError: there is no such policy, or it does more than score.
     """
     policy = load_policy(order) if isinstance(order, str) else as_policy(order)
     if policy.admit is not None or policy.victim is not None or policy.takes_key:
-        raise PolicyError(f"pinned: {policy.name!r} does more than score rows, wanted one with first and touch alone")
+        raise PolicyError(f"pinned: expected a policy with first and touch only, got {policy.name!r}, which has more")
     known = tuple(sorted({int(key) for key in keys}))
     functions = {"order_first": policy.first, "order_touch": policy.touch}
     return policy_with(

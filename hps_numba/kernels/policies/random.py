@@ -1,9 +1,9 @@
-"""Random: any row of the set may leave.
+"""Random: any row of the set is evicted.
 
 Studied beside first-in first-out and recency in L. A. Belady, "A study of replacement algorithms for a virtual-storage
-computer", IBM Systems Journal 5(2), 1966. A hit writes nothing, and no pattern of requests is bad for it. The numbers are those
-of D. E. Knuth's linear congruential generator modulo 2**32 ("The Art of Computer Programming" 2, 1969), one a set, which begins
-at 0: so the same requests always leave the same rows, here and on a GPU.
+computer", IBM Systems Journal 5(2), 1966. A hit writes nothing, and no pattern of requests is bad for it. The generator is
+linear congruential modulo 2**32 with the multiplier of D. E. Knuth (W. H. Press et al., "Numerical Recipes", 2nd edition, 1992,
+section 7.1), one a set, seeded with 0: the same requests always evict the same rows, here and on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["Random"]
 
 
 class Random:
-    """No score says anything; the state is the last number of the generator."""
+    """The score is unused; the state is the last number of the generator."""
 
     state = 1
 

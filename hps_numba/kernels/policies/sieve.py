@@ -1,9 +1,9 @@
-"""SIEVE: a hand goes from old rows to new ones; a row that was asked for stays where it is, the next one that was not leaves.
+"""SIEVE: a hand moves from old rows to new ones; a requested row stays where it is, the first one without a request is evicted.
 
 Y. Zhang, J. Yang, Y. Yue, Y. Vigfusson, K. V. Rashmi, "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for
-web caches", NSDI 2024. Unlike CLOCK, the hand stays among the old rows while new ones come in behind it, so that those which
-are asked for once soon leave. Here a set is one queue, in the order in which its rows came in (of one batch: of their ways).
-Stamps begin anew after 2**31 ticks.
+web caches", NSDI 2024. Unlike CLOCK, the hand stays among the old rows while new ones are inserted behind it, so that those
+requested only once are soon evicted. Here a set is one queue, in the order of insertion (within a batch: of ways). Stamps wrap
+around after 2**31 ticks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def next_way(scores, stamp, way):
 
 
 class Sieve:
-    """The score is twice the time when the row came in, and 1 more if it was asked for; the state is where the hand goes on."""
+    """The score is twice the time of insertion, + 1 if the row was requested; the state is where the hand continues."""
 
     state = 2
 
@@ -42,7 +42,7 @@ class Sieve:
             visited = scores[way] & 1
             state[0] = scores[way] >> 1
             state[1] = way + 1
-            if next_way(scores, state[0], state[1]) < 0:  # from the newest row back to the oldest, not to newcomers
+            if next_way(scores, state[0], state[1]) < 0:  # from the newest row back to the oldest, not to rows of this batch
                 state[0] = 0
                 state[1] = 0
             scores[way] -= visited

@@ -1,8 +1,8 @@
-"""LRU with the admission of TinyLFU: a newcomer comes in only if it was asked for more often lately than the row that leaves.
+"""LRU with the admission of TinyLFU: a row is inserted only if its key was requested more often lately than that of the victim.
 
 G. Einziger, R. Friedman, B. Manes, "TinyLFU: a highly efficient cache admission policy", ACM Transactions on Storage 13(4),
-2017. So keys that are asked for once, most of a long tail, push out nothing, and their rows are not even written. The price:
-one more kernel a lookup, which counts its keys, and 8 to 16 bytes a row for the counts. Who leaves is as in LRU.
+2017. So keys that are requested once, most of a long tail, evict nothing, and their rows are not even written. The price: one
+more kernel a lookup, which counts its keys, and 8 to 16 bytes a row for the counts. The victim is chosen as in LRU.
 """
 
 from __future__ import annotations

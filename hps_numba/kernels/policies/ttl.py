@@ -1,11 +1,10 @@
-"""LRU with a time to live: rows that came in ``LIFE`` ticks ago or earlier leave before all others, however popular they are.
+"""LRU with a time to live: rows inserted ``LIFE`` ticks ago or earlier are evicted before all others, however popular they are.
 
 J. Jung, A. W. Berger, H. Balakrishnan, "Modeling TTL-based Internet caches", INFOCOM 2003. For keys that matter for a while
-only, such as sessions or news. A row that has outlived its time is still right, as the cache follows the store behind it; it
-is served until a newcomer wants its place. Times count in 64ths of a life, so that a hit writes once in that time at most, and
-begin anew after 1024 lives.
+only, such as sessions or news. An expired row is still correct, as the cache follows the host store; it is served until its way
+is needed. Times count in 64ths of a life, so that a hit writes at most once in that time, and wrap around after 1024 lives.
 
-``ttl(ticks)`` is the policy with another life; a tick is a call, or more of them if a batch is large beside the cache.
+``ttl(ticks)`` is the policy with another life; a tick is a call, or more of them if a batch is large compared to the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def unit_of(now):
 
 
 class TTL:
-    """The score is the time when the row came in, times 2**16, + that of its last request."""
+    """The score is the time of insertion times 2**16, + that of the last request."""
 
     def first(now, count):
         return (unit_of(now) << 16) + unit_of(now)
@@ -45,7 +44,7 @@ class TTL:
 
 
 def ttl(ticks: int) -> type:
-    """The policy with a life of so many ticks."""
+    """The policy with a life of ``ticks``."""
     return policy_with(TTL, LIFE=ticks)
 
 

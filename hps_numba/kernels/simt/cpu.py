@@ -1,4 +1,4 @@
-"""``lanes`` compiled for the CPU: a tile of one lane, a grid of one tile, the atomic operations of the processor."""
+"""The operations of ``simt.reference`` compiled for the CPU: atomic ones of the processor, for a tile of one lane."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hps_numba.kernels.host.atomics import add_word, full_fence, load_word_acqui
 
 __all__ = ["LOCAL_WORDS", "NAMES"]
 
-LOCAL_WORDS = 16  # room of ``local_words``
+LOCAL_WORDS = 16  # maximum of ``local_words``
 
 _64, _32 = ir.IntType(64), ir.IntType(32)
 _INT = types.int64
@@ -95,7 +95,7 @@ def _bits_float(typingctx, bits):
 
 
 @intrinsic
-def _lowest_bit(typingctx, bits):
+def _ctz(typingctx, bits):
     def codegen(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
@@ -103,7 +103,7 @@ def _lowest_bit(typingctx, bits):
 
 
 @intrinsic
-def _bits_set(typingctx, bits):
+def _popcount(typingctx, bits):
     def codegen(context, builder, signature, args):
         return builder.ctpop(args[0])
 
@@ -149,7 +149,7 @@ def _store(bits):
     return store
 
 
-#: what build.py puts in the place of the stand-ins in ``lanes`` and ``kernels.dtypes``
+#: what ``compiler.specialize`` binds in place of the operations of ``simt.reference``; the others are right for one lane
 NAMES = {
     "ld64": load_word_acquire,
     "ld64_host": load_word_acquire,
@@ -164,8 +164,8 @@ NAMES = {
     "max64": _rmw("max"),
     "fence": full_fence,
     "local_words": _local_words,
-    "ctz": _lowest_bit,
-    "popcount": _bits_set,
+    "ctz": _ctz,
+    "popcount": _popcount,
     "ld8": _load(8),
     "ld16": _load(16),
     "st8": _store(8),

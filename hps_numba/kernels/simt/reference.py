@@ -1,10 +1,10 @@
-"""Memory and lanes as the cache kernels use them: plain-Python stand-ins, with the names that kernels are written with.
+"""The memory and warp operations with which cache kernels are written: in plain Python, for a tile of one lane.
 
 A kernel is written once, for a *tile*: a few lanes of a warp that serve one key or one set together and take every branch
-together. It names its memory operations and lane operations as functions of this module. As they stand here they work on
-addresses of this process and on a tile of one lane, so that a kernel runs as plain Python and in numba's CUDA simulator, which
-has no warp functions. ``compiler.specialize`` puts others in their place: ``kernels.simt.cpu`` for the CPU (one lane), and
-``kernels.simt.cuda`` for a GPU (a tile of 4 or 8 lanes, vector loads, votes).
+together. It calls the memory and lane operations of this module. Here they work on addresses of this process and on a tile of
+one lane, so that a kernel runs as plain Python and in numba's CUDA simulator, which has no warp functions.
+``compiler.specialize`` replaces them: by ``simt.cpu`` for the CPU (one lane), and by ``simt.cuda`` for a GPU (a tile of 4 or 8
+lanes, vector loads, ballots).
 
 Addresses, keys and words are int64; a uint32 is an int64 in 0..2**32-1.
 """
@@ -58,10 +58,10 @@ __all__ = [
     "min64",
     "noinline",
     "popcount",
-    "probe_alone",
-    "probe_both",
     "probe_host_line",
     "probe_line",
+    "probe_line_by_lane",
+    "probe_two_lines",
     "shfl",
     "st8",
     "st16",
@@ -134,12 +134,12 @@ def float_bits(value):
 
 
 def bits_float(bits):
-    """The float32 that a uint32 holds the bits of."""
+    """The float32 whose bits a uint32 holds."""
     return np.uint32(bits).view(np.float32)
 
 
 def fence():
-    """What was stored before is seen before what is stored after; what was loaded before was loaded before."""
+    """Orders what comes before it before what comes after it: loads and stores, as other threads of the device see them."""
 
 
 def cas32(address, expected, value):
@@ -193,7 +193,7 @@ def max64(address, value):
 
 
 def local_words(count):
-    """``count`` int64 that only this lane sees while the function runs, 0 to 16; what stands there is not cleared."""
+    """``count`` int64 (0 to 16) that only this lane sees while the function runs; they are not cleared."""
     return [0] * count
 
 
@@ -226,7 +226,7 @@ def ballot(condition):
 
 
 def tiles_of(votes):
-    """Bit t: the lanes of tile t voted for it, all or none of each tile."""
+    """Bit t: the lanes of tile t voted; all lanes of a tile vote alike."""
     return votes
 
 
@@ -236,17 +236,17 @@ def popcount(bits):
 
 
 def ctz(bits):
-    """Number of the lowest bit that is set; some bit is."""
+    """Number of the lowest bit that is set; there is one."""
     return (bits & -bits).bit_length() - 1
 
 
 def shfl(value, number):
-    """What lane ``number`` of the warp has."""
+    """The ``value`` of lane ``number`` of the warp."""
     return value
 
 
 def sync_warp():
-    """Lanes of a warp wait for each other; what they stored is seen by all of them."""
+    """Lanes of a warp wait for each other; each sees what the others have stored."""
 
 
 def grid_warps():
@@ -315,7 +315,7 @@ def is_warp_leader():
 
 
 def any_in_warp(condition):
-    """Some lane of the warp has it: branches that tiles of a warp take together are branches on this."""
+    """Some lane of the warp has it. Branches that the tiles of a warp take together are branches on this."""
     return condition
 
 
@@ -330,28 +330,28 @@ def count_in_warp(condition):
 
 
 def max_in_tile(value):
-    """The largest of what the lanes of the tile have."""
+    """The largest ``value`` of the lanes of the tile."""
     return value
 
 
 def from_first_lane(value):
-    """What the first lane of the tile has."""
+    """The ``value`` of the first lane of the tile."""
     return value
 
 
 def sync_tile():
-    """Lanes of a tile wait for each other; what they stored is seen by all of them."""
+    """Lanes of a tile wait for each other; each sees what the others have stored."""
 
 
 def grid_dependency_sync():
-    """Wait until the work before this kernel on its stream is done: nothing else may come before this in a kernel."""
+    """Wait until the work before this kernel on its stream is done: the first thing that a kernel does."""
 
 
 def noinline():
-    """Keep the function that calls this out of its callers, so that what is rare takes no registers from what is not.
+    """Keep the function that calls this from being inlined, so that a rare path takes no registers from the common one.
 
-    Such a function is called from one that does little else: numba clears memory for its result where the calling function
-    begins, so that each thread would write to memory on the way that is not rare.
+    Call such a function from one that does little else: numba clears local memory for its result at the beginning of the
+    calling function, and on the common path each thread would write to it.
     """
 
 
@@ -371,27 +371,27 @@ def probe_line(line, key):
     return -1, meta, 0
 
 
-def probe_alone(line, key):
+def probe_line_by_lane(line, key):
     """``(entry, tags)`` of a key in a line, by one lane: the address of the key or 0, and score << 32 | meta."""
     way, meta, score = probe_line(line, key)
     return (line + 8 * way if way >= 0 else 0), score << 32 | meta
 
 
-def probe_both(line, other, key):
-    """``probe_alone`` of two lines by a tile, both read at once; the meta is that of the line with the key, else of ``other``.
+def probe_two_lines(line, other, key):
+    """``(entry, tags)`` of a key in two lines, by a tile that reads both at once; without it, ``tags`` are those of ``other``.
 
     All tiles of a warp together.
     """
-    entry, tags = probe_alone(line, key)
-    return (entry, tags) if entry != 0 else probe_alone(other, key)
+    entry, tags = probe_line_by_lane(line, key)
+    return (entry, tags) if entry != 0 else probe_line_by_lane(other, key)
 
 
-def probe_host_line(line, key, wanted):
+def probe_host_line(line, key, active):
     """``(word, settled)`` of a key in a line of the host store's index: EMPTY if it is not there.
 
-    It is settled if the search ends here: the key was found, or an entry that was never used. ``wanted``: this tile searches.
+    The search is settled if it ends here: with the key, or with an entry that was never used. ``active``: this tile searches.
     """
-    if not wanted:
+    if not active:
         return EMPTY, True
     for entry in range(ENTRIES_PER_LINE):
         word = ld64_host(line + ENTRY_BYTES * entry + 8)

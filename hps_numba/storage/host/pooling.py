@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hps_numba.errors import ArrayError, ConfigError
-from hps_numba.kernels.cache.pooling import COMBINERS
 from hps_numba.kernels.host.pooling import bag_starts, host_pool
+from hps_numba.kernels.layouts.pooling import COMBINERS
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.epochs import Epochs

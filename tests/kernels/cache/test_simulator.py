@@ -19,7 +19,8 @@ from support.processes import environment
 
 from hps_numba import plugins
 from hps_numba.kernels.cache.sketch import sketch_places, sketch_shape
-from hps_numba.kernels.compiler.specialize import KernelSpec, bindings
+from hps_numba.kernels.compiler.spec import KernelSpec
+from hps_numba.kernels.compiler.specialize import bindings
 from hps_numba.kernels.dtypes import row_stride
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.layouts import cache as layout

@@ -22,7 +22,7 @@ from support.processes import ROOT, environment
 
 from hps_numba.errors import DeviceError
 from hps_numba.kernels.compiler import disk_cache, launch
-from hps_numba.kernels.compiler.specialize import KernelSpec
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.policies._load import load_policy
 
 SPEC = KernelSpec(name="erase_kernel", dim=4, policy=load_policy("lru"))
@@ -97,7 +97,7 @@ def test_every_chip_has_a_file_of_its_own(place, compiler):
     assert len(compiler) == len(files(place)) == 2
 
 
-def test_a_change_of_any_kernel_source_starts_anew(place, compiler, monkeypatch):
+def test_a_change_of_any_kernel_source_recompiles(place, compiler, monkeypatch):
     launch.cubin_of(SPEC, CHIP)
     monkeypatch.setattr(disk_cache, "source_digest", lambda: "0" * 16)
     launch.cubin_of(SPEC, CHIP)
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_replaced_with_one_warning(place, compiler, caplog, da
         assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol")
     assert file.read_bytes() == good and len(compiler) == 2
     (warning,) = warnings(caplog)
-    assert file.name in warning and "compiled anew" in warning
+    assert file.name in warning and "compiled again" in warning
 
 
 def test_the_file_of_another_kernel_is_not_taken_for_it(place, compiler, caplog):
@@ -196,7 +196,7 @@ def test_a_file_that_others_could_have_written_is_not_run(place, compiler, caplo
         assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol")
     assert len(compiler) == 2 and stat.S_IMODE(file.stat().st_mode) == 0o600
     (warning,) = warnings(caplog)
-    assert "cannot be read, compiled anew" in warning and f"mode {mode:o}" in warning
+    assert "cannot be read, compiled again" in warning and f"mode {mode:o}" in warning
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")

@@ -17,8 +17,9 @@ import pytest
 from numba.core.bytecode import FunctionIdentity
 from support.compiled_kernels import SPEC, end, scattered, start
 
-from hps_numba.kernels.compiler import disk_cache, specialize
-from hps_numba.kernels.compiler.specialize import KernelSpec, for_host
+from hps_numba.kernels.compiler import disk_cache, host_kernels
+from hps_numba.kernels.compiler.host_kernels import for_host
+from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.policies._load import load_policy
 
 
@@ -34,18 +35,18 @@ def place(tmp_path, monkeypatch):
 def compiled(monkeypatch):
     """Specs that were compiled, one by one."""
     specs: list[KernelSpec] = []
-    real = specialize._compile_for_host
-    monkeypatch.setattr(specialize, "_compile_for_host", lambda spec: specs.append(spec) or real(spec))
+    real = host_kernels._compile_for_host
+    monkeypatch.setattr(host_kernels, "_compile_for_host", lambda spec: specs.append(spec) or real(spec))
     return specs
 
 
 def fresh(spec: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernel as a new process would get it."""
-    monkeypatch.setattr(specialize, "_host_kernels", {})
+    monkeypatch.setattr(host_kernels, "_host_kernels", {})
     return for_host(spec)
 
 
-def wanted(dim: int) -> list[list[float]]:
+def expected(dim: int) -> list[list[float]]:
     out = np.zeros((4, dim), np.float32)
     out[[2, 0]] = np.arange(2 * dim).reshape(2, dim)
     return out.tolist()
@@ -64,7 +65,7 @@ seen = event.RecordingListener()
 event.register("numba:compile", seen)
 from support.compiled_kernels import SPEC, scattered
 from dataclasses import replace
-from hps_numba.kernels.compiler.specialize import for_host
+from hps_numba.kernels.compiler.host_kernels import for_host
 rows = [scattered(for_host(replace(SPEC, dim=dim)), dim) for dim in map(int, sys.argv[1:])]
 print(json.dumps({"compiled": len(seen.buffer), "rows": rows}))
 """
@@ -86,14 +87,14 @@ print(json.dumps({"compiled": len(seen.buffer), "rows": rows, "cuda": cuda}))
 
 POLICY = """
 import json, sys
-from hps_numba.kernels.compiler import specialize
+from hps_numba.kernels.compiler import host_kernels
 from hps_numba.kernels.policies._load import load_policy
 from support.compiled_kernels import SPEC
 from dataclasses import replace
-from hps_numba.kernels.compiler.specialize import for_host
+from hps_numba.kernels.compiler.host_kernels import for_host
 made = []
-real = specialize._compile_for_host
-specialize._compile_for_host = lambda spec: made.append(spec.name) or real(spec)
+real = host_kernels._compile_for_host
+host_kernels._compile_for_host = lambda spec: made.append(spec.name) or real(spec)
 kernel = for_host(replace(SPEC, name="touch_kernel", policy=load_policy(sys.argv[1], allow_code=True)))
 kernel._compile()
 print(json.dumps(made))
@@ -111,9 +112,9 @@ def test_kernels_are_compiled_once_for_all_processes_and_never_mixed_up(place):
     """In each process numba gives the first function the same number, and its linker knows functions by their names."""
     first, loads_one, loads_both = end(start(SCATTER, 3)), end(start(SCATTER, 3, 5)), end(start(SCATTER, 5, 3))
     assert first["compiled"] >= loads_one["compiled"] > 0 == loads_both["compiled"]
-    assert first["rows"] == [wanted(3)]
-    assert loads_one["rows"] == [wanted(3), wanted(5)]
-    assert loads_both["rows"] == [wanted(5), wanted(3)]
+    assert first["rows"] == [expected(3)]
+    assert loads_one["rows"] == [expected(3), expected(5)]
+    assert loads_both["rows"] == [expected(5), expected(3)]
     assert len(list(place.iterdir())) == 2
 
 
@@ -122,17 +123,17 @@ def test_functions_of_two_kernels_have_no_name_in_common(monkeypatch):
 
     def functions(dim):
         monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(1))  # as in a new process
-        (result,) = specialize._compile_for_host(replace(SPEC, name="refresh_kernel", dim=dim)).overloads.values()
+        (result,) = host_kernels._compile_for_host(replace(SPEC, name="refresh_kernel", dim=dim)).overloads.values()
         return {function.name for function in result.library._final_module.functions if not function.is_declaration}
 
     three, five = functions(3), functions(5)
-    assert any("renew_line" in name for name in three) and len(three) == len(five)
+    assert any("refresh_line" in name for name in three) and len(three) == len(five)
     assert not three & five
 
 
 def test_processes_that_start_together_keep_one_file(place):
     results = [end(process) for process in [start(SCATTER, 3) for _ in range(2)]]
-    assert [result["rows"] for result in results] == [[wanted(3)]] * 2
+    assert [result["rows"] for result in results] == [[expected(3)]] * 2
     assert len(list(place.iterdir())) == 1
     assert end(start(SCATTER, 3))["compiled"] == 0
 
@@ -154,27 +155,27 @@ DAMAGES = {"cut": lambda data: data[:-5], "bit": lambda data: data[:-1] + bytes(
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_is_compiled_anew(place, compiled, monkeypatch, caplog, damage):
-    assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
+def test_a_damaged_file_is_compiled_again(place, compiled, monkeypatch, caplog, damage):
+    assert scattered(fresh(SPEC, monkeypatch), 3) == expected(3)
     (file,) = place.iterdir()
     file.write_bytes(damage(file.read_bytes()))
     for _ in range(2):
-        assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
+        assert scattered(fresh(SPEC, monkeypatch), 3) == expected(3)
     assert len(compiled) == 2
     (warning,) = warnings(caplog)
-    assert file.name in warning and "compiled anew" in warning
+    assert file.name in warning and "compiled again" in warning
 
 
 @pytest.mark.parametrize("content", [b"no pickle", b"\x80\x04)."], ids=["garbage", "nothing"])
-def test_what_numba_cannot_bring_to_life_is_compiled_anew(place, compiled, monkeypatch, caplog, content):
+def test_what_numba_cannot_restore_is_compiled_again(place, compiled, monkeypatch, caplog, content):
     fresh(SPEC, monkeypatch)._compile()
     (file,) = place.iterdir()
     disk_cache.keep(file.name, content, "symbol")
     for _ in range(2):
-        assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
+        assert scattered(fresh(SPEC, monkeypatch), 3) == expected(3)
     assert len(compiled) == 2
     (warning,) = warnings(caplog)
-    assert file.name in warning and "compiled anew" in warning
+    assert file.name in warning and "compiled again" in warning
 
 
 def other_numba(monkeypatch):
@@ -222,7 +223,7 @@ def test_a_file_that_others_can_write_is_not_run(place, compiled, monkeypatch, c
     (file,) = place.iterdir()
     file.chmod(0o620)
     for _ in range(2):
-        assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
+        assert scattered(fresh(SPEC, monkeypatch), 3) == expected(3)
     assert len(compiled) == 2
     (warning,) = warnings(caplog)
     assert "mode 620" in warning
@@ -233,7 +234,7 @@ def test_without_a_folder_kernels_are_compiled(tmp_path, compiled, monkeypatch, 
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(disk_cache, "_warned", False)
     for _ in range(2):
-        assert scattered(fresh(SPEC, monkeypatch), 3) == wanted(3)
+        assert scattered(fresh(SPEC, monkeypatch), 3) == expected(3)
     assert len(compiled) == 2 and "not kept" in warnings(caplog)[0] and len(warnings(caplog)) == 1
 
 

@@ -22,9 +22,13 @@ import pytest
 from hps_numba import plugins
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
 from hps_numba.kernels.cache import sketch
-from hps_numba.kernels.compiler import launch, specialize
-from hps_numba.kernels.compiler.specialize import KERNELS, KernelSpec, bind, bindings, for_host, ptx_of, uses_pdl
-from hps_numba.kernels.dtypes import TYPE_NUMBERS
+from hps_numba.kernels.compiler import host_kernels, launch, ptx
+from hps_numba.kernels.compiler.diagnosis import signature_of
+from hps_numba.kernels.compiler.host_kernels import for_host
+from hps_numba.kernels.compiler.ptx import ptx_of, uses_pdl
+from hps_numba.kernels.compiler.spec import KERNELS, KernelSpec
+from hps_numba.kernels.compiler.specialize import bind, bindings, names_in
+from hps_numba.kernels.dtypes import KEY_FORMS, OUT_TYPES, TYPE_NUMBERS
 from hps_numba.kernels.policies._functions import for_compiler
 from hps_numba.kernels.policies._load import as_policy, load_policy, policy_with
 from hps_numba.kernels.policies._policy import Policy
@@ -43,15 +47,15 @@ SETTINGS: dict[str, list[Any]] = {
     "chip": CHIPS,
     "policy": POLICIES if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else SIMPLE,
     "row_type": list(TYPE_NUMBERS),
-    "out_type": ["float32", "float16", "bfloat16"],
-    "key_form": list(specialize.KEY_FORMS),
+    "out_type": list(OUT_TYPES),
+    "key_form": list(KEY_FORMS),
     "dim": [1, 3, 16, 17, 32, 100, 128, 384],
     "fixed": [False, True],
     "out_vector": [False, True],
     "lanes": [4, 8],
     "group": [8, 16, 32],
 }
-#: settings whose pairs with the kernel are wanted too; beside these each kernel is compiled for the oldest chip
+#: settings whose pairs with the kernel are required too; besides, each kernel is compiled for the oldest chip
 WITH_KERNEL = ("policy", "row_type", "out_type", "fixed", "out_vector", "lanes", "group")
 LRU = load_policy("lru")
 SPEC = KernelSpec(name="lookup_kernel", dim=3, policy=LRU)
@@ -64,7 +68,7 @@ def pairs_of(case: dict[str, Any]) -> set[tuple[Any, ...]]:
     return {(a, case[a], b, case[b]) for a, b in itertools.combinations(SETTINGS, 2)}
 
 
-def wanted_pairs() -> set[tuple[Any, ...]]:
+def required_pairs() -> set[tuple[Any, ...]]:
     pairs: set[tuple[Any, ...]] = {("name", name, "chip", CHIPS[0]) for name in KERNELS}
     for a, b in itertools.combinations(SETTINGS, 2):
         if a != "name" or b in WITH_KERNEL:
@@ -73,9 +77,9 @@ def wanted_pairs() -> set[tuple[Any, ...]]:
 
 
 def pairwise() -> list[dict[str, Any]]:
-    """Few cases in which all wanted pairs are. Greedy: of some random cases with a missing pair, each time the best."""
+    """A few cases that contain all required pairs. Greedy: each time the best of some random cases with a missing pair."""
     source = random.Random(1)
-    missing = wanted_pairs()
+    missing = required_pairs()
     cases = []
     while missing:
         a, x, b, y = min(missing, key=lambda pair: (pair[0] != "name", str(pair)))
@@ -112,29 +116,29 @@ def test_kernels_compile_and_link_for_every_chip(name):
     cases = sorted((case for case in every_case() if case["name"] == name), key=lambda case: case["chip"])
     assert cases[0]["chip"] == CHIPS[0]
     for case in cases:
-        ptx = compiled(case)
-        assert re.search(r"\.target sm_{}{}\b".format(*case["chip"]), ptx), case
+        code = compiled(case)
+        assert re.search(r"\.target sm_{}{}\b".format(*case["chip"]), code), case
         for chip in CHIPS if case is cases[0] else [case["chip"]]:
-            cubin = launch.link(ptx, chip)
+            cubin = launch.link(code, chip)
             assert cubin.startswith(b"\x7fELF"), case
             assert machine_of(cubin) == 10 * chip[0] + chip[1], case
 
 
-def test_pairs_are_all_there_in_few_cases():
+def test_a_few_cases_contain_all_pairs():
     cases = pairwise()
-    assert wanted_pairs() <= set().union(*map(pairs_of, cases))
+    assert required_pairs() <= set().union(*map(pairs_of, cases))
     assert len(cases) < 7 * len(KERNELS)
 
 
 @needs_compiler
-def test_the_number_of_registers_is_kept_to():
-    ptx = ptx_of(replace(SPEC, dim=128), (9, 0))
-    free, tight = launch.link(ptx, (9, 0)), launch.link(ptx, (9, 0), registers=24)
+def test_the_limit_of_registers_is_kept():
+    code = ptx_of(replace(SPEC, dim=128), (9, 0))
+    free, tight = launch.link(code, (9, 0)), launch.link(code, (9, 0), registers=24)
     assert free != tight
 
 
 @needs_compiler
-def test_a_kernel_waits_for_the_one_before_it_where_the_chip_can_start_it_early():
+def test_a_kernel_waits_for_its_predecessor_where_the_chip_can_start_it_early():
     early, late = (ptx_of(SPEC, chip) for chip in ((9, 0), (8, 9)))
     assert "griddepcontrol.wait" in early and "griddepcontrol" not in late
     assert uses_pdl(SPEC, (9, 0)) and not uses_pdl(SPEC, (8, 9))
@@ -153,7 +157,7 @@ def test_the_kernel_for_small_batches_compiles_and_links_for_every_chip(chip):
 
 @pytest.mark.parametrize(("lanes_of_tile", "group"), [(4, 8), (8, 32), (4, 4)])
 def test_a_tile_that_takes_a_key_has_eight_lanes(lanes_of_tile, group):
-    with pytest.raises(ConfigError, match=f"by_tile with lanes={lanes_of_tile}, group={group}, wanted 8 and 4"):
+    with pytest.raises(ConfigError, match=f"expected lanes=8, group=4 with by_tile, got lanes={lanes_of_tile}, group={group}"):
         ptx_of(replace(SPEC, by_tile=True, lanes=lanes_of_tile, group=group), (9, 0))
 
 
@@ -164,9 +168,9 @@ def test_insertion_by_every_policy_compiles_and_links_for_every_chip(name):
     number = POLICIES.index(name)
     row_type = list(TYPE_NUMBERS)[number % len(TYPE_NUMBERS)]
     spec = replace(SPEC, name="insert_kernel", policy=load_policy(name), row_type=row_type, lanes=(4, 8)[number % 2])
-    ptx = ptx_of(spec, CHIPS[0])
+    code = ptx_of(spec, CHIPS[0])
     for chip in CHIPS:
-        assert machine_of(launch.link(ptx, chip)) == 10 * chip[0] + chip[1]
+        assert machine_of(launch.link(code, chip)) == 10 * chip[0] + chip[1]
 
 
 @needs_compiler
@@ -175,8 +179,8 @@ def test_every_function_of_every_policy_compiles_by_itself(name):
     """As it is compiled to tell which one is at fault."""
     policy, chip = load_policy(name), CHIPS[POLICIES.index(name) % len(CHIPS)]
     for label, function in policy.functions.items():
-        bound = bind(for_compiler(function), {}, specialize._device_function)
-        assert ".target sm_{}{}".format(*chip) in compile_ptx_of(bound, specialize._signature_of(label, function), chip)
+        bound = bind(for_compiler(function), {}, ptx._device_function)
+        assert ".target sm_{}{}".format(*chip) in compile_ptx_of(bound, signature_of(label, function), chip)
 
 
 def compile_ptx_of(function, signature, chip):
@@ -187,7 +191,7 @@ def compile_ptx_of(function, signature, chip):
 
 @needs_compiler
 def test_a_policy_that_only_scores_costs_insertion_nothing():
-    """What victims, admission and keys take is not in the code of other policies."""
+    """The code for victims, admission and keys is not in the kernels of other policies."""
     plain = ptx_of(replace(SPEC, name="insert_kernel"), (9, 0))
     sieve, tinylfu = (
         ptx_of(replace(SPEC, name="insert_kernel", policy=load_policy(name)), (9, 0)) for name in ("sieve", "tinylfu")
@@ -199,10 +203,10 @@ def test_a_policy_that_only_scores_costs_insertion_nothing():
 
 @needs_compiler
 @pytest.mark.parametrize("by_tile", [False, True])
-def test_the_way_of_a_hit_writes_nothing_to_memory_of_its_own(by_tile):
-    """numba clears memory for results of functions out of line: such a store must not stand where every thread passes."""
-    ptx = ptx_of(replace(SPEC, dim=32, by_tile=by_tile, group=4 if by_tile else 32), (9, 0))
-    kernel = ptx[ptx.index(".visible .entry") :]
+def test_a_hit_writes_nothing_to_local_memory(by_tile):
+    """numba clears memory for results of functions that are not inlined: no such store may be where every thread passes."""
+    code = ptx_of(replace(SPEC, dim=32, by_tile=by_tile, group=4 if by_tile else 32), (9, 0))
+    kernel = code[code.index(".visible .entry") :]
     beginning = kernel[: re.search(r"^\$L__BB", kernel, re.MULTILINE).start()]
     assert "ld.param" in beginning and "st.local" in kernel and "st.local" not in beginning
 
@@ -222,7 +226,7 @@ def test_a_kernel_of_a_user_policy_is_another_kernel():
 
 # -- names ----------------------------------------------------------------------------------------
 
-#: stand-ins of ``lanes`` that are right for a tile of one lane as they are, wherever they run
+#: operations of ``simt.reference`` that are right as they are for a tile of one lane, wherever they run
 RIGHT_FOR_ONE_LANE = {
     *(
         "grid_dependency_sync",
@@ -237,21 +241,21 @@ RIGHT_FOR_ONE_LANE = {
     ),
     *("grid_row", "grid_rows"),
     *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
-    *("lane_in_warp", "max_in_tile", "noinline", "probe_alone", "probe_both", "probe_host_line", "probe_line"),
+    *("lane_in_warp", "max_in_tile", "noinline", "probe_host_line", "probe_line", "probe_line_by_lane", "probe_two_lines"),
     *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),
     *("ballot", "warp_number"),
 }
 
 
-def stand_ins_in(function: FunctionType) -> set[str]:
-    """Functions of ``lanes`` that a function names, and those that it calls."""
+def operations_in(function: FunctionType) -> set[str]:
+    """Operations of ``simt.reference`` that a function names, and the functions that it calls."""
     found: set[str] = set()
     seen: set[FunctionType] = set()
     left = [function]
     while left:
         current = left.pop()
         seen.add(current)
-        for name in specialize._names_in(current.__code__):
+        for name in names_in(current.__code__):
             value = current.__globals__.get(name)
             if not isinstance(value, FunctionType) or not value.__module__.startswith("hps_numba."):
                 continue
@@ -263,9 +267,9 @@ def stand_ins_in(function: FunctionType) -> set[str]:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_stand_in_is_bound_or_right_for_one_lane(name):
-    used = stand_ins_in(replace(SPEC, name=name).function)
-    assert used, "a kernel touches memory"
+def test_every_operation_is_bound_or_right_for_one_lane(name):
+    used = operations_in(replace(SPEC, name=name).function)
+    assert used, "a kernel accesses memory"
     assert used <= set(reference.__all__)
     assert used <= set(cpu.NAMES) | RIGHT_FOR_ONE_LANE
     assert not set(cpu.NAMES) & RIGHT_FOR_ONE_LANE
@@ -273,7 +277,7 @@ def test_every_stand_in_is_bound_or_right_for_one_lane(name):
 
 @needs_compiler
 @pytest.mark.parametrize("lanes_of_tile", [4, 8])
-def test_every_stand_in_is_bound_on_a_gpu(lanes_of_tile):
+def test_every_operation_is_bound_on_a_gpu(lanes_of_tile):
     from hps_numba.kernels.simt import cuda as simt_cuda
 
     spec = replace(SPEC, lanes=lanes_of_tile)
@@ -289,9 +293,9 @@ def test_constants_and_policies_are_bound_in_every_function(name):
     seen: list[FunctionType] = []
     seen.append(bindings(spec, lambda function: seen.append(function) or function))
     for function in seen:
-        for used in set(specialize._names_in(function.__code__)) & set(constants):
+        for used in set(names_in(function.__code__)) & set(constants):
             assert function.__globals__[used] == constants[used], (function.__name__, used)
-        for used in set(specialize._names_in(function.__code__)) & {"policy_first", "policy_touch"}:
+        for used in set(names_in(function.__code__)) & {"policy_first", "policy_touch"}:
             label = used.removeprefix("policy_")
             assert function.__globals__[used].__code__ is getattr(spec.policy, label).__code__
 
@@ -323,11 +327,11 @@ def test_bind_copies_what_a_function_calls_and_leaves_the_original():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "sort_kernel"}, "kernel 'sort_kernel': name is 'sort_kernel', wanted one of lookup_kernel"),
-        ({"row_type": "int4"}, "row_type is 'int4', wanted one of float32, float16, bfloat16, int8, float8_e4m3"),
-        ({"out_type": "int8"}, "out_type is 'int8', wanted one of float32, float16, bfloat16"),
-        ({"key_form": "uint64"}, "key_form is 'uint64', wanted one of int64"),
-        ({"dim": 0}, "dim is 0, wanted at least 1"),
+        ({"name": "sort_kernel"}, "kernel 'sort_kernel': expected name to be one of lookup_kernel"),
+        ({"row_type": "int4"}, "expected row_type to be one of float32, float16, bfloat16, int8, float8_e4m3, got 'int4'"),
+        ({"out_type": "int8"}, "expected out_type to be one of float32, float16, bfloat16, got 'int8'"),
+        ({"key_form": "uint64"}, "expected key_form to be one of int64, int32, uint32, checked32_in_int64, got 'uint64'"),
+        ({"dim": 0}, "expected dim to be at least 1, got 0"),
     ],
 )
 def test_a_spec_that_no_kernel_can_be_built_for_is_refused(change, message):
@@ -337,7 +341,7 @@ def test_a_spec_that_no_kernel_can_be_built_for_is_refused(change, message):
 
 @needs_compiler
 def test_a_gpu_has_no_tiles_of_one_lane():
-    with pytest.raises(ConfigError, match="lanes is 1, wanted 4 or 8"):
+    with pytest.raises(ConfigError, match="expected lanes to be 4 or 8 on a GPU, got 1"):
         ptx_of(replace(SPEC, lanes=1), (9, 0))
 
 
@@ -367,9 +371,9 @@ def test_one_kernel_a_process_for_the_cpu():
 def test_a_kernel_for_the_cpu_is_compiled_once_by_threads_that_call_it_together(monkeypatch, tmp_path):
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))
     compiled = []
-    real = specialize._compile_for_host
-    monkeypatch.setattr(specialize, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
-    monkeypatch.setattr(specialize, "_host_kernels", {})
+    real = host_kernels._compile_for_host
+    monkeypatch.setattr(host_kernels, "_compile_for_host", lambda spec: compiled.append(spec) or real(spec))
+    monkeypatch.setattr(host_kernels, "_host_kernels", {})
     kernel = for_host(replace(SPEC, name="clear_kernel"))
     assert compiled == []
     lines = np.zeros(3 * 128 + 128, np.uint8)
@@ -455,7 +459,7 @@ def test_names_of_a_policy_are_its_own_even_if_kernels_use_them_too():
     assert bound(1, 0, 0) == 1101
 
 
-def nowhere(place):
+def missing(place):
     return place.is_no_attribute
 
 
@@ -463,7 +467,7 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch, tmp_
     from hps_numba.kernels.cache import update
 
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))  # no file has the kernel as it was
-    monkeypatch.setattr(update, "lock_set", nowhere)
+    monkeypatch.setattr(update, "lock_set", missing)
     message = r"^clear_kernel\(policy=lru, dim=5, .*\) does not compile for the CPU: [^\n]+$"
     with pytest.raises(DeviceError, match=message):
         for_host(replace(SPEC, name="clear_kernel", dim=5))(0, 0)
@@ -473,7 +477,7 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_spec(monkeypatch, tmp_
 def test_a_kernel_that_does_not_compile_for_the_gpu_is_named_with_its_spec(monkeypatch):
     from hps_numba.kernels.cache import update
 
-    monkeypatch.setattr(update, "lock_set", nowhere)
+    monkeypatch.setattr(update, "lock_set", missing)
     with pytest.raises(DeviceError, match=r"^clear_kernel\(.*\) does not compile for sm_90: [^\n]+$"):
         ptx_of(replace(SPEC, name="clear_kernel"), (9, 0))
 

@@ -1,215 +1,28 @@
-"""Copies of rows on a GPU: their code, run on a CPU, gives the bytes of the generic copies; on a device (marker gpu) likewise.
-
-``simt.cuda_dtypes`` writes LLVM operations and, for memory and shuffles, PTX. Here stand memory operations of a CPU in the
-place of the PTX, and each lane of a warp runs by itself: what it asks of another lane is looked up in a table of the warp.
-"""
+"""Conversions in the registers of a GPU: their code, run on a CPU, gives the bits of ``cache.conversions`` for all inputs."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from llvmlite import binding, ir
-from support.cache_bench import Bench
-from support.dtype_samples import compiled, e4m3_sample, halves_and_middles, interesting
+from llvmlite import ir
+from support.dtype_samples import compiled, float32_sample
+from support.llvm_on_cpu import address, pointer, run_on_cpu
 
-from hps_numba.kernels import dtypes
-from hps_numba.kernels.dtypes import ELEMENT_BYTES, TYPE_NUMBERS, row_stride, scale_offset
+from hps_numba.kernels.cache import conversions
+from hps_numba.kernels.dtypes import TYPE_NUMBERS
 
-copies = pytest.importorskip(
+on_gpu = pytest.importorskip(
     "hps_numba.kernels.simt.cuda_dtypes", reason="numba-cuda is not installed: pip install 'numba-cuda[cu13]'"
 )
 
-DIMS = [1, 3, 4, 8, 17, 32, 100, 128, 384]
-OUT_TYPES = ["float32", "float16", "bfloat16"]
-#: all but float32 to float32, whose copies are others
-PAIRS = [(row, out) for row in TYPE_NUMBERS for out in OUT_TYPES if (row, out) != ("float32", "float32")]
-NARROW = [name for name in TYPE_NUMBERS if name != "float32"]
-UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _64, _32 = ir.IntType(64), ir.IntType(32)
 
 
-# -- a CPU in the place of the PTX ---------------------------------------------------------------
-
-
-def _pointer(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _count(builder: Any, what: int) -> None:
-    """Count an access: the table of the warp has, behind 32 rows, how many loads and stores there were, and their bytes."""
-    place = _pointer(builder, builder.add(builder.function.args[-1], ir.Constant(_64, 8 * (32 + what))), _64)
-    builder.store(builder.add(builder.load(place), ir.Constant(_64, 1)), place)
-
-
-def cpu_load(builder: Any, scope: str, size: int, address: Any, inside: Any) -> list[Any]:
-    words, kind = max(1, size // 4), _32 if size >= 4 else ir.IntType(8 * size)
-    places = [builder.alloca(_32) for _ in range(words)]
-    for place in places:
-        builder.store(ir.Constant(_32, 0xDEADBEEF), place)  # what stands in a register that nothing was loaded to
-    with builder.if_then(builder.icmp_unsigned("!=", inside, ir.Constant(_32, 0))):
-        aligned = builder.icmp_unsigned("==", builder.and_(address, ir.Constant(_64, size - 1)), ir.Constant(_64, 0))
-        _trap_unless(builder, aligned)
-        for i, place in enumerate(places):
-            value = builder.load(_pointer(builder, builder.add(address, ir.Constant(_64, 4 * i)), kind))
-            builder.store(value if kind == _32 else builder.zext(value, _32), place)
-        _count(builder, 0)
-    return [builder.load(place) for place in places]
-
-
-def cpu_store(builder: Any, scope: str, size: int, address: Any, values: Any, inside: Any) -> None:
-    kind = _32 if size >= 4 else ir.IntType(8 * size)
-    assert len(values) == max(1, size // 4)
-    with builder.if_then(builder.icmp_unsigned("!=", inside, ir.Constant(_32, 0))):
-        aligned = builder.icmp_unsigned("==", builder.and_(address, ir.Constant(_64, size - 1)), ir.Constant(_64, 0))
-        _trap_unless(builder, aligned)
-        for i, value in enumerate(values):
-            place = _pointer(builder, builder.add(address, ir.Constant(_64, 4 * i)), kind)
-            builder.store(value if kind == _32 else builder.trunc(value, kind), place)
-        _count(builder, 1)
-
-
-def _trap_unless(builder: Any, condition: Any) -> None:
-    """A misaligned access kills a kernel; here it is counted."""
-    with builder.if_then(builder.not_(condition)):
-        _count(builder, 2)
-
-
-def cpu_shuffled(builder: Any, value: Any, lane: Any) -> Any:
-    """The row of a lane from the table; of a 32-bit value, the word where that lane loaded it: the scale of its row."""
-    table, scale_at = builder.function.args[-1], ir.Constant(_64, builder.function.scale_at)
-    row = builder.load(_pointer(builder, builder.add(table, builder.mul(builder.zext(lane, _64), ir.Constant(_64, 8))), _64))
-    if value.type == _64:
-        return row
-    place = builder.alloca(_32)
-    builder.store(ir.Constant(_32, 0xDEADBEEF), place)
-    with builder.if_then(builder.icmp_unsigned("!=", row, ir.Constant(_64, 0))):
-        builder.store(builder.load(_pointer(builder, builder.add(row, scale_at), _32)), place)
-    return builder.load(place)
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.get_closest_marker("gpu") is None:
-        for name, stand_in in (("load", cpu_load), ("store", cpu_store), ("shuffled", cpu_shuffled)):
-            monkeypatch.setattr(copies, name, stand_in)
-        monkeypatch.setattr(copies, "opaque", lambda builder, number: ir.Constant(_32, number))
-
-
-@cache
-def _engine() -> Any:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    target = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=1
-    )
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), target)
-
-
-def run_on_cpu(write: Callable[..., Any], words: int, scale_at: int = 0) -> Callable[..., int]:
-    """What ``write(builder, *values)`` writes as code, as a function of ``words`` int64 and the address of the warp's table."""
-    module = ir.Module(name=f"m{next(_numbers)}")
-    module.triple = binding.get_process_triple()
-    name = f"code_{module.name}"
-    function = ir.Function(module, ir.FunctionType(_64, [_64] * (words + 1)), name)
-    function.scale_at = scale_at
-    builder = ir.IRBuilder(function.append_basic_block())
-    answer = write(builder, *function.args[:-1])
-    builder.ret(builder.zext(answer, _64) if answer is not None else ir.Constant(_64, 0))
-    engine = _engine()
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
-    engine.add_module(parsed)
-    engine.finalize_object()
-    return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * (words + 1))(engine.get_function_address(name))
-
-
-_numbers: Iterator[int] = iter(range(1 << 30))
-
-
-def address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def aligned(shape: tuple[int, ...], fill: int) -> np.ndarray:
-    """Bytes that begin at a multiple of 16."""
-    size = math.prod(shape)
-    memory = np.full(size + 16, fill, np.uint8)
-    return memory[-address(memory) % 16 :][:size].reshape(shape)
-
-
-# -- rows ---------------------------------------------------------------------------------------
-
-
-def element_bytes(bits: np.ndarray, kind: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """Float32 bits ``[rows, dim]`` as elements of a kind, by the functions of ``kernels.dtypes``: the bytes of the rows."""
-    if kind == "float32":
-        elements = bits.astype(np.int64)
-    elif scales is None:
-        elements = compiled(getattr(dtypes, f"{kind}_of"))(bits.ravel())
-    else:
-        store = compiled(dtypes.int8_of if kind == "int8" else dtypes.float8_of)
-        elements = np.concatenate([store(row, scale) for row, scale in zip(bits, scales, strict=True)])
-    return elements.reshape(bits.shape).astype(UNSIGNED[ELEMENT_BYTES[kind]]).view(np.uint8)
-
-
-def float_bits(elements: np.ndarray, kind: str, scales: np.ndarray | None = None) -> np.ndarray:
-    """Bytes of stored elements as float32 bits ``[rows, dim]``."""
-    values = np.ascontiguousarray(elements).view(UNSIGNED[ELEMENT_BYTES[kind]])
-    if kind == "float32":
-        return values
-    if scales is None:
-        bits = compiled(getattr(dtypes, f"float_of_{kind}"))(values.ravel())
-    else:
-        read = compiled(dtypes.float_of_int8 if kind == "int8" else dtypes.float_of_float8)
-        bits = np.concatenate([read(row, scale) for row, scale in zip(values, scales, strict=True)])
-    return bits.reshape(values.shape).astype(np.uint32)
-
-
-class Rows:
-    """Float32 rows, the rows that a cache has of them, and its answers, element by element."""
-
-    def __init__(self, values: np.ndarray, row_type: str, out_type: str) -> None:
-        self.count, dim = values.shape
-        self.stride, self.scale_at = row_stride(dim, row_type), scale_offset(dim, row_type)
-        self.out_bytes = dim * ELEMENT_BYTES[out_type]
-        self.source = aligned((self.count, 4 * dim), 0)
-        self.source[:] = values.view(np.uint8)
-        bits, scales = values.view(np.uint32), None
-        self.stored = aligned((self.count, self.stride), 0x55)
-        if self.scale_at:
-            largest = (bits & 0x7FFFFFFF).max(1)
-            with np.errstate(all="ignore"):
-                scales = np.array([dtypes.scale_of(int(size), row_type == "int8") for size in largest], np.float32)
-            self.stored[:, self.scale_at : self.scale_at + 4] = scales[:, None].view(np.uint8)
-        elements = element_bytes(bits, row_type, scales)
-        self.stored[:, : elements.shape[1]] = elements
-        self.answers = element_bytes(float_bits(elements, row_type, scales), out_type)
-        self.sources = address(self.source) + 4 * dim * np.arange(self.count)
-        self.places = address(self.stored) + self.stride * np.arange(self.count)
-
-
-def samples(dim: int, count: int) -> np.ndarray:
-    """Rows of numbers of all sizes, among them 0, subnormal ones and what is no number."""
-    rng = np.random.default_rng(dim)
-    values = (rng.normal(0, 1, (count, dim)) * 2.0 ** rng.integers(-30, 20, (count, dim))).astype(np.float32)
-    values[::3] = rng.uniform(-1, 1, values[::3].shape)
-    for special in (0.0, -0.0, 1e-40, -1e-45, 6e-8, 65520.0, np.nan, -np.nan):
-        values[rng.random(values.shape) < 0.02] = special
-    return values
-
-
-# -- conversions: all bits -------------------------------------------------------------------------------------
-
-
 def compiled_element(name: str) -> Any:
-    return compiled(getattr(dtypes, name))
+    return compiled(getattr(conversions, name))
 
 
 def converter(write: Callable[[Any, Any, Any], Any]) -> Callable[[np.ndarray, float], np.ndarray]:
@@ -221,8 +34,8 @@ def converter(write: Callable[[Any, Any, Any], Any]) -> Callable[[np.ndarray, fl
         scale = builder.bitcast(builder.trunc(scale_bits, _32), ir.FloatType())
         with cgutils.for_range(builder, count, intp=_64) as turn:
             offset = builder.mul(turn.index, ir.Constant(_64, 4))
-            word = builder.load(_pointer(builder, builder.add(values, offset), _32))
-            builder.store(write(builder, word, scale), _pointer(builder, builder.add(answers, offset), _32))
+            word = builder.load(pointer(builder, builder.add(values, offset), _32))
+            builder.store(write(builder, word, scale), pointer(builder, builder.add(answers, offset), _32))
 
     function = run_on_cpu(loop, 4)
 
@@ -240,9 +53,9 @@ SCALES = [1.0, 0.0078125, 0.037, 3.5, 1e-38, 2.0**-127, 3e38]
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 @pytest.mark.parametrize("half", [0, 1])
-def test_all_16_bit_floats_are_read_as_ever(stored: str, half: int) -> None:
+def test_all_16_bit_floats_are_read_as_on_the_cpu(stored: str, half: int) -> None:
     kind = TYPE_NUMBERS[stored]
-    read = converter(lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 2, None)[half], _32))
+    read = converter(lambda builder, word, scale: builder.bitcast(on_gpu.floats_of(builder, kind, [word], 2, None)[half], _32))
     halves = np.arange(1 << 16, dtype=np.uint32)
     other = np.random.default_rng(1).permutation(halves)
     words = halves << 16 | other if half else other << 16 | halves
@@ -251,9 +64,9 @@ def test_all_16_bit_floats_are_read_as_ever(stored: str, half: int) -> None:
 
 @pytest.mark.parametrize("stored", ["int8", "float8_e4m3"])
 @pytest.mark.parametrize("byte", range(4))
-def test_all_bytes_are_read_as_ever(stored: str, byte: int) -> None:
+def test_all_bytes_are_read_as_on_the_cpu(stored: str, byte: int) -> None:
     kind = TYPE_NUMBERS[stored]
-    read = converter(lambda builder, word, scale: builder.bitcast(copies.floats_of(builder, kind, [word], 4, scale)[byte], _32))
+    read = converter(lambda builder, word, scale: builder.bitcast(on_gpu.floats_of(builder, kind, [word], 4, scale)[byte], _32))
     bytes_ = np.arange(256, dtype=np.uint32)
     words = np.full(256, 0x81FF7F01, np.uint32) & ~np.uint32(0xFF << (8 * byte)) | bytes_ << np.uint32(8 * byte)
     name = "float_of_int8" if stored == "int8" else "float_of_float8"
@@ -261,41 +74,33 @@ def test_all_bytes_are_read_as_ever(stored: str, byte: int) -> None:
         assert (read(words, scale) == compiled_element(name)(bytes_, np.float32(scale))).all(), scale
 
 
-@cache
-def float32_sample() -> np.ndarray:
-    """Float32 that rounding may get wrong: all exponents, ties of the narrow types and their neighbours, random bits."""
-    random = np.random.default_rng(5).integers(0, 1 << 32, 200_000)
-    ties = [halves_and_middles("float16"), halves_and_middles("bfloat16"), e4m3_sample()]
-    return np.unique(np.concatenate([interesting(), *ties, random]))
-
-
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_floats_are_rounded_to_16_bits_as_ever(kind: str) -> None:
+def test_floats_are_rounded_to_16_bits_as_on_the_cpu(kind: str) -> None:
     write = converter(
-        lambda builder, word, scale: copies.bits_of(builder, TYPE_NUMBERS[kind], [builder.bitcast(word, ir.FloatType())])[0]
+        lambda builder, word, scale: on_gpu.bits_of(builder, TYPE_NUMBERS[kind], [builder.bitcast(word, ir.FloatType())])[0]
     )
     bits = float32_sample()
     assert (write(bits) == compiled_element(f"{kind}_of")(bits)).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3"])
-def test_floats_are_rounded_to_bytes_as_ever(kind: str) -> None:
+def test_floats_are_rounded_to_bytes_as_on_the_cpu(kind: str) -> None:
     def one(builder: Any, word: Any, scale: Any) -> Any:
-        return copies.bits_of(builder, TYPE_NUMBERS[kind], [builder.bitcast(word, ir.FloatType())], scale)[0]
+        return on_gpu.bits_of(builder, TYPE_NUMBERS[kind], [builder.bitcast(word, ir.FloatType())], scale)[0]
 
     write, bits = converter(one), float32_sample()
     for scale in SCALES:
-        wanted = compiled_element("int8_of" if kind == "int8" else "float8_of")(bits, np.float32(scale))
-        assert (write(bits, scale) == wanted).all(), scale
+        expected = compiled_element("int8_of" if kind == "int8" else "float8_of")(bits, np.float32(scale))
+        assert (write(bits, scale) == expected).all(), scale
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3"])
-def test_scales_are_as_ever(kind: str) -> None:
-    write = converter(lambda builder, word, _scale: builder.bitcast(copies.scale_of(builder, word, TYPE_NUMBERS[kind]), _32))
+def test_scales_are_those_of_the_cpu(kind: str) -> None:
+    write = converter(lambda builder, word, _scale: builder.bitcast(on_gpu.scale_of(builder, word, TYPE_NUMBERS[kind]), _32))
     sizes = np.unique(float32_sample() & 0x7FFFFFFF)
     with np.errstate(all="ignore"):
-        wanted = [dtypes.scale_of(int(size), kind == "int8").view(np.uint32) for size in sizes[::7]]
-    assert (write(sizes[::7]) == wanted).all()
+        expected = [conversions.scale_of(int(size), kind == "int8").view(np.uint32) for size in sizes[::7]]
+    assert (write(sizes[::7]) == expected).all()
 
 
 def test_elements_are_packed_from_the_lower_end() -> None:
@@ -304,9 +109,9 @@ def test_elements_are_packed_from_the_lower_end() -> None:
     def write(builder: Any, out: Any) -> None:
         floats = [ir.Constant(ir.FloatType(), float(value)) for value in values]
         for number, kind in enumerate(("float32", "float16", "bfloat16", "int8", "float8_e4m3")):
-            words = copies.bits_of(builder, TYPE_NUMBERS[kind], floats, ir.Constant(ir.FloatType(), 1.0))
+            words = on_gpu.bits_of(builder, TYPE_NUMBERS[kind], floats, ir.Constant(ir.FloatType(), 1.0))
             for i, word in enumerate(words):
-                builder.store(word, _pointer(builder, builder.add(out, ir.Constant(_64, 16 * number + 4 * i)), _32))
+                builder.store(word, pointer(builder, builder.add(out, ir.Constant(_64, 16 * number + 4 * i)), _32))
 
     out = np.zeros((5, 4), np.uint32)
     run_on_cpu(write, 1)(address(out), 0)
@@ -316,218 +121,3 @@ def test_elements_are_packed_from_the_lower_end() -> None:
     assert (out[3].view(np.int8)[:4] == values).all()
     assert (out[4].view(np.uint8)[:4] == [0x38, 0xC0, 0x44, 0xC8]).all()
     assert (out[3:, 1:] == 0).all() and (out[1:3, 2:] == 0).all()
-
-
-# -- copies: every element once, aligned ------------------------------------------------------------
-
-
-def table_of(rows: Any = ()) -> np.ndarray:
-    """What stands for the other lanes: their rows; then the numbers of loads, stores and misaligned accesses."""
-    table = np.zeros(35, np.int64)
-    table[: len(rows)] = rows
-    return table
-
-
-def answers_at(rows: int, size: int, out_type: str, vector: bool) -> np.ndarray:
-    """Room for answers, at a multiple of 16 or (not ``vector``) right behind one."""
-    room = aligned((rows * size + 16,), 0x77)
-    return (
-        room[: rows * size].reshape(rows, size)
-        if vector
-        else room[ELEMENT_BYTES[out_type] :][: rows * size].reshape(rows, size)
-    )
-
-
-def pairs_and_dims() -> list[tuple[str, str, int, int]]:
-    """Each pair of types with three widths, so that each row type meets all of them; and a number."""
-    return [(*pair, DIMS[(3 * i + j) % len(DIMS)], 3 * i + j) for i, pair in enumerate(PAIRS) for j in range(3)]
-
-
-@pytest.mark.parametrize(("row_type", "out_type", "dim", "number"), pairs_and_dims())
-def test_a_warp_copies_the_rows_of_its_lanes(row_type: str, out_type: str, dim: int, number: int) -> None:
-    """And none of other lanes; where some have none, with more and fewer steps than loads in flight, answers at any address."""
-    group, depth, vector = ((8, 8, True), (32, 3, True), (16, 16, True), (8, 4, False))[number % 4]
-    rows = Rows(samples(dim, 40), row_type, out_type)
-    piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
-
-    def write(builder: Any, target: Any, source: Any, lane: Any) -> None:
-        lane = builder.trunc(lane, _32)
-        copies.copy_group(builder, piece, group, depth, rows.scale_at, target, source, lane)
-
-    copy = run_on_cpu(write, 3, rows.scale_at)
-    chosen = np.random.default_rng(dim).permutation(rows.count)[:32]
-    sources = rows.places[chosen]
-    sources[[1, group - 2]] = 0
-    there = sources[:group] != 0
-    table = table_of(sources)
-    out = answers_at(32, rows.out_bytes, out_type, vector)
-    for lane in range(32):
-        copy(address(out), int(table[lane]), lane, address(table))
-    assert (out[:group][there] == rows.answers[chosen[:group][there]]).all()
-    assert (out[:group][~there] == 0x77).all() and (out[group:] == 0x77).all()
-    loads, stores, misaligned = table[32:]
-    assert (stores, misaligned) == (there.sum() * piece.in_row, 0)
-    assert loads == stores + ((sources != 0).sum() if rows.scale_at else 0)
-
-
-@pytest.mark.parametrize(("row_type", "out_type", "dim", "number"), pairs_and_dims())
-def test_a_tile_copies_a_row(row_type: str, out_type: str, dim: int, number: int) -> None:
-    lanes, vector = ((4, True), (8, True), (8, False))[number // 3 % 3]
-    rows = Rows(samples(dim, 12), row_type, out_type)
-    piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type], 16 if vector else 1)
-
-    def write(builder: Any, target: Any, source: Any, lane: Any) -> None:
-        scale = copies.scale_at(builder, source, rows.scale_at)
-        copies.copy_row(builder, piece, lanes, ("gpu", ""), target, source, lane, scale=scale)
-
-    copy, table = run_on_cpu(write, 3), table_of()
-    out = answers_at(rows.count, rows.out_bytes, out_type, vector)
-    for i in range(rows.count):
-        for lane in range(lanes):
-            copy(address(out[i]), int(rows.places[i]), lane, address(table))
-    assert (out == rows.answers).all()
-    loads, stores, misaligned = table[32:]
-    assert (stores, misaligned) == (rows.count * piece.in_row, 0)
-    assert loads == stores + (rows.count * lanes if rows.scale_at else 0)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("out_type", OUT_TYPES)
-def test_a_tile_copies_a_row_of_the_host_store_to_answer_and_stage(out_type: str, dim: int) -> None:
-    rows = Rows(samples(dim, 8), "float32", out_type)
-    lanes, vector = ((4, True), (8, False))[DIMS.index(dim) % 2]
-    piece = copies.Piece(dim, TYPE_NUMBERS["float32"], TYPE_NUMBERS[out_type], 16 if vector else 1)
-
-    def write(builder: Any, target: Any, stage: Any, source: Any, lane: Any) -> None:
-        copies.copy_row(builder, piece, lanes, ("sys", ""), target, source, lane, second=stage)
-
-    copy, table = run_on_cpu(write, 4), table_of()
-    out, stage = answers_at(rows.count, rows.out_bytes, out_type, vector), aligned(rows.source.shape, 0x66)
-    for i in range(rows.count):
-        answer, staged = (address(out[i]) if i != 1 else 0), (address(stage[i]) if i != 2 else 0)
-        for lane in range(lanes):
-            copy(answer, staged, int(rows.sources[i]), lane, address(table))
-    assert (np.delete(out, 1, 0) == np.delete(rows.answers, 1, 0)).all() and (out[1] == 0x77).all()
-    assert (np.delete(stage, 2, 0) == np.delete(rows.source, 2, 0)).all() and (stage[2] == 0x66).all()
-    assert table[34] == 0
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("row_type", NARROW)
-def test_a_tile_stores_a_row_in_the_cache(row_type: str, dim: int) -> None:
-    values = samples(dim, 12)
-    values[1], values[2, 0] = 0, 1e30 if scale_offset(dim, row_type) else np.inf
-    rows = Rows(values, row_type, "float32")
-    piece = copies.Piece(dim, TYPE_NUMBERS["float32"], TYPE_NUMBERS[row_type])
-    lanes = (4, 8)[DIMS.index(dim) % 2]
-    find = run_on_cpu(lambda builder, *args: copies.largest_of(builder, piece, lanes, "sys", *args), 2)
-    store = run_on_cpu(lambda builder, *args: copies.store_row(builder, piece, lanes, rows.scale_at, *args), 4)
-    stored, table = aligned(rows.stored.shape, 0x55), table_of()
-    for i in range(rows.count):
-        source = int(rows.sources[i])
-        largest = max(find(source, lane, address(table)) for lane in range(lanes))
-        for lane in range(lanes):
-            store(address(stored[i]), source, lane, largest, address(table))
-    assert (stored == rows.stored).all()
-    assert table[34] == 0
-
-
-@pytest.mark.parametrize(
-    ("dim", "row_type", "out_type", "elements"),
-    [
-        (32, "int8", "float32", 4),
-        (32, "float16", "float32", 4),
-        (32, "float16", "float16", 8),
-        (128, "float8_e4m3", "bfloat16", 8),
-        (100, "bfloat16", "float16", 4),
-        (32, "float32", "float16", 4),
-        (6, "float16", "float32", 2),
-        (17, "int8", "float32", 1),
-    ],
-)
-def test_the_wider_access_of_a_piece_has_16_bytes_where_the_width_allows_it(
-    dim: int, row_type: str, out_type: str, elements: int
-) -> None:
-    piece = copies.Piece(dim, TYPE_NUMBERS[row_type], TYPE_NUMBERS[out_type])
-    assert (piece.elements, piece.in_row) == (elements, dim // elements)
-
-
-# -- on a device: the kernels against the CPU twin --------------------------------------------------
-
-
-def device_cases() -> list[tuple[str, str, int]]:
-    """Every pair of types with a width or two, or with all of them if HPS_NUMBA_ALL_KERNELS is 1."""
-    if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1":
-        return [(*pair, dim) for pair in PAIRS for dim in DIMS]
-    dims = [32, 128, 100, 8, 17, 4, 384, 1, 3]
-    cases = [(*pair, dims[i % len(dims)]) for i, pair in enumerate(PAIRS)]
-    return [*cases, ("float16", "float32", 32), ("int8", "float32", 128)]
-
-
-def hard_rows(row_type: str, dim: int) -> np.ndarray:
-    """All values of a type, middles between them, floats that rounding may get wrong, and random rows.
-
-    No infinity where rows have a scale, which would be infinite: 0 times that is no number, whose bits are the processor's.
-    """
-    sample = float32_sample()
-    every = np.arange(1 << 16, dtype=np.uint32)
-    if scale_offset(dim, row_type):
-        sample = sample[(sample & 0x7FFFFFFF) < 0x7F000000]
-        steps = np.arange(-255, 256) / 2  # int8 where the largest is 127: all of them and the middles
-        with np.errstate(all="ignore"):
-            of_e4m3 = compiled(dtypes.float_of_float8)(np.arange(256), np.float32(1.0))
-        fixed = [steps.astype(np.float32).view(np.uint32), of_e4m3.astype(np.uint32)]
-        rows = [np.tile(some, -(-dim // len(some)))[:dim] if dim >= len(some) else some for some in fixed]
-        sample = np.concatenate([*rows, sample])
-    else:
-        halves = every.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
-        sample = np.concatenate([every << 16, halves, sample])
-    count = min(-(-len(sample) // dim), 20_000)
-    bits = np.resize(sample.astype(np.uint32), (count, dim))
-    rows_ = bits.view(np.float32).copy()
-    if scale_offset(dim, row_type):  # the same rows with a largest value of 127 and of 448, where all numbers are exact
-        small = np.where(np.abs(rows_) <= 127, rows_, 0)
-        small[::2, 0], small[1::2, 0] = 127.0, 448.0
-        rows_ = np.concatenate([rows_, small.astype(np.float32)])
-    return np.concatenate([rows_, samples(dim, 500)])
-
-
-@pytest.mark.gpu
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("row_type", "out_type", "dim"), device_cases())
-def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: int) -> None:
-    """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""
-    values = hard_rows(row_type, dim)
-    large = np.random.default_rng(dim).integers(0, len(values), 33_321)
-    wanted: dict[Any, np.ndarray] = {}
-    for device in (None, 0):
-        bench = Bench(device)
-        try:
-            store = bench.store(dim=dim)
-            store.upsert(np.arange(len(values)), values)
-            cache = bench.cache(store, 5 * len(values), row_type=row_type)
-            size, small = dim * ELEMENT_BYTES[out_type], cache.large_batch // 2
-            for start in range(0, len(values), small):
-                some = np.arange(start, min(start + small, len(values)))
-                for turn in range(3):
-                    got = looked_up(cache, some, size, out_type, shift=ELEMENT_BYTES[out_type] if turn == 2 else 0)
-                    same = wanted.setdefault((start, turn), got)
-                    assert (got == same).all(), (start, turn, np.argwhere(got != same)[:5])
-            assert cache.counters().misses == len(values)
-            assert len(large) >= cache.large_batch
-            for shift in (0, ELEMENT_BYTES[out_type]):
-                got = looked_up(cache, large, size, out_type, shift=shift)
-                same = wanted.setdefault(("large", shift), got)
-                assert (got == same).all(), (shift, np.argwhere(got != same)[:5])
-        finally:
-            bench.close()
-
-
-def looked_up(cache: Any, keys: np.ndarray, size: int, out_type: str, shift: int) -> np.ndarray:
-    """The bytes of the answers, which stand ``shift`` bytes behind a multiple of 16 meanwhile."""
-    out = np.empty(len(keys) * size + shift, np.uint8)
-    place, stream = cache.backend, cache.parts.state.stream
-    with place.current(), cache.parts.state.copies(keys) as (at,), cache.parts.state.buffer(out.nbytes) as room:
-        cache.lookup(at, len(keys), room + shift, stream, out_type=out_type)
-        place.to_host(out, room, stream)
-    return out[shift:].reshape(len(keys), size)
