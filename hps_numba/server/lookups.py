@@ -20,6 +20,7 @@ from hps_numba.arrays.batch import DeviceBatch, HostBatch, check_rows
 from hps_numba.arrays.cuda import device_of_array
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.errors import ClosedError, KeyDtypeError
 from hps_numba.server.catalog import Catalog, read_one_version
 from hps_numba.server.fused_tables import FusedLookup
@@ -75,15 +76,22 @@ class Lookups:
         if cache is not None:
             type_, bits = table.output_type, self._key_bits
             there = DeviceBatch(keys, table.spec.dim, type_, bits, out, stream, larger=larger, out_name=out_name)
-            try:
-                table.lookup_cached(cache, there.keys, there.address, there.stream)
-            except ClosedError as problem:
-                self._catalog.explain(model, problem)
-            if self._recordings.active:
-                self._recordings.record_on_device(table, there.keys, there.stream)
-            return there.result()
+            return self._launch(model, table, cache, there)
         batch = HostBatch(keys, table.spec.dim, table.output_type, self._key_bits, out, larger=larger, out_name=out_name)
         self._fill(model, table, batch.keys, batch.rows)
+        return batch.result()
+
+    def _launch(self, model: ServedModel, table: ServedTable, cache: EmbeddingCache, batch: DeviceBatch) -> Any:
+        """The rows of a batch on a GPU, or of its bags; returns when the work is on the stream."""
+        try:
+            if batch.bags is None:
+                table.lookup_cached(cache, batch.keys, batch.address, batch.stream)
+            else:
+                table.pool_cached(cache, batch.bags, batch.address, batch.stream)
+        except ClosedError as problem:
+            self._catalog.explain(model, problem)
+        if self._recordings.active:
+            self._recordings.record_on_device(table, batch.keys, batch.stream)
         return batch.result()
 
     def _fill(self, model: ServedModel, table: ServedTable, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -146,13 +154,7 @@ class Lookups:
                 stream=stream,
             )
             there = DeviceBatch(keys, table.spec.dim, table.output_type, bits, out, stream, bags=bags)
-            try:
-                table.pool_cached(cache, bags, there.address, there.stream)
-            except ClosedError as problem:
-                self._catalog.explain(model, problem)
-            if self._recordings.active:
-                self._recordings.record_on_device(table, there.keys, there.stream)
-            return there.result()
+            return self._launch(model, table, cache, there)
         given = as_host_bags(keys, offsets, weights, key_bits=bits, include_last_offset=include_last_offset)
         flat, starts, factors = given
         if padding is not None:
@@ -192,30 +194,42 @@ class Lookups:
         if device is not None and set(devices) == {device} and len({table.output_type for table, _ in tables}) == 1:
             deployed = self._catalog.model(model.name, device)
             fused = deployed.groups.on(device, [table for table, _ in tables])
-            answers = None if fused is None else self._answer_fused(fused, tables)
-            if answers is not None:
-                return answers
+            if fused is not None:
+                return self._answer_fused(model, device, fused, tables)
         return [self._answer(model, table, some, where) for (table, some), where in zip(tables, devices)]
 
-    def _answer_fused(self, fused: FusedLookup, tables: Sequence[tuple[ServedTable, Any]]) -> list[Any] | None:
-        """Rows of tables that are looked up together; None where their keys differ in kind, or are too many."""
+    def _answer_fused(
+        self, model: ServedModel, device: int, fused: FusedLookup, tables: Sequence[tuple[ServedTable, Any]]
+    ) -> list[Any]:
+        """Rows of tables with keys on one GPU: together, or one by one where keys differ in kind or are too many."""
         batches = [DeviceBatch(some, table.spec.dim, table.output_type, self._key_bits) for table, some in tables]
         first = batches[0].keys
         alike = all(batch.keys.form == first.form and batch.keys.kind == first.kind for batch in batches)
-        if not alike or max(batch.keys.n for batch in batches) > MAX_KEYS:
-            return None
-        try:
-            fused.lookup(
-                [batch.keys.address for batch in batches],
-                [batch.keys.n for batch in batches],
-                [batch.address for batch in batches],
-                batches[0].stream,
-                key_form=first.form,
-                out_type=tables[0][0].output_type,
-            )
-        except ClosedError:  # the policy changed, and with it what is fused; or a cache was closed, and will say so itself
-            return None
-        return [batch.result() for batch in batches]
+        small = max(batch.keys.n for batch in batches) <= MAX_KEYS
+        if alike and small and _launch_fused(fused, batches, tables[0][0].output_type):
+            return [batch.result() for batch in batches]
+        rows = []
+        for (table, _), batch in zip(tables, batches):
+            cache = table.cache_on(device)
+            assert cache is not None  # it is one of those that are fused
+            rows.append(self._launch(model, table, cache, batch))
+        return rows
+
+
+def _launch_fused(fused: FusedLookup, batches: Sequence[DeviceBatch], output_type: str) -> bool:
+    """Look up all batches; False if the policy changed, and with it what is fused, or if a cache was closed, which says so."""
+    try:
+        fused.lookup(
+            [batch.keys.address for batch in batches],
+            [batch.keys.n for batch in batches],
+            [batch.address for batch in batches],
+            batches[0].stream,
+            key_form=batches[0].keys.form,
+            out_type=output_type,
+        )
+    except ClosedError:
+        return False
+    return True
 
 
 def _number(given: Any) -> float | None:

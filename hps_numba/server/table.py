@@ -16,7 +16,6 @@ from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.arrays.host import NUMPY
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
-from hps_numba.errors import ArrayError
 from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import COUNTER_ABSENT
 from hps_numba.server.slow_path import Background, SlowPath, SlowPathOptions
@@ -73,17 +72,6 @@ class ServedTable:
     def attach_caches(self, caches: TableCaches) -> None:
         """Serve lookups from these caches, and bring every write to them."""
         self.caches = self.writes.caches = caches
-
-    @property
-    def output_dtype(self) -> np.dtype:
-        """NumPy's dtype of answers in host memory.
-
-        Raises:
-            ArrayError: it has none.
-        """
-        if self.output_type == "bfloat16":
-            raise ArrayError("output_dtype: 'bfloat16' has no NumPy dtype; keys in host memory get float32 or float16")
-        return np.dtype(self.output_type)
 
     # -- keys in host memory ---------------------------------------------------------------------
 
