@@ -69,7 +69,7 @@ def test_without_the_packages_there_is_no_device():
     assert why.startswith("the CUDA packages cannot be imported (pip install 'hps-numba[cuda13]'): ")
 
 
-def test_importing_looks_for_nothing():
+def test_importing_loads_no_driver():
     program = (
         "import sys, hps_numba.device.host_memory, hps_numba.device.driver\n"
         "print({'cuda', 'cupy', 'torch', 'numba'} & set(sys.modules))"

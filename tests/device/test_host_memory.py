@@ -36,7 +36,7 @@ def test_a_region_stays_where_it_is_and_reads_as_zero():
         region.view(np.uint8, (1,))
 
 
-def test_memory_comes_back_with_the_last_reference_too():
+def test_memory_is_released_with_the_last_reference():
     allocator = PlainHostAllocator()
     region = allocator.reserve(1 << 20, "test")
     region.commit(1 << 20)
@@ -63,7 +63,7 @@ def test_addresses_for_hundreds_of_large_tables():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets RLIMIT_AS as Linux has it")
-def test_a_limit_on_addresses_is_lived_with():
+def test_reserve_takes_less_under_a_limit_on_addresses():
     program = (
         "import resource, numpy as np; from hps_numba.storage.host.store import HostStore; HostStore(4).close();"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (600 << 20);"

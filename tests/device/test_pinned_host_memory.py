@@ -139,7 +139,7 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("registered", [False, True])
-def test_a_commit_that_was_interrupted_is_made_again(registered: bool, caplog: Any):
+def test_an_interrupted_commit_is_repeated(registered: bool, caplog: Any):
     registrar = Registrar()
     interrupts = [True]
 
@@ -161,7 +161,7 @@ def test_a_commit_that_was_interrupted_is_made_again(registered: bool, caplog: A
     assert registrar.ranges == {}
 
 
-def test_a_device_that_is_lost_does_not_keep_a_region_from_its_release(caplog: Any):
+def test_a_region_is_released_even_if_the_device_is_lost(caplog: Any):
     registrar = Registrar()
     allocator = registrar.allocator()
     region = allocator.reserve(16 * MIB, "rows of x")
@@ -170,8 +170,10 @@ def test_a_device_that_is_lost_does_not_keep_a_region_from_its_release(caplog: A
     registrar.ranges.clear()
     with caplog.at_level(logging.WARNING, "hps_numba.device.host_memory"):
         region.release()
-    wanted = "rows of x: pinned host memory was not unregistered: cuMemHostUnregister: CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED: "
-    assert [message.startswith(wanted) for message in caplog.messages] == [True, True]
+    expected = (
+        "rows of x: pinned host memory was not unregistered: cuMemHostUnregister: CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED: "
+    )
+    assert [message.startswith(expected) for message in caplog.messages] == [True, True]
     assert allocator.in_use == 0
 
 
@@ -338,5 +340,5 @@ region.release()
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about fork as Linux has it")
-def test_gpu_a_fork_parts_child_and_parent_and_the_device_stays_with_the_parent():
+def test_gpu_a_fork_separates_child_and_parent_and_the_device_stays_with_the_parent():
     assert run(REAL_FORK) == "True\nTrue\nTrue\n"

@@ -17,7 +17,7 @@ from hps_numba.kernels.compiler.njit import host_function
 
 U = np.uint64
 
-#: spec 6.2: key, hash of its 8 bytes, hash of its low 4 bytes
+#: the hash of HugeCTR HPS's cache: key, hash of its 8 bytes, hash of its low 4 bytes
 MURMUR = [
     (0, 0x63852AFC, 0x2362F9DE),
     (1, 0x53075D44, 0xFBF1402A),
@@ -26,7 +26,7 @@ MURMUR = [
     (2**40 + 7, 0xF47DCEE2, 0x501A90F1),
     (-1, 0x627564E8, 0x76293B50),
 ]
-#: spec 8.2: key, hash, partition of 16, partition of 8
+#: the partition hash of HugeCTR HPS: key, hash, partition of 16, partition of 8
 PARTITION = [
     (0, 0x0, 0, 0),
     (1, 0x0DADBFEEB7D64133, 3, 3),
@@ -80,8 +80,8 @@ def test_plain_and_compiled_agree_on_every_key(key: int) -> None:  # D08
         for name in ("index_hash", "partition_hash"):
             assert int(getattr(hashing, name)(U(key))) == int(COMPILED[name](U(key)))
         for size in (4, 8):
-            wanted = murmur3_32_of_bytes(key.to_bytes(8, "little")[:size])
-            assert int(hashing.murmur3_32(U(key), U(size))) == int(COMPILED["murmur3_32"](U(key), U(size))) == wanted
+            expected = murmur3_32_of_bytes(key.to_bytes(8, "little")[:size])
+            assert int(hashing.murmur3_32(U(key), U(size))) == int(COMPILED["murmur3_32"](U(key), U(size))) == expected
         for lines in (2, 7, 2**32 - 1):
             line = int(hashing.primary_line(U(key), U(lines)))
             assert (
@@ -91,7 +91,7 @@ def test_plain_and_compiled_agree_on_every_key(key: int) -> None:  # D08
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_index_hash_can_be_undone(key: int) -> None:
+def test_index_hash_is_invertible(key: int) -> None:
     """A bijection: no two keys share a hash."""
 
     def unmixed(x: int) -> int:

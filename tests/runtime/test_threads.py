@@ -111,18 +111,18 @@ from hps_numba.runtime import threads
 with hps_numba.HPS(sys.argv[1]) as server:
     threads._pool.threads = 4                         # also on a machine with one core
     keys = np.arange(40_000) % 9
-    wanted = server.lookup(keys, "m", 0)
+    expected = server.lookup(keys, "m", 0)
     assert threads._pool.started
     child = os.fork()
     if child == 0:
         threads._pool.threads = 4
-        ok = not threads._pool.started and np.array_equal(server.lookup(keys, "m", 0), wanted)
-        server.insert([100], wanted[:1], "m", 0)
-        ok = ok and threads._pool.started > 0 and np.array_equal(server.lookup([100], "m", 0), wanted[:1])
+        ok = not threads._pool.started and np.array_equal(server.lookup(keys, "m", 0), expected)
+        server.insert([100], expected[:1], "m", 0)
+        ok = ok and threads._pool.started > 0 and np.array_equal(server.lookup([100], "m", 0), expected[:1])
         server.close()
         os._exit(0 if ok else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "child failed"
-    assert np.array_equal(server.lookup(keys, "m", 0), wanted)
+    assert np.array_equal(server.lookup(keys, "m", 0), expected)
     assert not server.contains([100], "m", 0)[0]
 """
 
@@ -233,14 +233,14 @@ def test_many_threads_look_up_and_write_at_once(workshop: Workshop) -> None:  # 
 def test_a_server_ends_while_others_look_up(workshop: Workshop, end: str) -> None:  # N05
     server = workshop.open(workshop.model((range(500), 64)))
     keys = np.arange(5000) % 500
-    wanted = rows_of(keys, 64)
+    expected = rows_of(keys, 64)
     outcomes: list[Any] = []
     running = threading.Barrier(4, timeout=30)
 
     def look_up() -> None:
         running.wait()
         try:
-            while np.array_equal(server.lookup(keys, "m", 0), wanted):
+            while np.array_equal(server.lookup(keys, "m", 0), expected):
                 pass
             outcomes.append("wrong rows")
         except hps_numba.HpsError as problem:

@@ -1,4 +1,4 @@
-"""The timer of background refreshes alone: what it calls and when, what a failure costs, how it ends (spec 1.3, 6.8)."""
+"""The timer of background refreshes: what it calls and when, what a failure costs, how it ends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_interval_of_fractions_of_a_second(timer: Timer) -> None:  # G21
     assert calls.times[3] - start >= 0.2
 
 
-def test_a_delay_comes_before_the_first(timer: Timer) -> None:  # G21
+def test_the_delay_precedes_the_first_refresh(timer: Timer) -> None:  # G21
     calls, start = Calls(), time.monotonic()
     timer.add("m", calls, delay=0.15, interval=SOON)
     calls.wait(3)
@@ -71,7 +71,7 @@ def test_a_delay_comes_before_the_first(timer: Timer) -> None:  # G21
     assert calls.times[2] - calls.times[0] >= SOON  # then by the interval, which is shorter
 
 
-def test_a_delay_alone_is_one_refresh(timer: Timer) -> None:  # G21
+def test_a_delay_without_an_interval_is_one_refresh(timer: Timer) -> None:  # G21
     calls, other = Calls(), Calls()
     timer.add("once", calls, delay=SOON, interval=0)
     timer.add("often", other, delay=0, interval=SOON)
@@ -79,7 +79,7 @@ def test_a_delay_alone_is_one_refresh(timer: Timer) -> None:  # G21
     assert len(calls.times) == 1
 
 
-def test_nothing_asked_for_is_no_thread(timer: Timer) -> None:  # G21
+def test_a_timer_without_work_has_no_thread(timer: Timer) -> None:  # G21
     calls = Calls()
     timer.add("m", calls, delay=0, interval=0)
     assert not threads()
@@ -87,7 +87,7 @@ def test_nothing_asked_for_is_no_thread(timer: Timer) -> None:  # G21
     assert not calls.times
 
 
-def test_one_that_is_far_off_does_not_hold_up_another(timer: Timer) -> None:
+def test_a_distant_refresh_does_not_delay_another(timer: Timer) -> None:
     late, soon = Calls(), Calls()
     timer.add("late", late, delay=NEVER, interval=0)
     timer.add("soon", soon, delay=SOON, interval=0)  # the thread sleeps already, for an hour
@@ -134,7 +134,7 @@ def test_a_refresh_that_fails_is_a_warning_and_the_next_one_comes(timer: Timer, 
     ]
 
 
-def test_a_model_that_is_removed_is_refreshed_no_more(timer: Timer) -> None:
+def test_a_removed_model_is_no_longer_refreshed(timer: Timer) -> None:
     gone, stays = Calls(), Calls()
     timer.add("gone", gone, delay=0, interval=SOON)
     timer.add("stays", stays, delay=0, interval=SOON)

@@ -1,4 +1,4 @@
-"""Pinned host memory: a registrar that stands in for the driver, and a look through the eyes of a device."""
+"""Pinned host memory: a registrar that stands in for the driver, and a read by a device."""
 
 from __future__ import annotations
 

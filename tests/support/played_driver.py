@@ -132,13 +132,13 @@ class PlayedDriver:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, driver: PlayedDriver) -> PlayedDriver:
-    """Let this process find the played driver, as if it had asked for none before."""
+    """Let this process find the played driver, as if it had not looked for one before."""
     load_by(monkeypatch, lambda: driver)
     return driver
 
 
 def load_by(monkeypatch: pytest.MonkeyPatch, load: Callable[[], Any]) -> None:
-    """Let this process look for its driver anew, by ``load``."""
+    """Let this process look for its driver again, by ``load``."""
     for name, value in vars(cuda).items():
         monkeypatch.setattr(cuda, name, value)  # put back in the end
     type(cuda).__init__(cuda, load)

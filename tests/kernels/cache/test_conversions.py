@@ -43,19 +43,19 @@ def as_bfloat16(bits):
 
 
 @pytest.mark.parametrize("sample", [interesting, lambda: halves_and_middles("float16")], ids=["edges", "ties"])
-def test_float16_is_that_of_numpy(sample):
+def test_float16_equals_that_of_numpy(sample):
     bits = sample()
     stored = compiled(elements.float16_of)(bits).astype(np.uint16).view(np.float16)
-    wanted = as_float16(bits)
-    same = (stored.view(np.uint16) == wanted.view(np.uint16)) | (np.isnan(stored) & np.isnan(wanted))
+    expected = as_float16(bits)
+    same = (stored.view(np.uint16) == expected.view(np.uint16)) | (np.isnan(stored) & np.isnan(expected))
     assert same.all(), [hex(b) for b in bits[~same][:5]]
 
 
 def test_every_float16_comes_back():
     halves = np.arange(1 << 16)
-    wanted = halves.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    expected = halves.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
     back = compiled(elements.float_of_float16)(halves)
-    assert same_floats(back, wanted)
+    assert same_floats(back, expected)
     number = ~np.isnan(floats_of(back))
     assert (compiled(elements.float16_of)(back)[number] == halves[number]).all()
 
@@ -71,11 +71,11 @@ def test_bfloat16_is_rounded_to_nearest_even(sample):
     assert (compiled(elements.bfloat16_of)(bits) == below + up).all()
 
 
-def test_bfloat16_is_that_of_torch():
+def test_bfloat16_equals_that_of_torch():
     bits = interesting()
-    wanted = as_bfloat16(bits).float().numpy().view(np.uint32)
+    expected = as_bfloat16(bits).float().numpy().view(np.uint32)
     stored = compiled(elements.bfloat16_of)(bits)
-    assert same_floats(compiled(elements.float_of_bfloat16)(stored), wanted)
+    assert same_floats(compiled(elements.float_of_bfloat16)(stored), expected)
     assert (stored >= 0).all() and (stored < 1 << 16).all()
 
 
@@ -83,10 +83,10 @@ def test_bfloat16_is_that_of_torch():
 
 
 def test_every_e4m3_has_the_value_of_its_definition():
-    wanted = [float(value) for value in e4m3_values()]
+    expected = [float(value) for value in e4m3_values()]
     for sign, base in ((1.0, 0), (-1.0, 0x80)):
         back = compiled(elements.float_of_float8)(np.arange(127) + base, ONE)
-        assert (floats_of(back) == np.multiply(sign, wanted)).all()
+        assert (floats_of(back) == np.multiply(sign, expected)).all()
         assert (back >> 31 == (sign < 0)).all()
     assert compiled(elements.float_of_float8)([0x7F, 0xFF], ONE).tolist() == [NAN] * 2
 
@@ -104,14 +104,14 @@ def test_e4m3_is_the_nearest_and_at_most_448():
     assert (negative == compiled(elements.float8_of)(bits, ONE) | 0x80).all()
 
 
-def test_e4m3_is_that_of_torch():
+def test_e4m3_equals_that_of_torch():
     torch = pytest.importorskip("torch", reason="the other side of the comparison")
     bits = np.concatenate([e4m3_sample(), interesting(), bits_of(np.random.default_rng(3).normal(0, 100, 20000))])
     stored = compiled(elements.float8_of)(bits, ONE).astype(np.uint8)
     clipped = torch.from_numpy(floats_of(bits)).clamp(-448.0, 448.0)
-    wanted = clipped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    expected = clipped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     no_number = np.isnan(floats_of(bits))
-    assert (stored[~no_number] == wanted[~no_number]).all()
+    assert (stored[~no_number] == expected[~no_number]).all()
     assert (stored[no_number] & 0x7F == 0x7F).all()
 
 

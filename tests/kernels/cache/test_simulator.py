@@ -258,7 +258,7 @@ class SimulatedCache:
         return sorted(out[:count].tolist())
 
     def content(self) -> list[tuple[Any, ...]]:
-        """(key, row, score, set, line, way) of all that stands there, and every line at rest."""
+        """(key, row, score, set, line, way) of all contents; no line has a writer."""
         found = []
         for number, line in enumerate(self.line_bytes):
             meta = int(line[META_AT : META_AT + 4].view(np.uint32)[0])
@@ -289,9 +289,9 @@ def check(policy: Policy, blocks: int, threads: int) -> int:
 
     def compare() -> None:
         nonlocal agreed
-        wanted = [(entry.key, entry.row.tolist(), *entry[2:]) for entry in oracle.dump(0, SETS)]
-        assert cache.content() == wanted
-        assert cache.keys() == sorted(entry[0] for entry in wanted)
+        expected = [(entry.key, entry.row.tolist(), *entry[2:]) for entry in oracle.dump(0, SETS)]
+        assert cache.content() == expected
+        assert cache.keys() == sorted(entry[0] for entry in expected)
         agreed += 1
 
     for step in range(6):
@@ -353,7 +353,7 @@ def test_kernels_in_the_simulator_do_what_the_oracle_does(policy, grid):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba.cuda") is None, reason="numba's CUDA target is not installed")
-def test_kernels_of_every_other_policy_do_so_too():
+def test_kernels_of_every_other_policy_in_the_simulator_do_what_the_oracle_does():
     others = [name for name in plugins.names("hps_numba.kernels.policies") if name not in ("lru", "lfu", "fifo")]
     done = subprocess.run(
         [sys.executable, "-W", "error", __file__, ",".join(others), "2", "3"],
@@ -366,7 +366,7 @@ def test_kernels_of_every_other_policy_do_so_too():
 
 
 if __name__ == "__main__":
-    from numba import cuda  # the simulator puts its own in the place of a global of this name
+    from numba import cuda  # the simulator replaces a global of this name
 
     for named in sys.argv[1].split(","):
         sys.stdout.write(f"agreed: {check(load_policy(named), int(sys.argv[2]), int(sys.argv[3]))}\n")

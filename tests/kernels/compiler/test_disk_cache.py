@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_the_file_of_another_kernel_is_not_taken_for_it(place, compiler, caplog)
     assert own.read_bytes() != other.read_bytes()
 
 
-def test_a_folder_in_the_place_of_a_file_is_no_error(place, compiler, caplog):
+def test_a_folder_instead_of_a_file_is_no_error(place, compiler, caplog):
     launch.cubin_of(SPEC, CHIP)
     (file,) = place.iterdir()
     file.unlink()
@@ -183,7 +184,7 @@ def test_code_of_another_user_is_not_run(place, compiler, caplog, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     launch.cubin_of(SPEC, CHIP)
     assert len(compiler) == 2
-    assert "belongs to user" in warnings(caplog)[0]
+    assert "expected a folder of user" in warnings(caplog)[0]
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
@@ -217,7 +218,7 @@ def test_a_file_of_another_user_in_the_folder_is_not_run(place, compiler, caplog
 # -- not required -----------------------------------------------------------------------------------
 
 
-def test_without_a_writable_folder_it_is_said_once(tmp_path, monkeypatch, compiler, caplog):
+def test_without_a_writable_folder_there_is_one_warning(tmp_path, monkeypatch, compiler, caplog):
     monkeypatch.setattr(disk_cache, "_warned", False)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "file"))
@@ -411,10 +412,10 @@ def test_threads_do_not_share_the_memory_of_arguments(driver):
 
 
 def test_what_the_driver_refuses_is_a_device_error(driver):
-    with pytest.raises(DeviceError, match="loading symbol: the driver says CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(DeviceError, match="loading symbol: CUDA_ERROR_INVALID_VALUE"):
         launch.LoadedKernel(b"bad", "symbol", "q")
     kernel = launch.LoadedKernel(CUBIN, "symbol", "qfq")
-    with pytest.raises(DeviceError, match="launch of symbol in 0 blocks of 256: the driver says CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(DeviceError, match="launch of symbol in 0 blocks of 256: CUDA_ERROR_INVALID_VALUE"):
         kernel.launch(0, 0, 1, 1.0, 1)
 
 
@@ -424,3 +425,26 @@ def test_wrong_arguments_start_nothing(driver, args):
     with pytest.raises(launch.struct.error):
         kernel.launch(1, 0, *args)
     assert driver.launches == []
+
+
+# -- where ------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_that_of_the_variable_else_of_the_systems_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "ours"))
+    assert disk_cache.user_cache() == tmp_path / "ours"
+    monkeypatch.delenv("HPS_NUMBA_CACHE_DIR")
+    assert disk_cache.user_cache().name == "hps_numba"
+    if sys.platform == "linux":
+        assert disk_cache.user_cache() == tmp_path / "xdg" / "hps_numba"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert disk_cache.user_cache() == tmp_path / ".cache" / "hps_numba"
+
+
+def test_without_a_home_there_is_no_cache_folder(monkeypatch):
+    monkeypatch.delenv("HPS_NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *args, **kwargs: Path("~/.cache/hps_numba"))
+    with pytest.raises(RuntimeError, match="there is no home directory"):
+        disk_cache.user_cache()

@@ -208,7 +208,7 @@ def test_code_for_something_else_is_not_taken(place, compiled, monkeypatch, chan
     assert len(compiled) == 2
 
 
-def test_what_means_nothing_on_a_cpu_has_no_file_of_its_own(place, compiled, monkeypatch):
+def test_fields_for_a_gpu_have_no_file_of_their_own_on_the_cpu(place, compiled, monkeypatch):
     fresh(SPEC, monkeypatch)._compile()
     fresh(replace(SPEC, lanes=4, group=8, depth=4, registers=32, out_vector=False), monkeypatch)._compile()
     assert compiled == [SPEC]

@@ -86,7 +86,7 @@ def test_a_stream_that_is_captured_gets_nothing(driver):
 
 
 @pytest.mark.parametrize("capturing", [0, 1])
-def test_the_context_is_made_current_and_the_one_before_comes_back(driver, capturing):
+def test_the_context_is_made_current_and_the_previous_one_restored(driver, capturing):
     driver.current, driver.capturing = OTHER, capturing
     assert driver.start(1) == (CAPTURED if capturing else 0)
     assert driver.calls[1] == ("set", CONTEXT)
@@ -102,7 +102,7 @@ def test_the_first_failure_ends_it_and_its_status_comes_back(driver, call, calls
     assert driver.calls[-1][0] == call
 
 
-def test_after_a_failure_the_context_before_comes_back(driver):
+def test_the_previous_context_is_restored_after_a_failure(driver):
     driver.current, driver.failing, driver.status = OTHER, "launch", 719
     assert driver.start(2) == 719
     assert driver.current == OTHER
@@ -124,7 +124,7 @@ class Prepared:
         self.driver = driver
         self.arguments = np.zeros(3, np.int64)
         self.blocks = np.full((3, 3), 1, np.uint32)  # of the lookup, the touch and the insertion: x, y, z
-        self.blocks[:, 2] = 7  # what stands behind stays
+        self.blocks[:, 2] = 7  # what follows stays
         self.advance = np.zeros(1, np.int64)
         self.work = np.zeros(launch_native.WORK_WORDS + 9, np.int64)
         place = [int(self.blocks[i].ctypes.data) for i in range(3)]
@@ -160,8 +160,8 @@ def test_a_prepared_lookup_starts_what_a_lookup_of_so_many_keys_starts(driver, n
     assert prepared.arguments.tolist() == [0x1000, n, 0x2000]
     # as CudaBackend.lookup_blocks(n, 4), blocks_after(n, n), blocks_after(n, min(n, sets)), and EmbeddingCache._ticks
     most = min(528, max(66, n // KEYS_OF_A_BLOCK_AFTER))
-    wanted = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), most)), max(1, min(-(-min(n, 1000) // 32), most))]
-    assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in wanted]
+    expected = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), most)), max(1, min(-(-min(n, 1000) // 32), most))]
+    assert prepared.blocks.tolist() == [[blocks, 1, 7] for blocks in expected]
     assert prepared.advance[0] == max(1, 4 * n // 10_000)
     assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "launch", "launch", "record"]
 

@@ -86,7 +86,7 @@ def test_folders_of_older_versions_are_removed(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs /dev/null as a folder that cannot be made")
-def test_without_a_writable_folder_kernels_are_compiled_and_it_is_said_once():
-    done = run("/dev/null/nowhere")
+def test_without_a_writable_folder_kernels_are_compiled_with_one_warning():
+    done = run("/dev/null/no_folder")
     assert done.stdout == "0 \n"
     assert done.stderr.count("compiled kernels are not kept on disk") == 1

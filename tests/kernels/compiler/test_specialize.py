@@ -416,7 +416,7 @@ def test_a_policy_that_does_not_compile_for_the_cpu_is_named():
 
 def without_sense(scores, state):
     best = scores[0]
-    state[0] = best.nowhere
+    state[0] = best.no_such_attribute
     return best
 
 
@@ -430,7 +430,7 @@ def test_function_line_and_target_of_a_victim_that_does_not_compile_are_named():
 @needs_compiler
 def test_function_line_and_target_of_an_admission_that_does_not_compile_for_the_gpu_are_named():
     def judge(key, count, sketch):
-        return sketch.nowhere > 0
+        return sketch.no_such_attribute > 0
 
     policy = Policy("broken", LRU.first, LRU.touch, False, "2" * 32, admit=judge)
     place = rf"judge \(.*test_specialize\.py:{judge.__code__.co_firstlineno + 1}\)"

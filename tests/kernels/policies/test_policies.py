@@ -93,13 +93,13 @@ TRACES: dict[str, list[tuple[int, int, int]]] = {
 def test_scores_of_a_trace(name: str) -> None:
     policy = load_policy(name)
     score = None
-    for now, count, wanted in TRACES[name]:
+    for now, count, expected in TRACES[name]:
         key = (7,) if policy.takes_key else ()
         score = (policy.first(now, count, *key) if score is None else policy.touch(score, now, count)) & LOW32
-        assert score == wanted, (now, count)
+        assert score == expected, (now, count)
 
 
-def test_which_policies_count() -> None:
+def test_policies_that_need_counts() -> None:
     assert {name for name in NAMES if load_policy(name).needs_count} == {"lfu", "lfu_decay", "s3fifo"}
 
 
@@ -146,7 +146,7 @@ def kept(name: str, keys: list[int]) -> Iterator[set[int]]:
 
 
 @given(requests)
-def test_lru_of_one_set_is_the_textbooks(keys: list[int]) -> None:
+def test_lru_of_one_set_equals_the_textbook(keys: list[int]) -> None:
     order: OrderedDict[int, None] = OrderedDict()
     for key, content in zip(keys, kept("lru", keys)):
         order[key] = None
@@ -157,7 +157,7 @@ def test_lru_of_one_set_is_the_textbooks(keys: list[int]) -> None:
 
 
 @given(requests)
-def test_fifo_of_one_set_is_the_textbooks(keys: list[int]) -> None:
+def test_fifo_of_one_set_equals_the_textbook(keys: list[int]) -> None:
     order: deque[int] = deque(maxlen=WAYS)
     for key, content in zip(keys, kept("fifo", keys)):
         if key not in order:
@@ -244,7 +244,7 @@ def test_a_policy_from_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_policy("policy_of_mine:Own")
 
 
-def test_a_policy_chooses_what_leaves(tmp_path: Path) -> None:
+def test_a_policy_chooses_what_is_evicted(tmp_path: Path) -> None:
     """Ten lines in a temporary file, and a row goes through them."""
     policy = own(
         tmp_path,
@@ -338,7 +338,7 @@ def test_what_acts_differently_has_another_digest(tmp_path: Path, was: str, now:
     assert own(tmp_path).digest != own(tmp_path, OWN.replace(was, now)).digest
 
 
-def test_comments_and_globals_that_are_not_used_leave_the_digest(tmp_path: Path) -> None:
+def test_comments_and_unused_globals_do_not_change_the_digest(tmp_path: Path) -> None:
     assert own(tmp_path).digest == own(tmp_path, "UNUSED = 1.5  # or so\n" + OWN.replace("2 * x", "2 * x  # twice")).digest
 
 
@@ -392,7 +392,7 @@ def test_a_policy_with_other_constants_is_another_policy() -> None:
         policy_with("lru")  # type: ignore[arg-type]
 
 
-def test_pins_go_with_policies_that_score_alone() -> None:
+def test_pinned_combines_only_with_policies_that_score() -> None:
     for order in ("tinylfu", "sieve", "pinned"):
         with pytest.raises(PolicyError, match=f"pinned: expected a policy with first and touch only, got '{order}'"):
             pinned.pinned([1], order)
@@ -478,7 +478,7 @@ BAD = {
         HEAD + FIRST + TOUCH + "    def victim(scores, state):\n        state[0] += 1\n        return 0",
         r"victim\(.*\): expected the number of a way, .*, got IndexError",
     ),
-    "victim leaves": (
+    "victim's state": (
         HEAD + FIRST + TOUCH + "    state = 2\n    def victim(scores, state):\n        state[1] = 2 > 1\n        return 0",
         r"expected integers in state, got True",
     ),
@@ -614,7 +614,7 @@ def test_a_bad_policy_is_refused_in_one_line(tmp_path: Path, what: str) -> None:
     assert "\n" not in said and "\x1b" not in said
 
 
-def test_what_counts_is_fine_once_it_says_so(tmp_path: Path) -> None:
+def test_a_policy_that_counts_must_declare_needs_count(tmp_path: Path) -> None:
     policy = own(tmp_path, BAD["counts"][0] + "\n    needs_count = True\n", "Bad")
     assert policy.needs_count
     assert policy.touch(5, 9, 3) == 8

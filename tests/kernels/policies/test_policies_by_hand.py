@@ -1,4 +1,4 @@
-"""Policies in one small set: traces worked by hand, with every hit and who stands where; and longer ones against textbooks."""
+"""Policies in one small set: traces worked by hand, with every hit and all contents; longer ones against textbooks."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def played(policy: Policy, ways: int, requests: Iterable[tuple[int, str]]) -> tu
     return hits, "".join(ALPHABET[entry.key] for entry in cache.dump(0, 1))
 
 
-def launch_chain(letters: str, step: int = 1) -> list[tuple[int, str]]:
+def one_per_tick(letters: str, step: int = 1) -> list[tuple[int, str]]:
     return [(step * number, letter) for number, letter in enumerate(letters, start=1)]
 
 
 #: policy, ways, (now, key) of each request, hits, keys in the ways at the end
 TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
-    # B is the least recent when D comes, then C, then A
-    "lru": ("lru", 3, launch_chain("ABCADEDF", 8), "---+--+-", "FDE"),
-    # A leaves when D comes although it was just asked for, then B
-    "fifo": ("fifo", 3, launch_chain("ABCADAB"), "---+---", "DAB"),
-    # A was asked for twice; B and C once, B stands first; D leaves for E
-    "lfu": ("lfu", 3, launch_chain("ABCADEA"), "---+--+", "AEC"),
-    # A 288 / 438 with a half-life of 8; C comes at 1280, when three requests for A at 0, 1 and 2 are worth less than one
+    # B is the least recent at D, then C, then A
+    "lru": ("lru", 3, one_per_tick("ABCADEDF", 8), "---+--+-", "FDE"),
+    # A is evicted for D although it was just requested, then B
+    "fifo": ("fifo", 3, one_per_tick("ABCADAB"), "---+---", "DAB"),
+    # A was requested twice; B and C once, B is first; D is evicted for E
+    "lfu": ("lfu", 3, one_per_tick("ABCADEA"), "---+--+", "AEC"),
+    # A 288 / 438 with a half-life of 8; C at 1280, when three requests for A at 0, 1 and 2 are worth less than one
     "lfu_decay": (
         policy_with(LFUDecay, HALF_LIFE=8),
         2,
@@ -63,18 +63,18 @@ TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
         "DC",
     ),
     # the generator says 3C6E, 4750, D1CC, AAF9, 6252 (hex), and modulo 4: 2, 0, 0, 1, 2
-    "random": ("random", 4, launch_chain("ABCDEFGHDI"), "--------+-", "GHID"),
-    # D: the hand spares A and takes B's place; E: takes C's; F: spares A and D and takes E's; G: takes A's, whose turn is over
-    "clock": ("clock", 3, launch_chain("ABCADAEDFG"), "---+-+-+--", "GDF"),
-    # as CLOCK up to F, for which the newest leaves, so that the hand begins with the oldest again: it spares A, D leaves for G,
-    # F for H
-    "sieve": ("sieve", 3, launch_chain("ABCADAEDFGH"), "---+-+-+---", "AGH"),
-    # C: once against twice for A, no; twice, no; three times, A leaves; A: three times against once for B
-    "tinylfu": ("tinylfu", 2, launch_chain("AABCCCAC"), "-+-----+", "CA"),
-    # D: A goes to the main queue, B leaves; E: C leaves; F: D to the main queue, E leaves; G: F to the main queue, A goes round
-    # again, D, which nobody asked for there, leaves
-    "s3fifo": ("s3fifo", 3, launch_chain("ABACDEADFFG"), "--+---++-+-", "AGF"),
-    # D: B was idle for longest; E: A came in 70 ticks ago and leaves, although it is the most recent; F: C did too
+    "random": ("random", 4, one_per_tick("ABCDEFGHDI"), "--------+-", "GHID"),
+    # D: the hand spares A and evicts B; E: evicts C; F: spares A and D and evicts E; G: evicts A, which was spared once
+    "clock": ("clock", 3, one_per_tick("ABCADAEDFG"), "---+-+-+--", "GDF"),
+    # as CLOCK up to F, which evicts the newest, so that the hand starts with the oldest again: it spares A, G evicts D,
+    # H evicts F
+    "sieve": ("sieve", 3, one_per_tick("ABCADAEDFGH"), "---+-+-+---", "AGH"),
+    # C: once against twice for A, no; twice, no; three times, A is evicted; A: three times against once for B
+    "tinylfu": ("tinylfu", 2, one_per_tick("AABCCCAC"), "-+-----+", "CA"),
+    # D: A goes to the main queue, B is evicted; E: evicts C; F: D to the main queue, E is evicted; G: F to the main queue, A goes
+    # round again, D, which was not requested there, is evicted
+    "s3fifo": ("s3fifo", 3, one_per_tick("ABACDEADFFG"), "--+---++-+-", "AGF"),
+    # D: B was idle for longest; E: A was inserted 70 ticks ago and is evicted, although it is the most recent; F: so is C
     "ttl": (
         ttl(64),
         3,
@@ -83,7 +83,7 @@ TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
         "EDF",
     ),
     # B is pinned; the others come and go in the second way, or wherever it is not
-    "pinned": (pinned([1], "fifo"), 2, launch_chain("ABCDBEB"), "----+-+", "EB"),
+    "pinned": (pinned([1], "fifo"), 2, one_per_tick("ABCDBEB"), "----+-+", "EB"),
 }
 
 
@@ -101,7 +101,7 @@ def test_every_policy_has_one() -> None:
 # -- batches ------------------------------------------------------------------------------------
 
 
-def test_a_way_that_was_just_filled_does_not_leave_whatever_the_policy_says() -> None:
+def test_a_row_of_the_same_batch_is_never_evicted() -> None:
     class Always:
         def first(now, count):
             return 0
@@ -120,7 +120,7 @@ def test_a_way_that_was_just_filled_does_not_leave_whatever_the_policy_says() ->
     assert [entry.key for entry in cache.dump(0, 1)] == [5, 6, 4]
 
 
-def test_requests_are_counted_before_newcomers_are_judged_and_forgotten_by_halves() -> None:
+def test_requests_are_counted_before_admission_and_halved_over_time() -> None:
     cache = one_set(load_policy("tinylfu"), 2)
     assert cache.sketch is not None and cache.sketch.period == 16
     cache.lookup([0, 1, 0, 1, 0], 1)
@@ -138,7 +138,7 @@ def test_requests_are_counted_before_newcomers_are_judged_and_forgotten_by_halve
 def test_rows_with_the_largest_score_stay_even_if_a_batch_fills_all_other_ways() -> None:
     cache = one_set(as_policy(pinned([1, 2])), 3)
     cache.lookup([1], 1)
-    cache.lookup([3, 4, 5], 2)  # 4 and 5 find room, or the place of 3: no row of this batch leaves for 5
+    cache.lookup([3, 4, 5], 2)  # 4 and 5 find a free way, or evict 3: no row of this batch is evicted for 5
     assert [entry.key for entry in cache.dump(0, 1)] == [1, 3, 4] and cache.refused == 1
     cache.lookup([2, 6, 7], 3)
     assert [entry.key for entry in cache.dump(0, 1)] == [1, 2, 6] and cache.refused == 2
@@ -161,7 +161,7 @@ def hits_of(name: str, keys: list[int], ways: int = WAYS) -> list[bool]:
 
 
 @given(requests)
-def test_clock_is_the_textbooks(keys: list[int]) -> None:
+def test_clock_equals_the_textbook(keys: list[int]) -> None:
     frames: list[int] = []
     asked: dict[int, bool] = {}
     hand, found = 0, []
@@ -183,7 +183,7 @@ def test_clock_is_the_textbooks(keys: list[int]) -> None:
 
 
 @given(requests)
-def test_sieve_is_the_papers(keys: list[int]) -> None:
+def test_sieve_equals_the_paper(keys: list[int]) -> None:
     queue: list[int] = []  # head first, as in the paper
     visited: dict[int, bool] = {}
     hand: int | None = None  # a key; None: the tail
@@ -207,7 +207,7 @@ def test_sieve_is_the_papers(keys: list[int]) -> None:
 
 @given(requests)
 def test_s3fifo_without_ghosts_is_two_queues(keys: list[int]) -> None:
-    small: list[tuple[int, int]] = []  # (when it came into the queue, frame): frames decide where many came at once
+    small: list[tuple[int, int]] = []  # (time of entry into the queue, frame): the frame decides among entries of one time
     main: list[tuple[int, int]] = []
     frames: list[int] = []
     asked: list[int] = []

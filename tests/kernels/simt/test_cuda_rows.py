@@ -103,7 +103,7 @@ def table_of(rows: Any = ()) -> np.ndarray:
 
 
 def answers_at(rows: int, size: int, out_type: str, vector: bool) -> np.ndarray:
-    """Room for answers, at a multiple of 16 or (not ``vector``) right behind one."""
+    """Memory for answers, at a multiple of 16 or (not ``vector``) one element after it."""
     room = aligned((rows * size + 16,), 0x77)
     return (
         room[: rows * size].reshape(rows, size)
@@ -269,11 +269,11 @@ def hard_rows(row_type: str, dim: int) -> np.ndarray:
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("row_type", "out_type", "dim"), device_cases())
-def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: int) -> None:
+def test_kernels_answer_as_the_cpu_backend_does(row_type: str, out_type: str, dim: int) -> None:
     """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""
     values = hard_rows(row_type, dim)
     large = np.random.default_rng(dim).integers(0, len(values), 33_321)
-    wanted: dict[Any, np.ndarray] = {}
+    expected: dict[Any, np.ndarray] = {}
     for device in (None, 0):
         bench = Bench(device)
         try:
@@ -285,20 +285,20 @@ def test_kernels_answer_as_the_cpu_twin_does(row_type: str, out_type: str, dim: 
                 some = np.arange(start, min(start + small, len(values)))
                 for turn in range(3):
                     got = looked_up(cache, some, size, out_type, shift=ELEMENT_BYTES[out_type] if turn == 2 else 0)
-                    same = wanted.setdefault((start, turn), got)
+                    same = expected.setdefault((start, turn), got)
                     assert (got == same).all(), (start, turn, np.argwhere(got != same)[:5])
             assert cache.counters().misses == len(values)
             assert len(large) >= cache.large_batch
             for shift in (0, ELEMENT_BYTES[out_type]):
                 got = looked_up(cache, large, size, out_type, shift=shift)
-                same = wanted.setdefault(("large", shift), got)
+                same = expected.setdefault(("large", shift), got)
                 assert (got == same).all(), (shift, np.argwhere(got != same)[:5])
         finally:
             bench.close()
 
 
 def looked_up(cache: Any, keys: np.ndarray, size: int, out_type: str, shift: int) -> np.ndarray:
-    """The bytes of the answers, which stand ``shift`` bytes behind a multiple of 16 meanwhile."""
+    """The bytes of the answers, written ``shift`` bytes after a multiple of 16."""
     out = np.empty(len(keys) * size + shift, np.uint8)
     place, stream = cache.backend, cache.parts.state.stream
     with place.current(), cache.parts.state.copies(keys) as (at,), cache.parts.state.buffer(out.nbytes) as room:
