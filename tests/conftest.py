@@ -1,4 +1,4 @@
-"""Fixtures: small models in the original's form, servers on them, caches, and the skip of tests that need a GPU."""
+"""Fixtures: small models in HugeCTR's form, servers on them, caches, and the skip of tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def bench_on(device: int | None) -> Iterator[Bench]:
 
 @pytest.fixture(params=ON_BOTH)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """Caches and stores on the CPU twin, and on a device."""
+    """Caches and stores on the CPU backend, and on a device."""
     yield from bench_on(request.param)
 
 
 @pytest.fixture
 def cpu_bench() -> Iterator[Bench]:
-    """Caches and stores on the CPU twin alone."""
+    """Caches and stores on the CPU backend only."""
     yield from bench_on(None)
 
 

@@ -34,7 +34,7 @@ class TableLoading:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self._key_is_64_bits = config.supportlonglong
+        self._key_bits = 64 if config.supportlonglong else 32
         self._host_rate = config.volatile_db.initial_cache_rate
 
     @staticmethod
@@ -46,7 +46,7 @@ class TableLoading:
     def validate(self, spec: TableSpec, path: str) -> None:
         """Read a sparse model to its end, as some damage shows only there."""
         with open_model(path, spec.dim) as reader:
-            deque(stream_table(reader, reader.rows, wide=self._key_is_64_bits), maxlen=0)
+            deque(stream_table(reader, reader.rows, key_bits=self._key_bits), maxlen=0)
 
     def load_store(self, spec: TableSpec, store: HostStore, path: str, on_rows: Progress = no_progress) -> HostStore:
         """A new store like ``store`` with the rows of a sparse model, as many as ``initial_cache_rate`` says.
@@ -58,7 +58,7 @@ class TableLoading:
             return load_table(
                 store,
                 reader,
-                wide=self._key_is_64_bits,
+                key_bits=self._key_bits,
                 rate=self._host_rate,
                 on_rows=lambda rows: on_rows(spec.tag, rows),
             )
@@ -70,7 +70,7 @@ class TableLoading:
             TierError: the tier failed.
         """
         with open_model(path, spec.dim) as reader:
-            for keys, rows in stream_table(reader, _rows_for(tier, reader.rows), wide=self._key_is_64_bits):
+            for keys, rows in stream_table(reader, _rows_for(tier, reader.rows), key_bits=self._key_bits):
                 tier.insert(spec.tag, keys, rows)
                 on_rows(spec.tag, len(keys))
 

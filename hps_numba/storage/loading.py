@@ -33,9 +33,9 @@ def rows_to_load(rows: int, rate: float) -> int:
     return math.ceil(rows * Fraction(repr(rate)))  # as written: 0.07 of 100 rows are 7, in floats a little more
 
 
-def check_key_width(reader: SparseModelReader, keys: np.ndarray, first: int, *, wide: bool) -> None:
+def check_key_width(reader: SparseModelReader, keys: np.ndarray, first: int, *, key_bits: int) -> None:
     """Raise ModelFileError if a key needs more bits than the server has (HugeCTR HPS truncates it)."""
-    if wide or not len(keys):
+    if key_bits == 64 or not len(keys):
         return
     bad = np.flatnonzero((keys < 0) | (keys > _MAX_KEY_32))
     if len(bad):
@@ -47,12 +47,12 @@ def check_key_width(reader: SparseModelReader, keys: np.ndarray, first: int, *, 
 
 
 def load_table(
-    store: HostStore, reader: SparseModelReader, *, wide: bool, rate: float = 1.0, on_rows: Progress | None = None
+    store: HostStore, reader: SparseModelReader, *, key_bits: int, rate: float = 1.0, on_rows: Progress | None = None
 ) -> HostStore:
     """Fill a sibling of ``store`` with the first ``rate`` of the file's rows; ``store.adopt`` swaps it in.
 
     Args:
-        wide: keys have 64 bits, else 32.
+        key_bits: width of the table's keys, 64 or 32.
         on_rows: called with the number of rows just loaded.
 
     Raises:
@@ -64,29 +64,29 @@ def load_table(
     filled = store.sibling(rows if passes_bound else 0)
     try:
         if passes_bound:
-            for keys, part in stream_table(reader, rows, wide=wide):
+            for keys, part in stream_table(reader, rows, key_bits=key_bits):
                 filled.upsert(keys, part)
                 _report(on_rows, len(keys))
         else:
-            _fill_in_place(filled, reader, rows, wide=wide, on_rows=on_rows)
+            _fill_in_place(filled, reader, rows, key_bits=key_bits, on_rows=on_rows)
     except BaseException:
         filled.close()
         raise
     return filled
 
 
-def stream_table(reader: SparseModelReader, rows: int, *, wide: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def stream_table(reader: SparseModelReader, rows: int, *, key_bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first ``rows`` rows in chunks (keys int64 ``[n]``, rows float32 ``[n, dim]``) of arrays that are reused."""
     step = _chunk_rows(reader.dim)
     keys, part = np.empty(min(step, rows), np.int64), np.empty((min(step, rows), reader.dim), np.float32)
     for start in range(0, rows, step):
         n = min(step, rows - start)
         reader.read(start, start + n, keys[:n], part[:n])
-        check_key_width(reader, keys[:n], start, wide=wide)
+        check_key_width(reader, keys[:n], start, key_bits=key_bits)
         yield keys[:n], part[:n]
 
 
-def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, wide: bool, on_rows: Progress | None) -> None:
+def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, key_bits: int, on_rows: Progress | None) -> None:
     content = store.new_content(rows)
     step = _chunk_rows(reader.dim)
     buffers = [np.empty(min(step, rows), np.int64) for _ in range(2)]
@@ -107,7 +107,7 @@ def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, wi
                 assert reading is not None
                 keys = reading.result()
                 reading = ahead.submit(read, number + 1) if number + 1 < len(starts) else None
-                check_key_width(reader, keys, start, wide=wide)
+                check_key_width(reader, keys, start, key_bits=key_bits)
                 content.fill(keys, now)
                 if number % 2 == 0 and start + 2 * step < rows:
                     _touch(content.rows_view(start + 2 * step, min(start + 3 * step, rows)))

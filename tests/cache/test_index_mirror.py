@@ -1,4 +1,4 @@
-"""The copy of the host store's index: read when it is right, withdrawn before it is not, and never written under a reader."""
+"""The copy of the host store's index: read while it is right, invalidated before it is not, never written under a reader."""
 
 from __future__ import annotations
 

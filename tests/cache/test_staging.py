@@ -188,16 +188,16 @@ def old_and_new(bench: Bench) -> tuple[HostStore, EmbeddingCache, Callable[[Any]
     store = bench.store([5, 6, 7])
     cache = bench.cache(store, 40, miss_path="staged")
 
-    def renew(keys: Any) -> None:
+    def overwrite(keys: Any) -> None:
         store.upsert(ints(keys), rows_of(keys, DIM, 1))
         cache.update(ints(keys))
 
-    return store, cache, renew
+    return store, cache, overwrite
 
 
 def test_stale_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, cache, renew = old_and_new(bench)
-    between(cache, monkeypatch, lambda: renew([5]))
+    _, cache, overwrite = old_and_new(bench)
+    between(cache, monkeypatch, lambda: overwrite([5]))
     assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM))
     assert [entry.key for entry in cache.entries()] == [6]
     assert cache.counters().stale_dropped == 1
@@ -206,8 +206,8 @@ def test_stale_row_is_not_inserted_and_others_are(bench: Bench, monkeypatch: pyt
 
 
 def test_change_of_another_row_does_not_prevent_insertion(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, cache, renew = old_and_new(bench)
-    between(cache, monkeypatch, lambda: renew([7]))
+    _, cache, overwrite = old_and_new(bench)
+    between(cache, monkeypatch, lambda: overwrite([7]))
     cache.lookup_arrays(ints([5, 6]))
     assert sorted(entry.key for entry in cache.entries()) == [5, 6]
     assert cache.counters().stale_dropped == 0
@@ -261,8 +261,8 @@ def test_direct_batches_insert_after_staged_ones_and_a_clearing(bench: Bench) ->
 
 
 def test_row_changed_while_the_batch_waits_is_read_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, cache, renew = old_and_new(bench)
-    gather, left = store.gather, [lambda: renew([5])]
+    store, cache, overwrite = old_and_new(bench)
+    gather, left = store.gather, [lambda: overwrite([5])]
 
     def change_and_gather(*args: Any) -> Any:
         if left:

@@ -24,7 +24,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
 
     Args:
         path: of a file, by convention ``.npz``: ``np.load`` reads it.
-        dense: anything that ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back, kept with the rows that it
+        dense: anything that ``torch.save`` takes and ``torch.load(weights_only=True)`` returns, kept with the rows that it
             belongs to: ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
 
     Raises:

@@ -49,7 +49,7 @@ class Epochs:
         register_fork_reset(self)
 
     def acquire(self) -> int:
-        """Address of a record for one reader, to be given back by ``release``."""
+        """Address of a record for one reader, until ``release``."""
         while True:
             try:
                 return self._idle.pop()

@@ -333,7 +333,7 @@ class HostStore:
         with self.write_lock.mutex:
             if not self.write_lock.close():
                 return
-            self.versions.withdraw()
+            self.versions.invalidate()
             self.versions.retire(self.versions.current, _CLOSE_SECONDS)
             if self.versions.retired:
                 log.warning("%s: closed during lookups, which took over %g s: memory is kept", self.name, _CLOSE_SECONDS)

@@ -21,7 +21,7 @@ class Versions:
     An interrupt may hit between any two steps of ``swap``; ``repair`` then sees by the header which version readers use.
 
     Attributes:
-        current: the version in use; the last one after ``withdraw``.
+        current: the version in use; the last one after ``invalidate``.
 
     Thread safety: every method under the write lock of the store.
     """
@@ -48,7 +48,7 @@ class Versions:
         self.current = new
         self._next = None
 
-    def withdraw(self) -> None:
+    def invalidate(self) -> None:
         """Publish that the store is closed; ``retire`` the current version next."""
         self._header.publish(0)  # the header itself stays: a reader that comes later finds no block
         self._retired.append((_NEVER, self.current))

@@ -320,7 +320,7 @@ def test_new_rows(rig: Rig, device: str, initializer: Any) -> None:
     assert np.array_equal(server.lookup([ROWS + 1, -9], "m", 0), rows[:, 0].detach().cpu()[[0, 1]])
     optimizer = hps.SGD(layer, lr=1.0)
     rows.sum().backward()
-    server.erase([-9], "m", 0)  # gone before its gradient: it begins anew
+    server.erase([-9], "m", 0)  # gone before its gradient: it starts again from its initial value
     optimizer.step()
     after = torch.from_numpy(server.lookup([ROWS + 1, -9], "m", 0))
     torch.testing.assert_close(after, rows[:, 0].detach().cpu() - torch.tensor([[2.0], [1.0]]), rtol=1e-5, atol=1e-4)

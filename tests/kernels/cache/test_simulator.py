@@ -109,7 +109,7 @@ def hash_of(key: int) -> int:
 
 
 def backend_for(key: int) -> tuple[int, int]:
-    """(set, home line) of a key."""
+    """(set, primary line) of a key."""
     return (hash_of(key) >> 32) * SETS >> 32, hash_of(key) & 1
 
 

@@ -1,4 +1,4 @@
-"""The lookup kernel: rows of every width, keys that stand beyond their home line, answers written past the caches."""
+"""The lookup kernel: rows of every width, keys that stand beyond their primary line, answers written past the caches."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_row_is_copied_or_filled_and_nothing_around_it(dim: int) -> None:
 
 @pytest.mark.parametrize("home", [0, 2, LINES - 1])
 @pytest.mark.parametrize("count", range(1, 3 * ENTRIES_PER_LINE))
-def test_keys_of_one_home_line_are_found_in_the_lines_after_it(home: int, count: int) -> None:
+def test_keys_of_one_primary_line_are_found_in_the_lines_after_it(home: int, count: int) -> None:
     """From the last line on, the search goes on in the first."""
     known = keys_at_home_in(home, count + 5)
     present, absent = known[:count], known[count:]
@@ -142,7 +142,7 @@ def test_a_model_of_many_chunks_is_loaded_whole(tmp_path: Path, monkeypatch: pyt
     write_model(tmp_path / "table", 16, [(keys, rows_of(keys, 16))])
     monkeypatch.setattr(loading, "_CHUNK_BYTES", 3 * 4096)
     with open_model(tmp_path / "table") as reader:
-        store = loading.load_table(HostStore(16), reader, wide=True)
+        store = loading.load_table(HostStore(16), reader, key_bits=64)
     out, misses = looked_up(store, [*keys.tolist(), 1000])
     assert misses == [1000]
     assert_same_bits(out[:-1], rows_of(keys, 16))
