@@ -778,7 +778,7 @@ def test_arrays_without_a_device_are_looked_up_by_address(driver: Driver) -> Non
     assert as_device_keys(Interface(np.zeros((0, 2), np.int8), data=(0, False)), key_bits=64)[:3] == (0, 0, (0, 2))
     driver.status = 201
     assert as_device_keys(Interface(np.zeros(0, np.int64), data=(0, False)), key_bits=64).device == 0
-    with pytest.raises(DeviceError, match=r"the driver knows no memory at address 0x\w+: 201"):
+    with pytest.raises(DeviceError, match=r"the driver does not know the memory at address 0x\w+: 201"):
         as_device_keys(Interface(np.arange(3)), key_bits=64)
 
 
