@@ -70,9 +70,9 @@ TRACES: dict[str, tuple[Any, int, list[tuple[int, str]], str, str]] = {
     # H evicts F
     "sieve": ("sieve", 3, one_per_tick("ABCADAEDFGH"), "---+-+-+---", "AGH"),
     # C: once against twice for A, no; twice, no; three times, A is evicted; A: three times against once for B
+    "tinylfu": ("tinylfu", 2, one_per_tick("AABCCCAC"), "-+-----+", "CA"),
     # D: A goes to the main queue, B is evicted; E: evicts C; F: D to the main queue, E is evicted; G: F to the main queue, A
-    # goes round again, D, not requested there, is evicted
-    # round again, D, which was not requested there, is evicted
+    # goes round again, D, which was not requested there, is evicted
     "s3fifo": ("s3fifo", 3, one_per_tick("ABACDEADFFG"), "--+---++-+-", "AGF"),
     # D: B was idle for longest; E: A was inserted 70 ticks ago and is evicted, although it is the most recent; F: so is C
     "ttl": (
