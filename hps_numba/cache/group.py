@@ -151,10 +151,10 @@ class CacheGroup:
 
     def _start(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> None:
         """Start the kernels one after the other; from now on lookups of this shape are started in one step."""
-        kernels, group = self._kernels_of(shape)
         workspace = self._pool.acquire(stream)
         done = False
         try:
+            kernels, group = self._kernels_of(shape)  # a change of a policy waits for the workspace in ``retire``
             with ExitStack() as stores:
                 for cache in self._caches if self._backend.ordinal is None else ():
                     stores.enter_context(cache.parts.reading())

@@ -124,9 +124,9 @@ class KernelSet:
             PolicyError: a function of the policy does not compile here.
         """
         if not self._geometry.fixed:
+            made, policy = self.made, self.policy  # in this order: those of another policy are kept in another dict
             with self.backend.current():
-                self.made |= self._ready(self.policy, self._insertion_keys(self.policy))
-                self._finishing = None
+                made.update(self._ready(policy, self._insertion_keys(policy)))
 
     def made_for(self, policy: Policy) -> dict[KernelKey, tuple[Kernel, int]]:
         """Kernels for another policy: those that insertion needs, and all that this cache has used so far.

@@ -107,7 +107,10 @@ class Lookups:
         single = self._residency.single_kernel and shape[0] == LOOKUP
         prepared = workspace.prepared.get((shape, single))
         if prepared is None:
-            prepared = workspace.prepared[shape, single] = self._plan.prepare(workspace, shape, single, stream)
+            with self._backend.current():
+                if self._backend.is_capturing(stream):  # a kernel that fails to compile would leave the event in the graph
+                    return False
+                prepared = workspace.prepared[shape, single] = self._plan.prepare(workspace, shape, single, stream)
         started: bool = prepared.start(keys, n, out)
         return started
 

@@ -86,9 +86,14 @@ class WorkspaceSet:
             before.release()
 
     def use(self, capturing: bool, stream: int, work: Callable[..., None], *args: Any) -> None:
-        """Call ``work(workspace, *args)``: with one of the pool, or, for a graph, with one that lives as long as the cache."""
+        """Call ``work(workspace, *args)``: with one of the pool, or, for a graph, with one that lives as long as the cache.
+
+        Raises:
+            ClosedError: the cache was closed.   Otherwise as ``work``.
+        """
         if capturing:
             with self._lifecycle.lock, self._backend.relaxed():  # not during a change of the policy
+                self._lifecycle.check_open()
                 workspace = self.new()
                 self.captured.append(workspace)
                 work(workspace, *args)

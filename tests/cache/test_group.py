@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,31 @@ def test_lookup_of_a_closed_group_or_cache_raises(bench: Bench) -> None:
     pair.together[1].close()
     with pytest.raises(ClosedError, match="closed"):
         other.lookup_arrays([ints([1]), ints([2])])
+
+
+def test_retire_waits_for_a_lookup_that_compiles(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy changes after ``retire``: a kernel compiled for the policy before must not be kept for the one after."""
+    pair = Pair(cpu_bench, tables=2, rows=40)
+    kernel, retired = pair.group._backend.kernel, threading.Event()
+    seen: list[bool] = []
+
+    def retire() -> None:
+        pair.group.retire()
+        retired.set()
+
+    thread = threading.Thread(target=retire)
+
+    def compile_slowly(spec: Any) -> Any:
+        if not seen:
+            thread.start()
+            seen.append(retired.wait(0.5))
+        return kernel(spec)
+
+    monkeypatch.setattr(pair.group._backend, "kernel", compile_slowly)
+    with suppress(ClosedError):
+        pair.group.lookup_arrays([ints([1]), ints([2])])
+    thread.join(120)
+    assert seen == [False] and retired.is_set()
 
 
 def test_threads_share_a_group(bench: Bench) -> None:

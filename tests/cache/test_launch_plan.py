@@ -15,6 +15,7 @@ from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.group import CacheGroup
 from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.errors import DeviceError
 from hps_numba.kernels.policies._load import load_policy
 
 
@@ -130,6 +131,29 @@ def test_lookup_on_a_captured_stream_is_not_started_in_one_step(both: Any) -> No
         pair.plain.lookup(keys.ctypes.data, 50, out.ctypes.data, 0)
     pair.check()
     assert pair.backend.prepared == 2 and len(pair.one_step.parts.workspaces.captured) == 1
+
+
+def test_kernel_that_fails_under_capture_leaves_the_workspaces_of_streams_alone(
+    both: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its event recorded on the captured stream would belong to the graph, and fail every later query."""
+    pair = both()
+    pair.lookup(100)
+    pair.lookup(100)
+    keys, out, recorded = np.arange(50), np.empty((50, DIM), np.float16), []
+
+    def refuse(spec: Any) -> Any:
+        raise DeviceError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.backend, "capturing", True)
+        patch.setattr(pair.backend, "kernel", refuse, raising=False)
+        patch.setattr(pair.backend, "record", lambda event, stream: recorded.append(stream), raising=False)
+        with pytest.raises(DeviceError, match="refused"):
+            pair.one_step.lookup(keys.ctypes.data, 50, out.ctypes.data, 0, out_type="float16")
+    assert not recorded
+    pair.lookup(100)
+    assert pair.backend.prepared == 2
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])

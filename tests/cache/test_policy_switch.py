@@ -157,6 +157,33 @@ def test_fixed_and_closed_caches_refuse_a_policy(cpu_bench: Bench) -> None:
         closed.set_policy(load_policy("lfu"))
 
 
+def test_compiling_a_policy_does_not_undo_a_change_meanwhile(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cpu_bench.cache(cpu_bench.store(range(40), 1), set_count=2)
+    kernels = cache.parts.kernels
+    compile_now, changed = cache.backend.ready_kernel, []
+
+    def change_meanwhile(spec: Any) -> Any:
+        if not changed:
+            changed.append(True)
+            cache.set_policy(load_policy("lfu"))
+            changed.append(kernels.made["insert_kernel",])
+        return compile_now(spec)
+
+    monkeypatch.setattr(cache.backend, "ready_kernel", change_meanwhile)
+    cache.compile_policy()
+    assert cache.policy.name == "lfu" and kernels.made["insert_kernel",] is changed[1]
+
+
+def test_capture_after_close_is_refused(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another thread closes the cache while the lookup is on its way."""
+    keys, out = np.arange(40), np.empty((40, 1), np.float32)
+    cache = cpu_bench.cache(cpu_bench.store(keys, 1), set_count=2)
+    monkeypatch.setattr(cache.parts.lifecycle, "begin", cache.close)
+    with pytest.raises(ClosedError, match="the cache is closed"):
+        cache.lookup(keys.ctypes.data, 40, out.ctypes.data, 0, capturing=True)
+    assert not cache.parts.workspaces.captured
+
+
 def test_graph_keeps_the_policy_it_was_captured_with(cpu_bench: Bench) -> None:
     """The CPU has no graphs: a captured call keeps its workspace, and here the kernels that a graph would keep too."""
     keys = np.arange(40)
