@@ -33,7 +33,7 @@ _MAGIC, _HEAD = b"HPS1", struct.Struct("<4sI")
 _ALIGNMENT = 8
 _OUTPUT_TYPES = ("float32", "float16")
 _ARRAYS = {"keys": "iu", "offsets": "iu", "weights": "fiu", "rows": "f"}  # field: kinds of dtype
-_DTYPES = frozenset({"<i4", "<i8", "<u4", "<u8", "<f2", "<f4", "<f8"})
+_DTYPES = ("|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +60,21 @@ class TableRequest:
         """
         if isinstance(self.table, bool) or not isinstance(self.table, (int, str)):
             raise ConfigError(f"{place}.table: expected the number or name of a table, got {self.table!r}")
-        if self.mode is not None and self.mode not in COMBINERS:
+        if self.mode is not None and self.mode not in tuple(COMBINERS):  # it may be a list
             raise ConfigError(f"{place}.mode: expected one of {', '.join(COMBINERS)}, got {self.mode!r}")
         if self.offsets is None and (self.mode is not None or self.weights is not None):
             raise ConfigError(f"{place}.offsets: expected offsets with mode or weights, got none")
         for name in ("keys", "offsets", "weights"):
             array = getattr(self, name)
-            if array is not None and array.dtype.kind not in _ARRAYS[name]:
+            if array is None and name != "keys":
+                continue
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in _ARRAYS[name]:
                 expected = "numbers" if name == "weights" else "integers"
-                raise ConfigError(f"{place}.{name}: expected {expected}, got {array.dtype}")
+                raise ConfigError(f"{place}.{name}: expected {expected}, got {_kind_of(array)}")
+
+
+def _kind_of(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
 
 
 class _Message:
@@ -190,7 +196,7 @@ class Response(_Message):
         Raises:
             ConfigError: it is not JSON, or not of a response.
         """
-        return cls._of(_parsed(text), lambda rows, place: np.asarray(rows, np.float32))
+        return cls._of(_parsed(text), _floats_of_lists)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Response:
@@ -246,7 +252,7 @@ T = TypeVar("T")
 def _parsed(text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as problem:  # UnicodeDecodeError too
+    except (ValueError, RecursionError) as problem:  # UnicodeDecodeError is a ValueError
         raise ConfigError(f"request: expected JSON, got {problem}") from problem
 
 
@@ -275,7 +281,14 @@ def _table_of(values: Any, place: str, array_of: Callable[[Any, str], np.ndarray
 def _array_of_lists(values: Any, place: str) -> np.ndarray:
     if not isinstance(values, (list, int)) or isinstance(values, bool):
         raise ConfigError(f"{place}: expected a list, got {type(values).__name__}")
-    return np.asarray(values, np.float32) if place.endswith(".weights") else to_host(values, place)
+    return _floats_of_lists(values, place) if place.endswith(".weights") else to_host(values, place)
+
+
+def _floats_of_lists(values: Any, place: str) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float32)
+    except (ValueError, TypeError, OverflowError) as problem:
+        raise ConfigError(f"{place}: expected lists of numbers, all of one length, got {problem}") from problem
 
 
 def _unpacked(data: bytes | memoryview) -> tuple[Any, Callable[[Any, str], np.ndarray]]:
@@ -298,7 +311,10 @@ def _unpacked(data: bytes | memoryview) -> tuple[Any, Callable[[Any, str], np.nd
             n *= size
         if n * kind.itemsize > len(view) - at:
             raise ConfigError(f"{place}: expected {n * kind.itemsize} bytes, got {max(len(view) - at, 0)}")
-        array = np.frombuffer(view, kind, n, at if n else 0).reshape(shape)
+        try:
+            array = np.frombuffer(view, kind, n, at if n else 0).reshape(shape)
+        except (ValueError, OverflowError) as problem:  # too many dimensions, or one too large beside one of 0
+            raise ConfigError(f"{place}: expected a shape that NumPy has, got {shape}: {problem}") from problem
         array.flags.writeable = False
         at += array.nbytes
         return array

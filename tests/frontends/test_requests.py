@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_rows_come_in_the_output_dtype(server: HPS) -> None:
 
 
 def test_keys_of_every_integer_type(server: HPS) -> None:
-    for dtype in (np.int32, np.int64, np.uint32, np.uint64):
+    for dtype in (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint32, np.uint64):
         request = Request("m", (TableRequest(0, np.arange(5, dtype=dtype)),))
         (rows,) = respond(server, Request.from_bytes(request.to_bytes())).rows
         assert np.array_equal(rows, rows_of(np.arange(5), 4))
@@ -102,6 +103,13 @@ def test_another_version_or_model_is_refused(server: HPS) -> None:
         ({"tables": [{"table": 0, "keys": [1], "offsets": [0, 1], "mode": "min"}]}, r"tables\[0\].mode: .*, got 'min'"),
         ({"tables": [{"table": 0, "keys": [1], "weights": [1]}]}, r"tables\[0\].offsets: expected offsets with"),
         ({"tables": [{"table": 0, "keys": [True]}]}, r"tables\[0\].keys: expected integers, got bool"),
+        ({"tables": [{"table": 0, "keys": None}]}, r"tables\[0\].keys: expected integers, got NoneType"),
+        ({"tables": [{"table": 0, "keys": [1], "offsets": [0, 1], "mode": ["sum"]}]}, r"tables\[0\].mode: expected one of"),
+        (
+            {"tables": [{"table": 0, "keys": [1], "offsets": [0, 1], "weights": ["a"]}]},
+            r"tables\[0\].weights: expected lists of numbers, all of one length",
+        ),
+        ("[" * 200_000, "request: expected JSON"),
     ],
 )
 def test_malformed_requests_are_refused(change: Any, message: str) -> None:
@@ -125,3 +133,21 @@ def test_cut_and_foreign_messages_are_refused() -> None:
         Request.from_bytes(b"HPS2" + whole[4:])
     with pytest.raises(ConfigError, match="expected dtype and shape"):
         Request.from_bytes(whole.replace(b'"<i8"', b'"|O8"'))
+
+
+@pytest.mark.parametrize("shape", [[0, 2**70], [0] * 100])
+def test_shapes_that_numpy_lacks_are_refused(shape: list[int]) -> None:
+    head = json.dumps({"model": "m", "tables": [{"table": 0, "keys": {"dtype": "<i8", "shape": shape}}]}).encode()
+    with pytest.raises(ConfigError, match=r"tables\[0\].keys: expected a shape that NumPy has"):
+        Request.from_bytes(struct.pack("<4sI", b"HPS1", len(head)) + head + bytes(8))
+
+
+def test_dtypes_that_are_no_text_are_refused() -> None:
+    head = json.dumps({"model": "m", "tables": [{"table": 0, "keys": {"dtype": ["<i8"], "shape": [0]}}]}).encode()
+    with pytest.raises(ConfigError, match="expected dtype and shape"):
+        Request.from_bytes(struct.pack("<4sI", b"HPS1", len(head)) + head)
+
+
+def test_rows_of_several_lengths_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rows\[0\]: expected lists of numbers, all of one length"):
+        Response.from_json('{"model": "m", "version": 1, "rows": [[[1, 2], [3]]]}')
