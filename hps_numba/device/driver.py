@@ -181,6 +181,7 @@ def failure(call: str, status: Any, driver: Any = None) -> HpsError:
 
 
 def check(call: str, status: Any) -> None:
+    """Raise the ``failure`` of a status, unless it is success."""
     if status:
         raise failure(call, status)
 
