@@ -552,7 +552,7 @@ def test_plan_shows_bytes_of_mirrors(
     assert planned.index_mirror_bytes == {1: sum(expected)}
     assert planned.as_dict()["index_mirror_bytes"] == {"1": sum(expected)}
     show_plan(planned)
-    assert ("for copies of indexes if there is room" in capsys.readouterr().out) == copies
+    assert ("for index mirrors if they fit" in capsys.readouterr().out) == copies
 
 
 @pytest.mark.gpu
