@@ -15,8 +15,6 @@ __all__ = ["SourceContract"]
 
 TABLE, OTHER = "hps_et.m.a", "hps_et.m.b"
 DIM = 3
-#: seconds in which everything that was published has to arrive: a limit for hangs, not a measurement
-PATIENCE = 60.0
 
 
 def upsert(table: str, keys: Sequence[int], stamp: int = 0, partition: int = 0) -> Update:
@@ -25,7 +23,13 @@ def upsert(table: str, keys: Sequence[int], stamp: int = 0, partition: int = 0) 
 
 
 class SourceContract:
-    """Subclass it and override the fixtures ``open_source`` and ``publish``; both speak of one bus, which is empty at first."""
+    """Subclass it and override the fixtures ``open_source`` and ``publish``; both speak of one bus, which is empty at first.
+
+    Attributes:
+        patience: seconds in which everything that was published has to arrive: a limit for hangs, not a measurement.
+    """
+
+    patience = 60.0
 
     @pytest.fixture
     def open_source(self) -> Callable[[], UpdateSource]:
@@ -37,13 +41,12 @@ class SourceContract:
         """Puts updates on the bus, in order, each in the partition of its position."""
         raise NotImplementedError("a subclass of SourceContract has a fixture publish")
 
-    @staticmethod
-    def received(source: UpdateSource, count: int) -> list[Update]:
+    def received(self, source: UpdateSource, count: int) -> list[Update]:
         """Poll until so many updates have come."""
         updates: list[Update] = []
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self.patience
         while len(updates) < count:
-            assert time.monotonic() < end, f"{len(updates)} of {count} updates arrived within {PATIENCE} s"
+            assert time.monotonic() < end, f"{len(updates)} of {count} updates arrived within {self.patience} s"
             updates += source.poll(0.1)
         return updates
 

@@ -139,7 +139,7 @@ SUITES = {
     "source": (
         SOURCE,
         "import pytest\nfrom hps_numba.config import UpdateSourceConfig\nfrom hps_numba.testing import SourceContract\n"
-        "class TestOwn(SourceContract):\n"
+        "class TestOwn(SourceContract):\n    patience = 2.0  # the bus is a list\n"
         "    @pytest.fixture\n    def open_source(self):\n"
         "        del own.BUS[:]\n        own.COMMITTED[0] = 0\n        return lambda: own.Own(UpdateSourceConfig())\n"
         "    @pytest.fixture\n    def publish(self):\n        return own.BUS.extend\n",
