@@ -5,7 +5,7 @@
     HpsError
     ├── ConfigError       (ValueError)     a config value is missing, wrong or out of range
     ├── ModelFileError    (OSError)        a sparse model on disk is missing, damaged or does not fit its table
-    ├── ArrayError       (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
+    ├── ArrayError        (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
     ├── KeyDtypeError     (TypeError)      keys are not integers, or do not fit the key width of the server
     ├── UnknownModelError (LookupError)    no such model, or no such table in it
     ├── CapacityError     (MemoryError)    a plan or an insertion does not fit the memory it may use
@@ -16,7 +16,7 @@
     ├── TraceError        (OSError)        a trace of keys on disk is missing, damaged or of an unknown form
     └── ClosedError       (RuntimeError)   the server was closed
 
-A message names the place, what was expected and what was given, in one line.
+A message is one line that says where the problem is, what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class HpsError(Exception):
 
 
 class ConfigError(HpsError, ValueError):
-    """A config value is missing, has the wrong type or is out of range. ``problems`` holds all that were found, a line each."""
+    """A config value is missing, has the wrong type or is out of range. ``problems`` lists all that were found."""
 
     problems: tuple[str, ...] = ()
 
 
 class ModelFileError(HpsError, OSError):
-    """A sparse model cannot be read: missing, truncated, misaligned, or of another width than its table."""
+    """A sparse model cannot be read: it is missing, truncated or misaligned, or its rows are not as wide as its table's."""
 
 
 class ArrayError(HpsError, ValueError):
@@ -69,7 +69,7 @@ class CapacityError(HpsError, MemoryError):
 
 
 class DeviceError(HpsError, RuntimeError):
-    """A listed device is missing, or an array lies on a device that cannot serve it."""
+    """A listed device is missing, or an array is on a device that cannot serve it."""
 
 
 class TierError(HpsError, OSError):
@@ -85,7 +85,7 @@ class PolicyError(HpsError, ValueError):
 
 
 class TraceError(HpsError, OSError):
-    """A trace of keys cannot be read: missing, damaged, or of an unknown form."""
+    """A trace of keys cannot be read: it is missing, damaged, or in an unknown format."""
 
 
 class ClosedError(HpsError, RuntimeError):

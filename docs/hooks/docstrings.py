@@ -14,6 +14,7 @@ import griffe
 
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
 _SECTION = re.compile(r"^(Raises|Returns|Yields)( \([^)]*\))?:\s*$")
+_NAMED = ("Args:", "Attributes:")
 
 
 class DocstringsAsMarkdown(griffe.Extension):
@@ -35,18 +36,20 @@ class DocstringsAsMarkdown(griffe.Extension):
 def as_markdown(text: str) -> str:
     """The text of a docstring, with its ``Raises`` and ``Returns`` as lists and paragraphs; unchanged if it was rewritten."""
     text = _ROLE.sub(r"`\1`", inspect.cleandoc(text))
+    text = re.sub(r"^Class attributes:\n((?: {4}.*\n)+)\nAttributes:\n", r"Attributes:\n\1", text, flags=re.MULTILINE)
     text = text.replace("\nClass attributes:\n", "\nAttributes:\n")
     text = re.sub(r"::(?=\n\n    )", ":", text)
     text = re.sub(r"^:(?=\n\n    )", "", text, flags=re.MULTILINE)
     lines: list[str] = []
     pending = iter(text.splitlines())
     line = next(pending, None)
-    in_arguments = False
+    section_of = ""
     while line is not None:
         section = _SECTION.match(line)
         if section is None:
-            in_arguments = line.startswith("Args:") or (in_arguments and (line.startswith(" ") or not line))
-            lines.extend(_parted(line) if in_arguments else [line])
+            if line.strip() and not line.startswith(" "):
+                section_of = line if line in _NAMED else ""
+            lines.extend(_parted(line, attributes=section_of == "Attributes:") if section_of else [line])
             line = next(pending, None)
             continue
         body: list[str] = []
@@ -78,11 +81,17 @@ def _as_code(item: str) -> str:
     return item
 
 
-def _parted(line: str) -> list[str]:
-    """A line of an ``Args`` section: ``a: of this.   b: of that`` is two, and one that names no argument continues the last."""
+def _parted(line: str, *, attributes: bool) -> list[str]:
+    """A line of an ``Args`` or ``Attributes`` section: ``a: of this.   b: of that`` is two; one that names nothing continues.
+
+    Of attributes, the parser would take ``a, b: of both`` for ``a`` of type ``b``; with a no-break space it does not.
+    """
     if line.startswith("    ") and not line.startswith("     "):
-        if re.search(r"\S {3}\w+: ", line):
-            return [f"    {part.strip()}" for part in re.split(r" {3}(?=\w+: )", line.strip())]
+        if re.search(r"\S {3}\w+(, \w+)*: ", line):
+            parts = re.split(r" {3}(?=\w+(?:, \w+)*: )", line.strip())
+            return [part for one in parts for part in _parted(f"    {one.strip()}", attributes=attributes)]
+        if attributes and (names := re.match(r" {4}\w+(, \w+)+: ", line)):
+            return [names[0].rstrip().replace(", ", ",\u00a0") + line[names.end() - 1 :]]
         if not re.match(r" {4}[\w*]+(, [\w*]+)*( \([^)]*\))?: ", line):
             return [f"    {line}"]
     return [line]

@@ -1,4 +1,4 @@
-"""What MkDocs does to a page besides rendering it: config tables, the state of the checklist, and links that leave the site.
+"""What MkDocs does to a page besides rendering it: config tables, states of the checklist, defaults, links that leave the site.
 
 Links to files of the repository (``../examples/torch_train.py``) work where the pages are read there. The site has no copy of
 those files, so such a link is shown as the path of the file.
@@ -15,6 +15,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 _KEYS = re.compile(r"<!-- keys of (\w+) -->")
+#: a default of a dataclass that a function makes, ``(lambda: [0])()``, as it is highlighted in a signature
+_FACTORY = re.compile(r'<span class="p">\(</span><span class="k">lambda</span><span class="p">:</span> (.*?)\)\(\)')
+_LONG = 36  # characters of a key that may break into two lines
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -28,6 +31,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri == "checklist.md":
         markdown = with_states(markdown)
     return _KEYS.sub(lambda marker: key_table(marker[1]), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by MkDocs with the HTML of each page: signatures show the value of a default, not the function that makes it."""
+    return _FACTORY.sub(r"\1", html)
 
 
 def with_states(checklist: str) -> str:
@@ -66,7 +74,8 @@ def key_table(section: str) -> str:
         if value.get("deprecated"):
             continue
         default = "**required**" if key in required else _code(value["default"]) if "default" in value else ""
-        lines.append(f"| `{key}` | {_kind(value)} | {default} | {value.get('description', '')} |")
+        name = f"`{key}`" if len(key) < _LONG else f'<code class="long">{key.replace("_", "&#95;<wbr>")}</code>'
+        lines.append(f"| {name} | {_kind(value)} | {default} | {value.get('description', '')} |")
     return "\n".join(lines)
 
 
@@ -85,7 +94,7 @@ def _kind(value: dict[str, Any]) -> str:
         return ", ".join(_code(word) for word in value["enum"])
     if value.get("type") == "array":
         items = value.get("items", {})
-        return "list of objects" if "$ref" in items else f"list of: {_kind(items)}"
+        return "list of objects" if "$ref" in items or items.get("type") == "object" else f"list of: {_kind(items)}"
     words = {"boolean": "boolean", "string": "text", "integer": "integer", "number": "number"}
     kind = words.get(value.get("type", ""), "any")
     if "module" in str(value.get("pattern", "")) or ".py" in str(value.get("pattern", "")):

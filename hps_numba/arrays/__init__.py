@@ -1,1 +1,1 @@
-"""Arrays of any library at the edge: opened once, answered in the same kind."""
+"""Arrays of callers: keys and rows of any array library are taken in, and answers are returned in the same kind."""

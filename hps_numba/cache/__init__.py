@@ -1,1 +1,1 @@
-"""The embedding cache of one table on one device, or on the CPU."""
+"""The embedding cache of one table on one GPU, or on the CPU: state, lookups, insertion, refresh, policy changes."""

@@ -1,4 +1,4 @@
-"""``hps-numba``: the command line. The folder is the menu: one file for each command, found by its name.
+"""``hps-numba``: the command line, with one file per command; the name of the file is the name of the command.
 
 A command file defines ``PLUGIN``: a function, whose docstring is the help text, or a ``typer.Typer`` with subcommands. Files
 with a leading underscore hold the parts of commands. Heavy imports are delayed until a command runs.

@@ -1,9 +1,9 @@
-"""The config of a parameter server: frozen specs, JSON in and out, and every range check.
+"""The config of a parameter server: every key with its type, range and default, and reading and checking of JSON.
 
 ============== ======================================================================================================
 file           content
 ============== ======================================================================================================
-reading        ``read_config``: a file, a dict or objects in, a checked ``ServerConfig`` out
+reading        ``read_config``: makes a checked ``ServerConfig`` of a file, a dict or objects
 schema         every key with its range, default and meaning; ``json_schema()``
 databases      the same for sections that name a plugin: storage tiers and the update source
 fields         what a single value may be: the annotations that ``schema`` is written with
@@ -11,11 +11,11 @@ enums          the enums and all their spellings
 validation     types and ranges of single values, and the messages about them
 cross_checks   checks of several keys at once; defaults that depend on other keys
 options        the options that a plugin (a tier, an update source) declares itself
-params         HugeCTR's Python objects, for callers who have no file
-objects        those objects in the spelling of the file
+params         HugeCTR's Python objects, for callers without a file
+objects        converts those objects to the keys of a file
 spec           ``TableSpec``: one embedding table as the other packages see it
 json_text      JSON with comments
-plain          Python values as JSON has them
+plain          converts Python values to JSON values
 messages       the wording of problems
 ============== ======================================================================================================
 

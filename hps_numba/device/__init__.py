@@ -1,1 +1,1 @@
-"""CUDA devices through the driver: contexts, streams, events, memory of device and host."""
+"""CUDA devices, through the driver API: contexts, streams, events, and memory of device and host."""

@@ -1,1 +1,1 @@
-"""Faces for frameworks, one a folder. They come after the GPU cache."""
+"""Front ends for frameworks, one folder each: layers, operators and gradients; files here are what they share."""

@@ -105,7 +105,7 @@ class RowOptimizer:
             self.trainers.append(row_training.RowTrainer(server, rows.model, rows.table, made))
 
     def step(self) -> None:
-        """Apply the gradients since the last step; every lookup that starts after the return sees the new rows.
+        """Apply the gradients since the last step; every lookup that starts after it returns sees the new rows.
 
         Raises:
             As ``HPS.insert``.

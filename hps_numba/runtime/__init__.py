@@ -1,1 +1,1 @@
-"""Threads, background work, timers and forks."""
+"""Runtime services without domain knowledge: thread pools, background jobs, timers, progress bars, forks."""

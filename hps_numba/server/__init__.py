@@ -1,1 +1,1 @@
-"""The parameter server: models, tables, lookups and writes."""
+"""The parameter server: ``HPS``, its models and tables, lookups, writes, plan and statistics."""

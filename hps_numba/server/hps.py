@@ -1,11 +1,11 @@
-"""The parameter server: a facade of parts that find models and tables in one catalog.
+"""The parameter server: a facade over parts that find models and tables in one catalog.
 
 ``lookups`` answers, ``writes`` changes rows, ``model_loader`` opens tiers and loads models, ``recordings`` keeps traces,
-``direct_access`` is for front ends. Methods here delegate, and say what users have to know.
+``direct_access`` is for front ends. The methods here delegate, and document what users need to know.
 
 Why plain delegation: the frame that it costs is less than what opening a call in one place saves (``lookup`` of 16 keys takes
-1 % less than before). Bound methods of the parts on the instance were measured too: another 1 %, at the price of overrides in
-subclasses that are silently ignored.
+1 % less than before). Bound methods of the parts on the instance were measured too: they save another 1 %, but overrides in
+subclasses would be silently ignored.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ class HPS:
         config: path of a ``ps_config`` JSON file, the same as a dict, ``ParameterServerConfig``, or a list of
             ``InferenceParams``.
         strict: unknown config keys are errors instead of warnings.
-        allow_code: the config may name Python files (``path.py:NAME``) to run, such as custom tiers.
+        allow_code: the config may name Python code to run (``path.py:NAME``, ``package.module:NAME``), such as custom tiers.
         progress: draw a progress bar while loading; by default on a terminal, if there is much to load.
 
     Attributes:
         config: the config as it was read.
-        direct: internal, for the front ends of this package.
+        direct: internal: what the front ends of this package use.
 
     Raises:
         ConfigError: a value of the config is missing or wrong.
-        ModelFileError: a sparse model is missing, damaged or of another width than its table.
+        ModelFileError: a sparse model is missing or damaged, or its rows are not as wide as its table's.
         CapacityError: the plan does not fit the machine; nothing was allocated.
         PolicyError: a cache policy is missing or breaks its contract; nothing was allocated.
         TierUnavailable: a storage tier is not installed or cannot be reached.
         DeviceError: the config requires a GPU.
 
-    A context manager: ``with HPS("ps.json") as server: rows = server.lookup(keys, "model", 0)``.
+    It is a context manager: ``with HPS("ps.json") as server: rows = server.lookup(keys, "model", 0)``.
 
-    Thread safety: every method from any thread. Lookups take no lock and release the GIL; changes of one table take turns.
+    Thread safety: any thread may call any method. Lookups take no lock and release the GIL; writes to one table take turns.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class HPS:
         out: Any = None,
         stream: Any = None,
     ) -> Any:
-        """The rows of a batch of keys.
+        """Look up the rows of a batch of keys.
 
         Args:
-            keys: integers of any shape ``S``: a list, a NumPy, Torch, TF, CuPy or JAX array, anything with DLPack. 64-bit
-                servers take any integer dtype; 32-bit servers (``supportlonglong`` false) the bits of int32 and uint32, and
-                wider integers that fit.
+            keys: integers of any shape ``S``: a list, a NumPy, Torch, TensorFlow, CuPy or JAX array, or anything with DLPack.
+                64-bit servers take any integer dtype; 32-bit servers (``supportlonglong`` false) take int32 and uint32 by their
+                bits, and wider integers that fit.
             model_name: a deployed model.
             table_id: number of the table in its model, or its name.
-            device_id: one of the model's ``deployed_device_list``, or None: any; keys in the memory of a GPU are looked up on
-                that GPU.
-            out: array of shape ``S + (dim,)`` and of the dtype of the answer, to write to and return.
-            stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current one of the keys'
+            device_id: one of the model's ``deployed_device_list``, or None for any; keys in the memory of a GPU are looked up
+                on that GPU.
+            out: an array of shape ``S + (dim,)`` and the dtype of the answer, to write to and return.
+            stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current stream of the keys'
                 framework. Ignored for keys in host memory, which are answered from host memory.
 
         Returns:
@@ -107,28 +107,28 @@ class HPS:
 
         Raises:
             KeyDtypeError: keys are not integers or do not fit the key width.
-            UnknownModelError: no such model or table.   DeviceError: ``device_id`` is not deployed.
-            TierError: the answer of a slower tier breaks its contract.
+            UnknownModelError: no such model or table.   DeviceError: the model is not deployed on ``device_id``.
+            TierError: a slower tier broke its contract.
             ClosedError: the server was closed.
         """
         return self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
 
     def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
-        """The rows of several tables of one model, all of the same version of the model.
+        """Look up rows of several tables of one model, all in the same version of the model.
 
-        A call that a switch of versions overtakes looks up once more, and ``stats`` counts it twice.
+        If the version is switched during the call, it looks up again, and ``stats`` counts it twice.
 
         Args:
             keys: a sequence with the keys of each table in table order, or a mapping from table number or name to keys.
-                A shorter sequence asks the first tables only.
+                A shorter sequence looks up the first tables only.
             flat: return one NumPy vector: the rows of all tables, one after the other in the given order. Rows on a GPU are
-                copied to it as float32.
+                copied to the host as float32.
 
         Returns:
-            A list, or a dict with the keys of the mapping, of what ``lookup`` returns.
+            What ``lookup`` returns for each table: as a list, or as a dict with the keys of the mapping.
 
         Raises:
-            As ``lookup``; UnknownModelError if a sequence is longer than the model has tables.
+            As ``lookup``; UnknownModelError if the sequence is longer than the number of tables.
         """
         return self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
 
@@ -148,27 +148,27 @@ class HPS:
         out: Any = None,
         stream: Any = None,
     ) -> Any:
-        """The rows of each bag of keys, combined to one row in the pass that reads them.
+        """Look up bags of keys, and combine the rows of each bag into one row as they are read.
 
         Args:
             keys: integers ``[n]``, as for ``lookup``.
-            offsets: integers ``[bags + 1]``: where each bag begins, and the end of the last; ascending from 0 to ``n``.
-            weights: numbers ``[n]``, or None: all are 1.
-            combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 where
-                the divisor is 0); ``max``, whatever the weights.
+            offsets: integers ``[bags + 1]``: where each bag begins, and where the last ends; ascending from 0 to ``n``.
+            weights: numbers ``[n]``, or None for all 1.
+            combiner: ``sum``; ``mean``, divided by the sum of weights; ``sqrtn``, divided by the root of the sum of their
+                squares (0 where the divisor is 0); ``max``, which ignores weights.
             max_norm: rows are clipped to this Euclidean norm before they are weighted, or None.
-            padding: a key that does not count, or None.
+            padding: a key to leave out, or None.
             include_last_offset: ``offsets`` end with ``n``; if false they are ``[bags]``.
             out: ``[bags, dim]``, contiguous, to write to and return: NumPy float32, or as for ``lookup`` on a GPU.
             stream: as for ``lookup``.
 
         Returns:
-            NumPy float32 ``[bags, dim]``: sums in float32 in the order of keys. A bag without keys gets 0; a key that no tier
+            NumPy float32 ``[bags, dim]``, summed in float32 in the order of keys. A bag without keys gets 0; a key that no tier
             has counts with the table's default value.
 
-        Keys in the memory of a GPU that has a cache of the table are served there, with offsets and weights that are there
-        too: an array of the keys' framework, of the model's ``output_dtype``, in stream order; offsets are then not checked.
-        For tables with slower tiers, and with ``max_norm``, keys are copied to the host.
+        Keys in the memory of a GPU that has a cache of the table are served on that GPU, if offsets and weights are there too:
+        the answer is then an array of the keys' framework and the model's ``output_dtype``, in stream order, and offsets are
+        not checked. For tables with slower tiers, and with ``max_norm``, keys are copied to the host.
 
         Raises:
             As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; ArrayError for ``weights`` and
@@ -190,7 +190,7 @@ class HPS:
         )
 
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
-        """As ``lookup``, from one DLPack capsule to another. The capsules are not consumed.
+        """Look up rows as ``lookup`` does, from one DLPack capsule to another. The capsules are not consumed.
 
         Args:
             keys: capsule (or object with ``__dlpack__``) of integers of any shape and strides, n in all.
@@ -211,22 +211,23 @@ class HPS:
         every: int = 1,
         limit: int = 10_000_000,
     ) -> TraceRecording:
-        """Record the keys that lookups of a table ask for, as a trace for ``hps_numba.simulate``.
+        """Record the keys that are looked up in a table, as a trace for ``hps_numba.simulate``.
 
         Args:
-            path: of the trace, an ``.npy`` file of int64; facts about it go to a JSON file beside it.
+            path: of the trace, an ``.npy`` file of int64; its rate and size go to a JSON file beside it.
             rate: share of the keys to record, chosen by a hash, each with all its requests.
-            every: only each so-many-th call counts.
-            limit: it ends by itself after so many recorded keys, 8 bytes each.
+            every: record only every n-th call.
+            limit: stop after this many recorded keys, 8 bytes each.
 
         Returns:
             The recording, to be closed: ``with server.record_trace("trace.npy", "model", 0, rate=0.01): ...``
 
-        Cost: off, one test a lookup; on, a copy of the keys, or of those chosen, and every 131,072 of them a write. A call with
-        keys in the memory of a GPU is waited for if it counts: with ``every`` few are. Replays of a graph are not seen.
+        Cost: while nothing is recorded, one test per lookup. While recording, a copy of the chosen keys, and a write for every
+        131,072 of them. A recorded call with keys in the memory of a GPU waits for the GPU; ``every`` makes such calls rare.
+        Replays of a CUDA graph are not recorded.
 
         Raises:
-            UnknownModelError: no such model or table.   ConfigError: an argument makes no sense.
+            UnknownModelError: no such model or table.   ConfigError: an argument is out of range.
             TraceError: the file cannot be written.
         """
         table = self._catalog.table(model_name, table_id)
@@ -236,7 +237,7 @@ class HPS:
     # -- changing rows ---------------------------------------------------------------------
 
     def insert(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
-        """Write a row for each key (upsert) to every tier; lookups that start after the return see it.
+        """Write a row for each key (upsert) to every tier; lookups that start after it returns see the rows.
 
         Args:
             keys: integers of any shape ``S``.
@@ -246,9 +247,9 @@ class HPS:
 
         Raises:
             KeyDtypeError, UnknownModelError, ClosedError as ``lookup``; ArrayError for rows of another shape or dtype.
-            CapacityError: no memory for more rows in host memory; slower tiers, if any, have them and serve them.
-            TierError: a slower tier failed, faster ones were not written; or a key that host memory might evict has a row in
-                a tier that is read only, which would show again.
+            CapacityError: host memory has no room for more rows; slower tiers, if any, have the new rows and serve them.
+            TierError: a slower tier failed, and faster ones were not written; or a key that host memory might evict has a row
+                in a read-only tier, which would then be served again.
         """
         return self._writes.insert(keys, rows, model_name, table_id)
 
@@ -257,29 +258,30 @@ class HPS:
         return self._writes.update(keys, rows, model_name, table_id)
 
     def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
-        """Write what a function makes of the rows of some keys, with no other write to the table between.
+        """Replace the rows of some keys by what a function computes from them; no other write to the table comes in between.
 
         Args:
             keys: distinct integers, n in all.
-            change: from their rows, NumPy float32 ``[n, dim]`` (the table's default value for absent keys) and bool ``[n]``,
-                which exist, to new rows ``[n, dim]``. It may write to its arguments, and must not change the table.
+            change: a function of the rows, NumPy float32 ``[n, dim]`` (the table's default value for absent keys), and of bool
+                ``[n]``, which keys exist; it returns new rows ``[n, dim]``. It may write to its arguments, but must not change
+                the table.
 
         Returns how many keys were new.
 
         Raises:
-            As ``insert``; TierError if a slower tier cannot tell what it has.   What ``change`` raises; nothing is written.
+            As ``insert``; TierError if a slower tier cannot be read.   What ``change`` raises; nothing is written then.
         """
         return self._writes.read_modify_write(keys, change, model_name, table_id)
 
     def locked_table(
         self, model_name: str, table_id: int | str
     ) -> AbstractContextManager[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
-        """All keys of a table, and a function that reads rows of some of them; writes to it wait until the block ends.
+        """A context manager for reading a whole table; writes to the table wait until its block ends.
 
-        Gives int64 ``[n]``, ascending, and a function from int64 keys ``[m]`` to float32 ``[m, dim]``.
+        It gives all keys, int64 ``[n]``, ascending, and a function from int64 keys ``[m]`` to their rows, float32 ``[m, dim]``.
 
         Raises:
-            As ``lookup``, when the block is entered; TierError if a slower tier cannot tell what it has.
+            As ``lookup``, when the block is entered; TierError if a slower tier cannot be read.
         """
         return self._writes.locked_table(model_name, table_id)
 
@@ -288,7 +290,7 @@ class HPS:
         return self._writes.erase(keys, model_name, table_id)
 
     def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
-        """bool array of the shape of ``keys``: which have a row in some tier."""
+        """Which keys have a row in some tier: a bool array of the shape of ``keys``."""
         return self._writes.contains(keys, model_name, table_id)
 
     def dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
@@ -303,22 +305,22 @@ class HPS:
         """Insert the rows of a ``.bin`` file in every tier; returns their number.
 
         Raises:
-            ModelFileError: a damaged file, or rows of another width.
-            TierError: keys of another width, or not a ``.bin`` file; otherwise as ``insert``.
+            ModelFileError: the file is damaged, or its rows have another width.
+            TierError: its keys have another width, or it is not a ``.bin`` file; otherwise as ``insert``.
         """
         return self._writes.load_dump(path, model_name, table_id)
 
     # -- caches ---------------------------------------------------------------------
 
     def refresh(self, model_name: str, table_id: int | str | None = None, *, drop: bool = True) -> None:
-        """Read the rows that the caches of a model hold again, from host memory and slower tiers.
+        """Reread the rows in the caches of a model from host memory and slower tiers.
 
-        Rows changed by ``insert``, ``update`` and ``erase`` are in the caches when those return; this is for rows that others
-        changed in a slower tier. Lookups go on meanwhile.
+        ``insert``, ``update`` and ``erase`` have changed the caches when they return; this is for rows that other processes
+        changed in a slower tier. Lookups continue meanwhile.
 
         Args:
             table_id: one table, by default all.
-            drop: rows that no tier has any more are dropped from the caches; else they stay.
+            drop: drop rows from the caches that no tier has any more; otherwise they stay.
 
         Raises:
             UnknownModelError: no such model or table.   TierError: a slower tier failed.
@@ -328,12 +330,12 @@ class HPS:
     def set_policy(self, policy: Any = None, model_name: str = "", table_id: int | str | None = None) -> Any:
         """Switch the caches of a model to another eviction policy; their rows stay.
 
-        Scores start again, as if all cached rows had just been inserted. Lookups go on and stay exact: they wait for the switch
-        itself, not for the compiler. Graphs that captured lookups before keep the old policy.
+        Scores restart as if all cached rows had just been inserted. Lookups continue and stay exact: they wait for the switch
+        itself, not for the compiler. CUDA graphs captured before keep the old policy.
 
         Args:
             policy: a built-in name, ``package.module:NAME``, ``file.py:NAME`` (with the server's ``allow_code``), a class as
-                ``kernels.policies._policy`` describes it, or a ``Policy``. If it is left out, a decorator for such a class is
+                ``kernels.policies._policy`` describes it, or a ``Policy``. If it is omitted, a decorator for such a class is
                 returned: ``@server.set_policy(model_name="m", table_id=0)``.
             table_id: one table, by default all.
 
@@ -341,9 +343,9 @@ class HPS:
             ``policy``, so that a decorated class stays what it was.
 
         Raises:
-            PolicyError: there is no such policy, it breaks the contract, or it does not compile for a device; the policy
-                before stays.
-            ConfigError: caches of type static or uvm, which evict nothing.   CapacityError: no memory for the policy's state.
+            PolicyError: there is no such policy, it breaks the contract, or it does not compile for a device; the previous
+                policy stays.
+            ConfigError: the caches are static or uvm, which evict nothing.   CapacityError: no memory for the policy's state.
             UnknownModelError: no such model or table.
         """
         if policy is None:
@@ -356,7 +358,7 @@ class HPS:
     def load_model(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """Deploy one more model, described as in ``models`` of the config or by ``InferenceParams``.
 
-        Key width and databases are the server's; the databases of an ``InferenceParams`` do not count.
+        Key width and databases are the server's; the databases of an ``InferenceParams`` are ignored.
 
         Raises:
             ConfigError: the description is wrong or the name is taken.   Otherwise as ``HPS``.
@@ -364,21 +366,21 @@ class HPS:
         self._loader.load(model)
 
     def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
-        """Put a new version of all rows of a model in force at once, while lookups go on.
+        """Replace all rows of a model by a new version, in one step, while lookups continue.
 
-        The new version is loaded aside, so host memory holds both for a while. A lookup sees the old rows or the new ones;
-        ``lookup_many`` sees one version of all tables. Rows written by ``insert`` and ``update`` go with the old version.
+        The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones;
+        ``lookup_many`` sees one version of all tables. Rows written by ``insert`` and ``update`` are lost with the old version.
         Slower tiers get the new rows before the switch and lose the stale ones after it, so keys that only they hold change
         a little earlier than the rest.
 
         Args:
-            sparse_files: one a table (a single path for a model of one table); by default those of the config, read again.
+            sparse_files: one per table (or a single path if there is one table); by default those of the config, read again.
 
         Raises:
-            ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in force in every tier.
-            TierError: a slower tier failed; those that can be written may hold rows of both versions until the model is
-                replaced once more. Host memory has one version or the other.
-            ConfigError: not one file a table.
+            ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in every tier.
+            TierError: a slower tier failed; slower tiers may hold rows of both versions until the model is replaced again. Host
+                memory has one version or the other.
+            ConfigError: the number of files is not the number of tables.
         """
         self._loader.replace(model_name, sparse_files)
 
@@ -386,7 +388,7 @@ class HPS:
         """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers.
 
         Raises:
-            TierError: a slower tier failed to drop rows; the model is gone and all the rest was dropped.
+            TierError: a slower tier failed to drop rows; the model is unloaded, and everything else was dropped.
         """
         self._loader.unload(model_name, erase=erase)
 
@@ -406,7 +408,7 @@ class HPS:
         }
 
     def plan(self) -> Plan:
-        """Bytes that the deployed models take, a tier at a time, from the sizes of their sparse models."""
+        """Bytes that the deployed models take in each tier, computed from the sizes of their sparse models."""
         self._catalog.check_open()
         return plan_of(table for model in self._catalog.models.values() for table in model.plan().tables)
 
@@ -423,9 +425,9 @@ class HPS:
         return self._catalog.closed
 
     def close(self) -> None:
-        """Let the lookups at work end, then free everything; later calls raise ClosedError. Closing twice is fine.
+        """Wait for running lookups, then free everything; later calls raise ClosedError. Closing twice is fine.
 
-        Lookups that wait for a slower tier are waited for up to 30 s (a WARNING tells if that was too short), writes are not.
+        Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that was too short. Writes are not waited for.
         """
         with self._loader.changing:
             if not self._catalog.closed:

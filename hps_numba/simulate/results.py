@@ -22,10 +22,10 @@ class Run:
         bound: an upper bound on all policies: Belady's optimum, the infinite cache.
         rows: capacity of the cache; for ``gpu``, rounded up to whole sets. With sampling, the capacity for the whole trace.
         requests, hits: after the warm-up, of the simulated keys.
-        batch_keys, batch_key_hits: the same, each key counted once a batch.
+        batch_keys, batch_key_hits: the same, with each key counted once per batch.
         admissions, evictions: after the warm-up.   resident: rows at the end.
         hit_rate: share of requests; with sampling, the estimate for the whole trace.
-        error: half of the 95 % interval of ``hit_rate``; 0 without sampling.
+        error: half the width of the 95 % confidence interval of ``hit_rate``; 0 without sampling.
         row_bytes: size of a row.   gpu_bytes: GPU memory of the cache, without the buffers of calls; 0 for ``associative``.
         seconds: duration of the simulation.   by_window: int64, hits in each window of the trace, warm-up included.
     """
@@ -95,7 +95,7 @@ class Simulation:
             the whole trace; this is the share of each group in the requests of a window, relative to its average, 1.0.
         group_keys: int64 ``[groups]``, keys in each group.
         runs: one for each policy, geometry and size, in the order of the request.
-        skipped: requested policies that could not be simulated, a line each.
+        skipped: requested policies that could not be simulated, one line each.
     """
 
     trace: str
@@ -121,7 +121,7 @@ class Simulation:
         return sorted({run.rows for run in self.runs if run.policy != "infinite"})
 
     def select(self, *, policy: str | None = None, geometry: str | None = None, rows: int | None = None) -> list[Run]:
-        """The runs with these properties, by size."""
+        """The runs of this policy, geometry and size (None: all), sorted by size."""
         found = [
             run
             for run in self.runs

@@ -42,13 +42,15 @@ def run(
     allow_code: bool = False,
     progress: bool | None = None,
 ) -> Simulation:
-    """Hits, admissions, evictions and bytes of policies over a trace.
+    """Simulate cache policies over a trace: hits, admissions, evictions and bytes.
 
     Args:
         trace: a path, an integer array, or a ``Trace`` from ``open_trace``, which has more options.
-        policies: one or several of: names (see ``known_names``), ``file.py:NAME``, ``module:NAME``, classes.
-        sizes: of the cache: rows, shares of the distinct keys, ranges; see ``sizes.parse_sizes``. If any policy runs in the
-            geometry of the GPU cache, all sizes are rounded up to whole sets, so that both geometries have equal sizes.
+        policies: one or several names (see ``known_names``), references ``file.py:NAME`` or ``module:NAME``, or classes; by
+            default the most common algorithms.
+        sizes: of the cache: rows, shares of the distinct keys, or ranges (see ``sizes.parse_sizes``); by default nine sizes
+            from 0.1 % to 50 %. If any policy runs in the geometry of the GPU cache, all sizes are rounded up to whole sets, so
+            that both geometries have equal sizes.
         geometry: ``gpu``: sets of ten ways and calls of ``batch`` keys, exactly as the GPU cache works; ``associative``: one
             order of all rows, and one request after the other; ``both``: each policy in every geometry that it supports.
         batch: keys of a call. In ``gpu``, all keys of a batch are looked up before any row is inserted, as in a lookup; in
@@ -57,13 +59,13 @@ def run(
         sample: share of the keys to simulate, above 0 and up to 1.
         bounds: also simulate Belady's optimum and the infinite cache.
         dim, row_dtype: of a row, for figures in bytes.
-        windows: number of windows in which the trace is cut for figures over time.
-        threads: caches simulated at a time; by default one a core.
-        allow_code: permit a policy given as a file, which is run.
+        windows: number of windows into which the trace is cut for figures over time; by default 100.
+        threads: caches simulated at a time; by default one per core.
+        allow_code: permit policies given by reference, whose code is run.
         progress: draw a progress bar; by default on a terminal, if there is much to do.
 
     Raises:
-        TraceError: the trace cannot be read, or is empty.   PolicyError: a policy is unknown or unsound.
+        TraceError: the trace cannot be read, or is empty.   PolicyError: a policy is unknown or breaks its contract.
         ConfigError: an argument is out of range.
     """
     candidates = find_candidates(policies, allow_code=allow_code)

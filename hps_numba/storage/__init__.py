@@ -1,7 +1,7 @@
-"""Where rows are: the host store, slower tiers, and sparse models on disk.
+"""Storage of rows: the host store, slower tiers, and sparse models on disk.
 
 ``Tier`` with ``Fetched`` is the base of a storage tier, ``SparseModelFormat`` with ``SparseModelReader`` that of a file format;
-``hps_numba.testing`` has the tests that every one has to pass. Names are imported on first use.
+``hps_numba.testing`` has the contract suites that each must pass. Names are imported on first use.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def write_model(
     """Write a sparse model and return its number of rows.
 
     Everything is written to a hidden sibling first, flushed to the disk, and then renamed: whenever the process or the machine
-    stops, ``path`` is the old model, the new one or (between two renames, where a directory is replaced) missing. Readers
-    ignore what a killed writer left; the next writer of the same path removes it, and restores the old model in the last case.
+    stops, ``path`` is the old model, the new one or (between two renames, when a directory is replaced) missing. Readers
+    ignore what a killed writer left; the next writer of the same path removes it, and restores the old model if it is missing.
 
     Args:
         path: to be created.
@@ -109,7 +109,7 @@ def write_model(
             rows and other integers are converted. A chunk is consumed before the next one is asked for, so its arrays may be
             reused.
         format: as in :func:`open_model`; None takes it from the suffix: none or ``.model`` a directory, ``.h5`` HDF5.
-        rows: number of rows to come, if known; another number is then an error.
+        rows: number of rows to come, if known; any other number is then an error.
         overwrite: replace an existing model.
         allow_code: ``format`` may be a reference, which is imported.
         on_progress: called with (rows done, ``rows`` or rows done) after each chunk.

@@ -1,1 +1,1 @@
-"""Traces of requested keys: read, and recorded by a server."""
+"""Traces of requested keys: reading them from files, and recording them in a server."""

@@ -1,1 +1,1 @@
-"""Training of rows: optimizers, initializers, checkpoints."""
+"""Training of rows in a server: optimizers, initializers, checkpoints."""

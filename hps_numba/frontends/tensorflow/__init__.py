@@ -5,7 +5,7 @@
     hps.Init(global_batch_size=1024, ps_config_file="ps_config.json")
     rows = hps.LookupLayer("model", 0, 16)(ids)
 
-Importing it is what lets a SavedModel with these layers run.
+A SavedModel with these layers runs only in a process that has imported this package.
 """
 
 from __future__ import annotations

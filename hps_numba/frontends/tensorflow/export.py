@@ -17,7 +17,7 @@ _LAYERS = (LookupLayer, SparseLookupLayer, LookupCollection)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """``tf.saved_model.load``, in a process in which the lookups of this package work (it is imported).
+    """``tf.saved_model.load``; calling it from here makes sure that this package, which the lookups need, is imported.
 
     Raises:
         As ``tf.saved_model.load``.
@@ -29,11 +29,11 @@ def split(model: Any) -> tuple[Any, Any]:
     """Split a functional model after its lookup layers, for a server that cannot run Python (TF-Serving).
 
     Returns:
-        ``(lookup, dense)``: two functional models; ``dense(lookup(inputs))`` is ``model(inputs)``. ``dense`` has no lookup in
-        it: its inputs are the outputs of the lookup layers, and inputs of ``model`` that it needs itself.
+        ``(lookup, dense)``: two functional models; ``dense(lookup(inputs))`` is ``model(inputs)``. ``dense`` has no
+        lookups: its inputs are the outputs of the lookup layers, and those inputs of ``model`` that it needs directly.
 
     Raises:
-        ConfigError: not a functional model, or one without lookup layers.
+        ConfigError: ``model`` is not a functional model, or has no lookup layers.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None) or layers is None:

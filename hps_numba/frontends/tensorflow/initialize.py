@@ -37,22 +37,23 @@ def replica_count() -> int:
 
 @tf.autograph.experimental.do_not_convert
 def Init(**kwargs: Any) -> Any:
-    """Build the server of a config and load its models; does nothing if this process has that server.
+    """Build the server of a config and load its models; do nothing if this process already has that server.
 
-    Under a strategy call it inside ``strategy.scope()``, under Horovod or MPI once a process. Layers do the same by themselves
-    when they are first called with a ``ps_config_file``.
+    Under a strategy, call it inside ``strategy.scope()``; under Horovod or MPI, once per process. Layers do the same when they
+    are first called with a ``ps_config_file``.
 
     Args:
-        global_batch_size: int, the batch of all replicas together; a multiple of their number.
+        global_batch_size: int, the batch size of all replicas together; a multiple of their number.
         ps_config_file: path of the JSON, or its content as a dict.
-        Others are ignored, with a warning.
+
+    Other arguments are ignored, with a warning.
 
     Returns:
         A scalar string tensor "OK". Inside the scope of a strategy, but not in a replica: a tuple, one for each local replica.
         In a graph (``tf.function``, ``tf.compat.v1``) the server is built when the tensor is computed.
 
     Raises:
-        KeyError: one of the two is missing.
+        KeyError: one of the two arguments is missing.
         ConfigError: the config is wrong, or ``global_batch_size`` does not fit it and the number of replicas.
         Otherwise as ``hps_numba.HPS``. A failed call may be repeated.
     """

@@ -81,16 +81,16 @@ class _TableLayer(_Layer):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         emb_vec_dtype: of the answer: float32, float16 or bfloat16.
-        ps_config_file: path of the JSON, or its content as a dict; with an empty one call ``Init`` first. It is read when the
+        ps_config_file: path of the JSON, or its content as a dict; if it is empty, call ``Init`` first. It is read when the
             layer is first called, so the file may change after a model was saved.
         global_batch_size: as for ``Init``.
         train_rows: calls with ``training=True`` accumulate gradients of rows, for the optimizers of this package.
-        initializer: of trained rows that do not exist, made in such calls: ``zeros``, ``normal``, ``uniform``, a function
-            (``hps_numba/training/initializers.py``), or None: such ids get the table's default value, and a row with their
-            gradient.
-        kwargs: of ``keras.layers.Layer``; its ``trainable`` freezes rows that train.
+        initializer: creates trained rows that do not exist, in such calls: ``zeros``, ``normal``, ``uniform`` or a function
+            (``hps_numba/training/initializers.py``). With None, such ids get the table's default value, and a row with their
+            first gradient.
+        kwargs: of ``keras.layers.Layer``; ``trainable=False`` freezes rows even with ``train_rows``.
 
-    Rows are frozen by default: the layer has no weights. Thread safety: calls.
+    Rows are frozen by default: the layer has no weights. Thread safety: any thread may call it.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class _TableLayer(_Layer):
         return [table_rows(self.table, self.initializer)] if self.train_rows else []
 
     def get_config(self) -> dict[str, Any]:
-        """What ``from_config`` makes an equal layer of."""
+        """What ``from_config`` needs to build an equal layer."""
         return {
             **super().get_config(),
             "model_name": self.table.model_name,
@@ -129,7 +129,7 @@ class _TableLayer(_Layer):
 
 @keras.saving.register_keras_serializable("hps_numba")
 class LookupLayer(_TableLayer):
-    """The row of each id: what ``tf.nn.embedding_lookup`` gives, bit for bit, of tables of any size."""
+    """Looks up the row of each id: the rows of ``tf.nn.embedding_lookup``, bit for bit, from tables of any size."""
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
@@ -140,7 +140,7 @@ class LookupLayer(_TableLayer):
 
 @keras.saving.register_keras_serializable("hps_numba")
 class SparseLookupLayer(_TableLayer):
-    """The pooled row of each row of a SparseTensor of ids: as ``tf.nn.embedding_lookup_sparse``."""
+    """Pools the rows of the ids in each row of a SparseTensor, as ``tf.nn.embedding_lookup_sparse`` does."""
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
@@ -163,15 +163,15 @@ class SparseLookupLayer(_TableLayer):
 
 @keras.saving.register_keras_serializable("hps_numba")
 class LookupCollection(_Layer):
-    """Several tables of one model in one step: one call of Python for all of them.
+    """Looks up several tables of one model in one step, with one call into Python for all of them.
 
     Args:
         model_name: a deployed model.
         tables: ``{feature: (table_id, emb_vec_size)}``.
         emb_vec_dtype, ps_config_file, global_batch_size, train_rows, initializer, kwargs: as for ``LookupLayer``; calls that
-            train ask one table after the other.
+            train look up one table after the other.
 
-    Rows are frozen by default. Thread safety: calls.
+    Rows are frozen by default. Thread safety: any thread may call it.
     """
 
     def __init__(
@@ -196,16 +196,16 @@ class LookupCollection(_Layer):
         }
 
     def trained_tables(self) -> list[GradientAccumulator]:
-        """As of ``LookupLayer``."""
+        """As for ``LookupLayer``."""
         return [table_rows(table, self.initializer) for table in self._tables.values()] if self.train_rows else []
 
     def call(self, ids: Mapping[str, Any], training: bool | None = None) -> dict[str, Any]:
-        """``{feature: rows}`` for ``{feature: ids}``, of any of the features.
+        """``{feature: rows}`` for ``{feature: ids}``, with any of the features.
 
-        Ids are dense or ragged (a row each), or a SparseTensor (the mean of each row of it).
+        Dense and ragged ids give a row each; a SparseTensor gives the mean of each of its rows.
 
         Raises:
-            ConfigError: a feature that is not in the collection.
+            ConfigError: a feature is not in the collection.
         """
         unknown = [feature for feature in ids if feature not in self._tables]
         if unknown:
@@ -216,7 +216,7 @@ class LookupCollection(_Layer):
         return {feature: self._finished(some) for feature, some in zip(ids, rows)}
 
     def get_config(self) -> dict[str, Any]:
-        """What ``from_config`` makes an equal layer of."""
+        """What ``from_config`` needs to build an equal layer."""
         some = next(iter(self._tables.values()))
         return {
             **super().get_config(),

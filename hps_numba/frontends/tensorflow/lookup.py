@@ -36,7 +36,7 @@ class Table:
     Args:
         model_name, table_id: a table of the config, by number or name.
         emb_vec_size: elements of a row.
-        ps_config_file: path or content of the config; an empty one means the server that is there already.
+        ps_config_file: path or content of the config; if it is empty, the existing server is used.
         global_batch_size: as for ``Init``, if this table's lookup is what builds the server.
     """
 
@@ -60,7 +60,7 @@ class Table:
             object.__setattr__(self, name, value)
 
     def query(self, *tables: TableQuery) -> Query:
-        """For lookups of this table's server; made once."""
+        """The request that looks up ``tables`` in this table's server; cached."""
         replicas = replica_count()
         made = self._queries.get((tables, replicas))
         if made is None:

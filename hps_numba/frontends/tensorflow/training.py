@@ -226,7 +226,7 @@ class Adam(_Optimizer):
 
 
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:
-    """Write the rows of an optimizer's tables and its state to one file, atomically; returns how many rows.
+    """Write the rows of an optimizer's tables, and its state, to one file, atomically; returns the number of rows.
 
     Raises:
         ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
@@ -235,10 +235,11 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> in
 
 
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> None:
-    """Bring tables and optimizer to what a checkpoint holds; rows that it lacks are erased, gradients are dropped.
+    """Restore tables and optimizer from a checkpoint; rows that are not in it are erased, gradients are dropped.
 
     Raises:
-        ModelFileError: missing or damaged.   ConfigError: of other tables or another optimizer.   Otherwise as ``HPS.insert``.
+        ModelFileError: the file is missing or damaged.   ConfigError: it is that of other tables or of another optimizer.
+        Otherwise as ``HPS.insert``.
     """
     load_trained(path, optimizer.trainers)
     optimizer.zero_grad()

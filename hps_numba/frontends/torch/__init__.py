@@ -5,7 +5,7 @@
     layer = LookupLayer("ps_config.json", "model", 0, 16)
     rows = layer(keys)
 
-Importing it is what lets an exported program with this layer run.
+An exported program with this layer runs only in a process that has imported this package.
 """
 
 from __future__ import annotations

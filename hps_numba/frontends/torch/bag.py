@@ -20,18 +20,19 @@ __all__ = ["HPSEmbeddingBag"]
 
 
 class HPSEmbeddingBag(OneTableLayer):
-    """One row for each bag of keys.
+    """Looks up bags of keys and pools each bag into one row, like ``torch.nn.EmbeddingBag``.
 
     Args:
         ps_config_file, model_name, table_id, emb_vec_size: as for ``LookupLayer``.
-        mode: ``sum``; ``mean``, over the sum of weights; ``max``; ``sqrtn``, over the root of the sum of squared weights.
-        max_norm: rows are clipped to this norm before they are weighted, or None. The table stays as it is.
-        padding_idx: a key that does not count, or None.
+        mode: ``sum``; ``mean``, divided by the sum of weights; ``max``; ``sqrtn``, divided by the root of the sum of squared
+            weights.
+        max_norm: rows are clipped to this norm before they are weighted, or None. The table itself does not change.
+        padding_idx: a key to leave out, or None.
         include_last_offset: ``offsets`` end with the number of keys.
-        trainable, initializer: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row; where several
-            rows are the largest, they share it.
+        trainable, initializer: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row. With ``max``,
+            rows that share the largest value share its gradient.
 
-    Rows are frozen by default; gradients flow to ``per_sample_weights``. Thread safety: calls.
+    Rows are frozen by default; gradients flow to ``per_sample_weights``. Thread safety: any thread may call it.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -64,16 +65,16 @@ class HPSEmbeddingBag(OneTableLayer):
     def forward(
         self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """float32 ``[bags, emb_vec_size]``; a bag without keys gets 0.
+        """The pooled rows, float32 ``[bags, emb_vec_size]``; a bag without keys gets 0.
 
         Args:
-            input: keys: ``[bags, n]``, or ``[n]`` with ``offsets``.
+            input: keys, ``[bags, n]``, or ``[n]`` with ``offsets``.
             offsets: int64 or int32 ``[bags]``: where each bag begins, from 0 on; with ``include_last_offset`` one more, the
                 number of keys.
             per_sample_weights: numbers of the shape of ``input``; not for ``max``.
 
         Raises:
-            ConfigError (a ValueError): shapes that do not fit.   Otherwise as the operator ``pooled``.
+            ConfigError (a ValueError): shapes do not fit.   Otherwise as ``HPS.lookup_pooled``.
         """
         if per_sample_weights is not None:
             if per_sample_weights.shape != input.shape:

@@ -20,12 +20,12 @@ _SETTINGS, _DENSE = "param_groups.pt", "dense.pt"
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, dense: Any = None) -> int:
     """Write the rows of all tables of an optimizer, and its state, to the file at ``path``; returns how many rows.
 
-    A crash at any moment leaves the old file whole. Lookups go on meanwhile; steps wait. With several processes, one saves.
+    A crash at any moment leaves the old file intact. Lookups continue meanwhile; steps wait. With several processes, one saves.
 
     Args:
-        path: of a file, by convention ``.npz``: ``np.load`` reads it.
-        dense: anything that ``torch.save`` takes and ``torch.load(weights_only=True)`` returns, kept with the rows that it
-            belongs to: ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
+        path: of the file, by convention ``.npz``: ``np.load`` can read it.
+        dense: anything that ``torch.save`` accepts and ``torch.load(weights_only=True)`` returns, stored with the rows:
+            ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
 
     Raises:
         ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
@@ -38,14 +38,15 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
 
 
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> Any:
-    """Bring the tables of an optimizer and its state to what a checkpoint holds; returns ``dense``, on the CPU.
+    """Restore the tables and the state of an optimizer from a checkpoint; returns ``dense``, on the CPU.
 
-    The optimizer is made first, of the same kind and on the same tables in the same order. Rows that are not in the file are
+    Build the optimizer first, of the same kind and on the same tables in the same order. Rows that are not in the file are
     erased, and gradients are dropped. With several processes, each loads.
 
     Raises:
-        ModelFileError: missing or damaged; nothing changed.
-        ConfigError (a ValueError): of other tables or another optimizer; nothing changed.   Otherwise as ``HPS.insert``.
+        ModelFileError: the file is missing or damaged; nothing changed.
+        ConfigError (a ValueError): it is that of other tables or of another optimizer; nothing changed.   Otherwise as
+            ``HPS.insert``.
     """
 
     def accept(file: CheckpointReader) -> Any:

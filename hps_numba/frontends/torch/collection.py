@@ -109,16 +109,16 @@ def _shapes_of_lookups(keys: Any, request: str, dims: Any) -> Any:
 
 
 class LookupCollection(TrainableLayer):
-    """The rows of several tables of one model, asked for in one call.
+    """Looks up rows of several tables of one model in one call.
 
     Args:
         ps_config_file, model_name: as for ``LookupLayer``.
         tables: ``{feature: (table_id, emb_vec_size)}``.
         trainable, initializer: as for ``LookupLayer``, for all tables.
 
-    On the CPU large batches are spread over all cores, table by table. On a GPU tables of one width and kind are looked up by
-    one kernel, up to 32 of them; the answers to an eager call are views of one tensor. Rows are frozen by
-    default. Thread safety: calls.
+    On the CPU, large batches are spread over all cores, table by table. On a GPU, one kernel looks up to 32 tables of the same
+    width and kind; the answers to an eager call are views of one tensor. Rows are frozen by default. Thread safety: any thread
+    may call it.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -144,11 +144,11 @@ class LookupCollection(TrainableLayer):
         self._set_training(trainable, initializer)
 
     def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
-        """The rows of keys.
+        """Look up the rows of some or all features.
 
         Args:
-            keys: ``{feature: keys}``, of any of the features. Or one tensor ``[features, ...]`` with the keys of all of
-                them, in the order of ``tables``, whose rows must have one width. Or a batch of jagged features with the methods
+            keys: ``{feature: keys}``, for any of the features. Or one tensor ``[features, ...]`` with the keys of all features
+                in the order of ``tables``, whose rows must have the same width. Or a batch of jagged features with the methods
                 ``keys``, ``values`` and ``offset_per_key``, such as torchrec's ``KeyedJaggedTensor``.
 
         Returns:
@@ -156,7 +156,7 @@ class LookupCollection(TrainableLayer):
             jagged features, ``{feature: rows of its values}``.
 
         Raises:
-            ConfigError: a feature that is not in the collection, or another number of them.   Otherwise as ``LookupLayer``.
+            ConfigError: a feature is not in the collection, or the number of features is wrong.   Otherwise as ``LookupLayer``.
         """
         if isinstance(keys, torch.Tensor):
             return self._stacked(keys)

@@ -29,11 +29,11 @@ def save_embedding(
 
     Args:
         embedding: a module with a ``weight``, or the weight: floats ``[rows, dim]`` on any device.
-        path: to be made; a directory, or a ``.h5`` file (``format`` and ``overwrite`` as for ``write_model``).
-        keys: integers ``[rows]``, one a row; by default the row numbers.
+        path: to be created; a directory, or a ``.h5`` file (``format`` and ``overwrite`` as for ``write_model``).
+        keys: integers ``[rows]``, one per row; by default the row numbers.
 
     Raises:
-        ConfigError (a ValueError): not a matrix, or not a key a row.
+        ConfigError (a ValueError): it is not a matrix, or there is not one key per row.
         ModelFileError: as ``write_model``.   KeyDtypeError: keys are not integers.
     """
     weight = getattr(embedding, "weight", embedding)
@@ -57,7 +57,7 @@ def load_embedding(path: str | os.PathLike[str], *, freeze: bool = True) -> tupl
     """A sparse model as ``torch.nn.Embedding``, and the key of each of its rows: int64 ``[rows]``.
 
     Args:
-        path: of any format that ``open_model`` reads.   freeze: its weight needs no gradient.
+        path: of any format that ``open_model`` reads.   freeze: the weight does not require a gradient.
 
     Raises:
         ModelFileError: as ``open_model``.

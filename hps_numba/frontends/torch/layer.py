@@ -20,7 +20,7 @@ _ROW_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
-    """Build the server of a config and load its models; does nothing if this process has that server.
+    """Build the server of a config and load its models; do nothing if this process already has that server.
 
     A layer does the same when it is first called.
 
@@ -31,7 +31,7 @@ def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
 
 
 class LookupLayer(OneTableLayer):
-    """The row of each key, as ``torch.nn.Embedding``, from a table of any size with any integers as keys.
+    """Looks up the row of each key, like ``torch.nn.Embedding``, in a table of any size with any integers as keys.
 
     Args:
         ps_config_file: path of the JSON, or its content as a dict; an empty path means the server that ``Init`` made. It is
@@ -40,21 +40,21 @@ class LookupLayer(OneTableLayer):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         output_dtype: of the answer: ``torch.float32``, ``float16`` or ``bfloat16``.
-        trainable: rows train: backward passes accumulate their gradients for the optimizers of this package.
-        initializer: of trained rows that do not exist, made when they are first looked up with gradients on: ``zeros``,
-            ``normal``, ``uniform``, a function (``hps_numba/training/initializers.py``), or None: such keys get the table's
-            default value, and a row with their first gradient. Keys on a GPU are copied to the host for it.
+        trainable: train the rows: backward passes accumulate their gradients for the optimizers of this package.
+        initializer: creates trained rows that do not exist when they are first looked up with gradients enabled: ``zeros``,
+            ``normal``, ``uniform`` or a function (``hps_numba/training/initializers.py``). With None, such keys get the
+            table's default value, and a row with their first gradient. An initializer copies keys on a GPU to the host.
 
     Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
-    stream. A key that no tier has gets the table's default value. Rows are frozen, or train by way of ``rows``; either way
-    the layer has no parameters, and its ``state_dict`` names the table and has no rows (``rows_in_state_dict`` changes that).
-    It can be compiled, exported, scripted, pickled and copied, and ``torch.vmap`` takes it; none of that takes rows along.
+    stream. A key that no tier has gets the table's default value. Rows are frozen, or are trained through ``rows``; either
+    way the layer has no parameters, and its ``state_dict`` names the table but has no rows (unless ``rows_in_state_dict`` is
+    set). It can be compiled, exported, scripted, pickled and copied, and works with ``torch.vmap``; none of that copies rows.
 
     Raises (when called):
         KeyDtypeError: keys are not integers.   Otherwise as ``hps_numba.HPS`` and ``HPS.lookup``.
 
-    Thread safety: calls.
+    Thread safety: any thread may call it.
     """
 
     def __init__(

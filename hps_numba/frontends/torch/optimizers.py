@@ -64,7 +64,7 @@ class RowOptimizer(torch.optim.Optimizer):
         super().__init__(groups if groups and isinstance(groups[0], dict) else [{"params": groups}], defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group: ``{"params": a module, Rows, or several of them, "lr": ...}``."""
+        """Add a group: ``{"params": ..., "lr": ...}``, where ``params`` is a module, ``Rows``, or several of these."""
         found = list(_tables_in(param_group["params"]))
         if not found:
             raise ConfigError("params: expected modules with layers of trainable=True, or their rows, got no trained rows")
@@ -80,10 +80,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every row that has a gradient; returns what ``closure``, which computes the loss again, returned.
+        """Update every row that has a gradient; returns the loss that ``closure`` computes, if it is given.
 
         Raises:
-            As ``HPS.insert``; tables before the one that failed have made their step.
+            As ``HPS.insert``; tables before the one that failed have been updated.
         """
         loss = None
         if closure is not None:
@@ -100,7 +100,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; rows without one stay as they are, so there are no zeros to set."""
+        """Drop the gradients; ``set_to_none`` is ignored, because a row without a gradient does not change."""
         for rows in self._tables():
             rows.grad = None
 
@@ -108,13 +108,13 @@ class RowOptimizer(torch.optim.Optimizer):
         return [rows for group in self.param_groups for rows in group["params"]]
 
     def trainers(self) -> list[row_training.RowTrainer]:
-        """Of each table, in the order of groups."""
+        """The trainer of each table, in the order of groups."""
         return [self._trainers[id(rows)] for rows in self._tables()]
 
     # -- state ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, and of each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
+        """Settings, and for each table the count of ``steps``, int64 ``keys`` and float32 ``values`` ``[n, width]``."""
         state = {}
         for number, trainer in enumerate(self.trainers()):
             with trainer.paused():
@@ -124,10 +124,10 @@ class RowOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, tables in the same order.
+        """Restore what ``state_dict`` returned, for the same tables in the same order.
 
         Raises:
-            ConfigError: it is of other tables or another optimizer.   ValueError: other groups.
+            ConfigError: it is that of other tables or of another optimizer.   ValueError: it has other groups.
         """
         trainers = self.trainers()
         if len(state_dict["state"]) != len(trainers):
@@ -143,10 +143,10 @@ class RowOptimizer(torch.optim.Optimizer):
             trainer.set_states(steps, [(keys, values)])
 
     def set_settings(self, groups: list[dict[str, Any]]) -> None:
-        """Take over the ``param_groups`` of a ``state_dict``: learning rates and so on.
+        """Restore the ``param_groups`` of a ``state_dict``: learning rates and so on.
 
         Raises:
-            ValueError: other groups.
+            ValueError: there are other groups.
         """
         super().load_state_dict({"state": {}, "param_groups": groups})
 
@@ -164,7 +164,17 @@ def _tables_in(params: Any) -> Iterable[Rows]:
 
 
 class SGD(RowOptimizer):
-    """``row -= lr * gradient``, as ``torch.optim.SGD`` without momentum."""
+    """``row -= lr * gradient``, as ``torch.optim.SGD`` without momentum.
+
+    Args:
+        params: a module, or an iterable of modules and ``Rows``, or of groups ``{"params": ..., "lr": ...}``.
+        lr: learning rate.
+        reduction: of the gradients of several processes: ``mean``, ``sum``, or None: every process keeps its own.
+        process_group: of ``torch.distributed``; None for all processes.
+
+    Raises:
+        ConfigError (a ValueError): a setting is wrong, or nothing trains.
+    """
 
     def __init__(self, params: Params, lr: float = 1e-3, *, reduction: str | None = "mean", process_group: Any = None) -> None:
         super().__init__(params, {"lr": lr}, reduction=reduction, process_group=process_group)
@@ -174,10 +184,14 @@ class SGD(RowOptimizer):
 
 
 class Adagrad(RowOptimizer):
-    """Row-wise Adagrad: one number is kept a row, ``G``, the sum of the mean squares of its gradients.
+    """Row-wise Adagrad: keeps one number per row, ``G``, the sum of the mean squares of its gradients.
 
-    ``G += mean(gradient ** 2)``, then ``row -= lr * gradient / (sqrt(G) + eps)``: ``1 / dim`` of the memory of
-    ``torch.optim.Adagrad``, which keeps a number an element.
+    ``G += mean(gradient ** 2)``, then ``row -= lr * gradient / (sqrt(G) + eps)``. It takes ``1 / dim`` of the memory of
+    ``torch.optim.Adagrad``, which keeps one number per element.
+
+    Args:
+        initial_accumulator_value: ``G`` of a row before its first gradient.
+        params, lr, eps, reduction, process_group: as for ``SGD``; ``eps`` as above.
     """
 
     def __init__(
@@ -198,9 +212,13 @@ class Adagrad(RowOptimizer):
 
 
 class Adam(RowOptimizer):
-    """Adam as ``torch.optim.SparseAdam``: only rows that have a gradient move, and only their moments are updated.
+    """Lazy Adam, as ``torch.optim.SparseAdam``: only rows that have a gradient, and their moments, are updated.
 
     Bias correction counts the steps of the table, not those of a row.
+
+    Args:
+        betas, eps: as for ``torch.optim.SparseAdam``.
+        params, lr, reduction, process_group: as for ``SGD``.
     """
 
     def __init__(

@@ -40,15 +40,15 @@ class _Part(NamedTuple):
 
 
 class Rows(torch.nn.Parameter):
-    """The trained rows of one table of a server; every layer on that table in the process has the same.
+    """The trained rows of one table of a server, shared by all layers on that table in the process.
 
     Attributes:
         model, table, width: of the table; ``width`` is of a row.
 
-    ``torch.nn.utils.clip_grad_norm_([*head.parameters(), layer.rows], 1.0)`` and ``GradScaler.unscale_(optimizer)`` find and
-    change its ``grad``. The parameter itself has no elements, and a copy of it is itself.
+    ``torch.nn.utils.clip_grad_norm_([*head.parameters(), layer.rows], 1.0)`` and ``GradScaler.unscale_(optimizer)`` read
+    and change its ``grad``. The parameter itself has no elements, and copying it returns the same object.
 
-    Thread safety: backward passes from any thread.
+    Thread safety: backward passes may run in any thread.
     """
 
     model: str
@@ -80,10 +80,10 @@ class Rows(torch.nn.Parameter):
 
     @property
     def server(self) -> HPS:
-        """Where the rows are.
+        """The server that holds the rows.
 
         Raises:
-            ClosedError: it is closed.
+            ClosedError: the server is closed.
         """
         server = self._server()
         if server is None or server.closed:
@@ -111,9 +111,9 @@ class Rows(torch.nn.Parameter):
 
     @property
     def grad(self) -> torch.Tensor | None:
-        """float32 ``[m, dim]``, on the device of the first keys; None without a backward since ``zero_grad``.
+        """float32 ``[m, dim]``, on the device of the first keys; None if there was no backward pass since ``zero_grad``.
 
-        Where an optimizer trains this table in several processes, the first to read it after a backward pass waits for the
+        If an optimizer trains this table in several processes, the first to read it after a backward pass waits for the
         others, which must read it too.
         """
         return self.gathered()[1]

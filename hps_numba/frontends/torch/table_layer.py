@@ -33,7 +33,7 @@ class TableLayer(torch.nn.Module):
         raise NotImplementedError
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict`` has of the layer."""
+        """What ``state_dict`` holds for the layer."""
         text = self._request_for_all()
         query = Query.from_json(text)
         state: dict[str, Any] = {"version": _VERSION, "config": query.config, "tables": _names(query)}
@@ -45,10 +45,10 @@ class TableLayer(torch.nn.Module):
         return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Check what ``get_extra_state`` gave, and bring its rows, if any, to the server.
+        """Check what ``get_extra_state`` returned, and write its rows, if any, to the server.
 
         Raises:
-            ConfigError: of other tables, or of a later version.   Otherwise as ``HPS.insert``.
+            ConfigError: the state is that of other tables, or of a later version.   Otherwise as ``HPS.insert``.
         """
         text = self._request_for_all()
         if state.get("version") != _VERSION:

@@ -299,8 +299,7 @@ class OneTableLayer(TrainableLayer):
 
     @property
     def rows(self) -> Rows:
-        """The rows of the table as a parameter for the optimizers of this package, ``grad`` included; builds
-        the server if need be."""
+        """The rows of the table, with their ``grad``, for the optimizers of this package; builds the server if needed."""
         return self._rows_of(self.request)
 
     @property
@@ -323,10 +322,10 @@ def _is_exporting() -> bool:
 
 
 def trained_rows(*modules: torch.nn.Module) -> Iterator[Rows]:
-    """The trained tables of all layers in some modules, each once: parameters for our optimizers, and for clipping.
+    """The trained tables of all layers in some modules, each once: for the optimizers of this package, and for clipping.
 
     Raises:
-        As ``HPS``, where a server must be built.
+        As ``HPS``, if a server must be built.
     """
     seen: dict[int, Rows] = {}
     for module in modules:

@@ -1,1 +1,1 @@
-"""Fully associative replacement algorithms for the simulator: one a file, found by its name."""
+"""Fully associative replacement algorithms for the simulator, one per file, found by file name."""

@@ -1,1 +1,1 @@
-"""Formats of sparse models, one per file; ``_format.py`` says what a format is."""
+"""Formats of sparse models, one per file; ``_format.py`` is their interface."""

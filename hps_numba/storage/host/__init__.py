@@ -1,1 +1,1 @@
-"""The host store: the rows of one table in host memory, and the parts it is made of."""
+"""The host store: the rows of one table in host memory, in a hash table that is read without a lock."""

@@ -1,1 +1,1 @@
-"""Storage tiers, one per file; ``_tier.py`` says what a tier is."""
+"""Storage tiers, one per file; ``_tier.py`` is their interface."""

@@ -1,1 +1,1 @@
-"""Trace formats, one a file, found by its name."""
+"""File formats of traces, one per file, found by file name."""
