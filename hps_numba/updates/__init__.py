@@ -1,4 +1,4 @@
-"""Online updates: rows that change while the server runs. ``UpdateSource`` is the interface of a source; none is built in yet."""
+"""Online updates: rows that change while the server runs. ``UpdateSource`` is the interface; no source is built in yet."""
 
 from hps_numba.updates._source import Position, Update, UpdateSource
 
