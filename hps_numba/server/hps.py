@@ -427,7 +427,8 @@ class HPS:
     def close(self) -> None:
         """Wait for running lookups, then free everything; later calls raise ClosedError. Closing twice is fine.
 
-        Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that is too short. Writes get no time.
+        Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that is too short. It does not wait for
+        writes.
         """
         with self._loader.changing:
             if not self._catalog.closed:
