@@ -1,1 +1,1 @@
-"""One file a verb: what is done to rows and indexes, as compiled kernels; scalar pieces are plain Python."""
+"""Everything that numba compiles: one operation per file; scalar functions are plain Python."""

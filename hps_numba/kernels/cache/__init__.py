@@ -1,1 +1,1 @@
-"""Kernels of the embedding cache."""
+"""Kernels of the embedding cache: lookup, insertion, pooling, updates."""

@@ -1,1 +1,1 @@
-"""Kernels specialized, compiled, kept on disk and launched."""
+"""How kernels are specialized, compiled, kept on disk and launched."""

@@ -1,1 +1,1 @@
-"""Kernels of the host store and of training, for the CPU."""
+"""CPU kernels of the host store, of the simulator's numbering and of training."""

@@ -1,1 +1,1 @@
-"""Bytes that host and device agree on."""
+"""Memory layouts that the CPU and the GPU share."""

@@ -1,1 +1,1 @@
-"""Cache policies, one a file: which row of a full set is evicted. ``_policy`` says what a policy is."""
+"""Cache policies, one per file: which row of a full set is evicted. ``_policy`` says what a policy is."""
