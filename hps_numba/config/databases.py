@@ -62,6 +62,9 @@ class PluginSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
+    types: ClassVar[words.Words] = words.DATABASES
+    """HugeCTR's own types."""
+
     type: str
     """Name of the plugin."""
 
@@ -83,7 +86,7 @@ class PluginSection(Section):
     @classmethod
     def leaves_keys_to_plugin(cls, kind: object) -> bool:
         """Whether a section of this ``type`` may have keys beyond those of the class: all but HugeCTR's own types may."""
-        return isinstance(kind, str) and kind not in words.SPELLINGS_OF_PLUGINS
+        return isinstance(kind, str) and kind not in words.spellings(cls.types)
 
 
 class VolatileDatabaseConfig(PluginSection):
@@ -201,6 +204,8 @@ AnyTier = Annotated[
 
 class UpdateSourceConfig(PluginSection):
     """``update_source``: where online updates come from."""
+
+    types: ClassVar[words.Words] = words.UPDATE_SOURCES
 
     type: _UpdateSource = "null"
     """Which source of updates; an update_source without type is none."""
