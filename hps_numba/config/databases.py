@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 
 from hps_numba.config import enums as words
 from hps_numba.config import fields as f
+from hps_numba.config.messages import SECRET_KEYS
 
 __all__ = [
     "AnyTier",
@@ -69,6 +70,9 @@ class PluginSection(Section):
     """Name of the plugin."""
 
     _options: Any = PrivateAttr(None)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return ((key, value) for key, value in super().__repr_args__() if key not in SECRET_KEYS)
 
     @property
     def options(self) -> Any:

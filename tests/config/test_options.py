@@ -246,6 +246,14 @@ def test_options_that_cannot_be_checked_are_a_config_error(options: Any, message
     assert str(caught.value).startswith(f"volatile_db.type: {message}")
 
 
+@pytest.mark.parametrize("kind", ["redis", "my_package:Tier"])
+def test_no_password_is_in_the_repr_of_a_config(kind: str) -> None:
+    for keys in ({"volatile_db": {"type": kind, "password": "s3cret"}}, {"tiers": [{"type": kind, "password": "s3cret"}]}):
+        config = read_config({**MINIMAL, **keys})
+        assert "s3cret" not in repr(config) + str(config)
+        assert config.tier_sections()[0][1].model_dump()["password"] == "s3cret"
+
+
 def test_hugectrs_types_of_tiers_are_no_types_of_sources() -> None:
     assert UpdateSourceConfig.leaves_keys_to_plugin("redis") and not UpdateSourceConfig.leaves_keys_to_plugin("kafka")
     assert TierConfig.leaves_keys_to_plugin("kafka") and not TierConfig.leaves_keys_to_plugin("redis")
