@@ -49,7 +49,7 @@ Config = Annotated[Path | None, typer.Option(help="A ps_config JSON file; by def
 Model = Annotated[str | None, typer.Option(help="Model of the config; by default, the first.")]
 Table = Annotated[str | None, typer.Option(help="Name or number of its table; by default, the first.")]
 Device = Annotated[int | None, typer.Option(min=0, help="Device number; by default, the first on which the model is deployed.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit the config to name Python files, which are run.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit the config to name Python code, which is run.")]
 Rows = Annotated[int | None, typer.Option(min=1, help="Rows of the generated table; by default 1,000,000.")]
 Dim = Annotated[int | None, typer.Option(min=1, help="Floats in its rows; by default 32.")]
 Gpucacheper = Annotated[float | None, typer.Option(min=0, max=1, help="Share of its rows in the GPU cache; by default 0.2.")]

@@ -26,7 +26,7 @@ class Profile:
     Attributes:
         config: path of a config, or None to generate ``generated``.
         model, table, device: select a table of the config; None for the first.
-        allow_code: permit the config to name Python files, which are run.
+        allow_code: permit the config to name Python modules and files, which are run.
         modes, sizes: measured in all combinations; refresh once.
         distribution, table_size: of drawn keys: over 0 .. table_size - 1, or by default over the keys of the table.
         keys_file: keys to replay instead.

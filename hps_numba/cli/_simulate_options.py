@@ -46,7 +46,7 @@ Policies = Annotated[
     list[str] | None,
     typer.Option("--policy", help="Names, file.py:NAME or module:NAME, separated by commas. By default, the usual ones."),
 ]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit a policy to be a Python file, which is run.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit a policy to be Python code of yours, which is run.")]
 
 # how it is simulated
 Sizes = Annotated[

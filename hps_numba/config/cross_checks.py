@@ -133,7 +133,9 @@ def completed(server: ServerConfig) -> ServerConfig:
 def _completed_tier(section: _T) -> _T:
     if not isinstance(section, VolatileDatabaseConfig) or "num_node_connections" in section.model_fields_set:
         return section
-    return section.model_copy(update={"num_node_connections": min(section.num_node_connections, section.num_partitions)})
+    derived = section.model_copy(update={"num_node_connections": min(section.num_node_connections, section.num_partitions)})
+    derived.model_fields_set.discard("num_node_connections")  # it was not given: it is no option of a plugin
+    return derived
 
 
 def _completion(model: ModelConfig, server: ServerConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 
 from hps_numba.config import enums as words
 from hps_numba.config import fields as f
+from hps_numba.config.messages import SECRET_KEYS
 
 __all__ = [
     "AnyTier",
@@ -62,10 +63,16 @@ class PluginSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
+    types: ClassVar[words.Words] = words.DATABASES
+    """HugeCTR's own types."""
+
     type: str
     """Name of the plugin."""
 
     _options: Any = PrivateAttr(None)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return ((key, value) for key, value in super().__repr_args__() if key not in SECRET_KEYS)
 
     @property
     def options(self) -> Any:
@@ -83,7 +90,7 @@ class PluginSection(Section):
     @classmethod
     def leaves_keys_to_plugin(cls, kind: object) -> bool:
         """Whether a section of this ``type`` may have keys beyond those of the class: all but HugeCTR's own types may."""
-        return isinstance(kind, str) and kind not in words.SPELLINGS_OF_PLUGINS
+        return isinstance(kind, str) and kind not in words.spellings(cls.types)
 
 
 class VolatileDatabaseConfig(PluginSection):
@@ -201,6 +208,8 @@ AnyTier = Annotated[
 
 class UpdateSourceConfig(PluginSection):
     """``update_source``: where online updates come from."""
+
+    types: ClassVar[words.Words] = words.UPDATE_SOURCES
 
     type: _UpdateSource = "null"
     """Which source of updates; an update_source without type is none."""

@@ -12,13 +12,14 @@ __all__ = [
     "OUTPUT_DTYPES",
     "OVERFLOW_POLICIES",
     "ROW_DTYPES",
-    "SPELLINGS_OF_PLUGINS",
     "UPDATE_SOURCES",
     "DatabaseOverflowPolicy_t",
     "DatabaseType_t",
     "EmbeddingCacheType_t",
     "UpdateSourceType_t",
+    "Words",
     "canonical_database",
+    "spellings",
 ]
 
 
@@ -82,10 +83,10 @@ OUTPUT_DTYPES: Words = {"float32": ("fp32",), "float16": ("fp16", "half"), "bflo
 ROW_DTYPES: Words = {**OUTPUT_DTYPES, "int8": (), "float8_e4m3": ("float8_e4m3fn", "fp8")}
 MISS_PATHS: Words = {"auto": (), "direct": (), "staged": ()}
 
-SPELLINGS_OF_PLUGINS = {
-    spelling for kind in (DATABASES, UPDATE_SOURCES) for word, more in kind.items() for spelling in (word, *more)
-}
-"""Every spelling of a database or update source of HugeCTR."""
+
+def spellings(words: Words) -> set[str]:
+    """Every spelling of some words."""
+    return {spelling for word, others in words.items() for spelling in (word, *others)}
 
 
 def canonical_database(spelling: str) -> str | None:

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from hps_numba.errors import ConfigError
 
-__all__ = ["Location", "dotted", "failed", "problem", "show", "unexpected"]
+__all__ = ["SECRET_KEYS", "Location", "dotted", "failed", "problem", "show", "unexpected"]
 
 Location = Sequence[str | int]
 """Keys and indices from the root of the config down to a value: ``("models", 1, "gpucacheper")``."""
 
+SECRET_KEYS = frozenset({"password"})
+"""Keys whose values no message shows."""
+
 _TEXT = 60  # characters of a value that a message shows
 _ENTRIES = 4  # entries of a list or object that a message shows
 _LISTED = 10  # problems that one message lists
-_SECRET = {"password"}  # keys whose values no message shows
 _HIDDEN = "(hidden)"
 
 
@@ -30,7 +32,7 @@ def unexpected(location: Location, value: object, expected: str, hint: str = "")
 
 
 def _shown(location: Location, value: object) -> str:
-    return _HIDDEN if location and location[-1] in _SECRET else show(value)
+    return _HIDDEN if location and location[-1] in SECRET_KEYS else show(value)
 
 
 def failed(problems: Iterable[str], *, place: str = "") -> ConfigError:
@@ -81,7 +83,7 @@ def show(value: object, *, depth: int = 2) -> str:
         return _bracketed("[]", (show(entry, depth=depth - 1) for entry in value[:_ENTRIES]), len(value), depth)
     if isinstance(value, dict):
         first = {key: value[key] for key in list(value)[:_ENTRIES]}
-        pairs = (f"{show(k)}: {_HIDDEN if k in _SECRET else show(v, depth=depth - 1)}" for k, v in first.items())
+        pairs = (f"{show(k)}: {_HIDDEN if k in SECRET_KEYS else show(v, depth=depth - 1)}" for k, v in first.items())
         return _bracketed("{}", pairs, len(value), depth)
     return f"a value of type {type(value).__name__}"
 

@@ -37,21 +37,27 @@ def checked_options(section: _S, options: type | None, place: Location, *, stric
         strict: an unknown key is an error; else it is logged as a WARNING with the nearest known name.
 
     Raises:
-        ConfigError: an option is missing, of the wrong type or out of range; the message begins with its dotted path.
+        ConfigError: an option is missing, of the wrong type or out of range; the message begins with its dotted path. Or
+            ``options`` is not a class as above.
     """
-    if options is not None and isinstance(section, options):
-        return section
-    given = {key: getattr(section, key) for key in section.model_fields_set}
+    if options is not None and not isinstance(options, type):
+        raise failed([_unusable(section, place, f"expected a dataclass or pydantic model, got {options!r}")])
     known = _names(options)
-    problems = [f"{dotted((*place, key))}: unknown key{_hint(key, section, known)}" for key in section.unknown(known)]
+    problems = [f"{dotted((*place, key))}: unknown key{_hint(key, section, known)}" for key in _unread(section, options, known)]
     if problems and not strict:
         for line in problems:
             _LOG.warning("%s", line)
         problems = []
-    made = None
-    if options is not None:
-        own = {key: value for key, value in given.items() if known is None or key in known}
-        made, more = _validated(options, own, place)
+    made: Any = None
+    if options is not None and isinstance(section, options):
+        made = section
+    elif options is not None:
+        own = {key: getattr(section, key) for key in section.model_fields_set if known is None or key in known}
+        try:
+            made, more = _validated(options, own, place)
+        except PydanticUserError as problem:
+            first_line = str(problem).partition("\n")[0]
+            raise failed([_unusable(section, place, f"cannot be checked: {first_line}")]) from problem
         problems += more
     if problems:
         raise failed(problems)
@@ -74,6 +80,23 @@ def tier_config(keys: Mapping[str, Any]) -> TierConfig:
     return cast(TierConfig, section)
 
 
+def _unread(section: PluginSection, options: type | None, known: set[str] | None) -> list[str]:
+    """Given keys that have no effect; also those of the section if ``options`` replaces it and lacks them."""
+    unread = section.unknown(known)
+    if known is not None and options is not None and issubclass(options, PluginSection):
+        fields = type(section).model_fields
+        unread += [
+            key
+            for key in sorted((section.model_fields_set & fields.keys()) - known)
+            if getattr(section, key) != fields[key].get_default(call_default_factory=True)
+        ]
+    return unread
+
+
+def _unusable(section: PluginSection, place: Location, why: str) -> str:
+    return f"{dotted((*place, 'type'))}: Options of {section.type!r}: {why}"
+
+
 def _names(options: type | None) -> set[str] | None:
     """Keys that a plugin takes; None if it takes any."""
     if options is None:
@@ -87,7 +110,8 @@ def _names(options: type | None) -> set[str] | None:
 
 
 def _hint(key: str, section: PluginSection, known: set[str] | None) -> str:
-    near = difflib.get_close_matches(key[:100], [*(known or ()), *type(section).model_fields], n=1)
+    fields = type(section).model_fields
+    near = difflib.get_close_matches(key[:100], [*(known or ()), *(() if key in fields else fields)], n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

@@ -334,9 +334,9 @@ class HPS:
         itself, not for the compiler. CUDA graphs captured before keep the old policy.
 
         Args:
-            policy: a built-in name, ``package.module:NAME``, ``file.py:NAME`` (with the server's ``allow_code``), a class as
-                ``kernels.policies._policy`` describes it, or a ``Policy``. If it is omitted, a decorator for such a class is
-                returned: ``@server.set_policy(model_name="m", table_id=0)``.
+            policy: name of a built-in or installed policy; ``package.module:NAME`` or ``file.py:NAME`` (both need the server's
+                ``allow_code``); a class as ``kernels.policies._policy`` describes it; or a ``Policy``. If it is omitted, a
+                decorator for such a class is returned: ``@server.set_policy(model_name="m", table_id=0)``.
             table_id: one table, by default all.
 
         Returns:

@@ -59,7 +59,7 @@ def load_policies(config: ServerConfig, model: ModelConfig, *, allow_code: bool 
     """The cache policy of each table of a model.
 
     Args:
-        allow_code: a policy may be a Python file.
+        allow_code: a policy may be a reference, which is imported.
 
     Raises:
         PolicyError: there is no policy of that name, or it breaks the contract.

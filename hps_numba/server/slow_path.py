@@ -187,9 +187,11 @@ class SlowPath:
         Returns:
             Whether a job was started, which releases the list.
         """
+        if missing is not None:
+            self._counters.add(COUNTER_UNANSWERED, missing)  # now: a started job owns the list, whatever interrupts this thread
         started = self.background(partial(self._fetch_into_cache, cache, misses, missing, write_count))
-        if missing is not None or not started:  # else the job counts them
-            self._counters.add(COUNTER_UNANSWERED, misses.count() if missing is None else missing)
+        if missing is None and not started:  # else the job counts them
+            self._counters.add(COUNTER_UNANSWERED, misses.count())
         return started
 
     def _fetch_into_cache(self, cache: EmbeddingCache, misses: MissList, missing: int | None, write_count: int) -> None:

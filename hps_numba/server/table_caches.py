@@ -25,6 +25,7 @@ from hps_numba.storage.host.store import HostStore
 
 __all__ = ["TableCaches"]
 
+_POLICIES = "hps_numba.kernels.policies"
 log = logging.getLogger(__name__)
 Fetch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From int64 keys ``[n]`` to (bool ``[n]`` found, float32 rows ``[n, dim]``), from the slower tiers."""
@@ -63,7 +64,7 @@ class TableCaches:
             for device in devices:
                 cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store)
                 undo.callback(cache.close)
-                if plugins.is_reference(policy.name):  # a user's own policy is compiled, or refused, at the start
+                if not plugins.is_built_in(_POLICIES, policy.name):  # compiled, or refused, at the start
                     cache.compile_policy()
             undo.pop_all()
 

@@ -71,7 +71,7 @@ def find_candidate(policy: Any, *, allow_code: bool = False) -> Candidate:
     Args:
         policy: the name of an algorithm or of a built-in cache policy, ``package.module:NAME``, ``file.py:NAME``, a class
             with ``first`` and ``touch``, or a ``Policy``.
-        allow_code: permit a file, which is run.
+        allow_code: permit ``module:NAME`` and ``file.py:NAME``, which are run.
 
     Raises:
         PolicyError: it is unknown, or breaks the contract of a policy.

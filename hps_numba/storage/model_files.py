@@ -25,11 +25,11 @@ _ARRAYS = {"key", "emb_vector", "meta"}
 
 
 def formats() -> list[SparseModelFormat]:
-    """All formats, by name; an installed one that cannot be loaded is logged as a WARNING and left out."""
+    """All formats, by name; an installed one that cannot be loaded, or is none, is logged as a WARNING and left out."""
     found = []
     for name in plugins.names(_PACKAGE):
         try:
-            found.append(plugins.load(_PACKAGE, name, error=ModelFileError))
+            found.append(_named_format(name))
         except ModelFileError as problem:
             log.warning("format %s", problem)
     return found
@@ -58,10 +58,10 @@ def open_model(
     return found.open(where, dim)
 
 
-def _named_format(name: str, allow_code: bool) -> SparseModelFormat:
+def _named_format(name: str, allow_code: bool = False) -> SparseModelFormat:
     found = plugins.load(_PACKAGE, name, allow_code=allow_code, error=ModelFileError)
     if not isinstance(found, SparseModelFormat):
-        raise ModelFileError(f"format: expected an instance of SparseModelFormat, got {name!r}, which is {found!r}")
+        raise ModelFileError(f"{name!r}: expected an instance of SparseModelFormat, got {found!r}")
     return found
 
 

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from support.configs import MINIMAL, logged, refused
 
-from hps_numba.config import ServerConfig, checked_options, read_config
+from hps_numba.config import (
+    ServerConfig,
+    TierConfig,
+    UpdateSourceConfig,
+    VolatileDatabaseConfig,
+    checked_options,
+    read_config,
+)
 from hps_numba.errors import ConfigError
 
 
@@ -178,3 +185,75 @@ def test_a_wrong_tier_names_its_path(tiers: Any, message: str) -> None:
 def test_unknown_keys_of_a_listed_tier(caplog: pytest.LogCaptureFixture) -> None:
     read_config({**MINIMAL, "tiers": [{"type": "hash_map", "adress": "a"}, {"type": "my_package:Tier", "anything": 1}]})
     assert logged(caplog, logging.WARNING) == ["tiers[0].adress: unknown key, did you mean 'address'?"]
+
+
+# --- options that are a section, or no class at all -------------------------------------------------------------------
+
+
+def section_for(options: Any, *, strict: bool = False, **keys: Any) -> Any:
+    """What a tier with ``options`` in place of ``volatile_db`` gets."""
+    config = read_config({**MINIMAL, "volatile_db": {"type": "my_package:Tier", **keys}})
+    return checked_options(config.volatile_db, options, ("volatile_db",), strict=strict)
+
+
+def test_unknown_keys_are_found_where_the_section_itself_is_the_options(caplog: pytest.LogCaptureFixture) -> None:
+    line = "volatile_db.num_partitons: unknown key, did you mean 'num_partitions'?"
+    assert section_for(VolatileDatabaseConfig, num_partitons=3).num_partitions != 3
+    assert logged(caplog, logging.WARNING) == [line]
+    with pytest.raises(ConfigError) as caught:
+        section_for(VolatileDatabaseConfig, num_partitons=3, strict=True)
+    assert str(caught.value) == line
+
+
+def test_a_key_of_the_section_that_its_replacement_lacks_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    section = options_of(VolatileDatabaseConfig, read_only=True, num_partitions=3)
+    assert (type(section), section.num_partitions) == (VolatileDatabaseConfig, 3)
+    assert logged(caplog, logging.WARNING) == ["persistent_db.read_only: unknown key"]
+    with pytest.raises(ConfigError, match=r"^persistent_db\.read_only: unknown key$"):
+        options_of(VolatileDatabaseConfig, read_only=True, strict=True)
+    assert options_of(VolatileDatabaseConfig, read_only=False, strict=True).type == "my_package:Tier"
+
+
+def test_derived_defaults_are_not_options() -> None:
+    class Open(BaseModel):
+        model_config = ConfigDict(extra="allow")
+
+    section = section_for(Open, num_partitions=2, mine=1)
+    assert section.num_node_connections == 2
+    assert section.options.model_dump() == {"type": "my_package:Tier", "num_partitions": 2, "mine": 1}
+
+
+class NoDataclass:
+    pass
+
+
+@dataclass
+class Uncheckable:
+    nested: NoDataclass | None = None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"a": 1}, "Options of 'my_package:Tier': expected a dataclass or pydantic model, got {'a': 1}"),
+        (NoDataclass, "Options of 'my_package:Tier': cannot be checked: Unable to generate"),
+        (Uncheckable, "Options of 'my_package:Tier': cannot be checked: Unable to generate"),
+    ],
+)
+def test_options_that_cannot_be_checked_are_a_config_error(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section_for(options, a=1)
+    assert str(caught.value).startswith(f"volatile_db.type: {message}")
+
+
+@pytest.mark.parametrize("kind", ["redis", "my_package:Tier"])
+def test_no_password_is_in_the_repr_of_a_config(kind: str) -> None:
+    for keys in ({"volatile_db": {"type": kind, "password": "s3cret"}}, {"tiers": [{"type": kind, "password": "s3cret"}]}):
+        config = read_config({**MINIMAL, **keys})
+        assert "s3cret" not in repr(config) + str(config)
+        assert config.tier_sections()[0][1].model_dump()["password"] == "s3cret"
+
+
+def test_hugectrs_types_of_tiers_are_no_types_of_sources() -> None:
+    assert UpdateSourceConfig.leaves_keys_to_plugin("redis") and not UpdateSourceConfig.leaves_keys_to_plugin("kafka")
+    assert TierConfig.leaves_keys_to_plugin("kafka") and not TierConfig.leaves_keys_to_plugin("redis")

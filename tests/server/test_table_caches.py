@@ -5,6 +5,7 @@ Every test runs with the cache in host memory; those with the fixture ``service`
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -42,6 +43,8 @@ from hps_numba.config import PersistentDatabaseConfig
 from hps_numba.device import driver
 from hps_numba.errors import DeviceError, PolicyError, TierError, UnknownModelError
 from hps_numba.kernels.compiler.launch import PreparedLookup
+from hps_numba.server.miss_list import MissList
+from hps_numba.server.stats import Counters
 from hps_numba.storage.host.store import HostStore
 
 TAG = "hps_et.m.sparse_embedding0"
@@ -160,6 +163,44 @@ def test_the_hit_rate_counts_requests_not_distinct_keys(service: Service) -> Non
     assert_same_bits(service.lookup(server, keys), rows_of(keys, DIM))
     assert_same_bits(service.lookup(server, [6, 6, 6, 0, 0]), rows_of([6, 6, 6, 0, 0], DIM))  # 2 of 5
     assert_adds_up(server)
+
+
+@pytest.mark.parametrize("threshold", [0, 0.5])
+def test_a_miss_list_is_freed_once_if_a_lookup_is_interrupted_after_it_started_a_job(  # G13
+    service: Service, monkeypatch: pytest.MonkeyPatch, threshold: float
+) -> None:
+    server, _ = service.open_cold(hit_rate_threshold=threshold)
+    service.lookup(server, KEYS)
+    service.settle(server)
+    slow_path = served_table(server).slow_path
+    assert slow_path is not None
+    freed: list[MissList] = []
+    release, background, add = MissList.release, slow_path.background, Counters.add
+    started = threading.Event()
+
+    def count(counters: Any, counter: int, amount: int) -> None:
+        add(counters, counter, amount)
+        if started.is_set() and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    def start(job: Any) -> bool:
+        accepted: bool = background(job)
+        started.set()
+        return accepted
+
+    def free(misses: MissList) -> None:
+        if misses not in freed:
+            release(misses)
+        freed.append(misses)
+
+    monkeypatch.setattr(MissList, "release", free)
+    monkeypatch.setattr(Counters, "add", count)
+    monkeypatch.setattr(slow_path, "background", start)
+    with contextlib.suppress(KeyboardInterrupt):
+        service.lookup(server, [*KEYS, 99])
+    service.settle(server)
+    assert len(freed) == 1
+    assert stats_of(server).unanswered >= 1
 
 
 def test_no_background_job_is_started_if_no_key_is_missing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # G13

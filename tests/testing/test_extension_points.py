@@ -17,7 +17,7 @@ from support.processes import environment
 from support.services import Service, cache_of
 
 from hps_numba import plugins
-from hps_numba.errors import ConfigError
+from hps_numba.errors import ConfigError, PolicyError
 from hps_numba.storage.model_files import open_model
 
 TIER = """
@@ -69,6 +69,16 @@ class MostRecent:
 
     def touch(score, now, count):
         return -now
+"""
+
+UNCOMPILABLE = """
+class Uncompilable:
+    def first(now, count):
+        score = now if now >= 0 else (now, count)
+        return score
+
+    def touch(score, now, count):
+        return now
 """
 
 FORMAT = """
@@ -247,15 +257,15 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     site = tmp_path / "site"
     info = site / "own_plugins-1.0.dist-info"
     info.mkdir(parents=True)
-    for module, text in (("own_tier_", TIER), ("own_format_", FORMAT), ("own_policy_", POLICY)):
+    for module, text in (("own_tier_", TIER), ("own_format_", FORMAT), ("own_policy_", POLICY + UNCOMPILABLE)):
         written(site, f"{module}.py", text)
     written(info, "METADATA", "Metadata-Version: 2.1\nName: own-plugins\nVersion: 1.0\n")
     written(
         info,
         "entry_points.txt",
         "[hps_numba.tiers]\nown_tier = own_tier_:Own\nbroken_tier = no_such_module_:Own\n"
-        "[hps_numba.formats]\nown = own_format_:PLUGIN\nbroken = no_such_module_:PLUGIN\n"
-        "[hps_numba.policies]\nmost_recent = own_policy_:MostRecent\n",
+        "[hps_numba.formats]\nown = own_format_:PLUGIN\nbroken = no_such_module_:PLUGIN\nnone = own_format_:Reader\n"
+        "[hps_numba.policies]\nmost_recent = own_policy_:MostRecent\nuncompilable = own_policy_:Uncompilable\n",
     )
     monkeypatch.syspath_prepend(site)
     plugins.entry_points.cache_clear()
@@ -282,6 +292,13 @@ def test_an_installed_format_is_detected_and_a_broken_one_is_left_out(
     with open_model(tmp_path / "table") as model:
         assert (model.rows, model.dim) == (4, 3)
     assert "format 'broken': cannot load the entry point 'no_such_module_:PLUGIN'" in caplog.text
+    assert "format 'none': expected an instance of SparseModelFormat, got <class 'own_format_.Reader'>" in caplog.text
+
+
+def test_an_installed_policy_that_does_not_compile_is_refused_at_the_start(installed: None, on_cpu: Service) -> None:
+    model = on_cpu.model((range(300), 17), gpucacheper=0.2, cache_policy="uncompilable")
+    with pytest.raises(PolicyError, match=r"first \(.*own_policy_\.py:\d+\): does not compile for the CPU"):
+        on_cpu.workshop.open(model, cache_on_cpu=True)
 
 
 def test_an_entry_point_that_cannot_be_loaded_says_which(installed: None, workshop: Workshop) -> None:
