@@ -59,7 +59,7 @@ class Lookups:
         self._reading = reading
         self._backend, self._pool, self._large_batch = kernels.backend, workspaces.pool, kernels.large_batch
         self._on_device = kernels.backend.ordinal is not None
-        self.staged_from = NEVER if misses is None else misses.min_keys
+        self.staged_from = NEVER if misses is None else 1
 
     def lookup(
         self,
@@ -78,7 +78,7 @@ class Lookups:
             raise CapacityError(
                 f"{self._geometry.name}: lookup with a list of absent keys: expected at most {MAX_BATCH} keys, got {n}"
             )
-        staged = n >= self.staged_from and self._is_staged(n, stream, capturing, absent_list)
+        staged = n >= self.staged_from and self._can_stage(stream, capturing)
         if self._kernels.one_step and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             listed = n >= self._residency.lists_missed_from and self._plan.reads_in_order
             shape = (LISTED_LOOKUP if listed else LOOKUP, key_form, out_type, out % 16 == 0, n < self._large_batch)
@@ -95,9 +95,9 @@ class Lookups:
             batch = (keys, n, out, stream, key_form, out_type, absent_list, staged)
             self._workspaces.use(capturing, stream, self._batches, *batch)
 
-    def _is_staged(self, n: int, stream: int, capturing: bool | None, absent_list: int) -> bool:
+    def _can_stage(self, stream: int, capturing: bool | None) -> bool:
         """Host threads gather what this batch misses. Never while a graph captures it: a graph cannot wait."""
-        if self._misses is None or capturing or not self._misses.takes(n, slower_tiers=absent_list != 0):
+        if capturing:
             return False
         with self._backend.current():
             return capturing is not None or not self._backend.is_capturing(stream)

@@ -91,8 +91,8 @@ class CacheParts:
             name=geometry.name,
         )
         self.misses: StagedMisses | None = None
-        if store is not None and (miss_path == "staged" or (miss_path == "auto" and device is not None)):
-            self.misses = StagedMisses(geometry, self.state, self.kernels, store, always=miss_path == "staged")
+        if store is not None and miss_path == "staged":
+            self.misses = StagedMisses(geometry, self.state, self.kernels, store)
         self._build_calls()
 
     def _policy_memory(self, policy: Policy) -> PolicyMemory:

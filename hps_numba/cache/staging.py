@@ -7,7 +7,8 @@ of their addresses (``kernels.cache.miss_sorted``).
 *staged*: the kernel lists the keys that it misses, the host waits for their number (the only wait), and its threads gather rows
 into pinned memory, a piece at a time; a kernel writes each piece to its positions in the answer while the next one is gathered.
 Then rows are inserted as usual. For hosts with idle cores and devices without room for a copy of the index: in tables of
-several GiB cores find rows faster than a device that has to translate every address.
+several GiB cores find rows faster than a device that has to translate every address. ``auto`` does not stage: reads by a copied
+index were faster in every case, from tables of 1 and 4 GiB, on a host of 32 idle cores (docs/performance.md, "Misses").
 
 *Why the pieces are not copied to the device first.* A kernel has to write each row to its position anyway, and reads
 consecutive rows in pinned memory as fast as a copy does; so nothing is written to device memory only to be read again.
@@ -48,20 +49,10 @@ from hps_numba.kernels.layouts.cache import (
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["MISS_PATHS", "NEVER", "StagedMisses", "is_staged", "min_staged"]
+__all__ = ["MISS_PATHS", "NEVER", "StagedMisses"]
 
 MISS_PATHS = ("direct", "staged", "auto")
 NEVER = sys.maxsize
-
-# ``auto`` never stages today: reads by a copied index were faster in every case, from tables of 1 and 4 GiB, on a host of 32
-# cores that had nothing else to do (docs/performance.md, "Misses"; ``benchmarks/device/misses.py --paths``). With idle cores
-# and no room for the copy, choose ``staged``. The rule stays for hosts where it is otherwise.
-#: keys of the smallest batch for which a wait and a hand-over to threads cost less than they save
-STAGED_KEYS = 65_536
-#: the same if there are slower tiers, for which the lookup waits anyway
-STAGED_KEYS_SLOWER_TIERS = 32_768
-#: bytes of the rows of the smallest table that is staged
-STAGED_TABLE_BYTES = NEVER
 
 #: bytes of rows that are gathered at a time: few enough to stay in the cache of the host, and to begin soon
 PIECE_BYTES = 16 << 20
@@ -69,22 +60,6 @@ MIN_PIECE_BYTES = 4 << 20
 _PIECES = 3  # that a batch is cut into at least, if they are not too small
 _BUFFERS = 3  # one is being gathered, one read; a third, as the two do not take equally long
 _MIN_LIMIT = 256
-
-
-def min_staged(path: str) -> int:
-    """Keys of the smallest batch that may be staged."""
-    return {"direct": NEVER, "staged": 1, "auto": min(STAGED_KEYS, STAGED_KEYS_SLOWER_TIERS)}[path]
-
-
-def is_staged(n: int, *, rows: int, row_bytes: int, ways: int, slower_tiers: bool) -> bool:
-    """What ``auto`` chooses for ``n`` keys of a table, from what is known without a wait.
-
-    Args:
-        rows, row_bytes: of the table in host memory.   ways: of the cache; one that has room for all rows misses hardly any.
-        slower_tiers: there are some.
-    """
-    min_keys = STAGED_KEYS_SLOWER_TIERS if slower_tiers else STAGED_KEYS
-    return n >= min_keys and rows > ways and rows * row_bytes >= STAGED_TABLE_BYTES
 
 
 class _Staging:
@@ -164,21 +139,12 @@ class _Staging:
 class StagedMisses:
     """Rows that one cache misses, gathered from its host store by host threads.
 
-    Args:
-        always: stage every batch, else as ``is_staged`` says.
-
-    Attributes:
-        always: as given.   min_keys: of the smallest batch that may be staged.
-
     Thread safety: any number of batches at a time; ``close`` after them.
     """
 
-    def __init__(
-        self, geometry: CacheGeometry, state: CacheState, kernels: KernelSet, store: HostStore, *, always: bool
-    ) -> None:
+    def __init__(self, geometry: CacheGeometry, state: CacheState, kernels: KernelSet, store: HostStore) -> None:
         self._geometry, self._state, self._kernels, self._store = geometry, state, kernels, store
-        self._backend, self.always = kernels.backend, always
-        self.min_keys = min_staged("staged" if always else "auto")
+        self._backend = kernels.backend
         self._staged = np.zeros(1, np.int64)
         self.reset_after_fork()
         register_fork_reset(self)
@@ -187,11 +153,6 @@ class StagedMisses:
         """Own no memory, as at the start and in a forked child."""
         self._all: list[_Staging] = []
         self._idle: deque[_Staging] = deque()
-
-    def takes(self, n: int, *, slower_tiers: bool) -> bool:
-        """Whether a batch of ``n`` keys is staged, outside of graphs."""
-        rows, row_bytes, ways = len(self._store), 4 * self._store.dim, self._geometry.capacity
-        return self.always or is_staged(n, rows=rows, row_bytes=row_bytes, ways=ways, slower_tiers=slower_tiers)
 
     @property
     def batches(self) -> int:

@@ -27,7 +27,7 @@ from hps_numba.cache import parts as cache_parts
 from hps_numba.cache import staging
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.cache.staging import NEVER, is_staged, min_staged
+from hps_numba.cache.staging import NEVER
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
 from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
@@ -502,25 +502,10 @@ def test_threads_with_concurrent_writers_see_whole_fresh_rows(device: int | None
     bench.close()
 
 
-# -- what auto chooses --------------------------------------------------------------------------------------
+# -- which batches are staged ---------------------------------------------------------------------------------------
 
 
-def test_auto_decides_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many, large = staging.STAGED_KEYS, 1 << 30
-    table = {"rows": large // 128, "row_bytes": 128, "ways": 1000, "slower_tiers": False}
-    assert not is_staged(many, **table)  # by default, none is
-    monkeypatch.setattr(staging, "STAGED_TABLE_BYTES", large)
-    assert is_staged(many, **table)
-    assert not is_staged(many - 1, **table)
-    assert not is_staged(many, **{**table, "rows": large // 128 - 1})
-    assert not is_staged(many, **{**table, "ways": large // 128})  # room for every row
-    fewer, table = staging.STAGED_KEYS_SLOWER_TIERS, {**table, "slower_tiers": True}
-    assert is_staged(fewer, **table) and not is_staged(fewer - 1, **table)
-    assert (min_staged("direct"), min_staged("staged")) == (NEVER, 1)
-    assert min_staged("auto") == min(many, fewer)
-
-
-def test_cpu_is_staged_only_on_request(bench: Bench) -> None:
+def test_batches_are_staged_only_on_request(bench: Bench) -> None:
     store = bench.store(range(10))
     for path, staged in (("direct", 0), ("auto", 0), ("staged", 1)):
         cache = bench.cache(store, 40, miss_path=path)
@@ -531,15 +516,8 @@ def test_cpu_is_staged_only_on_request(bench: Bench) -> None:
     assert apart.counters().staged == 0
 
 
-def test_auto_stages_large_batches_and_no_graphs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("STAGED_KEYS", 50), ("STAGED_KEYS_SLOWER_TIERS", 30), ("STAGED_TABLE_BYTES", 200 * 4 * DIM)):
-        monkeypatch.setattr(staging, name, value)
-    store = bench.store(range(199))
-    cache = bench.cache(store, 40, miss_path="auto")
-    if bench.device is None:  # as on a device
-        cache = bench.cache(store, 40, miss_path="staged")
-        assert cache.parts.misses is not None
-        cache.parts.misses.always, cache.parts.lookups.staged_from = False, min_staged("auto")
+def test_staged_cache_stages_batches_of_any_size_and_no_graphs(bench: Bench) -> None:
+    cache = bench.cache(bench.store(range(199)), 40, miss_path="staged")
 
     def is_staged_with(n: int, **options: Any) -> bool:
         before = cache.counters().staged
@@ -554,13 +532,11 @@ def test_auto_stages_large_batches_and_no_graphs(bench: Bench, monkeypatch: pyte
         assert_same_bits(rows, rows_of(range(n), DIM))
         return cache.counters().staged > before
 
-    assert not is_staged_with(60)  # the table is too small
-    store.upsert(ints([500]), rows_of([500], DIM))
-    assert [is_staged_with(n) for n in (49, 50, 190)] == [False, True, True]
+    assert [is_staged_with(n) for n in (1, 50, 190)] == [True] * 3
     assert not is_staged_with(190, capturing=True)
     with cache.backend.current():
         absent = cache.backend.allocate(8 * 60, "list")
-        assert [is_staged_with(n, absent_list=absent.address) for n in (29, 30)] == [False, True]
+        assert is_staged_with(30, absent_list=absent.address)
         absent.release()
 
 
