@@ -312,11 +312,6 @@ class EmbeddingCache:
         return self.parts.bytes
 
     @property
-    def bytes_of_rows(self) -> int:
-        """Bytes of the rows it has room for."""
-        return self.parts.geometry.row_bytes
-
-    @property
     def index_mirror_bytes(self) -> int:
         """Bytes of the copy of the host store's index that lookups read now; 0: they read that in host memory."""
         mirror = self.parts.mirror

@@ -17,7 +17,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -104,6 +104,21 @@ class _Message:
             size += padding + array.nbytes
         return b"".join(parts)
 
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """The request or response in a message; its arrays are read-only views of it.
+
+        Raises:
+            ConfigError: it is not a whole message, or not of this kind.
+        """
+        head, take = _unpacked(data)
+        return cls._of(head, take)
+
+    @classmethod
+    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Self:
+        """The message of JSON's types, with ``array_of(value, place)`` for each array."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Request(_Message):
@@ -145,7 +160,7 @@ class Request(_Message):
         return plain if self.version is None else {**plain, "version": self.version}
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Request:
+    def from_json(cls, text: str | bytes) -> Self:
         """The request in a text.
 
         Raises:
@@ -154,17 +169,7 @@ class Request(_Message):
         return cls._of(_parsed(text), _array_of_lists)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview) -> Request:
-        """The request in a message; its arrays are read-only views of it.
-
-        Raises:
-            ConfigError: it is not a whole message, or not of a request.
-        """
-        head, take = _unpacked(data)
-        return cls._of(head, take)
-
-    @classmethod
-    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Request:
+    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Self:
         given = _checked(values, cls, "request")
         tables = given.get("tables")
         if not isinstance(tables, list):
@@ -190,7 +195,7 @@ class Response(_Message):
         return {"model": self.model, "version": self.version, "rows": [put(rows) for rows in self.rows]}
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Response:
+    def from_json(cls, text: str | bytes) -> Self:
         """The response in a text, with rows in float32.
 
         Raises:
@@ -199,17 +204,7 @@ class Response(_Message):
         return cls._of(_parsed(text), _floats_of_lists)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview) -> Response:
-        """The response in a message; its arrays are read-only views of it.
-
-        Raises:
-            ConfigError: it is not a whole message, or not of a response.
-        """
-        head, take = _unpacked(data)
-        return cls._of(head, take)
-
-    @classmethod
-    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Response:
+    def _of(cls, values: Any, array_of: Callable[[Any, str], np.ndarray]) -> Self:
         given = _checked(values, cls, "response")
         rows = given.get("rows")
         if not isinstance(rows, list):

@@ -219,7 +219,7 @@ def test_pinned_keys_stay_and_are_scored_by_warming(bench: Bench) -> None:
 def test_memory_of_the_policy_counts_in_bytes(cpu_bench: Bench) -> None:
     for name in NAMES:
         cache = cpu_bench.cache(None, 1000, policy=name)
-        plain = cache.sets * SET_BYTES + cache.bytes_of_rows + 2 * STATE_BYTES
+        plain = cache.sets * SET_BYTES + cache.parts.geometry.row_bytes + 2 * STATE_BYTES
         assert cache.bytes == plain + policy_bytes(cache.policy, cache.sets)
     sizes = {name: cpu_bench.cache(None, 1000, policy=name).bytes for name in ("lru", "lfu", "sieve", "tinylfu")}
     assert sizes["sieve"] - sizes["lru"] == 4 * 2 * 100
