@@ -20,8 +20,6 @@ hypothesis.settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the tests that compile kernels take longest: first, so that no process waits for another's last one
-    items.sort(key=lambda item: "compile" not in item.name and "every_type" not in item.name)
     if not has_cuda_device():
         for item in items:
             if item.get_closest_marker("gpu"):
