@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
+from hps_numba.frontends.tensorflow.keras_version import keras, node_inputs
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
 
 __all__ = ["load", "split"]
@@ -33,30 +34,47 @@ def split(model: Any) -> tuple[Any, Any]:
         lookups: its inputs are the outputs of the lookup layers, and those inputs of ``model`` that it needs directly.
 
     Raises:
-        ConfigError: ``model`` is not a functional model, or has no lookup layers.
+        ConfigError: ``model`` is not a functional model, has no lookup layers, or has some inside other layers or models.
     """
-    layers = getattr(model, "layers", None)
-    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None) or layers is None:
+    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ConfigError(f"model: expected a functional keras.Model, got {type(model).__name__}")
-    cuts = [tensor for layer in layers if isinstance(layer, _LAYERS) for tensor in keras.tree.flatten(layer.output)]
+    cuts = _lookup_outputs(model)
     if not cuts:
         raise ConfigError(f"model: expected lookup layers in {model.name!r}, got none")
-    passed = [tensor for tensor in model.inputs if _reaches(model, tensor, cuts)]
+    reached = {id(tensor) for tensor, _ in _graph(model, stops=cuts)}
+    passed = [tensor for tensor in model.inputs if id(tensor) in reached]
     lookup = keras.Model(model.inputs, [*cuts, *passed], name=f"{model.name}_lookup")
     dense = keras.Model([*cuts, *passed], model.outputs, name=f"{model.name}_dense")
+    left = [layer.name for layer in dense._flatten_layers() if isinstance(layer, _LAYERS)]
+    if left:
+        raise ConfigError(
+            f"model: expected lookup layers to be called by {model.name!r} itself, got {', '.join(left)} inside its layers"
+        )
     return lookup, dense
 
 
-def _reaches(model: Any, tensor: Any, cuts: list[Any]) -> bool:
-    """Whether the outputs of a model depend on ``tensor`` other than through one of ``cuts``."""
-    stops, waiting, seen = {id(cut) for cut in cuts}, list(model.outputs), set()
+def _lookup_outputs(model: Any) -> list[Any]:
+    """The outputs of the lookups of a model, in the order of its layers; a layer may be called several times."""
+    nodes = {id(node): node for _, node in _graph(model)}
+    return [
+        tensor
+        for layer in model.layers
+        if isinstance(layer, _LAYERS)
+        for node in layer._inbound_nodes
+        if id(node) in nodes
+        for tensor in tf.nest.flatten(node.output_tensors)
+    ]
+
+
+def _graph(model: Any, stops: Sequence[Any] = ()) -> Iterator[tuple[Any, Any]]:
+    """The symbolic tensors on which the outputs of a model depend, without going through ``stops``, and the node of each."""
+    seen, waiting = {id(stop) for stop in stops}, list(model.outputs)
     while waiting:
         here = waiting.pop()
-        if id(here) in stops or id(here) in seen:
+        if id(here) in seen:
             continue
         seen.add(id(here))
-        if here is tensor:
-            return True
-        operation, node_number, _ = here._keras_history
-        waiting.extend(operation._inbound_nodes[node_number].input_tensors)
-    return False
+        layer, node_number, _ = here._keras_history
+        node = layer._inbound_nodes[node_number]
+        yield here, node
+        waiting.extend(node_inputs(node))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._row_training import GradientAccumulator
+from hps_numba.frontends.tensorflow.keras_version import Layer, keras, portable_config
 from hps_numba.frontends.tensorflow.lookup import (
     Table,
     clipped,
@@ -32,7 +32,7 @@ __all__ = ["LookupCollection", "LookupLayer", "SparseLookupLayer"]
 _ROW_TYPES = (tf.float32, tf.float16, tf.bfloat16)
 
 
-class _Layer(keras.layers.Layer):
+class _Layer(Layer):
     """What all layers share: ids left as they are, rows in the dtype of the layer; no weights but the switch of rows that
     train.
 
@@ -53,6 +53,11 @@ class _Layer(keras.layers.Layer):
         if self.emb_vec_dtype not in _ROW_TYPES:
             names = ", ".join(kind.name for kind in _ROW_TYPES)
             raise ConfigError(f"emb_vec_dtype: expected one of {names}, got {self.emb_vec_dtype.name}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        """A layer from its config, of Keras 2 or Keras 3."""
+        return super().from_config(portable_config(config))
 
     def _trains(self, training: bool | None) -> bool:
         return self.train_rows and bool(training) and self.trainable
@@ -109,6 +114,27 @@ class _TableLayer(_Layer):
         super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
         self.table = Table(model_name, table_id, emb_vec_size, ps_config_file, global_batch_size)
 
+    @property
+    def model_name(self) -> str:
+        """Of the constructor, as the properties that follow."""
+        return self.table.model_name
+
+    @property
+    def table_id(self) -> int | str:
+        return self.table.table_id
+
+    @property
+    def emb_vec_size(self) -> int:
+        return self.table.emb_vec_size
+
+    @property
+    def ps_config_file(self) -> Config:
+        return self.table.ps_config_file
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.table.global_batch_size
+
     def trained_tables(self) -> list[GradientAccumulator]:
         """What the optimizers of this package train; builds the server if this process has none."""
         return [table_rows(self.table, self.initializer)] if self.train_rows else []
@@ -117,17 +143,17 @@ class _TableLayer(_Layer):
         """What ``from_config`` needs to build an equal layer."""
         return {
             **super().get_config(),
-            "model_name": self.table.model_name,
-            "table_id": self.table.table_id,
-            "emb_vec_size": self.table.emb_vec_size,
+            "model_name": self.model_name,
+            "table_id": self.table_id,
+            "emb_vec_size": self.emb_vec_size,
             "emb_vec_dtype": self.emb_vec_dtype.name,
-            "ps_config_file": config_of(self.table.ps_config_file),
-            "global_batch_size": self.table.global_batch_size,
+            "ps_config_file": config_of(self.ps_config_file),
+            "global_batch_size": self.global_batch_size,
             **self._training_config(),
         }
 
 
-@keras.saving.register_keras_serializable("hps_numba")
+@keras.utils.register_keras_serializable("hps_numba")
 class LookupLayer(_TableLayer):
     """Looks up the row of each id: the rows of ``tf.nn.embedding_lookup``, bit for bit, from tables of any size."""
 
@@ -138,9 +164,9 @@ class LookupLayer(_TableLayer):
         return self._finished(self._rows(self.table, ids, training, max_norm))
 
 
-@keras.saving.register_keras_serializable("hps_numba")
+@keras.utils.register_keras_serializable("hps_numba")
 class SparseLookupLayer(_TableLayer):
-    """Pools the rows of the ids in each row of a SparseTensor, as ``tf.nn.embedding_lookup_sparse`` does."""
+    """Pools the rows of the ids in each row of a SparseTensor or RaggedTensor, as ``tf.nn.embedding_lookup_sparse`` does."""
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
@@ -161,7 +187,7 @@ class SparseLookupLayer(_TableLayer):
         return self._finished(embedding_lookup_sparse(self.table, sp_ids, sp_weights, combiner, max_norm, default_id))
 
 
-@keras.saving.register_keras_serializable("hps_numba")
+@keras.utils.register_keras_serializable("hps_numba")
 class LookupCollection(_Layer):
     """Looks up several tables of one model in one step, with one call into Python for all of them.
 
@@ -195,6 +221,20 @@ class LookupCollection(_Layer):
             for feature, (table_id, size) in tables.items()
         }
 
+    @property
+    def ps_config_file(self) -> Config:
+        """Of the constructor, as ``global_batch_size``."""
+        return self._first.ps_config_file
+
+    @property
+    def global_batch_size(self) -> int:
+        return self._first.global_batch_size
+
+    @property
+    def _first(self) -> Table:
+        first: Table = next(iter(self._tables.values()))
+        return first
+
     def trained_tables(self) -> list[GradientAccumulator]:
         """As for ``LookupLayer``."""
         return [table_rows(table, self.initializer) for table in self._tables.values()] if self.train_rows else []
@@ -217,14 +257,13 @@ class LookupCollection(_Layer):
 
     def get_config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build an equal layer."""
-        some = next(iter(self._tables.values()))
         return {
             **super().get_config(),
             "model_name": self.model_name,
             "tables": {feature: [table.table_id, table.emb_vec_size] for feature, table in self._tables.items()},
             "emb_vec_dtype": self.emb_vec_dtype.name,
-            "ps_config_file": config_of(some.ps_config_file),
-            "global_batch_size": some.global_batch_size,
+            "ps_config_file": config_of(self.ps_config_file),
+            "global_batch_size": self.global_batch_size,
             **self._training_config(),
         }
 

@@ -11,6 +11,7 @@ from hps_numba.arrays.bags import COMBINERS as ALL_COMBINERS
 from hps_numba.errors import ConfigError, KeyDtypeError
 from hps_numba.frontends._queries import Query, TableQuery
 from hps_numba.frontends.tensorflow.initialize import replica_count
+from hps_numba.frontends.tensorflow.keras_version import explain_symbolic
 from hps_numba.frontends.tensorflow.operator import lookup_op
 from hps_numba.server.registry import Config, config_of
 
@@ -18,7 +19,7 @@ __all__ = [
     "COMBINERS",
     "ID_TYPES",
     "Table",
-    "check_sparse",
+    "as_sparse",
     "clipped",
     "embedding_lookup",
     "embedding_lookup_many",
@@ -70,19 +71,22 @@ class Table:
 
 
 @tf.autograph.experimental.do_not_convert
-def embedding_lookup(table: Table, ids: Any, max_norm: Any = None) -> Any:
+def embedding_lookup(table: Table, ids: Any, max_norm: Any = None, name: str | None = None) -> Any:
     """The row of each id.
 
     Args:
         ids: int64, int32, uint32 or uint64 tensor of any shape ``S`` (or what converts to one), or a RaggedTensor.
         max_norm: number or scalar tensor; rows are clipped to this norm by ``tf.clip_by_norm``.
+        name: accepted, as ``tf.nn.embedding_lookup`` has it, and ignored.
 
     Returns:
         float32 ``S + [emb_vec_size]``, ragged if ``ids`` are. An id that no tier has gets the table's default value.
 
     Raises:
-        KeyDtypeError (a TypeError): ids of another type.   Otherwise as ``lookup_op``.
+        KeyDtypeError (a TypeError): ids of another type.   TypeError: a SparseTensor.   Otherwise as ``lookup_op``.
     """
+    if isinstance(ids, tf.SparseTensor):
+        raise TypeError("ids: expected a tensor or a RaggedTensor, got SparseTensor, which SparseLookupLayer pools")
     (rows,) = embedding_lookup_many([(table, ids)])
     return clipped(rows, max_norm)
 
@@ -99,10 +103,14 @@ def embedding_lookup_many(lookups: Any) -> list[Any]:
     """
     if any(table.ps_config_file != lookups[0][0].ps_config_file for table, _ in lookups):
         raise ConfigError("lookups: expected tables of one ps_config_file, got several")
-    pieces = [_piece(table, ids) for table, ids in lookups]
-    query = lookups[0][0].query(*(one for one, _, _, _ in pieces))
-    inputs = [tensor for _, tensors, _, _ in pieces for tensor in tensors]
-    answers = lookup_op(query, inputs, [shape for _, _, shape, _ in pieces])
+    try:
+        pieces = [_piece(table, ids) for table, ids in lookups]
+        query = lookups[0][0].query(*(one for one, _, _, _ in pieces))
+        inputs = [tensor for _, tensors, _, _ in pieces for tensor in tensors]
+        answers = lookup_op(query, inputs, [shape for _, _, shape, _ in pieces])
+    except (TypeError, ValueError) as problem:
+        explain_symbolic(problem, [ids for _, ids in lookups])
+        raise
     return [answer if ragged is None else ragged.with_flat_values(answer) for answer, (_, _, _, ragged) in zip(answers, pieces)]
 
 
@@ -136,16 +144,35 @@ def clipped(rows: Any, max_norm: Any) -> Any:
     return tf.clip_by_norm(rows, max_norm, axes=[-1 if rows.shape.rank is None else rows.shape.rank - 1])
 
 
-def check_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> str:
-    """The combiner. Raises as ``embedding_lookup_sparse``."""
-    if not isinstance(sp_ids, tf.SparseTensor):
-        raise TypeError(f"sp_ids: expected a SparseTensor, got {type(sp_ids).__name__}")
-    if sp_weights is not None and not isinstance(sp_weights, tf.SparseTensor):
-        raise TypeError(f"sp_weights: expected a SparseTensor or None, got {type(sp_weights).__name__}")
+def as_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> tuple[Any, Any, str]:
+    """Ids and weights as SparseTensors, and the combiner. Raises as ``embedding_lookup_sparse``."""
     combiner = "mean" if combiner is None else combiner
     if combiner not in COMBINERS:
         raise ConfigError(f"combiner: expected one of {', '.join(COMBINERS)}, got {combiner!r}")
-    return combiner
+    if not isinstance(sp_ids, (tf.SparseTensor, tf.RaggedTensor)):
+        problem = TypeError(f"sp_ids: expected a SparseTensor or RaggedTensor, got {type(sp_ids).__name__}")
+        explain_symbolic(problem, [sp_ids])
+        raise problem
+    kind = tf.RaggedTensor if isinstance(sp_ids, tf.RaggedTensor) else tf.SparseTensor
+    if sp_weights is not None and not isinstance(sp_weights, kind):
+        expected = f"a {kind.__name__}, as sp_ids are, or None"
+        raise TypeError(f"sp_weights: expected {expected}, got {type(sp_weights).__name__}")
+    if kind is tf.RaggedTensor:
+        if sp_weights is not None:
+            sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
+            sp_weights = _sparse_of_ragged(sp_weights, "sp_weights")
+        sp_ids = _sparse_of_ragged(sp_ids, "sp_ids")
+    return sp_ids, sp_weights, combiner
+
+
+def _sparse_of_ragged(ragged: Any, place: str) -> Any:
+    """A ragged matrix as a SparseTensor that shares its values."""
+    if ragged.shape.rank != 2:
+        raise ConfigError(f"{place}: expected a ragged matrix (rank 2), got rank {ragged.shape.rank}")
+    positions = ragged.with_flat_values(tf.zeros_like(ragged.flat_values, tf.int8)).to_sparse()
+    sparse = tf.SparseTensor(positions.indices, ragged.flat_values, positions.dense_shape)
+    sparse.set_shape([ragged.shape[0], None])
+    return sparse
 
 
 @tf.autograph.experimental.do_not_convert
@@ -156,25 +183,31 @@ def embedding_lookup_sparse(
     combiner: str | None = None,
     max_norm: Any = None,
     default_id: int | None = None,
+    *,
+    name: str | None = None,
+    allow_fast_lookup: bool = False,
 ) -> Any:
     """One row for each row of a sparse matrix of ids: their rows, combined in the pass that reads them.
 
     Args:
-        sp_ids: SparseTensor ``[N, M]`` of ids, ordered by row.
-        sp_weights: None, or a SparseTensor of numbers with the same indices. Gradients flow to it.
+        sp_ids: SparseTensor ``[N, M]`` of ids, ordered by row, or RaggedTensor ``[N, None]``.
+        sp_weights: None, or numbers of the same kind of tensor, with the same indices. Gradients flow to it.
         combiner: ``sum``; ``mean`` (also for None), over the sum of weights; ``sqrtn``, over the root of the sum of their
             squares; 0 where the divisor is 0.
         max_norm: number or scalar tensor; rows are clipped to this norm before they are weighted.
         default_id: the id that rows without ids are taken to have, with weight 1; by default such rows are 0.
+        name, allow_fast_lookup: accepted, as ``tf.nn.embedding_lookup_sparse`` has them, and ignored.
 
     Returns:
         float32 ``[N, emb_vec_size]``.
 
     Raises:
-        TypeError: ids or weights are not a SparseTensor.   ValueError: an unknown combiner, or static shapes that differ.
-        ConfigError (a ValueError): other indices of weights, ids not ordered by row.   Otherwise as ``lookup_op``.
+        TypeError: ids are neither a SparseTensor nor a RaggedTensor, or weights are of another kind.
+        ValueError: an unknown combiner, or static shapes that differ.
+        ConfigError (a ValueError): other indices of weights, ids not ordered by row, ragged ids of another rank than 2.
+        Otherwise as ``lookup_op``.
     """
-    combiner = check_sparse(sp_ids, sp_weights, combiner)
+    sp_ids, sp_weights, combiner = as_sparse(sp_ids, sp_weights, combiner)
     query, inputs, shape, _ = _piece(table, sp_ids, combiner)
     query = replace(query, default_id=default_id)
     if max_norm is not None:
@@ -184,7 +217,7 @@ def embedding_lookup_sparse(
     if sp_weights is None:
         (rows,) = lookup_op(table.query(query), [*inputs, *norm], [shape])
         return rows
-    if not sp_weights.dtype.is_floating and not sp_weights.dtype.is_integer:
+    if not (sp_weights.dtype.is_floating or sp_weights.dtype.is_integer or sp_weights.dtype.is_bool):
         raise TypeError(f"sp_weights: expected numbers, got {sp_weights.dtype.name}")
     sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
     paired = sp_weights.indices is not sp_ids.indices

@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -26,7 +25,8 @@ from hps_numba.arrays.host import as_keys
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_of
 from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, accumulator_of
-from hps_numba.frontends.tensorflow.lookup import Table, check_sparse, clipped, embedding_lookup
+from hps_numba.frontends.tensorflow.keras_version import keras
+from hps_numba.frontends.tensorflow.lookup import Table, as_sparse, clipped, embedding_lookup
 from hps_numba.frontends.tensorflow.operator import python_op
 from hps_numba.training import trainer
 from hps_numba.training.checkpoints import load_trained, save_trained
@@ -163,7 +163,7 @@ def trained_lookup_sparse(
     Raises:
         As ``embedding_lookup_sparse``.
     """
-    combiner = check_sparse(sp_ids, sp_weights, combiner)
+    sp_ids, sp_weights, combiner = as_sparse(sp_ids, sp_weights, combiner)
     weights = tf.ones_like(sp_ids.values, tf.float32) if sp_weights is None else tf.cast(sp_weights.values, tf.float32)
     if default_id is not None:
         sp_weights = tf.sparse.fill_empty_rows(tf.SparseTensor(sp_ids.indices, weights, sp_ids.dense_shape), 1.0)[0]
