@@ -14,19 +14,25 @@ import numpy as np
 import pytest
 from support.processes import environment
 
-__all__ = ["DIM", "ROWS", "Rig", "rig_of", "run_program", "start_program", "tensorflow"]
+__all__ = ["DIM", "ROWS", "Rig", "export", "finish", "rig_of", "run_program", "start_program", "tensorflow"]
 
 ROWS, DIM = 200, 8
 
 
 def tensorflow() -> tuple[Any, Any, Any]:
-    """``(tf, keras, hps)``, or a skip."""
+    """``(tf, tf.keras, hps)``, or a skip."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports warn
-        tf, keras = pytest.importorskip("tensorflow"), pytest.importorskip("keras")
+        tf = pytest.importorskip("tensorflow")
         import hps_numba.frontends.tensorflow as hps
-    return tf, keras, hps
+    return tf, tf.keras, hps
+
+
+def export(model: Any, path: Path) -> str:
+    """A model as a SavedModel for serving, of either Keras; the path."""
+    model.export(str(path), **({"verbose": False} if hasattr(sys.modules["tensorflow"].keras, "KerasTensor") else {}))
+    return str(path)
 
 
 class Rig:

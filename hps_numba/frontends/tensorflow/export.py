@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.errors import ConfigError
-from hps_numba.frontends.tensorflow.keras_version import keras, node_inputs
+from hps_numba.frontends.tensorflow.keras_version import IS_KERAS_2, keras, node_inputs
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
 
 __all__ = ["load", "split"]
@@ -40,22 +40,34 @@ def split(model: Any) -> tuple[Any, Any]:
         raise ConfigError(f"model: expected a functional keras.Model, got {type(model).__name__}")
     cuts = _lookup_outputs(model)
     if not cuts:
-        raise ConfigError(f"model: expected lookup layers in {model.name!r}, got none")
+        raise ConfigError(f"model: expected lookup layers that {model.name!r} itself calls, got none")
     reached = {id(tensor) for tensor, _ in _graph(model, stops=cuts)}
     passed = [tensor for tensor in model.inputs if id(tensor) in reached]
+    given = {id(tensor) for tensor in (*cuts, *passed)}
+    # an output that is also an input needs a layer between
+    outputs = [keras.layers.Activation("linear")(one) if id(one) in given else one for one in model.outputs]
     lookup = keras.Model(model.inputs, [*cuts, *passed], name=f"{model.name}_lookup")
-    dense = keras.Model([*cuts, *passed], model.outputs, name=f"{model.name}_dense")
+    dense = keras.Model([*cuts, *passed], outputs, name=f"{model.name}_dense")
+    if IS_KERAS_2:
+        inputs = [*(_named_input(number, cut) for number, cut in enumerate(cuts)), *passed]
+        dense = keras.Model(inputs, dense(inputs), name=dense.name)
     left = [layer.name for layer in dense._flatten_layers() if isinstance(layer, _LAYERS)]
     if left:
-        raise ConfigError(
-            f"model: expected lookup layers to be called by {model.name!r} itself, got {', '.join(left)} inside its layers"
-        )
+        expected = f"lookup layers that {model.name!r} itself calls"
+        raise ConfigError(f"model: expected {expected}, got {', '.join(left)} inside another layer")
     return lookup, dense
 
 
+def _named_input(number: int, cut: Any) -> Any:
+    """An input like ``cut``. Keras 2 would name them all alike, and then cannot export the model."""
+    name = f"{cut._keras_history[0].name}_{number}"
+    return keras.Input(cut.shape[1:], cut.shape[0], name, cut.dtype, ragged=isinstance(cut.type_spec, tf.RaggedTensorSpec))
+
+
 def _lookup_outputs(model: Any) -> list[Any]:
-    """The outputs of the lookups of a model, in the order of its layers; a layer may be called several times."""
-    nodes = {id(node): node for _, node in _graph(model)}
+    """The outputs of lookups that a model uses, in the order of its layers; a layer may be called several times."""
+    graph = list(_graph(model))
+    nodes, used = {id(node) for _, node in graph}, {id(tensor) for tensor, _ in graph}
     return [
         tensor
         for layer in model.layers
@@ -63,6 +75,7 @@ def _lookup_outputs(model: Any) -> list[Any]:
         for node in layer._inbound_nodes
         if id(node) in nodes
         for tensor in tf.nest.flatten(node.output_tensors)
+        if id(tensor) in used
     ]
 
 

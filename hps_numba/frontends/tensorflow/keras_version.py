@@ -12,12 +12,12 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["IS_KERAS_2", "Layer", "explain_symbolic", "keras", "node_inputs", "portable_config"]
+__all__ = ["IS_KERAS_2", "Layer", "explain_symbolic", "keras", "node_inputs", "portable_config", "sparse_if_ragged"]
 
 _ENABLED = ("1", "true", "True")  # as TensorFlow reads it
 _NEEDS_KERAS_2 = (
-    "TensorFlow operations on the outputs of layers, as scripts for Keras 2 have them, need Keras 2: `pip install tf-keras`, and "
-    "set TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported."
+    "TensorFlow operations on the outputs of layers, as scripts for Keras 2 have them, need Keras 2: `pip install tf-keras`, "
+    "and set TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported."
 )
 
 
@@ -34,8 +34,8 @@ def _keras_of_tensorflow() -> Any:
         if asked not in _ENABLED:
             raise
         raise ImportError(
-            f"TF_USE_LEGACY_KERAS={asked}: expected the package tf-keras (Keras 2) to be installed: `pip install tf-keras`, or unset "
-            "the variable to use Keras 3",
+            f"TF_USE_LEGACY_KERAS={asked}: expected the package tf-keras (Keras 2), which is not installed: "
+            "`pip install tf-keras`, or unset the variable to use Keras 3",
             name="tf_keras",
         ) from problem
     assert loaded is not None
@@ -96,11 +96,18 @@ def explain_symbolic(problem: Exception, tensors: Any) -> None:
             )
         else:
             line = (
-                "This tensor is of Keras 2 (tf-keras), the layers are of Keras 3: set TF_USE_LEGACY_KERAS=1 in the environment before "
-                "TensorFlow is imported, or build the model with tf.keras."
+                "This tensor is of Keras 2 (tf-keras), the layers are of Keras 3: set TF_USE_LEGACY_KERAS=1 in the environment "
+                "before TensorFlow is imported, or build the model with tf.keras."
             )
         _append(problem, line)
         return
+
+
+def sparse_if_ragged(tensor: Any) -> Any:
+    """A sparse symbolic tensor of Keras 3 in place of a ragged one; anything else as it is."""
+    if isinstance(tensor, keras.KerasTensor) and getattr(tensor, "ragged", False):
+        return keras.KerasTensor(tensor.shape, tensor.dtype, sparse=True)
+    return tensor
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:

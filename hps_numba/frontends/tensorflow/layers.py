@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._row_training import GradientAccumulator
-from hps_numba.frontends.tensorflow.keras_version import Layer, keras, portable_config
+from hps_numba.frontends.tensorflow.keras_version import Layer, keras, portable_config, sparse_if_ragged
 from hps_numba.frontends.tensorflow.lookup import (
     Table,
     clipped,
@@ -185,6 +185,11 @@ class SparseLookupLayer(_TableLayer):
             how = (sp_weights, combiner, max_norm, default_id, self.switch, named(self.initializer))
             return self._finished(trained_lookup_sparse(self.table, sp_ids, *how))
         return self._finished(embedding_lookup_sparse(self.table, sp_ids, sp_weights, combiner, max_norm, default_id))
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """Of Keras 3, which traces ragged inputs as dense ones: here they are traced as sparse ones, pooled alike."""
+        args, kwargs = tf.nest.map_structure(sparse_if_ragged, (args, kwargs))
+        return super().compute_output_spec(*args, **kwargs)
 
 
 @keras.utils.register_keras_serializable("hps_numba")

@@ -154,22 +154,23 @@ def test_any_device_list_serves_without_a_gpu(tmp_path: Path, devices: list[int]
 
 
 _MIRRORED = """
-import sys, numpy as np, tensorflow as tf, keras
+import sys, numpy as np, tensorflow as tf
 tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4)
 import hps_numba.frontends.tensorflow as hps
 from hps_numba.server.registry import SERVERS
 path, rows, DIM = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-assert strategy.num_replicas_in_sync == 2
+strategy = tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(4)])
+keras = tf.keras
+assert strategy.num_replicas_in_sync == 4
 with strategy.scope():
     try:
         hps.Init(global_batch_size=7, ps_config_file=path)
-        raise SystemExit("7 is no multiple of 2")
+        raise SystemExit("7 is no multiple of 4")
     except hps_error:
         pass
     answers = hps.Init(global_batch_size=8, ps_config_file=path)
-    assert [answer.numpy() for answer in answers] == [b"OK", b"OK"]
+    assert [answer.numpy() for answer in answers] == [b"OK"] * 4
     assert len(SERVERS.opened) == 1
     lookup = hps.LookupLayer("m", 0, DIM, ps_config_file=path, global_batch_size=8)
     inputs = keras.Input([3], dtype="int64")

@@ -238,12 +238,14 @@ def test_rows_without_ids_give_0_or_the_row_of_default_id(rig: Rig, mode: str) -
 def test_ids_and_weights_that_are_not_sparse_tensors_are_refused(rig: Rig) -> None:
     ids = matrix(np.random.default_rng(0), 3)
     table = hps.Table("m", 0, DIM, rig.path)
-    for wrong in (tf.constant([[1]]), tf.ragged.constant([[1]]), np.array([[1]]), None):
-        with pytest.raises(TypeError, match="sp_ids: expected a SparseTensor, got "):
+    for wrong in (tf.constant([[1]]), np.array([[1]]), None):
+        with pytest.raises(TypeError, match="sp_ids: expected a SparseTensor or RaggedTensor, got "):
             hps.embedding_lookup_sparse(table, wrong)
-    for wrong in (tf.constant([1.0]), [1.0]):
-        with pytest.raises(TypeError, match="sp_weights: expected a SparseTensor or None, got "):
+    for wrong in (tf.constant([1.0]), [1.0], tf.ragged.constant([[1.0]])):
+        with pytest.raises(TypeError, match="sp_weights: expected a SparseTensor, as sp_ids are, or None, got "):
             hps.embedding_lookup_sparse(table, ids, wrong)
+    with pytest.raises(TypeError, match="sp_weights: expected a RaggedTensor, as sp_ids are, or None, got SparseTensor"):
+        hps.embedding_lookup_sparse(table, tf.ragged.constant([[1]]), ids)
     words = tf.SparseTensor(ids.indices, tf.fill(ids.values.shape, "a"), ids.dense_shape)
     with pytest.raises(TypeError, match="sp_weights: expected numbers, got string"):
         hps.embedding_lookup_sparse(table, ids, words)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.framework_rig import DIM, ROWS, Rig, rig_of, tensorflow
+from support.framework_rig import DIM, ROWS, Rig, export, rig_of, tensorflow
 
 from hps_numba import ConfigError
 from hps_numba.server.registry import SERVERS
@@ -85,7 +85,7 @@ def test_fit_trains_rows_and_head(rig: Rig, tmp_path: Path) -> None:
     assert float(layer.switch) == 0.0 and rows.trainers[0].steps == 15 * 8
     hps.save_checkpoint(tmp_path / "c.npz", rows)
     before = model.predict(ids[:8], verbose=0)
-    model.export(str(tmp_path / "exported"), verbose=False)
+    export(model, tmp_path / "exported")
     model.fit(ids, labels, epochs=1, verbose=0, callbacks=[rows.callback()])
     server.erase([ids[0, 0]], "m", 0)
     hps.load_checkpoint(tmp_path / "c.npz", rows)
