@@ -116,9 +116,9 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     dtype = own.get("dtype")
     if isinstance(dtype, Mapping) and dtype.get("class_name") in ("DTypePolicy", "FloatDTypePolicy", "Policy", "PolicyV1"):
         own["dtype"] = dtype["config"]["name"]
-    here, there = ("batch_input_shape", "batch_shape") if IS_KERAS_2 else ("batch_shape", "batch_input_shape")
-    if there in own:
-        own[here] = own.pop(there)
+    shape = own.pop("batch_input_shape", own.pop("batch_shape", None))
+    if IS_KERAS_2 and shape is not None:  # Keras 3 keeps none
+        own["batch_input_shape"] = shape
     return own
 
 

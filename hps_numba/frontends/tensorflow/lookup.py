@@ -20,13 +20,14 @@ __all__ = [
     "ID_TYPES",
     "Table",
     "as_sparse",
+    "checked_ids",
     "clipped",
     "embedding_lookup",
     "embedding_lookup_many",
     "embedding_lookup_sparse",
 ]
 
-ID_TYPES = (tf.int64, tf.int32, tf.uint32, tf.uint64)
+ID_TYPES = (tf.int64, tf.int32, tf.uint32, tf.uint64)  # int16 too, as TensorFlow; it is widened
 COMBINERS = tuple(name for name in ALL_COMBINERS if name != "max")  # as tf.nn.embedding_lookup_sparse
 
 
@@ -75,7 +76,7 @@ def embedding_lookup(table: Table, ids: Any, max_norm: Any = None, name: str | N
     """The row of each id.
 
     Args:
-        ids: int64, int32, uint32 or uint64 tensor of any shape ``S`` (or what converts to one), or a RaggedTensor.
+        ids: int64, int32, int16, uint32 or uint64 tensor of any shape ``S`` (or what converts to one), or a RaggedTensor.
         max_norm: number or scalar tensor; rows are clipped to this norm by ``tf.clip_by_norm``.
         name: accepted, as ``tf.nn.embedding_lookup`` has it, and ignored.
 
@@ -83,10 +84,11 @@ def embedding_lookup(table: Table, ids: Any, max_norm: Any = None, name: str | N
         float32 ``S + [emb_vec_size]``, ragged if ``ids`` are. An id that no tier has gets the table's default value.
 
     Raises:
-        KeyDtypeError (a TypeError): ids of another type.   TypeError: a SparseTensor.   Otherwise as ``lookup_op``.
+        KeyDtypeError (a TypeError): ids of another type.   ConfigError (a ValueError): a SparseTensor.
+        Otherwise as ``lookup_op``.
     """
     if isinstance(ids, tf.SparseTensor):
-        raise TypeError("ids: expected a tensor or a RaggedTensor, got SparseTensor, which SparseLookupLayer pools")
+        raise ConfigError("ids: expected a tensor or a RaggedTensor, got a SparseTensor: SparseLookupLayer pools its rows")
     (rows,) = embedding_lookup_many([(table, ids)])
     return clipped(rows, max_norm)
 
@@ -119,20 +121,22 @@ def _piece(table: Table, ids: Any, combiner: str | None = None) -> tuple[TableQu
     ragged = None
     if isinstance(ids, tf.SparseTensor):
         query = replace(table.rows, combiner=combiner or "mean")
-        _check_ids(ids, "sp_ids")
-        inputs = [ids.values, ids.indices, ids.dense_shape[0]]
+        inputs = [checked_ids(ids.values, "sp_ids"), ids.indices, ids.dense_shape[0]]
         return query, inputs, tf.TensorShape([ids.shape[0], table.emb_vec_size]), None
     if isinstance(ids, tf.RaggedTensor):
         ragged, ids = ids, ids.flat_values
     elif not tf.is_tensor(ids):
         ids = tf.convert_to_tensor(ids)
-    _check_ids(ids, "ids")
-    return table.rows, [ids], ids.shape.concatenate([table.emb_vec_size]), ragged
+    return table.rows, [checked_ids(ids, "ids")], ids.shape.concatenate([table.emb_vec_size]), ragged
 
 
-def _check_ids(ids: Any, place: str) -> None:
-    if ids.dtype not in ID_TYPES:
-        raise KeyDtypeError(f"{place}: expected one of {', '.join(kind.name for kind in ID_TYPES)}, got {ids.dtype.name}")
+def checked_ids(ids: Any, place: str) -> Any:
+    """Ids of one of ``ID_TYPES``."""
+    if ids.dtype in ID_TYPES:
+        return ids
+    if ids.dtype == tf.int16:
+        return tf.cast(ids, tf.int32)
+    raise KeyDtypeError(f"{place}: expected one of {', '.join(kind.name for kind in ID_TYPES)}, got {ids.dtype.name}")
 
 
 def clipped(rows: Any, max_norm: Any) -> Any:
@@ -157,6 +161,10 @@ def as_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> tuple[Any, 
     if sp_weights is not None and not isinstance(sp_weights, kind):
         expected = f"a {kind.__name__}, as sp_ids are, or None"
         raise TypeError(f"sp_weights: expected {expected}, got {type(sp_weights).__name__}")
+    if sp_weights is not None:
+        dtype = sp_weights.dtype
+        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+            raise TypeError(f"sp_weights: expected numbers, got {dtype.name}")
     if kind is tf.RaggedTensor:
         if sp_weights is not None:
             sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
@@ -167,7 +175,7 @@ def as_sparse(sp_ids: Any, sp_weights: Any, combiner: str | None) -> tuple[Any, 
 
 def _sparse_of_ragged(ragged: Any, place: str) -> Any:
     """A ragged matrix as a SparseTensor that shares its values."""
-    if ragged.shape.rank != 2:
+    if ragged.ragged_rank != 1 or ragged.shape.rank not in (2, None):
         raise ConfigError(f"{place}: expected a ragged matrix (rank 2), got rank {ragged.shape.rank}")
     positions = ragged.with_flat_values(tf.zeros_like(ragged.flat_values, tf.int8)).to_sparse()
     sparse = tf.SparseTensor(positions.indices, ragged.flat_values, positions.dense_shape)
@@ -211,14 +219,12 @@ def embedding_lookup_sparse(
     query, inputs, shape, _ = _piece(table, sp_ids, combiner)
     query = replace(query, default_id=default_id)
     if max_norm is not None:
-        max_norm = tf.cast(max_norm, tf.float32)
+        max_norm = _scalar(max_norm)
         query = replace(query, clipped=True)
     norm = [] if max_norm is None else [max_norm]
     if sp_weights is None:
         (rows,) = lookup_op(table.query(query), [*inputs, *norm], [shape])
         return rows
-    if not (sp_weights.dtype.is_floating or sp_weights.dtype.is_integer or sp_weights.dtype.is_bool):
-        raise TypeError(f"sp_weights: expected numbers, got {sp_weights.dtype.name}")
     sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
     paired = sp_weights.indices is not sp_ids.indices
     query = replace(query, weighted=True, paired=paired)
@@ -234,6 +240,20 @@ def embedding_lookup_sparse(
         return rows, gradient
 
     return pooled(tf.cast(sp_weights.values, tf.float32))
+
+
+def _scalar(max_norm: Any) -> Any:
+    """A norm as a float32 scalar from 0 on, as ``tf.clip_by_norm`` reads it: a negative one is 0.
+
+    Raises:
+        TypeError: it is not a number.   ConfigError: it is several.
+    """
+    norm = tf.convert_to_tensor(max_norm)
+    if norm.dtype == tf.string:
+        raise TypeError(f"max_norm: expected a number, got {max_norm!r}")
+    if norm.shape.num_elements() not in (1, None):
+        raise ConfigError(f"max_norm: expected a number, got an array of shape {norm.shape.as_list()}")
+    return tf.maximum(tf.reshape(tf.cast(norm, tf.float32), []), 0.0)
 
 
 def _gradient_of_weights(

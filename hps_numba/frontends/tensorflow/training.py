@@ -26,7 +26,7 @@ from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_of
 from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, accumulator_of
 from hps_numba.frontends.tensorflow.keras_version import keras
-from hps_numba.frontends.tensorflow.lookup import Table, as_sparse, clipped, embedding_lookup
+from hps_numba.frontends.tensorflow.lookup import Table, as_sparse, checked_ids, clipped, embedding_lookup
 from hps_numba.frontends.tensorflow.operator import python_op
 from hps_numba.training import trainer
 from hps_numba.training.checkpoints import load_trained, save_trained
@@ -128,7 +128,7 @@ def trained_lookup(table: Table, ids: Any, switch: Any, initializer: str = "") -
     """
     if isinstance(ids, tf.RaggedTensor):
         return ids.with_flat_values(trained_lookup(table, ids.flat_values, switch, initializer))
-    ids = tf.convert_to_tensor(ids)
+    ids = checked_ids(tf.convert_to_tensor(ids), "ids")
     request = tf.constant(table.query(table.rows).encoded, tf.string)
     if initializer:
         shape = ids.shape
