@@ -49,11 +49,14 @@ IS_KERAS_2 = not hasattr(keras, "KerasTensor")  # in Keras 3 it is public
 Layer: Any
 """The base of layers: ``tf.keras.layers.Layer``, whose symbolic outputs under Keras 3 say what scripts for Keras 2 need."""
 
-if IS_KERAS_2:
-    Layer = keras.layers.Layer
-else:
+_Base: Any = keras.layers.Layer
 
-    class _Output(keras.KerasTensor):
+if IS_KERAS_2:
+    Layer = _Base
+else:
+    _KerasTensor: Any = keras.KerasTensor
+
+    class _Output(_KerasTensor):
         """A symbolic output; TensorFlow's operations refuse it, as they do every ``KerasTensor``."""
 
         def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
@@ -64,11 +67,11 @@ else:
                 raise
 
     def _marked(tensor: Any) -> Any:
-        if type(tensor) is keras.KerasTensor:
+        if type(tensor) is _KerasTensor:
             tensor.__class__ = _Output
         return tensor
 
-    class _Keras3Layer(keras.layers.Layer):
+    class _Keras3Layer(_Base):
         def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
             return keras.tree.map_structure(_marked, super().compute_output_spec(*args, **kwargs))
 
