@@ -83,7 +83,7 @@ def start_program(program: str, *arguments: str, **more: str) -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What a process printed."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{out}\n{err[-4000:]}"
     return out
 
