@@ -19,6 +19,7 @@ _NEEDS_KERAS_2 = (
     "TensorFlow operations on the outputs of layers, as scripts for Keras 2 have them, need Keras 2: `pip install tf-keras`, "
     "and set TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported."
 )
+_NEEDS_DTYPE = 'Keras 3 makes inputs float32 by default: use keras.Input(shape, dtype="int64"), also to begin a Sequential.'
 
 
 def _keras_of_tensorflow() -> Any:
@@ -72,8 +73,17 @@ else:
         return tensor
 
     class _Keras3Layer(_Base):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self._allow_non_tensor_positional_args = True  # of Keras: as Keras 2, which HugeCTR's order of arguments is for
+
         def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-            return keras.tree.map_structure(_marked, super().compute_output_spec(*args, **kwargs))
+            try:
+                return keras.tree.map_structure(_marked, super().compute_output_spec(*args, **kwargs))
+            except TypeError as problem:
+                if any(getattr(one, "dtype", "") == "float32" for one in keras.tree.flatten(args)[:1]):
+                    _append(problem, _NEEDS_DTYPE)
+                raise
 
     Layer = _Keras3Layer
 

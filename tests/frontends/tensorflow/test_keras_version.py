@@ -14,6 +14,7 @@ import pytest
 from support.framework_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
 from support.processes import ROOT, environment
 
+from hps_numba import KeyDtypeError
 from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
@@ -138,6 +139,20 @@ def test_symbolic_rows_are_usual_ones_to_keras_3(rig: Rig) -> None:
     twin = keras.models.clone_model(model)
     ids = np.array([[1, 2, 3]])
     assert np.array_equal(model(ids), twin(ids)) and np.allclose(model(ids)[0], (2 * rig.rows[1:4] + 1).sum(0), rtol=1e-5)
+
+
+@under_keras_3
+def test_inputs_that_keras_3_makes_float_say_how_they_are_declared(rig: Rig) -> None:
+    def layer() -> Any:
+        return hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)
+
+    ids = np.array([[1, 2, 3]])
+    for call in (lambda: keras.Sequential([layer()])(ids), lambda: layer()(keras.Input([3]))):
+        with pytest.raises(
+            KeyDtypeError, match=r'(?s)got float32.*keras.Input\(shape, dtype="int64"\), also to begin a Sequential'
+        ):
+            call()
+    assert keras.Sequential([keras.Input([3], dtype="int64"), layer()])(ids).shape == (1, 3, DIM)
 
 
 def test_functions_and_symbolic_ids_say_that_layers_take_them(rig: Rig) -> None:

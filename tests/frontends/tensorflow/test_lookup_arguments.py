@@ -303,9 +303,12 @@ def test_positions_of_the_original_layers(rig: Rig) -> None:
     ids, weights = sparse_of(IDS), sparse_of(WEIGHTS, tf.float32)
     pooled = hps.SparseLookupLayer("m", 0, DIM, tf.float32, rig.path, 1)
     by_name = pooled(sp_ids=ids, sp_weights=weights, name=None, combiner="sqrtn", max_norm=0.5)
-    assert np.array_equal(pooled.call(ids, weights, "ignored", "sqrtn", 0.5), by_name)  # Keras 3 itself refuses it in calls
+    assert np.array_equal(pooled(ids, weights, "ignored", "sqrtn", 0.5), by_name)
+    inputs = [keras.Input([4], dtype="int64", sparse=True), keras.Input([4], sparse=True)]
+    model = keras.Model(inputs, pooled(*inputs, None, "sqrtn", 0.5))
+    assert np.array_equal(model([ids, weights]), by_name)
     rows = hps.LookupLayer("m", 0, DIM, tf.float32, rig.path, 1)
-    assert np.array_equal(rows.call(tf.constant([1, 2]), 0.5), rows(ids=tf.constant([1, 2]), max_norm=0.5))
+    assert np.array_equal(rows(tf.constant([1, 2]), 0.5), rows(ids=tf.constant([1, 2]), max_norm=0.5))
 
 
 def test_ragged_ids_keep_the_static_number_of_rows(rig: Rig) -> None:
