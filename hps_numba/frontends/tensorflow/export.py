@@ -36,7 +36,7 @@ def split(model: Any) -> tuple[Any, Any]:
     Raises:
         ConfigError: ``model`` is not a functional model, has no lookup layers, or has some inside other layers or models.
     """
-    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
+    if not isinstance(model, keras.Model) or not (getattr(model, "inputs", None) and getattr(model, "outputs", None)):
         raise ConfigError(f"model: expected a functional keras.Model, got {type(model).__name__}")
     cuts = _lookup_outputs(model)
     if not cuts:

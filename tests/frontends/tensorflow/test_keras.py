@@ -207,6 +207,43 @@ def test_a_model_in_two_halves(rig: Rig, tmp_path: Path) -> None:
     functions = [node.op for function in graph.library.function for node in function.node_def]
     assert "PyFunc" not in {node.op for node in graph.node} | set(functions)
     assert len(hps.split(sparse_model(rig))[1].inputs) == 1
-    for wrong in (keras.Sequential([keras.layers.Dense(1)]), keras.Model(*[keras.Input([1])] * 2), "model"):
+    subclassed = Subclassed(rig)
+    subclassed(inputs[0])
+    for wrong in (keras.Sequential([keras.layers.Dense(1)]), keras.Model(*[keras.Input([1])] * 2), subclassed, "model"):
         with pytest.raises(ConfigError, match="model: "):
             hps.split(wrong)
+
+
+class Subclassed(keras.Model):  # type: ignore[misc]
+    """A model that is not functional."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__()
+        self.rows = hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)
+
+    def call(self, ids: Any) -> Any:
+        return self.rows(ids)
+
+
+def test_halves_of_models_that_share_return_or_hide_lookups(rig: Rig) -> None:
+    def layer() -> Any:
+        return hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)
+
+    one, two = keras.Input([3], dtype="int64"), keras.Input([3], dtype="int64")
+    shared, ids = layer(), [batch(0)[0], batch(1)[0]]
+    model = keras.Model([one, two], keras.layers.Add()([shared(one), shared(two)]))
+    lookup, dense = hps.split(model)
+    assert len(dense.inputs) == 2 and np.array_equal(dense(lookup(ids)), model(ids))
+    rows = layer()(one)
+    lookup, dense = hps.split(keras.Model(one, [rows, keras.layers.Flatten()(rows)]))
+    for answer in dense(lookup(ids[0])):
+        assert np.array_equal(np.reshape(answer, (16, 3, DIM)), rig.rows[ids[0]])
+    tables = hps.LookupCollection("m", {"a": (0, DIM), "b": ("t1", 3)}, ps_config_file=rig.path)({"a": one, "b": two})
+    _, dense = hps.split(keras.Model([one, two], keras.layers.Flatten()(tables["b"])))
+    assert [tuple(tensor.shape) for tensor in dense.inputs] == [(None, 3, 3)]
+    inner = keras.Model(one, layer()(one))
+    model = keras.Model(two, keras.layers.Add()([inner(two), layer()(two)]))
+    with pytest.raises(
+        ConfigError, match=r"expected lookup layers that '.*' itself calls, got lookup_layer.* inside another layer"
+    ):
+        hps.split(model)
