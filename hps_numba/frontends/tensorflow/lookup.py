@@ -183,6 +183,20 @@ def _sparse_of_ragged(ragged: Any, place: str) -> Any:
     return sparse
 
 
+def _scalar(max_norm: Any) -> Any:
+    """A norm as a float32 scalar from 0 on, as ``tf.clip_by_norm`` reads it: a negative one is 0.
+
+    Raises:
+        TypeError: it is not a number.   ConfigError: it is several.
+    """
+    norm = tf.convert_to_tensor(max_norm)
+    if norm.dtype == tf.string:
+        raise TypeError(f"max_norm: expected a number, got {max_norm!r}")
+    if norm.shape.num_elements() not in (1, None):
+        raise ConfigError(f"max_norm: expected a number, got an array of shape {norm.shape.as_list()}")
+    return tf.maximum(tf.reshape(tf.cast(norm, tf.float32), []), 0.0)
+
+
 @tf.autograph.experimental.do_not_convert
 def embedding_lookup_sparse(
     table: Table,
@@ -240,20 +254,6 @@ def embedding_lookup_sparse(
         return rows, gradient
 
     return pooled(tf.cast(sp_weights.values, tf.float32))
-
-
-def _scalar(max_norm: Any) -> Any:
-    """A norm as a float32 scalar from 0 on, as ``tf.clip_by_norm`` reads it: a negative one is 0.
-
-    Raises:
-        TypeError: it is not a number.   ConfigError: it is several.
-    """
-    norm = tf.convert_to_tensor(max_norm)
-    if norm.dtype == tf.string:
-        raise TypeError(f"max_norm: expected a number, got {max_norm!r}")
-    if norm.shape.num_elements() not in (1, None):
-        raise ConfigError(f"max_norm: expected a number, got an array of shape {norm.shape.as_list()}")
-    return tf.maximum(tf.reshape(tf.cast(norm, tf.float32), []), 0.0)
 
 
 def _gradient_of_weights(
