@@ -241,12 +241,15 @@ def embedding_lookup_sparse(
         return rows
     sp_ids.shape.assert_is_compatible_with(sp_weights.shape)
     paired = sp_weights.indices is not sp_ids.indices
-    query = replace(query, weighted=True, paired=paired)
+    summed = "sum" if combiner == "sqrtn" else combiner  # ``_divided`` does the rest
+    query = replace(query, combiner=summed, weighted=True, paired=paired)
     others = [*([sp_weights.indices] if paired else []), *norm]
 
     @tf.custom_gradient
     def pooled(weights: Any) -> tuple[Any, Any]:
         (rows,) = lookup_op(table.query(query), [*inputs, weights, *others], [shape])
+        if combiner == "sqrtn":
+            rows = _divided(rows, sp_ids, weights, default_id)
 
         def gradient(upstream: Any) -> Any:
             return _gradient_of_weights(table, sp_ids, weights, combiner, max_norm, rows, upstream)
@@ -254,6 +257,19 @@ def embedding_lookup_sparse(
         return rows, gradient
 
     return pooled(tf.cast(sp_weights.values, tf.float32))
+
+
+def _divided(rows: Any, sp_ids: Any, weights: Any, default_id: int | None) -> Any:
+    """Weighted sums, each divided by the root of the sum of the squares of its weights.
+
+    TensorFlow does it: bit for bit, the squares are those of its own ``pow``, which rounds differently in a graph.
+    """
+    bags, n = sp_ids.indices[:, 0], tf.cast(sp_ids.dense_shape[0], tf.int64)
+    squares = tf.math.unsorted_segment_sum(tf.pow(weights, 2), bags, n)
+    if default_id is not None:
+        filled = tf.math.unsorted_segment_sum(tf.ones_like(bags), bags, n)
+        squares = tf.where(filled > 0, squares, tf.ones_like(squares))
+    return tf.math.divide_no_nan(rows, tf.sqrt(squares)[:, tf.newaxis])
 
 
 def _gradient_of_weights(
