@@ -3,8 +3,9 @@
 A file is named after the kernel, a digest of the text of all kernel sources and the versions of the compilers, and a digest of
 what the code was made for. It repeats that name inside, under a checksum, so that a truncated, damaged or misplaced file is
 recognized: then the kernel is compiled again and the file replaced. Files appear atomically (``os.replace``), so that any
-number of processes may look for and keep the same one. Code that another user could have written is not run: folder and file
-must belong to the user, and only the user may be able to write the file.
+number of processes may look for and keep the same one. Code that another user could have written is not run: files, and the
+folder that they are in, must belong to the user, and no other may be able to write them or to replace a folder above. What is
+no file of this cache, such as a link, is neither read nor replaced nor removed.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import importlib.metadata
 import logging
 import os
 import pickle
-import shutil
+import re
+import stat
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hps_numba.kernels.compiler.safely import compile_lock
+
 __all__ = [
     "FOLDERS",
     "MAX_FILES",
+    "digest_of_sources",
     "find",
     "find_result",
     "folder",
@@ -55,7 +59,9 @@ _PACKAGES = (
     "nvidia-nvjitlink-cu12",
     "nvidia-cuda-nvcc-cu12",
 )
-_warning = threading.Lock()
+_OUR_NAME = re.compile(r".+-[0-9a-f]{16}-[0-9a-f]{32}\.(cubin|object)|tmp\w+\.part")
+_MAX_BYTES = 1 << 28  # of a file
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _warned = False
 
 
@@ -86,19 +92,18 @@ def user_cache() -> Path:
     return folder
 
 
-def _sources() -> list[Path]:
-    """All files whose text may become part of a kernel, in every folder below ``kernels``."""
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
+def digest_of_sources(folder: Path, before: str = "") -> str:
+    """Digest (hex) of ``before`` and of the names and texts of all Python files below a folder."""
+    digest = hashlib.sha256(before.encode())
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"\n{file.relative_to(folder).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache
 def source_digest() -> str:
-    """Digest (hex) of the text of all kernel sources and of the versions of their compilers."""
-    package = Path(__file__).parents[2]
-    digest = hashlib.sha256(", ".join(_versions()).encode())
-    for file in _sources():
-        digest.update(f"\n{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    """Digest (hex) of all files whose text may become part of a kernel, and of the versions of their compilers."""
+    return digest_of_sources(Path(__file__).parents[1], ", ".join(_versions()))[:16]
 
 
 def host_target(target: Any) -> str:
@@ -121,11 +126,14 @@ def name_of(kernel: str, made_for: str, ending: str = ".cubin") -> str:
 
 
 def folder(ending: str = ".cubin") -> Path | None:
-    """The folder of the files, mode 0700; None (with one WARNING a process) if the user has no folder to write to."""
+    """The folder of the files, mode 0700; None (with one WARNING a process) if there is none that only this user can write."""
     try:
-        chosen = user_cache() / FOLDERS[ending]
-        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(chosen)
+        cache = user_cache()
+        chosen = cache / FOLDERS[ending]
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        chosen.mkdir(mode=0o700, exist_ok=True)
+        _check_above(cache)
+        _check_folder(chosen)
         if not os.access(chosen, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(f"{chosen} is not writable")
     except (OSError, RuntimeError) as problem:
@@ -134,22 +142,63 @@ def folder(ending: str = ".cubin") -> Path | None:
     return chosen
 
 
-def _check_owner(chosen: Path) -> None:
-    """Raise PermissionError for a folder of another user: code from there is not run."""
+def _check_above(cache: Path) -> None:
+    """Raise PermissionError if another user can replace the folder of the cache or one above it."""
     if not hasattr(os, "getuid"):
         return
-    status = chosen.stat()
+    owners = {os.getuid(), 0, os.stat("/").st_uid}  # noqa: PTH116
+    resolved = cache.resolve()
+    for place in (resolved, *resolved.parents):
+        status = place.stat()
+        if status.st_uid not in owners:
+            raise PermissionError(
+                f"{place}: expected a folder of user {os.getuid()} or of root, got one of user {status.st_uid}"
+            )
+        if status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX and not _writable_by_owner_alone(status):
+            mode = stat.S_IMODE(status.st_mode)
+            raise PermissionError(f"{place}: expected a folder that no other user can write, got mode {mode:o}; chmod go-w it")
+
+
+def _writable_by_owner_alone(status: os.stat_result) -> bool:
+    """Whether the one group that may write has no member but this user, as where every user has a group of that name."""
+    if status.st_mode & stat.S_IWOTH:
+        return False
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and user.pw_gid == status.st_gid and set(group.gr_mem) <= {user.pw_name}
+
+
+def _check_folder(chosen: Path) -> None:
+    """Raise PermissionError for a link, and for a folder that another user owns or can write: code from there is not run."""
+    if not hasattr(os, "getuid"):
+        return
+    status = chosen.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(f"{chosen}: expected a folder, got a link")
     if status.st_uid != os.getuid():
         raise PermissionError(f"{chosen}: expected a folder of user {os.getuid()}, got one of user {status.st_uid}")
+    if status.st_mode & _OTHERS_WRITE:
+        mode = stat.S_IMODE(status.st_mode)
+        raise PermissionError(
+            f"{chosen}: expected a folder that no other user can write, got mode {mode:o}; remove it, or chmod go-w it"
+        )
     if status.st_mode & 0o077:
         chosen.chmod(0o700)
 
 
 def _read(file: Path) -> bytes:
     """The content of a file of the user's own: others may have put theirs here while the folder was open to them."""
-    with file.open("rb") as opened:
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(file, flags), "rb") as opened:  # noqa: PTH123
         status = os.fstat(opened.fileno())
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            raise OSError(f"expected a file of at most {_MAX_BYTES} bytes, got mode {status.st_mode:o}, {status.st_size} bytes")
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & _OTHERS_WRITE):
             raise PermissionError(
                 f"expected a file of this user, writable by no other, got user {status.st_uid}, mode {status.st_mode & 0o777:o}"
             )
@@ -158,7 +207,7 @@ def _read(file: Path) -> bytes:
 
 def _warn(problem: Exception) -> None:
     global _warned
-    with _warning:
+    with compile_lock:  # which a forked child can take
         if not _warned:
             _warned = True
             log.warning("compiled kernels are not kept on disk: %s (HPS_NUMBA_CACHE_DIR names another folder)", problem)
@@ -235,6 +284,8 @@ def keep_result(name: str, result: Any) -> None:
 
 
 def _replace(file: Path, data: bytes) -> None:
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise OSError(f"{file}: expected a file or nothing, got something else, which stays")
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
         written = Path(out.name)
         try:
@@ -249,10 +300,15 @@ def _replace(file: Path, data: bytes) -> None:
 
 @functools.cache
 def _sweep_old_folders(cache: Path) -> None:
-    """Remove the folders ``host-<digest>`` in which versions up to 0.1 kept kernels for the CPU; once a process."""
+    """Remove the files of numba's own disk cache in folders ``host-<digest>``, of versions up to 0.1; once a process."""
     for old in cache.glob("host-" + "[0-9a-f]" * 16):
         if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # others may sweep too; a folder that has more in it stays
+                for file in (*old.rglob("*.nbi"), *old.rglob("*.nbc")):
+                    file.unlink()
+                for inside in sorted(old.rglob("*"), reverse=True):
+                    inside.rmdir()
+                old.rmdir()
 
 
 def _sweep(place: Path) -> None:
@@ -264,6 +320,8 @@ def _sweep(place: Path) -> None:
     ours = f"-{source_digest()}-"
     for file in files:
         with suppress(OSError):
+            if not _OUR_NAME.fullmatch(file.name) or not stat.S_ISREG(file.lstat().st_mode):
+                continue  # somebody else's
             abandoned = file.suffix == ".part" and time.time() - file.stat().st_mtime > _ABANDONED
             if abandoned or (file.suffix in FOLDERS and ours not in file.name):
                 file.unlink()

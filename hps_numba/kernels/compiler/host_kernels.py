@@ -7,12 +7,12 @@ share, so that it would take one for another or find none. ``compiler.disk_cache
 from __future__ import annotations
 
 import hashlib
-import threading
 from types import FunctionType
 from typing import Any
 
 from hps_numba.kernels.compiler import disk_cache
 from hps_numba.kernels.compiler.diagnosis import refused
+from hps_numba.kernels.compiler.safely import compile_lock, run_safely
 from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.compiler.specialize import bind
 
@@ -32,7 +32,6 @@ class HostKernel:
 
     def __init__(self, spec: KernelSpec) -> None:
         self._spec = spec
-        self._compiling = threading.Lock()
         self._entry: Any = None
         self._owner: Any = None  # lives as long as its code may run
 
@@ -44,28 +43,27 @@ class HostKernel:
         self._compile()
 
     def _compile(self) -> Any:
-        with self._compiling:
+        run_safely(self._compile_once)
+        return self._entry
+
+    def _compile_once(self) -> None:
+        with compile_lock:
             if self._entry is None:
                 try:
                     self._entry, self._owner = _entry_point(self._spec)
                 except Exception as problem:
                     raise refused(self._spec, "the CPU", problem, _compile_scalar) from problem
-        return self._entry
 
 
 _host_kernels: dict[tuple[Any, ...], HostKernel] = {}
-_registering = threading.Lock()
 
 
 def for_host(spec: KernelSpec) -> HostKernel:
     """The kernel of a spec for the CPU: one a process, whatever ``lanes``, ``group``, ``depth``, ``registers``,
     ``by_tile`` and ``out_vector``, which mean nothing there.   Thread safety: any thread."""
     key = _host_key(spec)
-    with _registering:
-        kernel = _host_kernels.get(key)
-        if kernel is None:
-            kernel = _host_kernels[key] = HostKernel(spec)
-        return kernel
+    kernel = _host_kernels.get(key)
+    return _host_kernels.setdefault(key, HostKernel(spec)) if kernel is None else kernel
 
 
 def _host_key(spec: KernelSpec) -> tuple[Any, ...]:

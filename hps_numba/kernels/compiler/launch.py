@@ -34,6 +34,7 @@ from hps_numba.kernels.compiler.launch_native import (
     start_lookup,
 )
 from hps_numba.kernels.compiler.ptx import ptx_of, uses_pdl
+from hps_numba.kernels.compiler.safely import compile_lock, run_safely
 from hps_numba.kernels.compiler.spec import KernelSpec
 
 __all__ = ["LaunchChain", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
@@ -43,8 +44,8 @@ THREADS = 256
 _CONFIG = "@7I4xQQI4x"
 # CUlaunchAttribute: a number, padding to 8 bytes, a value of 64 bytes
 _PDL = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1))  # programmatic stream serialization: allowed
-_loading = threading.RLock()
 _loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
+_compiled: dict[str, str] = {}  # PTX by the name of the file, until that is there
 
 
 class LoadedKernel:
@@ -275,10 +276,10 @@ def load(spec: KernelSpec, device: int, capability: tuple[int, int]) -> LoadedKe
     key = spec, device
     kernel = _loaded.get(key)
     if kernel is None:
-        with _loading:
+        cubin, symbol = cubin_of(spec, capability)
+        with compile_lock:  # which a forked child can take
             kernel = _loaded.get(key)
             if kernel is None:
-                cubin, symbol = cubin_of(spec, capability)
                 pdl = uses_pdl(spec, capability)
                 kernel = _loaded[key] = LoadedKernel(cubin, symbol, spec.source.scalars, pdl=pdl)
     return kernel
@@ -291,10 +292,27 @@ def cubin_of(spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]
         DeviceError: it does not compile.   PolicyError: the functions of the policy do not compile.
     """
     name = disk_cache.name_of(spec.name, _made_for(spec, capability))
-    kept = disk_cache.find(name)
+    kept, ptx = run_safely(lambda: _find_or_compile(name, spec, capability))
     if kept is not None:
         return kept
-    ptx = ptx_of(spec, capability)
+    with compile_lock:  # not by ``run_safely``: without nvJitLink, the driver links, in the current context
+        try:
+            linked = None if name in _compiled else disk_cache.find(name)  # by another thread meanwhile
+            return linked or _link_and_keep(name, ptx, spec, capability)
+        finally:
+            _compiled.pop(name, None)
+
+
+def _find_or_compile(name: str, spec: KernelSpec, capability: tuple[int, int]) -> tuple[tuple[bytes, str] | None, str]:
+    """What the file has and "", else None and the PTX: of threads that ask for one kernel, one compiles."""
+    with compile_lock:
+        kept = disk_cache.find(name)
+        if kept is None and name not in _compiled:
+            _compiled[name] = ptx_of(spec, capability)
+        return kept, _compiled.get(name, "")
+
+
+def _link_and_keep(name: str, ptx: str, spec: KernelSpec, capability: tuple[int, int]) -> tuple[bytes, str]:
     entry = re.search(r"\.visible \.entry (\w+)", ptx)
     if entry is None:
         raise DeviceError(f"{spec}: expected a kernel in the PTX, got none")

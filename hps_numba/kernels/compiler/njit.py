@@ -7,7 +7,6 @@ another file would survive a change of that file.
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +16,16 @@ from typing import Any
 import numba
 
 from hps_numba.kernels.compiler import disk_cache
+from hps_numba.kernels.compiler.safely import safe_dispatcher
 
-__all__ = ["host_function", "host_kernel"]
+__all__ = ["host_function", "host_kernel", "safe_dispatcher"]
 
 
 def host_kernel(function: Callable[..., Any]) -> Any:
     """Compile ``function`` for the CPU on first call: GIL released, C division, kept on disk."""
     kernel = numba.njit(nogil=True, error_model="numpy")(function)
     kernel._cache = _DiskCache(function)
-    return kernel
+    return safe_dispatcher(kernel)
 
 
 class _DiskCache:
@@ -58,10 +58,7 @@ def _digest_beside(module: str) -> str:
     """Digest of the sources in the folder of a kernel outside of ``hps_numba.kernels``."""
     if module.startswith("hps_numba.kernels."):
         return ""  # ``source_digest`` has it
-    digest = hashlib.sha256()
-    for file in sorted(Path(str(sys.modules[module].__file__)).parent.rglob("*.py")):
-        digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+    return disk_cache.digest_of_sources(Path(str(sys.modules[module].__file__)).parent)
 
 
 def host_function(function: Callable[..., Any]) -> Any:
@@ -78,4 +75,4 @@ def _host_functions(function: Callable[..., Any]) -> Any:
     scope = function.__globals__
     calls = {name: _host_functions(scope[name]) for name in names if isinstance(scope.get(name), FunctionType)}
     bound = FunctionType(function.__code__, {**scope, **calls}, function.__name__)
-    return numba.njit(nogil=True, error_model="numpy")(bound)
+    return safe_dispatcher(numba.njit(nogil=True, error_model="numpy")(bound))

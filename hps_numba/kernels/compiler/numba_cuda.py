@@ -19,9 +19,9 @@ try:
 except ImportError:
     from numba.np.arrayobj import make_array, populate_array
 
-__all__ = ["compile_ptx", "cuda", "intrinsic", "make_array", "populate_array", "types"]
+from hps_numba.kernels.compiler.safely import compile_lock
 
-_compiling = threading.RLock()
+__all__ = ["compile_ptx", "cuda", "intrinsic", "make_array", "populate_array", "types"]
 
 
 class _Chip:
@@ -41,7 +41,7 @@ def _for_chip(capability: tuple[int, int]) -> Iterator[None]:
     from numba.cuda import dispatcher
 
     thread, chip = threading.get_ident(), _Chip(capability)
-    with _compiling:
+    with compile_lock:
         before = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: chip if threading.get_ident() == thread else before()
         try:

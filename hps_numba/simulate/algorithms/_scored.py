@@ -13,6 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from hps_numba.kernels.compiler.njit import safe_dispatcher
 from hps_numba.kernels.compiler.specialize import bind
 from hps_numba.kernels.layouts.cache import TICKS_OF_A_CACHE
 from hps_numba.simulate.algorithms._algorithm import ADMITTED, EVICTED, OWN, RESIDENT, Algorithm
@@ -96,7 +97,7 @@ def _compiled(digest: str, first: Any, touch: Any, by_insertions: bool) -> Any:
     names = {"policy_first": first, "policy_touch": touch, "BY_INSERTIONS": by_insertions}
 
     def compiled(function: Any) -> Any:
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return safe_dispatcher(numba.njit(nogil=True, error_model="numpy")(function))
 
     function: Any = step
     return compiled(bind(function, names, compiled))

@@ -448,3 +448,157 @@ def test_without_a_home_there_is_no_cache_folder(monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *args, **kwargs: Path("~/.cache/hps_numba"))
     with pytest.raises(RuntimeError, match="there is no home directory"):
         disk_cache.user_cache()
+
+
+# -- what others could have put there ----------------------------------------------------------------
+
+posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+@pytest.mark.parametrize("ending", [".cubin", ".object"])
+def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch, caplog, ending, mode):
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "_warned", False)
+    name = disk_cache.name_of("erase_kernel", "", ending)
+    disk_cache.keep(name, b"code", "symbol")
+    inside = tmp_path / disk_cache.FOLDERS[ending]
+    inside.chmod(mode)
+    for _ in range(2):
+        assert disk_cache.find(name) is None and disk_cache.folder(ending) is None
+    assert stat.S_IMODE(inside.stat().st_mode) == mode
+    (warning,) = warnings(caplog)
+    assert str(inside) in warning and f"mode {mode:o}" in warning and "chmod go-w" in warning
+    inside.chmod(0o700)
+    assert disk_cache.find(name) == (b"code", "symbol")
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o757, 0o777])
+def test_no_folder_above_may_be_replaced_by_others(tmp_path, monkeypatch, caplog, mode):
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "open" / "between" / "kept"))
+    monkeypatch.setattr(disk_cache, "_warned", False)
+    (tmp_path / "open" / "between").mkdir(parents=True)
+    (tmp_path / "open").chmod(mode)
+    assert disk_cache.folder() is None
+    (warning,) = warnings(caplog)
+    assert f"{tmp_path / 'open'}: expected" in warning and f"mode {mode:o}" in warning
+    (tmp_path / "open").chmod(0o1777)  # as /tmp: others cannot replace what is not theirs
+    assert disk_cache.folder() is not None
+
+
+@posix
+def test_a_folder_of_the_users_own_group_is_used(tmp_path, monkeypatch):
+    import grp
+    import pwd
+
+    user = pwd.getpwuid(os.getuid())
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(disk_cache, "_warned", False)
+    tmp_path.chmod(0o770)
+    members = []
+    monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name=user.pw_name, gr_mem=members))
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name=user.pw_name, pw_gid=tmp_path.stat().st_gid))
+    assert disk_cache.folder() is not None
+    members.append("somebody else")
+    assert disk_cache.folder() is None
+
+
+@posix
+def test_a_folder_of_another_user_above_is_not_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "theirs" / "kept"))
+    monkeypatch.setattr(disk_cache, "_warned", False)
+    (tmp_path / "theirs").mkdir()
+    real = Path.stat
+
+    def status(path, **how):
+        found = list(real(path, **how))
+        if path == tmp_path / "theirs":
+            found[stat.ST_UID] = 4321
+        return os.stat_result(found)
+
+    monkeypatch.setattr(disk_cache.Path, "stat", status)
+    assert disk_cache.folder() is None
+    assert (
+        f"{tmp_path / 'theirs'}: expected a folder of user {os.getuid()} or of root, got one of user 4321"
+        in warnings(caplog)[0]
+    )
+
+
+@posix
+def test_links_are_neither_followed_nor_replaced(place, compiler, caplog, tmp_path):
+    launch.cubin_of(SPEC, CHIP)
+    (file,) = place.iterdir()
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol") and len(compiler) == 2
+    assert file.is_symlink() and elsewhere.read_bytes() == before
+    assert "cannot be read, compiled again" in warnings(caplog)[0]
+    file.unlink()
+    place.rename(tmp_path / "moved")
+    place.symlink_to(tmp_path / "moved")
+    disk_cache._warned = False
+    assert disk_cache.folder() is None
+    assert f"{place}: expected a folder, got a link" in warnings(caplog)[-1]
+
+
+@posix
+def test_the_folder_of_the_cache_itself_may_be_a_link(tmp_path, monkeypatch, compiler):
+    (tmp_path / "large disk").mkdir(mode=0o700)
+    (tmp_path / "kept").symlink_to(tmp_path / "large disk")
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "kept"))
+    for _ in range(2):
+        launch.cubin_of(SPEC, CHIP)
+    assert len(compiler) == 1
+
+
+@posix
+def test_a_pipe_instead_of_a_file_is_not_waited_for(place, compiler, caplog):
+    launch.cubin_of(SPEC, CHIP)
+    (file,) = place.iterdir()
+    file.unlink()
+    os.mkfifo(file, 0o600)
+    assert launch.cubin_of(SPEC, CHIP) == (CUBIN, "erase_symbol")
+    assert stat.S_ISFIFO(file.lstat().st_mode) and "cannot be read" in warnings(caplog)[0]
+
+
+@posix
+def test_folders_are_made_for_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPS_NUMBA_CACHE_DIR", str(tmp_path / "kept"))
+    before = os.umask(0)
+    try:
+        assert disk_cache.folder() == tmp_path / "kept" / "cuda"
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(made.stat().st_mode) for made in (tmp_path / "kept", tmp_path / "kept" / "cuda")] == [0o700] * 2
+
+
+@pytest.mark.parametrize("ending", [".cubin", ".object"])
+def test_one_changed_bit_anywhere_makes_a_file_useless(place, caplog, ending):
+    name = disk_cache.name_of("erase_kernel", "", ending)
+    disk_cache.keep(name, bytes(range(256)), "symbol")
+    (file,) = (place.parent / disk_cache.FOLDERS[ending]).iterdir()
+    good = file.read_bytes()
+    for offset in range(len(good)):
+        for bit in (0, 5, 7):
+            file.write_bytes(good[:offset] + bytes([good[offset] ^ 1 << bit]) + good[offset + 1 :])
+            assert disk_cache.find(name) is None, offset
+    for longer in (good + b"\0", good[:-1], b"\0" + good, good + good):
+        file.write_bytes(longer)
+        assert disk_cache.find(name) is None
+    file.write_bytes(good)
+    assert disk_cache.find(name) == (bytes(range(256)), "symbol")
+
+
+def test_files_of_somebody_else_stay_when_many_pile_up(place, compiler, monkeypatch):
+    launch.cubin_of(SPEC, CHIP)
+    monkeypatch.setattr(disk_cache, "MAX_FILES", 1)
+    theirs = ["scene.object", "net.cubin", "a-b-c.object", "download.part"]
+    for name in theirs:
+        (place / name).write_bytes(b"of somebody else")
+        os.utime(place / name, (1, 1))
+    launch.cubin_of(SPEC, (8, 0))
+    assert set(theirs) < set(files(place))

@@ -80,9 +80,19 @@ def test_folders_of_older_versions_are_removed(tmp_path):
     old, other = tmp_path / f"host-{'0a' * 8}", tmp_path / "host-of-somebody-else"
     for folder in (old, other):
         folder.mkdir()
-        (folder / "file").write_text("kept")
+        (folder / "lookup.host_lookup-10.py311.nbi").write_text("kept")
+    (old / "module").mkdir()
+    (old / "module" / "lookup.host_lookup-10.py311.1.nbc").write_text("kept")
     run(tmp_path)
     assert not old.exists() and other.exists()
+
+
+def test_what_users_put_into_the_folder_stays(tmp_path):
+    mine = tmp_path / f"host-{'0a' * 8}" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    run(tmp_path)
+    assert mine.read_text() == "mine"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs /dev/null as a folder that cannot be made")

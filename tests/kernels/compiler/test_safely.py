@@ -1,0 +1,171 @@
+"""Compilations survive a fork and interrupts at any moment: each in a process of its own, which must end in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support.processes import environment
+
+from hps_numba.kernels.compiler import safely
+
+HANG = 240  # seconds: a hang, never a measurement
+
+COMMON = """
+import os, signal, sys, threading, time
+import numpy as np
+from numba.core import event
+from hps_numba.kernels.compiler.safely import compile_lock
+from hps_numba.storage.host.store import HostStore
+
+def store():
+    made = HostStore(4)
+    made.upsert(np.arange(9), np.arange(36).reshape(9, 4).astype(np.float32))
+    return made
+
+def right(made):
+    out = np.zeros((9, 4), np.float32)
+    return bool(made.lookup(np.arange(9), out) == 0 and (out.ravel() == np.arange(36)).all())
+
+class Started(event.Listener):
+    threads = []
+    begun = threading.Event()
+    def on_start(self, event):
+        self.threads.append(threading.get_ident())
+        self.begun.set()
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Started())
+"""
+
+FORK = (
+    COMMON
+    + """
+made = []
+thread = threading.Thread(target=lambda: made.append(right(store())))
+thread.start()
+children = []
+for delay in (0.0, 0.05, 0.4):
+    assert Started.begun.wait(200)
+    time.sleep(delay)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if right(store()) else 1)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+thread.join()
+print(made)
+"""
+)
+
+INTERRUPT = (
+    COMMON
+    + """
+import importlib
+from hps_numba.kernels.compiler.njit import host_kernel
+kernels = importlib.import_module("many")
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, stop)
+interrupted = 0
+for i in range(kernels.COUNT):
+    kernel = host_kernel(getattr(kernels, f"add{i}"))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.15 * i / kernels.COUNT)
+        try:
+            assert kernel(1) == 1 + i
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupted += 1
+    assert kernel(2) == 2 + i, i
+    assert len(kernel.overloads) == 1
+assert right(store())
+assert threading.get_ident() not in Started.threads and len(Started.threads) > kernels.COUNT
+print("interrupted", interrupted)
+"""
+)
+
+LATE = (
+    COMMON
+    + """
+def stop(*args):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, stop)
+main = threading.get_ident()
+def interrupt():
+    Started.begun.wait(200)
+    signal.pthread_kill(main, signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    store()
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+if sys.argv[1] == "again":
+    print(right(store()))
+"""
+)
+
+
+def run(program: str, folder: Path, *arguments: str, **more: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *arguments],
+        env=environment(HPS_NUMBA_CACHE_DIR=str(folder / "kept"), **more),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_children_forked_while_a_thread_compiles_can_look_up(tmp_path: Path) -> None:
+    assert run(FORK, tmp_path) == "[0, 0, 0]\n[True]\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_interrupts_at_any_moment_leave_a_process_that_compiles(tmp_path: Path) -> None:
+    count = int(os.environ.get("HPS_NUMBA_INTERRUPTS", "24"))
+    functions = [f"def add{i}(x):\n    return x + {i}\n" for i in range(count)]
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "many.py").write_text(f"COUNT = {count}\n" + "\n".join(functions))
+    paths = os.pathsep.join([str(tmp_path / "sources"), environment()["PYTHONPATH"]])
+    _, interrupted = run(INTERRUPT, tmp_path, PYTHONPATH=paths).split()
+    assert int(interrupted) > count // 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals are for processes here")
+@pytest.mark.parametrize("then", ["again", "end"])
+def test_an_interrupted_process_can_go_on_or_end(tmp_path: Path, then: str) -> None:
+    assert run(LATE, tmp_path, then).split() == ["interrupted", "True"][: 2 if then == "again" else 1]
+
+
+def test_what_a_compilation_raises_reaches_the_caller() -> None:
+    def fails() -> None:
+        raise ValueError(threading.get_ident() == threading.main_thread().ident)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="False"):
+            safely.run_safely(fails)
+    with safely.compile_lock, pytest.raises(ValueError, match="True"):  # the other thread would wait for this one
+        safely.run_safely(fails)
+    assert safely.run_safely(lambda: safely.run_safely(lambda: 5)) == 5
+
+
+def test_without_a_thread_the_caller_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(safely._thread, "start_new_thread", refused)
+    assert safely.run_safely(threading.get_ident) == threading.get_ident()
