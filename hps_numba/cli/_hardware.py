@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hps_numba.device.driver import driver_library
-from hps_numba.device.host_memory import available_bytes, total_bytes
+from hps_numba.device.machine_memory import available_bytes, total_bytes
 from hps_numba.runtime.threads import available_cores
 
 __all__ = ["Gpu", "Hardware", "cuda_extra", "driver_cuda", "gpus", "huge_pages", "inspect_hardware", "resident_bytes"]

@@ -1,9 +1,12 @@
-"""Host memory: reserved address ranges, how much of them is in use, and how much memory the machine has.
+"""Host memory: reserved address ranges, and how much of them is in use.
 
 *Why reserve and commit.* Rows of a table must never move (a kernel may be reading them) and yet the table grows. A region
 reserves addresses for all it may ever hold, which costs nothing, and takes memory page by page as rows are written; so the
 address of a row is always ``base + slot * row_bytes``. A pinned or shared allocator does its work in ``commit``.
 Regions of 4 MiB and more ask for 2 MB pages: random reads of a large table are bound by address translation otherwise.
+
+*Memory that was promised.* A commit takes no page: pages come as rows are written. So several tables that grow at once could
+each find the same memory free. A commit therefore subtracts what other regions committed last and have not written yet.
 
 *Pinned memory and forks.* A pinned region is private memory like any other, registered piece by piece. When the process
 forks, Linux (5.10 and later) gives the child copies of registered pages at once instead of on the first write: devices and
@@ -15,18 +18,20 @@ tables). ``subprocess`` does not copy pages.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hps_numba.device import memory
+from hps_numba.device.machine_memory import address_space_left, available_bytes
 from hps_numba.errors import CapacityError, ClosedError, DeviceError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
 
@@ -35,9 +40,7 @@ __all__ = [
     "HostRegion",
     "PinnedHostAllocator",
     "PlainHostAllocator",
-    "available_bytes",
     "human_bytes",
-    "total_bytes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 _HUGE = 4 << 20
 _PINNED_STEP = 2 << 20  # pinned memory grows by this, and by a 32nd of what is committed: about a hundred registrations at most
 _ADDRESSES = 64 << 40  # of the 128 TiB that a process has on current processors
+_GREED = 16  # under a limit on addresses, a region takes this part of what is left beyond what it needs
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
 _NO_RESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)
 
 
@@ -79,13 +84,16 @@ class HostRegion:
             )
         size = self._allocator.commit_end(self, size)
         more = size - self.committed
-        crosses = size // _HUGE > self.committed // _HUGE  # small steps add up
-        if crosses and more > (free := available_bytes()):
-            raise CapacityError(f"{self.purpose}: expected {human_bytes(more)} more of free memory, got {human_bytes(free)}")
+        if size // _HUGE > self.committed // _HUGE:  # small steps add up
+            _promises.make(self, self.committed, size)
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             start = self.committed - self.committed % mmap.PAGESIZE
             _advise(memory, mmap.MADV_HUGEPAGE, start, size - start)
-        self._allocator.on_commit(self, size)
+        try:
+            self._allocator.on_commit(self, size)
+        except BaseException:
+            _promises.withdraw(self)
+            raise
         self._allocator.add(more)
         self.committed = size
 
@@ -114,6 +122,55 @@ class HostRegion:
         if getattr(self, "_map", None) is not None and not ends():  # with the process the memory goes too
             self._allocator.on_release(self)
             self._allocator.add(-self.committed, -self.limit)
+
+
+class _Promises:
+    """What the regions of this process committed last, which may not be written yet.   Thread safety: all methods."""
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        register_fork_reset(self)
+
+    def reset_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._last: weakref.WeakKeyDictionary[HostRegion, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+    def make(self, region: HostRegion, start: int, end: int) -> None:
+        """Note that the region commits bytes ``start`` to ``end``.
+
+        Raises:
+            CapacityError: that is more than is free, less what other regions were promised.
+        """
+        more, free = end - start, available_bytes()
+        with self._lock:
+            others = [(other, span) for other, span in self._last.items() if other is not region]
+            if more > free - sum(stop - begin for _, (begin, stop) in others):
+                promised = sum(_unwritten_bytes(other, *span) for other, span in others)
+                if more > free - promised:
+                    less = f", of which other tables were promised {human_bytes(promised)}" if promised else ""
+                    raise CapacityError(
+                        f"{region.purpose}: expected {human_bytes(more)} more of free memory, got {human_bytes(free)}{less}"
+                    )
+            self._last[region] = (start, end)
+
+    def withdraw(self, region: HostRegion) -> None:
+        """The region did not commit what it noted last."""
+        with self._lock:
+            self._last.pop(region, None)
+
+
+_promises = _Promises()
+
+
+def _unwritten_bytes(region: HostRegion, start: int, end: int) -> int:
+    """Bytes from ``start`` to ``end`` of a region that have no page yet; 0 where the system does not tell."""
+    start, end, address = _page_up(start), _page_up(end), region.address
+    if not address or end <= start or _libc is None or not hasattr(_libc, "mincore"):
+        return 0
+    pages = np.empty((end - start) // mmap.PAGESIZE, np.uint8)
+    if _libc.mincore(ctypes.c_void_p(address + start), ctypes.c_size_t(end - start), pages.ctypes.data_as(ctypes.c_void_p)):
+        return 0
+    return int(np.count_nonzero(pages & 1 == 0)) * mmap.PAGESIZE
 
 
 class HostAllocator(Protocol):
@@ -148,6 +205,9 @@ class PlainHostAllocator:
         """
         least = limit if least is None else least
         limit = max(least, min(limit, (_ADDRESSES - self._reserved) // 64))  # leaves room for many tables
+        left = address_space_left()
+        if left is not None:
+            limit = max(least, min(limit, least + (left - least) // _GREED))
         while True:
             try:
                 region = HostRegion(self, limit, purpose)
@@ -266,44 +326,6 @@ def _advise(memory: mmap.mmap, advice: int, start: int, size: int) -> None:
         memory.madvise(advice, start, size)
     except OSError:  # advice only: a kernel built without it serves as well
         return
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
-
-
-def total_bytes() -> int:
-    """Physical memory of the machine, or of the control group if that is less."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 36
-    limits = (_read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    return min([machine, *(limit for limit in limits if limit)])
-
-
-def available_bytes() -> int:
-    """Memory that can be allocated without swapping (the system's estimate; at most ``total_bytes``)."""
-    free = total_bytes()
-    limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(0, limit - used + _cgroup_page_cache()))
-    try:
-        with Path("/proc/meminfo").open() as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return min(free, int(line.split()[1]) * 1024)
-    except OSError:  # not Linux
-        return free
-    return free
-
-
-def _cgroup_page_cache() -> int:
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def human_bytes(size: float) -> str:

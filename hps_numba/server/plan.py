@@ -10,7 +10,8 @@ from hps_numba.cache.index_mirror import may_mirror
 from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
 from hps_numba.device import driver
 from hps_numba.device import memory as device_memory
-from hps_numba.device.host_memory import available_bytes, human_bytes
+from hps_numba.device.host_memory import human_bytes
+from hps_numba.device.machine_memory import address_space_left, available_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
 from hps_numba.server.cache_shape import cache_shape, shape_bytes
@@ -64,7 +65,8 @@ class Plan:
     Attributes:
         tables: one plan a table.
         loading_bytes: what loading takes beyond the tables, for as long as it lasts.
-        available_bytes: free memory of the machine when the plan was made.
+        available_bytes: memory that this process could take when the plan was made: free on the machine, and within the limits
+            of its control groups, ``ulimit -v`` and ``ulimit -d``.
     """
 
     tables: tuple[TablePlan, ...]
@@ -135,7 +137,9 @@ def make_plan(config: ServerConfig) -> Plan:
 
 def plan_of(tables: Iterable[TablePlan]) -> Plan:
     """A plan of some tables on this machine as it is now."""
-    return Plan(tables=tuple(tables), loading_bytes=LOADING_BYTES, available_bytes=available_bytes())
+    left = address_space_left()
+    free = available_bytes() if left is None else min(available_bytes(), left)
+    return Plan(tables=tuple(tables), loading_bytes=LOADING_BYTES, available_bytes=free)
 
 
 def plan_table(

@@ -7,7 +7,8 @@ from collections import deque
 
 import numpy as np
 
-from hps_numba.device.host_memory import HostAllocator, HostRegion, total_bytes
+from hps_numba.device.host_memory import HostAllocator, HostRegion
+from hps_numba.device.machine_memory import total_bytes
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.host.write import (
     STATE_FREE,
