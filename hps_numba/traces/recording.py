@@ -3,12 +3,18 @@
 The trace is an ``.npy`` file of int64 keys that can be read at any time. A JSON file next to it contains the sampled share of
 the keys and the number of requests, by which the simulator scales cache sizes. Keys are chosen by a hash, each with all its
 requests, as in a sampled simulation (``simulate.sampling``).
+
+A recording starts in a new file that is renamed to the path, and only grows from then on: whoever reads an older recording of
+that name, even by a memory map, reads on undisturbed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -65,12 +71,27 @@ class TraceRecording:
         self.done = False
         self._buffer, self._buffered, self._written = np.empty(_BUFFER, np.int64), 0, 0
         self.reset_after_fork()
-        try:
-            self._file: BinaryIO = self.path.open("wb")
-        except OSError as problem:
-            raise TraceError(f"record_trace: {self.path}: {problem.strerror}") from None
+        self._file = self._new_file()
         register_fork_reset(self)
         self._write()
+
+    def _new_file(self) -> BinaryIO:
+        """An empty file at the path, in the place of an older recording."""
+        target = self.path.resolve()
+        if target.exists() and not target.is_file():
+            raise TraceError(f"record_trace: {self.path}: expected a new file or an older trace, got {_kind_of(target)}")
+        aside = _aside(target)
+        try:
+            file = aside.open("xb")
+            try:
+                aside.replace(target)
+            except BaseException:
+                file.close()
+                aside.unlink(missing_ok=True)
+                raise
+        except OSError as problem:
+            raise TraceError(f"record_trace: {self.path}: {problem.strerror}") from None
+        return file
 
     def reset_after_fork(self) -> None:
         """In a forked child: the file belongs to the parent."""
@@ -174,7 +195,10 @@ class TraceRecording:
             "requests": self.requests,
         }
         metadata |= {"keys": self._written, "calls": self.calls, "every": self._every}
-        metadata_path(self.path).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        target = metadata_path(self.path)
+        aside = _aside(target)
+        aside.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        aside.replace(target)
 
 
 def _header(count: int) -> bytes:
@@ -182,3 +206,14 @@ def _header(count: int) -> bytes:
     text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({count},), }}"
     size = _HEADER - 10
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", size) + text.ljust(size - 1).encode() + b"\n"
+
+
+def _aside(target: Path) -> Path:
+    """A name next to ``target`` for a file that will be renamed to it."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+
+
+def _kind_of(path: Path) -> str:
+    kinds = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    mode = path.stat().st_mode
+    return next((kind for test, kind in kinds.items() if test(mode)), "a device")

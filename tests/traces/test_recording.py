@@ -169,3 +169,37 @@ def test_full_disk_ends_the_recording_but_not_the_lookup(
     assert "recording of m/sparse_embedding0 ends" in caplog.text and "No space left on device" in caplog.text
     assert recorded(tmp_path / "t.npy") == requested.tolist()
     recording.close()
+
+
+def test_new_recording_leaves_readers_of_the_old_one_alone(server: HPS, tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    with server.record_trace(path, "m", 0):
+        server.lookup(np.arange(50), "m", 0)
+    mapped = np.load(path, mmap_mode="r")
+    with server.record_trace(path, "m", 0):
+        server.lookup([7], "m", 0)
+        assert mapped.tolist() == list(range(50))  # SIGBUS if the file had been truncated
+    assert mapped.tolist() == list(range(50)) and recorded(path) == [7]
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(("t", "."))) == ["t.npy", "t.npy.json"]
+
+
+def test_recording_replaces_nothing_but_files(server: HPS, tmp_path: Path) -> None:
+    folder, fifo, link = (tmp_path / f"{name}.npy" for name in ("folder", "fifo", "full"))
+    folder.mkdir()
+    (folder / "mine").write_text("kept")
+    os.mkfifo(fifo)
+    link.symlink_to("/dev/full")
+    for path, kind in ((folder, "a directory"), (fifo, "a FIFO"), (link, "a device")):
+        with pytest.raises(TraceError, match=f"expected a new file or an older trace, got {kind}"):
+            server.record_trace(path, "m", 0)
+    assert (folder / "mine").read_text() == "kept" and fifo.is_fifo() and link.is_symlink()
+    assert Path("/dev/full").is_char_device() and server._recordings.active == ()
+
+
+def test_recording_through_a_link_writes_the_file_it_points_to(server: HPS, tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere.npy", tmp_path / "link.npy"
+    np.save(target, np.arange(3))
+    link.symlink_to(target)
+    with server.record_trace(link, "m", 0):
+        server.lookup([5], "m", 0)
+    assert link.is_symlink() and recorded(target) == [5] and simulate.open_trace(link).requests == 1

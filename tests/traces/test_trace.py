@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,48 @@ def test_misuse_of_open_trace_raises(tmp_path: Path) -> None:
         simulate.open_trace(KEYS, limit=0)
     with pytest.raises(TraceError, match=r"format: expected one of csv, npy, .*, got 'pickle'"):
         simulate.open_trace(tmp_path / "t.npy", format="pickle")
+
+
+@pytest.mark.parametrize("name", ["t.npy", "t.oracleGeneral"])
+def test_file_that_is_truncated_while_it_is_read_raises(name: str, tmp_path: Path) -> None:
+    path, n = tmp_path / name, 3 << 20
+    if name.endswith(".npy"):
+        np.save(path, np.arange(n))
+    else:
+        np.zeros(n, RECORD).tofile(path)
+    trace = simulate.open_trace(path)
+    blocks = trace.blocks()
+    assert len(next(blocks)) == 1 << 20
+    os.truncate(path, path.stat().st_size // 2)  # a memory map would now end the process with SIGBUS
+    with pytest.raises(TraceError, match=r"expected 3,145,728 requests, got 1,57\d,\d+: it has become shorter"):
+        list(blocks)
+
+
+def test_file_that_was_replaced_since_it_was_opened_raises(tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    np.save(path, np.arange(10))
+    trace = simulate.open_trace(path)
+    np.save(tmp_path / "other.npy", np.arange(20))
+    (tmp_path / "other.npy").replace(path)
+    with pytest.raises(TraceError, match="expected the file that was opened as a trace"):
+        trace.keys()
+
+
+def test_arrays_of_every_header_version_and_byte_order_are_read(tmp_path: Path) -> None:
+    keys = np.arange(-3, 9).reshape(3, 4)
+    for number, version in enumerate([(1, 0), (2, 0), (3, 0)]):
+        for dtype in ("<i8", ">i4", "<i2"):
+            path = tmp_path / f"{number}{dtype[1:]}.npy"
+            with path.open("wb") as file:
+                np.lib.format.write_array(file, keys.astype(dtype), version)
+            assert simulate.open_trace(path).keys().tolist() == keys.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("shape", [(-5,), (2**62, 8), (2**40,)])
+def test_header_that_promises_impossible_sizes_raises(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        file.write(bytes(64))
+    with pytest.raises(TraceError, match="bytes of them, got 64"):
+        simulate.open_trace(path)

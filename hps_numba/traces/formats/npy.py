@@ -1,13 +1,15 @@
-"""A NumPy array of integers of any shape, in C order; memory-mapped."""
+"""A NumPy array of integers of any shape, in C order."""
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
-import numpy as np
+from numpy.lib import format as npy_format
 
 from hps_numba.errors import TraceError
-from hps_numba.traces.formats._format import Blocks, TraceFormat, blocks_of
+from hps_numba.traces.formats._format import Blocks, TraceFormat, file_blocks
 
 __all__ = ["PLUGIN"]
 
@@ -16,15 +18,24 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
     if column is not None:
         raise TraceError(f"{path}: column: expected none, as an .npy file has no columns, got {column!r}")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as problem:
+        with path.open("rb") as file:
+            version = npy_format.read_magic(file)
+            read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            offset = file.tell()
+            left = os.fstat(file.fileno()).st_size - offset
+    except (ValueError, EOFError, TypeError) as problem:
         raise TraceError(f"{path}: expected an .npy file of integers: {' '.join(str(problem).split())}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise TraceError(f"{path}: expected an array of integers, got {getattr(array, 'dtype', type(array).__name__)}")
-    if not array.flags.c_contiguous:
+    if dtype.kind not in "iu":
+        raise TraceError(f"{path}: expected an array of integers, got {dtype}")
+    if fortran_order and len(shape) > 1:
         raise TraceError(f"{path}: expected C order, got Fortran order")
-    flat = array.reshape(-1)
-    return len(flat), blocks_of(flat)
+    count = math.prod(shape)
+    if not 0 <= count * dtype.itemsize <= left:
+        raise TraceError(
+            f"{path}: expected an .npy file of integers with {count * dtype.itemsize:,} bytes of them, got {left:,}"
+        )
+    return count, file_blocks(path, dtype, count, offset)
 
 
 PLUGIN = TraceFormat((".npy",), _open)

@@ -1,4 +1,4 @@
-"""oracleGeneral, the binary format of libCacheSim: records of 24 bytes, memory-mapped.
+"""oracleGeneral, the binary format of libCacheSim: records of 24 bytes.
 
 uint32 time in seconds, uint64 object, uint32 size in bytes, int64 position of the next request for the object; little-endian,
 without a header. Only the object is read: the rows of a table have one size, and next requests are computed by the simulator.
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hps_numba.errors import TraceError
-from hps_numba.traces.formats._format import Blocks, TraceFormat, blocks_of
+from hps_numba.traces.formats._format import Blocks, TraceFormat, file_blocks
 
 __all__ = ["PLUGIN", "RECORD"]
 
@@ -28,8 +28,8 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
             raise TraceError(f"{path}: expected plain oracleGeneral, got a compressed file: zstd -d {path.name}")
     if size % RECORD.itemsize:
         raise TraceError(f"{path}: expected whole records of {RECORD.itemsize} bytes, got {size:,} bytes")
-    records = np.memmap(path, RECORD, "r") if size else np.empty(0, RECORD)
-    return len(records), blocks_of(records["object"])
+    count = size // RECORD.itemsize
+    return count, file_blocks(path, RECORD, count, field="object")
 
 
 PLUGIN = TraceFormat((".oraclegeneral", ".oraclegeneral.bin"), _open)
