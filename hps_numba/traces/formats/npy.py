@@ -26,6 +26,8 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
             left = os.fstat(file.fileno()).st_size - offset
     except (ValueError, EOFError, TypeError) as problem:
         raise TraceError(f"{path}: expected an .npy file of integers: {' '.join(str(problem).split())}") from None
+    if dtype.hasobject:
+        raise TraceError(f"{path}: expected an .npy file of integers, got one of Python objects")
     if dtype.kind not in "iu":
         raise TraceError(f"{path}: expected an array of integers, got {dtype}")
     if fortran_order and len(shape) > 1:
