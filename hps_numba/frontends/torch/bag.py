@@ -28,11 +28,14 @@ class HPSEmbeddingBag(OneTableLayer):
             weights.
         max_norm: rows are clipped to this norm before they are weighted, or None. The table itself does not change.
         padding_idx: a key to leave out, or None.
-        include_last_offset: ``offsets`` end with the number of keys.
-        trainable, initializer: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row. With ``max``,
-            rows that share the largest value share its gradient.
+        include_last_offset: ``offsets`` have one more, at which the last bag ends. Keys from there on are in no bag, so that
+            keys can be padded to a fixed length.
+        norm_type, scale_grad_by_freq, sparse: as for ``LookupLayer``.
+        trainable, initializer, read_only: as for ``LookupLayer``. With ``max_norm`` the gradient is that of the clipped row.
+            With ``max``, rows that share the largest value share its gradient.
 
-    Rows are frozen by default; gradients flow to ``per_sample_weights``. Thread safety: any thread may call it.
+    It can be compiled, exported and scripted. Rows are frozen by default; gradients flow to ``per_sample_weights``.
+    Thread safety: any thread may call it.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -49,17 +52,18 @@ class HPSEmbeddingBag(OneTableLayer):
         max_norm: float | None = None,
         padding_idx: int | None = None,
         include_last_offset: bool = False,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
         trainable: bool = False,
         initializer: str | Initializer | None = None,
+        read_only: bool = False,
     ) -> None:
-        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
+        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer, read_only)
         if mode not in COMBINERS:
             raise ConfigError(f"mode: expected one of {', '.join(COMBINERS)}, got {mode!r}")
-        if max_norm is not None and not max_norm >= 0:
-            raise ConfigError(f"max_norm: expected None or a number from 0 on, got {max_norm}")
+        self._set_options(padding_idx, max_norm, norm_type, scale_grad_by_freq)
         self.mode = mode
-        self.max_norm = None if max_norm is None else float(max_norm)
-        self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
 
     def forward(
@@ -69,8 +73,8 @@ class HPSEmbeddingBag(OneTableLayer):
 
         Args:
             input: keys, ``[bags, n]``, or ``[n]`` with ``offsets``.
-            offsets: int64 or int32 ``[bags]``: where each bag begins, from 0 on; with ``include_last_offset`` one more, the
-                number of keys.
+            offsets: int64 or int32 ``[bags]``: where each bag begins, from 0 on; with ``include_last_offset`` one more, where
+                the last bag ends.
             per_sample_weights: numbers of the shape of ``input``; not for ``max``.
 
         Raises:
@@ -83,7 +87,25 @@ class HPSEmbeddingBag(OneTableLayer):
             if self.mode == "max":
                 raise ConfigError("per_sample_weights: expected None with mode 'max', got weights")
             per_sample_weights = per_sample_weights.reshape(-1)
-        trains, weights = self.trainable and self._trains(), per_sample_weights
+        if torch.jit.is_scripting():  # a script has only the operator
+            starts, has_last = self._starts(input, offsets)
+            if not has_last:
+                starts = torch.cat([starts, torch.full([1], input.numel(), dtype=starts.dtype, device=starts.device)])
+            return torch.ops.hps_numba.pooled(
+                input.reshape(-1),
+                starts,
+                per_sample_weights,
+                self.request,
+                self.emb_vec_size,
+                self.mode,
+                self.max_norm,
+                self.padding_idx,
+            )
+        return self._eager(input, offsets, per_sample_weights)
+
+    @torch.jit.unused
+    def _eager(self, input: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+        trains = self.trainable and self._trains()
         direct = not trains and not torch.compiler.is_compiling() and self._skips_dispatcher(input, weights)
         if direct and input.dim() == 2 and offsets is None and self.padding_idx is None:
             rows = fused_rows(input, weights, self.request, self.mode)
@@ -96,10 +118,12 @@ class HPSEmbeddingBag(OneTableLayer):
         if not has_last:
             starts = torch.cat([starts, starts.new_full((1,), keys.shape[0])])
         if trains:
-            return self._trained(keys, starts, weights)
+            return self._trained(keys, starts, weights, has_tail=offsets is not None and has_last)
         return pooled(keys, starts, weights, self.request, self.emb_vec_size, self.mode, self.max_norm, self.padding_idx)
 
-    def _trained(self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _trained(
+        self, keys: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None, *, has_tail: bool
+    ) -> torch.Tensor:
         pooled: torch.Tensor = torch.ops.hps_numba.pooled_trained(
             self._created(keys, self.request, padding=self.padding_idx),
             starts,
@@ -110,6 +134,7 @@ class HPSEmbeddingBag(OneTableLayer):
             self.max_norm,
             self.padding_idx,
             self._switch,
+            has_tail,
         )
         return pooled
 
@@ -133,6 +158,8 @@ class HPSEmbeddingBag(OneTableLayer):
             raise ConfigError(f"input: expected one or two dimensions, got {list(input.shape)}")
         if offsets is None or offsets.dim() != 1:
             raise ConfigError("offsets: expected integers of one dimension with input of one dimension")
+        if self.include_last_offset and offsets.shape[0] == 0:
+            raise ConfigError("offsets: expected at least one with include_last_offset, got none")
         return offsets, self.include_last_offset
 
     def _settings_repr(self) -> str:

@@ -114,7 +114,7 @@ class LookupCollection(TrainableLayer):
     Args:
         ps_config_file, model_name: as for ``LookupLayer``.
         tables: ``{feature: (table_id, emb_vec_size)}``.
-        trainable, initializer: as for ``LookupLayer``, for all tables.
+        trainable, initializer, read_only: as for ``LookupLayer``, for all tables.
 
     On the CPU, large batches are spread over all cores, table by table. On a GPU, one kernel looks up to 32 tables of the same
     width and kind; the answers to an eager call are views of one tensor. Rows are frozen by default. Thread safety: any thread
@@ -132,6 +132,7 @@ class LookupCollection(TrainableLayer):
         *,
         trainable: bool = False,
         initializer: str | Initializer | None = None,
+        read_only: bool = False,
     ) -> None:
         super().__init__()
         if not tables:
@@ -141,7 +142,7 @@ class LookupCollection(TrainableLayer):
         self._head, texts, self._tail = Query(config_of(ps_config_file), tuple(self._queries.values())).pieces()
         self._texts = dict(zip(self._queries, texts, strict=True))
         self._request = self.request_of(list(self._queries))
-        self._set_training(trainable, initializer)
+        self._set_training(trainable, initializer, read_only)
 
     def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
         """Look up the rows of some or all features.
@@ -149,7 +150,8 @@ class LookupCollection(TrainableLayer):
         Args:
             keys: ``{feature: keys}``, for any of the features. Or one tensor ``[features, ...]`` with the keys of all features
                 in the order of ``tables``, whose rows must have the same width. Or a batch of jagged features with the methods
-                ``keys``, ``values`` and ``offset_per_key``, such as torchrec's ``KeyedJaggedTensor``.
+                ``keys``, ``values`` and ``offset_per_key``, such as torchrec's ``KeyedJaggedTensor``: of its features, those
+                in the collection are looked up, as by torchrec's ``EmbeddingCollection``.
 
         Returns:
             float32: ``{feature: rows}`` with ``S + [emb_vec_size]`` each; for a tensor, ``[features, ..., emb_vec_size]``; for
@@ -161,7 +163,7 @@ class LookupCollection(TrainableLayer):
         if isinstance(keys, torch.Tensor):
             return self._stacked(keys)
         if hasattr(keys, "offset_per_key"):
-            keys = jagged(keys)
+            keys = {feature: values for feature, values in jagged(keys).items() if feature in self._texts}
         features = list(keys)
         if not features:
             return {}

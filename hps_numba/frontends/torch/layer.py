@@ -40,8 +40,15 @@ class LookupLayer(OneTableLayer):
         table_id: number of the table in its model, or its name.
         emb_vec_size: elements of a row.
         output_dtype: of the answer: ``torch.float32``, ``float16`` or ``bfloat16``.
+        padding_idx: a key whose row does not train, or None; it is looked up like any other.
+        max_norm: rows of the answer are clipped to this norm, or None. The table itself does not change, and the gradient is
+            that of the clipped row.
+        norm_type, scale_grad_by_freq, sparse: as ``torch.nn.Embedding`` has them: only 2.0 and False are supported; gradients
+            are those of the rows that were looked up, whatever ``sparse`` says.
+        read_only: neither create nor train rows, whatever ``trainable`` says: for models that serve what others train.
         trainable: train the rows: backward passes accumulate their gradients for the optimizers of this package.
-        initializer: creates trained rows that do not exist when they are first looked up with gradients enabled: ``zeros``,
+        initializer: creates trained rows that do not exist when they are first looked up in training mode with gradients
+            enabled: ``zeros``,
             ``normal``, ``uniform`` or a function (``hps_numba/training/initializers.py``). With None, such keys get the
             table's default value, and a row with their first gradient. An initializer copies keys on a GPU to the host.
 
@@ -65,14 +72,21 @@ class LookupLayer(OneTableLayer):
         emb_vec_size: int,
         *,
         output_dtype: torch.dtype = torch.float32,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
         trainable: bool = False,
         initializer: str | Initializer | None = None,
+        read_only: bool = False,
     ) -> None:
-        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer)
+        super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer, read_only)
         if output_dtype not in _ROW_TYPES:
             names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
             raise ConfigError(f"output_dtype: expected one of {names}, got {str(output_dtype).removeprefix('torch.')}")
         self.output_dtype = output_dtype
+        self._set_options(padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
@@ -82,11 +96,14 @@ class LookupLayer(OneTableLayer):
             rows = self._trained(keys)
         else:
             rows = rows_of(keys, self.request, self.emb_vec_size)
+        if self.max_norm is not None:
+            rows = rows * (self.max_norm / rows.norm(dim=-1, keepdim=True).clamp_min(self.max_norm))
         return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
 
     def _trained(self, keys: torch.Tensor) -> torch.Tensor:
-        keys = self._created(keys, self.request)
-        rows: torch.Tensor = torch.ops.hps_numba.lookup_trained(keys, self._switch, self.request, self.emb_vec_size)
+        keys = self._created(keys, self.request, padding=self.padding_idx)
+        operator: Any = torch.ops.hps_numba.lookup_trained
+        rows: torch.Tensor = operator(keys, self._switch, self.request, self.emb_vec_size, self.padding_idx)
         return rows
 
     def _settings_repr(self) -> str:

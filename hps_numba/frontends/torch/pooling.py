@@ -36,9 +36,12 @@ def _pooled_on_cpu(
     padding: int | None,
 ) -> torch.Tensor:
     operator.check_keys(keys)
-    factors = None if weights is None else weights.detach().float().numpy()
     ((server, query),) = tables_of(request)
     out = aligned_empty((max(offsets.shape[0] - 1, 0), dim))
+    if not len(out):
+        return torch.from_numpy(out)
+    keys, weights = without_tail(keys, offsets, weights)
+    factors = None if weights is None else weights.detach().float().numpy()
     server.lookup_pooled(
         keys.detach().numpy(),
         offsets.detach().numpy(),
@@ -158,7 +161,8 @@ pooled = torch.ops.hps_numba.pooled.default
 """The operator.
 
 Args:
-    keys: ``[n]``.   offsets: int64 or int32 ``[bags + 1]``, ascending from 0 to ``n``.   weights: ``[n]``, or None.
+    keys: ``[n]``.   offsets: int64 or int32 ``[bags + 1]``, ascending from 0; keys from the last one on are in no bag.
+    weights: ``[n]``, or None.
     combiner: one of ``COMBINERS``; means are over the sum of weights, ``sqrtn`` over the root of the sum of their squares.
     max_norm: rows are clipped to this norm first, or None.   padding: a key that does not count, or None.
 
@@ -169,8 +173,18 @@ Raises:
 """
 
 
+def without_tail(
+    keys: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys and weights without those from the last offset on, which are in no bag; waits for the device of the offsets."""
+    end = int(offsets[-1])
+    if not 0 <= end < keys.shape[0]:
+        return keys, weights
+    return keys[:end], None if weights is None else weights[:end]
+
+
 def bags_of(offsets: torch.Tensor, n: int) -> torch.Tensor:
-    """The number of the bag of each of ``n`` keys: int64 ``[n]``."""
+    """The number of the bag of each of ``n`` keys, int64 ``[n]``; the number of bags for keys that are in none."""
     return torch.searchsorted(offsets.long(), torch.arange(n, device=offsets.device), right=True) - 1
 
 
@@ -196,23 +210,23 @@ def pool_rows(
     if counted is not None:
         factors = torch.where(counted, factors, 0)
     rows = clipped(rows, max_norm)
-    answer = rows.new_zeros((bags, rows.shape[1]))
+    answer = rows.new_zeros((bags + 1, rows.shape[1]))  # the last takes the keys that are in no bag
     if combiner == "max":
         if counted is not None:
             rows = torch.where(counted[:, None], rows, -torch.inf)
-        answer = answer.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
+        answer = answer.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)[:bags]
         return torch.where(answer == -torch.inf, 0, answer)
     answer = answer.index_add(0, bag, rows * factors[:, None])
     divisor = _divisor(factors, bag, bags, combiner)
-    return answer if divisor is None else torch.where(divisor == 0, 0, answer / divisor)
+    return (answer if divisor is None else torch.where(divisor == 0, 0, answer / divisor))[:bags]
 
 
 def _divisor(factors: torch.Tensor, bag: torch.Tensor, bags: int, combiner: str) -> torch.Tensor | None:
-    """float32 ``[bags, 1]``, or None for sums."""
+    """float32 ``[bags + 1, 1]``, the last for the keys that are in no bag; or None for sums."""
     if combiner == "sum":
         return None
     terms = factors if combiner == "mean" else factors * factors
-    total = factors.new_zeros(bags).index_add(0, bag, terms)
+    total = factors.new_zeros(bags + 1).index_add(0, bag, terms)
     return (total if combiner == "mean" else total.sqrt())[:, None]
 
 
@@ -230,12 +244,13 @@ def _gradients(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
     factors = weights.detach().float()
     counted = torch.ones_like(factors) if padding is None else (keys.long() != padding).float()
     factors = factors * counted
-    bag = bags_of(offsets, keys.shape[0])
-    rows, toward = clipped(operator.lookup(keys, request, dim), max_norm), upstream[bag]
+    bag, bags = bags_of(offsets, keys.shape[0]), offsets.shape[0] - 1
+    of_none = upstream.new_zeros((1, dim))  # for keys that are in no bag
+    rows, toward = clipped(operator.lookup(keys, request, dim), max_norm), torch.cat([upstream, of_none])[bag]
     gradient = (rows * toward).sum(-1)
-    divisor = _divisor(factors, bag, offsets.shape[0] - 1, combiner)
+    divisor = _divisor(factors, bag, bags, combiner)
     if divisor is not None:
-        against = (answer[bag] * toward).sum(-1)
+        against = (torch.cat([answer, of_none])[bag] * toward).sum(-1)
         share = divisor[bag, 0]
         if combiner == "sqrtn":
             against = against * factors / share

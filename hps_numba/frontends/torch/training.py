@@ -28,16 +28,16 @@ __all__ = ["OneTableLayer", "TrainableLayer", "trained_rows"]
 
 _define = operator.library.define
 _define("create_rows(Tensor keys, str request, int number, str initializer, int? padding) -> Tensor")
-_define("add_gradient(Tensor keys, Tensor gradient, str request, int number, int site) -> Tensor")
+_define("add_gradient(Tensor keys, Tensor gradient, str request, int number, int site, int? padding=None) -> Tensor")
 _define(
     "add_bag_gradient(Tensor keys, Tensor offsets, Tensor? weights, Tensor gradient, str request, int dim, str combiner,"
-    " float? max_norm, int? padding, int site) -> Tensor"
+    " float? max_norm, int? padding, int site, bool tail=False) -> Tensor"
 )
-_define("lookup_trained(Tensor keys, Tensor switch, str request, int dim) -> Tensor")
+_define("lookup_trained(Tensor keys, Tensor switch, str request, int dim, int? padding=None) -> Tensor")
 _define("lookup_many_trained(Tensor[] keys, Tensor switch, str request, int[] dims) -> Tensor[]")
 _define(
     "pooled_trained(Tensor keys, Tensor offsets, Tensor? weights, str request, int dim, str combiner, float? max_norm,"
-    " int? padding, Tensor switch) -> Tensor"
+    " int? padding, Tensor switch, bool tail=False) -> Tensor"
 )
 
 _sites = itertools.count()  # a new number for each backward pass that is run or compiled
@@ -72,7 +72,12 @@ def _shape_of_created(keys: torch.Tensor, *_: Any) -> torch.Tensor:
 # -- gradients of rows ---------------------------------------------------------------------
 
 
-def _add_gradient(keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int) -> torch.Tensor:
+def _add_gradient(
+    keys: torch.Tensor, gradient: torch.Tensor, request: str, number: int, site: int, padding: int | None = None
+) -> torch.Tensor:
+    if padding is not None:
+        counted = keys.long() != padding
+        keys, gradient = keys[counted], gradient[counted]
     parameter_of(request, number).add_gradient(keys, gradient)
     return torch.zeros(1)
 
@@ -93,7 +98,10 @@ def _add_bag_gradient(
     max_norm: float | None,
     padding: int | None,
     site: int,
+    tail: bool = False,
 ) -> torch.Tensor:
+    if tail:
+        keys, weights = pooling.without_tail(keys, offsets, weights)
     n, bags = keys.shape[0], offsets.shape[0] - 1
     bag = pooling.bags_of(offsets, n)
     counted = None if padding is None else keys.long() != padding
@@ -133,7 +141,9 @@ def _shape_of_added_bags(*_: Any) -> torch.Tensor:
 # -- lookups that train ---------------------------------------------------------------------
 
 
-def _lookup_trained(keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+def _lookup_trained(
+    keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int, padding: int | None = None
+) -> torch.Tensor:
     return operator.rows_of(keys, request, dim)
 
 
@@ -143,8 +153,7 @@ def _lookup_many_trained(keys: list[torch.Tensor], switch: torch.Tensor, request
 
 
 def _pooled_trained(keys: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, *settings: Any) -> torch.Tensor:
-    *settings, _ = settings  # type: ignore[assignment]
-    return pooling.pooled(keys, offsets, None if weights is None else weights.detach(), *settings)
+    return pooling.pooled(keys, offsets, None if weights is None else weights.detach(), *settings[:5])
 
 
 for _name, _function in (
@@ -162,7 +171,9 @@ for _name in ("create_rows", "lookup_trained"):
 
 
 @torch.library.register_fake("hps_numba::lookup_trained", lib=operator.library)
-def _shape_of_lookup(keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+def _shape_of_lookup(
+    keys: torch.Tensor, switch: torch.Tensor, request: str, dim: int, padding: int | None = None
+) -> torch.Tensor:
     operator.check_keys(keys)
     return keys.new_empty((*keys.shape, dim), dtype=torch.float32)
 
@@ -179,13 +190,15 @@ def _shape_of_pooled(keys: Any, offsets: Any, weights: Any, request: Any, dim: i
 
 
 def _remember_lookup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    keys, _, ctx.request, _ = inputs
+    keys, _, ctx.request, _, *padding = inputs  # the dispatcher leaves out last arguments that have their default value
+    ctx.padding = padding[0] if padding else None
     ctx.save_for_backward(*(keys if isinstance(keys, (list, tuple)) else [keys]))
 
 
 def _lookup_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     (keys,) = ctx.saved_tensors
-    return None, torch.ops.hps_numba.add_gradient(keys, gradient, ctx.request, 0, next(_sites)), None, None
+    done = torch.ops.hps_numba.add_gradient(keys, gradient, ctx.request, 0, next(_sites), ctx.padding)
+    return None, done, None, None, None
 
 
 def _lookup_many_gradient(ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
@@ -200,12 +213,16 @@ def _lookup_many_gradient(ctx: Any, gradients: list[Any]) -> tuple[Any, ...]:
 def _pooled_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     keys, offsets, weights, _ = ctx.saved_tensors
     of_serving = pooling._gradients(ctx, gradient)
-    done = torch.ops.hps_numba.add_bag_gradient(keys, offsets, weights, gradient, *ctx.settings, next(_sites))
-    return *of_serving, done
+    done = torch.ops.hps_numba.add_bag_gradient(keys, offsets, weights, gradient, *ctx.settings, next(_sites), ctx.tail)
+    return *of_serving, done, None
 
 
 def _remember_pooled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    keys, offsets, weights, *ctx.settings, _ = inputs  # in the form that the backward pass of the serving operator takes
+    keys, offsets, weights, *others = inputs  # the dispatcher leaves out last arguments that have their default value
+    ctx.settings, ctx.tail = (
+        others[:5],
+        any(others[6:]),
+    )  # settings in the form that the backward pass of the serving operator takes
     ctx.save_for_backward(keys, offsets, weights, output)
 
 
@@ -223,12 +240,16 @@ class TrainableLayer(TableLayer):
 
     Attributes:
         trainable: backward passes accumulate gradients of rows. It may be changed at any time.
+        read_only: the layer neither creates nor trains rows, whatever ``trainable`` says. It may be changed at any time.
+
+    New rows are created in training mode alone: after ``eval()``, lookups create none.
     """
 
     __jit_unused_properties__ = ("tables", "rows")
 
-    def _set_training(self, trainable: bool, initializer: str | Initializer | None) -> None:
+    def _set_training(self, trainable: bool, initializer: str | Initializer | None, read_only: bool) -> None:
         self.trainable: bool = bool(trainable)
+        self.read_only: bool = bool(read_only)
         self.initializer = as_initializer(initializer)
         if self.initializer is not None and not trainable:
             raise ConfigError("initializer: expected trainable=True with it: only rows that train are made for new keys")
@@ -237,6 +258,7 @@ class TrainableLayer(TableLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("read_only", False)  # pickled by an earlier version
         if self.initializer is not None:
             self._initializer_text = _named(self.initializer)
 
@@ -257,15 +279,16 @@ class TrainableLayer(TableLayer):
     def _training_repr(self) -> str:
         if not self.trainable:
             return ""
-        return ", trainable=True" + ("" if self.initializer is None else f", initializer={self.initializer!r}")
+        initializer = "" if self.initializer is None else f", initializer={self.initializer!r}"
+        return ", trainable=True" + initializer + (", read_only=True" if self.read_only else "")
 
     def _trains(self) -> bool:
         """Whether the backward pass of this call reaches the rows of a layer that trains; exported programs only serve."""
-        return torch.is_grad_enabled() and not _is_exporting()
+        return torch.is_grad_enabled() and not self.read_only and not _is_exporting()
 
     def _created(self, keys: torch.Tensor, request: str, number: int = 0, *, padding: int | None = None) -> torch.Tensor:
-        """The keys, once their rows exist, if the layer creates rows."""
-        if not self._initializer_text:
+        """The keys, once their rows exist, if the layer creates rows; in evaluation mode (``eval()``) it does not."""
+        if not self._initializer_text or not self.training:
             return keys
         text = self._initializer_text
         created: torch.Tensor = torch.ops.hps_numba.create_rows(keys, request, number, text, padding)
@@ -287,12 +310,24 @@ class OneTableLayer(TrainableLayer):
         emb_vec_size: int,
         trainable: bool,
         initializer: str | Initializer | None,
+        read_only: bool,
     ) -> None:
         super().__init__()
         query = TableQuery(model_name, table_id, emb_vec_size)
         self.request: str = Query(config_of(ps_config_file), (query,)).to_json()
         self.emb_vec_size: int = query.dim
-        self._set_training(trainable, initializer)
+        self._set_training(trainable, initializer, read_only)
+
+    def _set_options(self, padding_idx: int | None, max_norm: float | None, norm_type: float, scale_grad_by_freq: bool) -> None:
+        """Keep those options of Torch's embeddings that have an effect here, and refuse those that have none."""
+        if max_norm is not None and not max_norm >= 0:
+            raise ConfigError(f"max_norm: expected None or a number from 0 on, got {max_norm}")
+        if norm_type != 2:
+            raise ConfigError(f"norm_type: expected 2.0, by which rows are clipped, got {norm_type}")
+        if scale_grad_by_freq:
+            raise ConfigError("scale_grad_by_freq: expected False, as gradients of equal keys are added, got True")
+        self.padding_idx = padding_idx
+        self.max_norm = None if max_norm is None else float(max_norm)
 
     def _request_for_all(self) -> str:
         return self.request
@@ -330,6 +365,6 @@ def trained_rows(*modules: torch.nn.Module) -> Iterator[Rows]:
     seen: dict[int, Rows] = {}
     for module in modules:
         for layer in module.modules():
-            if isinstance(layer, TrainableLayer) and layer.trainable:
+            if isinstance(layer, TrainableLayer) and layer.trainable and not layer.read_only:
                 seen |= {id(rows): rows for rows in layer.tables}
     yield from seen.values()

@@ -177,3 +177,109 @@ def test_what_does_not_fit(served: Rig, device: str) -> None:
 def test_absent_keys_count_with_the_default(served: Rig, device: str) -> None:
     answer = bag_of(served, mode="sum")(torch.tensor([[1, ROWS, -1]], device=device))
     assert np.allclose(answer.cpu()[0], served.rows[1] + 0.5, rtol=1e-5)
+
+
+# -- every argument of torch.nn.EmbeddingBag ---------------------------------------------------------------------
+
+KEYS = [1, 7, 2, 9, 4]
+OFFSETS = ([], [0], [0, 0], [0, 2], [0, 5], [0, 2, 2, 4], [0, 2, 4, 4], [1, 3], [0, 6], [0, 3, 2], [-1, 2], [0, 9, 9])
+
+
+def answer_of(call: Any) -> Any:
+    """The rows, or None for an error of any class that a caller's mistake may have."""
+    try:
+        return call().detach().cpu()
+    except (RuntimeError, ValueError, TypeError):
+        return None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_offsets_as_those_of_torch(served: Rig, device: str, mode: str, offsets: list[int], last: bool, narrow: bool) -> None:
+    """Torch divides a mean by the keys of the tail too, and its max reads beyond memory: it gets keys without the tail, and
+    is not asked about offsets that are out of order."""
+    ordered = offsets[:1] == [0] and offsets == sorted(offsets) and offsets[-1] <= len(KEYS)
+    if device == "cuda" and not (ordered or offsets == []):
+        pytest.skip("offsets on a GPU are not read back to be checked")
+    end = offsets[-1] if last and ordered else len(KEYS)
+    dtype = torch.int32 if narrow else torch.int64
+    given, starts = torch.tensor(KEYS, dtype=dtype, device=device), torch.tensor(offsets, dtype=dtype, device=device)
+    wanted = torch.empty(0, DIM) if offsets == [] and not last else None
+    if ordered:
+        wanted = theirs(served, device, mode=mode, include_last_offset=last)(given[:end], starts).cpu()
+    got = answer_of(lambda: bag_of(served, mode=mode, include_last_offset=last)(given, starts))
+    assert (got is None) == (wanted is None)
+    if wanted is not None:
+        assert got.shape == wanted.shape and close(got, wanted)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn", "max"])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("padding_idx", [None, 7])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_padded_tail_changes_nothing(
+    served: Rig, device: str, mode: str, max_norm: float | None, padding_idx: int | None, tail: int
+) -> None:
+    """Keys padded to a fixed length after the last bag: rows, gradients of weights and gradients of rows are as without."""
+    keys, offsets = bags(device)
+    offsets = torch.cat([offsets, offsets.new_full((1,), len(keys))])
+    keys[::3] = 7
+    options = {"mode": mode, "max_norm": max_norm, "padding_idx": padding_idx, "include_last_offset": True}
+    layer, trained = bag_of(served, **options), bag_of(served, trainable=True, **options)
+    toward = torch.randn(len(offsets) - 1, DIM, device=device)
+    results = []
+    for more in (0, tail):
+        padded = torch.cat([keys, keys.new_full((more,), ROWS + 5)])  # no such row: the default would show
+        weights = None
+        if mode != "max":
+            weights = torch.linspace(0.5, 2, len(padded), device=device)
+            weights[: len(keys)] = torch.linspace(0.5, 2, len(keys), device=device)
+            weights.requires_grad_()
+        answer = layer(padded, offsets, weights)
+        if weights is not None:
+            answer.backward(toward)
+        trained.rows.grad = None
+        trained(padded, offsets, None if weights is None else weights.detach()).backward(toward)
+        gradient = None if weights is None else weights.grad[: len(keys)].cpu()
+        of_tail = None if weights is None else weights.grad[len(keys) :]
+        assert of_tail is None or not of_tail.any()
+        results.append((answer.detach().cpu(), gradient, trained.rows.touched.cpu(), trained.rows.grad.cpu()))
+    for without, padded in zip(*results):
+        assert without is None or torch.equal(without, padded) or close(without, padded)
+
+
+def test_tail_of_rows_combined_by_torch(served: Rig, device: str) -> None:
+    rows = torch.randn(6, DIM, device=device)
+    offsets = torch.tensor([0, 2, 4], device=device)
+    for mode in ("sum", "mean", "sqrtn", "max"):
+        assert close(pool_rows(rows, offsets, None, mode), pool_rows(rows[:4], offsets, None, mode))
+
+
+@pytest.mark.parametrize("per_sample_weights", [None, "float32", "float64", "float16"])
+def test_types_of_weights(served: Rig, device: str, per_sample_weights: str | None) -> None:
+    keys, offsets = bags(device)
+    weights = None
+    if per_sample_weights is not None:
+        weights = torch.linspace(0.5, 2, len(keys), device=device).to(getattr(torch, per_sample_weights))
+    wanted = theirs(served, device, mode="sum")(keys, offsets, None if weights is None else weights.float())
+    assert close(bag_of(served, mode="sum")(keys, offsets=offsets, per_sample_weights=weights), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn", "max"])
+@pytest.mark.parametrize("last", [False, True])
+def test_scripted_bag_serves(served: Rig, device: str, tmp_path: Path, mode: str, last: bool) -> None:
+    layer = bag_of(served, mode=mode, include_last_offset=last, padding_idx=9, max_norm=2.0)
+    keys, offsets = bags(device)
+    if last:
+        offsets = torch.cat([offsets, offsets.new_full((1,), len(keys))])
+    torch.jit.save(torch.jit.script(layer), str(tmp_path / "bag.pt"))
+    program = torch.jit.load(str(tmp_path / "bag.pt"))
+    assert torch.equal(program(keys, offsets), layer(keys, offsets))
+    if not last:
+        assert torch.equal(program(keys[:6].reshape(2, 3)), layer(keys[:6].reshape(2, 3)))
+    if mode != "max":
+        weights = torch.linspace(0.5, 2, len(keys), device=device)
+        assert torch.equal(program(keys, offsets, weights), layer(keys, offsets, weights))

@@ -443,8 +443,11 @@ def test_a_collection_takes_jagged_features(served: Rig, device: str) -> None:
     for name, keys in features.items():
         table = served.narrow if name == "b" else served.rows
         assert np.array_equal(rows[name].cpu(), table[np.asarray(keys.cpu())])
+    more = layer(Jagged({"x": features["a"], **features, "y": features["c"]}))
+    assert list(more) == ["c", "b", "a"] and all(torch.equal(more[name], rows[name]) for name in rows)
+    assert layer(Jagged({"x": features["a"]})) == {}  # as torchrec: features without a table are left to others
     with pytest.raises(ConfigError, match=r"keys: expected features of .*, got x"):
-        layer(Jagged({"x": features["a"]}))
+        layer({"x": features["a"]})
 
 
 def test_the_operator_of_collections_passes_the_checks_of_torch(served: Rig, device: str) -> None:
@@ -481,3 +484,32 @@ def test_keys_of_ones_own_for_an_embedding(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             hps.save_embedding(wrong, tmp_path / "u.model", keys=keys)
+
+
+# -- the options of torch.nn.Embedding ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.0, 0.5, 1e9])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_options_of_an_embedding(served: Rig, device: str, max_norm: float | None, padding_idx: int | None) -> None:
+    keys = torch.tensor([[1, 3], [5, 3]], device=device)
+    weights = torch.from_numpy(served.rows.copy()).to(device)
+    theirs = torch.nn.Embedding.from_pretrained(weights, padding_idx=padding_idx, max_norm=max_norm, sparse=True)
+    ours = hps.LookupLayer(served.path, "m", 0, DIM, padding_idx=padding_idx, max_norm=max_norm, sparse=True)
+    torch.testing.assert_close(ours(keys), theirs(keys), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(SERVERS.open(served.path).lookup([1], "m", 0)[0], served.rows[1])  # the table did not change
+
+
+@pytest.mark.parametrize("kind", ["LookupLayer", "HPSEmbeddingBag"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("norm_type", 1.0, r"norm_type: expected 2\.0.*, got 1\.0"),
+        ("scale_grad_by_freq", True, "scale_grad_by_freq: expected False.*, got True"),
+        ("max_norm", -1, "max_norm: expected None or a number from 0 on, got -1"),
+        ("max_norm", float("nan"), "max_norm: expected None or a number from 0 on, got nan"),
+    ],
+)
+def test_options_without_effect_are_refused(served: Rig, device: str, kind: str, option: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        getattr(hps, kind)(served.path, "m", 0, DIM, **{option: value})

@@ -336,6 +336,81 @@ def test_without_an_initializer_a_row_begins_with_the_default(rig: Rig, device: 
     torch.testing.assert_close(layer(keys), torch.full((2, DIM), 0.05, device=device))
 
 
+KINDS: dict[str, Callable[..., Any]] = {
+    "LookupLayer": lambda rig, **more: hps.LookupLayer(rig.path, "m", 0, DIM, **more),
+    "HPSEmbeddingBag": lambda rig, **more: hps.HPSEmbeddingBag(rig.path, "m", 0, DIM, **more),
+    "LookupCollection": lambda rig, **more: hps.LookupCollection(rig.path, "m", {"a": (0, DIM), "b": (0, DIM)}, **more),
+}
+
+
+def rows_of_layer(layer: Any, keys: Any) -> Any:
+    """What a layer of any kind answers, as one tensor with a gradient."""
+    if isinstance(layer, hps.LookupCollection):
+        answer = layer({"a": keys, "b": keys})
+        return answer["a"] + answer["b"] + layer(torch.stack([keys, keys]))[0]
+    return layer(keys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_is_created_after_eval(rig: Rig, device: str, kind: str) -> None:
+    layer = KINDS[kind](rig, trainable=True, initializer="normal")
+    server, keys = SERVERS.open(rig.path), torch.tensor([[ROWS + 1, 3]], device=device)
+    torch.nn.Sequential(layer).eval()
+    assert rows_of_layer(layer, keys).requires_grad  # gradients are enabled, and yet:
+    assert not server.contains([ROWS + 1], "m", 0).any()
+    layer.train()
+    rows_of_layer(layer, keys)
+    assert server.contains([ROWS + 1], "m", 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_only_layers_neither_create_nor_train_rows(rig: Rig, device: str, kind: str) -> None:
+    layer = KINDS[kind](rig, trainable=True, initializer="normal", read_only=True)
+    server, keys = SERVERS.open(rig.path), torch.tensor([[ROWS + 1, 3]], device=device)
+    assert not rows_of_layer(layer, keys).requires_grad and "read_only=True" in repr(layer)
+    assert not server.contains([ROWS + 1], "m", 0).any() and not list(hps.trained_rows(layer))
+    with pytest.raises(ConfigError, match=r"got no trained rows"):
+        hps.SGD(layer)
+    layer.read_only = False
+    rows_of_layer(layer, keys).sum().backward()
+    assert server.contains([ROWS + 1], "m", 0).all() and list(hps.trained_rows(layer))
+
+
+def test_row_count_is_the_same_after_any_inference(rig: Rig, device: str) -> None:
+    layers = [make(rig, trainable=True, initializer="normal").eval() for make in KINDS.values()]
+    server = SERVERS.open(rig.path)
+    before = [table.rows for table in server.stats()["m"].values()]
+    keys = torch.arange(ROWS, 4 * ROWS, device=device).reshape(-1, 3)
+    for layer in layers:
+        rows_of_layer(layer, keys)
+        with torch.no_grad():
+            rows_of_layer(layer, keys)
+    assert not server.contains(range(ROWS, 4 * ROWS), "m", 0).any()
+    assert [table.rows for table in server.stats()["m"].values()] == before
+
+
+@pytest.mark.parametrize("initializer", [None, "normal"])
+def test_row_of_the_padding_key_does_not_train(rig: Rig, device: str, initializer: str | None) -> None:
+    layer = layer_of(rig, padding_idx=ROWS + 7, initializer=initializer)
+    keys = torch.tensor([[3, ROWS + 7], [ROWS + 7, 4]], device=device)
+    layer(keys).sum().backward()
+    assert layer.rows.touched.tolist() == [3, 4]
+    hps.SGD(layer, lr=0.1).step()
+    assert not SERVERS.open(rig.path).contains([ROWS + 7], "m", 0).any()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_gradient_of_clipped_rows_is_that_of_their_formula(rig: Rig, device: str, max_norm: float) -> None:
+    keys = torch.tensor([[3, 5], [5, 8]], device=device)
+    toward = torch.randn(2, 2, DIM, device=device)
+    layer = layer_of(rig, max_norm=max_norm)
+    layer(keys).backward(toward)
+    weight = torch.from_numpy(rig.rows.copy()).to(device).double().requires_grad_()
+    rows = weight[keys]
+    (rows * (max_norm / rows.norm(dim=-1, keepdim=True).clamp_min(max_norm))).backward(toward.double())
+    torch.testing.assert_close(layer.rows.grad.double(), weight.grad[layer.rows.touched], rtol=1e-4, atol=1e-5)
+
+
 def test_layers_of_one_table_agree_on_new_rows(rig: Rig) -> None:
     first, second = layer_of(rig, initializer=Normal(0.1)), layer_of(rig, initializer=Normal(0.2))
     assert first.rows.initializer == Normal(0.1)
