@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.factories import Workshop
+from support.fakes import DictTier
 from support.oracles import assert_same_bits, rows_of
 
 import hps_numba
@@ -198,3 +202,112 @@ def test_a_file_that_is_edited_in_the_same_second_is_read_again(tmp_path: Path) 
         os.utime(file, (1_700_000_000, 1_700_000_000))
         assert plugins.load_reference(f"{file}:VALUE", allow_code=True) == value
     assert not (tmp_path / "__pycache__").exists()
+
+
+# --- what a plugin raises while it is imported --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raised", ["SystemExit(3)", "KeyboardInterrupt", "GeneratorExit", "BaseException('x')", "Odd()"])
+@pytest.mark.parametrize("form", ["module", "file", "attribute"])
+def test_whatever_a_plugin_raises_becomes_a_typed_error_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: str, form: str
+) -> None:
+    odd = "class Odd(BaseException):\n    def __str__(self): raise ValueError\n"
+    name = f"raises_{form}_{abs(hash(raised))}"
+    body = f"def __getattr__(name): raise {raised}\n" if form == "attribute" else f"raise {raised}\n"
+    (tmp_path / f"{name}.py").write_text(odd + body)
+    monkeypatch.syspath_prepend(tmp_path)
+    reference = f"{tmp_path}/{name}.py:x" if form == "file" else f"{name}:x"
+    with pytest.raises(ConfigError, match=name) as caught:
+        plugins.load(TIERS, reference, allow_code=True)
+    assert type(caught.value.__cause__).__name__ in raised
+    assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_module_that_ends_the_process_when_imported_does_not() -> None:
+    with pytest.raises(ConfigError, match=r"cannot import 'unittest.__main__': SystemExit"):
+        plugins.load(TIERS, "unittest.__main__:x", allow_code=True)
+
+
+def test_a_ctrl_c_of_the_user_interrupts_an_import(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    with pytest.raises(KeyboardInterrupt):
+        plugins.load(TIERS, f"{tmp_path}/slow.py:x", allow_code=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_module_that_handles_sigint_itself_keeps_its_handler(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nx = 1\n")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert plugins.load(TIERS, f"{tmp_path}/own.py:x", allow_code=True) == 1
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_import_in_a_thread_is_guarded_too(tmp_path: Path) -> None:
+    (tmp_path / "interrupts.py").write_text("raise KeyboardInterrupt")
+    found: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            plugins.load(TIERS, f"{tmp_path}/interrupts.py:x", allow_code=True)
+        except BaseException as problem:
+            found.append(problem)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join(300)
+    assert [type(problem) for problem in found] == [ConfigError]
+
+
+@pytest.mark.parametrize("name", ["~nobody_of_it/x.py:T", "a\0b.py:T", "loop.py:T", "/dev/null.py:T", "x" * 5000 + ".py:T"])
+def test_a_file_name_that_cannot_be_one_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    monkeypatch.chdir(tmp_path)
+    for folder in (None, tmp_path):
+        with pytest.raises(ConfigError):
+            plugins.load(TIERS, name, allow_code=True, folder=folder)
+
+
+@pytest.mark.parametrize("name", [".x:T", "..:T", ":T", "a..b:T", "a b:T", "a\0b:T", "x" * 5000 + ":T", "os:", "os:a.b"])
+def test_a_module_name_that_cannot_be_one_is_a_typed_error(name: str) -> None:
+    with pytest.raises(ConfigError):
+        plugins.load(TIERS, name, allow_code=True)
+
+
+@pytest.mark.parametrize("entry", ["", ".", "../{folder}"])
+@pytest.mark.parametrize("package", [False, True])
+def test_the_working_directory_does_not_hide_an_installed_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, package: bool
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyclbr", raising=False)
+    file = tmp_path / ("pyclbr/__init__.py" if package else "pyclbr.py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nTier = 1")
+    (tmp_path / "only_here.py").write_text("Tier = 2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(entry.format(folder=tmp_path.name))
+    with pytest.raises(ConfigError, match=r"expected the installed 'pyclbr', got .*pyclbr.*, which hides it"):
+        plugins.load(TIERS, "pyclbr:Tier", allow_code=True)
+    assert not (tmp_path / "ran").exists() and "pyclbr" not in sys.modules
+    assert plugins.load(TIERS, "only_here:Tier", allow_code=True) == 2
+    del sys.modules["only_here"]
+
+
+# --- a tier's own errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raised", [SystemExit(1), ValueError("no"), GeneratorExit(), MemoryError(), RecursionError("deep")])
+def test_a_tier_that_cannot_be_opened_is_a_typed_error(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, raised: BaseException
+) -> None:
+    def fail(self: Any, *args: Any, **options: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(DictTier, "__init__", fail)
+    with pytest.raises(TierUnavailable, match=r"persistent_db\.type: 'support\.fakes:DictTier': cannot open: ") as caught:
+        workshop.open(workshop.model((range(5), 4)), persistent_db={"type": "support.fakes:DictTier"})
+    assert caught.value.__cause__ is raised

@@ -178,7 +178,7 @@ class ModelLoader:
             TierUnavailable: there is none.
         """
         host = self.host or (self._host_of_fixed if table.store is not None else None)
-        tier = host if host is not None else next(iter(self.slower.tiers), None)
+        tier = host if host is not None else next(iter(self.slower.checked), None)
         if tier is None:
             raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
         return tier

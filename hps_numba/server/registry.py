@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hps_numba import plugins
 from hps_numba.config import ServerConfig, read_config
+from hps_numba.config.messages import dotted
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
@@ -41,8 +43,33 @@ def check_batch(config: ServerConfig, global_batch_size: int, replicas: int) -> 
             )
 
 
+_TIERS, _SOURCES, _POLICIES = "hps_numba.storage.tiers", "hps_numba.updates", "hps_numba.kernels.policies"
+
+
+def _check_imports_nothing(config: ServerConfig) -> None:
+    """Check that a config from a model file names no plugin that would have to be imported.
+
+    Raises:
+        ConfigError: it does.
+    """
+    named = [(_TIERS, (*place, "type"), section.type) for place, section in config.tier_sections()]
+    named.append((_SOURCES, ("update_source", "type"), config.update_source.type))
+    for number, model in enumerate(config.models):
+        policies = (model.cache_policy,) if isinstance(model.cache_policy, str) else model.cache_policy
+        named += [(_POLICIES, ("models", number, "cache_policy"), policy) for policy in policies]
+    for package, place, name in named:
+        if why := plugins.why_not_importable(package, name):
+            raise ConfigError(
+                f"{dotted(place)}: {why}: if you trust it, call Init or server_of with the same config first"
+                + (", and allow_code=True" if plugins.is_reference(name) else "")
+            )
+
+
 class Servers:
     """Servers by config.
+
+    What a config may import is decided by the call that builds its server. A later call for the same config shares the server
+    and imports nothing: whoever built it allowed exactly that code. After ``close`` the next call decides anew.
 
     Thread safety: every method. A thread that asks for a server that another thread is building waits for it; after a failure
     the next call tries again.
@@ -58,10 +85,22 @@ class Servers:
         self._lock = threading.Lock()
         self._building: dict[str, threading.RLock] = {}
 
-    def open(self, config: Config, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
+    def open(
+        self,
+        config: Config,
+        *,
+        global_batch_size: int = 1,
+        replicas: int = 1,
+        allow_code: bool = False,
+        from_model: bool = False,
+    ) -> HPS:
         """The server of a config; built, with every row loaded, if this process has none yet.
 
         Only a server that is built is checked against the batch: later calls take it as it is.
+
+        Args:
+            allow_code: as for ``HPS``.
+            from_model: the config may come from a model file: it imports nothing, neither code nor installed plugins.
 
         Raises:
             ConfigError: the config or the batch is wrong.   Otherwise as ``HPS``.
@@ -87,8 +126,10 @@ class Servers:
                 return server
             parsed = read_config(config) if parsed is None else parsed
             check_batch(parsed, global_batch_size, replicas)
+            if from_model:
+                _check_imports_nothing(parsed)
             others = len(self.opened)
-            server = HPS(parsed)
+            server = HPS(parsed, allow_code=allow_code and not from_model)
             self._servers[identity] = server
             log.info("%s: models %s%s", _short(config), ", ".join(server.models), f"; beside {others} others" if others else "")
             return server
@@ -101,11 +142,13 @@ class Servers:
     def of_model(self, config: Config, model_name: str, *, global_batch_size: int = 1, replicas: int = 1) -> HPS:
         """The server of a layer: of its config, or for an empty one the only open server with its model.
 
+        The layer may come from a model file, so a server that has to be built imports nothing (``from_model`` of ``open``).
+
         Raises:
             UnknownModelError: an empty config, and no server or more than one has the model.   Otherwise as ``open``.
         """
         if config:
-            return self.open(config, global_batch_size=global_batch_size, replicas=replicas)
+            return self.open(config, global_batch_size=global_batch_size, replicas=replicas, from_model=True)
         servers = self.opened
         having = [server for server in servers if model_name in server.models]
         if len(having) == 1:
@@ -147,10 +190,13 @@ def config_of(ps_config_file: Any) -> Config:
     raise ConfigError(f"ps_config_file: expected a path or a dict, got {type(ps_config_file).__name__}")
 
 
-def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> HPS:
+def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any], *, allow_code: bool = False) -> HPS:
     """The server of a config, built if this process has none: to update rows, read ``stats()`` and so on.
+
+    Args:
+        allow_code: as for ``hps_numba.HPS``; only the call that builds the server needs it.
 
     Raises:
         As ``hps_numba.HPS``.
     """
-    return SERVERS.open(config_of(ps_config_file))
+    return SERVERS.open(config_of(ps_config_file), allow_code=allow_code)

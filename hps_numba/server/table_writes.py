@@ -214,7 +214,7 @@ class TableWrites:
     def keys(self) -> np.ndarray:
         """int64: all keys with a row in some tier, ascending."""
         parts = [] if self._store is None else [self._store.keys()]
-        for tier in self._tiers.tiers:
+        for tier in self._tiers.checked:
             parts += [some for some, _ in tier.scan(self._spec.tag)]
         return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
@@ -256,6 +256,6 @@ class TableWrites:
 
     def _check_reachable(self, keys: np.ndarray, verb: str) -> None:
         """Refuse a change that would leave the old row in a read-only tier, which would serve it."""
-        for tier in self._tiers.tiers:
+        for tier in self._tiers.checked:
             if tier.read_only and (fixed := keys[tier.contains(self._spec.tag, keys)]).size:
-                raise TierError(f"{self._spec.tag}: {verb}: key {fixed[0]} is in {type(tier).__name__}, which is read only")
+                raise TierError(f"{self._spec.tag}: {verb}: key {fixed[0]} is in {tier.name}, which is read only")

@@ -19,9 +19,10 @@ from hps_numba import plugins
 from hps_numba.config import ServerConfig, VolatileDatabaseConfig, checked_options
 from hps_numba.config.messages import dotted
 from hps_numba.device.host_memory import HostAllocator
-from hps_numba.errors import ClosedError, ConfigError, TierError, TierUnavailable
+from hps_numba.errors import ClosedError, ConfigError, HpsError, TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
+from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
 __all__ = ["StackAnswer", "TierStack", "open_tiers"]
@@ -34,7 +35,7 @@ def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bo
     """The first tier, if it keeps rows in the memory of this process, and all other tiers of a config.
 
     Raises:
-        TierUnavailable: a tier does not exist, is not installed or cannot be reached.
+        TierUnavailable: a tier does not exist, is not installed, cannot be reached, or raises another error when it is opened.
         ConfigError: what the config names is not a tier, or an option of it is not valid. In any case, no tier stays open.
     """
     host: HashMapTier | None = None
@@ -47,8 +48,10 @@ def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bo
                 assert isinstance(section, VolatileDatabaseConfig)
                 host = HashMapTier(section, wide_keys=config.supportlonglong, allocator=allocator)
             else:
-                slower.append(kind(section, wide_keys=config.supportlonglong))
-                undo.callback(slower[-1].close)
+                with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
+                    tier = kind(section, wide_keys=config.supportlonglong)
+                slower.append(tier)
+                undo.callback(CheckedTier(tier).close)
         undo.pop_all()
     return host, TierStack(slower)
 
@@ -121,9 +124,14 @@ class TierStack:
             raise ClosedError("the slower tiers are closed")
 
     @property
-    def writable(self) -> Sequence[Tier]:
-        """The tiers that can be written, fastest first."""
-        return [tier for tier in self.tiers if not tier.read_only]
+    def checked(self) -> Sequence[CheckedTier]:
+        """The tiers with their answers checked, fastest first: what a server calls."""
+        return [CheckedTier(tier) for tier in self.tiers]
+
+    @property
+    def writable(self) -> Sequence[CheckedTier]:
+        """The tiers that can be written, fastest first, with their answers checked."""
+        return [tier for tier in self.checked if not tier.read_only]
 
     def __bool__(self) -> bool:
         return bool(self.tiers)
@@ -134,7 +142,8 @@ class TierStack:
         A tier that fails is skipped: its keys are looked for in the next one and, if no tier has them, reported as unsure.
 
         Raises:
-            TierError: a tier returned something that is not an answer.   ClosedError: after ``close``.
+            TierError: a tier returned something that is not an answer, or raised something else than a TierError.
+            ClosedError: after ``close``.
         """
         with self._reading():
             return self._fetch(table, keys, rows, deadline)
@@ -143,19 +152,20 @@ class TierStack:
         found = np.zeros(len(keys), bool)
         unsure = np.zeros(len(keys), bool)
         errors = 0
-        for tier in self.tiers:
+        for tier in self.checked:
             open_positions = np.flatnonzero(~found)
             if not len(open_positions):
                 break
             some = np.ascontiguousarray(rows[open_positions])
             try:
                 answer = tier.fetch(table, keys[open_positions], some, deadline=deadline)
+            except TierDefect:
+                raise
             except TierError as problem:
-                log.debug("%s: %s: fetch failed: %s", table, type(tier).__name__, problem)
+                log.debug("%s: %s: fetch failed: %s", table, tier.name, problem)
                 errors += 1
                 unsure[open_positions] = True
                 continue
-            _check_answer(tier, answer, len(open_positions))
             rows[open_positions[answer.found]] = some[answer.found]
             found[open_positions[answer.found]] = True
             unsure[open_positions[answer.asked :]] = True
@@ -165,10 +175,8 @@ class TierStack:
         """bool ``[n]``: which keys some tier has."""
         found = np.zeros(len(keys), bool)
         with self._reading():
-            for tier in self.tiers:
-                here = tier.contains(table, keys)
-                _check_flags(tier, "contains", here, len(keys))
-                found |= here
+            for tier in self.checked:
+                found |= tier.contains(table, keys)
         return found
 
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -214,20 +222,5 @@ class TierStack:
             if not self._reads_changed.wait_for(lambda: self._reads == 0, self.GRACE_SECONDS):
                 log.warning("slower tiers: closed during %d reads that took over %g s", self._reads, self.GRACE_SECONDS)
         with ExitStack() as closing:
-            for tier in reversed(self.tiers):
+            for tier in reversed(self.checked):
                 closing.callback(tier.close)
-
-
-def _check_answer(tier: Tier, answer: object, n: int) -> None:
-    if not isinstance(answer, Fetched):
-        raise TierError(f"{type(tier).__name__}.fetch: expected Fetched, got {type(answer).__name__}")
-    _check_flags(tier, "fetch: found", answer.found, n)
-    if not (isinstance(answer.asked, (int, np.integer)) and 0 <= answer.asked <= n):
-        raise TierError(f"{type(tier).__name__}.fetch: asked: expected 0 to {n}, got {answer.asked!r}")
-
-
-def _check_flags(tier: Tier, place: str, flags: object, n: int) -> None:
-    """NumPy would take an int array for positions, and the rows of other keys would be the answer."""
-    if not (isinstance(flags, np.ndarray) and flags.dtype == np.bool_ and flags.shape == (n,)):
-        got = f"{flags.dtype}{list(flags.shape)}" if isinstance(flags, np.ndarray) else type(flags).__name__
-        raise TierError(f"{type(tier).__name__}.{place}: expected bool[{n}], got {got}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 from support.oracles import rows_of
 
-from hps_numba import ArrayError, ConfigError, UnknownModelError
+from hps_numba import ArrayError, ConfigError, HpsError, UnknownModelError, plugins
+from hps_numba.frontends._queries import Query, TableQuery, answer
 from hps_numba.server.registry import Servers
 
 
@@ -115,3 +119,79 @@ def test_lookup_into_writes_float32_rows(workshop: Any, servers: Servers) -> Non
 def test_a_missing_config_file_is_named(workshop: Any, servers: Servers, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         servers.open(str(tmp_path / "nothing.json"))
+
+
+# --- code that a config names ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_tier(workshop: Any) -> str:
+    """A reference to a tier in a file; the file ``ran`` says that it was imported."""
+    ran = workshop.folder / "ran"
+    text = f"open({str(ran)!r}, 'w').close()\nfrom support.fakes import DictTier as Own\n"
+    (workshop.folder / "own.py").write_text(text)
+    return f"{workshop.folder}/own.py:Own"
+
+
+def with_tier(workshop: Any, kind: str) -> dict[str, Any]:
+    return {**config_of(workshop), "volatile_db": {"type": "disabled"}, "persistent_db": {"type": kind}}
+
+
+@pytest.mark.parametrize("form", ["dict", "file"])
+def test_a_config_from_a_model_imports_nothing_unless_the_program_opened_it_before(
+    workshop: Any, servers: Servers, own_tier: str, form: str
+) -> None:
+    """The permission is that of the call which builds the server; a layer then shares it, and imports nothing itself."""
+    config: Any = with_tier(workshop, own_tier)
+    config = file_of(workshop, config) if form == "file" else config
+    layer = Query(config, (TableQuery("m", 0, 4),)).to_json()
+    keys = [np.arange(4)]
+    for refused in (
+        lambda: answer(layer, keys, servers),
+        lambda: servers.open(config),
+        lambda: servers.open(config, allow_code=True, from_model=True),
+    ):
+        with pytest.raises(HpsError, match="allow_code=True"):
+            refused()
+    assert not (workshop.folder / "ran").exists()
+    server = servers.open(config, allow_code=True)
+    assert (workshop.folder / "ran").exists()
+    assert servers.open(config) is server
+    assert np.array_equal(answer(layer, keys, servers)[0], rows_of(range(4), 4))
+    server.close()
+    with pytest.raises(HpsError, match="allow_code=True"):
+        answer(layer, keys, servers)  # a server that is built again is allowed nothing again
+
+
+def test_permission_for_one_config_is_none_for_another(workshop: Any, servers: Servers, own_tier: str) -> None:
+    servers.open(with_tier(workshop, own_tier), allow_code=True)
+    other = {**with_tier(workshop, own_tier), "models": [workshop.model((range(3), 4), name="n")]}
+    with pytest.raises(HpsError, match="allow_code=True"):
+        servers.open(other)
+    with pytest.raises(ConfigError, match="names code, and a config inside a model never imports anything"):
+        servers.of_model(other, "n")
+
+
+@pytest.mark.parametrize("place", ["tier", "policy"])
+def test_a_config_from_a_model_does_not_import_an_installed_plugin(
+    workshop: Any, servers: Servers, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """An installed plugin needs no permission, but a model does not choose when it is imported."""
+    ran = workshop.folder / "ran"
+    (workshop.folder / "own_plugin_.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom support.fakes import DictTier as Tier\n"
+        "from hps_numba.kernels.policies.lru import PLUGIN as Policy\n"
+    )
+    monkeypatch.syspath_prepend(workshop.folder)
+    monkeypatch.delitem(sys.modules, "own_plugin_", raising=False)
+    group, name = ("hps_numba.tiers", "Tier") if place == "tier" else ("hps_numba.policies", "Policy")
+    points = {"own": EntryPoint("own", f"own_plugin_:{name}", group)}
+    package = "hps_numba.storage.tiers" if place == "tier" else "hps_numba.kernels.policies"
+    monkeypatch.setattr(plugins, "entry_points", lambda asked: points if asked == package else {})
+    config = with_tier(workshop, "own") if place == "tier" else config_of(workshop, cache_policy=["own"])
+    layer = Query(config, (TableQuery("m", 0, 4),)).to_json()
+    with pytest.raises(ConfigError, match=r"'own' is an installed plugin that is not imported yet.* call Init or server_of"):
+        answer(layer, [np.arange(4)], servers)
+    assert not ran.exists()
+    importlib.import_module("own_plugin_")  # by the program
+    assert np.array_equal(answer(layer, [np.arange(4)], servers)[0], rows_of(range(4), 4))

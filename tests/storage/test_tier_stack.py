@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -107,7 +109,7 @@ def test_a_read_only_tier_is_not_written() -> None:
     stack.insert(TAG, np.array([1]), rows_of([1], DIM))
     stack.update(TAG, np.array([1]), rows_of([1], DIM, 1))
     assert [tier.size(TAG) for tier in stack.tiers] == [0, 1]
-    assert list(stack.writable) == list(stack.tiers[1:])
+    assert [tier.inner for tier in stack.writable] == list(stack.tiers[1:])
     stack.erase(TAG)
     assert stack.tiers[1].size(TAG) == 0
 
@@ -331,3 +333,76 @@ def test_contains_refuses_positions_instead_of_flags() -> None:
     tier.answer = np.array([0, 2])
     with pytest.raises(TierError, match=r"WrongTier.contains: expected bool\[3\], got int64\[2\]"):
         TierStack([tier]).contains(TAG, np.arange(3))
+
+
+BAD_FLAGS: dict[str, tuple[Any, str]] = {
+    "positions": (np.array([0, 2]), r"expected bool\[3\], got int64\[2\]"),
+    "list": ([True, False, True], r"expected bool\[3\], got list"),
+    "none": (None, r"expected bool\[3\], got NoneType"),
+    "long": (np.ones(4, bool), r"expected bool\[3\], got bool\[4\]"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_update_refuses_flags_that_break_the_contract_and_writes_nothing(kind: str) -> None:
+    tier = WrongTier(PersistentDatabaseConfig())
+    tier.answer, message = BAD_FLAGS[kind]
+    with pytest.raises(TierError, match=f"WrongTier.contains: {message}"):
+        TierStack([tier]).update(TAG, np.arange(3), rows_of(range(3), DIM))
+    assert tier.size(TAG) == 0
+
+
+BAD_CHUNKS: dict[str, tuple[Any, str]] = {
+    "no_pair": (np.arange(3), r"scan: expected pairs of keys and rows, got int64\[3\]"),
+    "narrow": ((np.arange(3, dtype=np.int32), rows_of(range(3), DIM)), r"scan: keys: expected int64\[n\], got int32\[3\]"),
+    "wide": ((np.arange(3), np.zeros((3, DIM))), r"scan: rows: expected float32\[3, dim\], got float64\[3, \d+\]"),
+    "short": ((np.arange(3), rows_of(range(2), DIM)), r"scan: rows: expected float32\[3, dim\], got float32\[2, \d+\]"),
+    "none": (None, "scan: expected pairs of keys and rows, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHUNKS)
+def test_a_chunk_of_a_scan_that_breaks_the_contract_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, message = BAD_CHUNKS[kind]
+    monkeypatch.setattr(DictTier, "scan", lambda *_: iter([chunk]))
+    (tier,) = TierStack([DictTier(PersistentDatabaseConfig())]).checked
+    with pytest.raises(TierError, match=f"DictTier.{message}"):
+        list(tier.scan(TAG))
+    monkeypatch.setattr(DictTier, "scan", lambda *_: 5)
+    with pytest.raises(TierError, match=r"DictTier\.scan: expected an answer or a TierError, got TypeError"):
+        list(tier.scan(TAG))
+
+
+CALLS: dict[str, Callable[[Any], object]] = {
+    "fetch": lambda server: server.lookup([0, 1], "m", 0),
+    "contains": lambda server: server.contains([0, 1], "m", 0),
+    "insert": lambda server: server.insert([0], rows_of([0], DIM), "m", 0),
+    "erase": lambda server: server.erase([0], "m", 0),
+    "scan": lambda server: server.locked_table("m", 0).__enter__(),
+}
+
+
+@pytest.mark.parametrize("raised", [ValueError("no\nsuch"), SystemExit(2), GeneratorExit(), StopIteration(), KeyError("x")])
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_a_tier_raises_is_a_tier_error_and_the_server_lives_on(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, call: str, raised: BaseException
+) -> None:
+    server, tier = workshop.open_cold("support.fakes:DictTier")
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier, call, fail)
+        with pytest.raises(TierError, match=rf"DictTier\.{call}: expected an answer or a TierError, got ") as caught:
+            CALLS[call](server)
+        assert caught.value.__cause__ is raised
+        assert "\n" not in str(caught.value)
+    assert np.array_equal(server.lookup([0, 1], "m", 0), rows_of([0, 1], DIM))
+
+
+def test_a_ctrl_c_in_a_tier_reaches_the_caller(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, tier = workshop.open_cold("support.fakes:DictTier")
+    monkeypatch.setattr(tier, "fetch", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        server.lookup([0, 1], "m", 0)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends.tensorflow.operator import init_op
-from hps_numba.server.registry import config_of
+from hps_numba.server.registry import SERVERS, config_of
 
 __all__ = ["Init", "replica_count"]
 
@@ -45,6 +45,8 @@ def Init(**kwargs: Any) -> Any:
     Args:
         global_batch_size: int, the batch size of all replicas together; a multiple of their number.
         ps_config_file: path of the JSON, or its content as a dict.
+        allow_code: bool, the config may name Python code to run (``path.py:NAME``, ``package.module:NAME``); not in a graph,
+            which could be saved with a model.
 
     Other arguments are ignored, with a warning.
 
@@ -61,11 +63,17 @@ def Init(**kwargs: Any) -> Any:
         if name not in kwargs:
             raise KeyError(f"{name}: missing, expected Init(global_batch_size=..., ps_config_file=...)")
     batch, config = kwargs.pop("global_batch_size"), kwargs.pop("ps_config_file")
+    allow_code = kwargs.pop("allow_code", False)
     if kwargs:
         log.warning("Init: ignored %s", ", ".join(kwargs))
     if isinstance(batch, bool) or not hasattr(batch, "__index__"):
         raise ConfigError(f"global_batch_size: expected an integer, got {batch!r}")
-    ok = init_op(config_of(config), batch.__index__(), replica_count())
+    config = config_of(config)
+    if tf.executing_eagerly():
+        SERVERS.open(config, global_batch_size=batch.__index__(), replicas=replica_count(), allow_code=bool(allow_code))
+    elif allow_code:
+        raise ConfigError("allow_code: expected a call of Init outside of a graph, got one inside")
+    ok = init_op(config, batch.__index__(), replica_count())
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return (ok,) * len(tf.distribute.get_strategy().extended.worker_devices)
     return ok

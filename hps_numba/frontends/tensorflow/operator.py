@@ -39,7 +39,8 @@ def _lookup(request: Any, *arrays: np.ndarray) -> list[np.ndarray]:
 
 def _init(request: Any) -> bytes:
     values = json.loads(bytes(request))
-    SERVERS.open(values["config"], global_batch_size=values["global_batch_size"], replicas=values["replicas"])
+    size, replicas = values["global_batch_size"], values["replicas"]
+    SERVERS.open(values["config"], global_batch_size=size, replicas=replicas, from_model=True)
     return b"OK"
 
 

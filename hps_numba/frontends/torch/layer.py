@@ -19,15 +19,18 @@ __all__ = ["Init", "LookupLayer"]
 _ROW_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+def Init(ps_config_file: str | os.PathLike[str] | Mapping[str, Any], *, allow_code: bool = False) -> None:
     """Build the server of a config and load its models; do nothing if this process already has that server.
 
-    A layer does the same when it is first called.
+    A layer does the same when it is first called, but imports nothing: its config may come from a model file.
+
+    Args:
+        allow_code: the config may name Python code to run (``path.py:NAME``, ``package.module:NAME``).
 
     Raises:
         As ``hps_numba.HPS``.
     """
-    server_of(ps_config_file)
+    server_of(ps_config_file, allow_code=allow_code)
 
 
 class LookupLayer(OneTableLayer):

@@ -6,7 +6,8 @@ enough; everything else is built on them. Tables are named by tag, ``hps_et.<mod
 ``hps_numba.testing.TierContract``.
 
 A tier that fails raises TierError (or TierUnavailable): then the next tier is asked, and keys found in no tier count as
-unanswered. Any other exception is a defect and goes to the caller of the lookup.
+unanswered. Any other exception, also SystemExit, and any answer of another form is a defect: the caller of the lookup gets it,
+as a TierError with the exception as its cause.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.framework_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
 
-from hps_numba import ConfigError
+from hps_numba import ConfigError, HpsError
 from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
@@ -87,6 +87,30 @@ def test_failures_raise_and_a_later_call_may_succeed(rig: Rig, arguments: Any, e
         hps.Init(global_batch_size=8)
     assert SERVERS.opened == []
     assert hps.Init(global_batch_size=8, ps_config_file=rig.path).numpy() == b"OK"
+
+
+def test_a_layer_imports_nothing_that_its_config_names(rig: Rig, tmp_path: Path) -> None:
+    config = {**rig.config, "volatile_db": {"type": "disabled"}, "persistent_db": {"type": "support.fakes:DictTier"}}
+    layer, keys = hps.LookupLayer("m", 0, DIM, ps_config_file=config), tf.constant([1, 2])
+    inputs = keras.Input((2,), dtype="int64")
+    keras.Model(inputs, layer(inputs)).save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras").layers[1]
+    for model in (layer, loaded, tf.function(layer)):
+        with pytest.raises((ConfigError, tf.errors.OpError), match="a config inside a model never imports anything"):
+            model(keys)
+
+    @tf.function(autograph=False)
+    def in_graph(**allowed: Any) -> Any:
+        return hps.Init(global_batch_size=8, ps_config_file=config, **allowed)
+
+    with pytest.raises(tf.errors.OpError, match="a config inside a model never imports anything"):
+        in_graph()
+    with pytest.raises(ConfigError, match="allow_code: expected a call of Init outside of a graph"):
+        in_graph(allow_code=True)
+    with pytest.raises(HpsError, match="allow_code=True"):
+        hps.Init(global_batch_size=8, ps_config_file=config)
+    hps.Init(global_batch_size=8, ps_config_file=config, allow_code=True)
+    assert np.array_equal(loaded(keys), rig.rows[1:3])
 
 
 def test_arguments_that_nobody_knows(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

@@ -282,6 +282,25 @@ def test_several_configs_in_one_process(rig: Rig, tmp_path: Path) -> None:
     assert len(SERVERS.opened) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_layer_imports_nothing_that_its_config_names(rig: Rig) -> None:
+    config = {**rig.config, "volatile_db": {"type": "disabled"}, "persistent_db": {"type": "support.fakes:DictTier"}}
+    layer, keys = hps.LookupLayer(config, "m", 0, DIM), torch.tensor([1, 2])
+    exported = torch.export.export(layer, (keys,)).module()
+    for model in (layer, exported, copy.deepcopy(layer)):
+        with pytest.raises((ConfigError, RuntimeError), match="a config inside a model never imports anything"):
+            model(keys)
+    with pytest.raises(HpsError, match="allow_code=True"):
+        hps.Init(config)
+    hps.Init(config, allow_code=True)
+    scripted = torch.jit.script(layer)
+    for model in (layer, exported, scripted):
+        assert np.array_equal(model(keys), rig.rows[1:3])
+    SERVERS.close()
+    with pytest.raises(RuntimeError, match="a config inside a model never imports anything"):
+        scripted(keys)
+
+
 def test_an_empty_path_is_the_server_of_init(rig: Rig) -> None:
     layer = hps.LookupLayer("", "m", 0, DIM)
     with pytest.raises(ConfigError, match="no server was initialised"):
