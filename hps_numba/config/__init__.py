@@ -9,6 +9,7 @@ databases      the same for sections that name a plugin: storage tiers and the u
 fields         what a single value may be: the annotations that ``schema`` is written with
 enums          the enums and all their spellings
 validation     types and ranges of single values, and the messages about them
+leniency       values that HugeCTR took in another form: read with a WARNING
 cross_checks   checks of several keys at once; defaults that depend on other keys
 options        the options that a plugin (a tier, an update source) declares itself
 params         HugeCTR's Python objects, for callers without a file

@@ -115,6 +115,8 @@ def _model_warnings(model: ModelConfig, server: ServerConfig) -> Iterator[str]:
         yield f"embedding_cache_type: {model.embedding_cache_type!r} gives way to use_static_table: static"
     if model.fuse_embedding_table and "fuse_embedding_table" in given and not server.fuse_embedding_table:
         yield "fuse_embedding_table: true has no effect while it is off for the whole file"
+    if not model.num_of_refresher_buffer_in_pool and (model.refresh_interval or model.refresh_delay):
+        yield "num_of_refresher_buffer_in_pool: 0 switches refresh_interval and refresh_delay off"
     for key in ("fp8_quant", "enable_pagelock"):
         if getattr(model, key) and not _is_static(model):
             yield f"{key}: true has no effect unless embedding_cache_type is static"

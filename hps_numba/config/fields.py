@@ -172,7 +172,7 @@ def _check_regex(text: str) -> str:
 
 
 def _check_hosts(text: str) -> str:
-    for entry in re.split("[,;]", text):
+    for entry in re.split("[,;]", re.sub(r"[,;]\s*$", "", text)):  # HugeCTR reads up to a separator
         match = re.fullmatch(r"\s*(?:\w+://)?(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+)(?::([0-9]{1,5}))?\s*", entry)
         if match is None:
             raise refuse("a list of host:port", f": {show(entry)} is not one")

@@ -35,7 +35,7 @@ def _shown(location: Location, value: object) -> str:
     return _HIDDEN if location and location[-1] in SECRET_KEYS else show(value)
 
 
-def failed(problems: Iterable[str], *, place: str = "") -> ConfigError:
+def failed(problems: Iterable[str], *, place: str = "", excerpt: Iterable[str] = ()) -> ConfigError:
     """The error that carries ``problems``: the first on the first line, the others listed below it.
 
     All of them are kept in the attribute ``problems`` of the error, a tuple of strings.
@@ -43,9 +43,10 @@ def failed(problems: Iterable[str], *, place: str = "") -> ConfigError:
     Args:
         problems: at least one line of :func:`problem`.
         place: the file they were found in, as text.
+        excerpt: lines of the file, shown below the first problem.
     """
     first, *others = problems = tuple(problems)
-    lines = [f"{first} (in {place})" if place else first]
+    lines = [f"{first} (in {place})" if place else first, *excerpt]
     if others:
         lines.append(f"and {len(others)} more:")
         lines += [f"  {line}" for line in others[:_LISTED]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hps_numba.config.databases import (
     tier_class,
 )
 from hps_numba.config.json_text import parse
+from hps_numba.config.leniency import SectionRead, relax
 from hps_numba.config.messages import Location, dotted, failed, show, unexpected
 from hps_numba.config.objects import FILE_KEYS, json_form
 from hps_numba.config.params import InferenceParams, ParameterServerConfig
@@ -38,12 +40,14 @@ ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | ParameterServerConfi
 """What :func:`read_config` reads."""
 
 _LOG = logging.getLogger(__package__)
+_LARGEST = 64 << 20  # bytes of a file: far more than any config has
 _SECTIONS: dict[str, type[Section]] = {
     "volatile_db": VolatileDatabaseConfig,
     "persistent_db": PersistentDatabaseConfig,
     "update_source": UpdateSourceConfig,
 }
-_SectionRead = tuple[tuple[str | int, ...], dict[str, Any], type[Section]]
+_RENAMED = {"cpu_memory_db": "volatile_db of type hash_map", "distributed_db": "volatile_db of type redis_cluster"}
+"""Sections of old versions, with what they became."""
 
 
 def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | None = None) -> ServerConfig:
@@ -55,7 +59,8 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
     Args:
         source: path of a JSON file, a mapping in the spelling of the file, a :class:`ParameterServerConfig`, a list of
             :class:`InferenceParams`, or a :class:`ServerConfig`, which is returned as it is.
-        strict: an unknown key is an error.
+        strict: an unknown key is an error, and so is a value that is only read with a WARNING: a number or boolean as text, a
+            list that is longer than the tables, a key given twice (docs/config.md lists them).
         beside: for a source without a file, the file in whose folder relative ``sparse_files`` are looked up too.
 
     Raises:
@@ -64,7 +69,7 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
     """
     if isinstance(source, ServerConfig):
         return source
-    raw, path = _raw(source)
+    raw, path = _raw(source, strict)
     server = _checked(raw, path, strict)
     _report(raw, server)
     server._source = path or beside
@@ -74,11 +79,13 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
     return server
 
 
-def _raw(source: Any) -> tuple[Any, Path | None]:
+def _raw(source: Any, strict: bool) -> tuple[Any, Path | None]:
     """The content of ``source`` as plain values, and the absolute path of the file it came from."""
+    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
+        raise failed(["config: expected a path or a dict, got JSON text: give json.loads(text) instead of the text"])
     if isinstance(source, (str, os.PathLike)):
         path = Path(os.fsdecode(source))
-        return plain(parse(_content(path), _place(path))), path.absolute()
+        return plain(parse(_content(path), _place(path), strict=strict)), path.absolute()
     if isinstance(source, (ParameterServerConfig, list, tuple)):
         return plain(json_form(source)), None
     if isinstance(source, Mapping):
@@ -89,10 +96,18 @@ def _raw(source: Any) -> tuple[Any, Path | None]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        mode = path.stat().st_mode
+        # the name of a shell's pipe leads to no file; a named one may wait for a writer for ever
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISFIFO(mode) and not path.resolve().exists())):
+            raise failed([f"{_place(path)}: not a regular file, expected a JSON file"])
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise failed([f"{_place(path)}: {reason}, expected a JSON file"]) from error
+    if len(data) > _LARGEST:
+        raise failed([f"{_place(path)}: expected a JSON file of at most {_LARGEST >> 20} MiB, got more"])
+    return data
 
 
 def _place(path: Path) -> str:
@@ -101,6 +116,9 @@ def _place(path: Path) -> str:
 
 def _checked(raw: Any, path: Path | None, strict: bool) -> ServerConfig:
     unknown = [*_drop_unknown_keys(raw)]
+    if not strict:
+        for line in relax(_sections(raw)):
+            _LOG.warning("%s", line)
     server, problems = validate(raw)
     if server is not None:
         problems += contradictions(server)
@@ -116,7 +134,7 @@ def _checked(raw: Any, path: Path | None, strict: bool) -> ServerConfig:
     return completed(server)
 
 
-def _sections(raw: Any) -> Iterator[_SectionRead]:
+def _sections(raw: Any) -> Iterator[SectionRead]:
     """Every object in ``raw`` that has keys of its own, with its location and the class that says which."""
     if not isinstance(raw, dict):
         return
@@ -145,6 +163,8 @@ def _drop_unknown_keys(raw: Any) -> Iterator[str]:
 
 
 def _hint(key: str, section: type[Section]) -> str:
+    if section is ServerConfig and key in _RENAMED:
+        return f", it became {_RENAMED[key]}"
     if FILE_KEYS.get(key) in section.model_fields:
         return f", in a file it is called {FILE_KEYS[key]!r}"
     places: dict[str, type[Section]] = {"models[i]": ModelConfig, "the top level": ServerConfig, **_SECTIONS}

@@ -82,8 +82,8 @@ class ModelConfig(Section):
     """HugeCTR's choice between two dynamic caches; accepted, without effect."""
     num_of_worker_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
     """Lookups in flight on a device at a time."""
-    num_of_refresher_buffer_in_pool: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Refreshes in flight on a device at a time."""
+    num_of_refresher_buffer_in_pool: Annotated[int, Field(ge=0, le=4096)] = 1
+    """Refreshes in flight on a device at a time; 0 for no refresh by a timer."""
     cache_refresh_percentage_per_iteration: f.Fraction = 0.0
     """Fraction of a cache that one step of a refresh takes."""
     init_ec: bool = True

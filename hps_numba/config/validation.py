@@ -69,7 +69,13 @@ def _line(detail: ErrorDetails, schema: _Schema, place: Location) -> str:
         return problem(location, value, f"is not in {_range(node)}")
     if kind in ("value_error", "assertion_error"):
         return problem(location, value, f"is not valid: {ctx['error']}")
-    return unexpected(location, value, _by_kind(kind, ctx) or _expected(node, schema) or _as_pydantic_says(detail))
+    expected = _by_kind(kind, ctx) or _expected(node, schema) or _as_pydantic_says(detail)
+    return unexpected(location, value, expected, _hint(value, expected))
+
+
+def _hint(value: object, expected: str) -> str:
+    held = isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and expected.startswith(("an object", "a list"))
+    return ": write it without the quotes" if held else ""
 
 
 def _by_kind(kind: str, ctx: Mapping[str, Any]) -> str:

@@ -130,7 +130,7 @@ class ModelLoader:
             served.close()
             raise
         self._catalog.models = {**self._catalog.models, model.model: served}
-        if served.has_caches:
+        if served.has_caches and model.num_of_refresher_buffer_in_pool:
             self.timer.add(model.model, served.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
