@@ -84,7 +84,7 @@ def _raw(source: Any, strict: bool) -> tuple[Any, Path | None]:
     if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
         raise failed(["config: expected a path or a dict, got JSON text: give json.loads(text) instead of the text"])
     if isinstance(source, (str, os.PathLike)):
-        path = Path(os.fsdecode(source))
+        path = _path(source)
         return plain(parse(_content(path), _place(path), strict=strict)), path.absolute()
     if isinstance(source, (ParameterServerConfig, list, tuple)):
         return plain(json_form(source)), None
@@ -92,6 +92,13 @@ def _raw(source: Any, strict: bool) -> tuple[Any, Path | None]:
         return plain(source), None
     expected = "a path, a mapping, a ParameterServerConfig, a list of InferenceParams or a ServerConfig"
     raise failed([unexpected((), source, expected)])
+
+
+def _path(source: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(os.fsdecode(source))
+    except Exception as problem:  # whatever a foreign ``__fspath__`` raises
+        raise failed([f"config: expected a path, got one that raises {type(problem).__name__}"]) from problem
 
 
 def _content(path: Path) -> bytes:

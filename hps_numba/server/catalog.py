@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, DeviceError, UnknownModelError
+from hps_numba.server.arguments import as_device
 from hps_numba.server.model import ServedModel
 from hps_numba.server.table import ServedTable
 
@@ -53,8 +55,10 @@ class Catalog:
         found = self.models.get(name) if isinstance(name, str) else None
         if found is None:
             self.check_open()
-            raise UnknownModelError(f"model_name: {name!r} is not deployed, deployed are {', '.join(self.models)}")
+            raise UnknownModelError(f"model_name: {show(name)} is not deployed, deployed are {', '.join(self.models)}")
         if device_id is not None:
+            if device_id.__class__ is not int:
+                device_id = as_device(device_id)
             devices = found.model.deployed_device_list
             if device_id not in (devices or (0,)):
                 where = list(devices) or "the CPU"

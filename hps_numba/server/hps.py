@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
+from hps_numba.errors import ModelFileError
+from hps_numba.server.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups
@@ -231,8 +233,14 @@ class HPS:
             TraceError: the file cannot be written.
         """
         table = self._catalog.table(model_name, table_id)
-        name = f"{model_name}/{table.spec.name}"
-        return self._recordings.start(path, table, name=name, rate=rate, every=every, limit=limit)
+        return self._recordings.start(
+            as_path(path, "record_trace: path"),
+            table,
+            name=f"{model_name}/{table.spec.name}",
+            rate=as_number(rate, "record_trace: rate"),
+            every=as_count(every, "record_trace: every"),
+            limit=as_count(limit, "record_trace: limit"),
+        )
 
     # -- changing rows ---------------------------------------------------------------------
 
@@ -271,7 +279,7 @@ class HPS:
         Raises:
             As ``insert``; TierError if a slower tier cannot be read.   What ``change`` raises; nothing is written then.
         """
-        return self._writes.read_modify_write(keys, change, model_name, table_id)
+        return self._writes.read_modify_write(keys, as_function(change, "change"), model_name, table_id)
 
     def locked_table(
         self, model_name: str, table_id: int | str
@@ -299,7 +307,7 @@ class HPS:
         Raises:
             ModelFileError: the file cannot be written.   TierError: not a ``.bin`` file.
         """
-        return self._writes.dump(path, model_name, table_id)
+        return self._writes.dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
         """Insert the rows of a ``.bin`` file in every tier; returns their number.
@@ -308,7 +316,7 @@ class HPS:
             ModelFileError: the file is damaged, or its rows have another width.
             TierError: its keys have another width, or it is not a ``.bin`` file; otherwise as ``insert``.
         """
-        return self._writes.load_dump(path, model_name, table_id)
+        return self._writes.load_dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
 
     # -- caches ---------------------------------------------------------------------
 
@@ -325,7 +333,7 @@ class HPS:
         Raises:
             UnknownModelError: no such model or table.   TierError: a slower tier failed.
         """
-        self._catalog.model(model_name).refresh(table_id, drop=drop)
+        self._catalog.model(model_name).refresh(table_id, drop=as_flag(drop, "drop"))
 
     def set_policy(self, policy: Any = None, model_name: str = "", table_id: int | str | None = None) -> Any:
         """Switch the caches of a model to another eviction policy; their rows stay.
@@ -380,9 +388,9 @@ class HPS:
             ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in every tier.
             TierError: a slower tier failed; slower tiers may hold rows of both versions until the model is replaced again. Host
                 memory has one version or the other.
-            ConfigError: the number of files is not the number of tables.
+            ConfigError: not paths, or their number is not the number of tables.
         """
-        self._loader.replace(model_name, sparse_files)
+        self._loader.replace(model_name, None if sparse_files is None else as_paths(sparse_files, "sparse_files"))
 
     def unload_model(self, model_name: str, *, erase: bool = False) -> None:
         """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers.
@@ -390,7 +398,7 @@ class HPS:
         Raises:
             TierError: a slower tier failed to drop rows; the model is unloaded, and everything else was dropped.
         """
-        self._loader.unload(model_name, erase=erase)
+        self._loader.unload(model_name, erase=as_flag(erase, "erase"))
 
     @property
     def models(self) -> tuple[str, ...]:

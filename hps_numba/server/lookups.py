@@ -21,7 +21,8 @@ from hps_numba.arrays.cuda import device_of_array
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.errors import ClosedError, KeyDtypeError
+from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
+from hps_numba.server.arguments import as_combiner, as_flag, as_max_norm, as_padding
 from hps_numba.server.catalog import Catalog, read_one_version
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
@@ -147,23 +148,26 @@ class Lookups:
                 keys,
                 offsets,
                 weights,
-                combiner,
-                padding,
+                as_combiner(combiner),
+                None if padding is None else as_padding(padding),
                 key_bits=bits,
-                include_last_offset=include_last_offset,
+                include_last_offset=as_flag(include_last_offset, "include_last_offset"),
                 stream=stream,
             )
             there = DeviceBatch(keys, table.spec.dim, table.output_type, bits, out, stream, bags=bags)
             return self._launch(model, table, cache, there)
-        given = as_host_bags(keys, offsets, weights, key_bits=bits, include_last_offset=include_last_offset)
+        ends = as_flag(include_last_offset, "include_last_offset")
+        given = as_host_bags(keys, offsets, weights, key_bits=bits, include_last_offset=ends)
         flat, starts, factors = given
         if padding is not None:
-            flat, starts, factors = without_padding(flat, starts, factors, as_key(padding, key_bits=bits))
-        return self._pool(model, table, Bags(flat, starts, factors, combiner, _number(max_norm)), out)
+            flat, starts, factors = without_padding(flat, starts, factors, as_key(as_padding(padding), key_bits=bits))
+        return self._pool(model, table, Bags(flat, starts, factors, as_combiner(combiner), as_max_norm(max_norm)), out)
 
     def _pool(self, model: ServedModel, table: ServedTable, bags: Bags, out: np.ndarray | None) -> np.ndarray:
         shape = (len(bags), table.spec.dim)
         rows = np.empty(shape, np.float32) if out is None else out
+        if not isinstance(rows, np.ndarray):
+            raise ArrayError(f"out: expected contiguous writable float32{list(shape)} of NumPy, got {type(out).__name__}")
         check_rows(rows, shape)
         try:
             table.lookup_pooled(bags, rows)
@@ -181,9 +185,13 @@ class Lookups:
         named = not isinstance(keys, (list, tuple)) and isinstance(keys, Mapping)  # asking an abstract class takes long
         if not named and not hasattr(keys, "__iter__"):
             raise KeyDtypeError(f"keys: expected a sequence or mapping with the keys of each table, got {type(keys).__name__}")
-        tables = [(model.table(table_id), some) for table_id, some in (keys.items() if named else enumerate(keys))]
+        try:
+            parts = list(keys.items() if named else enumerate(keys))
+        except Exception as problem:  # whatever a foreign sequence raises
+            raise KeyDtypeError(f"keys: expected the keys of each table, got {type(problem).__name__}") from problem
+        tables = [(model.table(table_id), some) for table_id, some in parts]
         answers = read_one_version(model, partial(self._answer_many, model, tables))
-        if flat:
+        if flat is not False and as_flag(flat, "flat"):
             return np.concatenate([_on_host(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
         return dict(zip(keys, answers, strict=True)) if named else answers
 
@@ -230,10 +238,6 @@ def _launch_fused(fused: FusedLookup, batches: Sequence[DeviceBatch], output_typ
     except ClosedError:
         return False
     return True
-
-
-def _number(given: Any) -> float | None:
-    return None if given is None else float(given)
 
 
 def _on_host(rows: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.kernels.policies._load import as_policy, load_policy
 from hps_numba.kernels.policies._policy import Policy
@@ -146,7 +147,7 @@ class ServedModel:
         elif 0 <= (number := _number(table_id)) < len(self.tables):
             return self.tables[number]
         known = ", ".join(f"{number} ({table.spec.name})" for number, table in enumerate(self.tables))
-        raise UnknownModelError(f"table_id: model {self.name!r} has no table {table_id!r}, it has {known}")
+        raise UnknownModelError(f"table_id: model {self.name!r} has no table {show(table_id)}, it has {known}")
 
     def _selected(self, table_id: int | str | None) -> tuple[ServedTable, ...]:
         """One table, or for None all."""
@@ -357,5 +358,5 @@ def _number(table_id: object) -> int:
     """``table_id`` if it is an integer of any type, else -1."""
     try:
         return -1 if isinstance(table_id, bool) else operator.index(table_id)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # whatever a foreign object raises
         return -1

@@ -111,7 +111,7 @@ class Servers:
             )
         parsed = None
         if isinstance(config, str):
-            identity = str(Path(config).resolve())
+            identity = _identity_of(config)
         else:
             parsed = read_config(config)
             identity = parsed.identity
@@ -169,6 +169,13 @@ class Servers:
             server.close()
 
 
+def _identity_of(path: str) -> str:
+    try:
+        return str(Path(path).resolve())
+    except (OSError, ValueError, RuntimeError):  # a zero byte, a loop of links: reading it says so
+        return path
+
+
 def _short(config: Config) -> str:
     return config if isinstance(config, str) else "a config given as a dict"
 
@@ -186,7 +193,10 @@ def config_of(ps_config_file: Any) -> Config:
     if isinstance(ps_config_file, Mapping):
         return dict(ps_config_file)
     if isinstance(ps_config_file, (str, os.PathLike)):
-        return os.fspath(ps_config_file)
+        try:
+            return os.fsdecode(ps_config_file)
+        except Exception as problem:  # whatever a foreign ``__fspath__`` raises
+            raise ConfigError(f"ps_config_file: expected a path or a dict, got {type(problem).__name__}") from problem
     raise ConfigError(f"ps_config_file: expected a path or a dict, got {type(ps_config_file).__name__}")
 
 
