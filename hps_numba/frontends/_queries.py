@@ -101,10 +101,19 @@ class Query:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Query:
-        """The query of which ``to_json`` made this text."""
-        values = json.loads(text)
-        tables = tuple(TableQuery(**table) for table in values.pop("wanted"))
-        return cls(tables=tables, **values)
+        """The query of which ``to_json`` made this text.
+
+        Raises:
+            ConfigError: the text is of something else: a graph was changed, or a later version wrote it.
+        """
+        try:
+            values = json.loads(text)
+            tables = tuple(TableQuery(**table) for table in values.pop("wanted"))
+            return cls(tables=tables, **values)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as problem:
+            if isinstance(problem, ConfigError):
+                raise
+            raise ConfigError(f"request of a layer: expected what this package wrote, got {problem!r:.200}") from problem
 
 
 Lookup = Callable[[Sequence[np.ndarray]], np.ndarray]

@@ -24,6 +24,7 @@ import numpy as np
 from hps_numba.arrays.bags import COMBINERS
 from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.arrays.host import to_host
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.server.hps import HPS
 
@@ -281,9 +282,21 @@ def _array_of_lists(values: Any, place: str) -> np.ndarray:
 
 def _floats_of_lists(values: Any, place: str) -> np.ndarray:
     try:
-        return np.asarray(values, np.float32)
-    except (ValueError, TypeError, OverflowError) as problem:
+        if wrong := _no_number_in(values):  # NumPy reads null as NaN, and text as the number that it holds
+            raise TypeError(f"{wrong} among them")
+        with np.errstate(over="raise"):
+            return np.asarray(values, np.float32)
+    except (ValueError, TypeError, OverflowError, FloatingPointError, RecursionError) as problem:
         raise ConfigError(f"{place}: expected lists of numbers, all of one length, got {problem}") from problem
+
+
+def _no_number_in(values: Any) -> str:
+    """The first value in nested lists that is no number, in words; empty if there is none."""
+    if not isinstance(values, list):
+        return "" if type(values) in (int, float) else show(values)
+    if set(map(type, values)) <= {int, float}:
+        return ""
+    return next(filter(None, map(_no_number_in, values)), "")
 
 
 def _unpacked(data: bytes | memoryview) -> tuple[Any, Callable[[Any, str], np.ndarray]]:

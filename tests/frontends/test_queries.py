@@ -132,3 +132,11 @@ def test_low_precision_rows_are_answered_as_float32(workshop: Any, servers: Serv
     config = config_of(workshop, output_dtype="bfloat16")
     (rows,) = answer(Query(config, (TableQuery("m", 0, 4),)).encoded, [np.arange(5)], servers)
     assert np.array_equal(rows, rows_of(np.arange(5), 4))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "5", "[]", "null", "{}", '{"wanted": 5}', '{"wanted": [{}]}', b"\xff", "[" * 200_000]
+)
+def test_a_text_that_is_no_query_is_a_typed_error(servers: Servers, text: Any) -> None:
+    with pytest.raises(ConfigError, match="request of a layer: expected what this package wrote"):
+        answer(text, [np.arange(3)], servers)

@@ -119,6 +119,17 @@ def test_malformed_requests_are_refused(change: Any, message: str) -> None:
         Request.from_json(text)
 
 
+@pytest.mark.parametrize("wrong", [None, "2", "", True, {}, "NaN", 1e39, 10**400])
+def test_weights_and_rows_that_are_no_numbers_are_refused(wrong: Any) -> None:
+    """NumPy would read null as NaN, "2" and true as numbers, and 1e39 as infinity."""
+    table = {"table": 0, "keys": [1, 2], "offsets": [0, 2]}
+    for weights in ([1, wrong], [wrong, 0.5], [wrong, wrong]):
+        with pytest.raises(ConfigError, match=r"tables\[0\]\.weights: expected lists of numbers"):
+            Request.from_json(json.dumps({"model": "m", "tables": [{**table, "weights": weights}]}))
+    with pytest.raises(ConfigError, match=r"rows\[0\]: expected lists of numbers"):
+        Response.from_json(json.dumps({"model": "m", "version": 1, "rows": [[[1, wrong]]]}))
+
+
 def test_keys_that_are_not_integers_are_named() -> None:
     with pytest.raises(KeyDtypeError, match=r"tables\[0\].keys\[1\]: expected integers, got 2.5"):
         Request.from_json('{"model": "m", "tables": [{"table": 0, "keys": [1, 2.5]}]}')

@@ -96,11 +96,8 @@ class Calls:
             return {**self.entry, "model": fresh}
         if method == "lookup_many" and parameter.name == "keys":
             return [[0, 1]]
-        return (
-            GOOD[parameter.name]
-            if parameter.default is parameter.empty or parameter.name == "model_name"
-            else parameter.default
-        )
+        needed = parameter.default is parameter.empty or parameter.name in ("model_name", "policy")
+        return GOOD[parameter.name] if needed else parameter.default
 
     def run(self, method: str, wrong: str | None = None, value: Any = None) -> None:
         """Call a method and end what it begins; afterwards the server has its one model."""
