@@ -112,6 +112,8 @@ def load(
     Raises:
         error: no such plugin (the message lists the known ones), or it cannot be imported.
     """
+    if not isinstance(name, str):
+        raise error(f"{package.rpartition('.')[2]}: expected a name, got a value of type {type(name).__name__}")
     if is_reference(name):
         return load_reference(name, allow_code=allow_code, folder=folder, error=error)
     if name in _built_in(package):

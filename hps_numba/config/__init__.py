@@ -14,6 +14,7 @@ cross_checks   checks of several keys at once; defaults that depend on other key
 options        the options that a plugin (a tier, an update source) declares itself
 params         HugeCTR's Python objects, for callers without a file
 objects        converts those objects to the keys of a file
+arguments      arguments of public calls that are not arrays: checked and converted
 spec           ``TableSpec``: one embedding table as the other packages see it
 json_text      JSON with comments
 plain          converts Python values to JSON values

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from hps_numba.config.arguments import as_device
 from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, DeviceError, UnknownModelError
-from hps_numba.server.arguments import as_device
 from hps_numba.server.model import ServedModel
 from hps_numba.server.table import ServedTable
 

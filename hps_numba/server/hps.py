@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
+from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
 from hps_numba.errors import ModelFileError
-from hps_numba.server.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.arrays.bags import MAX_KEYS, as_device_bags, as_host_bags
+from hps_numba.arrays.bags import COMBINERS, MAX_KEYS, as_device_bags, as_host_bags
 from hps_numba.arrays.batch import DeviceBatch, HostBatch, check_rows
 from hps_numba.arrays.cuda import device_of_array
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.config.arguments import as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
-from hps_numba.server.arguments import as_combiner, as_flag, as_max_norm, as_padding
 from hps_numba.server.catalog import Catalog, read_one_version
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
@@ -148,7 +148,7 @@ class Lookups:
                 keys,
                 offsets,
                 weights,
-                as_combiner(combiner),
+                as_word(combiner, "combiner", COMBINERS),
                 None if padding is None else as_padding(padding),
                 key_bits=bits,
                 include_last_offset=as_flag(include_last_offset, "include_last_offset"),
@@ -161,7 +161,9 @@ class Lookups:
         flat, starts, factors = given
         if padding is not None:
             flat, starts, factors = without_padding(flat, starts, factors, as_key(as_padding(padding), key_bits=bits))
-        return self._pool(model, table, Bags(flat, starts, factors, as_combiner(combiner), as_max_norm(max_norm)), out)
+        return self._pool(
+            model, table, Bags(flat, starts, factors, as_word(combiner, "combiner", COMBINERS), as_max_norm(max_norm)), out
+        )
 
     def _pool(self, model: ServedModel, table: ServedTable, bags: Bags, out: np.ndarray | None) -> np.ndarray:
         shape = (len(bags), table.spec.dim)

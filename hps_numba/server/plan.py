@@ -12,7 +12,7 @@ from hps_numba.device import driver
 from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import human_bytes
 from hps_numba.device.machine_memory import address_space_left, available_bytes
-from hps_numba.errors import CapacityError
+from hps_numba.errors import CapacityError, ConfigError
 from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
 from hps_numba.server.cache_shape import cache_shape, shape_bytes
 from hps_numba.storage.host.bound import RECENCY_OF_POLICY
@@ -130,8 +130,10 @@ def make_plan(config: ServerConfig) -> Plan:
     """Plan all tables of a config; opens the sparse models and reads their sizes only.
 
     Raises:
-        ModelFileError: a sparse model is missing or does not fit its table.
+        ConfigError: not a config.   ModelFileError: a sparse model is missing or does not fit its table.
     """
+    if not isinstance(config, ServerConfig):
+        raise ConfigError(f"config: expected what read_config returns, got {type(config).__name__}")
     return plan_of(plan_table(config, spec) for spec in config.tables())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hps_numba.config.arguments import as_number
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.progress import rows_progress
 from hps_numba.simulate.candidates import Candidate, find_candidates, known_names
@@ -99,7 +100,7 @@ def advise(
     Raises:
         As ``run``.
     """
-    if not 0 < target_hit_rate < 1:
+    if not 0 < as_number(target_hit_rate, "target_hit_rate") < 1:
         raise ConfigError(f"target_hit_rate: expected a share above 0 and below 1, got {target_hit_rate}")
     check_settings(geometry="gpu", batch=batch, warmup=warmup, sample=sample, dim=dim, row_dtype=row_dtype)
     found = find_candidates(known_names()[1] if policies is None else policies, allow_code=allow_code)

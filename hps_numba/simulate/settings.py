@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hps_numba.config.arguments import as_count, as_number, as_word
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.dtypes import ELEMENT_BYTES
 
@@ -32,16 +33,14 @@ def check_settings(
     *, geometry: str, batch: int, warmup: float, sample: float, dim: int, row_dtype: str, windows: int = 1
 ) -> None:
     """Raise ConfigError if one of them is out of range or unknown."""
-    if geometry not in GEOMETRIES:
-        raise ConfigError(f"geometry: expected one of {', '.join(GEOMETRIES)}, got {geometry!r}")
-    if row_dtype not in ELEMENT_BYTES:
-        raise ConfigError(f"row_dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {row_dtype!r}")
+    as_word(geometry, "geometry", GEOMETRIES)
+    as_word(row_dtype, "row_dtype", ELEMENT_BYTES)
     for name, value in (("batch", batch), ("dim", dim), ("windows", windows)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected 1 or more, got {value}")
-    if not 0 <= warmup < 1 << 62:
+        if not 1 <= as_count(value, name) < 1 << 31:
+            raise ConfigError(f"{name}: expected 1 or more, and less than 2**31, got {value}")
+    if not 0 <= as_number(warmup, "warmup") < 1 << 62:
         raise ConfigError(f"warmup: expected a share below 1 or a number of requests, got {warmup}")
-    if not 0 < sample <= 1:
+    if not 0 < as_number(sample, "sample") <= 1:
         raise ConfigError(f"sample: expected a share of the keys above 0 and up to 1, got {sample}")
 
 

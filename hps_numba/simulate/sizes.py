@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from hps_numba.config.arguments import as_number
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 
 __all__ = ["DEFAULT_SIZES", "parse_sizes"]
@@ -28,10 +30,10 @@ def parse_sizes(sizes: Any, distinct: int) -> list[int]:
     Raises:
         ConfigError: none of these, or a size of 2**31 rows or more.
     """
-    several = sizes if isinstance(sizes, (list, tuple, range)) or hasattr(sizes, "tolist") else [sizes]
+    several = sizes if isinstance(sizes, (list, tuple, range)) or getattr(sizes, "ndim", None) else [sizes]
     rows = sorted({max(1, round(size)) for one in several for size in _parse_size(one, distinct)})
     if not rows or rows[-1] >= 1 << 31:
-        raise ConfigError(f"sizes: expected one or more of at most {(1 << 31) - 1:,} rows, got {sizes!r}")
+        raise ConfigError(f"sizes: expected one or more of at most {(1 << 31) - 1:,} rows, got {show(sizes)}")
     return rows
 
 
@@ -39,9 +41,10 @@ def _parse_size(size: Any, distinct: int) -> Iterable[float]:
     if isinstance(size, str):
         return [rows for word in size.split(",") for rows in _parse_word(word.strip(), distinct)]
     try:
-        number = float(size)
-    except (TypeError, ValueError):
-        raise ConfigError(f"sizes: expected rows, a share such as '5%', or a range 'first:last:count', got {size!r}") from None
+        number = as_number(size, "sizes")
+    except ConfigError:
+        expected = "rows, a share such as '5%', or a range 'first:last:count'"
+        raise ConfigError(f"sizes: expected {expected}, got {show(size)}") from None
     if isinstance(size, bool) or not number > 0 or (number != int(number) and number > 1):
         raise ConfigError(f"sizes: expected a whole number of rows, or a share above 0 and up to 1, got {size!r}")
     is_share = not hasattr(size, "__index__") and number <= 1

@@ -14,6 +14,7 @@ from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
 
 import hps_numba
+from hps_numba import simulate
 from hps_numba.errors import ArrayError, ConfigError, DeviceError, HpsError, UnknownModelError
 
 DIM = 3
@@ -153,6 +154,28 @@ def test_a_wrong_config_is_a_typed_error(config: Any, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HpsError):
         hps_numba.HPS(config)
+
+
+SIMULATED: dict[str, Any] = {"policies": ["lru"], "sizes": [8], "target_hit_rate": 0.5}
+SIMULATE = [
+    (function, name)
+    for function in (simulate.run, simulate.advise)
+    for name in ("geometry", "batch", "warmup", "sample", "dim", "row_dtype", "windows", "sizes", "target_hit_rate")
+    if name in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize(("function", "name"), SIMULATE, ids=[f"{f.__name__}.{name}" for f, name in SIMULATE])
+def test_a_wrong_setting_of_a_simulation_is_a_typed_error(function: Any, name: str) -> None:
+    known = inspect.signature(function).parameters
+    given = {key: value for key, value in SIMULATED.items() if key in known}
+    refused = 0
+    for value in ZOO.values():
+        try:
+            function(np.arange(200) % 50, **{**given, name: value}, progress=False)
+        except HpsError:
+            refused += 1
+    assert refused > len(ZOO) // 2
 
 
 def test_arguments_that_are_nearly_right(calls: Calls) -> None:

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.arrays.bags import COMBINERS
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, DeviceError, HpsError
 
 __all__ = [
-    "as_combiner",
     "as_count",
     "as_device",
     "as_flag",
@@ -30,6 +28,7 @@ __all__ = [
     "as_padding",
     "as_path",
     "as_paths",
+    "as_word",
 ]
 
 
@@ -103,13 +102,14 @@ def as_padding(value: Any) -> int:
     return number
 
 
-def as_combiner(value: Any) -> str:
+def as_word(value: Any, name: str, known: Iterable[str]) -> str:
     """
     Raises:
-        ConfigError: not the name of a combiner.
+        ConfigError: not one of ``known``.
     """
-    if not isinstance(value, str) or value not in COMBINERS:
-        raise ConfigError(f"combiner: expected one of {', '.join(COMBINERS)}, got {show(value)}")
+    words = tuple(known)
+    if not isinstance(value, str) or value not in words:
+        raise ConfigError(f"{name}: expected one of {', '.join(words)}, got {show(value)}")
     return value
 
 
