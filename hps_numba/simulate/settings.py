@@ -36,12 +36,19 @@ def check_settings(
     as_word(geometry, "geometry", GEOMETRIES)
     as_word(row_dtype, "row_dtype", ELEMENT_BYTES)
     for name, value in (("batch", batch), ("dim", dim), ("windows", windows)):
-        if not 1 <= as_count(value, name) < 1 << 31:
-            raise ConfigError(f"{name}: expected 1 or more, and less than 2**31, got {value}")
-    if not 0 <= as_number(warmup, "warmup") < 1 << 62:
+        if as_count(value, name) < 1:
+            raise ConfigError(f"{name}: expected 1 or more, got {value}")
+        if value >= 1 << 31:
+            raise ConfigError(f"{name}: expected less than 2**31, got {value}")
+    if not 0 <= _share(warmup, "warmup") < 1 << 62:
         raise ConfigError(f"warmup: expected a share below 1 or a number of requests, got {warmup}")
-    if not 0 < as_number(sample, "sample") <= 1:
+    if not 0 < _share(sample, "sample") <= 1:
         raise ConfigError(f"sample: expected a share of the keys above 0 and up to 1, got {sample}")
+
+
+def _share(value: float, name: str) -> float:
+    """A number; what is not finite is out of any range."""
+    return value if isinstance(value, float) else as_number(value, name)
 
 
 def warmup_requests(warmup: float, requests: int, batch: int) -> int:
