@@ -19,10 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import file_judge, replacing
 from hps_numba.storage.formats._arrays import piece_rows
-from hps_numba.storage.formats._atomic import replacing
 from hps_numba.storage.formats._chunks import checked_chunks, writing
-from hps_numba.storage.formats._format import Chunk, Keys, PathLike, Rows, rows_per_chunk
+from hps_numba.storage.formats._format import Chunk, Keys, PathLike, Rows, rows_per_chunk, translated
 from hps_numba.storage.formats._raw import open_file, read_exactly
 
 __all__ = ["BinDump", "read_bin", "write_bin"]
@@ -31,6 +32,9 @@ _MAGIC = b"bin\0"
 _VERSION = 1
 _HEADER_BYTES = 16
 _HEADER_BYTES_NO_TABLE = 12
+
+
+_JUDGE = file_judge("a .bin dump", lambda head: head.startswith(_MAGIC))
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def read_bin(path: PathLike) -> BinDump:
     Raises:
         ModelFileError: missing, not a dump, another version, or a length that is not a whole number of pairs.
     """
-    where = Path(path)
+    where = checked_path(path)
     with open_file(where) as file:
         size = os.fstat(file.fileno()).st_size
         if size < _HEADER_BYTES_NO_TABLE:
@@ -121,10 +125,10 @@ def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[A
         key_bytes: 8, or 4 for keys in 0 .. 2**32 - 1.
         dim: floats in a row, at least 1.
         chunks: yields ``(keys int64[m], rows float32[m, dim])``.
-        overwrite: replace a file that exists.
+        overwrite: replace a dump that exists; no other file is replaced.
 
     Raises:
-        ModelFileError: ``path`` exists, a chunk does not fit, a key does not fit 4 bytes, or the disk refuses.
+        ModelFileError: ``path`` exists and may not be replaced, a chunk or key does not fit, or the disk refuses.
         KeyDtypeError: keys are not integers.
         ValueError: ``key_bytes`` is not 4 or 8, or ``dim`` is less than 1.
     """
@@ -132,11 +136,16 @@ def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[A
         raise ValueError(f"key_bytes: expected 4 or 8, got {key_bytes}")
     if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
-    target = Path(path)
-    if target.is_dir():
-        raise ModelFileError(f"{target}: expected a file, got a directory")
+    target = checked_path(path)
+    with translated(target):
+        if target.is_dir():
+            raise ModelFileError(f"{target}: expected a file, got a directory")
     checked = checked_chunks(target, dim, chunks)
-    with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source, new.open("wb") as file:
+    with (
+        replacing(target, overwrite=overwrite, judge=_JUDGE) as new,
+        writing(target, checked) as source,
+        new.open("wb") as file,
+    ):
         return _write_pairs(file, target, key_bytes, dim, source)
 
 

@@ -7,13 +7,15 @@ name only where the content tells nothing. A model that is written appears whole
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hps_numba import plugins
-from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._atomic import leftovers, replacing
+from hps_numba.errors import HpsError, ModelFileError
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import Judge, leftovers, replacing
 from hps_numba.storage.formats._chunks import checked_chunks, writing
 from hps_numba.storage.formats._format import PathLike, Progress, SparseModelFormat, SparseModelReader, translated
 
@@ -21,7 +23,7 @@ __all__ = ["convert_model", "formats", "open_model", "write_model"]
 
 log = logging.getLogger(__name__)
 _PACKAGE = "hps_numba.storage.formats"
-_ARRAYS = {"key", "emb_vector", "meta"}
+_FILES = {f"{name}{ending}" for name in ("key", "emb_vector", "meta") for ending in ("", ".npy")}
 
 
 def formats() -> list[SparseModelFormat]:
@@ -53,7 +55,7 @@ def open_model(
         ModelFileError: missing, damaged, of another width, or of no known format; or ``format`` is not one.
         ValueError: ``dim`` is less than 1.
     """
-    where = Path(path)
+    where = checked_path(path)
     found = _format_of(where) if format is None else _named_format(format, allow_code)
     return found.open(where, dim)
 
@@ -110,7 +112,7 @@ def write_model(
             reused.
         format: as in :func:`open_model`; None takes it from the suffix: none or ``.model`` a directory, ``.h5`` HDF5.
         rows: number of rows to come, if known; any other number is then an error.
-        overwrite: replace an existing model.
+        overwrite: replace an existing model; only a whole sparse model, and a directory that holds nothing else, is replaced.
         allow_code: ``format`` may be a reference, which is imported.
         on_progress: called with (rows done, ``rows`` or rows done) after each chunk.
 
@@ -122,12 +124,10 @@ def write_model(
     """
     if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
-    target = Path(path)
+    target = checked_path(path)
     writer = _writing_format(target, format, allow_code)
-    with translated(target):
-        _check_replaceable(target)
     checked = checked_chunks(target, dim, chunks, rows, on_progress)
-    with replacing(target, overwrite=overwrite) as new, writing(target, checked) as source:
+    with replacing(target, overwrite=overwrite, judge=_judge_for(writer)) as new, writing(target, checked) as source:
         return writer.write(new, dim, source)
 
 
@@ -153,15 +153,31 @@ def _writable() -> str:
     return ", ".join(choices)
 
 
-def _check_replaceable(path: Path) -> None:
-    """A directory is deleted with all that is in it: refuse where there is more than a model."""
-    try:
-        entries = list(path.iterdir()) if path.is_dir() else []
-    except FileNotFoundError:  # another writer is replacing it at this moment
-        entries = []
-    strangers = sorted(entry.name for entry in entries if entry.is_dir() or entry.name.partition(".")[0] not in _ARRAYS)
-    if strangers:
-        raise ModelFileError(f"{path}: holds {strangers[0]!r}, which is not part of a sparse model; it is not replaced")
+def _judge_for(writer: SparseModelFormat) -> Judge:
+    """Only a whole sparse model may be replaced, and a directory only if there is nothing else in it."""
+
+    def judge(place: Path) -> str | None:
+        try:
+            if place.is_dir():
+                entries = list(place.iterdir())
+                strangers = [entry.name for entry in entries if entry.name not in _FILES or not entry.is_file()]
+                if strangers:
+                    return f"holds {min(strangers)!r}, which is not part of a sparse model"
+                if not any(entry.stat().st_size for entry in entries):
+                    return None
+            _reader_of(place, writer).open(place).close()
+        except (HpsError, OSError) as problem:
+            if not os.path.lexists(place):  # another writer is replacing it at this moment
+                return None
+            return f"is not a whole sparse model ({str(problem).removeprefix(f'{place}: ')})"
+        return None
+
+    return judge
+
+
+def _reader_of(place: Path, writer: SparseModelFormat) -> SparseModelFormat:
+    """The format that reads what is at ``place``, by its content; if none does, the one that is to write there."""
+    return next((found for found in formats() if found.detect(place)), writer)
 
 
 def convert_model(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hps_numba.errors import ConfigError
+from hps_numba.runtime.paths import checked_path
 from hps_numba.server.hps import HPS
 from hps_numba.training.checkpoint_files import CheckpointReader, Read, SavedTable, open_checkpoint, write_checkpoint
 from hps_numba.training.trainer import RowTrainer
@@ -29,15 +29,17 @@ def save_trained(
         extra: returns more members of the file; called while steps wait.
 
     Raises:
-        ModelFileError: it cannot be written; an older file is left as it was.   Otherwise as ``HPS.locked_table``.
+        ModelFileError: it cannot be written, or there is something else than a checkpoint; what is there is left as it was.
+        Otherwise as ``HPS.locked_table``.
     """
+    target = checked_path(path)
     with ExitStack() as locks:
         ordered = sorted(trainers, key=lambda trainer: trainer.spec.tag)  # the same in every thread, so that none deadlock
         for trainer in ordered:
             locks.enter_context(trainer.paused())
         locked = {trainer.spec.tag: locks.enter_context(_locked_table(trainer)) for trainer in ordered}
         tables = [_saved(trainer, *locked[trainer.spec.tag]) for trainer in trainers]
-        write_checkpoint(Path(path), tables, extra())
+        write_checkpoint(target, tables, extra())
     return sum(len(table.keys) for table in tables)
 
 
@@ -71,7 +73,7 @@ def load_trained(
         ModelFileError: the file is missing or damaged.   ConfigError: it has other tables, optimizers or widths.
         Otherwise as ``HPS.insert``.
     """
-    with open_checkpoint(Path(path)) as file:
+    with open_checkpoint(checked_path(path)) as file:
         _check(file, trainers)
         answer = accept(file)
         for number, trainer in enumerate(trainers):
@@ -92,6 +94,18 @@ def _check(file: CheckpointReader, trainers: Sequence[RowTrainer]) -> None:
         if dim != trainer.spec.dim:
             raise ConfigError(f"{file.path}: expected rows of {trainer.spec.dim} elements for {trainer.spec.tag}, got {dim}")
         trainer.check_states(file.shape(number, "state_key")[0], file.shape(number, "state"))
+        _check_keys(file, number, trainer)
+
+
+def _check_keys(file: CheckpointReader, number: int, trainer: RowTrainer) -> None:
+    """A key that the server cannot hold would be found only after other rows were replaced."""
+    if trainer.server.direct.key_bits == 64:
+        return
+    keys = file.keys(number)
+    wrong = keys[(keys < 0) | (keys >= 1 << 32)]
+    if len(wrong):
+        expected = f"keys of {trainer.spec.tag} in 0..{(1 << 32) - 1}, as supportlonglong is false"
+        raise ConfigError(f"{file.path}: expected {expected}, got {wrong[0]}")
 
 
 def set_rows(

@@ -16,6 +16,7 @@ import pytest
 from support.sample_models import FORMATS, part, path_for, sample, save_model
 
 from hps_numba.errors import KeyDtypeError, ModelFileError
+from hps_numba.runtime import rename
 from hps_numba.storage.model_files import convert_model, open_model, write_model
 
 WRITABLE = [name for name in FORMATS if part(name).can_write]
@@ -248,7 +249,10 @@ _DIES_AT_RENAME = """
 import os, sys
 from pathlib import Path
 import numpy as np
+from hps_numba.runtime import rename
 from hps_numba.storage.model_files import write_model
+
+rename._system_call = lambda: None  # a file system that cannot swap
 
 left = int(sys.argv[2])
 def dying(original):
@@ -289,6 +293,8 @@ def test_a_rename_that_fails_restores_the_old_model(tmp_path: Path, monkeypatch:
     path = save_model("directory", tmp_path / "t.model", *sample(9, 2)[:2])
     before = contents(path)
 
+    monkeypatch.setattr(rename, "_system_call", lambda: None)  # a file system that cannot swap
+
     def refuse(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
@@ -308,6 +314,7 @@ def test_an_old_model_that_cannot_be_restored_is_kept(tmp_path: Path, monkeypatc
             raise OSError(5, "Input/output error")
         return original(self, target)
 
+    monkeypatch.setattr(rename, "_system_call", lambda: None)  # a file system that cannot swap
     monkeypatch.setattr(Path, "rename", only_away)
     monkeypatch.setattr(Path, "replace", only_away)
     with pytest.raises(ModelFileError, match=r"cannot be written: .*Input/output error"):

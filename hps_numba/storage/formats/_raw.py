@@ -24,6 +24,8 @@ from hps_numba.storage.formats._format import SparseModelReader
 
 __all__ = ["RawArray", "RawArrayReader", "names_in", "open_file", "open_folder", "read_exactly"]
 
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its writer
+
 
 def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
     """Open a regular file for unbuffered reading.
@@ -37,9 +39,9 @@ def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
     where: Path | str = path if folder is None else path.name
     try:
         mode = os.stat(where, dir_fd=folder).st_mode
-        if not stat.S_ISREG(mode):  # looked at before opening: opening a pipe would wait for a writer
+        if not stat.S_ISREG(mode):  # looked at before opening: opening a tape drive would rewind it
             raise ModelFileError(f"{path}: expected a file, got a {'directory' if stat.S_ISDIR(mode) else 'special file'}")
-        return io.FileIO(where, opener=lambda name, flags: os.open(name, flags, dir_fd=folder))
+        file = io.FileIO(where, opener=lambda name, flags: os.open(name, flags | _NO_WAITING, dir_fd=folder))
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file") from None
     except NotADirectoryError:
@@ -48,6 +50,10 @@ def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
         raise
     except OSError as problem:
         raise ModelFileError(f"{path}: cannot be opened: {problem.strerror}") from problem
+    if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # what is there now is another thing
+        file.close()
+        raise ModelFileError(f"{path}: expected a file, got another thing, which is no file")
+    return file
 
 
 @contextmanager
