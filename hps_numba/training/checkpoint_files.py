@@ -212,7 +212,7 @@ class CheckpointReader:
         member = f"{number}.{name}.npy"
         if member not in (names := self._archive.namelist()):
             raise ModelFileError(f"{self.path}: has no member {member}, found {', '.join(names)[:200] or 'none'}")
-        with _as_file_error(self.path):
+        with _as_file_error(self.path, f"{member}: "):
             file = self._archive.open(member)
             header = read_npy_header(file, self.path, member)
         with file:
@@ -232,7 +232,7 @@ def _exactly(file: IO[bytes], size: int) -> bytes:
 
 
 @contextmanager
-def _as_file_error(path: Path) -> Iterator[None]:
+def _as_file_error(path: Path, member: str = "") -> Iterator[None]:
     """``zipfile`` and ``numpy`` raise about a dozen types about a damaged archive; here it is one."""
     try:
         yield
@@ -240,7 +240,9 @@ def _as_file_error(path: Path) -> Iterator[None]:
         raise
     except Exception as problem:
         text = " ".join(str(problem).split())[:300]
-        raise ModelFileError(f"{path}: not a checkpoint, or a damaged one: {type(problem).__name__}: {text}") from problem
+        raise ModelFileError(
+            f"{path}: {member}not a checkpoint, or a damaged one: {type(problem).__name__}: {text}"
+        ) from problem
 
 
 @contextmanager

@@ -93,7 +93,10 @@ def _check(file: CheckpointReader, trainers: Sequence[RowTrainer]) -> None:
         dim = file.shape(number, "emb_vector")[1]
         if dim != trainer.spec.dim:
             raise ConfigError(f"{file.path}: expected rows of {trainer.spec.dim} elements for {trainer.spec.tag}, got {dim}")
-        trainer.check_states(file.shape(number, "state_key")[0], file.shape(number, "state"))
+        try:
+            trainer.check_states(file.shape(number, "state_key")[0], file.shape(number, "state"))
+        except ConfigError as problem:
+            raise ConfigError(f"{file.path}: {problem}") from None
         _check_keys(file, number, trainer)
 
 

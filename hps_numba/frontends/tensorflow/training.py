@@ -229,7 +229,8 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> in
     """Write the rows of an optimizer's tables, and its state, to one file, atomically; returns the number of rows.
 
     Raises:
-        ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
+        ModelFileError: it cannot be written, or there is something else than a checkpoint at ``path``.
+        Otherwise as ``HPS.locked_table``.
     """
     return save_trained(path, optimizer.trainers)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from hps_numba.errors import ConfigError, ModelFileError
 from hps_numba.frontends.torch.optimizers import RowOptimizer
 from hps_numba.training.checkpoint_files import CheckpointReader
 from hps_numba.training.checkpoints import load_trained, save_trained
@@ -28,7 +31,8 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
             ``{"model": model.state_dict(), "optimizer": dense_optimizer.state_dict(), "epoch": 3}``.
 
     Raises:
-        ModelFileError: it cannot be written.   Otherwise as ``HPS.locked_table``.
+        ModelFileError: it cannot be written, or there is something else than a checkpoint at ``path``.
+        Otherwise as ``HPS.locked_table``.
     """
 
     def extra() -> dict[str, bytes]:
@@ -50,8 +54,11 @@ def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> An
     """
 
     def accept(file: CheckpointReader) -> Any:
-        dense = _unpacked(file.extra(_DENSE))
-        optimizer.set_settings(_unpacked(file.extra(_SETTINGS)))
+        dense = _unpacked(file, _DENSE)
+        settings = _unpacked(file, _SETTINGS)
+        if settings is not None:  # else the file is of another front end, and the optimizer keeps its own
+            _check_settings(file, settings, _settings_of(optimizer), optimizer.defaults)
+            optimizer.set_settings(settings)
         return dense
 
     dense = load_trained(path, optimizer.trainers(), accept)
@@ -70,5 +77,35 @@ def _packed(thing: Any) -> bytes:
     return memory.getvalue()
 
 
-def _unpacked(content: bytes | None) -> Any:
-    return None if content is None else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _unpacked(file: CheckpointReader, name: str) -> Any:
+    content = file.extra(name)
+    if content is None:
+        return None
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises whatever its unpickler does
+        text = " ".join(str(problem).split())[:300]
+        raise ModelFileError(f"{file.path}: {name}: cannot be read: {type(problem).__name__}: {text}") from problem
+
+
+def _check_settings(file: CheckpointReader, found: Any, expected: list[dict[str, Any]], names: Iterable[str]) -> None:
+    """Raise unless these are settings of an optimizer like this one: a wrong one would show at the next step only."""
+    if not isinstance(found, list) or not all(isinstance(group, dict) for group in found):
+        raise ModelFileError(f"{file.path}: {_SETTINGS}: expected a list of groups, got {found!r:.200}")
+    if len(found) != len(expected):
+        raise ConfigError(f"{file.path}: expected an optimizer of {len(expected)} groups, got one of {len(found)}")
+    for number, (group, own) in enumerate(zip(found, expected, strict=True)):
+        for name in ("params", *names):
+            wanted, got = _numbers(own[name]), _numbers(group.get(name))
+            if wanted is not None and (got is None or len(got) != len(wanted)):
+                expectation = f"a setting like {own[name]!r}"
+                raise ConfigError(f"{file.path}: group {number}: {name}: expected {expectation}, got {group.get(name)!r:.100}")
+
+
+def _numbers(value: Any) -> list[float] | None:
+    """A setting as numbers; None if it is none, or one that no optimizer accepts."""
+    try:
+        numbers = [float(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return numbers if all(math.isfinite(one) and one >= 0 for one in numbers) else None
