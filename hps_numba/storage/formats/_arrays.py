@@ -7,7 +7,7 @@ beyond float32 is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ __all__ = ["PIECE_BYTES", "StoredArray", "assign", "check_arrays", "check_dim", 
 PIECE_BYTES = 1 << 20
 """Size of the intermediate where bytes cannot go straight to their place."""
 
+_SHOWN_NAMES = 12
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -34,15 +35,20 @@ class StoredArray(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
 
 
-def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None) -> tuple[int, int]:
+def check_arrays(
+    path: Path, arrays: Mapping[str, StoredArray], dim: int | None, names: Iterable[str] | None = None
+) -> tuple[int, int]:
     """Rows and width of the model whose arrays have these shapes and dtypes.
+
+    Args:
+        names: of everything in the file, for the message if an array is missing; None: ``arrays`` are all.
 
     Raises:
         ModelFileError: an array is missing, or has a wrong rank, dtype, number of rows or width.
     """
     for name in ("key", "emb_vector"):
         if name not in arrays:
-            raise ModelFileError(f"{path}: has no array {name!r}, found {', '.join(sorted(arrays)) or 'none'}")
+            raise ModelFileError(f"{path}: has no array {name!r}, found {_listed(arrays if names is None else names)}")
     for name, array in arrays.items():
         _check_dtype(path, name, array.dtype)
         rank = 2 if name == "emb_vector" else 1
@@ -55,6 +61,13 @@ def check_arrays(path: Path, arrays: Mapping[str, StoredArray], dim: int | None)
             raise ModelFileError(f"{path}: {name} has {arrays[name].shape[0]} elements, emb_vector has {rows} rows")
     check_dim(path, width, dim)
     return rows, width
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Some names for a message, on one line."""
+    found = sorted(name if name.isprintable() else repr(name) for name in names)
+    shown = ", ".join(found[:_SHOWN_NAMES])
+    return shown[:400] + (f" and {len(found) - _SHOWN_NAMES} more" if len(found) > _SHOWN_NAMES else "") or "none"
 
 
 def check_dim(path: Path, found: int, expected: int | None) -> None:

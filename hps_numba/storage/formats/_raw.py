@@ -10,7 +10,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,10 @@ class RawArray:
 class RawArrayReader(SparseModelReader):
     """Reads a model whose arrays are all raw; takes over the open files in ``handles`` once nothing can fail any more."""
 
-    def __init__(self, path: Path, dim: int | None, arrays: dict[str, RawArray], handles: ExitStack) -> None:
-        super().__init__(path, *check_arrays(path, arrays, dim), has_meta="meta" in arrays)
+    def __init__(
+        self, path: Path, dim: int | None, arrays: dict[str, RawArray], handles: ExitStack, names: Iterable[str] | None = None
+    ) -> None:
+        super().__init__(path, *check_arrays(path, arrays, dim, names), has_meta="meta" in arrays)
         self._arrays = arrays
         self._handles = handles.pop_all()
 

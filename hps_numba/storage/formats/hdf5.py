@@ -2,8 +2,8 @@
 
 Problem: where bytes are missing, HDF5 answers zeros: for chunks that were never written, for a source of a virtual
 dataset that is gone, and past the end of a file that was cut short. Choice: a dataset that is virtual, external or not
-wholly allocated is refused, and the size of the file is looked at after every read. Files written here carry checksums
-on metadata and on every chunk.
+wholly allocated is refused (``_hdf5_storage.py``), and the size of the file is looked at after every read. Files written
+here carry checksums on metadata and on every chunk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, piece_rows
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
+from hps_numba.storage.formats._hdf5_storage import check_storage, chunk_counts, open_dataset
 from hps_numba.storage.formats._raw import open_file
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ class Hdf5Reader(SparseModelReader):
     """Reads rows with ``read_direct``: unpacked chunks go straight to the caller's arrays."""
 
     def __init__(self, path: Path, dim: int | None, file: h5py.File, handles: ExitStack) -> None:
-        self._datasets = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta") if name in file}
-        super().__init__(path, *check_arrays(path, self._datasets, dim), has_meta="meta" in self._datasets)
-        for name, dataset in self._datasets.items():
-            _check_allocated(path, name, dataset)
+        found = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta")}
+        self._datasets = {name: dataset for name, dataset in found.items() if dataset is not None}
+        super().__init__(path, *check_arrays(path, self._datasets, dim, list(file)), has_meta="meta" in self._datasets)
         self._descriptor = file.id.get_vfd_handle()
         self._size = os.fstat(self._descriptor).st_size
+        for name, dataset in self._datasets.items():
+            check_storage(path, name, dataset, self._size)
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -167,37 +169,30 @@ def _create(file: h5py.File, name: str, dtype: type, row_shape: tuple[int, ...])
     file.create_dataset(name, shape, dtype, maxshape=limit, chunks=chunk, fletcher32=True)
 
 
-def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
-    """The dataset with a chunk cache that holds all chunks of a row, so that no chunk is unpacked twice."""
+def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
+    """The dataset with a chunk cache that holds all chunks of a row, so that no chunk is unpacked twice; None if there is none."""
     import h5py
 
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
-        raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got a {type(dataset).__name__} without a shape")
-    if isinstance(file.get(name, getlink=True), h5py.ExternalLink) or dataset.is_virtual or dataset.external:
-        raise ModelFileError(f"{path}: {name}: expected data in this file, got data in another one")
+    opened = open_dataset(file, path, name)
+    if opened is None:
+        return None
+    dataset = h5py.Dataset(opened)
+    if dataset.shape is None:
+        raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got a Dataset without a shape")
     if dataset.chunks is None:
         return dataset
-    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if (size := _cache_bytes(dataset)) <= PIECE_BYTES:  # HDF5's default
+        return dataset
+    place = opened.name
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-    access.set_chunk_cache(521, max(PIECE_BYTES, chunk_bytes * math.prod(_chunk_counts(dataset)[1:])), 1.0)
-    del dataset  # HDF5 keeps the cache of a dataset that is open already
-    return h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
+    access.set_chunk_cache(521, size, 1.0)
+    del dataset, opened  # HDF5 keeps the cache of a dataset that is open already
+    return h5py.Dataset(h5py.h5d.open(file.id, place, access))
 
 
-def _chunk_counts(dataset: h5py.Dataset) -> list[int]:
-    """Chunks along each dimension."""
-    return [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks)]
-
-
-def _check_allocated(path: Path, name: str, dataset: h5py.Dataset) -> None:
-    """Refuse data that were announced and never written: HDF5 would give the fill value, usually zeros."""
-    if dataset.chunks is None:
-        found, complete, unit = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
-    else:
-        found, complete, unit = dataset.id.get_num_chunks(), math.prod(_chunk_counts(dataset)), "chunks"
-    if dataset.size and found < complete:
-        raise ModelFileError(f"{path}: {name} has {found} of {complete} {unit}; its writer did not finish")
+def _cache_bytes(dataset: h5py.Dataset) -> int:
+    """Bytes of all chunks of a row."""
+    return math.prod(dataset.chunks) * dataset.dtype.itemsize * math.prod(chunk_counts(dataset)[1:])
 
 
 PLUGIN = Hdf5Format()

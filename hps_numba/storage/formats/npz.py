@@ -65,8 +65,8 @@ class _Member:
 class NpzReader(SparseModelReader):
     """Streams the members of one archive."""
 
-    def __init__(self, path: Path, dim: int | None, members: dict[str, _Member], handles: ExitStack) -> None:
-        super().__init__(path, *check_arrays(path, members, dim), has_meta="meta" in members)
+    def __init__(self, path: Path, dim: int | None, members: dict[str, _Member], names: list[str], handles: ExitStack) -> None:
+        super().__init__(path, *check_arrays(path, members, dim, names), has_meta="meta" in members)
         self._members = members
         self._handles = handles.pop_all()
 
@@ -93,9 +93,10 @@ class NpzFormat(SparseModelFormat):
         with ExitStack() as handles:
             file = handles.enter_context(open_file(path))
             archive = handles.enter_context(zipfile.ZipFile(file))
-            found = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+            names = archive.namelist()
+            found = {name.removesuffix(".npy") for name in names if name.endswith(".npy")}
             members = {name: _Member(archive, path, name, handles) for name in sorted(found & {"key", "emb_vector", "meta"})}
-            return NpzReader(path, dim, members, handles)
+            return NpzReader(path, dim, members, [name.removesuffix(".npy") for name in names], handles)
 
 
 PLUGIN = NpzFormat()

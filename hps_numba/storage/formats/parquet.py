@@ -95,7 +95,7 @@ class ParquetReader(SparseModelReader):
 
     def __init__(self, path: Path, dim: int | None, file: pyarrow.parquet.ParquetFile, handles: ExitStack) -> None:
         arrays = _declared(file, path, dim)
-        super().__init__(path, *check_arrays(path, arrays, dim), has_meta="meta" in arrays)
+        super().__init__(path, *check_arrays(path, arrays, dim, file.schema_arrow.names), has_meta="meta" in arrays)
         self._columns = {}
         for name, array in arrays.items():
             row_bytes = array.dtype.itemsize * (self.dim if name == "emb_vector" else 1)

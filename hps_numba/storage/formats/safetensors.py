@@ -52,7 +52,7 @@ class SafetensorsFormat(SparseModelFormat):
             _check_end(path, header, os.fstat(file.fileno()).st_size - offset)
             names: list[str] = [name for name in ("key", "emb_vector", "meta") if name in header]
             arrays = {name: _array(file, path, name, header[name], offset) for name in names}
-            return RawArrayReader(path, dim, arrays, handles)
+            return RawArrayReader(path, dim, arrays, handles, list(header))
 
 
 def _header(file: io.FileIO, path: Path) -> tuple[dict[str, Any], int]:
