@@ -128,7 +128,7 @@ class Cuda:
         try:
             return self._initialise(driver)
         except Exception as problem:  # the bindings raise RuntimeErrors of several makes if there is no driver library
-            return 0, f"no CUDA driver: {_first_line(problem)}"
+            return 0, _no_driver(problem)
 
     def _initialise(self, driver: Any) -> tuple[int, str]:
         status = driver.cuInit(0)[0]
@@ -169,7 +169,14 @@ cuda = Cuda()
 
 
 def _first_line(problem: Exception) -> str:
-    return next(iter(str(problem).splitlines()), type(problem).__name__)
+    return next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(".")
+
+
+def _no_driver(problem: Exception) -> str:
+    """Part of a sentence; what the bindings say of a missing library is several of their own."""
+    if any(kind.__name__.startswith("DynamicLib") for kind in type(problem).__mro__):
+        return "no CUDA driver is installed"
+    return f"no CUDA driver: {_first_line(problem)}"
 
 
 def failure(call: str, status: Any, driver: Any = None) -> HpsError:

@@ -39,6 +39,7 @@ class TablePlan:
         host_rows: rows that host memory will hold at the start.
         host_bytes: bytes they take, index included.
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
+        reading_bytes: what reading its file takes for a while beside its rows, such as large compressed chunks.
         cache_rows: rows that each cache has room for, or 0.
         cache_bytes: bytes that each cache takes, without the workspaces of lookups.
         index_mirror_bytes: bytes that the mirror of host memory's index takes beside each cache on a device, if there is room.
@@ -52,6 +53,7 @@ class TablePlan:
     host_rows: int
     host_bytes: int
     persistent_bytes: int
+    reading_bytes: int = 0
     cache_rows: int = 0
     cache_bytes: int = 0
     index_mirror_bytes: int = 0
@@ -139,9 +141,11 @@ def make_plan(config: ServerConfig) -> Plan:
 
 def plan_of(tables: Iterable[TablePlan]) -> Plan:
     """A plan of some tables on this machine as it is now."""
+    planned = tuple(tables)
+    loading = LOADING_BYTES + max((table.reading_bytes for table in planned), default=0)  # they are read one after the other
     left = address_space_left()
     free = available_bytes() if left is None else min(available_bytes(), left)
-    return Plan(tables=tuple(tables), loading_bytes=LOADING_BYTES, available_bytes=free)
+    return Plan(tables=planned, loading_bytes=loading, available_bytes=free)
 
 
 def plan_table(
@@ -157,7 +161,7 @@ def plan_table(
         ModelFileError: the sparse model is missing or does not fit the table.
     """
     with open_model(source or spec.source, spec.dim) as reader:
-        rows = reader.rows
+        rows, reading_bytes = reader.rows, reader.working_bytes
     host = config.volatile_db
     keeps_rows = host.type in _IN_HOST_MEMORY
     fills_host = keeps_rows and (host.initialize_after_startup if fills_host is None else fills_host)
@@ -173,6 +177,7 @@ def plan_table(
         host_rows=host_rows,
         host_bytes=content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0,
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
+        reading_bytes=reading_bytes,
     )
     return _with_caches(plan, config, spec, host_rows if fills_host else rows, keeps_rows=keeps_rows)
 

@@ -85,9 +85,18 @@ def no_library(*_: Any) -> tuple[Any, ...]:
     raise RuntimeError("libcuda.so.1 is not there")
 
 
+class DynamicLibNotFoundError(RuntimeError):
+    """As ``cuda.pathfinder`` raises it."""
+
+
+def not_installed(*_: Any) -> tuple[Any, ...]:
+    raise DynamicLibNotFoundError('"cuda" is an NVIDIA driver library and can only be found via system search. Ensure that.')
+
+
 @pytest.mark.parametrize(
     ("load", "why"),
     [
+        (lambda: SimpleNamespace(cuInit=not_installed), "no CUDA driver is installed"),
         (broken, "the CUDA packages cannot be imported (pip install 'hps-numba[cuda13]'): half an installation"),
         (lambda: SimpleNamespace(cuInit=no_library), "no CUDA driver: libcuda.so.1 is not there"),
         (lambda: PlayedDriver(cuInit=100), "the driver shows no device (CUDA_VISIBLE_DEVICES='')"),

@@ -21,11 +21,11 @@ from hps_numba.errors import ModelFileError
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["check_storage", "chunk_counts", "open_dataset"]
+__all__ = ["check_storage", "chunk_counts", "find_dataset"]
 
 _MAX_LINKS = 64
-_SHUFFLE, _FLETCHER32, _DEFLATE, _LZF = 2, 3, 1, 32000
-_KNOWN = {_DEFLATE: "deflate", _SHUFFLE: "shuffle", _FLETCHER32: "fletcher32", _LZF: "lzf"}
+_SHUFFLE, _FLETCHER32 = 2, 3
+_SAME_SIZE = {_SHUFFLE, _FLETCHER32}  # beside its checksum
 _CHECKSUM_BYTES = 4
 
 
@@ -38,8 +38,8 @@ class _Chunk(NamedTuple):
     size: int
 
 
-def open_dataset(file: h5py.File, path: Path, name: str) -> h5py.h5d.DatasetID | None:
-    """The dataset of this name in this very file, or None; no other file is opened on the way.
+def find_dataset(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | None:
+    """Group and name of the dataset of this name in this very file, or None; no other file is opened on the way.
 
     Raises:
         ModelFileError: it is something else, or its data are in another file.
@@ -52,12 +52,12 @@ def open_dataset(file: h5py.File, path: Path, name: str) -> h5py.h5d.DatasetID |
     group, entry = found
     kind = h5py.h5o.get_info(group, entry).type
     if kind != h5py.h5o.TYPE_DATASET:
-        raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got another object")
-    dataset = h5py.h5d.open(group, entry)
-    plist = dataset.get_create_plist()
+        got = {h5py.h5o.TYPE_GROUP: "a Group", h5py.h5o.TYPE_NAMED_DATATYPE: "a Datatype"}.get(kind, "another object")
+        raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got {got} without a shape")
+    plist = h5py.h5d.open(group, entry).get_create_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
         raise ModelFileError(f"{path}: {name}: expected data in this file, got data in another one")
-    return dataset
+    return found
 
 
 def _follow(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | None:
@@ -123,10 +123,7 @@ def _check_filters(where: str, dataset: h5py.Dataset) -> list[int]:
     plist = dataset.id.get_create_plist()
     codes = []
     for index in range(plist.get_nfilters()):
-        code, _, values, label = plist.get_filter(index)
-        if code not in _KNOWN:
-            shown = label.decode(errors="replace") or code
-            raise ModelFileError(f"{where}: expected filters of {', '.join(_KNOWN.values())}, got {shown}")
+        code, _, values, _ = plist.get_filter(index)
         if code == _SHUFFLE and tuple(values[:1]) != (dataset.dtype.itemsize,):
             raise ModelFileError(f"{where}: shuffle: expected elements of {dataset.dtype.itemsize} bytes, got {values}")
         codes.append(code)
@@ -166,7 +163,7 @@ def _check_chunk(where: str, dataset: h5py.Dataset, chunk: _Chunk, codes: list[i
     if chunk.mask >> len(codes) or applied.count(_FLETCHER32) != codes.count(_FLETCHER32):
         raise ModelFileError(f"{place}: expected a mask of optional filters, got {chunk.mask:#x}")
     checksums = _CHECKSUM_BYTES * applied.count(_FLETCHER32)
-    if _DEFLATE in applied or _LZF in applied:
+    if not _SAME_SIZE.issuperset(applied):
         if not checksums < chunk.size:
             raise ModelFileError(f"{place}: expected more than {checksums} bytes, got {chunk.size}")
     elif chunk.size != chunk_bytes + checksums:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, piece_rows
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
-from hps_numba.storage.formats._hdf5_storage import check_storage, chunk_counts, open_dataset
+from hps_numba.storage.formats._hdf5_storage import check_storage, chunk_counts, find_dataset
 from hps_numba.storage.formats._raw import open_file
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Hdf5Reader(SparseModelReader):
         self._size = os.fstat(self._descriptor).st_size
         for name, dataset in self._datasets.items():
             check_storage(path, name, dataset, self._size)
+        self.working_bytes = _working_bytes(self._datasets.values())
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -170,24 +171,31 @@ def _create(file: h5py.File, name: str, dtype: type, row_shape: tuple[int, ...])
 
 
 def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
-    """The dataset with a chunk cache that holds all chunks of a row, so that no chunk is unpacked twice; None if there is none."""
+    """The dataset, with a chunk cache for all chunks of a row, so that no chunk is unpacked twice; None if there is none."""
     import h5py
 
-    opened = open_dataset(file, path, name)
-    if opened is None:
+    place = find_dataset(file, path, name)
+    if place is None:
         return None
-    dataset = h5py.Dataset(opened)
+    dataset = h5py.Dataset(h5py.h5d.open(*place))
     if dataset.shape is None:
         raise ModelFileError(f"{path}: {name}: expected a dataset of numbers, got a Dataset without a shape")
     if dataset.chunks is None:
         return dataset
     if (size := _cache_bytes(dataset)) <= PIECE_BYTES:  # HDF5's default
         return dataset
-    place = opened.name
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
     access.set_chunk_cache(521, size, 1.0)
-    del dataset, opened  # HDF5 keeps the cache of a dataset that is open already
-    return h5py.Dataset(h5py.h5d.open(file.id, place, access))
+    del dataset  # HDF5 keeps the cache of a dataset that is open already
+    return h5py.Dataset(h5py.h5d.open(*place, access))
+
+
+def _working_bytes(datasets: Iterable[h5py.Dataset]) -> int:
+    """Chunks that HDF5 holds unpacked, and the largest one while it passes through filters."""
+    chunked = [dataset for dataset in datasets if dataset.chunks is not None and _cache_bytes(dataset) > PIECE_BYTES]
+    filtered = [dataset for dataset in chunked if dataset.id.get_create_plist().get_nfilters()]
+    passing = max((math.prod(dataset.chunks) * dataset.dtype.itemsize for dataset in filtered), default=0)
+    return sum(map(_cache_bytes, chunked)) + passing
 
 
 def _cache_bytes(dataset: h5py.Dataset) -> int:
