@@ -16,6 +16,8 @@ from hps_numba.storage.model_files import formats, open_model
 
 __all__ = ["Survey", "count_duplicates", "survey_model"]
 
+_SAMPLE = 1 << 14  # keys, and values, that are looked at for signs of another dtype
+_FEWEST = 64
 _FIRST = 3  # rows shown in the report
 _KEYS_AT_ONCE = 1 << 25  # 256 MiB
 
@@ -33,6 +35,8 @@ class Survey:
         value_range: smallest and largest finite value; None without one.
         mean: of the finite values; NaN without one.
         first_rows: keys and values of the first rows.
+        ignored: names of further arrays in the file, which are not read.
+        warnings: what the content looks like, if it is not what the format says.
     """
 
     path: Path
@@ -49,6 +53,8 @@ class Survey:
     value_range: tuple[float, float] | None
     mean: float
     first_rows: list[tuple[int, list[float]]]
+    ignored: tuple[str, ...]
+    warnings: list[str]
 
 
 def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None]) -> Survey:
@@ -59,10 +65,12 @@ def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None
     """
     keys, values = _KeyFacts(), _ValueFacts()
     first: list[tuple[int, list[float]]] = []
+    warnings: list[str] = []
     with open_model(path, dim) as model:
         for some_keys, some_rows, _ in model.chunks():
             if not first:
                 first = [(int(key), row.tolist()) for key, row in zip(some_keys[:_FIRST], some_rows[:_FIRST], strict=True)]
+                warnings = _misread(some_keys, some_rows)
             keys.add(some_keys)
             values.add(some_rows)
             on_rows("reading", len(some_keys))
@@ -81,7 +89,37 @@ def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None
             value_range=values.range,
             mean=values.mean,
             first_rows=first,
+            ignored=model.ignored,
+            warnings=warnings,
         )
+
+
+def _misread(keys: np.ndarray, rows: np.ndarray) -> list[str]:
+    """Signs that raw bytes are of another dtype: the sizes of a directory fit int32 keys and float16 rows, too."""
+    found = []
+    if _look_like_int32(keys[:_SAMPLE]):
+        found.append("every key looks like two int32 keys: a sparse model has int64 keys, so are there twice as many rows?")
+    if _look_like_float16(rows.reshape(-1)[:_SAMPLE]):
+        found.append("every value looks like two float16 values: a directory has float32 rows, so is the width twice that?")
+    return found
+
+
+def _look_like_int32(keys: np.ndarray) -> bool:
+    """Both halves of all keys are small and different numbers; of hashed keys, half of the lower halves are negative."""
+    low, high = np.ascontiguousarray(keys).view(np.int32).reshape(-1, 2).T
+    if len(keys) < _FEWEST or min(low.min(), high.min()) < 0 or len(np.unique(high)) < len(high) // 2:
+        return False
+    larger, smaller = sorted((int(low.max()), int(high.max())), reverse=True)
+    return larger < 16 * max(1, smaller)
+
+
+def _look_like_float16(values: np.ndarray) -> bool:
+    """Both halves of all values are numbers of one magnitude; of float32 values, the lower halves are any bits, or few."""
+    low, high = np.abs(np.ascontiguousarray(values).view(np.float16).reshape(-1, 2).astype(np.float32)).T
+    if len(np.unique(low)) < _FEWEST or not (np.isfinite(low).all() and np.isfinite(high).all()):
+        return False
+    middle_low, middle_high = float(np.median(low)), float(np.median(high))
+    return 0 < middle_low < 30 * middle_high and middle_high < 30 * middle_low and float(low.max()) < 1000 * middle_low
 
 
 def count_duplicates(path: Path, rows: int, dim: int | None = None, *, at_once: int = _KEYS_AT_ONCE) -> int:

@@ -32,16 +32,20 @@ def convert(
     from hps_numba.storage.model_files import convert_model, open_model
 
     with open_model(src, dim) as model:
-        rows, dim = model.rows, model.dim
+        rows, dim, dropped = model.rows, model.dim, list(model.ignored)
     started = time.perf_counter()
     with rows_progress(rows) as advance:
         convert_model(src, dst, dim=dim, format=format, overwrite=overwrite, on_progress=counted(advance, "converting"))
     seconds = time.perf_counter() - started
     if as_json:
         size = size_on_disk(dst)
-        print_json({"source": src, "path": dst, "rows": rows, "dim": dim, "bytes": size, "seconds": seconds})
+        print_json(
+            {"source": src, "path": dst, "rows": rows, "dim": dim, "bytes": size, "dropped": dropped, "seconds": seconds}
+        )
     else:
         typer.echo(f"{describe(dst, rows, dim)}, converted in {human_seconds(seconds)}")
+        if dropped:
+            typer.echo(f"not copied: {', '.join(dropped)}, as a sparse model has key, emb_vector and meta only", err=True)
 
 
 PLUGIN = convert

@@ -55,6 +55,8 @@ def _show(survey: Survey) -> None:
             ("values", _values(survey)),
             ("not finite", f"{survey.nan:,} NaN, {survey.infinite:,} infinite"),
             *(("first rows" if number == 0 else "", _row(*row)) for number, row in enumerate(survey.first_rows)),
+            *([("not read", ", ".join(survey.ignored))] if survey.ignored else []),
+            *(("warning", text) for text in survey.warnings),
         ]
     )
 

@@ -21,6 +21,7 @@ from hps_numba.cli._output import (
     print_json,
     print_table,
 )
+from hps_numba.errors import ConfigError
 
 __all__ = ["PLUGIN"]
 
@@ -124,7 +125,10 @@ def _write(report: dict[str, Any], json_file: Path | None) -> None:
         print_json(report)
         return
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        from hps_numba.runtime.replacing import write_report
+
+        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_report(json_file, text, text[: text.index(":")], error=ConfigError)
     _show(report)
 
 

@@ -95,12 +95,15 @@ def _write(
     import json
 
     from hps_numba import simulate as simulation
+    from hps_numba.errors import ConfigError
+    from hps_numba.runtime.replacing import write_report
 
     content = {**({} if result is None else result.to_dict()), **({} if advice is None else {"advice": advice.to_dict()})}
     if json_file == STDOUT:
         print_json(content)
     elif json_file is not None:
-        json_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_report(json_file, text, '{\n "trace"', '{\n "advice"', error=ConfigError)
     if result is not None:
         if csv_file is not None:
             result.write_csv(csv_file)

@@ -36,7 +36,7 @@ try:
 except ImportError:  # Windows: workspaces of dead writers are ignored and stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Judge", "file_judge", "leftovers", "replacing"]
+__all__ = ["Judge", "check_target", "file_judge", "leftovers", "replacing", "write_report"]
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".hps-partial"
@@ -106,6 +106,31 @@ def replacing(path: Path, *, overwrite: bool, judge: Judge, error: type[HpsError
         if not place.holds_something_else:
             _discard(workspace, target)
         os.close(lock)
+
+
+def write_report(path: Path, text: str, *starts: str, error: type[HpsError]) -> None:
+    """Write a file of text that begins with one of ``starts``; what is there must begin so, too. Into a device or FIFO it is written.
+
+    Raises:
+        HpsError, of the type ``error``: there is another file, which is not replaced, or the text cannot be written.
+    """
+    content, heads = text.encode(), tuple(start.encode().lower() for start in starts)
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # there is nothing yet; what else is wrong shows below
+        mode = stat.S_IFREG
+    try:
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            judge = file_judge("such a report", lambda found: found.lower().startswith(heads))
+            with replacing(path, overwrite=True, judge=judge, error=error) as new:
+                new.write_bytes(content)
+        else:
+            with path.open("wb") as device:
+                device.write(content)
+    except OSError as problem:
+        if isinstance(problem, error):
+            raise
+        raise error(f"{path}: cannot be written: {problem.strerror or problem}") from problem
 
 
 def leftovers(target: Path) -> list[Path]:

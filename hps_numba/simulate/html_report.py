@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hps_numba.errors import ConfigError
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import write_report
 from hps_numba.simulate.advice import Advice, Choice
 from hps_numba.simulate.plots import GEOMETRY_NAMES, figures, to_svg
 from hps_numba.simulate.results import Run, Simulation
@@ -39,10 +41,10 @@ def write_page(simulation: Simulation, path: str | Path, *, advice: Advice | Non
     Raises:
         HpsError: matplotlib is missing.   ConfigError: there is no such directory, or no cache of this size was simulated.
     """
-    path = Path(path)
+    path = checked_path(path, "page", error=ConfigError)
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"page: expected a file in an existing directory, got {path}")
-    path.write_text(render_page(simulation, advice=advice, rows=rows), encoding="utf-8")
+    write_report(path, render_page(simulation, advice=advice, rows=rows), "<!doctype html", error=ConfigError)
 
 
 def render_page(simulation: Simulation, *, advice: Advice | None = None, rows: int | None = None) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hps_numba.errors import ConfigError
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import write_report
 
 __all__ = ["Run", "Simulation"]
 
@@ -142,14 +147,21 @@ class Simulation:
         return {**facts, "skipped": list(self.skipped), "runs": [run.to_dict() for run in self.runs], **arrays}
 
     def write_json(self, path: str | Path) -> None:
-        """Write everything as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write everything as JSON.
+
+        Raises:
+            ConfigError: it cannot be written, or there is a file that is none of these.
+        """
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        write_report(checked_path(path, "write_json: path", error=ConfigError), text, '{\n "trace"', error=ConfigError)
 
     def write_csv(self, path: str | Path) -> None:
-        """Write a CSV line for each run, the name of the trace first."""
+        """Write a CSV line for each run, the name of the trace first; raises as :meth:`write_json`."""
         lines = [{"trace": self.trace, **run.to_dict()} for run in self.runs]
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
-            names = [name for name in lines[0] if name != "by_window"] if lines else []
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        text = io.StringIO(newline="")
+        names = [name for name in lines[0] if name != "by_window"] if lines else []
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        checked = checked_path(path, "write_csv: path", error=ConfigError)
+        write_report(checked, text.getvalue(), "trace," if lines else "\n", error=ConfigError)

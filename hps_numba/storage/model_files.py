@@ -203,6 +203,9 @@ def convert_model(
     Raises:
         ModelFileError: as in :func:`open_model` and :func:`write_model`.
     """
+    source, target = (Path(os.path.realpath(checked_path(path))) for path in (src, dst))
+    if source in target.parents:
+        raise ModelFileError(f"{os.fspath(dst)}: expected a place outside the model to copy, {os.fspath(src)}")
     with open_model(src, dim) as model:
         chunks = model.chunks(chunk_rows)
         return write_model(

@@ -30,6 +30,8 @@ from hps_numba.errors import ConfigError, TraceError
 from hps_numba.kernels.dtypes import KEY_DTYPES
 from hps_numba.kernels.host.numbering import sample_keys
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import check_target, file_judge
 
 __all__ = ["TraceRecording", "metadata_path"]
 
@@ -42,6 +44,9 @@ _HASH_BITS = 24
 def metadata_path(path: Path) -> Path:
     """The JSON file with the metadata of a recorded trace."""
     return path.with_name(f"{path.name}.json")
+
+
+_judge = file_judge("a trace", lambda head: head.startswith(_header(0)[:30]))
 
 
 class TraceRecording:
@@ -57,7 +62,7 @@ class TraceRecording:
     def __init__(
         self, path: str | Path, *, table: str, rate: float, every: int, limit: int, on_done: Callable[[TraceRecording], None]
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = checked_path(path, "record_trace: path", error=TraceError).expanduser()
         if self.path.suffix != ".npy":
             raise ConfigError(f"record_trace: expected a file name that ends in .npy, got {self.path}")
         if not 0 < rate <= 1:
@@ -80,6 +85,8 @@ class TraceRecording:
         target = self.path.resolve()
         if target.exists() and not target.is_file():
             raise TraceError(f"record_trace: {self.path}: expected a new file or an older trace, got {_kind_of(target)}")
+        if os.path.lexists(target):
+            check_target(self.path, target, overwrite=True, judge=_judge, error=TraceError)
         aside = _aside(target)
         try:
             file = aside.open("xb")

@@ -417,3 +417,29 @@ def test_swap_and_rename_new(tmp_path: Path) -> None:
     rename.rename_new(other, tmp_path / "third")
     with pytest.raises(FileNotFoundError):
         rename.swap(one, other)
+
+
+def test_reports_replace_reports_only_and_are_written_into_devices(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        replacing.write_report(path, "<!doctype html>new", "<!doctype html", error=TraceError)
+
+    path = tmp_path / "report.html"
+    for _ in range(2):
+        write(path)
+        assert path.read_text() == "<!doctype html>new" and list(tmp_path.iterdir()) == [path]
+    for name, content in (("trace.npy", b"\x93NUMPY"), ("ps.json", b"{}"), ("thesis", b"years of work")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TraceError, match="not such a report; it is not replaced"):
+            write(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(TraceError, match="is a directory"):
+        write(tmp_path)
+    write(Path("/dev/null"))
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    with pytest.raises(TraceError, match="/dev/full: cannot be written: No space left"):
+        write(Path("/dev/full"))
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    write(tmp_path / "fifo")
+    assert os.read(reader, 100) == b"<!doctype html>new"
+    os.close(reader)

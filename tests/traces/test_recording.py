@@ -203,3 +203,17 @@ def test_recording_through_a_link_writes_the_file_it_points_to(server: HPS, tmp_
     with server.record_trace(link, "m", 0):
         server.lookup([5], "m", 0)
     assert link.is_symlink() and recorded(target) == [5] and simulate.open_trace(link).requests == 1
+
+
+def test_files_of_others_are_not_replaced(server: HPS, tmp_path: Path) -> None:
+    weights, text = tmp_path / "weights.npy", tmp_path / "text.npy"
+    np.save(weights, np.ones((3, 4), np.float32))
+    text.write_text("dear diary")
+    before = weights.read_bytes()
+    for path in (weights, text):
+        with pytest.raises(TraceError, match="is a file, but not a trace; it is not replaced"):
+            server.record_trace(path, "m", 0)
+    assert weights.read_bytes() == before and text.read_text() == "dear diary"
+    for bad in (None, 5, b"a.npy", "", "a\0.npy"):
+        with pytest.raises(TraceError, match=r"record_trace: path: expected "):
+            server.record_trace(bad, "m", 0)

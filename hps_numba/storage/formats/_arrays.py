@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
 
-__all__ = ["PIECE_BYTES", "StoredArray", "assign", "check_arrays", "check_dim", "is_stored_as", "piece_rows"]
+__all__ = ["PIECE_BYTES", "StoredArray", "assign", "check_arrays", "check_dim", "is_stored_as", "others", "piece_rows"]
 
 PIECE_BYTES = 1 << 20
 """Size of the intermediate where bytes cannot go straight to their place."""
@@ -68,6 +68,11 @@ def _listed(names: Iterable[str]) -> str:
     found = sorted(name if name.isprintable() else repr(name) for name in names)
     shown = ", ".join(found[:_SHOWN_NAMES])
     return shown[:400] + (f" and {len(found) - _SHOWN_NAMES} more" if len(found) > _SHOWN_NAMES else "") or "none"
+
+
+def others(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names in a file that are not arrays of a sparse model, sorted."""
+    return tuple(sorted(set(names) - {"key", "emb_vector", "meta"}))
 
 
 def check_dim(path: Path, found: int, expected: int | None) -> None:

@@ -80,12 +80,14 @@ class SparseModelReader(abc.ABC):
         rows: number of rows, n.
         dim: floats in a row.
         has_meta: whether there is a ``meta`` array.
+        ignored: names of further arrays in the file, which this package has no use for (HugeCTR's ``slot_id``).
         working_bytes: memory that reading takes beside the caller's arrays, in bytes, where it is more than a few MiB.
 
     Thread safety: one thread at a time. A second thread opens a second reader; both may read any range.
     """
 
     working_bytes: int = 0
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, path: Path, rows: int, dim: int, *, has_meta: bool) -> None:
         self.path = path

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import assign, check_arrays, is_stored_as, piece_rows
+from hps_numba.storage.formats._arrays import assign, check_arrays, is_stored_as, others, piece_rows
 from hps_numba.storage.formats._format import SparseModelReader
 
 __all__ = ["RawArray", "RawArrayReader", "names_in", "open_file", "open_folder", "read_exactly"]
@@ -131,6 +131,7 @@ class RawArrayReader(SparseModelReader):
         self, path: Path, dim: int | None, arrays: dict[str, RawArray], handles: ExitStack, names: Iterable[str] | None = None
     ) -> None:
         super().__init__(path, *check_arrays(path, arrays, dim, names), has_meta="meta" in arrays)
+        self.ignored = others(arrays if names is None else names)
         self._arrays = arrays
         self._handles = handles.pop_all()
 

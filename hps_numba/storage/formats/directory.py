@@ -40,7 +40,8 @@ class DirectoryFormat(SparseModelFormat):
             raise ModelFileError(f"{path}: expected a directory holding key and emb_vector, got a file")
         with ExitStack() as handles, open_folder(path) as folder:
             files = {name: handles.enter_context(open_file(path / name, folder=folder)) for name in ("key", "emb_vector")}
-            if "meta" in names_in(path, folder=folder):
+            names = names_in(path, folder=folder)
+            if "meta" in names:
                 files["meta"] = handles.enter_context(open_file(path / "meta", folder=folder))
             sizes = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
             rows, dim = _rows_and_dim(path, sizes, dim)
@@ -48,7 +49,7 @@ class DirectoryFormat(SparseModelFormat):
                 name: RawArray(file, path / name, name, 0, (rows, dim) if name == "emb_vector" else (rows,), _dtype(name))
                 for name, file in files.items()
             }
-            return RawArrayReader(path, dim, arrays, handles)
+            return RawArrayReader(path, dim, arrays, handles, names)
 
     def write(self, path: Path, dim: int, chunks: Iterable[Chunk]) -> int:
         path.mkdir()
@@ -79,7 +80,8 @@ def _rows_and_dim(path: Path, sizes: dict[str, int], dim: int | None) -> tuple[i
     """Rows and width from the sizes in bytes; sizes that do not fit together are an error."""
     key, emb_vector = sizes["key"], sizes["emb_vector"]
     if key % 8:
-        raise ModelFileError(f"{path / 'key'}: expected a multiple of 8 bytes (int64 keys), got {key}")
+        hint = "; are these int32 keys?" if key % 4 == 0 else ""
+        raise ModelFileError(f"{path / 'key'}: expected a multiple of 8 bytes (int64 keys), got {key}{hint}")
     if emb_vector % 4:
         raise ModelFileError(f"{path / 'emb_vector'}: expected a multiple of 4 bytes (float32 values), got {emb_vector}")
     if sizes.get("meta", key) != key:
@@ -89,7 +91,8 @@ def _rows_and_dim(path: Path, sizes: dict[str, int], dim: int | None) -> tuple[i
         dim = _inferred_dim(path, rows, emb_vector)
     if emb_vector != 4 * dim * rows:
         expected = f"4 * {dim} * {rows} = {4 * dim * rows} bytes for {rows} keys of width {dim}"
-        raise ModelFileError(f"{path / 'emb_vector'}: expected {expected}, got {emb_vector}")
+        hint = {2 * dim * rows: "; are these float16 rows?", 8 * dim * rows: "; are the keys int32?"}.get(emb_vector, "")
+        raise ModelFileError(f"{path / 'emb_vector'}: expected {expected}, got {emb_vector}{hint}")
     return rows, dim
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, piece_rows
+from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, others, piece_rows
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._hdf5_storage import check_storage, chunk_counts, find_dataset
 from hps_numba.storage.formats._raw import open_file
@@ -41,6 +41,7 @@ class Hdf5Reader(SparseModelReader):
         found = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta")}
         self._datasets = {name: dataset for name, dataset in found.items() if dataset is not None}
         super().__init__(path, *check_arrays(path, self._datasets, dim, list(file)), has_meta="meta" in self._datasets)
+        self.ignored = others(file)
         self._descriptor = file.id.get_vfd_handle()
         self._size = os.fstat(self._descriptor).st_size
         for name, dataset in self._datasets.items():

@@ -28,13 +28,13 @@ class NpyFormat(SparseModelFormat):
         if not path.is_dir():
             raise ModelFileError(f"{path}: expected a directory holding key.npy and emb_vector.npy, got a file")
         with ExitStack() as handles, open_folder(path) as folder:
-            arrays = {}
+            arrays, names = {}, names_in(path, folder=folder)
             for name in ("key", "emb_vector", "meta"):
                 file_name = f"{name}.npy"
-                if name != "meta" or file_name in names_in(path, folder=folder):
+                if name != "meta" or file_name in names:
                     file = handles.enter_context(open_file(path / file_name, folder=folder))
                     arrays[name] = _array(file, path / file_name, name)
-            return RawArrayReader(path, dim, arrays, handles)
+            return RawArrayReader(path, dim, arrays, handles, [name.removesuffix(".npy") for name in names])
 
 
 def _array(file: io.FileIO, path: Path, name: str) -> RawArray:

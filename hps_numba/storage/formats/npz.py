@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import assign, check_arrays, piece_rows
+from hps_numba.storage.formats._arrays import assign, check_arrays, others, piece_rows
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._npy_header import read_npy_header
 from hps_numba.storage.formats._raw import open_file
@@ -67,6 +67,7 @@ class NpzReader(SparseModelReader):
 
     def __init__(self, path: Path, dim: int | None, members: dict[str, _Member], names: list[str], handles: ExitStack) -> None:
         super().__init__(path, *check_arrays(path, members, dim, names), has_meta="meta" in members)
+        self.ignored = others(names)
         self._members = members
         self._handles = handles.pop_all()
 

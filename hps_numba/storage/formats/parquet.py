@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, piece_rows
+from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, others, piece_rows
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._raw import open_file
 
@@ -96,6 +96,7 @@ class ParquetReader(SparseModelReader):
     def __init__(self, path: Path, dim: int | None, file: pyarrow.parquet.ParquetFile, handles: ExitStack) -> None:
         arrays = _declared(file, path, dim)
         super().__init__(path, *check_arrays(path, arrays, dim, file.schema_arrow.names), has_meta="meta" in arrays)
+        self.ignored = others(file.schema_arrow.names)
         self._columns = {}
         for name, array in arrays.items():
             row_bytes = array.dtype.itemsize * (self.dim if name == "emb_vector" else 1)
