@@ -5,6 +5,8 @@ parameters than its writer gave it, ends the process; a chunk that is missing, o
 zeros; and opening what a link or a virtual dataset points to may wait for a FIFO. Choice: links are followed here, one by one;
 layout, filters, and address and size of every chunk are compared with the dataset's shape and the file's size. Turned down: a
 helper process for each file, which costs every user a copy of the table for damage that these checks find.
+
+The library comes as an argument: ``hdf5.py`` is the one place that imports it.
 """
 
 from __future__ import annotations
@@ -12,14 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
-
-if TYPE_CHECKING:
-    import h5py
 
 __all__ = ["check_storage", "chunk_counts", "find_dataset"]
 
@@ -38,15 +38,13 @@ class _Chunk(NamedTuple):
     size: int
 
 
-def find_dataset(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | None:
+def find_dataset(h5py: ModuleType, file: Any, path: Path, name: str) -> tuple[Any, bytes] | None:
     """Group and name of the dataset of this name in this very file, or None; no other file is opened on the way.
 
     Raises:
         ModelFileError: it is something else, or its data are in another file.
     """
-    import h5py
-
-    found = _follow(file, path, name)
+    found = _follow(h5py, file, path, name)
     if found is None:
         return None
     group, entry = found
@@ -60,10 +58,8 @@ def find_dataset(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | 
     return found
 
 
-def _follow(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | None:
+def _follow(h5py: ModuleType, file: Any, path: Path, name: str) -> tuple[Any, bytes] | None:
     """Group and name of the hard link that a name leads to, through soft links; None if it leads nowhere."""
-    import h5py
-
     root = h5py.h5g.open(file.id, b"/")
     group, pending = root, [name.encode()]
     for _ in range(_MAX_LINKS):
@@ -90,20 +86,18 @@ def _follow(file: h5py.File, path: Path, name: str) -> tuple[Any, bytes] | None:
     raise ModelFileError(f"{path}: {name}: expected a dataset, got links that lead to none")
 
 
-def chunk_counts(dataset: h5py.Dataset) -> list[int]:
+def chunk_counts(dataset: Any) -> list[int]:
     """Chunks along each dimension."""
     return [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
 
 
-def check_storage(path: Path, name: str, dataset: h5py.Dataset, file_bytes: int) -> None:
+def check_storage(h5py: ModuleType, path: Path, name: str, dataset: Any, file_bytes: int) -> None:
     """Compare the bytes that a dataset has in its file with what its shape and its filters need.
 
     Raises:
         ModelFileError: bytes are missing (HDF5 would give the fill value, usually zeros), lie beyond the end of the file, or
             are of a size that they cannot have.
     """
-    import h5py
-
     if not dataset.size:
         return
     where = f"{path}: {name}"
@@ -118,7 +112,7 @@ def check_storage(path: Path, name: str, dataset: h5py.Dataset, file_bytes: int)
         _check_span(where, dataset.id.get_offset(), dataset.nbytes, file_bytes)
 
 
-def _check_filters(where: str, dataset: h5py.Dataset) -> list[int]:
+def _check_filters(where: str, dataset: Any) -> list[int]:
     """Codes of the filters, in the order in which they were applied."""
     plist = dataset.id.get_create_plist()
     codes = []
@@ -130,7 +124,7 @@ def _check_filters(where: str, dataset: h5py.Dataset) -> list[int]:
     return codes
 
 
-def _check_chunks(where: str, dataset: h5py.Dataset, codes: list[int], file_bytes: int) -> None:
+def _check_chunks(where: str, dataset: Any, codes: list[int], file_bytes: int) -> None:
     expected, found = math.prod(chunk_counts(dataset)), dataset.id.get_num_chunks()
     if found < expected:
         raise ModelFileError(f"{where} has {found} of {expected} chunks; its writer did not finish")
@@ -153,7 +147,7 @@ def _check_chunks(where: str, dataset: h5py.Dataset, codes: list[int], file_byte
         raise ModelFileError(f"{where}: two chunks lie at the same address")
 
 
-def _check_chunk(where: str, dataset: h5py.Dataset, chunk: _Chunk, codes: list[int], chunk_bytes: int) -> None:
+def _check_chunk(where: str, dataset: Any, chunk: _Chunk, codes: list[int], chunk_bytes: int) -> None:
     place = f"{where}: chunk at {list(chunk.offset)}"
     if any(
         start % step or start >= length for start, step, length in zip(chunk.offset, dataset.chunks, dataset.shape, strict=True)
@@ -175,7 +169,7 @@ def _check_span(place: str, address: int | None, size: int, file_bytes: int) -> 
         raise ModelFileError(f"{place}: expected {size} bytes within the file of {file_bytes}, got them at {address}")
 
 
-def _chunks(dataset: h5py.Dataset) -> Iterable[_Chunk]:
+def _chunks(dataset: Any) -> Iterable[_Chunk]:
     """All chunks: in one pass where HDF5 can, as asking for them by number takes a pass each."""
     found: list[_Chunk] = []
     number = dataset.id.get_num_chunks()
@@ -190,7 +184,7 @@ def _chunks(dataset: h5py.Dataset) -> Iterable[_Chunk]:
     return _by_number(dataset, number)
 
 
-def _by_number(dataset: h5py.Dataset, number: int) -> Iterator[_Chunk]:
+def _by_number(dataset: Any, number: int) -> Iterator[_Chunk]:
     for index in range(number):
         yield _chunk(dataset.id.get_chunk_info(index))
 

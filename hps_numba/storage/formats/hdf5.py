@@ -38,6 +38,8 @@ class Hdf5Reader(SparseModelReader):
     """Reads rows with ``read_direct``: unpacked chunks go straight to the caller's arrays."""
 
     def __init__(self, path: Path, dim: int | None, file: h5py.File, handles: ExitStack) -> None:
+        import h5py
+
         found = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta")}
         self._datasets = {name: dataset for name, dataset in found.items() if dataset is not None}
         super().__init__(path, *check_arrays(path, self._datasets, dim, list(file)), has_meta="meta" in self._datasets)
@@ -45,7 +47,7 @@ class Hdf5Reader(SparseModelReader):
         self._descriptor = file.id.get_vfd_handle()
         self._size = os.fstat(self._descriptor).st_size
         for name, dataset in self._datasets.items():
-            check_storage(path, name, dataset, self._size)
+            check_storage(h5py, path, name, dataset, self._size)
         self.working_bytes = _working_bytes(self._datasets.values())
         self._handles = handles.pop_all()
 
@@ -175,7 +177,7 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
     """The dataset, with a chunk cache for all chunks of a row, so that no chunk is unpacked twice; None if there is none."""
     import h5py
 
-    place = find_dataset(file, path, name)
+    place = find_dataset(h5py, file, path, name)
     if place is None:
         return None
     dataset = h5py.Dataset(h5py.h5d.open(*place))
