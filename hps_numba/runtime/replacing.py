@@ -109,7 +109,7 @@ def replacing(path: Path, *, overwrite: bool, judge: Judge, error: type[HpsError
 
 
 def write_report(path: Path, text: str, *starts: str, error: type[HpsError]) -> None:
-    """Write a file of text that begins with one of ``starts``, or into a device or FIFO; a file that is there must begin so, too.
+    """Write a file of text that begins with one of ``starts``, as a file that is there must; or into a device or FIFO.
 
     Raises:
         HpsError, of the type ``error``: there is another file, which is not replaced, or the text cannot be written.
