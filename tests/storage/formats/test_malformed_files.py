@@ -42,8 +42,18 @@ def raw_model(folder: Path) -> Path:
     [
         ("emb_vector", 1000, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 1000"),
         ("emb_vector", 1604, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 1604"),
-        ("emb_vector", 3200, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 3200"),
-        ("emb_vector", 1600, 8, "/emb_vector: expected 4 * 8 * 25 = 800 bytes for 25 keys of width 8, got 1600"),
+        (
+            "emb_vector",
+            3200,
+            16,
+            "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 3200; are the keys int32?",
+        ),
+        (
+            "emb_vector",
+            1600,
+            8,
+            "/emb_vector: expected 4 * 8 * 25 = 800 bytes for 25 keys of width 8, got 1600; are the keys int32?",
+        ),
         ("emb_vector", 1604, None, "/emb_vector: expected 4 * dim * 25 bytes for 25 keys and a whole dim, got 1604"),
         ("emb_vector", 1599, 16, "/emb_vector: expected a multiple of 4 bytes (float32 values), got 1599"),
         ("emb_vector", 0, 16, "/emb_vector: expected 4 * 16 * 25 = 1600 bytes for 25 keys of width 16, got 0"),
