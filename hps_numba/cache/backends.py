@@ -195,8 +195,10 @@ class CudaBackend:
         return -(-(-(-n // group) * 32) // LOOKUP_THREADS)
 
     def close(self) -> None:
-        """Free what the backend itself holds."""
-        streams.destroy_stream(self._setup)
+        """Free what the backend itself holds; again does nothing."""
+        setup, self._setup = self._setup, 0
+        if setup:
+            streams.destroy_stream(setup)
 
 
 class _CpuMemory:

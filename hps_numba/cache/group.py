@@ -151,17 +151,16 @@ class CacheGroup:
 
     def _start(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> None:
         """Start the kernels one after the other; from now on lookups of this shape are started in one step."""
-        workspace = self._pool.acquire(stream)
-        done = False
-        try:
-            kernels, group = self._kernels_of(shape)  # a change of a policy waits for the workspace in ``retire``
-            with ExitStack() as stores:
-                for cache in self._caches if self._backend.ordinal is None else ():
-                    stores.enter_context(cache.parts.reading())
-                self._batch(workspace, kernels, group, longest, words, stream)
-            done = True
-        finally:
-            self._pool.release(workspace, stream, invalid=not done)
+        self._pool.lend(stream, self._start_with, shape, longest, words, stream)
+
+    def _start_with(
+        self, workspace: _GroupWorkspace, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int
+    ) -> None:
+        kernels, group = self._kernels_of(shape)  # a change of a policy waits for the workspace in ``retire``
+        with ExitStack() as stores:
+            for cache in self._caches if self._backend.ordinal is None else ():
+                stores.enter_context(cache.parts.reading())
+            self._batch(workspace, kernels, group, longest, words, stream)
         if self._backend.ordinal is not None and shape not in self._chains:
             device = cast("CudaBackend", self._backend)
             self._chains[shape] = device.launch_chain(kernels), device.launch_chain(kernels[:1]), group
@@ -227,11 +226,11 @@ class CacheGroup:
     def retire(self) -> None:
         """Take no more lookups, and wait for those at work; graphs that captured one go on."""
         with self._capturing:
-            if self._closed:
-                return
             self._closed = True
-        with self._backend.current():
-            self._pool.close(self._stream)
+            stream = self._stream
+        if stream is not None:  # also in a second call, which finishes what an interrupted one left
+            with self._backend.current():
+                self._pool.close(stream)
 
     def close(self) -> None:
         """``retire``, and free all memory. No graph that captured a lookup may run any more."""
@@ -239,11 +238,11 @@ class CacheGroup:
         with self._capturing, self._backend.current():
             if self._stream is None:
                 return
-            for workspace in self._captured:
-                workspace.release(self._stream)
-            self._captured.clear()
-            self._backend.destroy_stream(self._stream)
-            self._stream = None
+            while self._captured:
+                self._captured[-1].release(self._stream)
+                self._captured.pop()
+            stream, self._stream = self._stream, None
+            self._backend.destroy_stream(stream)
 
 
 class _GroupWorkspace(StreamMemory):

@@ -10,6 +10,7 @@ Parts are given those that they need and use their public names only, so each ca
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import nullcontext
 
@@ -34,6 +35,7 @@ from hps_numba.cache.without_store import WithoutStore
 from hps_numba.cache.workspace import WorkspaceShape
 from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.kernels.policies._policy import Policy
+from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
 __all__ = ["CacheParts"]
@@ -93,6 +95,9 @@ class CacheParts:
         self.misses: StagedMisses | None = None
         if store is not None and miss_path == "staged":
             self.misses = StagedMisses(geometry, self.state, self.kernels, store)
+        self._closed = False
+        self.reset_after_fork()
+        register_fork_reset(self)
         self._build_calls()
 
     def _policy_memory(self, policy: Policy) -> PolicyMemory:
@@ -135,14 +140,21 @@ class CacheParts:
         return self.state.bytes + self.workspaces.bytes + misses + mirror
 
     def close(self) -> None:
-        """Wait for the lookups at work and free all memory; again does nothing."""
-        if not self.lifecycle.close():
-            return
-        with self.backend.current():
-            self.workspaces.close()
-            for part in (self.misses, self.mirror, self.link):
-                if part is not None:
-                    part.close()
-            self.workspaces.release_policies()
-            self.state.release()
-        self.backend.close()
+        """Wait for the lookups at work and free all memory; again finishes what an interrupted call left, or does nothing."""
+        self.lifecycle.close()
+        with self._closing:
+            if self._closed:
+                return
+            with self.backend.current():
+                self.workspaces.close()
+                for part in (self.misses, self.mirror, self.link):
+                    if part is not None:
+                        part.close()
+                self.workspaces.release_policies()
+                self.state.release()
+            self.backend.close()
+            self._closed = True
+
+    def reset_after_fork(self) -> None:
+        """A new lock, as a forked child needs it."""
+        self._closing = threading.RLock()

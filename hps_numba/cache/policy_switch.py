@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from hps_numba.cache.backends import Kernel
@@ -65,16 +66,20 @@ class PolicySwitch:
 
     def adopt(self, change: PolicyChange) -> None:
         """``EmbeddingCache.adopt_policy``."""
-        state, kernels, workspaces = self._state, self._kernels, self._workspaces
+        workspaces = self._workspaces
         try:
-            with self._lifecycle.controlled(), workspaces.emptied():
-                workspaces.adopt(change.memory, counts=change.policy.needs_count)
-                kernels.adopt(change.policy, change.kernels)
-                self._residency.policy_changed()
-                inserted = state.word(STATE_INSERTED)  # before its clock began to count
-                state.set_word(STATE_TOLD, TICKS_OF_A_CACHE * inserted)
-                self._plan.rescore()
+            with self._lifecycle.controlled():
+                workspaces.while_empty(partial(self._adopt, change))
         except BaseException:
             if workspaces.policy_memory is not change.memory:
                 change.release()
             raise
+
+    def _adopt(self, change: PolicyChange) -> None:
+        state = self._state
+        self._workspaces.adopt(change.memory, counts=change.policy.needs_count)
+        self._kernels.adopt(change.policy, change.kernels)
+        self._residency.policy_changed()
+        inserted = state.word(STATE_INSERTED)  # before its clock began to count
+        state.set_word(STATE_TOLD, TICKS_OF_A_CACHE * inserted)
+        self._plan.rescore()

@@ -128,12 +128,11 @@ class _Staging:
 
     def release(self) -> None:
         """Free everything, after the device has read all."""
-        for event in self._events:
-            self._backend.wait_for(event)
-            self._backend.destroy_event(event)
-        for memory in self._memories:
-            memory.release()
-        self._events, self._memories = [], []
+        while self._events:
+            self._backend.wait_for(self._events[-1])
+            self._backend.destroy_event(self._events.pop())
+        while self._memories:
+            self._memories.pop().release()
 
 
 class StagedMisses:

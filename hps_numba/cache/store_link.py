@@ -145,4 +145,6 @@ class StoreLink:
         self._closed = True
         self._store.epochs.remove_guard(self)
         with self._polling:
-            self._backend.destroy_stream(self._stream)
+            stream, self._stream = self._stream, 0
+            if stream:  # again: an interrupted close is called once more
+                self._backend.destroy_stream(stream)

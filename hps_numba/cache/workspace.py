@@ -87,6 +87,7 @@ class StreamMemory(ABC):
         limit: keys of the largest batch that it has room for.   lists_absent: it has a list of absent keys.
         address: of what the kernels read first.   bytes: of its memory.
         prepared: lookups prepared for this address, this event and the stream of ``user``.
+        lent_to: who works with it now, or did last.   claims: goes up before each attempt to have it.
 
     Thread safety: one thread at a time.
     """
@@ -94,6 +95,8 @@ class StreamMemory(ABC):
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.user: StreamUser | None = None
+        self.lent_to: StreamUser | None = None
+        self.claims = 0
         self.event = self.limit = self.address = self.bytes = 0
         self.lists_absent = False
         self.prepared: dict[Any, Any] = {}

@@ -1,25 +1,55 @@
-"""Workspaces that are lent from call to call.
+"""Workspaces that are lent from call to call, first come, first served.
 
 On a device the calls of a stream follow each other, so a stream keeps its workspace; another stream takes an idle one, the one
 idle for longest, and waits on the device, never on the host, until the call that had it is done. Threads wait for each other
 only while one is starting its kernels.
+
+*No lock.* An interrupt (Ctrl-C) may hit between any two bytecodes, also between taking a lock or a workspace and the ``try``
+that would give it back, and the traceback that a notebook keeps holds the variables of the interrupted call. So nothing here
+depends on code that runs afterwards. A workspace is claimed by removing it from the list of idle ones, which one thread can do,
+and only a running call may hold one. Whoever would have to wait looks at the stacks of all threads: a workspace that is not
+idle and that no running call of this pool refers to was lost, and is put back. Turned down: leases that return by ``__del__``,
+which a kept traceback keeps; the owner's thread as a mark, since a handler may look up inside an interrupted lookup.
+
+*Fair.* Who finds no workspace queues. While there is a queue, only its head may claim, and nobody takes the fast path.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from hps_numba.cache.workspace import StreamMemory, StreamUser
-from hps_numba.errors import ClosedError
+from hps_numba.errors import ClosedError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["WorkspacePool"]
 
+log = logging.getLogger(__name__)
 _PER_THREAD = 2  # the handle of a stream that is another one in each thread
+#: seconds after which the head of the queue looks for what interrupts left behind, doubled each time up to those of the others
+_FIRST_LOOK, _LAST_LOOK = 0.01, 0.5
 W = TypeVar("W", bound=StreamMemory)
+
+
+class _Ticket:
+    """A call that waits for a workspace, or has one. What it may claim is noted here before it is claimed.
+
+    Attributes:
+        claimed: ``workspace`` is this call's.   extra: it is beside those of the pool, for this call only.
+        wakes: gets an entry when it is time to look again.
+    """
+
+    __slots__ = ("claimed", "extra", "wakes", "workspace")
+
+    def __init__(self) -> None:
+        self.workspace: Any = None
+        self.claimed = self.extra = False
+        self.wakes: SimpleQueue[None] = SimpleQueue()
 
 
 class WorkspacePool(Generic[W]):
@@ -40,32 +70,13 @@ class WorkspacePool(Generic[W]):
 
     def reset_after_fork(self) -> None:
         """Start empty: in the parent another thread may have been using a workspace."""
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._shut = self._closed  # nothing is lent: closed, or ``emptied``
-        self._waiting = 0
         self._all: list[W] = []
         self._idle: list[W] = []  # the one idle for longest comes first
+        self._waiting: list[_Ticket] = []  # the one that waits for longest comes first
+        self._emptying: _Ticket | None = None  # held by the call of ``while_empty``
+        self._abandoned: list[W] = []  # lost by calls whose stream cannot be waited for; freed at the end
 
-    def acquire(self, stream: int) -> W:
-        """A workspace for work on a stream; sleeps while other threads are starting work with all of them.
-
-        Raises:
-            ClosedError: the pool was closed.
-        """
-        user = _user_of(stream)
-        with self._lock:
-            workspace = self._choose(user)
-            while workspace is None:
-                self._wait()
-                workspace = self._choose(user)
-        if workspace.user != user:
-            try:
-                workspace.begin(stream, user)
-            except BaseException:
-                self._put(workspace)
-                raise
-        return workspace
+    # -- lending ------------------------------------------------------------------------------------------------------------
 
     def reuse(self, stream: int, n: int, start: Callable[..., bool], *args: Any) -> bool:
         """The fast path of lookups on a device: with the workspace that this stream had last, started in one step.
@@ -73,55 +84,59 @@ class WorkspacePool(Generic[W]):
         ``start(workspace, *args)`` also records the event of the workspace, or returns False: nothing was started, as the
         stream is being captured. False if it did, or if the stream has no idle workspace with room for ``n`` keys.
         """
-        workspace = self._acquire_same(stream, n)
-        if workspace is None:
+        user = stream, threading.get_ident() if stream == _PER_THREAD else 0
+        idle = self._idle
+        for workspace in reversed(idle):
+            if workspace.user == user and n <= workspace.limit and not workspace.lists_absent:
+                break
+        else:
             return False
-        done = False
+        workspace.claims += 1
+        if self._waiting or self._emptying is not None or self._closed:
+            return False
         try:
-            started = start(workspace, *args)
-            done = True
-        finally:
-            if done:
-                self._put(workspace)
+            idle.remove(workspace)
+        except ValueError:  # another thread was faster
+            return False
+        try:
+            if workspace.user != user or n > workspace.limit or workspace.lists_absent:  # and gave it back meanwhile
+                started = False
             else:
-                self.release(workspace, stream, invalid=True)
+                started = start(workspace, *args)
+        except BaseException:
+            self._end(workspace, stream, invalid=True)
+            raise
+        idle.append(workspace)
+        if self._waiting or self._emptying is not None:
+            self._wake()
         return started
 
-    def _acquire_same(self, stream: int, n: int) -> W | None:
-        """The workspace that this stream had last, if it is idle and has room for ``n`` keys."""
-        user = stream, threading.get_ident() if stream == _PER_THREAD else 0
-        with self._lock:
-            idle = [] if self._shut else self._idle
-            for i in range(len(idle) - 1, -1, -1):
-                workspace = idle[i]
-                if workspace.user == user and n <= workspace.limit and not workspace.lists_absent:
-                    return idle.pop(i)
-        return None
+    def lend(self, stream: int, work: Callable[..., object], *args: Any) -> None:
+        """Call ``work(workspace, *args)``, which puts all its work on the stream; waits for its turn if all are lent.
 
-    def _wait(self) -> None:
-        self._waiting += 1
+        Raises:
+            ClosedError: the pool was closed.   Otherwise as ``work``; the workspace then gets other memory.
+        """
+        ticket, user, done = _Ticket(), _user_of(stream), False
         try:
-            self._changed.wait()
+            self._wait_for_turn(ticket, user)
+            workspace = ticket.workspace
+            if workspace.user != user:
+                workspace.begin(stream, user)
+            workspace.lent_to = user
+            work(workspace, *args)
+            done = True
         finally:
-            self._waiting -= 1
+            self._leave(ticket)
+            if ticket.extra:
+                ticket.workspace.end(stream, user)
+                ticket.workspace.release(stream)
+            elif ticket.claimed:
+                ticket.claimed = False  # before it is put back: it must not be put back twice
+                self._end(ticket.workspace, stream, invalid=not done)
 
-    def _choose(self, user: StreamUser) -> W | None:
-        if self._shut:
-            if not self._closed:
-                return None
-            raise ClosedError(f"{self._name}: the cache is closed")
-        if self._idle and self._idle[-1].user == user:
-            return self._idle.pop()
-        for i, workspace in enumerate(self._idle):
-            if workspace.user == user:
-                return self._idle.pop(i)
-        if len(self._all) < self._limit:
-            self._all.append(self.make())
-            return self._all[-1]
-        return self._idle.pop(0) if self._idle else None
-
-    def release(self, workspace: W, stream: int, *, invalid: bool = False) -> None:
-        """Take a workspace back when all work with it is on the stream; ``invalid``: only a part of it is."""
+    def _end(self, workspace: W, stream: int, *, invalid: bool) -> None:
+        """Take a workspace back; ``invalid``: only a part of the work with it is on the stream."""
         try:
             workspace.end(stream, _user_of(stream))
             if invalid:
@@ -130,37 +145,184 @@ class WorkspacePool(Generic[W]):
             self._put(workspace)
 
     def _put(self, workspace: W) -> None:
-        with self._lock:
-            self._idle.append(workspace)
-            if self._waiting:
-                self._changed.notify_all()
+        self._idle.append(workspace)
+        self._wake()
 
-    @contextmanager
-    def emptied(self, stream: int) -> Iterator[None]:
-        """A block in which nothing is lent and all work with workspaces is done; ``acquire`` sleeps until it ends.
+    # -- taking turns -------------------------------------------------------------------------------------------------------
 
-        All workspaces are freed, ``stream`` is used for the wait. By one thread at a time, not while one closes the pool.
-        """
-        with self._changed:
-            self._shut = True
+    def _wait_for_turn(self, ticket: _Ticket, user: StreamUser) -> None:
+        """Wait until the ticket has claimed a workspace."""
+        self._waiting.append(ticket)
+        pause = _FIRST_LOOK
+        while True:
+            if self._closed:
+                raise ClosedError(f"{self._name}: the cache is closed")
+            first = self._waiting[:1] == [ticket]
+            if first and self._emptying is None and self._claim(ticket, user):
+                break
+            if pause == _FIRST_LOOK and self._is_nested():
+                if self._emptying is not None:
+                    raise HpsError(f"{self._name}: lookup inside a change of the same cache, which the thread has interrupted")
+                ticket.workspace, ticket.extra = self.make(), True
+                break
+            if not self._sleep(ticket, pause):
+                self._recover_lost()
+                pause = min(2 * pause, _LAST_LOOK)
+        self._leave(ticket)
+
+    def _is_nested(self) -> bool:
+        """Whether this thread is inside another call of this pool too, as in a signal handler: it must not wait for that."""
+        frame, calls = sys._getframe(), 0
+        while frame is not None:
+            calls += frame.f_code in _OUTER_CALLS and frame.f_locals.get("self") is self
+            frame = frame.f_back  # type: ignore[assignment]
+        return calls > 1
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Leave the queue, and let the next one look."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            self._wake()
+
+    def _wake(self) -> None:
+        for ticket in self._waiting[:1]:
+            ticket.wakes.put(None)
+        emptying = self._emptying
+        if emptying is not None:
+            emptying.wakes.put(None)
+
+    @staticmethod
+    def _sleep(ticket: _Ticket, seconds: float) -> bool:
+        """Wait until somebody wakes the ticket; False if nobody did for so long."""
         try:
-            with self._changed:
-                while len(self._idle) < len(self._all):
-                    self._wait()
-                workspaces, self._all, self._idle = self._all, [], []
-            for workspace in workspaces:
-                workspace.release(stream)
-            yield
+            ticket.wakes.get(timeout=seconds)
+        except Empty:
+            return False
+        return True
+
+    def _claim(self, ticket: _Ticket, user: StreamUser) -> bool:
+        """Claim the workspace that this user had last, else a new one, else the one idle for longest."""
+        for workspace in [workspace for workspace in reversed(self._idle) if workspace.user == user]:
+            if self._take(ticket, workspace):
+                return True
+        if len(self._all) < self._limit and self._add(ticket):
+            return True
+        return any(self._take(ticket, workspace) for workspace in tuple(self._idle))
+
+    def _take(self, ticket: _Ticket, workspace: W) -> bool:
+        """Claim an idle workspace; False if another thread was faster."""
+        ticket.workspace = workspace
+        workspace.claims += 1
+        try:
+            self._idle.remove(workspace)
+        except ValueError:
+            return False
+        ticket.claimed = True
+        return True
+
+    def _add(self, ticket: _Ticket) -> bool:
+        """Make a workspace and claim it; False if other threads made the last ones meanwhile."""
+        ticket.workspace = workspace = self.make()
+        self._all.append(workspace)
+        if self._all.index(workspace) >= self._limit:
+            self._all.remove(workspace)
+            return False
+        ticket.claimed = True
+        return True
+
+    # -- what interrupts leave behind ---------------------------------------------------------------------------------------
+
+    def _recover_lost(self) -> None:
+        """Put back what no running call has: workspaces, places in the queue, the wish that nothing is lent.
+
+        A workspace may be put back and claimed again while this looks at one stack after the other: ``claims`` tells.
+        """
+        waiting, emptying, lent = tuple(self._waiting), self._emptying, []
+        for workspace in tuple(self._all):
+            claims = workspace.claims
+            if workspace not in self._idle:
+                lent.append((workspace, claims))
+        held = self._held()
+        for ticket in waiting:
+            if id(ticket) not in held and ticket in self._waiting:
+                self._waiting.remove(ticket)
+        if emptying is not None and id(emptying) not in held and self._emptying is emptying:
+            self._emptying = None
+        for workspace, claims in lent:
+            if id(workspace) not in held and workspace.claims == claims and workspace not in self._idle:
+                self._recover(workspace)
+        self._wake()
+
+    def _held(self) -> set[int]:
+        """The identities of all workspaces and tickets that running calls of this pool refer to."""
+        held: set[int] = set()
+        for top in sys._current_frames().values():
+            frame = top
+            while frame is not None:
+                if frame.f_code in _CALLS and (known := frame.f_locals).get("self") is self:
+                    ticket = known.get("ticket")
+                    held |= {id(ticket), id(getattr(ticket, "workspace", None)), id(known.get("workspace"))}
+                frame = frame.f_back  # type: ignore[assignment]
+        return held
+
+    def _recover(self, workspace: W) -> None:
+        """Put a lost workspace back, as after a call that failed."""
+        try:
+            self._all.remove(workspace)
+        except ValueError:  # another thread was faster
+            return
+        log.debug("%s: a buffer of an interrupted call is put back", self._name)
+        user = workspace.lent_to or workspace.user
+        try:
+            if user is not None:
+                if user != _user_of(user[0]):
+                    raise HpsError("its stream is another thread's own")
+                workspace.end(user[0], user)
+            workspace.invalidate()
+        except HpsError as problem:
+            log.warning("%s: a buffer of an interrupted call is out of use: %s", self._name, problem)
+            self._abandoned.append(workspace)
+            return
+        if len(self._all) < self._limit:
+            self._all.append(workspace)
+            self._idle.append(workspace)
+        else:
+            self._abandoned.append(workspace)
+
+    # -- all of them --------------------------------------------------------------------------------------------------------
+
+    def while_empty(self, stream: int, change: Callable[[], object]) -> None:
+        """Call ``change`` while nothing is lent and all work with workspaces is done; calls that come meanwhile wait.
+
+        All workspaces are freed before, with a wait on ``stream``. One thread at a time, and not while one closes the pool.
+        """
+        ticket = _Ticket()
+        try:
+            self._emptying = ticket
+            self._free_all(ticket, stream)
+            change()
         finally:
-            with self._changed:
-                self._shut = self._closed
-                self._changed.notify_all()
+            self._emptying = None
+            self._wake()
+
+    def _free_all(self, ticket: _Ticket, stream: int) -> None:
+        """Free every workspace as soon as it is idle. One that is being freed when an interrupt hits is recovered later."""
+        pause = _FIRST_LOOK
+        while self._all:
+            for workspace in tuple(self._idle):
+                if self._take(ticket, workspace):
+                    workspace.release(stream)
+                    self._all.remove(workspace)
+            if self._all and self._is_nested():
+                raise HpsError(f"{self._name}: change or close inside a lookup of the same thread, which it would wait for")
+            if self._all and not self._sleep(ticket, pause):
+                self._recover_lost()
+                pause = min(2 * pause, _LAST_LOOK)
 
     @property
     def workspaces(self) -> tuple[W, ...]:
         """All workspaces, lent or idle."""
-        with self._changed:
-            return tuple(self._all)
+        return tuple(self._all)
 
     @property
     def bytes(self) -> int:
@@ -168,14 +330,38 @@ class WorkspacePool(Generic[W]):
         return sum(workspace.bytes for workspace in self.workspaces)
 
     def close(self, stream: int) -> None:
-        """Lend no more, wait for lent workspaces and for the work with them, and free the memory."""
-        with self._changed:
-            self._closed = self._shut = True
-            self._changed.notify_all()
-            while len(self._idle) < len(self._all):
-                self._wait()
-        for workspace in self._all:
-            workspace.release(stream)
+        """Lend no more, wait for lent workspaces and for the work with them, and free the memory.
+
+        Again finishes what a call that was interrupted left.
+        """
+        ticket = _Ticket()
+        self._closed = True
+        for waiting in tuple(self._waiting):
+            waiting.wakes.put(None)
+        self._emptying = ticket
+        self._free_all(ticket, stream)
+        while self._abandoned:
+            self._abandoned[-1].release(stream)
+            self._abandoned.pop()
+        self._emptying = None
+
+
+_OUTER_CALLS = frozenset(
+    function.__code__ for function in (WorkspacePool.reuse, WorkspacePool.lend, WorkspacePool.while_empty, WorkspacePool.close)
+)
+#: the code whose frames may hold a workspace or a ticket, in variables of these names
+_CALLS = _OUTER_CALLS | frozenset(
+    function.__code__
+    for function in (
+        WorkspacePool._end,
+        WorkspacePool._put,
+        WorkspacePool._wait_for_turn,
+        WorkspacePool._take,
+        WorkspacePool._add,
+        WorkspacePool._recover,
+        WorkspacePool._free_all,
+    )
+)
 
 
 def _user_of(stream: int) -> StreamUser:

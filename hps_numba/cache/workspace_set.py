@@ -70,12 +70,12 @@ class WorkspaceSet:
             self.policy_memory.clear(0)
             self.own = self.new()
 
-    def emptied(self) -> AbstractContextManager[None]:
-        """A block in which no workspace is lent and all work with them is done; lookups that come sleep until it ends."""
-        return self.pool.emptied(self._stream)
+    def while_empty(self, change: Callable[[], object]) -> None:
+        """Call ``change`` while no workspace is lent and all work with them is done; lookups that come sleep until it ends."""
+        self.pool.while_empty(self._stream, change)
 
     def adopt(self, memory: PolicyMemory, *, counts: bool) -> None:
-        """Use the memory of another policy; inside ``emptied``. ``counts``: it counts hits."""
+        """Use the memory of another policy; inside ``while_empty``. ``counts``: it counts hits."""
         self.own.release(self._stream)
         before = self.policy_memory
         self._use_shape(replace(self.shape, counts=counts), memory)
@@ -98,14 +98,11 @@ class WorkspaceSet:
                 self.captured.append(workspace)
                 work(workspace, *args)
             return
-        workspace = self.pool.acquire(stream)
-        done = False
-        try:
-            with self._reading():
-                work(workspace, *args)
-            done = True
-        finally:
-            self.pool.release(workspace, stream, invalid=not done)
+        self.pool.lend(stream, self._work, work, *args)
+
+    def _work(self, workspace: Workspace, work: Callable[..., None], *args: Any) -> None:
+        with self._reading():
+            work(workspace, *args)
 
     @property
     def bytes(self) -> int:

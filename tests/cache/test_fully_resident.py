@@ -331,10 +331,13 @@ def test_stream_reuses_its_workspace(cpu_bench: Bench) -> None:
         return bool(answer)
 
     assert not pool.reuse(0, 10, start, True)  # none was lent before
-    workspace = pool.acquire(0)
-    workspace.reserve(300, False, 0)
-    assert not pool.reuse(0, 10, start, True)  # it is lent
-    pool.release(workspace, 0)
+
+    def reserve(lent: Any) -> None:
+        lent.reserve(300, False, 0)
+        assert not pool.reuse(0, 10, start, True)  # it is lent
+
+    pool.lend(0, reserve)
+    (workspace,) = pool.workspaces
     assert not seen
     assert pool.reuse(0, workspace.limit, start, True)
     assert not pool.reuse(0, workspace.limit, start, False)  # captured
@@ -343,5 +346,6 @@ def test_stream_reuses_its_workspace(cpu_bench: Bench) -> None:
     assert seen == [workspace, workspace]
     with pytest.raises(OSError, match="refused"):
         pool.reuse(0, 10, start, OSError("refused"))
-    assert workspace.limit == 0 and pool.acquire(0) is workspace  # invalidated, and put back
-    pool.release(workspace, 0)
+    assert workspace.limit == 0  # invalidated, and put back
+    pool.lend(0, seen.append)
+    assert seen.pop() is workspace
