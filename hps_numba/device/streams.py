@@ -15,6 +15,7 @@ __all__ = [
     "new_stream",
     "record",
     "synchronize",
+    "synchronize_device",
     "wait",
     "wait_for",
 ]
@@ -52,6 +53,12 @@ def synchronize(stream: int) -> None:
     """Wait until all work on the stream is done; the GIL is released. Not while the stream is being captured."""
     with relaxed_capture():
         check("cuStreamSynchronize", cuda.driver.cuStreamSynchronize(stream)[0])
+
+
+def synchronize_device(ordinal: int) -> None:
+    """Wait until all work of all streams of a device is done; the GIL is released. Not while a stream is being captured."""
+    with current(ordinal), relaxed_capture():
+        check("cuCtxSynchronize", cuda.driver.cuCtxSynchronize()[0])
 
 
 def new_event(ordinal: int | None = None) -> int:

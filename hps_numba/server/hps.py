@@ -59,6 +59,7 @@ class HPS:
     It is a context manager: ``with HPS("ps.json") as server: rows = server.lookup(keys, "model", 0)``.
 
     Thread safety: any thread may call any method. Lookups take no lock and release the GIL; writes to one table take turns.
+    An interrupt (Ctrl-C) during a write is raised when the write is done everywhere, a second one at once.
     """
 
     def __init__(
@@ -194,12 +195,18 @@ class HPS:
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
         """Look up rows as ``lookup`` does, from one DLPack capsule to another. The capsules are not consumed.
 
+        Each of them may be of host memory or of any GPU. Keys and output on one GPU of the model are served in place and in the
+        order of the current stream of Torch, else of CuPy; otherwise, and where TensorFlow is imported, the call returns when
+        the rows are there. Capsules that are not contiguous need CuPy on a GPU.
+
         Args:
             keys: capsule (or object with ``__dlpack__``) of integers of any shape and strides, n in all.
-            out_tensor: capsule of float32 with room for ``n * dim`` elements; the first are written, in C order.
+            out_tensor: capsule of float32 (or the model's ``output_dtype``) with room for ``n * dim`` elements; the first are
+                written, in C order.
 
         Raises:
-            As ``lookup``; ArrayError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only.
+            As ``lookup``; ArrayError (a ValueError) if ``out_tensor`` is too small, of another dtype or read-only;
+            DeviceError if a GPU cannot be reached.
         """
         self._lookups.lookup_fromdlpack(keys, out_tensor, model_name, table_id, device_id)
 
@@ -333,7 +340,7 @@ class HPS:
         Raises:
             UnknownModelError: no such model or table.   TierError: a slower tier failed.
         """
-        self._catalog.model(model_name).refresh(table_id, drop=as_flag(drop, "drop"))
+        self._writes.refresh(model_name, table_id, drop=as_flag(drop, "drop"))
 
     def set_policy(self, policy: Any = None, model_name: str = "", table_id: int | str | None = None) -> Any:
         """Switch the caches of a model to another eviction policy; their rows stay.

@@ -18,6 +18,8 @@ import numpy as np
 from hps_numba.arrays.bags import COMBINERS, MAX_KEYS, as_device_bags, as_host_bags
 from hps_numba.arrays.batch import DeviceBatch, HostBatch, check_rows
 from hps_numba.arrays.cuda import device_of_array
+from hps_numba.arrays.dlpack import is_capsule
+from hps_numba.arrays.dlpack_moves import MovedBatch, keys_on_host, settle, write_rows
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
@@ -82,7 +84,7 @@ class Lookups:
         self._fill(model, table, batch.keys, batch.rows)
         return batch.result()
 
-    def _launch(self, model: ServedModel, table: ServedTable, cache: EmbeddingCache, batch: DeviceBatch) -> Any:
+    def _launch(self, model: ServedModel, table: ServedTable, cache: EmbeddingCache, batch: DeviceBatch | MovedBatch) -> Any:
         """The rows of a batch on a GPU, or of its bags; returns when the work is on the stream."""
         try:
             if batch.bags is None:
@@ -108,7 +110,20 @@ class Lookups:
         """As ``HPS.lookup_fromdlpack``."""
         model = self._catalog.model(model_name, device_id)
         table = model.table(table_id)
-        self._answer(model, table, keys, device_of_array(keys), out_tensor, larger=True, out_name="out_tensor")
+        device, there = device_of_array(keys), device_of_array(out_tensor)
+        settle(keys, out_tensor)
+        cache = None if device is None else table.cache_on(device)
+        how = table.spec.dim, table.output_type, self._key_bits
+        if cache is not None and device != there:
+            self._launch(model, table, cache, MovedBatch(keys, *how, out_tensor, out_name="out_tensor"))
+        elif cache is None and there is not None and is_capsule(out_tensor):
+            batch, finish = write_rows(keys_on_host(keys), *how, out_tensor, out_name="out_tensor")
+            self._fill(model, table, batch.keys, batch.rows)
+            finish()
+        else:
+            given = keys if cache is not None else keys_on_host(keys)
+            self._answer(model, table, given, device if given is keys else None, out_tensor, larger=True, out_name="out_tensor")
+        settle(keys, out_tensor)
 
     def lookup_into(self, keys: np.ndarray, model_name: str, table_id: int | str, out: np.ndarray) -> None:
         """As ``DirectAccess.lookup_into``."""

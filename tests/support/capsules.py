@@ -1,4 +1,4 @@
-"""Shared by tests: Forged, drop."""
+"""Shared by tests: Forged, OnDevice, drop."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ class Forged:
         if strides is not None:
             self.steps = (ctypes.c_int64 * len(strides))(*strides)
             self.tensor.strides = ctypes.cast(self.steps, ctypes.POINTER(ctypes.c_int64))
+
+
+class OnDevice(Forged):
+    """A capsule of an array of the host that says that its memory is on a CUDA device."""
+
+    def __init__(self, memory: np.ndarray, device: int = 0, *, versioned: bool = False) -> None:
+        super().__init__(versioned=versioned)
+        self.memory = memory
+        self.tensor.data = memory.ctypes.data if memory.size else None
+        self.shape(memory.shape, tuple(stride // memory.itemsize for stride in memory.strides))
+        self.tensor.device.type, self.tensor.device.id = 2, device
+        self.tensor.dtype.bits = 8 * memory.itemsize
+        self.tensor.dtype.code = {"i": 0, "u": 1, "f": 2, "b": 6}[memory.dtype.kind]
 
 
 def drop(tensor: Any, **fields: Any) -> None:
