@@ -14,6 +14,7 @@
     │   └── TierUnavailable                ... because it cannot be reached or is not installed
     ├── PolicyError       (ValueError)     a cache policy is unknown or breaks its contract
     ├── TraceError        (OSError)        a trace of keys on disk is missing, damaged or of an unknown form
+    ├── ReentryError      (RuntimeError)   a call from inside another one of the same thread, which is halfway through a change
     └── ClosedError       (RuntimeError)   the server was closed
 
 A message is one line that says where the problem is, what was expected and what was given.
@@ -31,6 +32,7 @@ __all__ = [
     "KeyDtypeError",
     "ModelFileError",
     "PolicyError",
+    "ReentryError",
     "TierError",
     "TierUnavailable",
     "TraceError",
@@ -86,6 +88,11 @@ class PolicyError(HpsError, ValueError):
 
 class TraceError(HpsError, OSError):
     """A trace of keys cannot be read: it is missing, damaged, or in an unknown format."""
+
+
+class ReentryError(HpsError, RuntimeError):
+    """A call came from inside another call of the same thread, by a signal handler, ``__del__`` or a callback, and would change
+    what that one is working on. Nothing was changed; call again when the other has ended."""
 
 
 class ClosedError(HpsError, RuntimeError):

@@ -16,11 +16,12 @@ import hps_numba
 from hps_numba import plugins
 from hps_numba.config import ModelConfig, ServerConfig, UpdateSourceConfig, schema
 
-PUBLIC = """HPS ArrayError CacheStats CapacityError ClosedError ConfigError DatabaseOverflowPolicy_t DatabaseType_t DeviceError
-EmbeddingCacheType_t Fetched HpsError InferenceParams KeyDtypeError ModelConfig ModelFileError ParameterServerConfig
-PersistentDatabaseParams Plan Policy PolicyError ServerConfig TablePlan TableSpec TableStats Tier TierError TierUnavailable
-TraceError UnknownModelError UpdateSourceParams UpdateSourceType_t VolatileDatabaseParams __version__ as_policy convert_model
-generate_model load_policy make_plan open_model policy_with read_config simulate write_model"""
+PUBLIC = """HPS ArrayError CacheStats CapacityError ClosedError ConfigError DatabaseOverflowPolicy_t DatabaseType_t
+DeviceError EmbeddingCacheType_t Fetched HpsError InferenceParams KeyDtypeError ModelConfig ModelFileError
+ParameterServerConfig PersistentDatabaseParams Plan Policy PolicyError ReentryError ServerConfig TablePlan TableSpec
+TableStats Tier TierError TierUnavailable TraceError UnknownModelError UpdateSourceParams UpdateSourceType_t
+VolatileDatabaseParams __version__ as_policy convert_model generate_model load_policy make_plan open_model policy_with
+read_config simulate write_model"""
 SIMULATE = """DEFAULT_POLICIES Advice Choice Run Simulation Trace advise known_names open_trace run write_page write_plot"""
 TORCH = """SGD Adagrad Adam HPSEmbeddingBag Init LookupCollection LookupLayer Rows load_checkpoint load_embedding operator
 save_checkpoint save_embedding server_of trained_rows"""

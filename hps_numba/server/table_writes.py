@@ -59,6 +59,12 @@ class TableWrites:
 
     # -- order ---------------------------------------------------------------------
 
+    @property
+    def held_here(self) -> bool:
+        """This thread is inside ``changing``: another one that writes for it would wait for ever."""
+        held: bool = self._write_lock._is_owned()  # type: ignore[attr-defined]  # as ``threading.Condition`` asks a lock
+        return held
+
     @contextmanager
     def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:
         """A block in which other writes wait and rows fetched before or meanwhile stay out; then the caches reload ``keys``."""

@@ -1,9 +1,14 @@
-"""How a parameter server changes rows: NumPy arrays or those of any framework in, every tier and every cache written."""
+"""How a parameter server changes rows: NumPy arrays or those of any framework in, every tier and every cache written.
+
+Arrays are opened by the caller's thread. The change itself is shielded (``runtime.shielded``): an interrupt leaves no tier and
+no cache behind the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import numpy as np
 
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.errors import ModelFileError
+from hps_numba.runtime.shielded import Ask, shielded
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_writes import Change
@@ -38,12 +44,20 @@ class Writes:
     def insert(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.insert``."""
         table = self._catalog.table(model_name, table_id)
-        return table.writes.insert(*self._keys_and_rows(keys, rows, table))
+        given = self._keys_and_rows(keys, rows, table)
+        return self._shielded(table, lambda ask: table.writes.insert(*given))
 
     def update(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.update``."""
         table = self._catalog.table(model_name, table_id)
-        return table.writes.update(*self._keys_and_rows(keys, rows, table))
+        given = self._keys_and_rows(keys, rows, table)
+        return self._shielded(table, lambda ask: table.writes.update(*given))
+
+    def _shielded(self, table: ServedTable, change: Callable[[Ask], int]) -> int:
+        """Do a change of a table whole, whatever interrupts this thread, unless this thread has locked the table itself."""
+        if table.writes.held_here:
+            return change(lambda question: question())
+        return shielded(change, owner=table.writes, place=table.spec.tag)
 
     def _keys_and_rows(self, keys: Any, rows: Any, table: ServedTable) -> tuple[np.ndarray, np.ndarray]:
         batch = as_keys(keys, key_bits=self._catalog.key_bits)
@@ -54,7 +68,12 @@ class Writes:
         table = self._catalog.table(model_name, table_id)
         flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
         shape = (len(flat), table.spec.dim)
-        return table.writes.read_modify_write(flat, lambda rows, found: as_rows(change(rows, found), shape))
+
+        def new_rows(ask: Ask, rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+            made: np.ndarray = ask(lambda: as_rows(change(rows, found), shape))
+            return made
+
+        return self._shielded(table, lambda ask: table.writes.read_modify_write(flat, partial(new_rows, ask)))
 
     @contextmanager
     def locked_table(
@@ -68,7 +87,13 @@ class Writes:
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.erase``."""
         table = self._catalog.table(model_name, table_id)
-        return table.writes.erase(as_keys(keys, key_bits=self._catalog.key_bits).flat)
+        flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
+        return self._shielded(table, lambda ask: table.writes.erase(flat))
+
+    def refresh(self, model_name: str, table_id: int | str | None, *, drop: bool) -> None:
+        """As ``HPS.refresh``."""
+        model = self._catalog.model(model_name)
+        shielded(lambda ask: model.refresh(table_id, drop=drop), owner=model, place=f"model {model_name}")
 
     def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
         """As ``HPS.contains``."""
@@ -88,5 +113,9 @@ class Writes:
         if dump.pairs and dump.dim != table.spec.dim:
             raise ModelFileError(f"{path}: expected rows of width {table.spec.dim} for table {table.spec.tag}, got {dump.dim}")
         for keys, rows in dump.chunks(self._dump_rows):
-            table.writes.insert(keys, rows)
+            self._shielded(table, partial(_insert, table, keys, rows))
         return dump.pairs
+
+
+def _insert(table: ServedTable, keys: np.ndarray, rows: np.ndarray, ask: Ask) -> int:
+    return table.writes.insert(keys, rows)
