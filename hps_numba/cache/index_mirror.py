@@ -163,7 +163,11 @@ class IndexMirror:
             if make is not None:
                 make()
 
-        _timer.add(self.name, call, delay=max(seconds, _SOON_SECONDS))
+        try:
+            _timer.add(self.name, call, delay=max(seconds, _SOON_SECONDS))
+        except CapacityError as problem:  # lookups go on without a copy
+            self._due = False
+            log.warning("%s: %s", self.name, problem)
 
     def _make_if_quiet(self) -> None:
         self._due = False

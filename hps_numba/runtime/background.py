@@ -1,64 +1,100 @@
-"""Background work, which no caller waits for."""
+"""Background work, which no caller waits for.
+
+Not an executor of the standard library: its locks are not reentrant, an interrupt between two of its lines leaves one taken for
+ever, and a job whose thread could not be started stays in its queue and runs later, when its caller has long cleaned up.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 
-from hps_numba.errors import ClosedError
+from hps_numba.errors import CapacityError, ClosedError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.threads import start_thread
 
 __all__ = ["BackgroundJobs"]
 
 log = logging.getLogger(__name__)
+_Jobs = SimpleQueue[Callable[[], None] | None]  # None: a thread may end
 
 
 class BackgroundJobs:
-    """Up to ``threads`` threads for jobs that no caller waits for.   Thread safety: ``submit`` from any thread."""
+    """Up to ``threads`` threads for jobs that no caller waits for; they end with the object.
+
+    Thread safety: ``submit`` from any thread, also in a signal handler; it takes no lock.
+    """
 
     #: jobs that may wait; further ones are dropped, so that a row is fetched from its tier once more
     LIMIT = 64
 
     def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
+        self._limit = threads
         self._closed = False
         self.reset_after_fork()
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
         """Start without threads and jobs, as a forked child must."""
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-        self._waiting = 0
+        self._jobs: _Jobs = SimpleQueue()
+        self._unfinished: list[object] = []  # one entry a job that waits or is at work
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait or are at work."""
+        return len(self._unfinished)
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Run ``job`` later and return True; False if it is dropped: too many wait, or the interpreter is shutting down."""
-        with self._lock:
-            if self._closed or self._waiting >= self.LIMIT:
-                return False
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._threads, "hps_numba_background")
+        """Run ``job`` later and return True; False if it is dropped: too many wait, or no thread can be started."""
+        if self._closed or len(self._unfinished) >= self.LIMIT:
+            return False
+        if len(self._threads) < self._limit:
             try:
-                future = self._executor.submit(job)
-            except RuntimeError as problem:
-                log.debug("rows fetched from a slower tier were not kept: %s", problem)
-                return False
-            self._waiting += 1
-        future.add_done_callback(self._done)
+                run = (self._jobs, self._unfinished)
+                self._threads.append(start_thread(_work_off, run, name="hps_numba_background", purpose="rows of slower tiers"))
+            except CapacityError as problem:
+                log.debug("%s", problem)
+                if not self._threads:
+                    return False
+        self._unfinished.append(job)
+        self._jobs.put(job)
         return True
 
-    def _done(self, future: Future[None]) -> None:
-        with self._lock:
-            self._waiting -= 1
-        problem = None if future.cancelled() else future.exception()
-        if problem is not None and not isinstance(problem, ClosedError):
-            log.warning("rows fetched from a slower tier were not kept: %s", problem)
-
     def close(self) -> None:
-        """Wait for the running job and drop those that wait, and all later ones."""
-        with self._lock:
-            self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        """Wait for the running jobs and drop those that wait, and all later ones; again goes on where it was interrupted."""
+        self._closed = True
+        try:
+            while True:
+                self._jobs.get_nowait()
+        except Empty:
+            self._end()
+        for thread in tuple(self._threads):
+            if thread is not threading.current_thread():
+                thread.join()
+        self._unfinished.clear()
+
+    def _end(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):  # an interrupt may have ended ``__init__``
+            self._end()
+
+
+def _work_off(jobs: _Jobs, unfinished: list[object]) -> None:
+    """Knows the queue and not its owner, which may go without ``close``."""
+    while (job := jobs.get()) is not None:
+        try:
+            job()
+        except ClosedError:
+            log.debug("closed during a job in the background")
+        except BaseException as problem:
+            log.warning("rows fetched from a slower tier were not kept: %s", problem)
+        if job in unfinished:
+            unfinished.remove(job)
+        del job  # it may be the last that knows its server
+    jobs.put(None)  # for the next one: an interrupt may have left a thread that nobody counts

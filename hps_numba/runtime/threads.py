@@ -8,16 +8,22 @@ processes the ranges itself, those included that no thread has started.
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
+from hps_numba.errors import CapacityError
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["SPLIT_BYTES", "available_cores", "ranges_of", "run_ranges"]
+__all__ = ["SPLIT_BYTES", "Ahead", "available_cores", "ranges_of", "run_ranges", "start_thread"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: below this many bytes, about half a millisecond, a batch is not worth a second thread: handing work over takes
 #: 30 microseconds if that thread's core is awake, and several hundred if not
@@ -33,6 +39,60 @@ def available_cores() -> int:
     """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def start_thread(target: Callable[..., object], args: tuple[Any, ...], *, name: str, purpose: str) -> threading.Thread:
+    """A daemon thread that has been started.
+
+    Args:
+        purpose: what it is for, for the message.
+
+    Raises:
+        CapacityError: the system gives no thread.
+    """
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as problem:
+        raise CapacityError(
+            f"{purpose}: expected one more thread, got {problem}, beside {threading.active_count()} of Python: "
+            "raise the limit of processes (ulimit -u, pids.max of the cgroup) or of address space (ulimit -v)"
+        ) from problem
+    return thread
+
+
+class Ahead(Generic[T]):
+    """A call that is made on a thread meanwhile, or by ``result`` if the system gives no thread."""
+
+    def __init__(self, call: Callable[[], T], *, name: str) -> None:
+        self._call = call
+        self._made: list[T] = []
+        self._problem: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            self._thread = start_thread(self._make, (), name=name, purpose=name)
+        except CapacityError as problem:
+            log.debug("%s", problem)
+
+    def _make(self) -> None:
+        try:
+            self._made.append(self._call())
+        except BaseException as problem:
+            self._problem = problem
+
+    def wait(self) -> None:
+        """Wait for the thread; raises nothing of the call."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> T:
+        """What the call returned, or raises what it raised."""
+        self.wait()
+        if self._thread is None:
+            return self._call()
+        if self._problem is not None:
+            raise self._problem
+        return self._made[0]
 
 
 class _Pool:

@@ -126,12 +126,12 @@ class ModelLoader:
         try:
             with rows_progress(sum(table.rows for table in served.plan().tables), self._progress) as on_rows:
                 served.load(on_rows)
+            if served.has_caches and model.num_of_refresher_buffer_in_pool:
+                self.timer.add(model.model, served.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
         except BaseException:
             served.close()
             raise
         self._catalog.models = {**self._catalog.models, model.model: served}
-        if served.has_caches and model.num_of_refresher_buffer_in_pool:
-            self.timer.add(model.model, served.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """As ``HPS.load_model``."""

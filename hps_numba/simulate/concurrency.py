@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from hps_numba.errors import CapacityError
 from hps_numba.runtime.threads import available_cores
 
 __all__ = ["map_in_threads"]
@@ -49,6 +50,8 @@ def map_in_threads(
             return list(pool.map(run, items))
         except BaseException as problem:
             stop.set()
+            if isinstance(problem, RuntimeError) and "start new thread" in str(problem):
+                raise CapacityError(f"threads: expected {threads or available_cores()} of them, got {problem}") from problem
             if not isinstance(problem, _Stopped):
                 raise
     raise failures[0]  # what stopped the others

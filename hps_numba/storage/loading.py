@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.runtime.threads import Ahead
 from hps_numba.storage.formats._format import SparseModelReader
 from hps_numba.storage.host.store import HostStore
 
@@ -100,19 +101,21 @@ def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, ke
         reader.read(start, stop, keys, content.rows_view(start, stop))
         return keys
 
+    reading = None
     try:
-        with ThreadPoolExecutor(1, "hps_numba_load") as ahead:
-            reading = ahead.submit(read, 0) if rows else None
-            for number, start in enumerate(starts):
-                assert reading is not None
-                keys = reading.result()
-                reading = ahead.submit(read, number + 1) if number + 1 < len(starts) else None
-                check_key_width(reader, keys, start, key_bits=key_bits)
-                content.fill(keys, now)
-                if number % 2 == 0 and start + 2 * step < rows:
-                    _touch(content.rows_view(start + 2 * step, min(start + 3 * step, rows)))
-                _report(on_rows, len(keys))
+        reading = Ahead(partial(read, 0), name="hps_numba_load") if rows else None
+        for number, start in enumerate(starts):
+            assert reading is not None
+            keys = reading.result()
+            reading = Ahead(partial(read, number + 1), name="hps_numba_load") if number + 1 < len(starts) else None
+            check_key_width(reader, keys, start, key_bits=key_bits)
+            content.fill(keys, now)
+            if number % 2 == 0 and start + 2 * step < rows:
+                _touch(content.rows_view(start + 2 * step, min(start + 3 * step, rows)))
+            _report(on_rows, len(keys))
     except BaseException:
+        if reading is not None:
+            reading.wait()  # it writes to the memory that is released now
         content.release()
         raise
     store.replace(content)

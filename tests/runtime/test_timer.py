@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 from support.children import in_child
+from support.internals import HANG_SECONDS
+from support.interrupts import interrupted_everywhere
 
-from hps_numba.errors import ClosedError, TierError
+from hps_numba.errors import CapacityError, ClosedError, TierError
 from hps_numba.runtime.timer import Timer
 
 SOON = 0.02
@@ -193,3 +197,51 @@ def test_a_forked_child_starts_with_nothing_due(timer: Timer) -> None:
     assert in_child(in_the_child) == 0
     go_on.set()
     calls.wait(2)
+
+
+def test_a_timer_that_is_dropped_takes_its_thread_along() -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.timer = Timer("dropped")
+            self.timer.add("m", self.refresh, delay=0, interval=NEVER)
+
+        def refresh(self) -> None: ...
+
+    owner = Owner()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "hps_numba_dropped"]
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+    thread.join(HANG_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_without_a_thread_the_error_says_what_to_do(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    calls = Calls()
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(CapacityError, match=r"^refresh: expected one more thread, got can't start new thread.*ulimit -u"):
+            timer.add("m", calls, delay=SOON)
+    timer.add("m", calls, delay=SOON)
+    calls.wait(1)
+
+
+def test_no_interrupt_of_add_or_close_hangs_a_timer() -> None:
+    def use() -> None:
+        timer = Timer("interrupted")
+        timer.add("m", use, delay=NEVER)
+        timer.remove("m")
+        timer.close()
+
+    kept = list(interrupted_everywhere(use, "runtime/timer.py"))
+    assert len(kept) > 30
+    kept.clear()
+    gc.collect()
+    end = time.monotonic() + HANG_SECONDS
+    while any(thread.name == "hps_numba_interrupted" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(1e-3)

@@ -99,11 +99,13 @@ class Interrupts:
         main, delay = threading.main_thread().ident, float(self.rng.uniform(0, seconds))
         timer = threading.Timer(delay, lambda: signal.pthread_kill(main or 0, signal.SIGUSR1))
         try:
-            self.armed = True
-            timer.start()
             with contextlib.suppress(KeyboardInterrupt):
-                call()
-            self.armed = False
+                try:
+                    self.armed = True
+                    timer.start()
+                    call()
+                finally:
+                    self.armed = False
         finally:
             timer.join()
             signal.signal(signal.SIGUSR1, before)

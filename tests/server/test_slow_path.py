@@ -122,12 +122,12 @@ def test_keeping_rows_never_waits_for_a_write(workshop: Workshop) -> None:
 
 def test_a_job_that_cannot_start_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        raise RuntimeError("can't start new thread")
 
     jobs = BackgroundJobs()
     ran: list[int] = []
     with monkeypatch.context() as broken:
-        broken.setattr("concurrent.futures.ThreadPoolExecutor.submit", refuse)
+        broken.setattr("threading.Thread.start", refuse)
         for _ in range(2 * jobs.LIMIT):
             jobs.submit(lambda: ran.append(0))
     done = threading.Event()

@@ -49,6 +49,6 @@ def wait_for_background(server: hps_numba.HPS) -> None:
     pause = threading.Event()  # not ``time.sleep``, as tests may have stopped the clock
     for model in server._catalog.models.values():
         deadline = time.perf_counter() + HANG_SECONDS
-        while model._jobs._waiting:
+        while model._jobs.waiting:
             assert time.perf_counter() < deadline, "background jobs hang"
             pause.wait(1e-3)

@@ -18,7 +18,7 @@ class _Interrupt:
         self.count = 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.files):
+        if not frame.f_code.co_filename.endswith(self.files) or _in_finalizer(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -26,6 +26,15 @@ class _Interrupt:
             if self.count == self.at:
                 raise KeyboardInterrupt
         return self
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Python reports what is raised in ``__del__`` and goes on, so an interrupt there is none."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def interrupted_everywhere(call: Callable[[], object], *files: str, step: int = 1) -> Iterator[KeyboardInterrupt | None]:

@@ -1,0 +1,90 @@
+"""Jobs in the background: dropped rather than waited for, never run twice or late, their threads end with their owner."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+from support.internals import HANG_SECONDS
+from support.interrupts import interrupted_everywhere
+
+from hps_numba.runtime.background import BackgroundJobs
+from hps_numba.runtime.threads import Ahead
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "hps_numba_background"]
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def wait_for_no_threads() -> None:
+    end = time.monotonic() + HANG_SECONDS
+    while threads():
+        assert time.monotonic() < end, "a thread stays"
+        time.sleep(1e-3)
+
+
+def test_jobs_that_are_too_many_are_dropped() -> None:
+    jobs, go_on, ran = BackgroundJobs(), threading.Event(), []
+    assert jobs.submit(lambda: go_on.wait(HANG_SECONDS))
+    taken = [jobs.submit(lambda: ran.append(1)) for _ in range(2 * jobs.LIMIT)]
+    assert taken.count(True) == jobs.LIMIT - 1
+    go_on.set()
+    end = time.monotonic() + HANG_SECONDS
+    while jobs.waiting:
+        assert time.monotonic() < end
+    assert len(ran) == jobs.LIMIT - 1
+    jobs.close()
+    assert not jobs.submit(lambda: ran.append(1))
+    wait_for_no_threads()
+
+
+def test_a_job_without_a_thread_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, ran, done = BackgroundJobs(), [], threading.Event()
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", refuse)
+        assert not jobs.submit(lambda: ran.append(1))
+    assert jobs.submit(done.set) and done.wait(HANG_SECONDS)
+    assert not ran
+    jobs.close()
+
+
+def test_threads_end_with_their_owner() -> None:
+    jobs, done = BackgroundJobs(3), threading.Event()
+    for _ in range(3):
+        assert jobs.submit(done.set)
+    assert done.wait(HANG_SECONDS)
+    del jobs
+    gc.collect()
+    wait_for_no_threads()
+
+
+def test_no_interrupt_loses_the_way_to_submit_and_close() -> None:
+    kept = []
+
+    def use() -> None:
+        jobs = BackgroundJobs()
+        kept.append(jobs)
+        jobs.submit(lambda: None)
+        jobs.close()
+
+    for _ in interrupted_everywhere(use, "runtime/background.py"):
+        jobs = kept.pop() if kept else BackgroundJobs()
+        done = threading.Event()
+        if jobs.submit(done.set):
+            assert done.wait(HANG_SECONDS)
+        jobs.close()
+        assert not jobs.submit(done.set)
+
+
+def test_a_call_ahead_is_made_by_the_caller_if_there_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Ahead(threading.get_ident, name="ahead").result() != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        Ahead(lambda: 1 // 0, name="ahead").result()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert Ahead(threading.get_ident, name="ahead").result() == threading.get_ident()
