@@ -111,6 +111,8 @@ class Interrupts:
             signal.signal(signal.SIGUSR1, before)
 
 
+# a signal may arrive inside a weakref callback, where Python reports what is raised and goes on
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals that reach one thread")
 @pytest.mark.parametrize("verb", ["update", "insert", "erase", "read_modify_write", "refresh"])
 def test_signals_at_random_moments_leave_cache_and_store_alike(workshop: Workshop, verb: str) -> None:  # I: 2 of 27
