@@ -195,7 +195,7 @@ class PlainHostAllocator:
 
     def reset_after_fork(self) -> None:
         """Replace the lock, as a forked child must."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may write to another table
 
     def reserve(self, limit: int, purpose: str, *, least: int | None = None) -> HostRegion:
         """Reserve ``limit`` bytes of addresses, or as many of them as the machine allows, down to ``least``.

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["SPLIT_BYTES", "Ahead", "available_cores", "ranges_of", "run_ranges", "start_thread"]
+__all__ = ["SPLIT_BYTES", "Ahead", "available_cores", "is_pool_thread", "ranges_of", "run_ranges", "start_thread"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -95,6 +95,9 @@ class Ahead(Generic[T]):
         return self._made[0]
 
 
+_workers: set[int] = set()  # idents of the threads of the pool, which never end
+
+
 class _Pool:
     """The idle threads of this process, started on first use, and again in a forked child.
 
@@ -110,6 +113,7 @@ class _Pool:
 
     def reset_after_fork(self) -> None:
         """Start without threads."""
+        _workers.clear()
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.started = 0
 
@@ -126,11 +130,17 @@ class _Pool:
 
 
 def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    _workers.add(threading.get_ident())
     while True:
         jobs.get()()
 
 
 _pool = _Pool()
+
+
+def is_pool_thread() -> bool:
+    """Whether this thread belongs to the pool: whoever waits for a lookup to end must not be one that works for it."""
+    return threading.get_ident() in _workers
 
 
 def ranges_of(n: int, item_bytes: int, threads: int | None = None, *, least: int = SPLIT_BYTES // 2) -> list[tuple[int, int]]:

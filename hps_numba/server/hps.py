@@ -20,6 +20,7 @@ import numpy as np
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
 from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
 from hps_numba.errors import ModelFileError
+from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups
@@ -60,6 +61,8 @@ class HPS:
 
     Thread safety: any thread may call any method. Lookups take no lock and release the GIL; writes to one table take turns.
     An interrupt (Ctrl-C) during a write is raised when the write is done everywhere, a second one at once.
+    Signal handlers, ``__del__`` and callbacks may look up at any time. Where they would change what a call that they interrupt
+    works on, they get ReentryError, and nothing is changed.
     """
 
     def __init__(
@@ -444,9 +447,15 @@ class HPS:
 
         Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that is too short. It does not wait for
         writes.
+
+        Raises:
+            ReentryError: called from inside another call of the server, for which it would wait: by a signal handler,
+                ``__del__`` or a callback. The server stays open.
         """
         with self._loader.changing:
             if not self._catalog.closed:
+                refuse_inside("the server", (self._lookups, self._writes))
+                self._loader.check_outside(*self._catalog.models.values())
                 self._catalog.closed = True
                 self._recordings.close()
                 self._loader.close()

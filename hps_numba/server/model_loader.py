@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from hps_numba.config.spec import locate
 from hps_numba.device import driver
 from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import ConfigError, DeviceError, TierUnavailable
-from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.progress import rows_progress
+from hps_numba.runtime.reentry import ExclusiveLock, refuse_inside
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
@@ -37,7 +37,6 @@ class ModelLoader:
         strict, allow_code, progress: as for ``HPS``.
 
     Attributes:
-        changing: held by whoever changes the set of models, one at a time.
         timer: refreshes the caches of models with a ``refresh_delay`` or ``refresh_interval``.
         allocator: of host memory.   host: the tier in host memory, or None.   slower: all other tiers.
 
@@ -50,17 +49,17 @@ class ModelLoader:
         self._config = config
         self._catalog = catalog
         self._strict, self._allow_code, self._progress = strict, allow_code, progress
-        self.reset_after_fork()
-        register_fork_reset(self)
+        self._changing = ExclusiveLock("the models of the server")
         self.timer = Timer("refresh")
         self.host: HashMapTier | None = None
         self.slower = TierStack([])
         self._host_of_fixed: HashMapTier | None = None
         self.allocator: HostAllocator
 
-    def reset_after_fork(self) -> None:
-        """A new lock, as a forked child needs it."""
-        self.changing = threading.RLock()
+    @property
+    def changing(self) -> AbstractContextManager[None]:
+        """A block for whoever changes the set of models, one at a time."""
+        return self._changing.held()
 
     def load_all(self) -> None:
         """Open the tiers and load the models of the config; nothing is allocated unless the plan fits the machine.
@@ -162,6 +161,7 @@ class ModelLoader:
         """As ``HPS.unload_model``."""
         with self.changing:
             model = self._catalog.model(model_name)
+            self.check_outside(model)
             self.timer.remove(model_name)
             self._catalog.models = {name: other for name, other in self._catalog.models.items() if name != model_name}
             model.close(erase=erase)
@@ -182,6 +182,15 @@ class ModelLoader:
         if tier is None:
             raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
         return tier
+
+    def check_outside(self, *models: ServedModel) -> None:
+        """
+        Raises:
+            ReentryError: this thread is inside a lookup or a change of one of the models, which would wait for itself.
+        """
+        for model in models:
+            for table in model.tables:
+                refuse_inside(table.spec.tag, (table, table.writes, table.slow_path))
 
     def close(self) -> None:
         """Let the lookups at work end, then free all models and tiers. The catalog is closed already, and ``changing`` held."""

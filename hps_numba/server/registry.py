@@ -14,6 +14,7 @@ from hps_numba.config import ServerConfig, read_config
 from hps_numba.config.messages import dotted
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.server.hps import HPS
 
 __all__ = ["SERVERS", "Config", "Servers", "check_batch", "config_of", "server_of"]
@@ -82,8 +83,8 @@ class Servers:
 
     def reset_after_fork(self) -> None:
         """New locks, as a forked child needs them."""
-        self._lock = threading.Lock()
-        self._building: dict[str, threading.RLock] = {}
+        self._lock = threading.RLock()
+        self._building: dict[str, ExclusiveLock] = {}
 
     def open(
         self,
@@ -104,6 +105,7 @@ class Servers:
 
         Raises:
             ConfigError: the config or the batch is wrong.   Otherwise as ``HPS``.
+            ReentryError: this thread is building it already.
         """
         if not config:
             raise ConfigError(
@@ -119,8 +121,8 @@ class Servers:
         if server is not None and not server.closed:
             return server
         with self._lock:
-            building = self._building.setdefault(identity, threading.RLock())
-        with building:
+            building = self._building.setdefault(identity, ExclusiveLock(f"server of {_short(config)}"))
+        with building.held():
             server = self._servers.get(identity)
             if server is not None and not server.closed:
                 return server

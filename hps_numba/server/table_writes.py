@@ -18,6 +18,7 @@ import numpy as np
 from hps_numba.config import TableSpec
 from hps_numba.errors import TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
@@ -40,7 +41,8 @@ class TableWrites:
         caches: the caches of the table, or None; set once the table is loaded.
         count: goes up when a write begins and again when it ends.
 
-    Thread safety: every method. Writes to one table take turns; lookups never wait for them.
+    Thread safety: every method. Writes to one table take turns; lookups never wait for them. A write from inside another one of
+    the same thread (by a signal handler, ``__del__`` or a callback) raises ReentryError.
     """
 
     def __init__(self, spec: TableSpec, store: HostStore | None, tiers: TierStack) -> None:
@@ -49,13 +51,13 @@ class TableWrites:
         self._spec = spec
         self._store = store
         self._tiers = tiers
+        self._lock = ExclusiveLock(spec.tag)
         self.reset_after_fork()
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """New locks: in a forked child, nobody releases those that another thread held."""
-        self._write_lock = threading.RLock()
-        self._insertion_lock = threading.Lock()
+        """A new lock: in a forked child, nobody releases one that another thread held."""
+        self._insertion_lock = threading.RLock()
 
     # -- order ---------------------------------------------------------------------
 
@@ -67,8 +69,18 @@ class TableWrites:
 
     @contextmanager
     def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:
-        """A block in which other writes wait and rows fetched before or meanwhile stay out; then the caches reload ``keys``."""
-        with self._write_lock:
+        """A block in which other writes wait and rows fetched before or meanwhile stay out; then the caches reload ``keys``.
+
+        Raises:
+            ReentryError: this thread is in such a block already.
+        """
+        with self._lock.held(), self.paused(keys):
+            yield
+
+    @contextmanager
+    def paused(self, keys: np.ndarray | None = None) -> Iterator[None]:
+        """``changing`` in which this thread may begin another write."""
+        with self._lock.mutex:
             self.count += 1
             try:
                 yield
@@ -80,15 +92,9 @@ class TableWrites:
     @contextmanager
     def unwritten_since(self, count: int) -> Iterator[bool]:
         """Whether no write is in progress and none has begun since ``count`` was read; writes wait until the block ends."""
-        lock = self._write_lock
-        with self._insertion_lock:  # so that whoever holds the write lock is a writer and not another insertion
-            if not lock.acquire(blocking=False):
-                yield False
-                return
-            try:
-                yield self.count == count
-            finally:
-                lock.release()
+        # whoever holds the lock is then a writer and not another insertion
+        with self._insertion_lock, self._lock.held_if_free() as free:
+            yield free and self.count == count
 
     # -- writing ---------------------------------------------------------------------
 
@@ -110,14 +116,17 @@ class TableWrites:
         """
         self._check_writable()
         with self.changing(keys):
-            if self._may_evict:
-                self._check_reachable(keys, "insert")
-            if self._store is None:
-                new = len(np.unique(keys[~self._tiers.contains(self._spec.tag, keys)]))
-                self._tiers.insert(self._spec.tag, keys, rows)
-                return new
+            return self._insert(keys, rows)
+
+    def _insert(self, keys: np.ndarray, rows: np.ndarray) -> int:
+        if self._may_evict:
+            self._check_reachable(keys, "insert")
+        if self._store is None:
+            new = len(np.unique(keys[~self._tiers.contains(self._spec.tag, keys)]))
             self._tiers.insert(self._spec.tag, keys, rows)
-            return self._write_host(self._store, self._store.upsert, keys, rows)
+            return new
+        self._tiers.insert(self._spec.tag, keys, rows)
+        return self._write_host(self._store, self._store.upsert, keys, rows)
 
     def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
         """Write the rows of those keys that some tier has, in the tiers that have them; returns how many of ``keys`` those are.
@@ -155,12 +164,17 @@ class TableWrites:
         Returns how many keys were new.   Raises as ``read`` and ``insert``.
         """
         self._check_writable()
-        with self._write_lock:
-            return self.insert(keys, np.ascontiguousarray(change(*self.read(keys)), np.float32))
+        with self._lock.held():
+            rows = np.ascontiguousarray(change(*self.read(keys)), np.float32)
+            with self.paused(keys):
+                return self._insert(keys, rows)
 
     def adopt(self, content: HostStore | None) -> None:
-        """Replace the rows in host memory by those of another store (None: there are none to replace) and reload the caches."""
-        with self.changing():
+        """Replace the rows in host memory by those of another store (None: there are none to replace) and reload the caches.
+
+        The caller may be inside ``changing``.
+        """
+        with self.paused():
             if content is not None and self._store is not None:
                 self._store.adopt(content)
             if self.caches is not None:

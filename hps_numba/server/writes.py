@@ -81,7 +81,7 @@ class Writes:
     ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
         """As ``HPS.locked_table``."""
         table = self._catalog.table(model_name, table_id)
-        with table.writes.changing():
+        with table.writes.paused():
             yield table.writes.keys(), lambda some: table.writes.read(some)[0]
 
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:

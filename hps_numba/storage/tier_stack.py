@@ -104,7 +104,7 @@ class TierStack:
     def reset_after_fork(self) -> None:
         """Forget the reads of threads that a forked child does not have."""
         self._reads = 0
-        self._reads_changed = threading.Condition(threading.Lock())
+        self._reads_changed = threading.Condition(threading.RLock())  # a signal handler may look up too
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ does not exist at its first gradient starts from the initializer, with a fresh s
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
-from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.server.hps import HPS
 from hps_numba.storage.host.store import HostStore
@@ -152,12 +151,8 @@ class RowTrainer:
         self.steps = 0
         self._states = self._new_states()
         self._sweep_at = _MIN_SWEEP
-        self.reset_after_fork()
-        register_fork_reset(self)
-
-    def reset_after_fork(self) -> None:
-        """A new lock, in a forked child."""
-        self._lock = threading.RLock()
+        self._lock = ExclusiveLock(f"{self.spec.tag}: {rule.name}")
+        self._states_lock = ExclusiveLock(f"{self.spec.tag}: {rule.name}")  # inside the other; changes while steps are paused
 
     def _new_states(self) -> HostStore | None:
         width = self.rule.width(self.spec.dim)
@@ -172,6 +167,7 @@ class RowTrainer:
 
         Raises:
             ConfigError: ``rule`` is of another class.
+            ReentryError: from inside another step of this thread.
             Otherwise as ``HPS.read_modify_write``; states are as before, and rows as its errors say.
         """
         rule = rule or self.rule
@@ -179,7 +175,7 @@ class RowTrainer:
             raise ConfigError(f"rule: expected {self.rule.name}, by which this table is trained, got {rule.name}")
         gradients = np.ascontiguousarray(gradients, np.float32)
         keys = np.ascontiguousarray(keys, np.int64)
-        with self._lock:
+        with self._lock.held(), self._states_lock.held():
             states = np.empty((len(keys), 0), np.float32)
 
             def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -241,7 +237,7 @@ class RowTrainer:
             self.check_states(len(keys), values.shape)
             if states is not None:
                 states.upsert(keys, values)
-        with self._lock:
+        with self._lock.mutex, self._states_lock.held():
             old, self._states, self.steps = self._states, states, int(steps)
         if old is not None:
             old.close()
@@ -258,7 +254,7 @@ class RowTrainer:
 
     def paused(self) -> AbstractContextManager[Any]:
         """A block in which no step begins or ends."""
-        return self._lock
+        return self._lock.held()
 
 
 def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:

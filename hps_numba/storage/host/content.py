@@ -140,8 +140,8 @@ class TableContent:
             self._recency.commit(8 * slots)
         self.state[STATE_SLOT_LIMIT] = max(int(self.state[STATE_SLOT_LIMIT]), slots)
 
-    def grow_slots(self, step_bytes: int) -> None:
-        """Add ``step_bytes`` worth of slots, at least one; fewer where addresses or memory end.
+    def grow_slots(self, more: int) -> None:
+        """Add ``more`` slots, at least one; fewer where addresses or memory end.
 
         Raises:
             CapacityError: not even one more slot fits.
@@ -150,7 +150,7 @@ class TableContent:
         reserved = self._rows.limit // self.row_bytes - slots
         if reserved <= 0:
             raise CapacityError(f"{self.purpose}: all {slots} slots that could be reserved are in use")
-        step = min(reserved, max(1, step_bytes // self.row_bytes))
+        step = min(reserved, more)
         while True:
             try:
                 self.commit_slots(slots + step)
@@ -182,7 +182,12 @@ class TableContent:
     @property
     def has_slots(self) -> bool:
         """A row can be written without more memory."""
-        return bool(self.state[STATE_FREE] > 0 or self.state[STATE_NEXT_SLOT] < self.state[STATE_SLOT_LIMIT])
+        return self.spare_slots > 0
+
+    @property
+    def spare_slots(self) -> int:
+        """Rows that can be written without more memory."""
+        return int(self.state[STATE_FREE] + self.state[STATE_SLOT_LIMIT] - self.state[STATE_NEXT_SLOT])
 
     def build_index(self) -> tuple[HostRegion, int]:
         """A larger index without the erased entries, and its number of rows; nothing else changes yet."""

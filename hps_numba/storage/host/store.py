@@ -26,6 +26,7 @@ import numpy as np
 
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError
+from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.content import TableContent, entries_of
 from hps_numba.storage.host.epochs import Epochs
@@ -65,7 +66,8 @@ class HostStore:
     Raises:
         CapacityError: ``growth_bytes`` does not hold a row, or there is no memory for ``rows``.
 
-    Thread safety: every method, from any number of threads. Reads take no lock; writers wait for each other.
+    Thread safety: every method, from any number of threads. Reads take no lock; writers wait for each other. A write, or
+    ``close``, from inside a write of the same thread (by a signal handler, ``__del__`` or a callback) raises ReentryError.
     """
 
     def __init__(
@@ -329,9 +331,14 @@ class HostStore:
         self.replace(self.new_content(0))
 
     def close(self) -> None:
-        """Release everything once active lookups have ended; later calls raise ClosedError."""
-        with self.write_lock.mutex:
-            if not self.write_lock.close():
+        """Release everything once active lookups have ended; later calls raise ClosedError.
+
+        Raises:
+            ReentryError: this thread is inside a lookup or a write of the store.
+        """
+        refuse_inside(self.name, (self._reader,))
+        with self.write_lock.closing() as first:
+            if not first:
                 return
             self.versions.invalidate()
             self.versions.retire(self.versions.current, _CLOSE_SECONDS)

@@ -2,17 +2,17 @@
 
 An interrupt (Ctrl-C, a time-out of a test runner, a fork in another thread) may hit between any two lines of a write. The write
 then counts as unfinished, and the next one first rebuilds the free list from the index, which readers use and kernels never
-leave half-written.
+leave half-written. A signal handler, ``__del__`` or a callback may come to the store between any two lines as well: it is not
+let in to write.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from hps_numba.errors import ClosedError, HpsError
-from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.errors import ClosedError
+from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.storage.host.content import TableContent
 from hps_numba.storage.host.header import StoreHeader
 from hps_numba.storage.host.versions import Versions
@@ -24,7 +24,6 @@ class WriteLock:
     """Serializes the writers of a store.
 
     Attributes:
-        mutex: held during a write; reentrant, so that one write may contain another.
         closed: the store takes no more writes.
 
     Thread safety: every method.
@@ -38,12 +37,12 @@ class WriteLock:
         self._writes = 0  # begun so far
         self._unfinished = False  # a writer was interrupted, or is at work
         self.closed = False
-        self.reset_after_fork()
-        register_fork_reset(self)
+        self._lock = ExclusiveLock(name)  # new in a forked child: the next write repairs what another thread had not finished
 
-    def reset_after_fork(self) -> None:
-        """Replace the mutex, as a forked child has to; the next write repairs what another thread had not finished."""
-        self.mutex = threading.RLock()
+    @property
+    def mutex(self) -> AbstractContextManager[object]:
+        """The lock that writers hold; reentrant, for what writes nothing."""
+        return self._lock.mutex
 
     def closed_error(self) -> ClosedError:
         """What to raise where the store is closed."""
@@ -54,9 +53,10 @@ class WriteLock:
         """Hold the mutex for one write; gives the content to change.
 
         Raises:
-            ClosedError: the store is closed. What a watcher raises: then nothing was changed.
+            ClosedError: the store is closed.   ReentryError: this thread is writing already.
+            What a watcher raises: then nothing was changed.
         """
-        with self.mutex:
+        with self._lock.held():
             if self.closed:
                 raise self.closed_error()
             self._writes += 1
@@ -65,20 +65,29 @@ class WriteLock:
                 self._versions.repair()
             self._unfinished = True
             self._versions.collect()
-            try:
-                yield self._versions.current
-            except HpsError:  # raised by ourselves, between two steps
-                self._unfinished = False
-                raise
+            yield self._versions.current
             self._unfinished = False
 
-    def close(self) -> bool:
-        """Take no more writes; False if that is so already. The caller holds ``mutex``."""
-        if self.closed:
-            return False
-        self._tell_watchers()
-        self.closed = True
-        return True
+    def settle(self) -> None:
+        """The writer is between two steps and about to raise: nothing is left to repair.
+
+        Not concluded from the class of an error: a signal handler may raise any, anywhere.
+        """
+        self._unfinished = False
+
+    @contextmanager
+    def closing(self) -> Iterator[bool]:
+        """Hold the mutex and take no more writes; gives False if that is so already.
+
+        Raises:
+            ReentryError: this thread is writing.
+        """
+        with self._lock.held():
+            first = not self.closed
+            if first:
+                self._tell_watchers()
+                self.closed = True
+            yield first
 
     def _tell_watchers(self) -> None:
         for watcher in self._watchers:
@@ -101,10 +110,11 @@ class WriteLock:
         The block is 0 if a writer held the mutex for ``seconds``, the store is closed, or an interrupted write is yet to be
         repaired.
         """
-        if not self.mutex.acquire(timeout=seconds):
+        mutex = self._lock.mutex
+        if not mutex.acquire(timeout=seconds):
             yield -1, 0
             return
         try:
             yield self._writes, 0 if self._unfinished else self._header.block
         finally:
-            self.mutex.release()
+            mutex.release()

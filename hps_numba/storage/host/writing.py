@@ -1,7 +1,8 @@
 """Writing to a host store: batches of keys go through the kernels, and the table grows where they stop early.
 
 A kernel never waits and allocates nothing: it stops at the key for which the index is full or no slot is free. The writer then
-makes space and calls it again for the rest of the batch.
+makes space and calls it again for the rest of the batch. Space is for thousands of rows or for the rest of the batch: a table
+with one free slot would otherwise be written a row at a time, as each row gives back the slot that the next one takes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hps_numba.errors import ArrayError
+from hps_numba.errors import ArrayError, CapacityError
 from hps_numba.kernels.host.write import host_erase, host_upsert
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.content import TableContent, address_of
@@ -20,6 +21,8 @@ from hps_numba.storage.host.header import StoreHeader
 from hps_numba.storage.host.write_lock import WriteLock
 
 __all__ = ["StoreWriter"]
+
+_CALL_ROWS = 4096  # a kernel call that writes at least so many costs next to nothing beside them
 
 
 class StoreWriter:
@@ -95,6 +98,7 @@ class StoreWriter:
 
     def _write_batch(self, content: TableContent, keys: np.ndarray, rows: np.ndarray, only_present: bool, now: int) -> int:
         done = changed = 0
+        can_grow = True
         while done < len(keys):
             content.collect(self._epochs)
             retired = content.reserve_retired(len(keys) - done)
@@ -114,18 +118,44 @@ class StoreWriter:
             changed += more
             self._on_added(0 if only_present else more)
             if done < len(keys):
-                self._make_space(content)
+                if content.index_is_full:
+                    self._grow_index(content)
+                else:
+                    can_grow = self._make_slots(content, min(len(keys) - done, _CALL_ROWS), can_grow)
         return changed
 
-    def _make_space(self, content: TableContent) -> None:
-        """After a kernel stopped early: a larger index, or slots (those that readers have left, else new ones)."""
-        if content.index_is_full:
-            old = content.index
+    def _grow_index(self, content: TableContent) -> None:
+        old = content.index
+        try:
             new, live = content.build_index()
-            self._header.publish(new.address)
-            content.use_index(new, live)
-            content.retire_index(old, self._epochs.advance())
-            return
+        except CapacityError:
+            self._lock.settle()
+            raise
+        self._header.publish(new.address)
+        content.use_index(new, live)
+        content.retire_index(old, self._epochs.advance())
+
+    def _make_slots(self, content: TableContent, wanted: int, can_grow: bool) -> bool:
+        """Slots for ``wanted`` rows: those that readers have left, else new ones; at least one.
+
+        Args:
+            can_grow: false if there was no memory before in this batch.
+
+        Returns whether there was memory.
+
+        Raises:
+            CapacityError: there is no slot at all.
+        """
         content.collect(self._epochs)
-        if not content.has_slots:
-            content.grow_slots(self._growth_bytes)
+        missing = wanted - content.spare_slots
+        if missing <= 0 or (content.has_slots and not can_grow):
+            return can_grow
+        step = max(1, self._growth_bytes // content.row_bytes)
+        try:
+            content.grow_slots(-(-missing // step) * step)
+        except CapacityError:
+            if not content.has_slots:
+                self._lock.settle()
+                raise
+            return False
+        return True

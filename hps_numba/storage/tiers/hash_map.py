@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import TierError
-from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 
@@ -33,12 +32,7 @@ class HashMapTier(Tier):
         self.allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
         self._stores: dict[str, HostStore] = {}
         self._closed = False
-        self.reset_after_fork()
-        register_fork_reset(self)
-
-    def reset_after_fork(self) -> None:
-        """Replace the lock, as a forked child has to."""
-        self._lock = threading.Lock()
+        self._lock = ExclusiveLock("tables in host memory")
 
     def store(self, table: str, dim: int) -> HostStore:
         """The store of a table, created if needed.
@@ -46,7 +40,7 @@ class HashMapTier(Tier):
         Raises:
             TierError: the table has another width.
         """
-        with self._lock:
+        with self._lock.held():
             if self._closed:
                 raise self.closed_error()
             store = self._stores.get(table)
@@ -98,7 +92,7 @@ class HashMapTier(Tier):
         if keys is not None:
             store = self._stores.get(table)
             return 0 if store is None else store.erase(keys)
-        with self._lock:
+        with self._lock.held():
             store = self._stores.pop(table, None)
         if store is None:
             return 0
@@ -126,7 +120,7 @@ class HashMapTier(Tier):
             yield from store.scan(chunk_rows)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock.held():
             self._closed = True
             stores, self._stores = self._stores, {}
         for store in stores.values():

@@ -123,9 +123,18 @@ def test_an_interrupted_write_is_repaired_by_the_next(header: StoreHeader, versi
 def test_an_error_of_ours_needs_no_repair(header: StoreHeader, versions: Versions) -> None:
     lock = WriteLock("t", header, versions)
     with pytest.raises(CapacityError), lock.writing():
+        lock.settle()
         raise CapacityError("full")
     with lock.at_rest(1.0) as (_, block):
         assert block == header.block
+
+
+def test_an_error_of_ours_from_a_signal_handler_is_repaired(header: StoreHeader, versions: Versions) -> None:
+    lock = WriteLock("t", header, versions)
+    with pytest.raises(CapacityError), lock.writing():
+        raise CapacityError("another table is full")
+    with lock.at_rest(1.0) as (_, block):
+        assert block == 0
 
 
 def test_a_watcher_that_raises_keeps_a_write_from_beginning(header: StoreHeader, versions: Versions) -> None:
@@ -144,7 +153,9 @@ def test_a_watcher_that_raises_keeps_a_write_from_beginning(header: StoreHeader,
 
 def test_a_closed_lock_refuses_writers(header: StoreHeader, versions: Versions) -> None:
     lock = WriteLock("t", header, versions)
-    assert [lock.close(), lock.close()] == [True, False]
+    for expected in (True, False):
+        with lock.closing() as first:
+            assert first is expected
     with pytest.raises(ClosedError, match="t: the store is closed"), lock.writing():
         raise AssertionError("the write began")
 
