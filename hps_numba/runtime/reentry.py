@@ -58,6 +58,12 @@ class ExclusiveLock:
             finally:
                 self._inside = False
 
+    @property
+    def owned_here(self) -> bool:
+        """Whether this thread has the mutex."""
+        owned: bool = self.mutex._is_owned()  # type: ignore[attr-defined]  # as ``threading.Condition`` asks a lock
+        return owned
+
     @contextmanager
     def held_if_free(self) -> Iterator[bool]:
         """``held`` without waiting: gives False, and holds nothing, if another thread has the mutex or this one is inside."""
