@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from hps_numba.arrays.bags import DeviceBags
-from hps_numba.arrays.cuda import as_device_keys
+from hps_numba.arrays.cuda import DeviceKeys, as_device_keys
 from hps_numba.arrays.cuda_outputs import as_device_output, new_device_output
-from hps_numba.arrays.encodings import OUTPUT_TYPES
+from hps_numba.arrays.encodings import KEY_ALIGNMENT, OUTPUT_TYPES
 from hps_numba.arrays.host import as_keys
 from hps_numba.arrays.host_outputs import as_output, new_output, wrap_output
 from hps_numba.arrays.kinds import NUMPY, Finish, do_nothing
@@ -106,6 +106,14 @@ def check_rows(out: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ArrayError(f"out: expected contiguous writable float32{list(shape)}, got {got}")
 
 
+def _read_by(keys: DeviceKeys, bags: DeviceBags | None) -> list[tuple[int, int]]:
+    """Addresses and sizes in bytes of what a lookup on a device reads of its caller's."""
+    read = [(keys.address, keys.n * KEY_ALIGNMENT[keys.form])]
+    if bags is not None:
+        read += [(bags.offsets, 8 * bags.count + 8), (bags.weights, 4 * keys.n)]
+    return read
+
+
 class DeviceBatch:
     """A call whose keys are in the memory of a GPU that answers it.
 
@@ -154,7 +162,7 @@ class DeviceBatch:
         else:
             self._answer = out
             self.address, self._finish, self._keep = as_device_output(
-                out, shape, output_type, seen.device, larger=larger, place=out_name, stream=handle
+                out, shape, output_type, seen.device, larger=larger, place=out_name, stream=handle, read=_read_by(seen, bags)
             )
 
     def result(self) -> Any:

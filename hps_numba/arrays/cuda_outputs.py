@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from hps_numba.arrays.cuda_memory import (
@@ -18,8 +18,9 @@ from hps_numba.arrays.cuda_memory import (
     is_contiguous,
     require_cupy,
 )
-from hps_numba.arrays.encodings import OUTPUT_TYPES
+from hps_numba.arrays.encodings import ELEMENT_BYTES, OUTPUT_TYPES
 from hps_numba.arrays.kinds import ArrayKind, Finish, do_nothing, one_line
+from hps_numba.arrays.overlap import is_shared, overlaps_itself
 from hps_numba.arrays.streams import cupy_order, torch_order
 from hps_numba.errors import ArrayError, CapacityError, DeviceError, HpsError
 
@@ -92,6 +93,7 @@ def as_device_output(
     larger: bool = False,
     place: str = "out",
     stream: Any = None,
+    read: Sequence[tuple[int, int]] = (),
 ) -> tuple[int, Finish, object]:
     """Make a caller's ``out=`` array in CUDA memory writable as contiguous rows.
 
@@ -104,11 +106,12 @@ def as_device_output(
         place: what the array is, for messages.
         stream: the stream that the lookup runs on, if not the current one of the framework of ``out``. A caller whose keys may
             be of another framework than ``out`` passes it always.
+        read: addresses and sizes in bytes of what is read while ``out`` is written.
 
     Returns:
         ``(address, finish, keep)``: launch what fills the rows at ``address``, then call ``finish()``; hold ``keep`` until
-        then. For contiguous arrays the address is the caller's memory and ``finish`` does nothing; else it is a temporary and
-        ``finish`` launches the copy back.
+        then. For contiguous arrays that share no memory with what is read, the address is the caller's memory and ``finish``
+        does nothing; else it is a temporary and ``finish`` launches the copy back.
 
     Raises:
         ArrayError: wrong shape or dtype, read-only, immutable, requiring grad, or overlapping with itself.
@@ -116,11 +119,12 @@ def as_device_output(
     """
     kind = family(type(out))
     try:
-        if kind == "torch" and (address := _address_of_rows(out, shape, dtype, device)):
+        size = math.prod(shape) * ELEMENT_BYTES[dtype]
+        if kind == "torch" and (address := _address_of_rows(out, shape, dtype, device)) and not is_shared(address, size, read):
             return address, do_nothing, out
         target = _TARGETS.get(kind, _foreign_target)(out, place, stream)
         _check_target(target, shape, dtype, device, larger, place)
-        if target.contiguous:
+        if target.contiguous and not is_shared(target.address, size, read):
             return target.address, do_nothing, target.keep
         address, finish, temporary = target.temporary(shape)
     except HpsError:
@@ -162,7 +166,7 @@ def _check_target(target: _Target, shape: tuple[int, ...], dtype: str, device: i
         raise ArrayError(f"{place}: expected shape {shape}{' or more elements' if larger else ''}, got {target.shape}")
     if target.read_only:
         raise ArrayError(f"{place}: expected a writable array, got a read-only one")
-    if size and target.strides and any(stride == 0 and n > 1 for stride, n in zip(target.strides, target.shape)):
+    if target.strides and not target.contiguous and overlaps_itself(target.shape, target.strides, target.itemsize):
         raise ArrayError(f"{place}: expected memory for every row, got strides {target.strides}: the array overlaps itself")
     if size and (not target.address or target.address % target.itemsize):
         raise ArrayError(f"{place}: expected aligned memory, got an array at address {target.address:#x}")
@@ -184,7 +188,9 @@ def _torch_target(out: Any, place: str, stream: Any) -> _Target:
     if not out.is_cuda:
         raise in_host_memory(out, place)
     contiguous = out.is_contiguous() and not out.is_neg()
-    memory = (out.data_ptr(), tuple(out.shape), out.stride(), dtype_name(out.dtype), out.element_size(), out.get_device())
+    itemsize = out.element_size()
+    strides = tuple(itemsize * stride for stride in out.stride())
+    memory = (out.data_ptr(), tuple(out.shape), strides, dtype_name(out.dtype), itemsize, out.get_device())
     return _Target(*memory, contiguous, False, functools.partial(_torch_temporary, out, stream), out)
 
 

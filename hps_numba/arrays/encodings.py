@@ -7,9 +7,9 @@ int64 that is an absent key unless it lies in 0..2^32-1.
 
 from __future__ import annotations
 
-from hps_numba.kernels.dtypes import KEY_BYTES, OUT_TYPES
+from hps_numba.kernels.dtypes import ELEMENT_BYTES, KEY_BYTES, OUT_TYPES
 
-__all__ = ["KEY_ALIGNMENT", "KEY_ENCODINGS", "NARROW_INTEGERS", "OUTPUT_TYPES", "as_key"]
+__all__ = ["ELEMENT_BYTES", "KEY_ALIGNMENT", "KEY_ENCODINGS", "NARROW_INTEGERS", "OUTPUT_TYPES", "as_key"]
 
 #: kernels read integers of 32 and 64 bits only; these are converted to int32 first
 NARROW_INTEGERS = frozenset({"int8", "int16", "uint8", "uint16"})

@@ -18,6 +18,7 @@ from hps_numba.arrays.buffer_pool import ALIGNMENT, aligned_empty
 from hps_numba.arrays.dlpack import device_of, is_capsule, view_of_capsule
 from hps_numba.arrays.host import as_numba_array, to_host
 from hps_numba.arrays.kinds import ArrayKind, Finish, do_nothing, framework_of, one_line
+from hps_numba.arrays.overlap import overlaps_itself
 from hps_numba.errors import ArrayError, DeviceError, HpsError
 
 __all__ = ["as_output", "new_output", "wrap_output"]
@@ -52,11 +53,12 @@ def as_output(
 
     Returns:
         ``(rows, finish)``: fill ``rows`` (C-contiguous, aligned, of ``shape``), then call ``finish()``. For C-contiguous arrays
-        on the CPU ``rows`` is the caller's memory and ``finish`` does nothing; else ``finish`` copies back.
+        on the CPU ``rows`` is the caller's memory and ``finish`` does nothing; else ``finish`` copies back. What it shares
+        with other arrays of the call is not looked at here.
 
     Raises:
         ArrayError: wrong shape or dtype, read-only or immutable (TensorFlow, JAX, Torch with ``requires_grad``), or
-            overlapping with itself (expanded).
+            overlapping with itself (expanded, or strides that are too small).
         DeviceError: memory on a device to which nothing here can copy.
     """
     dtype = np.dtype(dtype)
@@ -78,7 +80,7 @@ class _HostTarget:
         self.view, self.shape, self.dtype = view, view.shape, str(view.dtype)
         if not view.flags.writeable:
             raise ArrayError(f"{place}: expected a writable array, got a read-only one")
-        if view.size and any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape)):
+        if not view.flags.c_contiguous and overlaps_itself(view.shape, view.strides, view.itemsize):
             raise ArrayError(f"{place}: expected memory for every row, got strides {view.strides}: the array overlaps itself")
 
     def rows(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Finish]:

@@ -211,8 +211,8 @@ class StagedMisses:
     def _send(self, staging: _Staging, kernel: Kernel, workspace: Workspace, start: int, n: int, out: int, stream: int) -> None:
         """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that writes them to their positions."""
         rows, words = staging.buffer()
-        _, content = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], float(self._geometry.default))
-        at = (staging.entries + 16 * start, _address(words), _address(rows), content, n, out)
+        _, generation = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], float(self._geometry.default))
+        at = (staging.entries + 16 * start, _address(words), _address(rows), generation, n, out)
         cache = self._state.lines, self._geometry.sets, self._state.address
         kernel.launch(self._backend.blocks(n), stream, *cache, workspace.address, *at)
         staging.sent(stream)

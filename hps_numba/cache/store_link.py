@@ -25,6 +25,7 @@ from hps_numba.errors import HpsError
 from hps_numba.kernels.layouts.cache import (
     DESC_BLOCK,
     DESC_BYTES,
+    DESC_GENERATION,
     DESC_LINES,
     DESC_ROWS,
     DESC_SHIFT,
@@ -35,7 +36,7 @@ from hps_numba.kernels.layouts.cache import (
     RING_ENTRIES,
     STATE_HOST,
 )
-from hps_numba.kernels.layouts.host_store import META_LINES, META_ROWS
+from hps_numba.kernels.layouts.host_store import META_GENERATION, META_LINES, META_ROWS
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.store import HostStore
 
@@ -102,6 +103,7 @@ class StoreLink:
         descriptor[DESC_LINES // 8] = ctypes.c_int64.from_address(block + META_LINES).value
         descriptor[DESC_ROWS // 8] = ctypes.c_int64.from_address(block + META_ROWS).value
         descriptor[DESC_SHIFT // 8] = shift
+        descriptor[DESC_GENERATION // 8] = ctypes.c_int64.from_address(block + META_GENERATION).value
         address = self._state + HOST_RING + DESC_BYTES * self._entry
         self._entry = (self._entry + 1) % RING_ENTRIES
         self._backend.from_host(address, descriptor, self._stream)

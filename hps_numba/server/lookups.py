@@ -30,6 +30,7 @@ from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
 from hps_numba.server.recordings import Recordings
 from hps_numba.server.table import ServedTable
+from hps_numba.storage.host.content import apart
 from hps_numba.storage.host.pooling import Bags, without_padding
 
 __all__ = ["Lookups"]
@@ -99,11 +100,14 @@ class Lookups:
 
     def _fill(self, model: ServedModel, table: ServedTable, keys: np.ndarray, rows: np.ndarray) -> None:
         """Write the row of each key, int64 ``[n]``, to float32 ``[n, dim]``."""
+        recording = self._recordings.active
+        if recording:
+            keys = apart(keys, rows)
         try:
             table.lookup(keys, rows)
         except ClosedError as problem:
             self._catalog.explain(model, problem)
-        if self._recordings.active:
+        if recording:
             self._recordings.record(table, keys)
 
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
@@ -186,6 +190,8 @@ class Lookups:
         if not isinstance(rows, np.ndarray):
             raise ArrayError(f"out: expected contiguous writable float32{list(shape)} of NumPy, got {type(out).__name__}")
         check_rows(rows, shape)
+        if out is not None:
+            bags = bags.apart_from(out)
         try:
             table.lookup_pooled(bags, rows)
         except ClosedError as problem:

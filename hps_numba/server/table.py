@@ -22,7 +22,7 @@ from hps_numba.server.slow_path import Background, SlowPath, SlowPathOptions
 from hps_numba.server.stats import Counters, TableStats
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.server.table_writes import TableWrites
-from hps_numba.storage.host.content import address_of
+from hps_numba.storage.host.content import address_of, apart
 from hps_numba.storage.host.pooling import Bags, pool_bags
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
@@ -79,17 +79,18 @@ class ServedTable:
         """Write the row of each key to ``out``.
 
         Args:
-            keys: int64 ``[n]``, contiguous.
+            keys: int64 ``[n]``, contiguous; may share memory with ``out``.
             out: float32 ``[n, dim]``, contiguous; all of it is written.
         """
         if not len(keys):
             return
         cache = self.cache_on(None)
         if cache is not None:
+            keys = apart(keys, out)
             batch = DeviceKeys(address_of(keys), len(keys), keys.shape, "int64", NUMPY, 0, keys)
             self.lookup_cached(cache, batch, address_of(out), 0)
         elif self.slow_path is not None:
-            self.slow_path.lookup(keys, out)
+            self.slow_path.lookup(apart(keys, out), out)
         elif self.store is not None:
             absent = self.store.lookup(keys, out, self.spec.default_value, counters=self._counters.address)
             if absent:

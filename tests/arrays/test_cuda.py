@@ -436,7 +436,8 @@ def test_torch_outputs_that_are_refused(on_cuda: Any) -> None:
         (on_cuda(torch.zeros(2, 3, dtype=torch.float64)), ArrayError, "expected dtype float32, got float64"),
         (on_cuda(torch.zeros(3, 2)), ArrayError, "expected shape (2, 3), got (3, 2)"),
         (on_cuda(torch.zeros(4, 3)), ArrayError, "expected shape (2, 3), got (4, 3)"),
-        (on_cuda(torch.zeros(1, 3).expand(2, 3)), ArrayError, "got strides (0, 1): the array overlaps itself"),
+        (on_cuda(torch.zeros(1, 3).expand(2, 3)), ArrayError, "got strides (0, 4): the array overlaps itself"),
+        (on_cuda(torch.zeros(9).as_strided((2, 3), (2, 1))), ArrayError, "got strides (8, 4): the array overlaps itself"),
         (on_cuda(torch.zeros(2, 3, device="meta")), ArrayError, "got an array at address 0x0"),
     ):
         with pytest.raises(error, match=r"^answer: ") as raised:
@@ -444,6 +445,36 @@ def test_torch_outputs_that_are_refused(on_cuda: Any) -> None:
         assert message in str(raised.value)
     with pytest.raises(DeviceError, match=r"^out: expected an array on cuda:0, as the keys, got one on cuda:1"):
         as_device_output(on_cuda(torch.zeros(2, 3)), (2, 3), "float32", 0)
+
+
+def test_an_output_that_shares_memory_with_what_is_read_is_written_at_the_end(on_cuda: Any) -> None:
+    import torch
+
+    whole = torch.zeros(12)
+    out = on_cuda(whole[2:8].view(2, 3))
+    first = out.data_ptr()
+    for read in ([(first - 8, 8)], [(first + 24, 100)], [(first, 0)], []):
+        assert as_device_output(out, (2, 3), "float32", 1, read=read)[0] == first
+    for read in ([(first - 8, 9)], [(first + 23, 1)], [(0, 4), (first - 100, 1000)]):
+        address, finish, _ = as_device_output(out, (2, 3), "float32", 1, read=read)
+        assert not first <= address < first + 24
+        memory_at(address, (2, 3), np.float32)[...] = [[1, 2, 3], [4, 5, 6]]
+        assert not whole.any()
+        finish()
+        assert whole.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0]
+        whole.zero_()
+
+
+def test_cupy_outputs_that_share_memory_with_what_is_read(cupy: FakeCupy) -> None:
+    memory = np.zeros((2, 3), np.float32)
+    out = FakeCupyArray(memory)
+    first = out.data.ptr
+    assert as_device_output(out, (2, 3), "float32", 0, read=[(first - 8, 8)])[0] == first
+    address, finish, _ = as_device_output(out, (2, 3), "float32", 0, read=[(first + 20, 8)])
+    assert address != first
+    memory_at(address, (2, 3), np.float32)[...] = 7
+    finish()
+    assert (memory == 7).all()
 
 
 def test_a_copy_back_that_fails_is_an_output_error(on_cuda: Any) -> None:

@@ -76,6 +76,7 @@ def test_torch_outputs() -> None:
     for out, message in (
         (torch.zeros(2, 3, requires_grad=True), "does not require grad"),
         (torch.zeros(1, 3).expand(2, 3), "overlaps itself"),
+        (torch.zeros(9).as_strided((2, 3), (2, 1)), "overlaps itself"),
         (torch.zeros(2, 3, dtype=torch.float64), "expected dtype float32, got float64"),
         (torch.zeros(2, 3, dtype=torch.bfloat16), "cannot be written"),
         (torch.zeros(2, 3, device="meta"), "cannot be written"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from support.cache_bench import DEFAULT, DIM, Bench, ints
 from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, primary_in
+from support.internals import renew_generation, set_writes
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
 
 from hps_numba.cache.backends import CpuBackend
@@ -20,6 +22,7 @@ from hps_numba.cache.store_link import StoreLink
 from hps_numba.errors import ArrayError, CapacityError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.cache.bulk_load import place_keys
 from hps_numba.kernels.layouts.cache import GUARD_ENTERED, GUARD_LEFT, OVERFLOW, SET_BYTES, STATE_BYTES, STATE_HOST
+from hps_numba.kernels.layouts.host_store import GENERATION_WRITES
 from hps_numba.kernels.policies._load import load_policy
 from hps_numba.storage.host.store import HostStore
 
@@ -235,6 +238,40 @@ def test_row_changed_between_lookup_and_insertion_is_not_inserted(
     assert cache.counters().stale_dropped == 1
     new = rows_of([5], DIM, 1) if change == "upsert" else np.full((1, DIM), DEFAULT, np.float32)
     assert_same_bits(cache.lookup_arrays(ints([5])), new)
+
+
+@pytest.mark.parametrize("change", ["replaced twice", "slot used 2**23 times", "interrupted"])
+def test_an_old_row_under_an_index_word_that_returned_is_not_inserted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Word and address of the rows are those of the lookup again, and the row is another one."""
+    store = bench.store([5, 6])
+    cache = bench.cache(store, 40)
+    finish = cache.parts.plan.finish_lookup
+    rows, words = np.empty((2, DIM), np.float32), np.empty((2, 2), np.int64)
+
+    def change_and_finish(*args: Any) -> None:
+        cache.backend.synchronize(cache.parts.state.stream)
+        store.gather(ints([5, 6]), rows, words[0])
+        # in place: as another version at the same address, or a slot that is used again, would have it
+        store.versions.current.rows_view(0, 2)[:] = rows_of([5, 6], DIM, 1)
+        if change == "replaced twice":
+            renew_generation(store)
+        elif change == "slot used 2**23 times":
+            set_writes(store, GENERATION_WRITES)
+        else:
+            with contextlib.suppress(KeyboardInterrupt), store.write_lock.writing():
+                raise KeyboardInterrupt
+        store.upsert(ints([7]), rows_of([7], DIM))
+        store.gather(ints([5, 6]), rows, words[1])
+        assert (words[0] == words[1]).all()
+        finish(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.parts.plan, "finish_lookup", change_and_finish)
+        cache.lookup_arrays(ints([5, 6]))
+    assert cache.entries() == [] and cache.counters().stale_dropped == 2
+    assert_same_bits(cache.lookup_arrays(ints([5, 6])), rows_of([5, 6], DIM, 1))
 
 
 def test_lookups_follow_a_store_that_grows_and_is_replaced(bench: Bench) -> None:

@@ -6,9 +6,14 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 import hps_numba
+from hps_numba.kernels.host.write import STATE_FREE, STATE_WRITES
+from hps_numba.kernels.layouts.host_store import SLOT_BITS, SLOT_MASK
 from hps_numba.server.model import ServedModel
 from hps_numba.server.table import ServedTable
+from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
 #: seconds after which a wait is taken for a hang; never a measurement, as machines may be busy
@@ -37,6 +42,26 @@ def host_memory(server: hps_numba.HPS) -> HashMapTier:
 def bytes_in_use(server: hps_numba.HPS) -> int:
     """Bytes of host memory that the allocator of a server has handed out."""
     return server._loader.allocator.in_use
+
+
+def set_uses(store: HostStore, uses: int) -> None:
+    """Let the free slots of a store count as used so many times."""
+    content = store.versions.current
+    store.erase(np.empty(0, np.int64))  # collects what is free
+    free = content.free[: content.state[STATE_FREE]]
+    free[:] = (free & SLOT_MASK) | (uses << SLOT_BITS)
+
+
+def renew_generation(store: HostStore) -> None:
+    """Give the rows of a store another generation, as those of another version have."""
+    content = store.versions.current
+    content.renew_generation()
+    store._header.notify(content.block)
+
+
+def set_writes(store: HostStore, writes: int) -> None:
+    """Let a store have been written so many times."""
+    store.versions.current.state[STATE_WRITES] = writes
 
 
 def due_refreshes(server: hps_numba.HPS) -> list[str]:

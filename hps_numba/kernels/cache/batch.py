@@ -78,7 +78,7 @@ def touch_later(state, workspace, slot):
         st64(ld64(workspace + WORKSPACE_TOUCHED_LIST) + 8 * number, slot)
 
 
-def list_candidate(workspace, set_at, lines, key, position, word, content):
+def list_candidate(workspace, set_at, lines, key, position, word, generation):
     """List a missing key as an insertion candidate of its set, which keeps the lowest WAYS positions.
 
     The word of a bucket names its batch, so that nothing has to be cleared between batches; in the positions the batch counts
@@ -89,7 +89,7 @@ def list_candidate(workspace, set_at, lines, key, position, word, content):
     st64(ld64(workspace + WORKSPACE_KEYS) + 8 * position, key)
     words = ld64(workspace + WORKSPACE_WORDS) + 16 * position
     st64(words, word)
-    st64(words + 8, content)
+    st64(words + 8, generation)
     if COUNTED:
         fence()
         count_key(workspace, key, position, batch)

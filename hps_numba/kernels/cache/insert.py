@@ -20,7 +20,7 @@ from hps_numba.kernels.layouts.cache import (
     BATCH_MASK,
     BUCKET_BYTES,
     BUCKET_POSITIONS,
-    DESC_ROWS,
+    DESC_GENERATION,
     LINE_BYTES,
     LINES_PER_SET,
     META_AT,
@@ -174,13 +174,15 @@ def is_admitted(state, workspace, key, count, entry):
     return from_first_lane(admitted) != 0
 
 
-def still_current(state, workspace, key, word, content):
+def still_current(state, workspace, key, word, generation):
     """Whether the host store still has the row that the lookup read; always, where there is no host store.
+
+    Words recur, though not while the generation is the same: it is read after the word, as the lookup read it before.
 
     The set is locked. If the batch knows how many changes there had been before its rows were read, and there are no more, the
     bus need not be crossed: a writer of the store announces its change, then waits for the lock, and finds what was inserted.
     """
-    if content == 0:
+    if generation == 0:
         return True
     before = ld64(workspace + WORKSPACE_CHANGES)
     if before != 0:
@@ -188,10 +190,13 @@ def still_current(state, workspace, key, word, content):
         changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
         if changes == before:
             return True
-        if changes >> 32 != before >> 32:  # CLEARED: another content may have the same words at the same set_at
+        if changes >> 32 != before >> 32:  # CLEARED
             return False
     descriptor = ld64(state + STATE_HOST)
-    return descriptor != 0 and ld64(descriptor + DESC_ROWS) == content and find_in_host_by_tile(descriptor, key) == word
+    if descriptor == 0 or find_in_host_by_tile(descriptor, key) != word:
+        return False
+    descriptor = ld64(state + STATE_HOST)
+    return descriptor != 0 and ld64(descriptor + DESC_GENERATION) == generation
 
 
 def insert_candidate(lines, rows, state, workspace, set_at, position, source, now, batch, inserted):

@@ -132,7 +132,7 @@ def record_regions(state, missed, position, key, entry, listed):
         guard_leave(state, stripe)
 
 
-def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, content, count, out):
+def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, generation, count, out):
     """Write gathered rows to their places in the answer, and list those of the host store for the insertion.
 
     It leaves in the workspace what ``serve`` of ``cache.serve`` leaves. The rows are read where the host put them: contiguous
@@ -142,7 +142,7 @@ def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, co
         lines, sets, state, workspace: of the cache and of the batch.
         entries: int64 ``[count, 2]``: position in the batch, key.
         words, rows: of the host: index word of each key, EMPTY if it has none; float32 row, else the default.
-        content: address of the rows of the host store that the words belong to.
+        generation: of the host store that the words belong to.
         out: of the answers, or 0.
 
     **Writes:** out, workspace, counters.
@@ -160,7 +160,7 @@ def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, co
             if (word & SLOT_MASK) < FIRST_SLOT:
                 list_absent(state, workspace, position)
             elif not FIXED:
-                list_candidate(workspace, set_of(lines, sets, key), lines, key, position, word, content)
+                list_candidate(workspace, set_of(lines, sets, key), lines, key, position, word, generation)
         number += grid_tiles()
 
 

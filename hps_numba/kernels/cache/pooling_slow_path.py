@@ -184,16 +184,16 @@ def find_host_row(lines, sets, state, key, i, workspace, active):
 
     A row of the host store is staged, and the key listed for insertion, as a lookup does.   **Writes:** workspace.
     """
-    content, word, slot = find_in_store(state, key, active)
+    rows, generation, word, slot = find_in_store(state, key, active)
     present = active & (slot >= 0)
     found = np.int64(DEFAULT_ROW)
     if present:
-        found = content + slot * HOST_STRIDE
+        found = rows + slot * HOST_STRIDE
         stage = stage_of(workspace, i)
         if stage != 0:
             copy_from_host(np.int64(0), stage, found)
             found = stage
     if lists_candidates(workspace) and is_first_lane() and active and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
-        list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, content)
+        list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, generation)
     sync_warp()
     return found

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from hps_numba.kernels.layouts.cache import BUSY, LOCK, META_AT, VERSION
-from hps_numba.kernels.simt.reference import cas32, fence, from_first_lane, is_first_lane, ld32, ld64, st32, sync_tile
+from hps_numba.kernels.simt.reference import (
+    cas32,
+    fence,
+    from_first_lane,
+    is_first_lane,
+    ld32,
+    ld64,
+    read_fence,
+    st32,
+    sync_tile,
+)
 
 __all__ = ["lock_set", "read_validate", "unlock_set", "write_begin", "write_end"]
 
@@ -51,5 +61,6 @@ def write_end(line, set_bits, clear_bits):
 
 def read_validate(entry, tags, key):
     """Whether the line of ``entry`` has changed since ``key`` was found there with ``tags``: what was read is then void."""
+    read_fence()
     there, meta = ld64(entry), ld32((entry & ~63) + META_AT)  # both in flight before either is compared
     return (there != key) | ((meta | LOCK) != ((tags & 0xFFFFFFFF) | LOCK))

@@ -12,6 +12,7 @@ from hps_numba.kernels.cache.probe import find_in_host, guard_enter, guard_leave
 from hps_numba.kernels.cache.rows import copy_from_cache, copy_from_host, fill_answer
 from hps_numba.kernels.cache.seqlock import read_validate
 from hps_numba.kernels.layouts.cache import (
+    DESC_GENERATION,
     DESC_ROWS,
     STATE_HOST,
     STRIPE_BYTES,
@@ -48,19 +49,21 @@ OUT_STRIDE = HOST_STRIDE = 4
 
 
 def find_in_store(state, key, active):
-    """``(content, word, slot)`` of a key in the host store, by all tiles of a warp together, inside a guard.
+    """``(rows, generation, word, slot)`` of a key in the host store, by all tiles of a warp together, inside a guard.
 
-    ``content`` is the address of the store's rows; ``slot`` is negative if there is no row.   ``active``: this tile has a key.
+    ``rows`` is the address of the store's rows; ``slot`` is negative if there is no row.   ``active``: this tile has a key.
     """
     descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane reads it for the whole warp
-    content = np.int64(0)
+    rows = np.int64(0)
+    generation = np.int64(0)
     slot = np.int64(-1)
     word = np.int64(0)
     if descriptor != 0:
-        content = ld64(descriptor + DESC_ROWS)
+        rows = ld64(descriptor + DESC_ROWS)
+        generation = ld64(descriptor + DESC_GENERATION)  # before the word
         word = find_in_host(descriptor, key, active)
         slot = (word & SLOT_MASK) - FIRST_SLOT
-    return content, word, slot
+    return rows, generation, word, slot
 
 
 def stage_of(workspace, position):
@@ -81,15 +84,15 @@ def serve(lines, sets, state, key, i, target, default, workspace, active):
 
     ``active``: this tile has a key, at position ``i`` of the batch.   **Writes:** target, workspace.
     """
-    content, word, slot = find_in_store(state, key, active)
+    rows, generation, word, slot = find_in_store(state, key, active)
     present = active & (slot >= 0)
     if present:
-        copy_from_host(target, stage_of(workspace, i), content + slot * HOST_STRIDE)
+        copy_from_host(target, stage_of(workspace, i), rows + slot * HOST_STRIDE)
     elif active and target != 0:
         fill_answer(target, default)
     if is_first_lane() and active:
         if lists_candidates(workspace) and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
-            list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, content)
+            list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, generation)
         elif not present:
             absent_list = ld64(workspace + WORKSPACE_ABSENT_LIST)
             if absent_list != 0:

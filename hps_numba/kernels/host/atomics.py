@@ -23,6 +23,7 @@ __all__ = [
     "load_word_acquire",
     "prefetch",
     "prefetch_row",
+    "read_fence",
     "store_word",
     "store_word_release",
     "stream_row",
@@ -126,6 +127,17 @@ def full_fence(typingctx):
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def read_fence(typingctx):
+    """No load or store after it is done before the loads that come before it."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("acquire")
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -79,14 +79,15 @@ def host_evict(block, excess, by_recency, seed, histogram, state, retired):
     erased = 0
     for number in range(entries):
         entry = block + META_BYTES + number * ENTRY_BYTES
-        slot = slot_of(load_word(entry + 8))
+        word = load_word(entry + 8)
+        slot = slot_of(word)
         if slot < 0 or erased == excess:
             continue
         score = _score(entry, slot, mode, recency, seed)
         if score < low or (score == low and ties > 0):
             ties -= np.int64(score == low)
             store_word_release(entry + 8, ERASED)
-            retired[state[STATE_RETIRED]] = slot
+            retired[state[STATE_RETIRED]] = word
             state[STATE_RETIRED] += 1
             erased += 1
     state[STATE_LIVE] -= erased

@@ -189,8 +189,9 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
 
 @host_kernel
 def host_addresses(keys, out):
-    """Addresses of two arrays; Python takes ten times as long to get them."""
-    return array_address(keys), array_address(out)
+    """Addresses of two contiguous arrays, and whether they share memory; Python takes ten times as long to get them."""
+    at, to = array_address(keys), array_address(out)
+    return at, to, at < to + out.size * out.itemsize and to < at + keys.size * keys.itemsize
 
 
 @host_kernel

@@ -23,6 +23,7 @@ from hps_numba.kernels.layouts.host_store import (
     RECENCY_COUNT,
     RECENCY_NONE,
     SLOT_BITS,
+    SLOT_MASK,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
 
 # The writer's own words, one array a table: live rows, entries in use (live or erased), entries that may be in use,
 # free slots on the stack, first slot never used, end of the committed slots, slots on the list of retired ones, writes so far.
+# Slots are listed as the index words that last led to them: they know how often the slot was used.
 (
     STATE_LIVE,
     STATE_USED,
@@ -57,24 +59,20 @@ __all__ = [
 STATE_WORDS = 8
 
 _AHEAD = 16
-_WRITE_MASK = (1 << (63 - SLOT_BITS)) - 1  # keeps an index word positive
-
-
-@host_function
-def _new_word(state, slot):
-    state[STATE_WRITES] += 1
-    return ((state[STATE_WRITES] & _WRITE_MASK) << SLOT_BITS) | (slot + FIRST_SLOT)
+_USE_MASK = (1 << (63 - SLOT_BITS)) - 1  # keeps an index word positive
 
 
 @host_function
 def _take_slot(state, free):
-    """A slot that no reader can hold, or -1."""
+    """A new index word for a slot that no reader can hold, or -1."""
     if state[STATE_FREE] > 0:
         state[STATE_FREE] -= 1
-        return free[state[STATE_FREE]]
+        word = free[state[STATE_FREE]]
+        use = ((word >> SLOT_BITS) + 1) & _USE_MASK
+        return (use << SLOT_BITS) | (word & SLOT_MASK)
     if state[STATE_NEXT_SLOT] < state[STATE_SLOT_LIMIT]:
         state[STATE_NEXT_SLOT] += 1
-        return state[STATE_NEXT_SLOT] - 1
+        return state[STATE_NEXT_SLOT] - 1 + FIRST_SLOT
     return -1
 
 
@@ -122,17 +120,19 @@ def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
             continue
         if word == EMPTY and state[STATE_USED] >= state[STATE_MAX_USED]:
             return i, changed
-        slot = _take_slot(state, free)
-        if slot < 0:
+        new_word = _take_slot(state, free)
+        if new_word < 0:
             return i, changed
+        slot = slot_of(new_word)
         copy_row(target + slot * row_bytes, rows + i * row_bytes, row_bytes)
         _start_recency(block, slot, old_slot, now)
         if word == EMPTY:
             store_word(entry, key)
             state[STATE_USED] += 1
-        store_word_release(entry + 8, _new_word(state, slot))
+        store_word_release(entry + 8, new_word)
+        state[STATE_WRITES] += 1
         if old_slot >= 0:
-            retired[state[STATE_RETIRED]] = old_slot
+            retired[state[STATE_RETIRED]] = word
             state[STATE_RETIRED] += 1
         else:
             state[STATE_LIVE] += 1
@@ -148,10 +148,9 @@ def host_erase(block, keys, n, state, retired):
     erased = 0
     for i in range(n):
         _, entry, word = _entry_of(block, lines, end, keys, i, n)
-        slot = slot_of(word)
-        if slot >= 0:
+        if slot_of(word) >= 0:
             store_word_release(entry + 8, ERASED)
-            retired[state[STATE_RETIRED]] = slot
+            retired[state[STATE_RETIRED]] = word
             state[STATE_RETIRED] += 1
             erased += 1
     state[STATE_LIVE] -= erased
@@ -169,16 +168,15 @@ def host_fill(block, keys, n, first_slot, state, free, now):
     end = end_of(block)
     for i in range(n):
         key, entry, word = _entry_of(block, lines, end, keys, i, n)
-        old_slot = slot_of(word)
-        if old_slot >= 0:
-            free[state[STATE_FREE]] = old_slot
+        if slot_of(word) >= 0:
+            free[state[STATE_FREE]] = word
             state[STATE_FREE] += 1
         else:
             store_word(entry, key)
             state[STATE_USED] += 1
             state[STATE_LIVE] += 1
         _start_recency(block, first_slot + i, -1, now)
-        store_word(entry + 8, _new_word(state, first_slot + i))
+        store_word(entry + 8, first_slot + i + FIRST_SLOT)
 
 
 @host_kernel

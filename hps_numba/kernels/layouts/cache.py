@@ -53,8 +53,8 @@ TICKS_OF_A_CACHE = 64  # of a clock of insertions, while as many rows are insert
 CLEARED = 1 << 32
 STRIPES, STRIPE_BYTES, STRIPES_AT = 64, 32, 1024  # misses of the cache, keys that the host store lacks too
 HOST_RING, RING_ENTRIES = 4096, 64  # descriptors of the host store; STATE_HOST points to the one in force, or is 0
-# index block, its lines, the rows; for a mirror of the index the shift from a slot to a region of the rows, else -1
-DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_SHIFT, DESC_BYTES = 0, 8, 16, 24, 32
+# index block, its lines, the rows; for a mirror of the index the shift from a slot to a region of the rows, else -1; generation
+DESC_BLOCK, DESC_LINES, DESC_ROWS, DESC_SHIFT, DESC_GENERATION, DESC_BYTES = 0, 8, 16, 24, 32, 64
 GUARD_STRIPES = 8192  # uint32 counts of warps that began, and ended, to read host memory
 GUARD_ENTERED = HOST_RING + RING_ENTRIES * DESC_BYTES
 GUARD_LEFT = GUARD_ENTERED + 4 * GUARD_STRIPES
@@ -67,7 +67,7 @@ STATE_BYTES = NO_LISTS + 192
     WORKSPACE_LISTED,  # sets that have candidates
     WORKSPACE_TICKET,  # blocks of the insertion that have ended
     WORKSPACE_KEYS,  # address of int64 [n]: keys of the missing positions
-    WORKSPACE_WORDS,  # address of int64 [n, 2]: index word in the host store and address of the rows it belongs to
+    WORKSPACE_WORDS,  # address of int64 [n, 2]: index word in the host store, and its generation or 0 if there is no host store
     WORKSPACE_STAGE,  # address of float32 rows [n], or 0: rows of the missing positions
     WORKSPACE_STAGE_STRIDE,  # bytes from row to row there
     WORKSPACE_BUCKETS,  # address of the buckets, one a set with candidates; 0: candidates are not listed

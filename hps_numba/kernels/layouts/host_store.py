@@ -6,7 +6,7 @@ Everything is made of 64-bit words in native (little-endian) order::
         word 0   address of the index block now in force; swung by one atomic store
     index block (64-byte aligned, immutable but for its entries)
         meta     8 words: number of lines, address of the rows, bytes a row, address of the recency words (0: none),
-                 recency mode, generation, 0, 0
+                 recency mode, generation (of the version, see below), 0, 0
         lines    64 bytes each: ENTRIES_PER_LINE entries of (key, index word)
     rows         slot s at  rows + s * row_bytes, float32, never moved: growth rebuilds the index only
     recency      slot s at  recency + 8 * s, one word a slot, only where the overflow policy needs it
@@ -14,7 +14,11 @@ Everything is made of 64-bit words in native (little-endian) order::
     index word   0                        the entry was never used: a probe ends here
                  low 40 bits = 1          erased; the key stays, so that a probe goes on
                  low 40 bits = slot + 2   the row of ``key`` is in ``slot``
-                 next 23 bits             a write counter, so that a word tells two writes of one slot apart
+                 next 23 bits             how often the slot was used before, so that a word tells two of its rows apart
+
+    generation               no two versions of any tables have the same; a version gets another one after GENERATION_WRITES
+                             writes at most. A word can recur only after a slot was used 2**23 times: so while the generation
+                             is the same, the same word is the same row
 
 *Why one pointer in the header.* A reader that loaded the index address and the number of lines one after the other could see
 one of the old and one of the new table. Hanging both behind a single pointer makes every snapshot consistent, for a host
@@ -42,6 +46,7 @@ __all__ = [
     "ENTRY_BYTES",
     "ERASED",
     "FIRST_SLOT",
+    "GENERATION_WRITES",
     "HEADER_BYTES",
     "LINE_BYTES",
     "MAX_LOAD",
@@ -70,6 +75,7 @@ ENTRY_BYTES = 16
 ENTRIES_PER_LINE = LINE_BYTES // ENTRY_BYTES
 
 SLOT_BITS = 40
+GENERATION_WRITES = 1 << 22
 SLOT_MASK = (1 << SLOT_BITS) - 1
 EMPTY, ERASED, FIRST_SLOT = 0, 1, 2
 

@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
-from hps_numba.kernels.host.atomics import add_word, full_fence, load_word_acquire, store_word_release
+from hps_numba.kernels.host.atomics import add_word, full_fence, load_word_acquire, read_fence, store_word_release
 
 __all__ = ["LOCAL_WORDS", "NAMES"]
 
@@ -163,6 +163,7 @@ NAMES = {
     "min64": _rmw("min"),
     "max64": _rmw("max"),
     "fence": full_fence,
+    "read_fence": read_fence,
     "local_words": _local_words,
     "ctz": _ctz,
     "popcount": _popcount,

@@ -164,6 +164,7 @@ def memory_names() -> dict[str, Any]:
         "min64": _atomic("atom.relaxed.gpu.global.min.s64"),
         "max64": _atomic("atom.relaxed.gpu.global.max.s64"),
         "fence": instruction("fence.acq_rel.gpu;"),
+        "read_fence": instruction(""),
         "local_words": _local_words,
         "float_bits": _float_bits,
         "bits_float": _bits_float,

@@ -62,6 +62,7 @@ __all__ = [
     "probe_line",
     "probe_line_by_lane",
     "probe_two_lines",
+    "read_fence",
     "shfl",
     "st8",
     "st16",
@@ -140,6 +141,10 @@ def bits_float(bits):
 
 def fence():
     """Orders what comes before it before what comes after it: loads and stores, as other threads of the device see them."""
+
+
+def read_fence():
+    """No load that comes after it is done before those that come before it."""
 
 
 def cas32(address, expected, value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections import deque
 
 import numpy as np
@@ -19,12 +20,15 @@ from hps_numba.kernels.host.write import (
     STATE_SLOT_LIMIT,
     STATE_USED,
     STATE_WORDS,
+    STATE_WRITES,
     host_census,
     host_fill,
     host_reindex,
 )
 from hps_numba.kernels.layouts.host_store import (
     ENTRIES_PER_LINE,
+    FIRST_SLOT,
+    GENERATION_WRITES,
     MAX_LOAD,
     META_BYTES,
     META_GENERATION,
@@ -39,13 +43,21 @@ from hps_numba.kernels.layouts.host_store import (
 )
 from hps_numba.storage.host.epochs import Epochs
 
-__all__ = ["TableContent", "address_of", "content_bytes", "entries_of"]
+__all__ = ["TableContent", "address_of", "apart", "content_bytes", "entries_of"]
+
+
+_generations = itertools.count(1)
 
 
 def address_of(array: np.ndarray) -> int:
     """Address of the first element."""
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def apart(array: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """``array``, or a copy if it has memory in common with an array that is written while it is read; both contiguous."""
+    return array.copy() if np.may_share_memory(array, out) else array
 
 
 def content_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
@@ -65,8 +77,8 @@ class TableContent:
         dim: row width in float32 elements.
         index: the index block that the writer uses.
         state: the ``STATE_*`` words that write kernels read and change.
-        free: the free list; its length is in ``state``.
-        retired: slots that the last kernel took out of use; their number is in ``state``.
+        free: the free list, of the index words that last led to slots; its length is in ``state``.
+        retired: the same of slots that the last kernel took out of use; their number is in ``state``.
 
     Thread safety: one writer; readers hold an epoch and see what is published.
     """
@@ -87,7 +99,8 @@ class TableContent:
         self.state = np.zeros(STATE_WORDS, np.int64)
         self.free = np.empty(64, np.int64)
         self.retired = np.empty(64, np.int64)
-        self._generation = 0
+        self._generation = next(_generations)
+        self._renewed_at = 0  # writes when it got that
         self._retired_slots: deque[tuple[int, np.ndarray]] = deque()
         self._old_indexes: deque[tuple[int, HostRegion]] = deque()
         self._regions: list[HostRegion] = []
@@ -171,8 +184,17 @@ class TableContent:
         meta[META_RECENCY // 8] = self._recency.address if self._recency is not None else 0
         meta[META_RECENCY_MODE // 8] = self._recency_mode
         meta[META_GENERATION // 8] = self._generation
-        self._generation += 1
         return region
+
+    def is_due(self, writes: int) -> bool:
+        """Whether another generation must be in force before so many more writes."""
+        return int(self.state[STATE_WRITES]) + writes - self._renewed_at > GENERATION_WRITES
+
+    def renew_generation(self) -> None:
+        """Give the version another generation; the watchers of the header are to be told next."""
+        self._generation = next(_generations)
+        self._renewed_at = int(self.state[STATE_WRITES])
+        self.index.view(np.int64, (META_BYTES // 8,))[META_GENERATION // 8] = self._generation
 
     @property
     def index_is_full(self) -> bool:
@@ -212,7 +234,8 @@ class TableContent:
         self._limit_load()
         self.state[STATE_FREE] = self.state[STATE_RETIRED] = 0
         tag = epochs.advance()
-        self._retired_slots = deque([(tag, np.flatnonzero(taken == 0))])
+        self._retired_slots = deque([(tag, np.flatnonzero(taken == 0) + FIRST_SLOT)])
+        self.renew_generation()  # how often these slots were used is not known any more
         self._old_indexes = deque((tag, index) for index in self._indexes if index is not self.index)
 
     def fill(self, keys: np.ndarray, now: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from hps_numba.errors import ArrayError, ConfigError
 from hps_numba.kernels.host.pooling import bag_starts, host_pool
 from hps_numba.kernels.layouts.pooling import COMBINERS
 from hps_numba.runtime.threads import ranges_of, run_ranges
-from hps_numba.storage.host.content import address_of
+from hps_numba.storage.host.content import address_of, apart
 from hps_numba.storage.host.epochs import Epochs
 
 __all__ = ["Bags", "Missing", "offsets_of", "pool_bags", "without_padding"]
@@ -27,7 +27,7 @@ class Bags:
 
     Args:
         keys: int64 ``[n]``, contiguous.
-        offsets: int64 ``[bags + 1]``, contiguous: where each bag begins, then the end of the last; ascending from 0 to ``n``.
+        offsets: int64 ``[bags + 1]``: where each bag begins, then the end of the last; ascending from 0 to ``n``. Copied.
         weights: float32 ``[n]``, contiguous, or None: all are 1.
         combiner: ``sum``; ``mean``, over the sum of weights; ``sqrtn``, over the root of the sum of their squares (0 where the
             divisor is 0); ``max``, whatever the weights.
@@ -45,6 +45,8 @@ class Bags:
 
     def __post_init__(self) -> None:
         n = len(self.keys)
+        # what was checked must be what kernels read: the caller may change the array meanwhile
+        object.__setattr__(self, "offsets", self.offsets.copy())
         if self.combiner not in COMBINERS:
             raise ConfigError(f"combiner: expected one of {', '.join(COMBINERS)}, got {self.combiner!r}")
         if self.offsets.dtype != np.int64 or self.offsets.ndim != 1 or not len(self.offsets):
@@ -61,6 +63,12 @@ class Bags:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def apart_from(self, out: np.ndarray) -> Bags:
+        """The same bags, in copies of what has memory in common with an array that is written while they are read."""
+        keys = apart(self.keys, out)
+        weights = None if self.weights is None else apart(self.weights, out)
+        return self if keys is self.keys and weights is self.weights else replace(self, keys=keys, weights=weights)
 
 
 def offsets_of(numbers: np.ndarray, bags: int) -> np.ndarray:
@@ -85,6 +93,7 @@ def without_padding(
         ConfigError: an offset is not in 0 to ``n``.
     """
     kept = keys != padding
+    offsets = offsets.copy()  # what is checked must be what is read
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= len(keys)):
         raise ConfigError(f"offsets: expected 0 to {len(keys)}, the number of keys, got {offsets.min()} to {offsets.max()}")
     starts = np.concatenate(([0], np.cumsum(kept)))[offsets]
@@ -141,6 +150,7 @@ def pool_bags(
         raise ArrayError(f"out: expected contiguous float32[{len(bags)}, dim], got {out.dtype}{list(out.shape)}")
     if not len(bags):
         return 0
+    bags = bags.apart_from(out)
     n, dim = len(bags.keys), out.shape[1]
     listed, side, rows = (0, 0, 0) if missing is None else missing.addresses()
     bound = np.float32(-1.0 if bags.max_norm is None else bags.max_norm)

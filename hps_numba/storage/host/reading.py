@@ -15,7 +15,7 @@ from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
 from hps_numba.kernels.host.gather import host_gather
 from hps_numba.kernels.host.lookup import host_addresses, host_contains, host_lookup
 from hps_numba.kernels.host.scan import host_keys
-from hps_numba.kernels.layouts.host_store import META_ROWS
+from hps_numba.kernels.layouts.host_store import META_GENERATION
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.storage.host.content import address_of, entries_of
 from hps_numba.storage.host.epochs import Epochs
@@ -62,7 +62,10 @@ class StoreReader:
         if now is None:
             now = time.monotonic_ns()
         row_bytes = 4 * self._dim
-        key_address, out_address = host_addresses(keys, out)
+        key_address, out_address, shared = host_addresses(keys, out)
+        if shared:
+            keys = keys.copy()
+            key_address = address_of(keys)
         miss_address = 0 if misses is None else address_of(misses)
         streamed = len(keys) * row_bytes >= _STREAM_BYTES and (row_bytes | out_address) % 64 == 0
         fixed: tuple[int, int, float, int, int, int, bool]
@@ -135,6 +138,7 @@ class StoreReader:
             raise self._wrong_keys(keys)
         with self._epochs.reading():
             block = self._block()
+            generation = ctypes.c_int64.from_address(block + META_GENERATION).value  # before any word is read
             at = (address_of(keys), address_of(rows), address_of(words))
             now = time.monotonic_ns()
 
@@ -143,8 +147,7 @@ class StoreReader:
                 return missing
 
             ranges = ranges_of(len(keys), 4 * self._dim + 64, threads, least=_GATHERED_BYTES)
-            missing = sum(run_ranges(gather_range, ranges, threads))
-            return missing, ctypes.c_int64.from_address(block + META_ROWS).value
+            return sum(run_ranges(gather_range, ranges, threads)), generation
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """``HostStore.contains``."""

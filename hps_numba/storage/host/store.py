@@ -166,7 +166,7 @@ class HostStore:
             words: int64 ``[n]``, contiguous; the index word of each key (``kernels.layouts.host_store``).
             threads: at most so many (default: all cores).
 
-        Returns the number of keys without a row, and the address of the rows in memory that the words belong to.
+        Returns the number of keys without a row, and the generation that the words belong to.
         """
         return self._reader.gather(keys, rows, words, default, threads)
 

@@ -81,3 +81,4 @@ class Versions:
             (tag if its == _NEVER else its, version) for its, version in self._retired if version is not self.current
         ]
         self.current.repair(block, self._epochs)
+        self._header.notify(block)  # of the new generation

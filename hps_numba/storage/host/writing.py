@@ -14,6 +14,7 @@ import numpy as np
 
 from hps_numba.errors import ArrayError, CapacityError
 from hps_numba.kernels.host.write import host_erase, host_upsert
+from hps_numba.kernels.layouts.host_store import GENERATION_WRITES
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.content import TableContent, address_of
 from hps_numba.storage.host.epochs import Epochs
@@ -23,6 +24,7 @@ from hps_numba.storage.host.write_lock import WriteLock
 __all__ = ["StoreWriter"]
 
 _CALL_ROWS = 4096  # a kernel call that writes at least so many costs next to nothing beside them
+_MAX_CALL_ROWS = GENERATION_WRITES // 4
 
 
 class StoreWriter:
@@ -101,12 +103,16 @@ class StoreWriter:
         can_grow = True
         while done < len(keys):
             content.collect(self._epochs)
-            retired = content.reserve_retired(len(keys) - done)
+            rows_of_call = min(len(keys) - done, _MAX_CALL_ROWS)
+            if content.is_due(rows_of_call):
+                content.renew_generation()
+                self._header.notify(content.block)
+            retired = content.reserve_retired(rows_of_call)
             step, more = host_upsert(
                 content.block,
                 address_of(keys) + 8 * done,
                 address_of(rows) + content.row_bytes * done,
-                len(keys) - done,
+                rows_of_call,
                 only_present,
                 content.state,
                 content.free,
@@ -117,7 +123,7 @@ class StoreWriter:
             done += step
             changed += more
             self._on_added(0 if only_present else more)
-            if done < len(keys):
+            if step < rows_of_call:
                 if content.index_is_full:
                     self._grow_index(content)
                 else:

@@ -164,8 +164,8 @@ class SimulatedCache:
         self.fill_workspace()
         ring = layout.HOST_RING
         self.descriptor = address(self.state) + ring
-        words = (layout.DESC_BLOCK, layout.DESC_LINES, layout.DESC_ROWS)
-        for word, value in zip(words, (address(host.index), HOST_LINES, address(host.rows))):
+        words = (layout.DESC_BLOCK, layout.DESC_LINES, layout.DESC_ROWS, layout.DESC_GENERATION)
+        for word, value in zip(words, (address(host.index), HOST_LINES, address(host.rows), 1)):
             self.state[(ring + word) // 8] = value
 
     def zeros(self, size: int) -> np.ndarray:

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.internals import set_uses, set_writes
 
 from hps_numba.device.host_memory import HostRegion, PlainHostAllocator
 from hps_numba.errors import CapacityError
+from hps_numba.kernels.layouts.host_store import FIRST_SLOT, GENERATION_WRITES
 from hps_numba.storage.host import writing
 from hps_numba.storage.host.store import HostStore
 
@@ -143,3 +145,67 @@ def test_without_memory_and_slots_a_write_raises_and_needs_no_repair() -> None:
     store.erase(KEYS[:10])
     assert store.upsert(KEYS[:10], ROWS[:10] + 3) == 10
     check(store, KEYS[:10], ROWS[:10] + 3)
+
+
+# -- index words -----------------------------------------------------------------------------------------------------------
+
+
+def words_of(store: HostStore, keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """The index words of keys, and their generation."""
+    words = np.empty(len(keys), np.int64)
+    _, generation = store.gather(keys, np.empty((len(keys), DIM), np.float32), words)
+    return words, generation
+
+
+def test_a_slot_has_another_word_each_time_it_is_used() -> None:
+    store = loaded(KEYS[:1], growth_bytes=4 * DIM)
+    seen = set()
+    for turn in range(50):
+        if turn % 7 == 3:
+            store.erase(KEYS[:1])
+        store.upsert(KEYS[:1], ROWS[turn : turn + 1])
+        seen.add(int(words_of(store, KEYS[:1])[0][0]))
+    assert len(seen) == 50 and store.slots < 10
+
+
+def test_the_count_of_uses_wraps_and_stays_positive() -> None:
+    store = loaded(KEYS[:1], growth_bytes=4 * DIM)
+    store.upsert(KEYS[:1], ROWS[1:2])
+    set_uses(store, (1 << 23) - 1)
+    for turn in range(20):
+        store.upsert(KEYS[:1], ROWS[turn : turn + 1])
+        assert words_of(store, KEYS[:1])[0][0] >= FIRST_SLOT
+        check(store, KEYS[:1], ROWS[turn : turn + 1])
+
+
+def test_a_generation_ends_before_words_can_recur() -> None:
+    """In fewer writes than a slot has different words."""
+    told: list[int] = []
+    store = loaded(KEYS[:100], growth_bytes=4 * DIM * 10)
+    store.watch(told.append)
+    _, first = words_of(store, KEYS[:100])
+    set_writes(store, GENERATION_WRITES - 150)
+    told.clear()
+    store.update(KEYS[:100], ROWS[:100] + 1)
+    assert words_of(store, KEYS[:100])[1] == first and not told
+    store.update(KEYS[:100], ROWS[:100] + 2)
+    second = words_of(store, KEYS[:100])[1]
+    assert second > first and told[-1] == store.block and GENERATION_WRITES < 1 << 23
+    store.update(KEYS[:100], ROWS[:100] + 3)
+    assert words_of(store, KEYS[:100])[1] == second
+    check(store, KEYS[:100], ROWS[:100] + 3)
+
+
+def test_every_version_has_a_generation_of_its_own() -> None:
+    stores = [loaded(KEYS[:10]) for _ in range(3)]
+    generations = [words_of(store, KEYS[:10])[1] for store in stores]
+    stores[0].replace(stores[0].new_content(10))
+    stores[0].upsert(KEYS[:10], ROWS[:10])
+    generations.append(words_of(stores[0], KEYS[:10])[1])
+    stores[0].upsert(KEYS[:1000], ROWS[:1000])  # a larger index
+    assert words_of(stores[0], KEYS[:10])[1] == generations[-1]
+    with pytest.raises(KeyboardInterrupt), stores[1].write_lock.writing():
+        raise KeyboardInterrupt
+    stores[1].upsert(KEYS[:1], ROWS[:1])
+    generations.append(words_of(stores[1], KEYS[:10])[1])
+    assert len(set(generations)) == 5 and min(generations) > 0
