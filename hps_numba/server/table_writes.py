@@ -64,8 +64,7 @@ class TableWrites:
     @property
     def held_here(self) -> bool:
         """This thread is inside ``changing``: another one that writes for it would wait for ever."""
-        held: bool = self._write_lock._is_owned()  # type: ignore[attr-defined]  # as ``threading.Condition`` asks a lock
-        return held
+        return self._lock.owned_here
 
     @contextmanager
     def changing(self, keys: np.ndarray | None = None) -> Iterator[None]:
