@@ -14,7 +14,7 @@ import pytest
 from support.processes import environment
 
 _EVERY_LINE = """
-import contextlib, faulthandler, logging, sys, warnings
+import contextlib, faulthandler, logging, sys, threading, warnings
 from pathlib import Path
 import numpy as np
 from hps_numba.errors import ClosedError, UnknownModelError
@@ -62,40 +62,54 @@ def stamps_of(keys, rows):
     assert (found[(rows != -7.5).any(1)] >= 0).all(), "a torn or foreign row"
     return found
 
-for inner_verb in inner_verbs:
-    counts = {"done": 0, "refused": 0}
-    line = 1 - int(step)
-    while True:
-        line += int(step)
-        server = server_of_kind()
-        server.lookup(np.arange(12), "m", 0)
-        ended = False
-        try:
-            what = run_inside(lambda: call(server, verb, KEYS, 2), lambda: call(server, inner_verb, INNER, 3), line)
-        except (ClosedError, UnknownModelError):
-            assert inner_verb in ("close", "unload")
-            what, ended = "done", True
-        if what == "not reached":
+def attack():
+    for inner_verb in inner_verbs:
+        counts = {"done": 0, "refused": 0}
+        line = 1 - int(step)
+        while True:
+            line += int(step)
+            server = server_of_kind()
+            server.lookup(np.arange(12), "m", 0)
+            ended = False
+            try:
+                what = run_inside(lambda: call(server, verb, KEYS, 2), lambda: call(server, inner_verb, INNER, 3), line)
+            except (ClosedError, UnknownModelError):
+                assert inner_verb in ("close", "unload")
+                what, ended = "done", True
+            if what == "not reached":
+                server.close()
+                break
+            counts[what] += 1
+            ended = ended or (inner_verb in ("close", "unload") and what == "done") or verb in ("close", "unload")
+            if not ended:
+                keys = np.arange(N)
+                for _ in range(2):
+                    found = stamps_of(keys, server.lookup(keys, "m", 0))
+                    assert np.array_equal(found >= 0, server.contains(keys, "m", 0)), (line, what, found)
+                    if what == "refused":
+                        assert (found[30:] == -1).all()
+                        if verb in ("insert", "step"): assert (found[:30] == 2).all()
+                        if verb == "update": assert (found[:25] == 2).all()
+                        if verb == "erase": assert (found[:30] == -1).all()
+                    elif inner_verb in ("insert", "step") and verb != "replace":
+                        assert (found[30:] == 3).all(), (line, what, found)
+                server.insert(keys, rows_of(keys, DIM, 9), "m", 0)
+                assert (stamps_of(keys, server.lookup(keys, "m", 0)) == 9).all()
             server.close()
-            break
-        counts[what] += 1
-        ended = ended or (inner_verb in ("close", "unload") and what == "done") or verb in ("close", "unload")
-        if not ended:
-            keys = np.arange(N)
-            for _ in range(2):
-                found = stamps_of(keys, server.lookup(keys, "m", 0))
-                assert np.array_equal(found >= 0, server.contains(keys, "m", 0)), (line, what, found)
-                if what == "refused":
-                    assert (found[30:] == -1).all()
-                    if verb in ("insert", "step"): assert (found[:30] == 2).all()
-                    if verb == "update": assert (found[:25] == 2).all()
-                    if verb == "erase": assert (found[:30] == -1).all()
-                elif inner_verb in ("insert", "step") and verb != "replace":
-                    assert (found[30:] == 3).all(), (line, what, found)
-            server.insert(keys, rows_of(keys, DIM, 9), "m", 0)
-            assert (stamps_of(keys, server.lookup(keys, "m", 0)) == 9).all()
-        server.close()
-    print(inner_verb, counts["done"], counts["refused"])
+        print(inner_verb, counts["done"], counts["refused"])
+
+# not on the main thread, whose writes are done by another thread: there, the inner call would only wait for its turn
+problems = []
+def guarded():
+    try:
+        attack()
+    except BaseException as problem:
+        problems.append(problem)
+thread = threading.Thread(target=guarded)
+thread.start()
+thread.join()
+if problems:
+    raise problems[0]
 """
 
 _SIGNALS = """
@@ -120,7 +134,7 @@ def rows_of(keys, stamp):
 
 server.insert(keys, rows_of(keys, 0), "m", 0)
 other = np.arange(N // 2, N)
-counts = {"done": 0, "refused": 0}
+counts = {"done": 0, "refused": 0}  # a write inside a write of the main thread waits for its turn
 armed = False
 
 def ring(*_):
@@ -154,10 +168,10 @@ for stamp in range(1, rounds):
     right = (rows == old).all(1)
     right[N // 2 :] |= (rows[N // 2 :] == new[N // 2 :]).all(1)
     assert right.all(), "rows of other keys"
-    if counts["refused"] > 20:
+    if sum(counts.values()) > 40:
         break
 server.close()
-print(counts["refused"])
+print(counts["done"], counts["refused"])
 """
 
 
@@ -205,4 +219,5 @@ def test_calls_inside_a_change_of_a_model(verb: str, kind: str, tmp_path: Path) 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that signal the main thread")
 @pytest.mark.parametrize("verb", ["close", "insert"])
 def test_signal_handlers_that_write_or_close(verb: str, tmp_path: Path) -> None:
-    assert int(run(_SIGNALS, verb, str(tmp_path), "200")) > 3
+    done, refused = map(int, run(_SIGNALS, verb, str(tmp_path), "200").split())
+    assert done + refused > 3 and (verb == "insert" or refused > 0)
