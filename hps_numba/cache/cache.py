@@ -25,7 +25,8 @@ from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.policy_switch import PolicyChange
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.staging import MISS_PATHS
-from hps_numba.errors import ConfigError
+from hps_numba.cache.version_switch import VersionSwitch
+from hps_numba.errors import ConfigError, HpsError
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host.store import HostStore
 
@@ -52,6 +53,7 @@ class EmbeddingCache:
         set_count: number of sets, whatever ``rows`` says; for tests.
         miss_path: how missed rows come from the store: ``direct``, ``staged`` (``cache.staging``), or ``auto``: direct with a
             copy of the store's index on the device, where there is room (``cache.index_mirror``).
+        switch: of the versions of its model, shared by the caches of the model; by default one of its own.
 
     Attributes:
         name, dim, kind, row_type, sets: as given or derived.   fixed: not ``dynamic``.   capacity: rows that it has room for.
@@ -82,13 +84,13 @@ class EmbeddingCache:
         pagelock: bool = False,
         set_count: int | None = None,
         miss_path: str = "direct",
+        switch: VersionSwitch | None = None,
     ) -> None:
         _check(name, dim, buffers, store, miss_path)
         geometry = CacheGeometry(name, dim, rows, kind, whole, row_type, np.float32(default), set_count)
         limit = _FIXED_WORKSPACES if geometry.fixed else buffers
-        parts = CacheParts(
-            geometry, device, policy, store, pinned=pagelock and geometry.fixed, limit=limit, miss_path=miss_path
-        )
+        pinned, switch = pagelock and geometry.fixed, switch or VersionSwitch()
+        parts = CacheParts(geometry, device, policy, store, pinned=pinned, limit=limit, miss_path=miss_path, switch=switch)
         self.name, self.dim, self.kind, self.row_type = name, dim, kind, row_type
         self.fixed, self.sets, self.capacity = geometry.fixed, geometry.sets, geometry.capacity
         self.parts, self._lookups, self._pooling = parts, parts.lookups, parts.pooling
@@ -256,6 +258,47 @@ class EmbeddingCache:
             ClosedError: the cache or the store was closed.
         """
         return self.parts.warming.warm()
+
+    # -- another version of all rows ------------------------------------------------------------------------------------------
+
+    def stand_in(self, store: HostStore | None) -> CacheParts:
+        """What answers instead of this cache while its rows are replaced: the same kernels and no rows, over another store.
+
+        It takes memory for nothing but its state. Close it.
+
+        Raises:
+            CapacityError: no memory.
+        """
+        return self.parts.stand_in(store)
+
+    def hold(self) -> None:
+        """Stay at the version of the store that is in force now, whatever the store does, until ``take_new_version``."""
+        if self.parts.link is not None:
+            self.parts.link.hold()
+
+    def let_go(self) -> None:
+        """Undo ``hold``: follow the store again."""
+        if self.parts.link is not None:
+            self.parts.link.release()
+
+    def fail(self, problem: HpsError) -> None:
+        """Refuse further lookups with this error: what the cache holds may not be what its store has."""
+        if self.parts.link is not None:
+            self.parts.link.problem = problem
+
+    def drain(self) -> None:
+        """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
+        self.parts.workspaces.drain()
+
+    def take_new_version(self, *, fill: bool) -> int:
+        """Undo ``hold``: drop all rows and follow the store again; with ``fill`` also ``warm``. Returns how many rows it has.
+
+        Nobody looks up meanwhile, except graphs.
+
+        Raises:
+            As ``warm``; the cache is empty then, and answers from the store.   DeviceError: the device refused.
+        """
+        return self.parts.warming.take_new_version(fill=fill)
 
     # -- the policy -----------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.kernel_set import FINISHING_TABLES
 from hps_numba.cache.launch_plan import Launch, start
 from hps_numba.cache.staging import NEVER
+from hps_numba.cache.version_switch import StandIns
 from hps_numba.cache.workspace import StreamMemory, Workspace
 from hps_numba.cache.workspace_pool import WorkspacePool
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
@@ -37,7 +38,7 @@ class CacheGroup:
     """Caches that are looked up together.
 
     Args:
-        caches: 1 to ``MAX_TABLES`` of one ``EmbeddingCache.fusion_key``, each once.
+        caches: 1 to ``MAX_TABLES`` of one ``EmbeddingCache.fusion_key``, each once, that switch versions together.
         buffers: most lookups of the group that run at a time; each takes as much memory as one of each cache.
 
     Raises:
@@ -60,6 +61,8 @@ class CacheGroup:
         self._backend, self._context, self._kernels = first.backend, first.backend.context, first.parts.kernels
         self._begins = [cache.parts.lifecycle.begin for cache in caches]
         self._residencies = [cache.parts.residency for cache in caches]
+        self._switch = first.parts.switch
+        self._states = [cache.parts.state.address for cache in caches]
         self._dim, self._large_batch = first.dim, first.large_batch
         self._fixed, self._counted = first.fixed, first.parts.kernels.counted
         self._sets = max(cache.sets for cache in caches)
@@ -120,8 +123,14 @@ class CacheGroup:
         with self._backend.current():
             if self._backend.is_capturing(stream):
                 self._capture(shape, longest, words, stream)
-            else:
-                self._start(shape, longest, words, stream)
+                return
+
+            def ask(stand_ins: StandIns) -> None:
+                for state, some, count, out in zip(self._states, keys, counts, outs, strict=True):
+                    stand_ins[state].lookups.lookup(some, count, out, stream, key_form, out_type, False)
+
+            while not self._switch.answer(ask) and not self._start(shape, longest, words, stream):
+                pass
 
     def _start_chain(
         self,
@@ -132,6 +141,8 @@ class CacheGroup:
         stream: int,
     ) -> bool:
         chain, single, group = chains
+        if self._switch.active is not None:
+            return False
         if all(residency.single_kernel for residency in self._residencies):
             chain, launches = single, [self._lookup(workspace.without_lists, group, longest, words)]
         else:
@@ -149,21 +160,38 @@ class CacheGroup:
             kernels, group = self._kernels_of(shape)
             self._batch(kept, kernels, group, longest, words, stream)
 
-    def _start(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> None:
-        """Start the kernels one after the other; from now on lookups of this shape are started in one step."""
-        self._pool.lend(stream, self._start_with, shape, longest, words, stream)
+    def _start(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> bool:
+        """Start the kernels one after the other; from now on lookups of this shape are started in one step.
+
+        False: nothing was started, as a switch of versions began before the workspace was claimed.
+        """
+        groups: list[tuple[list[Kernel], int]] = []
+        self._pool.lend(stream, self._start_with, groups, shape, longest, words, stream)
+        if not groups:
+            return False
+        kernels, group = groups[0]
+        if self._backend.ordinal is not None and shape not in self._chains:
+            device = cast("CudaBackend", self._backend)
+            self._chains[shape] = device.launch_chain(kernels), device.launch_chain(kernels[:1]), group
+        return True
 
     def _start_with(
-        self, workspace: _GroupWorkspace, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int
+        self,
+        workspace: _GroupWorkspace,
+        groups: list[tuple[list[Kernel], int]],
+        shape: tuple[str, str, bool, bool],
+        longest: int,
+        words: list[int],
+        stream: int,
     ) -> None:
+        if self._switch.active is not None:
+            return
         kernels, group = self._kernels_of(shape)  # a change of a policy waits for the workspace in ``retire``
         with ExitStack() as stores:
             for cache in self._caches if self._backend.ordinal is None else ():
                 stores.enter_context(cache.parts.reading())
             self._batch(workspace, kernels, group, longest, words, stream)
-        if self._backend.ordinal is not None and shape not in self._chains:
-            device = cast("CudaBackend", self._backend)
-            self._chains[shape] = device.launch_chain(kernels), device.launch_chain(kernels[:1]), group
+        groups.append((kernels, group))
 
     def _kernels_of(self, shape: tuple[str, str, bool, bool]) -> tuple[list[Kernel], int]:
         """The kernels of a lookup in their order, and how many keys a warp of the first takes."""
@@ -222,6 +250,12 @@ class CacheGroup:
         self._check_open()
         for begin in self._begins:
             begin()
+
+    def drain(self) -> None:
+        """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
+        with self._backend.current():
+            if not self._closed:
+                self._pool.drain(self._stream)
 
     def retire(self) -> None:
         """Take no more lookups, and wait for those at work; graphs that captured one go on."""

@@ -183,7 +183,7 @@ class IndexMirror:
         False: the store was changed meanwhile or is closed, or the device has no room; the cache works without a copy.
         """
         with self._making:
-            if self._closed or self._link.problem is not None:
+            if self._closed or self._link.held or self._link.problem is not None:
                 return False
             if self._lent:
                 return True
@@ -250,7 +250,7 @@ class IndexMirror:
             self._backend.copy(memory.address, block, size, self._stream)
             self._backend.synchronize(self._stream)
         with self._store.at_rest() as (now, still):  # and, in the same turn, is in force
-            if still != block or now != turn:
+            if still != block or now != turn or self._link.held:
                 return False
             self._scattered = is_scattered(self._store.slots, 4 * self._store.dim)
             self._lent = True  # first: if this is interrupted, the next writer still takes it back

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +58,9 @@ class CacheCounters:
     refused: int
     staged: int
 
+    def __add__(self, other: CacheCounters) -> CacheCounters:
+        return CacheCounters(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
 
 class CacheEntry(NamedTuple):
     """A cached key and its position. ``score``: in a fixed cache the number of its row."""
@@ -82,6 +85,11 @@ class Inspection:
     ) -> None:
         self._geometry, self._state, self._lifecycle = geometry, state, lifecycle
         self._kernels, self._misses = kernels, misses
+        self._of_stand_ins = CacheCounters(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    def carry(self, counters: CacheCounters) -> None:
+        """Count what a stand-in of this cache has done, which ends, as done by this cache."""
+        self._of_stand_ins += counters
 
     def resident(self) -> int:
         """``EmbeddingCache.resident``."""
@@ -101,14 +109,19 @@ class Inspection:
 
     def counters(self) -> CacheCounters:
         """``EmbeddingCache.counters``."""
-        state = self._state
         with self._lifecycle.controlled():
-            words = state.read_words(state.address, STATE_WORDS)
-            stripes = state.read_words(state.address + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
+            return self.last_counters()
+
+    def last_counters(self) -> CacheCounters:
+        """``counters`` of a cache that nobody uses any more."""
+        state = self._state
+        words = state.read_words(state.address, STATE_WORDS)
+        stripes = state.read_words(state.address + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
         keys, calls, inserted, evicted, stale_dropped, refused = (int(words[at // 8]) for at in _COUNTED)
         staged = 0 if self._misses is None else self._misses.batches
         misses, absent = int(stripes[0]), int(stripes[1])
-        return CacheCounters(keys, calls, misses, absent, inserted, evicted, stale_dropped, refused, staged)
+        mine = CacheCounters(keys, calls, misses, absent, inserted, evicted, stale_dropped, refused, staged)
+        return mine + self._of_stand_ins
 
     def dump(self, first_set: int, stop_set: int | None) -> np.ndarray:
         """``EmbeddingCache.dump``."""

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 
 from hps_numba.cache.backends import Backend
 from hps_numba.cache.store_link import StoreLink
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.errors import ClosedError
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["Lifecycle"]
+
+_LOOK_SECONDS = 1e-3
 
 
 class Lifecycle:
@@ -24,8 +27,8 @@ class Lifecycle:
     Thread safety: all methods.
     """
 
-    def __init__(self, backend: Backend, link: StoreLink | None, name: str) -> None:
-        self._backend, self._link, self._name = backend, link, name
+    def __init__(self, backend: Backend, link: StoreLink | None, switch: VersionSwitch, name: str) -> None:
+        self._backend, self._link, self._switch, self._name = backend, link, switch, name
         self.in_use = self.closed = False
         self.lock = threading.RLock()
         register_fork_reset(self)
@@ -46,10 +49,16 @@ class Lifecycle:
             raise self._link.problem
 
     def _enter(self) -> None:
-        """The first lookup waits for a warming in progress."""
-        with self.lock:
+        """The first lookup waits for a warming in progress, unless that is part of a switch: stand-ins answer meanwhile."""
+        while not self.lock.acquire(timeout=_LOOK_SECONDS):
+            if self._switch.active is not None:
+                self.check_open()
+                return
+        try:
             self.check_open()
             self.in_use = True
+        finally:
+            self.lock.release()
 
     @contextmanager
     def controlled(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from hps_numba.cache.residency import Residency
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.staging import NEVER, StagedMisses
 from hps_numba.cache.state import CacheState
+from hps_numba.cache.version_switch import StandIns, VersionSwitch
 from hps_numba.cache.workspace import Workspace
 from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.errors import CapacityError
@@ -52,11 +54,12 @@ class Lookups:
         plan: LaunchPlan,
         workspaces: WorkspaceSet,
         misses: StagedMisses | None,
+        switch: VersionSwitch,
         reading: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces, self._misses = residency, plan, workspaces, misses
-        self._reading = reading
+        self._switch, self._reading = switch, reading
         self._backend, self._pool, self._large_batch = kernels.backend, workspaces.pool, kernels.large_batch
         self._on_device = kernels.backend.ordinal is not None
         self.staged_from = NEVER if misses is None else 1
@@ -92,8 +95,35 @@ class Lookups:
                 return
             if capturing is None:
                 capturing = not staged and self._backend.is_capturing(stream)
-            batch = (keys, n, out, stream, key_form, out_type, absent_list, staged)
-            self._workspaces.use(capturing, stream, self._batches, *batch)
+            if capturing:
+                self._workspaces.use(True, stream, self._batches, keys, n, out, stream, key_form, out_type, absent_list)
+            else:
+                self._use_workspace(keys, n, out, stream, key_form, out_type, absent_list, staged)
+
+    def _use_workspace(
+        self, keys: int, n: int, out: int, stream: int, key_form: str, out_type: str, absent_list: int, staged: bool
+    ) -> None:
+        """Look up with a workspace of the pool; during a switch of versions the stand-in does."""
+        batch = (keys, n, out, stream, key_form, out_type, absent_list)
+        done: list[bool] = []
+
+        def ask(stand_ins: StandIns) -> None:
+            stand_ins[self._state.address].lookups.lookup(*batch[:6], False, absent_list)
+
+        while not self._switch.answer(ask):
+            self._workspaces.use(False, stream, self._unless_switching, done, *batch, staged)
+            if done:
+                break
+
+    def _unless_switching(self, workspace: Workspace, done: list[bool], *batch: Any) -> None:
+        """``_batches``, unless a switch of versions has begun before the workspace was claimed; ``done`` tells."""
+        if self._switch.active is None:
+            self._batches(workspace, *batch)
+            done.append(True)
+
+    def fill(self, keys: int, n: int, stream: int) -> None:
+        """Insert int64 keys as a lookup would, also during a switch of versions: for whoever fills the cache."""
+        self._workspaces.use(False, stream, self._batches, keys, n, 0, stream, "int64", "float32", 0)
 
     def _can_stage(self, stream: int, capturing: bool | None) -> bool:
         """Host threads gather what this batch misses. Never while a graph captures it: a graph cannot wait."""
@@ -103,6 +133,8 @@ class Lookups:
             return capturing is not None or not self._backend.is_capturing(stream)
 
     def _start_prepared(self, workspace: Workspace, shape: KernelKey, keys: int, n: int, out: int, stream: int) -> bool:
+        if self._switch.active is not None:
+            return False
         # no policy change can happen now; missed keys that are listed have to be served, even if by now all rows are here
         single = self._residency.single_kernel and shape[0] == LOOKUP
         prepared = workspace.prepared.get((shape, single))
@@ -116,6 +148,8 @@ class Lookups:
 
     def _start_on_cpu(self, workspace: Workspace, shape: KernelKey, keys: int, n: int, out: int, stream: int) -> bool:
         """``_start_prepared`` in a block in which the store frees nothing; always with an insertion, which costs no launch."""
+        if self._switch.active is not None:
+            return False
         with self._reading():
             prepared = workspace.prepared.get(shape)
             if prepared is None:

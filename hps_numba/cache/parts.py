@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from hps_numba.cache.backends import backend_for
 from hps_numba.cache.changes import Changes
 from hps_numba.cache.index_mirror import IndexMirror, may_mirror
-from hps_numba.cache.inspect import Inspection
+from hps_numba.cache.inspect import CacheCounters, Inspection
 from hps_numba.cache.kernel_set import KernelSet
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.lifecycle import Lifecycle
@@ -30,6 +30,7 @@ from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.staging import StagedMisses
 from hps_numba.cache.state import CacheState
 from hps_numba.cache.store_link import StoreLink
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.cache.warming import Warming
 from hps_numba.cache.without_store import WithoutStore
 from hps_numba.cache.workspace import WorkspaceShape
@@ -47,6 +48,7 @@ class CacheParts:
     Args:
         device: CUDA ordinal, None for the CPU.   store: whose rows are cached.
         pinned: rows are in pinned host memory.   limit: most batches at a time.   miss_path: one of ``staging.MISS_PATHS``.
+        switch: of the versions of its model.   inserts: false: it never gets a row, and its batches need no memory.
 
     Raises:
         As ``EmbeddingCache``.
@@ -62,8 +64,11 @@ class CacheParts:
         pinned: bool,
         limit: int,
         miss_path: str,
+        switch: VersionSwitch,
+        inserts: bool = True,
     ) -> None:
-        self.geometry, self.store, self.backend = geometry, store, backend_for(device)
+        self.geometry, self.store, self.backend, self.switch = geometry, store, backend_for(device), switch
+        self._limit = limit
         # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
         # themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
@@ -78,10 +83,11 @@ class CacheParts:
                 self.state.release()
                 raise
         self.link = None if store is None else StoreLink(self.backend, self.state.address, store)
-        self.lifecycle = Lifecycle(self.backend, self.link, geometry.name)
+        self.lifecycle = Lifecycle(self.backend, self.link, switch, geometry.name)
         self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
         self.mirror = self._mirror_of(self.link, store) if mirrors else None
-        shape = WorkspaceShape(geometry.dim, geometry.sets, not geometry.fixed, self.kernels.counted, lists_from)
+        inserts = inserts and not geometry.fixed
+        shape = WorkspaceShape(geometry.dim, geometry.sets, inserts, inserts and self.kernels.counted, lists_from)
         self.workspaces = WorkspaceSet(
             self.backend,
             self.lifecycle,
@@ -94,8 +100,10 @@ class CacheParts:
         )
         self.misses: StagedMisses | None = None
         if store is not None and miss_path == "staged":
-            self.misses = StagedMisses(geometry, self.state, self.kernels, store)
+            assert self.link is not None
+            self.misses = StagedMisses(geometry, self.state, self.kernels, store, self.link.in_force)
         self._closed = False
+        self._last_counters: CacheCounters | None = None
         self.reset_after_fork()
         register_fork_reset(self)
         self._build_calls()
@@ -122,15 +130,48 @@ class CacheParts:
         geometry, state, lifecycle, kernels = self.geometry, self.state, self.lifecycle, self.kernels
         residency, workspaces = self.residency, self.workspaces
         self.plan = plan = LaunchPlan(geometry, state, kernels, residency, self.mirror)
-        self.lookups = Lookups(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses, self.reading)
-        self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces)
+        self.lookups = Lookups(
+            geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses, self.switch, self.reading
+        )
+        self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.switch)
         self.without_store = WithoutStore(geometry, state, lifecycle, residency, plan, workspaces, self.backend)
         self.changes = Changes(geometry, state, lifecycle, kernels, residency, self.reading)
         self.warming = Warming(
-            geometry, state, lifecycle, kernels, residency, plan, self.changes, self.lookups, self.store, self.mirror
+            geometry,
+            state,
+            lifecycle,
+            kernels,
+            residency,
+            plan,
+            self.changes,
+            self.lookups,
+            self.store,
+            self.mirror,
+            self.link,
+            workspaces,
+            self.switch,
         )
         self.policy_switch = PolicySwitch(geometry, state, lifecycle, kernels, residency, plan, workspaces)
         self.inspection = Inspection(geometry, state, lifecycle, kernels, self.misses)
+
+    def stand_in(self, store: HostStore | None) -> CacheParts:
+        """``EmbeddingCache.stand_in``. It has the kernels of this cache, so that nothing is compiled then."""
+        own = self.geometry
+        geometry = CacheGeometry(own.name, own.dim, 1, own.kind, False, own.row_type, own.default, 1)
+        kernels = self.kernels
+        parts = CacheParts(
+            geometry,
+            self.backend.ordinal,
+            kernels.policy,
+            store,
+            pinned=False,
+            limit=self._limit,
+            miss_path="direct",
+            switch=VersionSwitch(),
+            inserts=False,
+        )
+        parts.kernels.made.update(kernels.made)
+        return parts
 
     @property
     def bytes(self) -> int:
@@ -139,14 +180,19 @@ class CacheParts:
         mirror = 0 if self.mirror is None else self.mirror.bytes
         return self.state.bytes + self.workspaces.bytes + misses + mirror
 
-    def close(self) -> None:
-        """Wait for the lookups at work and free all memory; again finishes what an interrupted call left, or does nothing."""
+    def close(self) -> CacheCounters | None:
+        """Wait for the lookups at work and free all memory; returns the last counts, once.
+
+        Again finishes what an interrupted call left, or does nothing.
+        """
         self.lifecycle.close()
         with self._closing:
             if self._closed:
-                return
+                return None
             with self.backend.current():
                 self.workspaces.close()
+                if self._last_counters is None:  # of a state that is there: an interrupted call may have released it
+                    self._last_counters = self.inspection.last_counters()
                 for part in (self.misses, self.mirror, self.link):
                     if part is not None:
                         part.close()
@@ -154,6 +200,7 @@ class CacheParts:
                 self.state.release()
             self.backend.close()
             self._closed = True
+            return self._last_counters
 
     def reset_after_fork(self) -> None:
         """A new lock, as a forked child needs it."""

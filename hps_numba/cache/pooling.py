@@ -13,6 +13,7 @@ from hps_numba.cache.lifecycle import Lifecycle
 from hps_numba.cache.residency import Residency
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.state import CacheState
+from hps_numba.cache.version_switch import StandIns, VersionSwitch
 from hps_numba.cache.workspace import Workspace
 from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.errors import CapacityError, ConfigError
@@ -43,7 +44,9 @@ class Pooling:
         residency: Residency,
         plan: LaunchPlan,
         workspaces: WorkspaceSet,
+        switch: VersionSwitch,
     ) -> None:
+        self._switch = switch
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces = residency, plan, workspaces
         self._backend, self._pool, self._context = kernels.backend, workspaces.pool, kernels.backend.context
@@ -85,13 +88,32 @@ class Pooling:
         with self._backend.current():
             if capturing is None:
                 capturing = self._backend.is_capturing(stream)
-            self._workspaces.use(capturing, stream, self._batch, shape, n, blocks, args, stream)
+            if capturing:
+                self._workspaces.use(True, stream, self._batch, shape, n, blocks, args, stream)
+                return
+            done: list[bool] = []
+
+            def ask(stand_ins: StandIns) -> None:
+                stand_ins[self._state.address].pooling.pool(
+                    keys, n, offsets, bags, out, stream, combiner, weights, options, padding, key_form, out_type, False
+                )
+
+            while not self._switch.answer(ask):
+                self._workspaces.use(False, stream, self._unless_switching, done, shape, n, blocks, args, stream)
+                if done:
+                    break
+
+    def _unless_switching(self, workspace: Workspace, done: list[bool], *batch: Any) -> None:
+        """``_batch``, unless a switch of versions has begun before the workspace was claimed; ``done`` tells."""
+        if self._switch.active is None:
+            self._batch(workspace, *batch)
+            done.append(True)
 
     def _start_chain(
         self, workspace: Workspace, shape: KernelKey, n: int, blocks: int, args: tuple[Any, ...], stream: int
     ) -> bool:
         chains = self._kernels.chains.get(shape)
-        if chains is None:
+        if chains is None or self._switch.active is not None:
             return False
         single, whole = chains
         if self._residency.single_kernel:

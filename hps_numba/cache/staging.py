@@ -138,10 +138,20 @@ class _Staging:
 class StagedMisses:
     """Rows that one cache misses, gathered from its host store by host threads.
 
+    ``in_force``: from the index of the store to the one that the cache reads, which may be of the version before.
+
     Thread safety: any number of batches at a time; ``close`` after them.
     """
 
-    def __init__(self, geometry: CacheGeometry, state: CacheState, kernels: KernelSet, store: HostStore) -> None:
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        state: CacheState,
+        kernels: KernelSet,
+        store: HostStore,
+        in_force: Callable[[int], int],
+    ) -> None:
+        self._in_force = in_force
         self._geometry, self._state, self._kernels, self._store = geometry, state, kernels, store
         self._backend = kernels.backend
         self._staged = np.zeros(1, np.int64)
@@ -211,7 +221,9 @@ class StagedMisses:
     def _send(self, staging: _Staging, kernel: Kernel, workspace: Workspace, start: int, n: int, out: int, stream: int) -> None:
         """Gather the rows of ``n`` missed keys from ``start`` on, and start the kernel that writes them to their positions."""
         rows, words = staging.buffer()
-        _, generation = self._store.gather(staging.keys[start : start + n], rows[:n], words[:n], float(self._geometry.default))
+        default = float(self._geometry.default)
+        keys = staging.keys[start : start + n]
+        _, generation = self._store.gather(keys, rows[:n], words[:n], default, in_force=self._in_force)
         at = (staging.entries + 16 * start, _address(words), _address(rows), generation, n, out)
         cache = self._state.lines, self._geometry.sets, self._state.address
         kernel.launch(self._backend.blocks(n), stream, *cache, workspace.address, *at)

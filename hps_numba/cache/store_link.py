@@ -51,6 +51,8 @@ class StoreLink:
 
     Attributes:
         problem: why the device could not be told of a new index: its cache must not be read any more.
+        block: address of the index in force for the cache; that of the store, except while it is held.
+        held: the cache stays at an index that the store may have replaced.
 
     Thread safety: all methods.
     """
@@ -60,7 +62,8 @@ class StoreLink:
         self._stream = backend.new_stream()
         self._entry = 0
         self.problem: HpsError | None = None
-        self._closed = False
+        self.block = 0
+        self.held = self._closed = False
         self._free = 0  # epochs below this one are over
         self._round = 0
         self._inside = np.zeros(0, np.intp)  # stripes that were not seen empty in this round
@@ -74,12 +77,39 @@ class StoreLink:
     def reset_after_fork(self) -> None:
         """Use a new lock: in the parent another thread may have held it. Devices are the parent's."""
         self._polling = threading.Lock()
+        if self.held and self._backend.ordinal is None:  # the thread that would release it is the parent's
+            self.held = False
+            self.point_to(self._store.block)
 
     # -- the index in force -----------------------------------------------------------------------------------------------
 
     def follow(self, block: int) -> None:
-        """Let the cache read the index at ``block``; 0: none. Done when this returns. Called by the store's writer."""
-        self.point_to(block)
+        """Let the cache read the index at ``block``; 0: none. Done when this returns. Called by the store's writer.
+
+        While the cache is held, ``release`` catches up.
+        """
+        if not self.held:
+            self.point_to(block)
+
+    def hold(self) -> None:
+        """Keep the cache at the index in force now, whatever the store does, and keep the store from freeing any memory."""
+        if self._backend.ordinal is None:
+            self._store.epochs.add_guard(self)
+        self.held = True
+
+    def in_force(self, block: int) -> int:
+        """The index that the cache reads, for a ``block`` that was just read from the header of the store."""
+        return self.block if self.held else block
+
+    def release(self) -> bool:
+        """Undo ``hold``: let the cache read the index that the store has in force; False: the device could not be told."""
+        if not self.held:
+            return self.problem is None
+        told = self.point_to(self._store.block)
+        self.held = False
+        if self._backend.ordinal is None:
+            self._store.epochs.remove_guard(self)
+        return told
 
     def point_to(self, block: int, copy: int = 0, shift: int = -1) -> bool:
         """``follow``, to a ``copy`` of the index where the cache lives if there is one; False: the device could not be told.
@@ -94,6 +124,7 @@ class StoreLink:
             self.problem = problem
             log.error("%s: the cache cannot follow its host store: %s", self._store.name, problem)
             return False
+        self.block = block
         return True
 
     def _describe(self, block: int, copy: int, shift: int) -> int:
@@ -115,6 +146,8 @@ class StoreLink:
         """The oldest epoch that kernels may still be in (``epochs.Guard``); looks at the device once a millisecond at most."""
         if self._closed or sys.is_finalizing():
             return now
+        if self.held:
+            return 0
         if self._polling.acquire(blocking=False):
             try:
                 if time.monotonic() - self._polled >= _POLL_SECONDS:

@@ -15,6 +15,9 @@ from hps_numba.cache.lookup import Lookups
 from hps_numba.cache.residency import Residency
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.state import CacheState
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.cache.version_switch import VersionSwitch
+from hps_numba.cache.workspace_set import WorkspaceSet
 from hps_numba.errors import CapacityError
 from hps_numba.kernels.cache.bulk_load import place_keys
 from hps_numba.kernels.layouts.cache import BUSY, LINE_BYTES, META_AT, OCCUPIED, STATE_HOST, STATE_NOW, WAYS
@@ -41,7 +44,11 @@ class Warming:
         lookups: Lookups,
         store: HostStore | None,
         mirror: IndexMirror | None,
+        link: StoreLink | None,
+        workspaces: WorkspaceSet,
+        switch: VersionSwitch,
     ) -> None:
+        self._link, self._workspaces, self._switch = link, workspaces, switch
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._changes, self._lookups = residency, plan, changes, lookups
         self._store, self._mirror = store, mirror
@@ -59,7 +66,7 @@ class Warming:
                     f"{len(keys)}"
                 )
             self._changes.clear()
-            if self._lifecycle.in_use and not geometry.fixed:
+            if self._lifecycle.in_use and not geometry.fixed and (self._switch.active is None or self._workspaces.has_graphs):
                 self._by_lookup(keys)
             else:
                 self._at_once(self._store, keys[: geometry.capacity] if geometry.overflows else keys)
@@ -67,6 +74,16 @@ class Warming:
             if self._mirror is not None and self._kernels.backend.ordinal is not None and not self._residency.complete:
                 self._mirror.make()
             return resident
+
+    def take_new_version(self, *, fill: bool) -> int:
+        """``EmbeddingCache.take_new_version``: no row may be seen beside the other version of the store, so they go first."""
+        with self._lifecycle.controlled():
+            self._changes.clear()
+            if self._link is not None and not self._link.release():
+                assert self._link.problem is not None
+                raise self._link.problem
+            self._changes.clear()  # what a graph inserted meanwhile
+            return self.warm() if fill else 0
 
     def _at_once(self, store: HostStore, keys: np.ndarray) -> None:
         """Place the keys in lines that no reader looks into, then show each line when its rows are there.
@@ -108,5 +125,5 @@ class Warming:
         for start in range(0, min(len(keys), geometry.capacity), step):
             some = keys[start : min(start + step, geometry.capacity)]
             with state.copies(some) as (address,):
-                self._lookups.lookup(address, len(some), 0, state.stream)
+                self._lookups.fill(address, len(some), state.stream)
                 self._kernels.backend.synchronize(state.stream)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _PER_THREAD = 2  # the handle of a stream that is another one in each thread
 #: seconds after which the head of the queue looks for what interrupts left behind, doubled each time up to those of the others
 _FIRST_LOOK, _LAST_LOOK = 0.01, 0.5
+_LAST_DRAIN_LOOK = 0.01
 W = TypeVar("W", bound=StreamMemory)
 
 
@@ -318,6 +320,22 @@ class WorkspacePool(Generic[W]):
             if self._all and not self._sleep(ticket, pause):
                 self._recover_lost()
                 pause = min(2 * pause, _LAST_LOOK)
+
+    def drain(self, stream: int) -> None:
+        """Wait until every workspace that is lent now was given back, and for the work with all of them.
+
+        Nothing else waits meanwhile. ``stream`` is used for the wait.
+        """
+        lent, pause = list(self._all), 1e-5
+        while lent := [workspace for workspace in lent if workspace in self._all and workspace not in self._idle]:
+            time.sleep(pause)
+            if pause == _LAST_DRAIN_LOOK:
+                self._recover_lost()
+            pause = min(2 * pause, _LAST_DRAIN_LOOK)
+        for workspace in tuple(self._all):
+            if workspace.event:
+                workspace.backend.wait(stream, workspace.event)
+                workspace.backend.synchronize(stream)
 
     @property
     def workspaces(self) -> tuple[W, ...]:

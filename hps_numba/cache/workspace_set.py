@@ -105,6 +105,15 @@ class WorkspaceSet:
             work(workspace, *args)
 
     @property
+    def has_graphs(self) -> bool:
+        """A graph may look up with this cache at any time."""
+        return self.in_graphs or bool(self.captured)
+
+    def drain(self) -> None:
+        """Wait until every workspace that is lent now is back, and for the work with all of them; nobody else waits."""
+        self.pool.drain(self._stream)
+
+    @property
     def bytes(self) -> int:
         """Bytes of all workspaces and of the policy in force."""
         lent = self.pool.bytes + self.own.bytes

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from hps_numba.config.arguments import as_device
 from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, DeviceError, UnknownModelError
 from hps_numba.server.model import ServedModel
+from hps_numba.server.stats import TableStats
 from hps_numba.server.table import ServedTable
 
-__all__ = ["Catalog", "read_one_version"]
-
-T = TypeVar("T")
+__all__ = ["Catalog"]
 
 
 class Catalog:
@@ -73,6 +70,23 @@ class Catalog:
         """
         return self.model(model_name, device_id).table(table_id)
 
+    def stats(self) -> dict[str, dict[str, TableStats]]:
+        """Counts of the tables of all models, without those that are unloaded meanwhile.
+
+        Raises:
+            ClosedError: the server was closed.
+        """
+        self.check_open()
+        counts = {}
+        for name, model in self.models.items():
+            try:
+                counts[name] = {table.spec.name: table.stats(model.version) for table in model.tables}
+            except ClosedError:
+                self.check_open()
+                if self.models.get(name) is model:
+                    raise
+        return counts
+
     def explain(self, model: ServedModel, problem: ClosedError) -> NoReturn:
         """Raise what a caller has to know when a lookup met something closed: the server was closed, or the model unloaded."""
         if self.closed:
@@ -80,15 +94,3 @@ class Catalog:
         if self.models.get(model.name) is model:
             raise problem
         raise UnknownModelError(f"model_name: {model.name!r} was unloaded during the lookup") from problem
-
-
-def read_one_version(model: ServedModel, read: Callable[[], T]) -> T:
-    """What ``read`` returns of several tables, all of one version of the model; called again if a new version overtakes it."""
-    while True:
-        before = model.switches
-        if before % 2:
-            time.sleep(1e-4)  # a switch of versions takes about as long
-            continue
-        answer = read()
-        if before == model.switches:
-            return answer

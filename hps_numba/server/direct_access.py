@@ -13,7 +13,7 @@ import numpy as np
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config.spec import TableSpec
-from hps_numba.server.catalog import Catalog, read_one_version
+from hps_numba.server.catalog import Catalog
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.lookups import Lookups
 from hps_numba.server.recordings import Recordings
@@ -59,7 +59,7 @@ class DirectAccess:
             UnknownModelError, ClosedError: as ``HPS.lookup``.
         """
         model = self._catalog.model(model_name)
-        return read_one_version(model, lambda: (read(), model.version))
+        return model.switch.read_one_version(lambda: (read(), model.version))
 
     def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
         """The cache of a table on a GPU; None if there is none, if lookups may have to wait for slower tiers, or if answers are

@@ -6,9 +6,11 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.group import CacheGroup
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.layouts.cache import MAX_TABLES
 from hps_numba.runtime.fork import register_fork_reset
@@ -26,13 +28,13 @@ class FusedLookup:
     """Some tables of a model on one device, in a fixed order, a table perhaps more than once.
 
     Args:
-        launches: that look up all of them.
+        launches: that look up all of them.   switch: of the versions of their model.
 
     Thread safety: every method.
     """
 
-    def __init__(self, launches: Sequence[Launch]) -> None:
-        self._launches = tuple(launches)
+    def __init__(self, launches: Sequence[Launch], switch: VersionSwitch) -> None:
+        self._launches, self._switch = tuple(launches), switch
         only = launches[0][0] if len(launches) == 1 else None
         self._single_group = only if isinstance(only, CacheGroup) else None
 
@@ -63,6 +65,19 @@ class FusedLookup:
         if self._single_group is not None:
             self._single_group.lookup(keys, counts, outs, stream, key_form=key_form, out_type=out_type)
             return
+        look_up = partial(self._lookup_all, keys, counts, outs, stream, key_form=key_form, out_type=out_type)
+        self._switch.read_one_version(look_up)
+
+    def _lookup_all(
+        self,
+        keys: Sequence[int],
+        counts: Sequence[int],
+        outs: Sequence[int],
+        stream: int,
+        *,
+        key_form: str,
+        out_type: str,
+    ) -> None:
         for target, positions in self._launches:
             if isinstance(target, CacheGroup):
                 some_keys, some_counts, some_outs = ([given[i] for i in positions] for given in (keys, counts, outs))
@@ -73,6 +88,11 @@ class FusedLookup:
 
     def _groups(self) -> list[CacheGroup]:
         return [target for target, _ in self._launches if isinstance(target, CacheGroup)]
+
+    def drain(self) -> None:
+        """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
+        for group in self._groups():
+            group.drain()
 
     def retire(self) -> None:
         """Refuse further lookups; graphs that captured one go on."""
@@ -89,13 +109,13 @@ class FusedTables:
     """The selections of tables that were asked for, of one model.
 
     Args:
-        buffers: as for ``CacheGroup``.
+        buffers: as for ``CacheGroup``.   switch: of the versions of the model.
 
     Thread safety: every method.
     """
 
-    def __init__(self, buffers: int) -> None:
-        self._buffers = buffers
+    def __init__(self, buffers: int, switch: VersionSwitch) -> None:
+        self._buffers, self._switch = buffers, switch
         self._fused: dict[tuple[int, tuple[ServedTable, ...]], FusedLookup] = {}
         self._retired: list[FusedLookup] = []
         self._closed = False
@@ -124,7 +144,7 @@ class FusedTables:
                     raise ClosedError("the tables are closed")
                 fused = self._fused.get(key)
                 if fused is None:
-                    fused = self._fused[key] = FusedLookup(self._launches(present))
+                    fused = self._fused[key] = FusedLookup(self._launches(present), self._switch)
         return fused
 
     def _launches(self, caches: Sequence[EmbeddingCache]) -> list[Launch]:
@@ -158,6 +178,13 @@ class FusedTables:
                 self._retired.append(fused)
                 fused.retire()
             yield
+
+    def drain(self) -> None:
+        """Wait for all lookups of several tables that have begun, and for their work; no other lookup waits meanwhile."""
+        with self._lock:
+            every = [*self._fused.values(), *self._retired]
+        for fused in every:
+            fused.drain()
 
     def close(self) -> None:
         """Free all workspaces, after the lookups in progress; no graph that captured one may run any more."""

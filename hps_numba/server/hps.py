@@ -419,11 +419,7 @@ class HPS:
 
     def stats(self) -> dict[str, dict[str, TableStats]]:
         """Counts of every table since the server started, by model and table name."""
-        self._catalog.check_open()
-        return {
-            name: {table.spec.name: table.stats(model.version) for table in model.tables}
-            for name, model in self._catalog.models.items()
-        }
+        return self._catalog.stats()
 
     def plan(self) -> Plan:
         """Bytes that the deployed models take in each tier, computed from the sizes of their sparse models."""
@@ -452,13 +448,10 @@ class HPS:
             ReentryError: called from inside another call of the server, for which it would wait: by a signal handler,
                 ``__del__`` or a callback. The server stays open.
         """
-        with self._loader.changing:
-            if not self._catalog.closed:
-                refuse_inside("the server", (self._lookups, self._writes))
-                self._loader.check_outside(*self._catalog.models.values())
-                self._catalog.closed = True
-                self._recordings.close()
-                self._loader.close()
+        if not self._catalog.closed:
+            refuse_inside("the server", (self._lookups, self._writes))
+            self._loader.check_outside(*self._catalog.models.values())
+        self._loader.close(self._recordings.close)
 
     def __enter__(self) -> HPS:
         self._catalog.check_open()

@@ -25,7 +25,7 @@ from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config.arguments import as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
-from hps_numba.server.catalog import Catalog, read_one_version
+from hps_numba.server.catalog import Catalog
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
 from hps_numba.server.recordings import Recordings
@@ -213,7 +213,7 @@ class Lookups:
         except Exception as problem:  # whatever a foreign sequence raises
             raise KeyDtypeError(f"keys: expected the keys of each table, got {type(problem).__name__}") from problem
         tables = [(model.table(table_id), some) for table_id, some in parts]
-        answers = read_one_version(model, partial(self._answer_many, model, tables))
+        answers = model.switch.read_one_version(partial(self._answer_many, model, tables))
         if flat is not False and as_flag(flat, "flat"):
             return np.concatenate([_on_host(rows).reshape(-1) for rows in answers] or [np.empty(0, np.float32)])
         return dict(zip(keys, answers, strict=True)) if named else answers

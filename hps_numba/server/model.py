@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, UnknownModelError
@@ -16,12 +17,13 @@ from hps_numba.kernels.policies._policy import Policy
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.server.cache_shape import cache_shape
 from hps_numba.server.fused_tables import FusedTables
+from hps_numba.server.model_jobs import Check, go_on
 from hps_numba.server.plan import Plan, plan_of, plan_table
+from hps_numba.server.replacement import Replacement, new_version
 from hps_numba.server.slow_path import SlowPathOptions
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
-from hps_numba.server.table_loading import Progress, TableLoading, no_progress
-from hps_numba.storage.host.store import HostStore
+from hps_numba.server.table_loading import Progress, TableLoading, no_progress, stoppable
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
@@ -82,7 +84,7 @@ class ServedModel:
     Attributes:
         tables: in table order.
         groups: selections of tables that are looked up together on a device.
-        switches: even while one version of all tables is in force, odd while they are being switched.
+        switch: of the versions of all tables.
 
     Thread safety: lookups from any thread; ``load``, ``replace`` and ``close`` by one thread at a time.
     """
@@ -100,8 +102,8 @@ class ServedModel:
         self.config = config
         self.model = model
         self.name = model.model
-        self.switches = 0
-        self.groups = FusedTables(model.num_of_worker_buffer_in_pool)
+        self.switch = VersionSwitch()
+        self.groups = FusedTables(model.num_of_worker_buffer_in_pool, self.switch)
         self._devices = devices
         self._policies = policies
         self._host = host
@@ -128,7 +130,7 @@ class ServedModel:
     @property
     def version(self) -> int:
         """Number of the content: 1 at first, one more with each replacement."""
-        return 1 + self.switches // 2
+        return 1 + self.switch.turns // 2
 
     @property
     def has_caches(self) -> bool:
@@ -155,21 +157,24 @@ class ServedModel:
 
     # -- loading ---------------------------------------------------------------------
 
-    def load(self, on_rows: Progress = no_progress) -> None:
+    def load(self, on_rows: Progress = no_progress, check: Check = go_on) -> None:
         """Bring the rows of the sparse models into all tiers that the config initializes, and open the caches.
+
+        ``check`` is called while rows are loaded.
 
         Raises:
             ModelFileError: a sparse model is missing, damaged or does not fit its table.   TierError: a slower tier failed.
             CapacityError: no memory for rows or caches.
         """
         self._warn_of_keys_without_effect()
+        on_rows = stoppable(on_rows, check)
         for tier in self._slower.writable:
             if tier.section.initialize_after_startup:
                 for table in self.tables:
                     self._loading.insert(tier, table.spec, table.spec.source, on_rows)
         if self._fills_host():
             for table in self.tables:
-                table.writes.adopt(self._new_version(table, table.spec.source, on_rows, fill=True))
+                table.writes.adopt(new_version(table, self._loading, table.spec.source, on_rows, fill=True))
         if self._devices:
             self._open_caches()
         for table in self.tables:
@@ -183,7 +188,7 @@ class ServedModel:
             rows = self._loading.rows(table.spec)  # host memory may have fewer, as it is filled by and by
             shape = cache_shape(self.model, table.spec, rows)
             if shape is not None:
-                table.attach_caches(TableCaches(table.spec, self.model, shape, self._devices, policy, table.store))
+                table.attach_caches(TableCaches(table.spec, self.model, shape, self._devices, policy, table.store, self.switch))
         for table in self.tables:
             if table.caches is not None:
                 table.caches.warm()
@@ -242,7 +247,7 @@ class ServedModel:
         """A new version is loaded into host memory, because the first one was too, or because no other tier has the rows."""
         return self._fills_host() or (self._host is not None and not self._slower.writable)
 
-    def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = no_progress) -> None:
+    def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = no_progress, check: Check = go_on) -> None:
         """Load a new version beside the old one, switch all tables to it, then drop from slower tiers what it lacks.
 
         Every tier that can be written gets the new version, also those that are not initialized at the start. Other writes wait
@@ -251,6 +256,7 @@ class ServedModel:
 
         Args:
             sources: sparse models of the new version, one a table; by default the present ones, read again.
+            check: called while the replacement can still be stopped; it is undone if this raises.
 
         Raises:
             ConfigError: not one source a table.
@@ -260,41 +266,10 @@ class ServedModel:
                 ``replace`` mends either.
         """
         paths = self._paths(sources)
-        tiers = self._slower.writable
-        with ExitStack() as ending:
-            stores = [self._prepare(table, path, on_rows, ending) for table, path in zip(self.tables, paths, strict=True)]
-            for table in self.tables:  # before the switch, which then waits for no write
-                ending.enter_context(table.writes.changing())
-            for tier in reversed(tiers):
-                for table, path in zip(self.tables, paths, strict=True):
-                    self._loading.insert(tier, table.spec, path, on_rows)
-            self._switch(stores)
-            for table, path in zip(self.tables, paths, strict=True):
-                self._loading.drop_stale(tiers, table.spec, path)
-
-    def _prepare(self, table: ServedTable, path: str, on_rows: Progress, ending: ExitStack) -> HostStore | None:
-        """The new version of a table for host memory, to be closed at the end; its file is read whole."""
-        fill = self.replacement_fills_host
-        store = self._new_version(table, path, on_rows, fill=fill)
-        if store is not None:
-            ending.callback(store.close)
-        if self._slower.writable and not (fill and self.config.volatile_db.initial_cache_rate == 1):
-            self._loading.validate(table.spec, path)
-        return store
-
-    def _new_version(self, table: ServedTable, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
-        """A store with the rows of a sparse model; an empty one where lookups fill host memory from slower tiers."""
-        if table.store is None:
-            return None
-        return self._loading.load_store(table.spec, table.store, path, on_rows) if fill else table.store.sibling()
-
-    def _switch(self, stores: Iterable[HostStore | None]) -> None:
-        self.switches += 1
-        try:
-            for table, store in zip(self.tables, stores, strict=True):
-                table.writes.adopt(store)
-        finally:
-            self.switches += 1
+        fill, tiers = self.replacement_fills_host, self._slower.writable
+        validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
+        replacement = Replacement(self.tables, tiers, self._loading, self.switch, self.groups, fill=fill, validate=validate)
+        replacement.run(paths, on_rows, check)
 
     def _paths(self, sources: Iterable[str] | None) -> list[str]:
         paths = [table.spec.source for table in self.tables] if sources is None else list(sources)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from hps_numba.device import driver
 from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import ConfigError, DeviceError, TierUnavailable
 from hps_numba.runtime.progress import rows_progress
-from hps_numba.runtime.reentry import ExclusiveLock, refuse_inside
+from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
+from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import make_plan
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.tier_stack import TierStack, open_tiers
@@ -37,6 +38,7 @@ class ModelLoader:
         strict, allow_code, progress: as for ``HPS``.
 
     Attributes:
+        jobs: runs whatever changes the set of models, one at a time.
         timer: refreshes the caches of models with a ``refresh_delay`` or ``refresh_interval``.
         allocator: of host memory.   host: the tier in host memory, or None.   slower: all other tiers.
 
@@ -49,19 +51,18 @@ class ModelLoader:
         self._config = config
         self._catalog = catalog
         self._strict, self._allow_code, self._progress = strict, allow_code, progress
-        self._changing = ExclusiveLock("the models of the server")
+        self.jobs = ModelJobs()
         self.timer = Timer("refresh")
         self.host: HashMapTier | None = None
         self.slower = TierStack([])
         self._host_of_fixed: HashMapTier | None = None
         self.allocator: HostAllocator
 
-    @property
-    def changing(self) -> AbstractContextManager[None]:
-        """A block for whoever changes the set of models, one at a time."""
-        return self._changing.held()
-
     def load_all(self) -> None:
+        """As ``_load_all``, where nothing interrupts it."""
+        self.jobs.run(self._load_all)
+
+    def _load_all(self, check: Check) -> None:
         """Open the tiers and load the models of the config; nothing is allocated unless the plan fits the machine.
 
         Raises:
@@ -74,7 +75,7 @@ class ModelLoader:
         make_plan(self._config).check()
         self.host, self.slower = open_tiers(self._config, self.allocator, allow_code=self._allow_code)
         for model, own in zip(models, policies, strict=True):
-            self._deploy(self._config, model, own)
+            self._deploy(self._config, model, own, check)
 
     def _check_devices(self, models: Iterable[ModelConfig]) -> bool:
         """Whether the models are served from GPUs; one WARNING if they are listed and this machine has none.
@@ -119,12 +120,13 @@ class ModelLoader:
         """The cache policies of a model, if it has caches."""
         return load_policies(config, model, allow_code=self._allow_code) if self._cache_devices(model) else ()
 
-    def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies) -> None:
+    def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies, check: Check) -> None:
         devices = self._cache_devices(model)
         served = ServedModel(config, model, self._host_for(model), self.slower, devices=devices, policies=policies)
         try:
             with rows_progress(sum(table.rows for table in served.plan().tables), self._progress) as on_rows:
-                served.load(on_rows)
+                served.load(on_rows, check)
+            check()
             if served.has_caches and model.num_of_refresher_buffer_in_pool:
                 self.timer.add(model.model, served.refresh, delay=model.refresh_delay, interval=model.refresh_interval)
         except BaseException:
@@ -134,42 +136,55 @@ class ModelLoader:
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """As ``HPS.load_model``."""
-        with self.changing:
-            self._catalog.check_open()
-            config = config_of_model(self._config, model, strict=self._strict)
-            added = config.models[0]
-            if added.model in self._catalog.models:
-                raise ConfigError(f"model: {added.model!r} is deployed already, give another name or call replace_model")
-            self._check_devices([added])
-            policies = self._policies(config, added)
-            make_plan(config).check()
-            self._deploy(config, added, policies)
+        self.jobs.run(lambda check: self._load(model, check))
+
+    def _load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig, check: Check) -> None:
+        self._catalog.check_open()
+        config = config_of_model(self._config, model, strict=self._strict)
+        added = config.models[0]
+        if added.model in self._catalog.models:
+            raise ConfigError(f"model: {added.model!r} is deployed already, give another name or call replace_model")
+        self._check_devices([added])
+        policies = self._policies(config, added)
+        make_plan(config).check()
+        self._deploy(config, added, policies, check)
 
     def replace(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None) -> None:
         """As ``HPS.replace_model``."""
-        with self.changing:
-            model = self._catalog.model(model_name)
-            if isinstance(sparse_files, (str, Path)):
-                sparse_files = [sparse_files]
-            sources = None if sparse_files is None else [locate(str(file), self._config.folder) for file in sparse_files]
-            plan = model.plan_of_replacement(sources)
-            plan.check()
-            with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
-                model.replace(sources, on_rows)
+        if isinstance(sparse_files, (str, Path)):
+            sparse_files = [sparse_files]
+        if sparse_files is not None and not isinstance(sparse_files, Iterable):
+            raise ConfigError(f"sparse_files: expected a path or an iterable of paths, got {type(sparse_files).__name__}")
+        files = None if sparse_files is None else list(sparse_files)
+        for file in files or ():
+            if not isinstance(file, (str, Path)):
+                raise ConfigError(f"sparse_files: expected paths, got {type(file).__name__} ({file!r})")
+        self.check_outside(self._catalog.model(model_name))
+        self.jobs.run(lambda check: self._replace(model_name, files, check))
+
+    def _replace(self, model_name: str, files: list[str | Path] | None, check: Check) -> None:
+        model = self._catalog.model(model_name)
+        sources = None if files is None else [locate(str(file), self._config.folder) for file in files]
+        plan = model.plan_of_replacement(sources)
+        plan.check()
+        with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
+            model.replace(sources, on_rows, check)
 
     def unload(self, model_name: str, *, erase: bool) -> None:
         """As ``HPS.unload_model``."""
-        with self.changing:
-            model = self._catalog.model(model_name)
-            self.check_outside(model)
-            self.timer.remove(model_name)
-            self._catalog.models = {name: other for name, other in self._catalog.models.items() if name != model_name}
-            model.close(erase=erase)
+        self.check_outside(self._catalog.model(model_name))
+        self.jobs.run(lambda _: self._unload(model_name, erase=erase))
+
+    def _unload(self, model_name: str, *, erase: bool) -> None:
+        model = self._catalog.model(model_name)
+        self.timer.remove(model_name)
+        self._catalog.models = {name: other for name, other in self._catalog.models.items() if name != model_name}
+        model.close(erase=erase)
 
     def set_policy(self, policy: Any, model_name: str, table_id: int | str | None) -> None:
         """As ``HPS.set_policy``."""
-        with self.changing:
-            self._catalog.model(model_name).set_policy(policy, table_id, allow_code=self._allow_code)
+        self.check_outside(self._catalog.model(model_name))
+        self.jobs.run(lambda _: self._catalog.model(model_name).set_policy(policy, table_id, allow_code=self._allow_code))
 
     def fastest_tier(self, table: ServedTable) -> Tier:
         """The fastest tier that has the rows of a table.
@@ -192,13 +207,24 @@ class ModelLoader:
             for table in model.tables:
                 refuse_inside(table.spec.tag, (table, table.writes, table.slow_path))
 
-    def close(self) -> None:
-        """Let the lookups at work end, then free all models and tiers. The catalog is closed already, and ``changing`` held."""
-        self.timer.close()
+    def close(self, first: Callable[[], object]) -> None:
+        """Call ``first``, let the lookups at work end, then free all models and tiers; again does nothing.
+
+        A change of the set of models that is at work stops or ends before, later ones are refused.
+        """
+        self.jobs.close(lambda _: self._close(first))
+
+    def _close(self, first: Callable[[], object]) -> None:
+        if self._catalog.closed:
+            return
+        self._catalog.closed = True
         models, self._catalog.models = self._catalog.models, {}
-        for model in models.values():
-            model.release()
-        for host in (self.host, self._host_of_fixed):
-            if host is not None:
-                host.close()
-        self.slower.close()
+        with ExitStack() as closing:  # each of them, whatever the others raise; the last callback comes first
+            closing.callback(self.slower.close)
+            for host in (self._host_of_fixed, self.host):
+                if host is not None:
+                    closing.callback(host.close)
+            for model in models.values():
+                closing.callback(model.release)
+            closing.callback(self.timer.close)
+            closing.callback(first)

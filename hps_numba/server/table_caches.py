@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
 import numpy as np
 
 from hps_numba import plugins
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.sizing import CacheShape
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.config import ModelConfig, TableSpec
-from hps_numba.errors import CapacityError
+from hps_numba.errors import CapacityError, HpsError
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.server.stats import CacheStats
 from hps_numba.storage.host.store import HostStore
@@ -38,6 +40,7 @@ class TableCaches:
         spec: the table.   model: config of its model.   shape: of each cache.
         devices: CUDA ordinals, or ``(None,)`` for a cache in host memory.
         policy: decides which entry a dynamic cache evicts.   store: the rows in host memory, if they are kept there.
+        switch: of the versions of the model.
 
     Raises:
         CapacityError: no memory for a cache.   PolicyError: the policy does not compile.
@@ -53,6 +56,7 @@ class TableCaches:
         devices: tuple[int | None, ...],
         policy: Policy,
         store: HostStore | None,
+        switch: VersionSwitch,
     ) -> None:
         self.spec = spec
         self._fills_at_start = model.init_ec or shape.kind != "dynamic"
@@ -62,7 +66,7 @@ class TableCaches:
         self._caches: dict[int | None, EmbeddingCache] = {}
         with ExitStack() as undo:
             for device in devices:
-                cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store)
+                cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store, switch)
                 undo.callback(cache.close)
                 if not plugins.is_built_in(_POLICIES, policy.name):  # compiled, or refused, at the start
                     cache.compile_policy()
@@ -113,15 +117,57 @@ class TableCaches:
             else:
                 cache.update(keys)
 
-    def reload_all(self) -> None:
-        """Drop all rows and fill the caches again, as the table has other content."""
+    def stand_ins(self, store: HostStore | None) -> dict[int, CacheParts]:
+        """What answers instead of each cache, from another store, while the rows of the caches are replaced; to be closed.
+
+        Raises:
+            CapacityError: no memory.
+        """
+        made: dict[int, CacheParts] = {}
+        with ExitStack() as undo:
+            for cache in self:
+                stand_in = made[cache.parts.state.address] = cache.stand_in(store)
+                undo.callback(stand_in.close)
+            undo.pop_all()
+        return made
+
+    def hold(self) -> None:
+        """Let the caches stay at the present version of the store, whatever happens to it, until ``take_new_version``."""
+        for cache in self:
+            cache.hold()
+
+    def let_go(self) -> None:
+        """Undo ``hold``, as the store has not changed."""
+        for cache in self:
+            cache.let_go()
+
+    def drain(self) -> None:
+        """Wait for all lookups that have begun, and for their work on devices."""
+        for cache in self:
+            cache.drain()
+
+    def take_new_version(self) -> None:
+        """Drop all rows, follow the store again, and fill the caches with what it has. A cache that fails serves no more."""
         for device, cache in self._caches.items():
-            cache.clear()
+            self._resident[device] = 0
             try:
-                self._resident[device] = cache.warm() if self._fills_at_start else 0
+                self._resident[device] = cache.take_new_version(fill=self._fills_at_start)
             except CapacityError as problem:  # a static cache, and more rows than it was opened for
-                self._resident[device] = 0
                 log.warning("%s: host memory serves the new version: %s", self.spec.tag, problem)
+            except HpsError as problem:
+                log.error("%s: the cache could not be filled with the new version: %s", self.spec.tag, problem)
+                cache.fail(problem)
+
+    def end_stand_ins(self, stand_ins: Mapping[int, CacheParts]) -> None:
+        """Close ``stand_ins``, after the lookups in progress; what they counted is counted for the caches."""
+        for cache in self:
+            counters = stand_ins[cache.parts.state.address].close()
+            if counters is not None:
+                cache.parts.inspection.carry(counters)
+
+    def reload_all(self) -> None:
+        """Drop all rows and fill the caches again, as the table has other content; nobody looks up yet."""
+        self.take_new_version()
 
     def refresh(self, fetch: Fetch | None, *, drop: bool) -> None:
         """Read the rows of all caches again, some sets at a time, from the host store and, if given, by ``fetch``.
@@ -164,7 +210,13 @@ class TableCaches:
 
 
 def _open_cache(
-    spec: TableSpec, model: ModelConfig, shape: CacheShape, device: int | None, policy: Policy, store: HostStore | None
+    spec: TableSpec,
+    model: ModelConfig,
+    shape: CacheShape,
+    device: int | None,
+    policy: Policy,
+    store: HostStore | None,
+    switch: VersionSwitch,
 ) -> EmbeddingCache:
     return EmbeddingCache(
         spec.dim,
@@ -180,6 +232,7 @@ def _open_cache(
         buffers=model.num_of_worker_buffer_in_pool,
         pagelock=model.enable_pagelock and shape.kind == "static",
         miss_path=model.miss_path,
+        switch=switch,
     )
 
 

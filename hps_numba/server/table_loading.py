@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hps_numba.config import ServerConfig, TableSpec
+from hps_numba.server.model_jobs import Check
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._tier import Tier
 
-__all__ = ["Progress", "TableLoading", "no_progress"]
+__all__ = ["Progress", "TableLoading", "no_progress", "stoppable"]
 
 Progress = Callable[[str, int], None]
 """Told the tag of a table and how many more of its rows were loaded."""
@@ -22,6 +22,16 @@ Progress = Callable[[str, int], None]
 def no_progress(what: str, rows: int) -> None:
     """Tell nobody."""
     del what, rows
+
+
+def stoppable(on_rows: Progress, check: Check) -> Progress:
+    """``on_rows`` that may also raise, as ``check``, so that the loading stops."""
+
+    def report(what: str, rows: int) -> None:
+        check()
+        on_rows(what, rows)
+
+    return report
 
 
 class TableLoading:
@@ -43,10 +53,11 @@ class TableLoading:
         with open_model(spec.source, spec.dim) as reader:
             return reader.rows
 
-    def validate(self, spec: TableSpec, path: str) -> None:
-        """Read a sparse model to its end, as some damage shows only there."""
+    def validate(self, spec: TableSpec, path: str, on_rows: Progress = no_progress) -> None:
+        """Read a sparse model to its end, as some damage shows only there; ``on_rows`` is told of no row, and may raise."""
         with open_model(path, spec.dim) as reader:
-            deque(stream_table(reader, reader.rows, key_bits=self._key_bits), maxlen=0)
+            for _ in stream_table(reader, reader.rows, key_bits=self._key_bits):
+                on_rows(spec.tag, 0)
 
     def load_store(self, spec: TableSpec, store: HostStore, path: str, on_rows: Progress = no_progress) -> HostStore:
         """A new store like ``store`` with the rows of a sparse model, as many as ``initial_cache_rate`` says.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -131,13 +131,21 @@ class StoreReader:
         return missed
 
     def gather(
-        self, keys: np.ndarray, rows: np.ndarray, words: np.ndarray, default: float, threads: int | None
+        self,
+        keys: np.ndarray,
+        rows: np.ndarray,
+        words: np.ndarray,
+        default: float,
+        threads: int | None,
+        in_force: Callable[[int], int] | None,
     ) -> tuple[int, int]:
         """``HostStore.gather``."""
         if keys.dtype != np.int64 or keys.ndim != 1 or not keys.flags.c_contiguous:
             raise self._wrong_keys(keys)
         with self._epochs.reading():
             block = self._block()
+            if in_force is not None:
+                block = in_force(block)
             generation = ctypes.c_int64.from_address(block + META_GENERATION).value  # before any word is read
             at = (address_of(keys), address_of(rows), address_of(words))
             now = time.monotonic_ns()

@@ -156,7 +156,14 @@ class HostStore:
         return self._reader.pool(bags, out, default, counters, missing)
 
     def gather(
-        self, keys: np.ndarray, rows: np.ndarray, words: np.ndarray, default: float = 0.0, *, threads: int | None = None
+        self,
+        keys: np.ndarray,
+        rows: np.ndarray,
+        words: np.ndarray,
+        default: float = 0.0,
+        *,
+        threads: int | None = None,
+        in_force: Callable[[int], int] | None = None,
     ) -> tuple[int, int]:
         """``lookup`` for a device: it also returns the index words under which the rows were read.
 
@@ -165,10 +172,11 @@ class HostStore:
             rows: float32 ``[n, dim]``, contiguous; all of it is written, ``default`` where there is no row.
             words: int64 ``[n]``, contiguous; the index word of each key (``kernels.layouts.host_store``).
             threads: at most so many (default: all cores).
+            in_force: gives the index block to read, from the one in use; by default that.
 
         Returns the number of keys without a row, and the generation that the words belong to.
         """
-        return self._reader.gather(keys, rows, words, default, threads)
+        return self._reader.gather(keys, rows, words, default, threads, in_force)
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which of the int64 keys have a row."""
@@ -317,6 +325,34 @@ class HostStore:
             with self.write_lock.writing():
                 self.bound.evicted += sibling.evicted
             self.replace(content)
+
+    def switch_to(self, sibling: HostStore) -> TableContent:
+        """Let readers use the rows of a ``sibling`` too, at once for all of them; returns the content before, for ``retire``.
+
+        Both stores then read the same rows, which belong to this one; until the sibling has handed them over
+        (``hand_over``), neither may be written.
+        """
+        with self.write_lock.writing() as old:
+            self.bound.evicted += sibling.evicted
+            self.versions.swap(sibling.versions.current)
+            self.added += len(sibling)
+        return old
+
+    def switch_back(self, old: TableContent) -> None:
+        """Undo ``switch_to``: the sibling has its rows for itself again when this returns."""
+        with self.write_lock.writing():
+            self.versions.restore(old)
+            self.epochs.wait(self.epochs.advance(), _CLOSE_SECONDS)
+
+    def retire(self, old: TableContent, seconds: float = _GRACE_SECONDS) -> None:
+        """Release a content that ``switch_to`` replaced, after waiting up to ``seconds`` for its readers; else later."""
+        with self.write_lock.writing():
+            self.versions.retire(old, seconds)
+
+    def hand_over(self) -> None:
+        """End without releasing the rows, which belong to the store that was switched to them."""
+        with self.ending():
+            pass
 
     @contextmanager
     def ending(self) -> Iterator[TableContent]:

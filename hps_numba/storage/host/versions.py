@@ -48,6 +48,14 @@ class Versions:
         self.current = new
         self._next = None
 
+    def restore(self, old: TableContent) -> TableContent:
+        """Undo ``swap``; returns the version that was in use, which nobody releases here."""
+        new = self.current
+        self._header.publish(old.block)
+        self.current = old
+        self._retired = [entry for entry in self._retired if entry[1] is not old]
+        return new
+
     def invalidate(self) -> None:
         """Publish that the store is closed; ``retire`` the current version next."""
         self._header.publish(0)  # the header itself stays: a reader that comes later finds no block

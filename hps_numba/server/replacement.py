@@ -1,0 +1,180 @@
+"""One replacement of all rows of a model, by the steps that keep every lookup in one version.
+
+1. *Prepare*, which may stop or fail and then leaves nothing behind: load the new rows into stores aside, read every file to its
+   end, make stand-ins for the caches (``cache.version_switch``).
+2. *Slower tiers* get the new rows. From here on the replacement goes on to its end, unless a tier fails.
+3. *The turn*, some microseconds a table: lookups that begin after it see the new version, those before it the old one. Nothing
+   in it waits for a lookup.
+4. *Settle*: wait for the lookups of the old version, fill the caches with new rows, end the stand-ins, release the old rows. A
+   problem in one step is logged and does not keep the others from being done.
+5. Slower tiers lose the rows that the new version lacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from hps_numba.cache.version_switch import StandIns, VersionSwitch
+from hps_numba.errors import HpsError
+from hps_numba.server.fused_tables import FusedTables
+from hps_numba.server.model_jobs import Check
+from hps_numba.server.table import ServedTable
+from hps_numba.server.table_loading import Progress, TableLoading, stoppable
+from hps_numba.storage.host.content import TableContent
+from hps_numba.storage.host.store import HostStore
+from hps_numba.storage.tiers._tier import Tier
+
+__all__ = ["Replacement", "new_version"]
+
+log = logging.getLogger(__name__)
+_GRACE_SECONDS = 1.0  # for lookups that read old rows in host memory; later they are released by the next write
+
+
+def new_version(table: ServedTable, loading: TableLoading, path: str, on_rows: Progress, *, fill: bool) -> HostStore | None:
+    """A store with the rows of a sparse model; an empty one where lookups fill host memory from slower tiers.
+
+    Raises:
+        ModelFileError: the sparse model cannot be loaded.   CapacityError: no memory for it.
+    """
+    if table.store is None:
+        return None
+    return loading.load_store(table.spec, table.store, path, on_rows) if fill else table.store.sibling()
+
+
+class Replacement:
+    """Replaces the rows of all tables of a model, once.
+
+    Args:
+        tables: of the model.   tiers: the slower tiers that can be written, fastest first.   groups: tables looked up together.
+        fill: host memory gets the rows of the files.   validate: read the files to their ends although host memory does not.
+
+    Thread safety: one thread, while no other replacement of the model is at work; lookups go on.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ServedTable],
+        tiers: Sequence[Tier],
+        loading: TableLoading,
+        switch: VersionSwitch,
+        groups: FusedTables,
+        *,
+        fill: bool,
+        validate: bool,
+    ) -> None:
+        self._tables, self._tiers, self._loading = tables, tiers, loading
+        self._switch, self._groups = switch, groups
+        self._fill, self._validate = fill, validate
+        self._stores: list[HostStore | None] = []
+        self._stand_ins: list[StandIns] = []
+        self._turned = False
+
+    def run(self, paths: Sequence[str], on_rows: Progress, check: Check) -> None:
+        """Replace all rows by those of the sparse models at ``paths``.
+
+        Args:
+            check: raises if the replacement is to stop; called while it can.
+
+        Raises:
+            As ``ServedModel.replace``, and as ``check``: the old version stays in every tier then.
+        """
+        with ExitStack() as ending:
+            for table, path in zip(self._tables, paths, strict=True):
+                self._prepare(table, path, stoppable(on_rows, check), ending)
+            for table in self._tables:  # before the turn, which then waits for no write
+                ending.enter_context(table.writes.changing())
+            ending.callback(self._release_unused)
+            for table, store in zip(self._tables, self._stores, strict=True):
+                self._stand_ins.append({} if table.caches is None else table.caches.stand_ins(store))
+            check()
+            for tier in reversed(self._tiers):
+                for table, path in zip(self._tables, paths, strict=True):
+                    self._loading.insert(tier, table.spec, path, on_rows)
+            self._settle(self._turn())
+            for table, path in zip(self._tables, paths, strict=True):
+                self._loading.drop_stale(self._tiers, table.spec, path)
+
+    def _prepare(self, table: ServedTable, path: str, on_rows: Progress, ending: ExitStack) -> None:
+        store = new_version(table, self._loading, path, on_rows, fill=self._fill)
+        if store is not None:
+            ending.callback(self._end_store, store)
+        self._stores.append(store)
+        if self._validate:
+            self._loading.validate(table.spec, path, on_rows)
+
+    def _end_store(self, store: HostStore) -> None:
+        """The rows of a store aside belong to the table now, or to nobody."""
+        if self._turned:
+            store.hand_over()
+        else:
+            store.close()
+
+    def _release_unused(self) -> None:
+        """Close the stand-ins of a replacement that did not get as far as the turn."""
+        if not self._turned:
+            for stand_ins in self._stand_ins:
+                for stand_in in stand_ins.values():
+                    stand_in.close()
+
+    # -- the turn ---------------------------------------------------------------------
+
+    def _turn(self) -> list[TableContent | None]:
+        """Let lookups see the new version from now on; returns the rows of the old one. All or nothing."""
+        every = {address: stand_in for some in self._stand_ins for address, stand_in in some.items()}
+        old: list[TableContent | None] = []
+        with self._switch.turning():
+            try:
+                for table in self._tables:
+                    if table.caches is not None:
+                        table.caches.hold()
+                self._switch.active = every or None
+                for table, store in zip(self._tables, self._stores, strict=True):
+                    replaced = None
+                    if table.store is not None and store is not None:
+                        replaced = table.store.switch_to(store)
+                    old.append(replaced)
+            except BaseException:
+                self._turn_back(old)
+                raise
+            self._turned = True
+        return old
+
+    def _turn_back(self, old: Sequence[TableContent | None]) -> None:
+        """After a problem in the middle of the turn."""
+        for table, content in zip(self._tables, old):
+            if table.store is not None and content is not None:
+                table.store.switch_back(content)
+        self._switch.active = None
+        for table in self._tables:
+            if table.caches is not None:
+                table.caches.let_go()
+
+    # -- settling ---------------------------------------------------------------------
+
+    def _settle(self, old: Sequence[TableContent | None]) -> None:
+        """Let the caches follow, and release what only the old version needed."""
+        cached = [
+            (table.caches, stand_ins) for table, stand_ins in zip(self._tables, self._stand_ins) if table.caches is not None
+        ]
+        self._do(self._groups.drain)
+        for caches, _ in cached:
+            self._do(caches.drain)
+        for caches, _ in cached:
+            self._do(caches.take_new_version)
+        self._switch.active = None
+        for caches, stand_ins in cached:
+            self._do(partial(caches.end_stand_ins, stand_ins))
+        end = time.monotonic() + _GRACE_SECONDS
+        for table, content in zip(self._tables, old, strict=True):
+            if table.store is not None and content is not None:
+                table.store.retire(content, max(0.0, end - time.monotonic()))
+
+    def _do(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except HpsError as problem:
+            log.error("%s: replacement: %s", self._tables[0].spec.model, problem)
