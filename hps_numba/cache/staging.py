@@ -223,7 +223,7 @@ class StagedMisses:
         rows, words = staging.buffer()
         default = float(self._geometry.default)
         keys = staging.keys[start : start + n]
-        _, generation = self._store.gather(keys, rows[:n], words[:n], default, in_force=self._in_force)
+        _, generation = self._store.gather(keys, rows[:n], words[:n], default, self._in_force)
         at = (staging.entries + 16 * start, _address(words), _address(rows), generation, n, out)
         cache = self._state.lines, self._geometry.sets, self._state.address
         kernel.launch(self._backend.blocks(n), stream, *cache, workspace.address, *at)

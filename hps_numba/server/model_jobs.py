@@ -2,11 +2,11 @@
 
 Problem: Ctrl-C raises KeyboardInterrupt between any two lines of the main thread, also of ``finally`` blocks. A replacement
 left in the middle would leave tables of two versions in service, a ``close`` tiers that are never closed. Choice: the work runs
-on another thread, where no signal handler runs, and the caller only waits. An interrupt there asks the work to stop. It does, and
-undoes what it did, as long as it only prepares; once it has begun to commit it goes on to its end. The caller then raises the
-interrupt. A second one lets the caller go at once, while the thread goes on. Turned down: signal masks (Python's handlers run in
-the main thread all the same, and a load of minutes could not be stopped), and a record of steps to be redone by the next call,
-which may never come.
+on another thread, where no signal handler runs, and the caller only waits. An interrupt there asks the work to stop. It does,
+and undoes what it did, as long as it only prepares; once it has begun to commit it goes on to its end. The caller then raises
+the interrupt. A second one lets the caller go at once, while the thread goes on. Turned down: signal masks (Python's handlers
+run in the main thread all the same, and a load of minutes could not be stopped), and a record of steps to be redone by the next
+call, which may never come.
 """
 
 from __future__ import annotations

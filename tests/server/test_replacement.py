@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.internals import HANG_SECONDS, served_model
+from support.internals import HANG_SECONDS, bytes_in_use, served_model, slower_tier
+from support.oracles import assert_same_bits, rows_of
 from support.services import DIM, Service
 
 import hps_numba
+from hps_numba.errors import CapacityError, ClosedError, ConfigError
 
 ROWS = 3000
 KINDS: dict[str, dict[str, Any]] = {
@@ -185,7 +189,7 @@ def test_no_lookup_waits_for_a_replacement(service: Service, monkeypatch: pytest
     server = opened(service, 2, **KINDS[kind])
     path, turned = STEPS[step]
     owner, _, name = path.rpartition(".")
-    stop = Stopped(monkeypatch, _resolve(owner), name)
+    stop = Stopped(monkeypatch, pkgutil.resolve_name(owner), name)
     expected = {2.0 if turned else 1.0}
     keys = service.keys(range(ROWS))
     with replacing(server, versioned(service.workshop.folder, 2, 2)):
@@ -201,12 +205,201 @@ def test_no_lookup_waits_for_a_replacement(service: Service, monkeypatch: pytest
         stop.go.set()
 
 
-def _resolve(path: str) -> Any:
-    import importlib
+# --- interrupts -------------------------------------------------------------------------------------------------------
 
-    module, name = path, ""
+
+class Interrupt(KeyboardInterrupt):
+    """What the tests raise between two lines."""
+
+
+def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
+    """Call, with an interrupt before the line of this package that the thread reaches after so many; whether it came."""
+    left = [lines]
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("hps_numba", "threading", "contextlib")):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        module, _, name = path.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        call()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def settled(server: hps_numba.HPS) -> None:
+    """Wait until no job of the server is at work."""
+    server._loader.jobs.run(lambda _: None)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "none"])
+def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: Service, kind: str) -> None:
+    server = opened(service, 2, **KINDS[kind])
+    files = [versioned(service.workshop.folder, version, 2, 300) for version in (3, 4)]
+    server.replace_model("m", files[1])
+    in_use, version, lines, last = bytes_in_use(server), served_model(server).version, 0, 4.0
+    while True:
+        lines += 1
+        new = files[version % 2]
+        if not interrupted_after(lines, lambda new=new: server.replace_model("m", new)):  # type: ignore[misc]
+            break
+        settled(server)
+        rows = server.lookup_many([range(300), range(300)], "m")
+        (found,) = versions_in(np.concatenate(rows))
+        assert (found == last) == (served_model(server).version == version)
+        last, version = found, served_model(server).version
+    assert lines > 50
+    assert bytes_in_use(server) == in_use
+    server.replace_model("m", files[0])
+    assert versions_in(server.lookup(range(300), "m", 1)) == {3.0}
+    server.close()
+
+
+def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_model_or_none(service: Service) -> None:
+    server = opened(service, **KINDS["dynamic"])
+    added = service.model((range(30), DIM), name="added", gpucacheper=1.0)
+    in_use, lines = bytes_in_use(server), 0
+    done = {True: False, False: False}
+    while not all(done.values()):
+        lines += 1
+        for load in (True, False):
+            if ("added" in server.models) == load:
+                continue
+            call = (lambda: server.load_model(added)) if load else (lambda: server.unload_model("added"))
+            done[load] = not interrupted_after(lines, call) or done[load]
+            settled(server)
+            if "added" in server.models:
+                assert_same_bits(server.lookup(range(30), "added", 0), rows_of(range(30), DIM))
+            else:
+                assert bytes_in_use(server) == in_use
+    assert lines > 50
+    server.lookup([1], "m", 0)
+
+
+def test_close_after_an_interrupted_close_has_closed_everything(service: Service) -> None:
+    lines, again = 0, True
+    while again:
+        lines += 1
+        server = opened(service, persistent="support.fakes:DictTier", **KINDS["dynamic"])
+        tier = slower_tier(server)
+        again = interrupted_after(lines, server.close)
+        server.close()
+        assert tier.closed
+        assert bytes_in_use(server) <= 64
+        with pytest.raises(ClosedError):
+            server.lookup([1], "m", 0)
+        if lines > 12:
+            lines += lines // 6
+    assert lines > 40
+
+
+@pytest.mark.parametrize("step", ["loading", "making stand-ins", "holding", "turning"])
+def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    owner, name = {
+        "loading": ("hps_numba.server.table_loading.TableLoading", "load_store"),
+        "making stand-ins": ("hps_numba.server.table_caches.TableCaches", "stand_ins"),
+        "holding": ("hps_numba.server.table_caches.TableCaches", "hold"),
+        "turning": ("hps_numba.storage.host.store.HostStore", "switch_to"),
+    }[step]
+    server = opened(service, 3, **KINDS["dynamic"])
+    in_use, keys = bytes_in_use(server), service.keys(range(ROWS))
+    kind, calls = pkgutil.resolve_name(owner), []
+    original = getattr(kind, name)
+
+    def failing(*args: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 3:
+            raise CapacityError("none for this test")
+        return original(*args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, failing)
+        with pytest.raises(CapacityError, match="none for this test"):
+            server.replace_model("m", versioned(service.workshop.folder, 2, 3))
+    for expected in (1.0, 2.0):
+        for table in range(3):
+            assert versions_in(service.on_host(server.lookup(keys, "m", table, service.device or 0))) == {expected}
+        if expected == 1.0:
+            server.insert([1], np.full((1, DIM), 1.0), "m", 0)
+            assert bytes_in_use(server) == in_use
+            server.replace_model("m", versioned(service.workshop.folder, 2, 3))
+
+
+# --- closing ----------------------------------------------------------------------------------------------------------
+
+
+def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = opened(service, **KINDS["dynamic"])
+    stop = Stopped(monkeypatch, pkgutil.resolve_name("hps_numba.storage.host.content.TableContent"), "fill")
+    problems: list[BaseException] = []
+
+    def replace() -> None:
+        with pytest.raises(ClosedError) as caught:
+            server.replace_model("m", versioned(service.workshop.folder, 2, 1))
+        problems.append(caught.value)
+
+    threads = [threading.Thread(target=replace, daemon=True) for _ in range(3)]
+    threads[0].start()
+    assert stop.reached.wait(HANG_SECONDS)
+    for thread in threads[1:]:
+        thread.start()
+    closing = threading.Thread(target=server.close, daemon=True)
+    closing.start()
+    while not server._loader.jobs.closing:
+        threading.Event().wait(1e-3)
+    with pytest.raises(ClosedError, match="the server is closed"):
+        server.load_model(service.model((range(3), DIM), name="late"))
+    stop.go.set()
+    for thread in (*threads, closing):
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive()
+    assert len(problems) == 3
+    assert bytes_in_use(server) <= 64
+
+
+def test_stats_beside_replacements_and_unloads_never_raise(service: Service) -> None:
+    server = opened(service, **KINDS["dynamic"])
+    files = [versioned(service.workshop.folder, version, 1) for version in (1, 2)]
+    added = service.model((range(30), DIM), name="added")
+
+    def change() -> None:
+        server.load_model(added)
+        server.unload_model("added")
+
+    with in_threads(change, server.stats, lambda: server.host_bytes):
+        for number in range(1, 21):
+            server.replace_model("m", files[number % 2])
+
+
+def test_a_recording_that_fills_during_load_model_does_not_wait(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = opened(service, **KINDS["dynamic"])
+    stop = Stopped(monkeypatch, pkgutil.resolve_name("hps_numba.storage.host.content.TableContent"), "fill")
+    added = service.model((range(30), DIM), name="added")
+    loading = threading.Thread(target=server.load_model, args=(added,), daemon=True)
+    with server.record_trace(service.workshop.folder / "trace.npy", "m", 0, limit=1000) as recording:
+        loading.start()
+        assert stop.reached.wait(HANG_SECONDS)
+        server.lookup(service.keys(range(ROWS)), "m", 0, service.device or 0)
+        assert recording.done
+        assert not stop.go.is_set()
+        stop.go.set()
+    loading.join(HANG_SECONDS)
+    assert "added" in server.models
+
+
+@pytest.mark.parametrize("files", [5, [5], [None], object()])
+def test_files_that_are_no_paths_are_refused(service: Service, files: Any) -> None:
+    server = opened(service)
+    with pytest.raises(ConfigError, match="sparse_files"):
+        server.replace_model("m", files)

@@ -161,9 +161,9 @@ class HostStore:
         rows: np.ndarray,
         words: np.ndarray,
         default: float = 0.0,
+        in_force: Callable[[int], int] | None = None,
         *,
         threads: int | None = None,
-        in_force: Callable[[int], int] | None = None,
     ) -> tuple[int, int]:
         """``lookup`` for a device: it also returns the index words under which the rows were read.
 
@@ -171,8 +171,8 @@ class HostStore:
             keys: int64 ``[n]``, contiguous.
             rows: float32 ``[n, dim]``, contiguous; all of it is written, ``default`` where there is no row.
             words: int64 ``[n]``, contiguous; the index word of each key (``kernels.layouts.host_store``).
-            threads: at most so many (default: all cores).
             in_force: gives the index block to read, from the one in use; by default that.
+            threads: at most so many (default: all cores).
 
         Returns the number of keys without a row, and the generation that the words belong to.
         """
