@@ -386,8 +386,10 @@ class HPS:
     def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
         """Replace all rows of a model by a new version, in one step, while lookups continue.
 
-        The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones;
-        ``lookup_many`` sees one version of all tables. Rows written by ``insert`` and ``update`` are lost with the old version.
+        The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones, never
+        both, and ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just when
+        the caches take the new rows may see both; the next one sees the new ones. An interrupt (Ctrl-C) undoes the replacement, or
+        lets it end if slower tiers or lookups have the new version already. Rows written by ``insert`` and ``update`` are lost with the old version.
         Slower tiers get the new rows before the switch and lose the stale ones after it, so keys that only they hold change
         a little earlier than the rest.
 
@@ -399,6 +401,7 @@ class HPS:
             TierError: a slower tier failed; slower tiers may hold rows of both versions until the model is replaced again. Host
                 memory has one version or the other.
             ConfigError: not paths, or their number is not the number of tables.
+            ClosedError: the server was closed meanwhile; nothing is left of the new version.
         """
         self._loader.replace(model_name, None if sparse_files is None else as_paths(sparse_files, "sparse_files"))
 
@@ -442,7 +445,8 @@ class HPS:
         """Wait for running lookups, then free everything; later calls raise ClosedError. Closing twice is fine.
 
         Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that is too short. It does not wait for
-        writes.
+        writes. A model that is being loaded or replaced stops loading, or ends if lookups have it already; others are refused.
+        It is done whatever interrupts the call.
 
         Raises:
             ReentryError: called from inside another call of the server, for which it would wait: by a signal handler,
