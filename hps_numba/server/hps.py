@@ -387,9 +387,10 @@ class HPS:
         """Replace all rows of a model by a new version, in one step, while lookups continue.
 
         The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones, never
-        both, and ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just when
-        the caches take the new rows may see both; the next one sees the new ones. An interrupt (Ctrl-C) undoes the replacement, or
-        lets it end if slower tiers or lookups have the new version already. Rows written by ``insert`` and ``update`` are lost with the old version.
+        both, and ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just
+        when the caches take the new rows may see both; the next one sees the new ones. An interrupt (Ctrl-C) undoes the
+        replacement, or lets it end if slower tiers or lookups have the new version already. Rows written by ``insert`` and
+        ``update`` are lost with the old version.
         Slower tiers get the new rows before the switch and lose the stale ones after it, so keys that only they hold change
         a little earlier than the rest.
 
