@@ -24,13 +24,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hps_numba.errors import ClosedError
 from hps_numba.runtime.fork import register_fork_reset
-
-if TYPE_CHECKING:
-    from hps_numba.cache.parts import CacheParts
 
 __all__ = ["StandIns", "VersionSwitch"]
 
@@ -60,7 +57,20 @@ def _after_fork_in_child() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
-StandIns = Mapping[int, "CacheParts"]
+
+class StandIn(Protocol):
+    """What answers instead of a cache (``cache.parts.CacheParts``)."""
+
+    @property
+    def lookups(self) -> Any:
+        """Its ``cache.lookup.Lookups``."""
+
+    @property
+    def pooling(self) -> Any:
+        """Its ``cache.pooling.Pooling``."""
+
+
+StandIns = Mapping[int, StandIn]
 """What answers instead of a cache, by the address of the cache's state."""
 
 

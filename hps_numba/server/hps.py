@@ -386,8 +386,8 @@ class HPS:
     def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
         """Replace all rows of a model by a new version, in one step, while lookups continue.
 
-        The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones, never
-        both, and ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just
+        The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones and
+        never both, ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just
         when the caches take the new rows may see both; the next one sees the new ones. An interrupt (Ctrl-C) undoes the
         replacement, or lets it end if slower tiers or lookups have the new version already. Rows written by ``insert`` and
         ``update`` are lost with the old version.

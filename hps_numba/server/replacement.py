@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from hps_numba.cache.version_switch import StandIns, VersionSwitch
+from hps_numba.cache.parts import CacheParts
+from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.errors import HpsError
 from hps_numba.server.fused_tables import FusedTables
 from hps_numba.server.model_jobs import Check
@@ -70,7 +71,7 @@ class Replacement:
         self._switch, self._groups = switch, groups
         self._fill, self._validate = fill, validate
         self._stores: list[HostStore | None] = []
-        self._stand_ins: list[StandIns] = []
+        self._stand_ins: list[dict[int, CacheParts]] = []
         self._turned = False
 
     def run(self, paths: Sequence[str], on_rows: Progress, check: Check) -> None:
