@@ -53,8 +53,8 @@ class BackgroundJobs:
             return False
         if len(self._threads) < self._limit:
             try:
-                run = (self._jobs, self._unfinished)
-                self._threads.append(start_thread(_work_off, run, name="hps_numba_background", purpose="rows of slower tiers"))
+                run, name = (self._jobs, self._unfinished), f"hps_numba_background_{len(self._threads)}"
+                self._threads.append(start_thread(_work_off, run, name=name, purpose="rows of slower tiers"))
             except CapacityError as problem:
                 log.debug("%s", problem)
                 if not self._threads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -149,20 +149,12 @@ class ModelLoader:
         make_plan(config).check()
         self._deploy(config, added, policies, check)
 
-    def replace(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None) -> None:
+    def replace(self, model_name: str, files: Sequence[str | Path] | None) -> None:
         """As ``HPS.replace_model``."""
-        if isinstance(sparse_files, (str, Path)):
-            sparse_files = [sparse_files]
-        if sparse_files is not None and not isinstance(sparse_files, Iterable):
-            raise ConfigError(f"sparse_files: expected a path or an iterable of paths, got {type(sparse_files).__name__}")
-        files = None if sparse_files is None else list(sparse_files)
-        for file in files or ():
-            if not isinstance(file, (str, Path)):
-                raise ConfigError(f"sparse_files: expected paths, got {type(file).__name__} ({file!r})")
         self.check_outside(self._catalog.model(model_name))
         self.jobs.run(lambda check: self._replace(model_name, files, check))
 
-    def _replace(self, model_name: str, files: list[str | Path] | None, check: Check) -> None:
+    def _replace(self, model_name: str, files: Sequence[str | Path] | None, check: Check) -> None:
         model = self._catalog.model(model_name)
         sources = None if files is None else [locate(str(file), self._config.folder) for file in files]
         plan = model.plan_of_replacement(sources)
