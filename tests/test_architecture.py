@@ -133,7 +133,7 @@ def test_the_contracts_of_import_linter_hold() -> None:
 
 
 def test_the_top_of_the_package_is_small() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "compat", "errors", "plugins"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors", "plugins"}
 
 
 def test_the_reader_of_imports_sees_what_it_should() -> None:
@@ -223,7 +223,11 @@ def test_no_error_is_swallowed_silently(module: str) -> None:
             assert not all(isinstance(step, ast.Pass) for step in node.body), f"{module}:{node.lineno}: except: pass"
 
 
-@pytest.mark.parametrize("module", MODULES)
+#: packages of HugeCTR under the names that scripts import, "core" and "utils" among them
+NAMED_BY_HUGECTR = "compat.packages"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not is_in(module, NAMED_BY_HUGECTR)])
 def test_modules_are_named_after_what_they_hold(module: str) -> None:
     banned = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}
     assert banned.isdisjoint(word for name in module.split(".") for word in name.split("_"))

@@ -23,7 +23,19 @@ __all__ = [
 ]
 
 
-class DatabaseType_t(StrEnum):
+class _NumberedEnum(StrEnum):
+    """Members in HugeCTR's order: ``int(member)`` is the number that it has there, and ``Enum(number)`` the member."""
+
+    def __int__(self) -> int:
+        return list(type(self)).index(self)
+
+    @classmethod
+    def _missing_(cls, value: object) -> _NumberedEnum | None:
+        members = list(cls)
+        return members[value] if type(value) is int and 0 <= value < len(members) else None
+
+
+class DatabaseType_t(_NumberedEnum):
     """What holds rows below the embedding cache; each member is also the string that a file uses."""
 
     disabled = "disabled"
@@ -34,7 +46,7 @@ class DatabaseType_t(StrEnum):
     rocks_db = "rocks_db"
 
 
-class DatabaseOverflowPolicy_t(StrEnum):
+class DatabaseOverflowPolicy_t(_NumberedEnum):
     """Which rows are evicted from a partition that holds more than ``overflow_margin``."""
 
     evict_random = "evict_random"
@@ -42,14 +54,14 @@ class DatabaseOverflowPolicy_t(StrEnum):
     evict_oldest = "evict_oldest"
 
 
-class UpdateSourceType_t(StrEnum):
+class UpdateSourceType_t(_NumberedEnum):
     """Where online updates come from."""
 
     null = "null"
     kafka_message_queue = "kafka_message_queue"
 
 
-class EmbeddingCacheType_t(StrEnum):
+class EmbeddingCacheType_t(_NumberedEnum):
     """How rows are kept on a device. ``stochastic`` never had an implementation: a config refuses it."""
 
     Dynamic = "dynamic"

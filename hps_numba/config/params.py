@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from hps_numba.config.enums import DatabaseOverflowPolicy_t, DatabaseType_t, EmbeddingCacheType_t, UpdateSourceType_t
 from hps_numba.config.messages import dotted, failed, problem, unexpected
@@ -25,6 +27,9 @@ __all__ = [
     "UpdateSourceParams",
     "VolatileDatabaseParams",
 ]
+
+
+Params = TypeVar("Params")
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,42 @@ class UpdateSourceParams:
     max_commit_interval: int = 32
 
 
+def _also_in_the_order_of_hugectr(cls: type[Params]) -> type[Params]:
+    """Take positional arguments with ``device_id`` right after ``sparse_model_files`` too, where HugeCTR has it.
+
+    A dataclass cannot say that: arguments without a default would follow one that has a default. The two orders are told apart
+    by what is there: a number of a device, or a bool (``use_gpu_embedding_cache``).
+    """
+    by_field: Any = cls.__init__
+    names = [field.name for field in fields(cast(Any, cls)) if not field.kw_only]
+    names.remove("device_id")
+    place = names.index("sparse_model_files") + 1
+    names.insert(place, "device_id")
+
+    @wraps(by_field)
+    def init(self: Params, *args: Any, **named: Any) -> None:
+        if place < len(args) <= len(names) and _is_device(*args[place : place + 2]):
+            by_field(self, **dict(zip(names, args)), **named)
+        else:
+            by_field(self, *args, **named)
+
+    cast(Any, cls).__init__ = init
+    return cls
+
+
+def _is_device(value: object, following: object = None) -> bool:
+    """Not ``use_gpu_embedding_cache``, which may also be 0 or 1, and which a fraction follows."""
+    return hasattr(value, "__index__") and not isinstance(value, bool) and not isinstance(following, float)
+
+
+@_also_in_the_order_of_hugectr
 @dataclass(frozen=True)
 class InferenceParams:
     """One model, ``models[i]`` of a file, together with the databases of the server.
 
     A ``default_value_for_each_table`` of one entry serves every table. ``embedding_table_names`` of ``[""]`` means the default
-    names. ``device_id`` has to be one of ``deployed_devices``, unless it is 0, its default. The arguments after
-    ``fp8_quant`` are new and taken by keyword only.
+    names. ``device_id`` has to be one of ``deployed_devices``, unless it is 0, its default; by position it may also come right
+    after ``sparse_model_files``, as in HugeCTR. The arguments after ``fp8_quant`` are new and taken by keyword only.
     """
 
     model_name: str

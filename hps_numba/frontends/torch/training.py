@@ -299,7 +299,8 @@ class OneTableLayer(TrainableLayer):
     """A layer on one table.
 
     Attributes:
-        request: what its operator is called with (``frontends/_queries.py``).   emb_vec_size: elements of a row.
+        request: what its operator is called with (``frontends/_queries.py``).
+        ps_config_file, model_name, table_id, emb_vec_size: as given; a path as text.
     """
 
     def __init__(
@@ -314,7 +315,9 @@ class OneTableLayer(TrainableLayer):
     ) -> None:
         super().__init__()
         query = TableQuery(model_name, table_id, emb_vec_size)
-        self.request: str = Query(config_of(ps_config_file), (query,)).to_json()
+        self.ps_config_file = config_of(ps_config_file)
+        self.model_name, self.table_id = query.model, query.table
+        self.request: str = Query(self.ps_config_file, (query,)).to_json()
         self.emb_vec_size: int = query.dim
         self._set_training(trainable, initializer, read_only)
 
