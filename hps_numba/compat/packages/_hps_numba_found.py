@@ -1,4 +1,4 @@
-"""Makes ``hps_numba`` importable for the packages beside this one.
+"""Makes ``hps_numba`` importable for the packages beside this file.
 
 Usually it is. It is not in a process whose interpreter is another than that of the environment, or when a checkout that is not
 installed was used by its folder: the process then got their folder from ``PYTHONPATH`` and nothing else.
@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_HOME = Path(__file__).parents[4]
+_HOME = Path(__file__).parents[3]
 
 
 def _find() -> None:
