@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +93,14 @@ def test_a_script_that_is_missing_or_fails(tmp_path: Path) -> None:
     assert done.returncode == 1 and "No module named 'hugectr.training'" in done.stderr
 
 
-def test_installing_twice() -> None:
+def test_installing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
     before = list(sys.meta_path)
     try:
         compat.install()
+        once = os.environ["PYTHONPATH"]
         compat.install()
         assert len(sys.meta_path) == len(before) + 1
+        assert os.environ["PYTHONPATH"] == once and once.endswith(":/somewhere")
     finally:
         sys.meta_path[:] = before
