@@ -59,7 +59,7 @@ PLUGINS = {
     "hps_numba.traces.formats": "csv npy oracle_general parquet text",
     "hps_numba.kernels.policies": "clock fifo lfu lfu_decay lru pinned random s3fifo sieve tinylfu ttl",
 }
-COMMANDS = "config convert demo doctor generate inspect plan profile simulate"
+COMMANDS = "compat config convert demo doctor generate inspect plan profile simulate"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_strided_and_unknown_keys(rig: Rig) -> None:
     assert torch.equal(lookup()(keys, rig.path, "m", 0, DIM), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")  # of the compiler itself
 def test_compiled_exported_and_mapped(rig: Rig) -> None:
     operator = lookup()
 
