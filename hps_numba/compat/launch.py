@@ -8,14 +8,14 @@ thing needs none of that, and costs one more start of the interpreter, 20 to 40 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from hps_numba.compat.folder import PACKAGES, with_packages
 from hps_numba.errors import HpsError
 
-__all__ = ["interpreter_options", "main"]
+__all__ = ["main", "read_command"]
 
 _USAGE = """usage: python -m hps_numba.compat script.py [arguments]
        python -m hps_numba.compat -m module [arguments]
@@ -25,19 +25,21 @@ Runs what `python` would run, with HugeCTR's hierarchical_parameter_server, hps_
 hps_numba, in its child processes too. Everything after hps_numba.compat is what follows `python`: options, a script, a folder,
 - for stdin."""
 
+_MODULES = ("hps_numba.compat", "hps_numba.compat.__main__")
 _VALUE_FOLLOWS = "WX"  # options of the interpreter that take a value
 _WORD_FOLLOWS = "--check-hash-based-pycs"
 _PROGRAM_FOLLOWS = "cm"
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Replace this process by ``python arguments`` (by default those of this process), with HugeCTR's packages.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python arguments`` (by default those of this process) with HugeCTR's packages.
 
-    It does not return: a process that is to go on calls ``install`` instead. Options given to this interpreter, such as
-    ``-X dev``, are given to the next one too.
+    A process that was started as ``python -m hps_numba.compat`` is replaced. In any other, such as a notebook, it runs as a
+    child process that is waited for. Options given to this interpreter, such as ``-X dev``, are given to the other one too.
 
     Raises:
-        SystemExit: no arguments, or ``-h``; or the interpreter was told to ignore the environment (``-E``, ``-I``).
+        SystemExit: no arguments, or ``-h``; the interpreter was told to ignore the environment (``-E``, ``-I``); the child
+            process failed: with its exit code, or 128 and the number of the signal that ended it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
@@ -49,9 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         environment = _environment()
     except HpsError as problem:
         raise SystemExit(f"error: {problem}") from None
+    options, module = read_command(sys.orig_argv)
+    command = [sys.executable, *options, *given]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *interpreter_options(sys.orig_argv), *given], environment)
+    if module in _MODULES:
+        os.execve(sys.executable, command, environment)
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
 
 
 def _environment() -> dict[str, str]:
@@ -66,34 +74,31 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": with_packages(os.environ.get("PYTHONPATH", ""))}
 
 
-def interpreter_options(command: Sequence[str]) -> list[str]:
-    """The options of the interpreter in a command line such as ``sys.orig_argv``: what comes before ``-m``, ``-c`` or a script.
+def read_command(command: Sequence[str]) -> tuple[list[str], str]:
+    """``(options of the interpreter, name of the module that it runs)`` in a command line such as ``sys.orig_argv``.
 
-    >>> interpreter_options(["python", "-X", "dev", "-um", "hps_numba.compat", "-v"])
-    ['-X', 'dev', '-u']
+    The name is empty if the command runs no module by ``-m``.
+
+    >>> read_command(["python", "-X", "dev", "-um", "hps_numba.compat", "-v"])
+    (['-X', 'dev', '-u'], 'hps_numba.compat')
     """
     options: list[str] = []
     words = iter(command[1:])
     for word in words:
         if not word.startswith("-") or word in ("-", "--"):
             break
-        if word == _WORD_FOLLOWS:
-            options += [word, next(words, "")]
-        elif word.startswith("--"):
-            options.append(word)
-        else:
-            kept, has_value, is_last = _read_letters(word)
-            options += [*([kept] if kept != "-" else []), *([next(words, "")] if has_value else [])]
-            if is_last:
-                break
-    return options
+        if word.startswith("--"):
+            options += [word, *([next(words, "")] if word == _WORD_FOLLOWS else [])]
+            continue
+        at = _place_of_value(word)
+        letter, value = word[at : at + 1], word[at + 1 :]
+        if letter in _PROGRAM_FOLLOWS and letter:
+            options += [word[:at]] if at > 1 else []
+            return options, (value or next(words, "")) if letter == "m" else ""
+        options += [word, *([next(words, "")] if letter and not value else [])]
+    return options, ""
 
 
-def _read_letters(word: str) -> tuple[str, bool, bool]:
-    """``(the options in a word, whether the next word is the value of the last, whether a program follows)``."""
-    for at, letter in enumerate(word[1:], 1):
-        if letter in _PROGRAM_FOLLOWS:
-            return word[:at], False, True
-        if letter in _VALUE_FOLLOWS:
-            return word, at == len(word) - 1, False
-    return word, False, False
+def _place_of_value(word: str) -> int:
+    """Where in a word of one-letter options the one stands that takes the rest, or the next word, as its value."""
+    return next((at for at, letter in enumerate(word[1:], 1) if letter in _VALUE_FOLLOWS + _PROGRAM_FOLLOWS), len(word))

@@ -172,21 +172,42 @@ def test_an_interpreter_that_ignores_the_environment_says_what_to_do(folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("command", "options"),
+    ("command", "options", "module"),
     [
-        (["python", "-m", "hps_numba.compat", "-v"], []),
-        (["python", "-um", "hps_numba.compat"], ["-u"]),
-        (["python", "-bbuPsm", "x"], ["-bbuPs"]),
-        (["python", "-X", "dev", "-Wd", "-W", "-m", "-mhps_numba.compat", "-X"], ["-X", "dev", "-Wd", "-W", "-m"]),
-        (["python", "-OXm", "-c", "code", "-O"], ["-OXm"]),
-        (["python", "--check-hash-based-pycs", "always", "script.py", "-O"], ["--check-hash-based-pycs", "always"]),
-        (["python", "-", "-O"], []),
-        (["python", "--", "-O"], []),
-        (["python"], []),
+        (["python", "-m", "hps_numba.compat", "-v"], [], "hps_numba.compat"),
+        (["python", "-um", "hps_numba.compat"], ["-u"], "hps_numba.compat"),
+        (["python", "-bbuPsm", "x"], ["-bbuPs"], "x"),
+        (["python", "-X", "dev", "-Wd", "-W", "-m", "-ma.b", "-X"], ["-X", "dev", "-Wd", "-W", "-m"], "a.b"),
+        (["python", "-OXm", "-c", "code", "-O"], ["-OXm"], ""),
+        (["python", "-uc", "code", "-m", "x"], ["-u"], ""),
+        (["python", "--check-hash-based-pycs", "always", "script.py", "-O"], ["--check-hash-based-pycs", "always"], ""),
+        (["python", "-", "-O"], [], ""),
+        (["python", "--", "-O"], [], ""),
+        (["python", "-m"], [], ""),
+        (["python"], [], ""),
+        ([], [], ""),
     ],
 )
-def test_options_of_the_interpreter_are_read(command: list[str], options: list[str]) -> None:
-    assert launch.interpreter_options(command) == options
+def test_the_command_of_an_interpreter_is_read(command: list[str], options: list[str], module: str) -> None:
+    assert launch.read_command(command) == (options, module)
+
+
+@pytest.mark.parametrize(("code", "status"), [("", None), ("import sys; sys.exit(3)", 3), ("import os; os.abort()", 128 + 6)])
+def test_a_process_of_another_kind_goes_on_after_main(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, status: int | None
+) -> None:
+    """A notebook (``%run -m hps_numba.compat``) or a test run is not replaced."""
+    before = dict(os.environ)
+    made = tmp_path / "made"
+    arguments = ["-c", f"import hugectr; open({str(made)!r}, 'w').close(); {code}"]
+    if status is None:
+        compat.main(arguments)
+    else:
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("hps_numba.compat", run_name="__main__")
+        assert ended.value.code == status
+    assert made.exists() and dict(os.environ) == before
 
 
 # -- child processes ---------------------------------------------------------------------

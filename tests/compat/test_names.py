@@ -410,6 +410,21 @@ def test_attributes_of_the_torch_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drop_in")
+def test_layers_that_were_pickled_by_hugectr_or_an_older_version(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    rig, kind = rig_of(tmp_path), imported("hps_torch.LookupLayer")
+    arguments = {"ps_config_file": rig.path, "model_name": "m", "table_id": 1, "emb_vec_size": 3}
+    theirs = {**torch.nn.Module().__dict__, **arguments, "training": False}
+    older = {key: value for key, value in kind(**arguments).__dict__.items() if key not in arguments or key == "emb_vec_size"}
+    for state in (theirs, older):
+        layer = kind.__new__(kind)
+        layer.__setstate__(state)
+        assert {name: getattr(layer, name) for name in arguments} == arguments and repr(layer)
+        assert torch.equal(layer(torch.tensor([[1]])), torch.from_numpy(rig.narrow[[[1]]]))
+        assert layer.training == state["training"]
+
+
+@pytest.mark.usefixtures("drop_in")
 def test_lookups_of_tensorflow_without_a_layer(tmp_path: Path) -> None:
     tf, _, _ = tensorflow()
     rig, hps = rig_of(tmp_path, model="lone"), imported("hierarchical_parameter_server")

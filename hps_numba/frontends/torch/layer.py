@@ -91,6 +91,13 @@ class LookupLayer(OneTableLayer):
         self.output_dtype = output_dtype
         self._set_options(padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of HugeCTR's layer, in a model that was pickled whole."""
+        if "request" not in state:
+            LookupLayer.__init__(self, *(state[name] for name in ("ps_config_file", "model_name", "table_id", "emb_vec_size")))
+            state = {**self.__dict__, **state}
+        super().__setstate__(state)
+
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """``S + [emb_vec_size]`` for keys of shape ``S``."""
         if torch.jit.is_scripting():  # a script has only the operator

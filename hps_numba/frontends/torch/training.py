@@ -332,6 +332,13 @@ class OneTableLayer(TrainableLayer):
         self.padding_idx = padding_idx
         self.max_norm = None if max_norm is None else float(max_norm)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a layer that was pickled before it had all its attributes."""
+        super().__setstate__(state)
+        query = Query.from_json(self.request)
+        self.ps_config_file = query.config
+        self.model_name, self.table_id = query.tables[0].model, query.tables[0].table
+
     def _request_for_all(self) -> str:
         return self.request
 
