@@ -21,6 +21,7 @@ from support.framework_rig import DIM, Rig, rig_of, tensorflow
 import hps_numba
 from hps_numba.compat.folder import PACKAGES
 from hps_numba.compat.out_of_scope import INFERENCE, TRAINING, OutOfScopeError
+from hps_numba.server.registry import SERVERS
 
 #: enum: its members in order; int() of a member is its place
 ENUMS = {
@@ -182,6 +183,7 @@ VALUES: dict[str, Any] = {
 def drop_in() -> Iterator[None]:
     with installed():
         yield
+    SERVERS.close()
 
 
 def imported(name: str) -> Any:

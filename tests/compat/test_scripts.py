@@ -8,11 +8,14 @@ import pytest
 from support.drop_in import run_drop_in
 from support.framework_rig import rig_of, tensorflow
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-def output(folder: Path, text: str, *arguments: str) -> list[str]:
+
+def output(folder: Path, text: str, *arguments: str, device: str = "cpu") -> list[str]:
     """What a script printed, line by line."""
     (folder / "script.py").write_text(text)
-    done = run_drop_in("script.py", *arguments, cwd=folder)
+    env = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": "0"}
+    done = run_drop_in("script.py", *arguments, cwd=folder, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -101,9 +104,12 @@ print("same")
 """
 
 
-def test_dlpack_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_dlpack_of_torch(tmp_path: Path, device: str) -> None:
     pytest.importorskip("torch")
-    assert output(tmp_path, _DLPACK, rig_of(tmp_path).path) == ["same"]
+    assert output(
+        tmp_path, _DLPACK, rig_of(tmp_path, deployed_device_list=[] if device == "cpu" else [0]).path, device=device
+    ) == ["same"]
 
 
 _DLPACK_TF = """
@@ -183,18 +189,21 @@ keys = torch.randint(0, 200, (2, 16, 4), dtype=torch.int64).to(device)
 rows = model(keys)
 assert torch.equal(rows, Model(sys.argv[1], "m", [8, 3])(keys)) and rows.shape == (16, 4, 11)
 torch.jit.save(model, "model.pt")
-torch.save(keys.cpu(), "keys.pt")
-torch.save(rows.cpu(), "rows.pt")
-child = "import hps_torch, torch; model = torch.jit.load('model.pt', map_location='cpu');" \\
+torch.save(keys, "keys.pt")
+torch.save(rows, "rows.pt")
+child = "import hps_torch, torch; model = torch.jit.load('model.pt');" \\
     "print(torch.equal(model(torch.load('keys.pt')), torch.load('rows.pt')))"
 sys.stdout.flush()
 subprocess.run([sys.executable, "-c", child], check=True)
 """
 
 
-def test_the_layer_of_torch_scripted_forked_and_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_layer_of_torch_scripted_forked_and_saved(tmp_path: Path, device: str) -> None:
     pytest.importorskip("torch")
-    assert output(tmp_path, _TORCH_NOTEBOOK, rig_of(tmp_path).path) == ["True"]
+    assert output(
+        tmp_path, _TORCH_NOTEBOOK, rig_of(tmp_path, deployed_device_list=[] if device == "cpu" else [0]).path, device=device
+    ) == ["True"]
 
 
 _SCRIPTED_WITH_THE_OPERATOR = """
@@ -236,15 +245,16 @@ import hps_torch
 from hps_torch import LookupLayer
 
 model = torch.jit.load("scripted.pt")
-keys = torch.arange(12).reshape(4, 3)
+keys = torch.arange(12).reshape(4, 3).to("cuda" if torch.cuda.is_available() else "cpu")
 rows = [LookupLayer(sys.argv[1], "m", table, size)(keys) for table, size in ((0, 8), (1, 3))]
 print(torch.equal(model(keys), torch.cat(rows, -1)), torch.equal(torch.jit.freeze(model.eval())(keys), torch.cat(rows, -1)))
 """
 
 
-def test_models_scripted_with_the_operator_of_hugectr_load_and_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_models_scripted_with_the_operator_of_hugectr_load_and_run(tmp_path: Path, device: str) -> None:
     """The archive holds calls of the operator and none of our layers, as those that HugeCTR's users have."""
     pytest.importorskip("torch")
-    rig = rig_of(tmp_path)
-    assert output(tmp_path, _SCRIPTED_WITH_THE_OPERATOR, rig.path) == ["True"]
-    assert output(tmp_path, _LOADS_IT, rig.path) == ["True True"]
+    rig = rig_of(tmp_path, deployed_device_list=[] if device == "cpu" else [0])
+    assert output(tmp_path, _SCRIPTED_WITH_THE_OPERATOR, rig.path, device=device) == ["True"]
+    assert output(tmp_path, _LOADS_IT, rig.path, device=device) == ["True True"]

@@ -39,5 +39,6 @@ def installed(**options: Any) -> Iterator[None]:
 def run_drop_in(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """``python -m hps_numba.compat arguments``."""
     command = [sys.executable, "-m", "hps_numba.compat", *map(str, arguments)]
-    env = environment(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore", **options.pop("env", {}))
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    env = environment(**{**quiet, **options.pop("env", {})})
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, **options)
