@@ -22,6 +22,7 @@ from hps_numba.arrays.encodings import KEY_ENCODINGS
 from hps_numba.errors import ConfigError, KeyDtypeError
 from hps_numba.frontends._device_path import Bindings, TableCache, find_cache
 from hps_numba.frontends._queries import TableQuery, tables_of
+from hps_numba.frontends.torch.jit_forks import note_thread
 from hps_numba.server.hps import HPS
 
 __all__ = [
@@ -170,8 +171,18 @@ _transform = _of_torch(getattr(torch._C, "_functorch", None), "peek_interpreter_
 _tracer = _of_torch(torch._C, "_get_tracing_state")
 
 
-library.impl("lookup", _lookup_on_cpu, "CPU")
-library.impl("lookup", _lookup_on_cuda, "CUDA")
+def _dispatched_on_cpu(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    note_thread()
+    return _lookup_on_cpu(keys, request, dim)
+
+
+def _dispatched_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
+    note_thread()
+    return _lookup_on_cuda(keys, request, dim)
+
+
+library.impl("lookup", _dispatched_on_cpu, "CPU")
+library.impl("lookup", _dispatched_on_cuda, "CUDA")
 follow_vmap("lookup")
 lookup = torch.ops.hps_numba.lookup.default
 """The operator: float32 ``S + [dim]`` for keys of shape ``S``, on the device of the keys and its current stream.
