@@ -42,20 +42,34 @@ if child:
 """
 
 
+_RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def program(folder: Path, text: str) -> str:
+    """TorchScript reads the text of its functions from a file."""
+    (folder / "program.py").write_text(text)
+    return str(folder / "program.py")
+
+
 @pytest.mark.parametrize("kind", ["operator", "layer"])
 def test_it_ends_without_an_abort(tmp_path: Path, kind: str) -> None:
     """Without ``jit_forks`` one process in three aborts."""
     rig = rig_of(tmp_path)
     rounds = int(os.environ.get("HPS_NUMBA_TEST_ROUNDS", "1"))
     for _ in range(rounds):
-        processes = [start_program(_FORKS, rig.path, kind) for _ in range(3)]
+        processes = [start_program(_RUN, program(tmp_path, _FORKS), rig.path, kind) for _ in range(3)]
         for process in processes:
             out, err = process.communicate(timeout=300)
             assert (out, process.returncode) == ("6 8 True\n", 0), err
 
 
 def test_a_forked_child_does_not_wait_for_threads_it_does_not_have(tmp_path: Path) -> None:
-    assert run_program(_FORKS + _THEN_FORKS, rig_of(tmp_path).path, "layer").split() == ["6", "8", "True", "0"]
+    assert run_program(_RUN, program(tmp_path, _FORKS + _THEN_FORKS), rig_of(tmp_path).path, "layer").split() == [
+        "6",
+        "8",
+        "True",
+        "0",
+    ]
 
 
 def test_the_main_thread_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
