@@ -55,9 +55,10 @@ def program(folder: Path, text: str) -> str:
 def test_it_ends_without_an_abort(tmp_path: Path, kind: str) -> None:
     """Without ``jit_forks`` one process in three aborts."""
     rig = rig_of(tmp_path)
+    path = program(tmp_path, _FORKS)
     rounds = int(os.environ.get("HPS_NUMBA_TEST_ROUNDS", "1"))
     for _ in range(rounds):
-        processes = [start_program(_RUN, program(tmp_path, _FORKS), rig.path, kind) for _ in range(3)]
+        processes = [start_program(_RUN, path, rig.path, kind) for _ in range(3)]
         for process in processes:
             out, err = process.communicate(timeout=300)
             assert (out, process.returncode) == ("6 8 True\n", 0), err
