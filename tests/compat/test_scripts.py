@@ -21,6 +21,7 @@ def output(folder: Path, text: str, *arguments: str, device: str = "cpu") -> lis
 
 
 _PYTHON_API = """
+import importlib.util
 import json, os, sys
 import numpy as np
 import hugectr
@@ -258,3 +259,99 @@ def test_models_scripted_with_the_operator_of_hugectr_load_and_run(tmp_path: Pat
     rig = rig_of(tmp_path, deployed_device_list=[] if device == "cpu" else [0])
     assert output(tmp_path, _SCRIPTED_WITH_THE_OPERATOR, rig.path, device=device) == ["True"]
     assert output(tmp_path, _LOADS_IT, rig.path, device=device) == ["True True"]
+
+
+"""To append to tests/compat/test_scripts.py once the Keras 2 layers are merged (needs `import importlib.util` there)."""
+
+_KERAS_2 = """
+import json, os, subprocess, sys
+import numpy as np
+import tensorflow as tf
+import hierarchical_parameter_server as hps
+
+assert tf.keras.layers.Layer.__module__.startswith("tf_keras")
+args = {"batch": 64, "slots": 3, "dim": 8, "rows": 300}
+
+class TrainModel(tf.keras.models.Model):
+    def __init__(self, init_tensors, **kwargs):
+        super().__init__(**kwargs)
+        self.params = tf.Variable(init_tensors)
+        self.fc = tf.keras.layers.Dense(units=1, name="fc")
+
+    def call(self, inputs):
+        rows = tf.reshape(tf.nn.embedding_lookup(params=self.params, ids=inputs), shape=[-1, args["slots"] * args["dim"]])
+        return self.fc(rows), rows
+
+    def summary(self):
+        inputs = tf.keras.Input(shape=(args["slots"],), dtype=tf.int64)
+        return tf.keras.models.Model(inputs=[inputs], outputs=self.call(inputs)).summary(print_fn=lambda line, **_: None)
+
+generator = np.random.default_rng(0)
+keys = generator.integers(0, args["rows"], (args["batch"], args["slots"])).astype(np.int64)
+labels = generator.integers(0, 2, (args["batch"], 1)).astype(np.float32)
+model = TrainModel(generator.normal(size=(args["rows"], args["dim"])).astype(np.float32))
+model.summary()
+loss, optimizer = tf.keras.losses.BinaryCrossentropy(from_logits=True), tf.keras.optimizers.Adam()
+
+@tf.function
+def train_step(inputs, labels):
+    with tf.GradientTape() as tape:
+        logit, rows = model(inputs)
+        value = loss(labels, logit)
+    optimizer.apply_gradients(zip(tape.gradient(value, model.trainable_variables), model.trainable_variables))
+    return value
+
+for _ in range(3):
+    train_step(keys, labels)
+
+os.makedirs("table.model", exist_ok=True)
+np.arange(args["rows"], dtype=np.int64).tofile("table.model/key")
+model.params.numpy().tofile("table.model/emb_vector")
+with open("ps.json", "w") as file:
+    json.dump({"supportlonglong": True, "models": [{
+        "model": "demo", "sparse_files": ["table.model"], "num_of_worker_buffer_in_pool": 3,
+        "embedding_table_names": ["sparse_embedding0"], "embedding_vecsize_per_table": [args["dim"]],
+        "maxnum_catfeature_query_per_table_per_sample": [args["slots"]], "default_value_for_each_table": [1.0],
+        "deployed_device_list": [0], "max_batch_size": 64, "cache_refresh_percentage_per_iteration": 0.2,
+        "hit_rate_threshold": 1.0, "gpucacheper": 1.0, "gpucache": True}]}, file)
+
+class InferenceModel(tf.keras.models.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lookup_layer = hps.LookupLayer(
+            model_name="demo", table_id=0, emb_vec_size=args["dim"], emb_vec_dtype=tf.float32, ps_config_file="ps.json",
+            global_batch_size=64, name="lookup")
+        self.fc = tf.keras.layers.Dense(units=1, name="fc")
+
+    def call(self, inputs):
+        rows = tf.reshape(self.lookup_layer(inputs), shape=[-1, args["slots"] * args["dim"]])
+        return self.fc(rows), rows
+
+    def summary(self):
+        inputs = tf.keras.Input(shape=(args["slots"],), dtype=tf.int64)
+        return tf.keras.models.Model(inputs=[inputs], outputs=self.call(inputs)).summary(print_fn=lambda line, **_: None)
+
+hps.Init(global_batch_size=64, ps_config_file="ps.json")
+inference = InferenceModel()
+inference.summary()
+inference.fc.set_weights(model.fc.get_weights())
+expected, rows = model(keys)
+logit, same = inference(tf.convert_to_tensor(keys))
+assert (rows.numpy() == same.numpy()).all() and np.allclose(logit, expected)
+inference.predict(keys, verbose=0)
+inference.save("saved")
+np.save("keys.npy", keys)
+np.save("logit.npy", logit.numpy())
+child = "import numpy as np, tensorflow as tf, hierarchical_parameter_server as hps;" \\
+    "model = tf.keras.models.load_model('saved');" \\
+    "print(np.allclose(model.predict(np.load('keys.npy'), verbose=0)[0], np.load('logit.npy')))"
+sys.stdout.flush()
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tf_keras") is None, reason="needs Keras 2: pip install tf-keras")
+def test_a_notebook_of_keras_2_trains_saves_and_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorflow()
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    assert output(tmp_path, _KERAS_2)[-1] == "True"

@@ -16,6 +16,7 @@ from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.frontends._device_path import can_pool
 from hps_numba.frontends._queries import tables_of
 from hps_numba.frontends.torch import operator
+from hps_numba.frontends.torch.jit_forks import note_thread
 
 __all__ = ["COMBINERS", "fused", "fused_rows", "pool_rows", "pooled"]
 
@@ -35,6 +36,7 @@ def _pooled_on_cpu(
     max_norm: float | None,
     padding: int | None,
 ) -> torch.Tensor:
+    note_thread()
     operator.check_keys(keys)
     ((server, query),) = tables_of(request)
     out = aligned_empty((max(offsets.shape[0] - 1, 0), dim))
@@ -67,6 +69,7 @@ def _pooled_on_cuda(
     max_norm: float | None,
     padding: int | None,
 ) -> torch.Tensor:
+    note_thread()
     operator.check_keys(keys)
     if max_norm is None and can_pool(request, keys.get_device(), keys.numel()):
         return fused(keys, offsets, weights, request, combiner, padding)
