@@ -34,7 +34,8 @@ class Model(torch.nn.Module):
 
 layers = {"layer": LookupLayer, "bag": HPSEmbeddingBag}
 layer = Called(sys.argv[1]) if sys.argv[2] == "operator" else layers[sys.argv[2]](sys.argv[1], "m", 0, 8)
-print(*torch.jit.script(Model(layer))(torch.arange(6).reshape(2, 1, 3)).flatten(0, -2).shape, os.getpid() in jit_forks._processes, flush=True)
+rows = torch.jit.script(Model(layer))(torch.arange(6).reshape(2, 1, 3)).flatten(0, -2)
+print(*rows.shape, os.getpid() in jit_forks._processes, flush=True)
 """
 _THEN_FORKS = """
 child = os.fork()
