@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from support.cache_bench import Bench
 
 # kernels are compiled on first use, and machines of CI stall: how long an example takes says nothing
-hypothesis.settings.register_profile("steady", deadline=None)
+hypothesis.settings.register_profile("steady", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("steady")
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 FOLDER = ROOT / "benchmarks" / "host"
-SECONDS = 600  # of a program: detects a hang, measures nothing
-pytestmark = pytest.mark.timeout(900)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 
 
@@ -23,7 +22,7 @@ def run(name: str, tmp_path: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """The output of ``name``, and its JSON file."""
     report = tmp_path / "report.json"
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(report), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=SECONDS)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
 
@@ -69,18 +68,19 @@ def test_loading_measures_every_kind_and_removes_the_model(tmp_path: Path) -> No
 def test_startup_measures_cold_and_warm_starts(tmp_path: Path) -> None:
     printed, report = run("startup", tmp_path)
     check(printed, report)
-    times = {row["name"]: row["seconds"] for row in report["results"]}
-    assert times["first lookup, empty kernel cache"] > times["first lookup, warm kernel cache"] > times["python"]
-    assert report["stages"]["import numba"] > report["stages"]["second lookup"]
+    found = report["kernels_found"]
+    assert {row["name"] for row in report["results"]} == {"python", "import hps_numba", *found}
+    assert found["first lookup, empty kernel cache"] == 0 < found["first lookup, warm kernel cache"]
+    assert {"import numba", "first lookup", "second lookup"} <= report["stages"].keys()
 
 
 def test_overhead_measures_every_layer(tmp_path: Path) -> None:
     printed, report = run("overhead", tmp_path)
     assert report["quick"] is True and "--quick" in printed and "HPS.lookup(out=)" in printed
     for batch in ("1", "64"):
-        times = {name: min(some) for name, some in report["microseconds"][batch].items()}  # undisturbed on a busy machine
-        assert 0 < times["host_lookup (kernel)"] < times["HPS.lookup(out=)"] < 1e5
-        assert {"HostStore.lookup", "ServedTable.lookup", "numpy.take(out=)"} < times.keys()
+        times = report["microseconds"][batch]
+        assert {"host_lookup (kernel)", "HostStore.lookup", "ServedTable.lookup", "HPS.lookup(out=)"} < times.keys()
+        assert "numpy.take(out=)" in times and all(0 < time < math.inf for some in times.values() for time in some)
 
 
 def test_tensorflow_layer_measures_overhead_and_dlrm(tmp_path: Path) -> None:

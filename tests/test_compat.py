@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.framework_rig import DIM, rig_of, run_program, tensorflow
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import compat
 
@@ -76,7 +77,7 @@ def test_a_script_of_the_torch_plugin(tmp_path: Path) -> None:
 def test_a_script_of_the_python_api_needs_no_framework(tmp_path: Path) -> None:
     rig = rig_of(tmp_path)
     command = [sys.executable, "-m", "hps_numba.compat", script(tmp_path, _NATIVE), rig.path, "--more"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     name, *arguments, total = done.stdout.split()
     assert name == "__main__" and "--more" in "".join(arguments)

@@ -14,6 +14,7 @@ from support.docs import blocks_of, prose_of
 from support.framework_rig import tensorflow
 from support.processes import ROOT, environment
 from support.services import without_devices
+from support.waiting import HANG_SECONDS
 
 from hps_numba import plugins
 from hps_numba.server.registry import SERVERS
@@ -84,7 +85,7 @@ def test_extensions_of_the_guide_pass_their_contract_suites(tmp_path: Path) -> N
         if named:
             (tmp_path / named[1]).write_text(block.text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
     assert re.fullmatch(r"\d+ passed in .*", done.stdout.strip().splitlines()[-1]), done.stdout
 
 
@@ -156,7 +157,7 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment(NO_MKDOCS_2_WARNING="1"), timeout=280
+        command, cwd=ROOT, capture_output=True, text=True, env=environment(NO_MKDOCS_2_WARNING="1"), timeout=HANG_SECONDS
     )
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 EXAMPLE = ROOT / "examples" / "gpu_cache.py"
 SMALL = ("--rows", "3000", "--dim", "4", "--batches", "20", "--batch", "300")
@@ -20,7 +21,9 @@ SMALL = ("--rows", "3000", "--dim", "4", "--batches", "20", "--batch", "300")
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLE), *SMALL, *options]
     # no device, so that every machine takes the same way
-    return subprocess.run(command, capture_output=True, text=True, env=environment(CUDA_VISIBLE_DEVICES=""), timeout=240)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(CUDA_VISIBLE_DEVICES=""), timeout=HANG_SECONDS
+    )
 
 
 def hit_rates(printed: str) -> list[float]:
@@ -67,7 +70,7 @@ def test_picture_without_matplotlib_says_what_to_install() -> None:
     hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'matplotlib' else find(n)"
     start = f"import sys, runpy; sys.argv[1:] = ['--out', 'x.png']; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     command = [sys.executable, "-c", f"{hide}; {start}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.strip() == 'the plot needs matplotlib: pip install "hps-numba[plot]"'
 

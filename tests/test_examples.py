@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SECONDS = 600  # of a program: detects a hang, measures nothing
-pytestmark = pytest.mark.timeout(900)
 IN_CELLS = [path for path in EXAMPLES if path.read_text().startswith("# %%")]
 
 
@@ -31,7 +30,7 @@ def needs(example: Path) -> tuple[str, ...]:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     quiet = environment(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=quiet, timeout=SECONDS)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=quiet, timeout=HANG_SECONDS)
 
 
 def test_examples_exist() -> None:

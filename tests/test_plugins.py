@@ -14,6 +14,7 @@ import pytest
 from support.factories import Workshop
 from support.fakes import DictTier
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import join_all
 
 import hps_numba
 from hps_numba import plugins
@@ -259,7 +260,7 @@ def test_an_import_in_a_thread_is_guarded_too(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=load)
     thread.start()
-    thread.join(300)
+    join_all(thread)
     assert [type(problem) for problem in found] == [ConfigError]
 
 

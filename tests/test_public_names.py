@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.framework_rig import tensorflow
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 import hps_numba
 from hps_numba import plugins
@@ -117,7 +118,7 @@ def test_commands_stay() -> None:
         if not Path(command[0]).exists():
             continue  # not installed, run from a checkout
         run = [*command, "--help"]
-        shown = subprocess.run(run, capture_output=True, text=True, check=True, env=environment(), timeout=300).stdout
+        shown = subprocess.run(run, capture_output=True, text=True, check=True, env=environment(), timeout=HANG_SECONDS).stdout
         assert {line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line.strip()} >= set(
             COMMANDS.split()
         )

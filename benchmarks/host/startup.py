@@ -88,8 +88,13 @@ def since_start(program: str, cache: Path, *arguments: str) -> float:
 Seconds = dict[str, list[float]]
 
 
-def measure(folder: Path, *, quick: bool) -> tuple[Seconds, Seconds]:
-    """Seconds of every run, and of every stage of a warm start.
+def kernels_in(cache: Path) -> int:
+    """Number of files that a kernel cache keeps."""
+    return sum(path.is_file() for path in cache.rglob("*"))
+
+
+def measure(folder: Path, *, quick: bool) -> tuple[Seconds, Seconds, dict[str, int]]:
+    """Seconds of every run, and of every stage of a warm start; and the number of files that first lookups found kept.
 
     Cold runs come first: the last of them fills the cache that the warm runs use.
     """
@@ -101,8 +106,10 @@ def measure(folder: Path, *, quick: bool) -> tuple[Seconds, Seconds]:
     if not quick:
         printed(IMPORT, folder / "unused")  # compiles bytecode
     caches = [folder / f"cache{i}" for i in range(cold_repetitions)]
+    found = {"first lookup, empty kernel cache": sum(map(kernels_in, caches))}
     cold = [since_start(FIRST_LOOKUP, cache, *arguments) for cache in caches]
     warm = caches[-1]
+    found["first lookup, warm kernel cache"] = kernels_in(warm)
     if not quick:
         since_start(FIRST_LOOKUP, warm, *arguments)
     seconds: Seconds = {"python": [], "import hps_numba": [], "first lookup, warm kernel cache": []}
@@ -113,7 +120,7 @@ def measure(folder: Path, *, quick: bool) -> tuple[Seconds, Seconds]:
         seconds["first lookup, warm kernel cache"].append(since_start(FIRST_LOOKUP, warm, *arguments))
         for stage, taken in json.loads(output(STAGES, warm, *arguments)).items():
             stages.setdefault(stage, []).append(taken)
-    return {**seconds, "first lookup, empty kernel cache": cold}, stages
+    return {**seconds, "first lookup, empty kernel cache": cold}, stages, found
 
 
 def show_stages(seconds: dict[str, float]) -> None:
@@ -126,7 +133,7 @@ def main() -> None:
     options = add_options(argparse.ArgumentParser(description="Import and first lookup of a fresh process (P8).")).parse_args()
     print_machine("Start of a process (P8): medians", quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="hps_startup_") as name:
-        seconds, stages = measure(Path(name), quick=options.quick)
+        seconds, stages, found = measure(Path(name), quick=options.quick)
     targets = {"import hps_numba": IMPORT_TARGET, "first lookup, warm kernel cache": FIRST_LOOKUP_TARGET}
     results, cells = [], []
     for what, times in seconds.items():
@@ -138,7 +145,7 @@ def main() -> None:
     print_table("Seconds", ["", "s", "range", "runs", "time / target", "target"], cells)
     middles = {stage: statistics.median(times) for stage, times in stages.items()}
     show_stages(middles)
-    finish(options.json, quick=options.quick, results=results, stages=middles)
+    finish(options.json, quick=options.quick, results=results, stages=middles, kernels_found=found)
 
 
 if __name__ == "__main__":

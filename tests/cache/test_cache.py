@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from support.cache_bench import DEFAULT, DIM, Bench, ints
 from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, primary_in
 from support.internals import renew_generation, set_writes
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
+from support.waiting import Span, join_all
 
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
@@ -480,11 +480,12 @@ def test_concurrent_lookups_and_writes_see_whole_fresh_rows(bench: Bench, kind: 
     cache.update(keys)
     told = [0]  # the stamp that every cache was told of
     problems: list[str] = []
-    end = time.monotonic() + 1.0
+    answers: list[int] = []
+    span = Span(1, lambda: told[0] > 3 and len(answers) > 10)
 
     def look() -> None:
         rng = np.random.default_rng()
-        while time.monotonic() < end and not problems:
+        while span.goes_on() and not problems:
             asked = rng.choice(keys, 25)
             least = told[0]
             rows = cache.lookup_arrays(asked)
@@ -492,10 +493,11 @@ def test_concurrent_lookups_and_writes_see_whole_fresh_rows(bench: Bench, kind: 
             whole = all((row == rows_of(key, DIM, int(s))).all() for key, row, s in zip(asked, rows, stamps, strict=True))
             if not whole or (stamps < least).any():
                 problems.append(f"{stamps} after {least}, whole: {whole}")
+            answers.append(len(asked))
 
     def write() -> None:
         stamp = 0
-        while time.monotonic() < end and stamp < 100:
+        while span.goes_on() and stamp < 100:
             stamp += 1
             store.upsert(keys, rows_of(keys, DIM, stamp))
             cache.update(keys)
@@ -506,10 +508,9 @@ def test_concurrent_lookups_and_writes_see_whole_fresh_rows(bench: Bench, kind: 
     threads = [threading.Thread(target=look) for _ in range(3)] + [threading.Thread(target=write)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    join_all(*threads)
     assert problems == []
-    assert told[0] > 3
+    assert told[0] > 3 and len(answers) > 10
     assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM, told[0]))
 
 
@@ -520,8 +521,7 @@ def test_threads_share_one_workspace(cpu_bench: Bench) -> None:
     threads = [threading.Thread(target=lambda: answers.append(cache.lookup_arrays(keys))) for _ in range(6)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    join_all(*threads)
     assert len(answers) == 6
     for answer in answers:
         assert_same_bits(answer, rows_of(keys, DIM))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.cache_bench import DEFAULT, DIM, Bench, ints
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import join_all
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.group import CacheGroup
@@ -169,7 +170,7 @@ def test_retire_waits_for_a_lookup_that_compiles(cpu_bench: Bench, monkeypatch: 
     monkeypatch.setattr(pair.group._backend, "kernel", compile_slowly)
     with suppress(ClosedError):
         pair.group.lookup_arrays([ints([1]), ints([2])])
-    thread.join(120)
+    join_all(thread)
     assert seen == [False] and retired.is_set()
 
 
@@ -192,10 +193,8 @@ def test_threads_share_a_group(bench: Bench) -> None:
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(120)
+    join_all(*threads)
     assert not wrong
-    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.gpu

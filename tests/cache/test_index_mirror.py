@@ -18,6 +18,7 @@ from support.cache_oracle import CacheOracle
 from support.cache_pairs import OPERATIONS, Pair
 from support.factories import ON_BOTH, Workshop
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.cache import index_mirror
 from hps_numba.cache.backends import CpuBackend
@@ -340,7 +341,7 @@ def test_writer_and_mirroring_do_not_deadlock(bench: CopyBench, monkeypatch: pyt
         made: list[bool] = []
         thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(HANG_SECONDS)
         started = time.monotonic()
         store.clear()  # waits for readers of the old content, at most a second
         assert time.monotonic() - started < 0.9
@@ -356,7 +357,7 @@ def test_mirroring_does_not_wait_long_for_a_writer(bench: CopyBench) -> None:
     with store.write_lock.writing():
         thread = threading.Thread(target=lambda: answers.append(cache.mirror_index()))
         thread.start()
-        thread.join(5)
+        join_all(thread)
         assert answers == [False]
     assert cache.mirror_index()
 

@@ -15,6 +15,7 @@ from support.cache_pairs import OPERATIONS, Pair
 from support.factories import ON_BOTH
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
 from support.staging import TYPES, ask
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.cache import index_mirror
 from hps_numba.cache import parts as cache_parts
@@ -280,7 +281,7 @@ class Warp:
         self.memory = memory
         self._lane = threading.local()
         self._values = [0] * 32
-        self._barrier = threading.Barrier(32, timeout=30)
+        self._barrier = threading.Barrier(32, timeout=HANG_SECONDS)
 
     def shfl(self, value: int, number: int) -> int:
         self._values[self._lane.number] = int(value)
@@ -312,8 +313,7 @@ class Warp:
         threads = [threading.Thread(target=lane, args=(number,)) for number in range(32)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(60)
+        join_all(*threads)
         return answers
 
 

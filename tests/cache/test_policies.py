@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,6 @@ def test_a_policy_from_a_file_acts_in_the_cache_as_in_plain_python(bench: Bench,
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [*NAMES, "Decay", "SecondChance"])
 def test_a_million_requests_on_a_device_are_those_on_the_cpu(name: str) -> None:
     """The cache of the CPU equals plain Python, as the tests above show on shorter traces."""
@@ -110,12 +108,9 @@ def test_a_million_requests_on_a_device_are_those_on_the_cpu(name: str) -> None:
         made = Bench(device)
         store = made.store(keys, 4)
         cache = EmbeddingCache(4, 20_000, device=device, policy=policy, store=store, default=DEFAULT)
-        start = time.perf_counter()
         answers = [cache.lookup_arrays(trace[first : first + 5000]) for first in range(0, len(trace), 5000)]
-        seconds = time.perf_counter() - start
         assert_same_bits(np.concatenate(answers), rows_of(trace, 4))
         both.append((cache.counters(), cache.entries()))
-        assert seconds < 600
         cache.close()
         made.close()
     assert both[0] == both[1]

@@ -19,6 +19,7 @@ from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
 from support.policies import policy_for
 from support.services import Service
+from support.waiting import Span, join_all
 
 import hps_numba
 from hps_numba.cache.cache import EmbeddingCache
@@ -81,14 +82,14 @@ def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:
     for policy in policies:
         cache.set_policy(policy)  # what is compiled is compiled
         cache.lookup_arrays(keys)
-    ends = time.monotonic() + 3
     problems: list[Any] = []
-    batches = [0, 0, 0]
+    batches, changes = [0, 0, 0], [0]
+    span = Span(3, lambda: changes[0] > 10 and min(batches) > 10)
 
     def look_up(number: int) -> None:
         rng = np.random.default_rng(number)
         try:
-            while time.monotonic() < ends and not problems:
+            while span.goes_on() and not problems:
                 some = rng.integers(0, 450, 100)
                 rows = cache.lookup_arrays(some)
                 known = some < 400
@@ -101,15 +102,13 @@ def test_lookups_stay_exact_while_policies_change(bench: Bench) -> None:
     threads = [threading.Thread(target=look_up, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
-    changes = 0
-    while time.monotonic() < ends and not problems:
-        cache.set_policy(policies[changes % len(policies)])
-        changes += 1
+    while span.goes_on() and not problems:
+        cache.set_policy(policies[changes[0] % len(policies)])
+        changes[0] += 1
         time.sleep(0.002)
-    for thread in threads:
-        thread.join()
+    join_all(*threads)
     assert not problems, problems[0]
-    assert changes > 10 and min(batches) > 10
+    assert changes[0] > 10 and min(batches) > 10
     held = cache.dump()
     assert len(held) == len(set(held.tolist())) > 50
 

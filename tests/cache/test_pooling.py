@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from support.backends import PlainBackend, PlainKernel
 from support.oracles import EXTREME_64, rows_of
+from support.waiting import Span, join_all
 
 from hps_numba.cache import kernel_set, pooling
 from hps_numba.cache.cache import EmbeddingCache
@@ -607,7 +607,7 @@ class Versions:
         self.told = 0  # the version that the cache was told of
         self.problems: list[str] = []
         self.answers = 0
-        self.end = time.monotonic() + seconds
+        self.span = Span(seconds, lambda: self.told > 3 and self.answers > 3)
 
     def write(self, version: int) -> None:
         self.table.store.upsert(self.keys, rows_of(self.keys, self.cache.dim, version))
@@ -616,7 +616,7 @@ class Versions:
 
     def pool(self) -> None:
         rng = np.random.default_rng()
-        while time.monotonic() < self.end and not self.problems:
+        while self.span.goes_on() and not self.problems:
             asked, least = rng.choice(self.keys, 50), self.told
             rows = self.cache.pool_arrays(asked, np.arange(51))
             versions = np.log2(rows[:, 0] / rows_of(asked, self.cache.dim)[:, 0])
@@ -627,7 +627,7 @@ class Versions:
             self.answers += 1
 
     def write_all(self) -> None:
-        while time.monotonic() < self.end and not self.problems and self.told < 100:
+        while self.span.goes_on() and not self.problems and self.told < 100:
             self.write(self.told + 1)
             if self.told % 7 == 0:
                 self.cache.erase(self.keys[::3])
@@ -650,8 +650,7 @@ def test_concurrent_pooled_lookups_and_writes_see_whole_fresh_rows(open_table: A
     threads = [threading.Thread(target=versions.pool) for _ in range(3)] + [threading.Thread(target=versions.write_all)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    join_all(*threads)
     assert versions.problems == []
     assert versions.told > 3 and versions.answers > 3
     last = rows_of(table.known, 16, versions.told)

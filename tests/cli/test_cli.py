@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 from typer.testing import CliRunner, Result
 
 from hps_numba import __version__, generate_model, open_model, plugins, write_model
@@ -39,7 +40,7 @@ def parsed(*arguments: object, code: int = 0) -> Any:
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hps_numba", *map(str, arguments)]
     env = environment(**options.pop("env", {}))
-    return subprocess.run(command, text=True, capture_output=True, env=env, timeout=600, **options)
+    return subprocess.run(command, text=True, capture_output=True, env=env, timeout=HANG_SECONDS, **options)
 
 
 def assert_one_line_error(result: Result | subprocess.CompletedProcess[str], code: int) -> str:
@@ -108,7 +109,7 @@ def test_help_imports_no_heavy_package() -> None:
         "import sys; from hps_numba.cli import build; import typer.main; typer.main.get_command(build()); "
         "print([name for name in ('numpy', 'numba', 'h5py', 'pydantic', 'matplotlib', 'torch') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -389,7 +390,7 @@ def test_closed_pipe_prints_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "hps_numba", "config", "schema"]
-    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=600)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=HANG_SECONDS)
     os.close(writing)
     assert (result.returncode, result.stderr) == (_errors.FAILED, "")
 

@@ -17,6 +17,7 @@ import pytest
 from support.factories import has_cuda_device
 from support.played_driver import MIB, Mode, PlayedDriver, load_by, play
 from support.processes import environment
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.device import driver as devices
 from hps_numba.device import memory, streams
@@ -41,7 +42,7 @@ def stream() -> Iterator[int]:
 def python(program: str) -> str:
     """What a program prints in a process of its own, with the tests on its path."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", program]  # of forks beside threads
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -217,7 +218,7 @@ def test_a_context_is_retained_once_by_all_threads(driver: PlayedDriver):
     start = threading.Barrier(4)
 
     def use() -> None:
-        start.wait(30)
+        start.wait(HANG_SECONDS)
         for ordinal in (0, 1, 0):
             with devices.current(ordinal):
                 assert driver.on_thread.context == 1040 + ordinal
@@ -225,8 +226,7 @@ def test_a_context_is_retained_once_by_all_threads(driver: PlayedDriver):
     threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(30)
+    join_all(*threads)
     assert sorted(driver.named("cuDevicePrimaryCtxRetain")) == [
         (("cuDevicePrimaryCtxRetain"), 40),
         ("cuDevicePrimaryCtxRetain", 41),

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.device import host_memory
 from hps_numba.device.host_memory import PlainHostAllocator, human_bytes
@@ -70,7 +71,9 @@ def test_reserve_takes_less_under_a_limit_on_addresses():
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "store = HostStore(4); store.upsert(np.arange(1000), np.ones((1000, 4), np.float32)); print(len(store))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, env=environment()
+    )
     assert done.stdout == "1000\n", done.stderr
 
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.device import host_memory, machine_memory
 from hps_numba.device.host_memory import PlainHostAllocator
@@ -93,7 +94,9 @@ def test_address_space_left_under_ulimit():
         "resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2); print(left() >> 20);"
         "resource.setrlimit(resource.RLIMIT_DATA, (200 << 20,) * 2); print(left() < 200 << 20)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     unlimited, of_addresses, of_data = done.stdout.split()
     assert unlimited == "None" and 250 < int(of_addresses) <= 300 and of_data == "True"
@@ -111,7 +114,9 @@ def test_tables_load_under_a_limit_on_addresses():
         "    stores.append(HostStore(128, rows=1 << 17)); stores[-1].upsert(keys, np.ones((1 << 17, 128), np.float32))\n"
         "print([len(store) for store in stores])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, env=environment()
+    )
     assert done.stdout == f"{[1 << 17] * 4}\n", done.stderr
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.pinned import MIB, PAGE, Registrar, seen_by_device
 from support.played_driver import load_by
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.device import driver, host_memory, memory, streams
 from hps_numba.device.host_memory import PinnedHostAllocator
@@ -209,7 +210,7 @@ def test_a_host_store_in_pinned_memory():
 def run(program: str) -> str:
     """What a program prints in a process of its own, with the tests on its path."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", program]  # of forks beside threads
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.played_driver import MIB, Mode, PlayedDriver, play
+from support.waiting import join_all
 
 from hps_numba.device import driver as devices
 from hps_numba.device import memory, streams
@@ -164,7 +165,7 @@ def test_gpu_another_thread_works_while_a_stream_is_captured(stream: int):
         memory.fill(region.address, 1, MIB, stream)
         thread = threading.Thread(target=write)
         thread.start()
-        thread.join(60)
+        join_all(thread)
         memory.fill(region.address, 2, MIB, stream)
     assert done == [True]
     region.release()

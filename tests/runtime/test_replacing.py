@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.sample_models import sample, save_model
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.errors import ModelFileError, TraceError
 from hps_numba.runtime import rename, replacing
@@ -323,18 +324,18 @@ def test_a_live_writer_keeps_its_workspace(tmp_path: Path) -> None:
     def chunks() -> Iterator[Any]:
         yield ROWS[0]
         writing.set()
-        assert go_on.wait(120)
+        assert go_on.wait(HANG_SECONDS)
 
     thread = threading.Thread(target=write_bin, args=(path, 8, 2, chunks()), kwargs={"overwrite": True})
     thread.start()
-    assert writing.wait(120)
+    assert writing.wait(HANG_SECONDS)
     (workspace,) = replacing.leftovers(path)
     for entry in (*workspace.iterdir(), workspace):
         os.utime(entry, (1, 1))
     write_bin(path, 8, 2, [(np.arange(7), np.ones((7, 2), np.float32))])
     assert replacing.leftovers(path) == [workspace]
     go_on.set()
-    thread.join(120)
+    join_all(thread)
     assert read_bin(path).pairs == 3 and replacing.leftovers(path) == []
 
 

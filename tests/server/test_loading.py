@@ -17,6 +17,7 @@ from support.fakes import NaiveStore
 from support.internals import bytes_in_use
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 import hps_numba
 from hps_numba.device.host_memory import PlainHostAllocator
@@ -239,7 +240,7 @@ def test_peak_memory_of_loading_stays_within_the_plan(workshop: Workshop, format
         configs.append(workshop.folder / f"{name}.json")
         configs[-1].write_text(json.dumps({"supportlonglong": True, "models": [entry]}))
     command = [sys.executable, "-c", _MEASURE, *map(str, configs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["planned"] >= rows * dim * 4

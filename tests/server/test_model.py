@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import COLD, KEEPING, Workshop
-from support.internals import HANG_SECONDS, bytes_in_use, host_memory, slower_tier, wait_for_background
+from support.internals import bytes_in_use, host_memory, slower_tier, wait_for_background
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import join_all
 
 import hps_numba
 from hps_numba.device import driver
@@ -458,8 +459,7 @@ def test_lookup_many_sees_one_version_of_all_tables(workshop: Workshop) -> None:
     for step in range(1, 9):
         server.replace_model("m", versions[step % 4])
     stop.set()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
+    join_all(*threads)
     assert not wrong
     assert len(seen) > 1
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
 from support.fakes import DictTier
-from support.internals import HANG_SECONDS, served_table, wait_for_background
+from support.internals import served_table, wait_for_background
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
+from support.waiting import HANG_SECONDS, join_all
 
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
@@ -75,7 +76,7 @@ def test_a_row_written_after_its_fetch_does_not_come_back(workshop: Workshop, ch
     }
     changes[change]()
     tier.go_on.set()
-    reader.join(HANG_SECONDS)
+    join_all(reader)
     wait_for_background(server)
     assert_same_bits(old[0], rows_of([3, 4], DIM))  # the answer is that of the time of the lookup
     expected = np.full((1, DIM), -7.5, np.float32) if change == "erase" else rows_of([3], DIM, 1)
@@ -92,7 +93,7 @@ def test_a_row_that_a_new_version_drops_is_not_kept(workshop: Workshop) -> None:
     assert tier.erasing.wait(HANG_SECONDS)
     server.lookup([4], "m", 0)  # finds the old row in the slower tier, just before it is dropped there
     tier.go_on.set()
-    writer.join(HANG_SECONDS)
+    join_all(writer)
     wait_for_background(server)
     assert (server.lookup([4], "m", 0) == -7.5).all()
 
@@ -117,7 +118,7 @@ def test_keeping_rows_never_waits_for_a_write(workshop: Workshop) -> None:
         server.close()
     finally:
         go_on.set()
-        writer.join(HANG_SECONDS)
+        join_all(writer)
 
 
 def test_a_job_that_cannot_start_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +166,8 @@ def test_close_waits_for_a_fetch_in_progress(workshop: Workshop, caplog: pytest.
         with pytest.raises(ClosedError):
             server.lookup([4], "m", 0)
         tier.go_on.set()
-        closer.join(HANG_SECONDS)
-    reader.join(HANG_SECONDS)
+        join_all(closer)
+    join_all(reader)
     assert tier.closed
     assert_same_bits(outcome[0], rows_of([3], DIM))
     assert not caplog.records
@@ -184,7 +185,7 @@ def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
     assert tier.closed
     assert [r.getMessage() for r in caplog.records] == ["slower tiers: closed during 1 reads that took over 0.05 s"]
     tier.go_on.set()
-    reader.join(HANG_SECONDS)
+    join_all(reader)
     if not isinstance(outcome[0], ClosedError):
         assert_same_bits(outcome[0], rows_of([3], DIM))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")]
@@ -194,7 +195,8 @@ _FORK = """
 import os, signal, sys, threading
 import numpy as np
 from support.factories import KEEPING, Workshop
-from support.internals import HANG_SECONDS, served_table, wait_for_background
+from support.internals import served_table, wait_for_background
+from support.waiting import HANG_SECONDS, join_all
 from pathlib import Path
 
 shop = Workshop(Path(sys.argv[1]))
@@ -218,7 +220,7 @@ writer.start()
 assert locked.wait(HANG_SECONDS)
 child = os.fork()
 if child == 0:
-    signal.alarm(240)
+    signal.alarm(int(HANG_SECONDS))
     for key in (2, 3, 4):
         server.lookup([key], "m", 0)
         wait_for_background(server)
@@ -229,8 +231,7 @@ if child == 0:
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 go_on.set()
 tier.go_on.set()
-writer.join(HANG_SECONDS)
-reader.join(HANG_SECONDS)
+join_all(writer, reader)
 server.close()
 assert status == 0, f"child failed: {status}"
 """
@@ -239,5 +240,5 @@ assert status == 0, f"child failed: {status}"
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_keeps_rows_writes_and_closes(workshop: Workshop) -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(workshop.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr

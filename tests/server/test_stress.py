@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from support.internals import HANG_SECONDS, bytes_in_use
+from support.internals import bytes_in_use
+from support.waiting import join_all
 
 import hps_numba
 
@@ -82,9 +83,7 @@ def test_lookups_during_replacements_and_upserts_see_whole_rows(tmp_path):
     for number in range(VERSIONS):
         server.replace_model("m", [tmp_path / f"v{(number + 1) % 2}"])
     stop.set()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    join_all(*threads)
     assert not problems
     assert min(lookups) > 0
     assert server.stats()["m"]["sparse_embedding0"].version == VERSIONS + 1

@@ -22,7 +22,7 @@ import pytest
 from support.children import in_child
 from support.factories import COLD, KEEPING, Workshop
 from support.fakes import DictTier
-from support.internals import HANG_SECONDS, bytes_in_use, due_refreshes, served_table, slower_tier
+from support.internals import bytes_in_use, due_refreshes, served_table, slower_tier
 from support.oracles import assert_same_bits, rows_of
 from support.services import (
     DEFAULT,
@@ -34,6 +34,7 @@ from support.services import (
     defaults,
     stats_of,
 )
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 import hps_numba
 from hps_numba.cache.backends import CpuPreparedLookup
@@ -383,8 +384,7 @@ def test_threads_look_up_concurrently(service: Service, kind: str) -> None:  # G
     threads = [threading.Thread(target=look_up, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
+    join_all(*threads)
     assert problems == []
     assert stats_of(server).keys == 4 * 20 * 40
     assert_adds_up(server)
@@ -572,10 +572,8 @@ def test_refresh_runs_on_its_timer(service: Service, entry: dict[str, float]) ->
     server.load_model(service.workshop.model((KEYS, DIM), name="timed", deployed_device_list=[service.device or 0], **entry))
     service.lookup(server, KEYS, model="timed")
     tier.insert("hps_et.timed.sparse_embedding0", np.array(KEYS), rows_of(KEYS, DIM, 1))
-    for _ in range(12_000):  # two minutes: a hang
-        if service.lookup(server, [0], model="timed")[0, 0] == rows_of([0], DIM, 1)[0, 0]:
-            break
-        time.sleep(0.01)
+    new = rows_of([0], DIM, 1)[0, 0]
+    wait_until(lambda: service.lookup(server, [0], model="timed")[0, 0] == new)
     assert_same_bits(service.lookup(server, KEYS, model="timed"), rows_of(KEYS, DIM, 1))
     server.unload_model("timed")
     assert not due_refreshes(server)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.fakes import DictTier, FlakyDictTier
-from support.internals import HANG_SECONDS
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import HANG_SECONDS, join_all
 
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
@@ -82,7 +82,7 @@ def test_a_write_in_progress_is_noticed_without_waiting(spec: Any) -> None:
         assert not unwritten(writes, writes.count)
     finally:
         go_on.set()
-        writer.join(HANG_SECONDS)
+        join_all(writer)
     assert unwritten(writes, writes.count)
 
 
@@ -93,7 +93,7 @@ def test_writes_wait_for_the_end_of_an_insertion(spec: Any) -> None:
         writer.start()
         writer.join(0.05)
         assert answer and writer.is_alive() and not writes.contains(KEYS).any()
-    writer.join(HANG_SECONDS)
+    join_all(writer)
     assert writes.contains(KEYS).all()
 
 

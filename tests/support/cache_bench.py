@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from support.oracles import rows_of
+from support.waiting import Span, join_all
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.device.host_memory import PinnedHostAllocator, PlainHostAllocator
@@ -76,11 +76,12 @@ class Versions:
         ``after_write``: called with random numbers after each update.   ``beside``: called again and again by more threads.
         ``enough``: what else is to be seen.
         """
-        end, problems, batches = time.monotonic() + 3, [], []
+        problems: list[object] = []
+        batches: list[int] = []
+        span = Span(3, lambda: len(batches) > 50 and self.written.sum() > 500 and enough())
 
         def goes_on() -> bool:
-            seen = len(batches) > 50 and self.written.sum() > 500 and enough()
-            return not problems and time.monotonic() < (end if seen else end + 60)
+            return not problems and span.goes_on()
 
         def read(rng: np.random.Generator) -> None:
             some = rng.integers(0, len(self.keys), int(rng.integers(1, 300)))
@@ -110,9 +111,9 @@ class Versions:
         threads = [threading.Thread(target=again, args=(what, seed)) for seed, what in enumerate(work)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        join_all(*threads)
         assert not problems, problems[:2]
+        assert len(batches) > 50 and self.written.sum() > 500 and enough()
         got, missing = cache.query(self.keys)
         here = np.setdiff1d(self.keys, missing)
         assert np.array_equal(got[here].astype(np.float64), self.rows(here, self.written[here]))  # no old row was left

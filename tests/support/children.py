@@ -7,6 +7,8 @@ import signal
 import warnings
 from collections.abc import Callable
 
+from support.waiting import HANG_SECONDS
+
 
 def in_child(work: Callable[[], bool]) -> int:
     """Exit status of a forked child that does ``work``."""
@@ -14,7 +16,7 @@ def in_child(work: Callable[[], bool]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads is what is tested
         child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(int(HANG_SECONDS))
         status = 1
         try:
             status = 0 if work() else 2

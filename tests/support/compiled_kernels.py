@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.policies._load import load_policy
@@ -35,6 +36,6 @@ def start(program: str, *args: Any, **variables: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> Any:
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, errors) == (0, "")
     return json.loads(out)

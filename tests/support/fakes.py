@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+from support.waiting import HANG_SECONDS
 
 from hps_numba.errors import TierError
 from hps_numba.storage import Fetched, Tier
@@ -131,7 +132,7 @@ class HeldTier(DictTier):
         answer = super().fetch(*args, **options)
         if not self.fetched.is_set():
             self.fetched.set()
-            assert self.go_on.wait(30)
+            assert self.go_on.wait(HANG_SECONDS)
         return answer
 
 
@@ -144,7 +145,7 @@ class HeldEraseTier(DictTier):
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:
         self.erasing.set()
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(HANG_SECONDS)
         return super().erase(table, keys)
 
 
@@ -160,7 +161,7 @@ class CrowdTier(DictTier):
         with self.changed:
             self.inside.add(threading.current_thread().name)
             self.changed.notify_all()
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(HANG_SECONDS)
         return super().fetch(*args, **options)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 __all__ = ["DIM", "ROWS", "Rig", "export", "finish", "rig_of", "run_program", "start_program", "tensorflow"]
 
@@ -83,7 +84,7 @@ def start_program(program: str, *arguments: str, **more: str) -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What a process printed."""
-    out, err = process.communicate(timeout=1200)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, f"{out}\n{err[-4000:]}"
     return out
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from typing import Any
 
 import numpy as np
+from support.waiting import wait_until
 
 import hps_numba
 from hps_numba.kernels.host.write import STATE_FREE, STATE_WRITES
@@ -15,9 +14,6 @@ from hps_numba.server.model import ServedModel
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers.hash_map import HashMapTier
-
-#: seconds after which a wait is taken for a hang; never a measurement, as machines may be busy
-HANG_SECONDS = 300.0
 
 
 def served_model(server: hps_numba.HPS, model: str = "m") -> ServedModel:
@@ -71,9 +67,5 @@ def due_refreshes(server: hps_numba.HPS) -> list[str]:
 
 def wait_for_background(server: hps_numba.HPS) -> None:
     """Wait until every background job of every model has run."""
-    pause = threading.Event()  # not ``time.sleep``, as tests may have stopped the clock
     for model in server._catalog.models.values():
-        deadline = time.perf_counter() + HANG_SECONDS
-        while model._jobs.waiting:
-            assert time.perf_counter() < deadline, "background jobs hang"
-            pause.wait(1e-3)
+        wait_until(lambda jobs=model._jobs: not jobs.waiting)

@@ -15,6 +15,7 @@ from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
 from support.services import Service, cache_of
+from support.waiting import HANG_SECONDS
 
 from hps_numba import plugins
 from hps_numba.errors import ConfigError, PolicyError
@@ -169,7 +170,9 @@ def run_suite(folder: Path, plugin: str, suite: str) -> tuple[dict[str, int], st
     written(folder, "own.py", plugin)
     written(folder, "test_own.py", "import own\n" + suite)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
     last = done.stdout.strip().splitlines()[-1]
     counts = re.findall(r"(\d+) (passed|failed|error|skipped|warning)", last)
     return {what: int(count) for count, what in counts}, done.stdout

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.framework_rig import DIM, ROWS, rig_of, run_program, start_program
-from support.internals import HANG_SECONDS
 from support.oracles import rows_of
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba import ConfigError, ModelFileError
 from hps_numba.server.registry import SERVERS
@@ -75,9 +75,10 @@ def test_a_checkpoint_is_consistent_across_tables_while_training(workshop: Works
     thread.start()
     for path in paths:
         save_trained(path, trainers)
-        time.sleep(0.05)
+        steps = trainers[0].steps
+        wait_until(lambda steps=steps: trainers[0].steps > steps)
     stop.set()
-    thread.join(HANG_SECONDS)
+    join_all(thread)
     seen = []
     for path in paths:
         with open_checkpoint(path) as file, np.load(path) as arrays:
@@ -125,7 +126,7 @@ def number_in(path: Path) -> int:
 def test_a_killed_writer_leaves_the_old_checkpoint_intact(tmp_path: Path) -> None:
     rig, path = rig_of(tmp_path), tmp_path / "c.npz"
     mid = start_program(_WRITE, rig.path, str(path), "until 3")
-    out, _ = mid.communicate(timeout=600)
+    out, _ = mid.communicate(timeout=HANG_SECONDS)
     assert mid.returncode == -signal.SIGKILL and out.split() == ["1", "2"]
     assert number_in(path) == 2 and list(tmp_path.glob(".c.npz.*.hps-partial"))
     chance = random.Random(0)
@@ -134,7 +135,7 @@ def test_a_killed_writer_leaves_the_old_checkpoint_intact(tmp_path: Path) -> Non
         assert process.stdout is not None and process.stdout.readline() == "1\n"
         time.sleep(chance.uniform(0.0, 0.3))
         process.kill()
-        out, _ = process.communicate(timeout=600)
+        out, _ = process.communicate(timeout=HANG_SECONDS)
         said = int(["1", *out.split()][-1])
         assert number_in(path) in (said, said + 1)
     output = run_program(_WRITE.replace("10_000", "2"), rig.path, str(path), "on")

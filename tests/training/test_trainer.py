@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
-from support.internals import HANG_SECONDS
 from support.oracles import rows_of
+from support.waiting import join_all
 
 from hps_numba import ArrayError, ClosedError, ConfigError, TierError
 from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
@@ -90,10 +90,9 @@ def test_read_modify_write_is_atomic(workshop: Workshop) -> None:
     looking = threading.Thread(target=look)
     for thread in (looking, *threads):
         thread.start()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
+    join_all(*threads)
     stop.set()
-    looking.join(HANG_SECONDS)
+    join_all(looking)
     assert not torn and (server.lookup(np.arange(50), "m", 0) == 200).all()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
+from support.waiting import join_all
 
 from hps_numba import ConfigError, HpsError
 from hps_numba.server.registry import SERVERS
@@ -57,8 +58,7 @@ def test_implicit_by_many_threads_at_once(rig: Rig) -> None:
     threads = [threading.Thread(target=call) for _ in range(16)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    join_all(*threads)
     assert not wrong and len(SERVERS.opened) == 1
 
 

@@ -64,6 +64,7 @@ _SERVE = """
 import sys, threading, numpy as np
 import hps_numba.frontends.tensorflow as hps
 from hps_numba.server.registry import SERVERS
+from support.waiting import join_all
 path, inputs, answer = sys.argv[1], np.load(sys.argv[2]), sys.argv[3]
 served = hps.load(path)
 assert SERVERS.opened == []
@@ -76,7 +77,7 @@ def call(i):
         results[i] = served.serve([ids, number]).numpy()
 threads = [threading.Thread(target=call, args=(i,)) for i in range(16)]
 for thread in threads: thread.start()
-for thread in threads: thread.join(100)
+join_all(*threads)
 assert len(SERVERS.opened) == 1
 assert all(np.array_equal(result, results[0]) for result in results)
 np.save(answer, results[0])

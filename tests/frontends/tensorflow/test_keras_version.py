@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from support.framework_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import KeyDtypeError
 from hps_numba.server.registry import SERVERS
 
 tf, keras, hps = tensorflow()
 
-pytestmark = pytest.mark.timeout(1800)  # many processes that import TensorFlow
+pytestmark = pytest.mark.timeout(4 * HANG_SECONDS)  # many processes that import TensorFlow
 
 KERAS_2 = {"TF_USE_LEGACY_KERAS": "1"}
 needs_keras_2 = pytest.mark.skipif(importlib.util.find_spec("tf_keras") is None, reason="needs tf-keras")
@@ -497,9 +498,11 @@ def test_the_tests_of_layers_pass_under_keras_2() -> None:
     """All others of this folder, in a process of their own."""
     folder = Path(__file__).parent
     files = [str(folder / f"test_{name}.py") for name in ("initialize", "keras", "lookup", "training")]
-    chosen = ["-k", "not strategy and not rank", "--timeout=1200"]  # without those that start many processes
+    chosen = ["-k", "not strategy and not rank"]  # without those that start many processes
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen, *files]
     settings = {name: value for name, value in environment(**KERAS_2).items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=1700, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=3 * HANG_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import DIM, ROWS, Rig, rig_of, tensorflow
+from support.waiting import join_all
 
 from hps_numba import ConfigError, HpsError, KeyDtypeError, UnknownModelError
 from hps_numba.server.registry import SERVERS
@@ -383,9 +384,8 @@ def test_many_threads_share_a_layer(rig: Rig, mode: str) -> None:
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not problems and not any(thread.is_alive() for thread in threads)
+    join_all(*threads)
+    assert not problems
 
 
 def test_rows_are_not_baked_into_a_graph(rig: Rig) -> None:

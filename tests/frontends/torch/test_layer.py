@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import DIM, ROWS, Rig, rig_of, run_program
+from support.waiting import join_all
 
 from hps_numba import ConfigError, HpsError, KeyDtypeError, UnknownModelError
 from hps_numba.server.registry import SERVERS
@@ -352,9 +353,8 @@ def test_16_threads(served: Rig, device: str) -> None:
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not wrong and not any(thread.is_alive() for thread in threads) and len(SERVERS.opened) == 1
+    join_all(*threads)
+    assert not wrong and len(SERVERS.opened) == 1
 
 
 class Looked(torch.utils.data.Dataset[Any]):

@@ -16,10 +16,11 @@ _TRAIN = """
 import sys, datetime, numpy as np, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from hps_numba.frontends import torch as hps
+from support.waiting import HANG_SECONDS
 
 config, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=100))
+                        timeout=datetime.timedelta(seconds=HANG_SECONDS))
 torch.manual_seed(5)
 layer = hps.LookupLayer(config, "m", 0, 8, trainable=True, initializer="normal")
 other = hps.LookupLayer(config, "m", 1, 3, trainable=True)

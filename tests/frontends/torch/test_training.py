@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import ROWS, Rig, rig_of
+from support.waiting import join_all
 
 from hps_numba import ArrayError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.server.registry import SERVERS
@@ -559,8 +560,7 @@ def test_backwards_from_16_threads(rig: Rig, device: str) -> None:
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(120)
+    join_all(*threads)
     counts = np.zeros(ROWS)
     for seed in range(16):
         for keys, _ in batches("cpu", 10, seed):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support.cache_oracle import CacheOracle
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import plugins
 from hps_numba.kernels.cache.sketch import sketch_places, sketch_shape
@@ -347,7 +348,7 @@ def test_kernels_in_the_simulator_do_what_the_oracle_does(policy, grid):
         env=environment(NUMBA_ENABLE_CUDASIM="1"),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     assert (done.returncode, done.stdout) == (0, "agreed: 14\n"), done.stderr[-3000:]
 
@@ -360,7 +361,7 @@ def test_kernels_of_every_other_policy_in_the_simulator_do_what_the_oracle_does(
         env=environment(NUMBA_ENABLE_CUDASIM="1"),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HANG_SECONDS,
     )
     assert (done.returncode, done.stdout) == (0, "agreed: 14\n" * len(others)), done.stderr[-3000:]
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.errors import DeviceError
 from hps_numba.kernels.compiler import disk_cache, launch
@@ -306,7 +307,7 @@ def test_processes_that_write_and_read_the_same_files_see_whole_ones(tmp_path):
         )
         for i in range(4)
     ]
-    done = [process.communicate(timeout=120) for process in running]
+    done = [process.communicate(timeout=HANG_SECONDS) for process in running]
     assert [process.returncode for process in running] == [0] * 4, done
     assert all(errors == "" and int(seen) > 50 for seen, errors in done), done
     assert len(files(tmp_path / "cuda")) == 5
@@ -321,7 +322,7 @@ def test_threads_that_ask_for_one_kernel_get_one(place, monkeypatch, driver):
     got = []
 
     def ask():
-        gate.wait(30)
+        gate.wait(HANG_SECONDS)
         got.append(launch.load(SPEC, 0, CHIP))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]

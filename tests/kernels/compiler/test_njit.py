@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 PROGRAM = """
 import logging, sys
@@ -31,7 +32,7 @@ def run(folder, cwd=None, **env):
         env={**environment(HPS_NUMBA_CACHE_DIR=str(folder)), **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba.kernels.compiler import safely
-
-HANG = 240  # seconds: a hang, never a measurement
 
 COMMON = """
 import os, signal, sys, threading, time
@@ -22,6 +21,7 @@ import numpy as np
 from numba.core import event
 from hps_numba.kernels.compiler.safely import compile_lock
 from hps_numba.storage.host.store import HostStore
+from support.waiting import HANG_SECONDS
 
 def store():
     made = HostStore(4)
@@ -52,7 +52,7 @@ thread = threading.Thread(target=lambda: made.append(right(store())))
 thread.start()
 children = []
 for delay in (0.0, 0.05, 0.4):
-    assert Started.begun.wait(200)
+    assert Started.begun.wait(HANG_SECONDS)
     time.sleep(delay)
     child = os.fork()
     if child == 0:
@@ -103,7 +103,7 @@ def stop(*args):
 signal.signal(signal.SIGINT, stop)
 main = threading.get_ident()
 def interrupt():
-    Started.begun.wait(200)
+    Started.begun.wait(HANG_SECONDS)
     signal.pthread_kill(main, signal.SIGINT)
 threading.Thread(target=interrupt).start()
 try:
@@ -123,7 +123,7 @@ def run(program: str, folder: Path, *arguments: str, **more: str) -> str:
         env=environment(HPS_NUMBA_CACHE_DIR=str(folder / "kept"), **more),
         capture_output=True,
         text=True,
-        timeout=HANG,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.waiting import HANG_SECONDS
 
 from hps_numba import plugins
 from hps_numba.errors import ConfigError, DeviceError, PolicyError
@@ -110,7 +111,7 @@ def machine_of(cubin: bytes) -> int:
 
 
 @needs_compiler
-@pytest.mark.timeout(0 if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else 600)
+@pytest.mark.timeout(0 if os.environ.get("HPS_NUMBA_ALL_KERNELS") == "1" else 2 * HANG_SECONDS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_and_link_for_every_chip(name):
     cases = sorted((case for case in every_case() if case["name"] == name), key=lambda case: case["chip"])
@@ -354,7 +355,7 @@ def test_one_kernel_a_process_for_the_cpu():
     gate = threading.Barrier(4)
 
     def ask(spec: KernelSpec) -> None:
-        gate.wait(30)
+        gate.wait(HANG_SECONDS)
         got.append(for_host(spec))
 
     threads = [threading.Thread(target=ask, args=(spec,)) for spec in (SPEC, gpu_only) * 2]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cache_oracle import CacheOracle
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import plugins
 from hps_numba.errors import PolicyError
@@ -213,7 +214,7 @@ def test_loading_a_built_in_policy_needs_no_compiler() -> None:
         f"print([load_policy(name).name for name in {NAMES!r}] == {NAMES!r}, 'numba' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=HANG_SECONDS
     )
     assert done.stdout.split() == ["True", "False"]
 
@@ -318,7 +319,7 @@ def test_the_same_text_has_the_same_digest(tmp_path: Path) -> None:
         f"print(load_policy({str(tmp_path / '0' / 'own.py')!r} + ':Own', allow_code=True).digest)"
     )
     other = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=HANG_SECONDS
     )
     assert other.stdout.strip() == first.digest
 

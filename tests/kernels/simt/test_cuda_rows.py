@@ -267,7 +267,6 @@ def hard_rows(row_type: str, dim: int) -> np.ndarray:
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("row_type", "out_type", "dim"), device_cases())
 def test_kernels_answer_as_the_cpu_backend_does(row_type: str, out_type: str, dim: int) -> None:
     """From the host store and from the cache, in small and large batches, to answers at any address: the same bytes."""

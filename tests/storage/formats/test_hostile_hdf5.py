@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.sample_models import failure
+from support.waiting import HANG_SECONDS
 
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.model_files import open_model
@@ -175,7 +176,7 @@ print("done", flush=True)
 def test_no_byte_kills_the_process(layout: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5", layout)
     program = [sys.executable, "-c", _READ_DAMAGED, str(path), "0", str(FUZZ_CASES), "1"]
-    child = subprocess.run(program, capture_output=True, text=True, timeout=1800, check=False)
+    child = subprocess.run(program, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     said = child.stdout.split()
     assert (child.returncode, said[-1:]) == (0, ["done"]), f"case {said[-1:]}: {child.returncode}: {child.stderr[-2000:]}"
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 # A timer raises in the main thread at random moments of upserts that grow, updates, erases, evictions and replacements.
 _WRITER = """
@@ -120,7 +121,7 @@ print("interrupted", interrupted)
 
 def run(program: str, *arguments: str) -> int:
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment(), check=False)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     return int(done.stdout.split()[-1])
 

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from support.oracles import rows_of
+from support.waiting import join_all
 
 from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError
@@ -171,7 +172,7 @@ def test_at_rest_gives_up_while_a_writer_is_active(header: StoreHeader, versions
     with lock.writing():
         thread = threading.Thread(target=look)
         thread.start()
-        thread.join(60)
+        join_all(thread)
     assert seen == [(-1, 0)]
 
 

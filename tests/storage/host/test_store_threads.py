@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
+from support.waiting import HANG_SECONDS, Span, join_all, wait_until
 
 from hps_numba.device.host_memory import PlainHostAllocator
+from hps_numba.storage.host import store as store_module
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.store import HostStore
 
@@ -50,9 +51,7 @@ class Readers:
 
     def __exit__(self, *_):
         self._stop.set()
-        for thread in self._threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads)
+        join_all(*self._threads)
 
 
 def filled_store():
@@ -64,14 +63,14 @@ def filled_store():
 def test_no_torn_rows_during_writes():
     store = filled_store()
     with Readers(store) as readers:
-        end = time.monotonic() + 3
         value = 0
-        while time.monotonic() < end or readers.looked_up < 200:
+        span = Span(3, lambda: readers.looked_up >= 200 and value > 50)
+        while span.goes_on() and not readers.errors:
             value += 1
             store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
     assert not readers.errors
     assert readers.torn == 0
-    assert value > 50
+    assert readers.looked_up >= 200 and value > 50
 
 
 def test_the_torn_row_test_finds_a_store_that_writes_in_place():
@@ -79,9 +78,8 @@ def test_the_torn_row_test_finds_a_store_that_writes_in_place():
     store = filled_store()
     rows = store.versions.current.rows_view(0, len(KEYS))
     with Readers(store) as readers:
-        end = time.monotonic() + 60
-        value = 0
-        while not readers.torn and time.monotonic() < end:
+        value, span = 0, Span(0, lambda: readers.torn)
+        while span.goes_on() and not readers.errors:
             value += 1
             rows[:] = np.float32(value)
     assert not readers.errors
@@ -94,10 +92,11 @@ def test_growth_does_not_stop_readers():
     grown = 20_000
     with Readers(store) as readers:
         for start in range(1000, grown, 500):
+            seen = readers.looked_up
             store.upsert(np.arange(start, start + 500), np.full((500, DIM), start, np.float32))
-        seen = readers.looked_up
+            wait_until(lambda seen=seen: readers.looked_up > seen or readers.errors)
     assert not readers.errors
-    assert readers.torn == 0 and seen > 0
+    assert readers.torn == 0
     assert len(store) == len(KEYS) + grown - 1000
 
 
@@ -155,12 +154,9 @@ def test_an_absent_key_never_takes_the_row_of_a_key_that_is_being_inserted():
 def test_closing_during_reads_ends_them_cleanly():
     store = filled_store()
     with Readers(store) as readers:
-        while readers.looked_up < 20:
-            time.sleep(0.001)
+        wait_until(lambda: readers.looked_up >= 20 or readers.errors)
         store.close()
-        end = time.monotonic() + 30
-        while len(readers.errors) < 3 and time.monotonic() < end:
-            time.sleep(0.001)
+        wait_until(lambda: len(readers.errors) == 3)
     assert {type(problem).__name__ for problem in readers.errors} == {"ClosedError"}
     assert readers.torn == 0
 
@@ -180,22 +176,30 @@ def test_slots_stay_while_a_reader_may_hold_them():
     assert store.bytes == most  # the old slots came back after the reader left
 
 
-def test_an_open_scan_blocks_nobody():
+def test_an_open_scan_blocks_nobody(monkeypatch):
+    monkeypatch.setattr(store_module, "_GRACE_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr(store_module, "_CLOSE_SECONDS", HANG_SECONDS)
     store, other = filled_store(), filled_store()
     scan = store.scan(8)
     keys, rows = next(scan)
-    started = time.monotonic()
-    for value in range(200):
-        store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
-    size = store.bytes
-    for value in range(200):
-        store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
-    assert store.bytes == size <= 4 * KEYS.size * DIM * 4 + (1 << 16)
-    store.erase(KEYS[-8:])
-    store.replace(store.new_content(0))
-    other.clear()
-    other.close()
-    assert time.monotonic() - started < 5
+
+    def write():
+        for value in range(200):
+            store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
+        size = store.bytes
+        for value in range(200):
+            store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
+        sizes.append((size, store.bytes))
+        store.erase(KEYS[-8:])
+        store.replace(store.new_content(0))
+        other.clear()
+        other.close()
+
+    sizes = []
+    writer = threading.Thread(target=write)
+    writer.start()
+    join_all(writer)
+    assert sizes[0][0] == sizes[0][1] <= 4 * KEYS.size * DIM * 4 + (1 << 16)
     assert (rows == 0).all() and keys.size == 8
     assert list(scan) == []  # the rows that were left have gone
     store.close()
@@ -213,7 +217,8 @@ def test_a_scan_does_not_touch_recency():
     assert store.contains(np.arange(25)).all() and not store.contains(np.arange(25, 50)).any()
 
 
-def test_replacing_during_reads_releases_memory():
+def test_replacing_during_reads_releases_memory(monkeypatch):
+    monkeypatch.setattr(store_module, "_GRACE_SECONDS", HANG_SECONDS)
     allocator = PlainHostAllocator()
     store = HostStore(DIM, allocator=allocator)
 
@@ -244,7 +249,7 @@ def test_epochs_hold_what_was_retired_until_readers_leave(readers):
     assert epochs.oldest() <= tag and not epochs.wait(tag, 0.02)
     for context in contexts:
         context.__exit__(None, None, None)
-    assert epochs.wait(tag, 1.0)
+    assert epochs.wait(tag, HANG_SECONDS)
 
 
 def test_more_readers_than_records_get_new_records():
