@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import timeit
 import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.capsules import Forged, drop
+from support.steps import steps_of
 
 from hps_numba.arrays.cuda import DeviceKeys, as_device_keys, device_of_array
 from hps_numba.arrays.cuda_memory import CudaOrigin
@@ -999,7 +999,8 @@ def test_gpu_copies_follow_the_stream_and_wait_for_nothing() -> None:
     keys, out = torch.zeros(2000, dtype=torch.int64, device="cuda"), torch.zeros(3, 2, device="cuda").T
     side, made = torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
-    for cycles in (1000, 500_000_000):  # the first time loads kernels and makes memory, which waits
+    # the first time loads kernels and makes memory, which waits; a busy machine may keep this thread from looking in time
+    for cycles in (1000, *(500_000_000 << more for more in range(6))):
         with torch.cuda.stream(side):
             torch.cuda._sleep(cycles)
             keys.fill_(cycles)
@@ -1009,6 +1010,8 @@ def test_gpu_copies_follow_the_stream_and_wait_for_nothing() -> None:
         finish()
         pending = not made.query()
         assert on_host(cupy, batch) == [cycles] * 1000
+        if cycles > 1000 and pending:
+            break
     assert pending
 
 
@@ -1051,15 +1054,14 @@ def test_gpu_second_device() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_calls_cost_microseconds() -> None:
-    """The bounds are loose: machines of CI stall."""
+def test_gpu_calls_take_a_few_steps_of_python() -> None:
     torch, cupy = torch_with_cuda(), cupy_with_cuda()
     for keys in (torch.arange(64, device="cuda"), cupy.arange(64)):
         kind = as_device_keys(keys, key_bits=64).kind
         for call, limit in (
-            (lambda keys=keys: device_of_array(keys), 5e-6),
-            (lambda keys=keys: as_device_keys(keys, key_bits=64), 20e-6),
-            (lambda kind=kind: new_device_output(kind, (64, 4), "float32"), 50e-6),
-            (lambda kind=kind: stream_handle(None, kind, 0), 10e-6),
+            (lambda keys=keys: device_of_array(keys), 100),
+            (lambda keys=keys: as_device_keys(keys, key_bits=64), 200),
+            (lambda kind=kind: new_device_output(kind, (64, 4), "float32"), 200),
+            (lambda kind=kind: stream_handle(None, kind, 0), 100),
         ):
-            assert min(timeit.repeat(call, number=200, repeat=10)) / 200 < limit
+            assert 0 < steps_of(call) <= limit

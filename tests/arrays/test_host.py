@@ -9,7 +9,6 @@ import array
 import contextlib
 import subprocess
 import sys
-import timeit
 import types
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.steps import steps_of
 
 from hps_numba.arrays.host import NUMPY, ArrayKind, as_keys, as_rows
 from hps_numba.arrays.host_outputs import as_output, new_output, wrap_output
@@ -455,12 +455,9 @@ def test_no_framework_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_contiguous_int64_costs_about_a_microsecond() -> None:
+def test_contiguous_int64_takes_a_few_steps_of_python() -> None:
     keys = np.arange(64)
-    best = min(
-        timeit.repeat(lambda: wrap_output(new_output(as_keys(keys, key_bits=64).kind, (64, 4)), NUMPY), number=500, repeat=20)
-    )
-    assert best / 500 < 10e-6  # about 1.3 microseconds on an idle machine
+    assert 0 < steps_of(lambda: wrap_output(new_output(as_keys(keys, key_bits=64).kind, (64, 4)), NUMPY)) <= 15
 
 
 # ---- rows of a write -----------------------------------------------------------------------------------------------------

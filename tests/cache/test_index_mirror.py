@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import operator
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from support.cache_oracle import CacheOracle
 from support.cache_pairs import OPERATIONS, Pair
 from support.factories import ON_BOTH, Workshop
 from support.oracles import assert_same_bits, rows_of
-from support.waiting import HANG_SECONDS, join_all
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.cache import index_mirror
 from hps_numba.cache.backends import CpuBackend
@@ -33,7 +34,9 @@ from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEF
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.server.plan import make_plan
+from hps_numba.storage.host import store as host_store
 from hps_numba.storage.host import writing
+from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.store import HostStore
 
 
@@ -55,7 +58,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[CopyBench]:
 def not_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device too an index is copied when a test says so, but where ``by_itself`` is what is tested."""
     if "by_itself" not in request.fixturenames:
-        monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)
+        monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)
 
 
 def led_to(cache: EmbeddingCache) -> int:
@@ -219,11 +222,38 @@ def test_caches_that_hold_all_rows_have_no_mirror(bench: CopyBench) -> None:
 # -- when it is made --------------------------------------------------------------------------------
 
 
-def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+class PlayedClock:
+    """The clock and the timer of copies, whose time passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._due: dict[str, tuple[float, Callable[[], object]]] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def add(self, name: str, call: Callable[[], object], *, delay: float) -> None:
+        self._due[name] = (self.now + delay, call)
+
+    def remove(self, name: str) -> None:
+        self._due.pop(name, None)
+
+    def turn(self, seconds: float) -> None:
+        """Let time pass, and make the calls that are due then."""
+        end = self.now + seconds
+        while due := sorted((at, name) for name, (at, _) in self._due.items() if at <= end):
+            self.now, name = due[0]
+            self._due.pop(name)[1]()
+        self.now = end
+
+
+@pytest.fixture
+def clock(by_itself: None, monkeypatch: pytest.MonkeyPatch) -> PlayedClock:
+    """Caches copy by themselves, by a clock that is played."""
+    played = PlayedClock()
+    monkeypatch.setattr(index_mirror, "_timer", played)
+    monkeypatch.setattr(index_mirror, "time", played)
+    return played
 
 
 @pytest.fixture
@@ -240,42 +270,57 @@ def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_mirror_is_made_automatically_and_again_after_a_change(bench: CopyBench) -> None:
+def test_timer_makes_a_mirror_and_another_after_a_change(bench: CopyBench) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    wait_for(lambda: cache.index_mirror_bytes)
+    wait_until(lambda: cache.index_mirror_bytes)
     store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
-    assert cache.index_mirror_bytes == 0
-    wait_for(lambda: cache.index_mirror_bytes)
+    wait_until(lambda: cache.index_mirror_bytes)
     assert_same_bits(cache.lookup_arrays(ints([3])), rows_of(ints([3]), DIM, 1))
 
 
-@pytest.mark.usefixtures("by_itself")
-def test_mirror_is_not_made_while_the_store_is_written(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirror_is_made_automatically_and_again_after_a_change(bench: CopyBench, clock: PlayedClock) -> None:
+    store = bench.store(range(100))
+    cache = bench.cache(store, 20)
+    clock.turn(0.09)
+    assert cache.index_mirror_bytes == 0
+    clock.turn(0.02)
+    assert cache.index_mirror_bytes > 0
+    store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+    clock.turn(0.09)
+    assert cache.index_mirror_bytes == 0
+    clock.turn(0.02)
+    assert cache.index_mirror_bytes > 0
+    assert_same_bits(cache.lookup_arrays(ints([3])), rows_of(ints([3]), DIM, 1))
+
+
+def test_mirror_is_not_made_while_the_store_is_written(
+    bench: CopyBench, clock: PlayedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 0.3)
     store = bench.store(range(10))
     cache = bench.cache(store, 20)
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end:
+    for pause in (0.01, 0.29) * 20:
         store.upsert(ints([3]), rows_of(ints([3]), DIM, 1))
+        clock.turn(pause)
         assert cache.index_mirror_bytes == 0
-        time.sleep(0.01)
-    wait_for(lambda: cache.index_mirror_bytes)
+    clock.turn(0.02)
+    assert cache.index_mirror_bytes > 0
 
 
-@pytest.mark.usefixtures("by_itself")
-def test_mirror_is_not_made_while_the_cache_is_complete(bench: CopyBench) -> None:
+def test_mirror_is_not_made_while_the_cache_is_complete(bench: CopyBench, clock: PlayedClock) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 100, kind="uvm")
     assert cache.warm() == 100
     assert cache.mirror_index()  # when asked for
     store.upsert(ints([3]), rows_of([3], DIM, 1))
     cache.update(ints([3]))
-    time.sleep(0.5)
+    clock.turn(60)
     assert cache.index_mirror_bytes == 0
     store.upsert(ints([100]), rows_of([100], DIM))
     cache.update(ints([100]))
-    wait_for(lambda: cache.index_mirror_bytes)
+    clock.turn(60)
+    assert cache.index_mirror_bytes > 0
     assert_same_bits(cache.lookup_arrays(ints([3, 100])), np.vstack([rows_of([3], DIM, 1), rows_of([100], DIM)]))
 
 
@@ -329,23 +374,29 @@ def test_writer_interrupted_while_it_invalidates_changes_nothing(bench: CopyBenc
 def test_writer_and_mirroring_do_not_deadlock(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
-    copied, begun = cache.backend.copy, threading.Event()
+    copied, begun, wait = cache.backend.copy, threading.Event(), Epochs.wait
+    left_in_time: list[bool] = []
 
     def slow(*args: int) -> None:
         begun.set()
         time.sleep(0.2)
         copied(*args)
 
+    def waits(epochs: Epochs, tag: int, seconds: float) -> bool:
+        left_in_time.append(wait(epochs, tag, seconds))
+        return left_in_time[-1]
+
     with monkeypatch.context() as patch:
         patch.setattr(cache.backend, "copy", slow, raising=False)
+        patch.setattr(host_store, "_GRACE_SECONDS", HANG_SECONDS)
+        patch.setattr(Epochs, "wait", waits)
         made: list[bool] = []
         thread = threading.Thread(target=lambda: made.append(cache.mirror_index()))
         thread.start()
         assert begun.wait(HANG_SECONDS)
-        started = time.monotonic()
-        store.clear()  # waits for readers of the old content, at most a second
-        assert time.monotonic() - started < 0.9
-        thread.join()
+        store.clear()  # waits for readers of the old content, of which the copy is one
+        join_all(thread)
+    assert left_in_time and all(left_in_time)
     assert made == [False]
     assert store.versions.retired == 0
 
@@ -378,15 +429,16 @@ def test_next_writer_tells_a_device_that_could_not_be_told(bench: CopyBench, mon
         assert not cache.mirror_index()
 
 
-@pytest.mark.usefixtures("by_itself")
-def test_failed_mirroring_is_retried(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_mirror, "_AGAIN_SECONDS", 0.05)
+def test_failed_mirroring_is_retried(bench: CopyBench, clock: PlayedClock, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals = iter([False, False])
     real = IndexMirror._has_room
     monkeypatch.setattr(IndexMirror, "_has_room", lambda copy, size: next(refusals, True) and real(copy, size))
     cache = bench.cache(bench.store(range(100)), 20)
-    wait_for(lambda: cache.index_mirror_bytes)
-    assert next(refusals, None) is None
+    for seconds, left in ((0.2, 1), (5, 0), (5, 0)):
+        assert cache.index_mirror_bytes == 0
+        clock.turn(seconds)
+        assert operator.length_hint(refusals) == left
+    assert cache.index_mirror_bytes > 0
 
 
 def test_forked_child_keeps_a_mirror_in_host_memory_only() -> None:

@@ -37,7 +37,7 @@ _listing_from, _reads_in_order = cache_parts.listing_from, LaunchPlan.reads_in_o
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_parts, "listing_from", lambda device, mirrors: 1)
     monkeypatch.setattr(LaunchPlan, "reads_in_order", property(lambda plan: True))
-    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 60.0)  # an index is copied when a test says so
+    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)  # an index is copied when a test says so
 
 
 def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:

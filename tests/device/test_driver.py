@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from support.factories import has_cuda_device
 from support.played_driver import MIB, Mode, PlayedDriver, load_by, play
 from support.processes import environment
+from support.steps import steps_of
 from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.device import driver as devices
@@ -289,15 +289,12 @@ def test_gpu_devices_are_there():
 
 @pytest.mark.gpu
 def test_gpu_current_is_nearly_free():
-    def seconds(calls: int = 2000) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            with devices.current(0):
-                pass
-        return (time.perf_counter() - start) / calls
+    def again() -> None:
+        with devices.current(0):
+            pass
 
     with devices.current(0):
-        assert min(seconds() for _ in range(10)) < 2e-6  # half a microsecond, on a machine that is not too busy
+        assert 0 < steps_of(again) <= 20
 
 
 REAL_FORK = """
