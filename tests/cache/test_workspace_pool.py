@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cache_bench import DIM, Bench, ints
-from support.internals import HANG_SECONDS
 from support.interrupts import interrupted_everywhere
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.workspace import StreamMemory
@@ -54,7 +54,7 @@ def in_time(call: Callable[[], Any]) -> Any:
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(call()), daemon=True)
     thread.start()
-    thread.join(HANG_SECONDS)
+    join_all(thread)
     assert got, "it waits for ever, or failed"
     return got[0]
 
@@ -159,8 +159,7 @@ def test_busy_threads_do_not_starve_another(cpu_bench: Bench) -> None:  # G: 20 
         cache.lookup(few.ctypes.data, len(few), out.ctypes.data, 0)
         waits.append(sum(turns) - before)
     stop.set()
-    for thread in busy:
-        thread.join(HANG_SECONDS)
+    join_all(*busy)
     assert_same_bits(out, rows_of(few, DIM))
     assert min(turns) > 0 and sorted(waits)[20] <= 6  # the one at work, the one before in the queue, and some luck
 
@@ -181,16 +180,8 @@ def test_those_who_wait_are_served_in_turn() -> None:
         threads[-1].start()
         wait_until(lambda number=number: len(pool._waiting) == number + 1)
     free.set()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
+    join_all(*threads)
     assert order == [0, 1, 2, 3, 4]
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + HANG_SECONDS
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(1e-3)
 
 
 def test_a_lookup_inside_an_interrupted_lookup_of_its_thread_is_answered() -> None:
@@ -249,9 +240,7 @@ def test_many_threads_interrupts_and_changes_share_few_workspaces() -> None:
     threads = [threading.Thread(target=call, args=(n,), daemon=True) for n in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(HANG_SECONDS)
-    assert not any(thread.is_alive() for thread in threads), "a call waits for ever"
+    join_all(*threads)
     assert not problems and min(turns) > 0
     in_time(lambda: pool.close(0) or True)
     assert not pool.workspaces

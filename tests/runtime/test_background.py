@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 
 import pytest
-from support.internals import HANG_SECONDS
 from support.interrupts import interrupted_everywhere
+from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.runtime.threads import Ahead
@@ -23,10 +22,7 @@ def refuse(*_: object) -> None:
 
 
 def wait_for_no_threads() -> None:
-    end = time.monotonic() + HANG_SECONDS
-    while threads():
-        assert time.monotonic() < end, "a thread stays"
-        time.sleep(1e-3)
+    wait_until(lambda: not threads())
 
 
 def test_jobs_that_are_too_many_are_dropped() -> None:
@@ -35,9 +31,7 @@ def test_jobs_that_are_too_many_are_dropped() -> None:
     taken = [jobs.submit(lambda: ran.append(1)) for _ in range(2 * jobs.LIMIT)]
     assert taken.count(True) == jobs.LIMIT - 1
     go_on.set()
-    end = time.monotonic() + HANG_SECONDS
-    while jobs.waiting:
-        assert time.monotonic() < end
+    wait_until(lambda: not jobs.waiting)
     assert len(ran) == jobs.LIMIT - 1
     jobs.close()
     assert not jobs.submit(lambda: ran.append(1))

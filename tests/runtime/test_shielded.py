@@ -5,12 +5,11 @@ from __future__ import annotations
 import _thread
 import contextvars
 import threading
-import time
 from typing import Any
 
 import pytest
-from support.internals import HANG_SECONDS
 from support.interrupts import interrupted_everywhere
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.errors import ReentryError
 from hps_numba.runtime import shielded as module
@@ -38,7 +37,7 @@ def test_other_threads_work_for_themselves() -> None:
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(run(lambda ask: (threading.get_ident(), ask(lambda: 5)))))
     thread.start()
-    thread.join(HANG_SECONDS)
+    join_all(thread)
     assert got == [(thread.ident, 5)]
 
 
@@ -59,9 +58,7 @@ def test_work_is_done_whole_or_not_at_all_whatever_interrupts_the_caller() -> No
     for interrupt in interrupted_everywhere(call, "runtime/shielded.py"):
         assert isinstance(interrupt, KeyboardInterrupt)
         run(lambda ask: None)  # nothing hangs
-    end = time.monotonic() + HANG_SECONDS
-    while [1] in calls:  # one may go on where the interrupt hit before the wait began
-        assert time.monotonic() < end
+    wait_until(lambda: [1] not in calls)  # one may go on where the interrupt hit before the wait began
     assert all(steps in ([], [1, 7]) for steps in calls)
     assert calls.count([]) > 20 and calls.count([1, 7]) > 20
 
