@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -232,6 +233,24 @@ NAMED_BY_HUGECTR = "compat.packages"
 def test_modules_are_named_after_what_they_hold(module: str) -> None:
     banned = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}
     assert banned.isdisjoint(word for name in module.split(".") for word in name.split("_"))
+
+
+def test_tests_wait_for_hangs_only() -> None:
+    """A number of seconds in a test is a bet on how fast a machine is; a wait of under a second gives others a chance."""
+    number = r"[1-9][\d_.]*(?=[,)]|$)"
+    waits = (r"timeout[=(]", r"(?<![\"'f])\.join\(", r"\.wait\((?=[\d.]+\))", r"\.result\(", r"alarm\(", r"timedelta\(seconds=")
+    limit = re.compile(f"(?:{'|'.join(waits)}){number}")
+    tests = ROOT / "tests"
+    files = [path for path in sorted(tests.rglob("*.py")) if path != Path(__file__)]
+    found = [
+        f"{path.relative_to(tests)}:{number}: expected HANG_SECONDS of support.waiting, got {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if limit.search(line)
+    ]
+    assert len(files) > 100 and found == []
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert settings["timeout"] > HANG_SECONDS
 
 
 _FRESH = """

@@ -1,4 +1,4 @@
-"""Lookups of a cache by addresses, and the types that tests of missed rows go through."""
+"""Lookups of a cache by addresses, of two caches that answer alike, and the types that tests of missed rows go through."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.cache_bench import ints
+from support.oracles import assert_same_bits
 
 from hps_numba.cache.cache import EmbeddingCache
 
@@ -41,6 +43,23 @@ def ask(
         backend.to_host(out, room + shift, stream)
         backend.to_host(absent, some, stream)
     return out, sorted(absent[1 : 1 + absent[0]].tolist())
+
+
+def ask_both(
+    caches: tuple[EmbeddingCache, EmbeddingCache], keys: Any, form: str = "int64", out_type: str = "float32", *, shift: int = 0
+) -> list[int]:
+    """Ask two caches for a batch, which they answer alike, bit for bit; the positions of keys in no tier."""
+    one, other = (ask(cache, keys, form, out_type, shift=shift) for cache in caches)
+    assert np.array_equal(one[0], other[0])
+    assert one[1] == other[1]
+    return one[1]
+
+
+def assert_same_content(one: EmbeddingCache, other: EmbeddingCache) -> None:
+    """Two caches hold the same keys in the same places, with the same scores and the same rows."""
+    assert one.entries() == other.entries()
+    resident = ints(entry.key for entry in other.entries())
+    assert_same_bits(one.query(resident)[0], other.query(resident)[0])
 
 
 TYPES = [
