@@ -243,9 +243,9 @@ def test_tests_wait_for_hangs_only() -> None:
     tests = ROOT / "tests"
     files = [path for path in sorted(tests.rglob("*.py")) if path != Path(__file__)]
     found = [
-        f"{path.relative_to(tests)}:{number}: expected HANG_SECONDS of support.waiting, got {line.strip()}"
+        f"{path.relative_to(tests)}:{at}: expected HANG_SECONDS of support.waiting, got {line.strip()}"
         for path in files
-        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for at, line in enumerate(path.read_text().splitlines(), 1)
         if limit.search(line)
     ]
     assert len(files) > 100 and found == []

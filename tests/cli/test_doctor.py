@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.processes import ROOT
+from support.waiting import HANG_SECONDS
 from typer.testing import CliRunner
 
 from hps_numba.cli import _hardware, build, doctor
@@ -83,6 +84,7 @@ def test_gpus_are_found_by_smi_driver_or_nodes(tmp_path: Path, monkeypatch: pyte
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0'\necho 'Tesla V100, [N/A]'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(_hardware, "_SMI_SECONDS", HANG_SECONDS)
     assert _hardware.gpus() == (H200, Gpu(name="Tesla V100"))
     tool.write_text("#!/bin/sh\necho no driver >&2\nexit 9\n")
     assert _hardware._gpus_by_smi() == ()

@@ -26,6 +26,7 @@ from hps_numba.errors import ClosedError, UnknownModelError
 from hps_numba.runtime import threads
 from hps_numba.runtime.threads import SPLIT_BYTES, ranges_of, run_ranges
 from hps_numba.storage.host import reading
+from hps_numba.storage.host import store as host_store
 from hps_numba.storage.host.store import HostStore
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -228,7 +229,8 @@ def test_many_threads_look_up_and_write_at_once(workshop: Workshop) -> None:  # 
 
 
 @pytest.mark.parametrize("end", ["close", "unload_model"])
-def test_a_server_ends_while_others_look_up(workshop: Workshop, end: str) -> None:  # N05
+def test_a_server_ends_while_others_look_up(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, end: str) -> None:  # N05
+    monkeypatch.setattr(host_store, "_CLOSE_SECONDS", HANG_SECONDS)
     server = workshop.open(workshop.model((range(500), 64)))
     keys = np.arange(5000) % 500
     expected = rows_of(keys, 64)

@@ -154,7 +154,10 @@ def look_up_during_close(server: hps_numba.HPS, tier: Any, outcome: list[Any]) -
     return reader
 
 
-def test_close_waits_for_a_fetch_in_progress(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_waits_for_a_fetch_in_progress(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TierStack, "GRACE_SECONDS", HANG_SECONDS)
     server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
     reader = look_up_during_close(server, tier, outcome)
