@@ -9,7 +9,7 @@ from collections.abc import Callable
 __all__ = ["HANG_SECONDS", "Span", "join_all", "wait_until"]
 
 #: Seconds after which any wait of a test is taken for a hang; pytest's own time-out of a test is longer.
-HANG_SECONDS = 1200.0
+HANG_SECONDS = 2400.0
 
 
 def wait_until(what: Callable[[], object]) -> None:
