@@ -1059,9 +1059,9 @@ def test_gpu_calls_take_a_few_steps_of_python() -> None:
     for keys in (torch.arange(64, device="cuda"), cupy.arange(64)):
         kind = as_device_keys(keys, key_bits=64).kind
         for call, limit in (
-            (lambda keys=keys: device_of_array(keys), 100),
-            (lambda keys=keys: as_device_keys(keys, key_bits=64), 200),
-            (lambda kind=kind: new_device_output(kind, (64, 4), "float32"), 200),
-            (lambda kind=kind: stream_handle(None, kind, 0), 100),
+            (lambda keys=keys: device_of_array(keys), 20),
+            (lambda keys=keys: as_device_keys(keys, key_bits=64), 50),
+            (lambda kind=kind: new_device_output(kind, (64, 4), "float32"), 40),
+            (lambda kind=kind: stream_handle(None, kind, 0), 30),
         ):
             assert 0 < steps_of(call) <= limit

@@ -12,7 +12,7 @@ import pytest
 from support.cache_bench import DIM, Bench, ints
 from support.interrupts import interrupted_everywhere
 from support.oracles import assert_same_bits, rows_of
-from support.waiting import HANG_SECONDS, join_all, wait_until
+from support.waiting import HANG_SECONDS, Span, join_all, wait_until
 
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.workspace import StreamMemory
@@ -211,7 +211,8 @@ def test_a_close_inside_a_lookup_of_its_thread_is_refused() -> None:
 def test_many_threads_interrupts_and_changes_share_few_workspaces() -> None:
     """No workspace is ever with two calls, and none is lost, while some calls are cut off without giving back."""
     pool, made = pool_of(3)
-    end, problems, turns = time.monotonic() + 2, [], [0] * 8
+    problems, turns = [], [0] * 8
+    span = Span(2, lambda: min(turns) > 0)
 
     def call(number: int) -> None:
         rng = np.random.default_rng(number)
@@ -221,7 +222,7 @@ def test_many_threads_interrupts_and_changes_share_few_workspaces() -> None:
             return True
 
         try:
-            while time.monotonic() < end or not turns[number]:
+            while span.goes_on():
                 if rng.random() < 0.05:
                     calls = interrupted_everywhere(
                         lambda: pool.lend(number % 3, start), "workspace_pool.py", step=int(rng.integers(20, 400))

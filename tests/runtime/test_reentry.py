@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from support.children import in_child
-from support.internals import HANG_SECONDS
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.errors import HpsError, ReentryError
 from hps_numba.runtime import threads
@@ -56,7 +56,7 @@ def test_other_threads_wait() -> None:
         while not order:
             pass
         order.append("first")
-    thread.join(HANG_SECONDS)
+    join_all(thread)
     assert order == [False, "first", "other"]
 
 
@@ -88,7 +88,7 @@ def test_a_forked_child_has_a_free_lock() -> None:
         assert in_child(enter) == 0
     finally:
         go_on.set()
-        thread.join(HANG_SECONDS)
+        join_all(thread)
 
 
 def test_a_call_from_inside_a_method_of_a_part_is_refused() -> None:

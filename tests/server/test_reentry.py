@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 _EVERY_LINE = """
 import contextlib, faulthandler, logging, sys, threading, warnings
@@ -177,7 +178,7 @@ print(counts["done"], counts["refused"])
 
 def run(program: str, *arguments: str) -> str:
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment(), check=False)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return done.stdout
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import KEEPING, Workshop
-from support.internals import HANG_SECONDS
 from support.oracles import assert_same_bits, rows_of
+from support.waiting import join_all
 
 import hps_numba
 from hps_numba.errors import ArrayError, ConfigError
@@ -163,7 +163,7 @@ def _while_changing(array: np.ndarray, values: tuple[np.ndarray, ...], call: Cal
         call()
     finally:
         stop.set()
-        thread.join(HANG_SECONDS)
+        join_all(thread)
 
 
 def test_offsets_that_change_meanwhile_read_no_foreign_memory(server: hps_numba.HPS) -> None:

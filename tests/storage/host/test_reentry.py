@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 _EVERY_LINE = """
 import faulthandler, sys
@@ -103,7 +104,7 @@ for inner_verb in inner_verbs:
 def run(*arguments: str) -> list[tuple[int, int]]:
     """How often each inner call was done and refused."""
     command = [sys.executable, "-c", _EVERY_LINE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment(), check=False)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]  # type: ignore[misc]
 
