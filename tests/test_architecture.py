@@ -238,7 +238,14 @@ def test_modules_are_named_after_what_they_hold(module: str) -> None:
 def test_tests_wait_for_hangs_only() -> None:
     """A number of seconds in a test is a bet on how fast a machine is; a wait of under a second gives others a chance."""
     number = r"[1-9][\d_.]*(?=[,)]|$)"
-    waits = (r"timeout[=(]", r"(?<![\"'f])\.join\(", r"\.wait\((?=[\d.]+\))", r"\.result\(", r"alarm\(", r"timedelta\(seconds=")
+    waits = (
+        r"timeout[=(]",
+        r"(?<![\"'f])\.join\(",
+        r"\.wait\((?=[\d.]+\))",
+        r"\.result\(",
+        r"(?:alarm|_later)\(",
+        r"timedelta\(seconds=",
+    )
     limit = re.compile(f"(?:{'|'.join(waits)}){number}")
     tests = ROOT / "tests"
     files = [path for path in sorted(tests.rglob("*.py")) if path != Path(__file__)]

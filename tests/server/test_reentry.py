@@ -22,8 +22,9 @@ from hps_numba.errors import ClosedError, UnknownModelError
 from support.factories import KEEPING, Workshop
 from support.oracles import rows_of
 from support.reentry import run_inside
+from support.waiting import HANG_SECONDS
 
-faulthandler.dump_traceback_later(280, exit=True)
+faulthandler.dump_traceback_later(0.9 * HANG_SECONDS, exit=True)
 logging.disable(logging.ERROR)
 folder, kind, step, verb, *inner_verbs = sys.argv[1:]
 shop = Workshop(Path(folder))
@@ -119,8 +120,9 @@ from pathlib import Path
 import numpy as np
 from hps_numba.errors import ClosedError, ReentryError
 from support.factories import Workshop
+from support.waiting import HANG_SECONDS
 
-faulthandler.dump_traceback_later(280, exit=True)
+faulthandler.dump_traceback_later(0.9 * HANG_SECONDS, exit=True)
 verb, folder, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 N, DIM = 60_000, 32
 keys = np.arange(N)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.internals import HANG_SECONDS, bytes_in_use, served_model, slower_tier
+from support.internals import bytes_in_use, served_model, slower_tier
 from support.oracles import assert_same_bits, rows_of
 from support.services import DIM, Service
+from support.waiting import HANG_SECONDS, join_all
 
 import hps_numba
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
@@ -73,8 +74,7 @@ def in_threads(*works: Callable[[], object]) -> Iterator[threading.Event]:
         yield stop
     finally:
         stop.set()
-        for thread in threads:
-            thread.join(HANG_SECONDS)
+        join_all(*threads)
     assert not problems, problems[0]
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
 
@@ -172,7 +172,7 @@ def replacing(server: hps_numba.HPS, files: list[str]) -> Iterator[threading.Thr
     thread = threading.Thread(target=server.replace_model, args=("m", files), daemon=True)
     thread.start()
     yield thread
-    thread.join(HANG_SECONDS)
+    join_all(thread)
     assert not thread.is_alive()
 
 
@@ -248,7 +248,7 @@ def settled() -> None:
     """Wait until no job of a server is at work."""
     for thread in threading.enumerate():
         if thread.name == "hps_numba_models":
-            thread.join(HANG_SECONDS)
+            join_all(thread)
             assert not thread.is_alive()
 
 
@@ -370,9 +370,7 @@ def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monk
     with pytest.raises(ClosedError, match="the server is closed"):
         server.load_model(service.model((range(3), DIM), name="late"))
     stop.go.set()
-    for thread in (*threads, closing):
-        thread.join(HANG_SECONDS)
-        assert not thread.is_alive()
+    join_all(*threads, closing)
     assert len(problems) == 3
     assert bytes_held(server) <= 64
 
@@ -403,7 +401,7 @@ def test_a_recording_that_fills_during_load_model_does_not_wait(service: Service
         assert recording.done
         assert not stop.go.is_set()
         stop.go.set()
-    loading.join(HANG_SECONDS)
+    join_all(loading)
     assert "added" in server.models
 
 

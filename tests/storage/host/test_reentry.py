@@ -18,8 +18,9 @@ import numpy as np
 from hps_numba.errors import ClosedError
 from hps_numba.storage.host.store import HostStore
 from support.reentry import run_inside
+from support.waiting import HANG_SECONDS
 
-faulthandler.dump_traceback_later(240, exit=True)
+faulthandler.dump_traceback_later(0.9 * HANG_SECONDS, exit=True)
 verb, *inner_verbs = sys.argv[1:]
 DIM, N = 4, 300
 COLUMNS = np.arange(1, DIM, dtype=np.float32)
