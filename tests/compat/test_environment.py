@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support.processes import ROOT
+from support.waiting import HANG_SECONDS
 from typer.testing import CliRunner, Result
 
 from hps_numba.cli import build
@@ -43,7 +44,7 @@ class Environment:
         env |= options.pop("env", {})
         command = [str(self.python), *arguments]
         options.setdefault("cwd", self.python.parent)  # Python has it on its path
-        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, **options)
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG_SECONDS, check=False, **options)
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``hps-numba compat arguments`` of the checkout."""
@@ -150,7 +151,7 @@ def test_children_of_another_python_version_get_one_sentence(tmp_path: Path) -> 
     shutil.copytree(PACKAGES, site / "hps_numba" / "compat" / "packages", ignore=shutil.ignore_patterns("__pycache__"))
     env = {**os.environ, "PYTHONPATH": str(site / "hps_numba" / "compat" / "packages")}
     command = [sys.executable, "-S", "-c", "import hugectr"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=HANG_SECONDS, check=False)
     assert done.stderr.splitlines()[-1] == (
         f"ImportError: hugectr, hps_torch and hierarchical_parameter_server are those of hps_numba in {site}, and "
         f"{sys.executable} cannot import it: expected python{sys.version_info.major}.{sys.version_info.minor} there"

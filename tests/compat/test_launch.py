@@ -16,6 +16,7 @@ import pytest
 from support.drop_in import installed, run_drop_in
 from support.framework_rig import rig_of
 from support.processes import ROOT, environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import __version__, compat
 from hps_numba.compat import launch
@@ -63,7 +64,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     env = environment(PYTHONWARNINGS="ignore", TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
     env["PYTHONPATH"] = f"{PACKAGES}{os.pathsep}{env['PYTHONPATH']}"
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG_SECONDS, check=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_options_before_the_command_are_kept(folder: Path, options: list[str]) -
     joined = [f"{options[-1]}m", "hps_numba.compat"] if options == ["-uP"] else [options[-1], "-m", "hps_numba.compat"]
     env = environment()
     done = subprocess.run(
-        [*start, *joined, "script.py"], capture_output=True, text=True, cwd=folder, env=env, timeout=300, check=False
+        [*start, *joined, "script.py"], capture_output=True, text=True, cwd=folder, env=env, timeout=HANG_SECONDS, check=False
     )
     expected = json.loads(python(*options, "script.py", cwd=folder).stdout)
     got = json.loads(done.stdout)
@@ -149,7 +150,7 @@ def test_ctrl_c_reaches_the_script(folder: Path) -> None:
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)  # to the process that was started: it is the script
-        assert process.stdout.read() == "clean\n" and process.wait(timeout=300) == 5
+        assert process.stdout.read() == "clean\n" and process.wait(timeout=HANG_SECONDS) == 5
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
@@ -163,7 +164,7 @@ def test_usage(arguments: list[str]) -> None:
 def test_an_interpreter_that_ignores_the_environment_says_what_to_do(folder: Path, option: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from hps_numba import compat; compat.main(['script.py'])"
     done = subprocess.run(
-        [sys.executable, option, "-c", code], capture_output=True, text=True, cwd=folder, check=False, timeout=300
+        [sys.executable, option, "-c", code], capture_output=True, text=True, cwd=folder, check=False, timeout=HANG_SECONDS
     )
     assert done.returncode == 1
     assert done.stderr == (
@@ -225,7 +226,7 @@ def imported_by_spawn(method):
     queue = context.Queue()
     child = context.Process(target=ask, args=(queue,))
     child.start()
-    print(method, queue.get(timeout=200))
+    print(method, queue.get(timeout={HANG_SECONDS}))
     child.join()
 
 if __name__ == "__main__":
@@ -254,7 +255,7 @@ def test_child_processes_of_an_interpreter_elsewhere_find_the_checkout(tmp_path:
     code = f"import os, subprocess, sys; os.chdir({str(tmp_path)!r}); {child}"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-m", "hps_numba.compat", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=HANG_SECONDS, check=False)
     assert done.stdout == f"Static {__version__}\n", done.stderr
 
 
@@ -279,7 +280,7 @@ def test_notebooks_and_their_cells_have_the_packages(tmp_path: Path) -> None:
     program = f"""
 import nbclient, nbformat.v4 as v4
 notebook = v4.new_notebook(cells=[v4.new_code_cell(text) for text in {cells!r}])
-nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+nbclient.NotebookClient(notebook, timeout={HANG_SECONDS}, kernel_name="python3").execute()
 texts = [out.get("text", "").strip() for cell in notebook.cells for out in cell.outputs]
 print("|".join(["", *texts, ""]))
 """
@@ -301,7 +302,9 @@ def test_install_serves_this_process_and_its_children(tmp_path: Path) -> None:
         assert Path(hugectr.__file__).is_relative_to(PACKAGES)
         with hugectr.inference.HPS(rig.path) as server:
             assert (server.lookup([1], "m", 0) == rig.rows[1]).all()
-        child = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, check=False, timeout=300)
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+        )
         assert child.stdout == f"Static {__version__}\n", child.stderr
 
 

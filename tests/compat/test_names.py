@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.drop_in import installed, run_drop_in
 from support.framework_rig import DIM, Rig, rig_of, tensorflow
+from support.waiting import HANG_SECONDS
 
 import hps_numba
 from hps_numba.compat.folder import PACKAGES
@@ -494,5 +495,7 @@ def test_star_imports_give_the_server_of_hugectr() -> None:
 def test_importing_hugectr_loads_no_framework_and_no_kernel() -> None:
     code = "import sys, hugectr; print({'numba', 'torch', 'tensorflow', 'keras'} & set(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(PACKAGES)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=HANG_SECONDS
+    )
     assert done.stdout.strip() == "set()", done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 from hps_numba import compat
 from hps_numba.compat.folder import NAMES
@@ -41,4 +42,4 @@ def run_drop_in(*arguments: object, **options: Any) -> subprocess.CompletedProce
     command = [sys.executable, "-m", "hps_numba.compat", *map(str, arguments)]
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     env = environment(**{**quiet, **options.pop("env", {})})
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG_SECONDS, check=False, **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.framework_rig import rig_of, run_program, start_program
+from support.waiting import HANG_SECONDS
 
 pytest.importorskip("torch")
 
@@ -64,7 +65,7 @@ def test_it_ends_without_an_abort(tmp_path: Path, kind: str) -> None:
     for _ in range(rounds):
         processes = [start_program(_RUN, path, rig.path, kind) for _ in range(3)]
         for process in processes:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=HANG_SECONDS)
             rows = 2 if kind == "bag" else 6
             assert (out, process.returncode) == (f"{rows} 8 True\n", 0), err
 
