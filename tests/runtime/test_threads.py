@@ -288,13 +288,13 @@ def test_lookup_many_waits_for_a_switch_and_looks_up_once(workshop: Workshop) ->
     deployment = server._catalog.models["m"]
     answers: list[Any] = []
     reader = threading.Thread(target=lambda: answers.append(server.lookup_many([[1], [2]], "m")))
-    deployment.switches += 1
+    deployment.switch.turns += 1
     try:
         reader.start()
         time.sleep(0.05)
         assert not answers
     finally:
-        deployment.switches += 1
+        deployment.switch.turns += 1
     join_all(reader)
     assert_same_bits(answers[0][1], rows_of([2], 4))
     assert [table.calls for table in server.stats()["m"].values()] == [1, 1]
@@ -316,12 +316,12 @@ def test_a_switch_does_not_begin_before_the_writes_at_work_have_ended(workshop: 
     changer.start()
     try:
         time.sleep(0.2)
-        assert (changer.is_alive(), deployment.switches) == (True, 0)
+        assert (changer.is_alive(), deployment.switch.turns) == (True, 0)
         server.lookup_many([[1], [2]], "m")
     finally:
         go_on.set()
         join_all(writer, changer)
-    assert deployment.switches == 2
+    assert deployment.switch.turns == 2
 
 
 def test_a_batch_that_is_cut_reads_one_version_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,8 +226,8 @@ def test_gpu_capsules_of_cupy(workshop: Workshop, out_on_host: bool) -> None:
     server = served(workshop, torch, 8)
     keys = cupy.arange(100)[::3]
     out = np.zeros((len(keys), 8), np.float32) if out_on_host else cupy.zeros((len(keys), 8), cupy.float32)
-    target = capsule_of(out) if out_on_host else out.toDlpack() if hasattr(out, "toDlpack") else out.__dlpack__()
-    server.lookup_fromdlpack(keys.toDlpack() if hasattr(keys, "toDlpack") else keys.__dlpack__(), target, "m", 0)
+    target = capsule_of(out) if out_on_host else out.__dlpack__()
+    server.lookup_fromdlpack(keys.__dlpack__(), target, "m", 0)
     cupy.cuda.get_current_stream().synchronize()
     assert_same_bits(out if out_on_host else out.get(), rows_of(np.arange(100)[::3], 8))
 

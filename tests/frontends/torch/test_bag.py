@@ -277,9 +277,10 @@ def test_scripted_bag_serves(served: Rig, device: str, tmp_path: Path, mode: str
         offsets = torch.cat([offsets, offsets.new_full((1,), len(keys))])
     torch.jit.save(torch.jit.script(layer), str(tmp_path / "bag.pt"))
     program = torch.jit.load(str(tmp_path / "bag.pt"))
-    assert torch.equal(program(keys, offsets), layer(keys, offsets))
+    equal = torch.equal if device == "cpu" else close  # clipped rows are added by Torch, in any order on a GPU
+    assert equal(program(keys, offsets), layer(keys, offsets))
     if not last:
-        assert torch.equal(program(keys[:6].reshape(2, 3)), layer(keys[:6].reshape(2, 3)))
+        assert equal(program(keys[:6].reshape(2, 3)), layer(keys[:6].reshape(2, 3)))
     if mode != "max":
         weights = torch.linspace(0.5, 2, len(keys), device=device)
-        assert torch.equal(program(keys, offsets, weights), layer(keys, offsets, weights))
+        assert equal(program(keys, offsets, weights), layer(keys, offsets, weights))
