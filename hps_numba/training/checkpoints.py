@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.paths import checked_path
-from hps_numba.server.hps import HPS
 from hps_numba.training.checkpoint_files import CheckpointReader, Read, SavedTable, open_checkpoint, write_checkpoint
+from hps_numba.training.replacement import TableContent, replace_tables
 from hps_numba.training.trainer import RowTrainer
 
-__all__ = ["load_trained", "save_trained", "set_rows"]
+__all__ = ["load_trained", "save_trained"]
 
 
 def save_trained(
@@ -34,7 +34,7 @@ def save_trained(
     """
     target = checked_path(path)
     with ExitStack() as locks:
-        ordered = sorted(trainers, key=lambda trainer: trainer.spec.tag)  # the same in every thread, so that none deadlock
+        ordered = _in_order(trainers)
         for trainer in ordered:
             locks.enter_context(trainer.paused())
         locked = {trainer.spec.tag: locks.enter_context(_locked_table(trainer)) for trainer in ordered}
@@ -59,29 +59,48 @@ def _identity(trainer: RowTrainer) -> dict[str, Any]:
 
 
 def load_trained(
-    path: str | os.PathLike[str], trainers: Sequence[RowTrainer], accept: Callable[[CheckpointReader], Any] = lambda _: None
+    path: str | os.PathLike[str],
+    trainers: Sequence[RowTrainer],
+    accept: Callable[[CheckpointReader], Any] = lambda _: None,
+    then: Callable[[Any], None] = lambda _: None,
 ) -> Any:
     """Bring tables and optimizers to the state of a checkpoint; rows that it lacks are erased. Returns what ``accept`` did.
 
-    The whole file is checked before anything changes.
+    The whole file is checked before anything changes; if a tier fails or an interrupt comes later, the old rows are written
+    back and the optimizers keep their states.
 
     Args:
         trainers: of the tables, in the order in which they were saved.
         accept: inspects the file before anything changes, and may raise.
+        then: takes what ``accept`` returned, once all rows are written; if it raises, they are taken back.
 
     Raises:
         ModelFileError: the file is missing or damaged.   ConfigError: it has other tables, optimizers or widths.
-        Otherwise as ``HPS.insert``.
+        Otherwise as ``replace_tables``.
     """
-    with open_checkpoint(checked_path(path)) as file:
+    with open_checkpoint(checked_path(path)) as file, ExitStack() as held:
         _check(file, trainers)
         answer = accept(file)
-        for number, trainer in enumerate(trainers):
-            with trainer.paused():
-                spec = trainer.spec
-                set_rows(trainer.server, spec.model, spec.name, file.keys(number), file.rows(number))
-                trainer.set_states(file.tables[number]["steps"], file.states(number))
+        for trainer in _in_order(trainers):
+            held.enter_context(trainer.paused())
+        made = [trainer.made_states(file.states(number)) for number, trainer in enumerate(trainers)]
+
+        def finish() -> None:
+            then(answer)
+            for trainer, about, states in zip(trainers, file.tables, made, strict=True):
+                trainer.take_states(about["steps"], states)
+
+        replace_tables([_content(file, number, trainer) for number, trainer in enumerate(trainers)], finish)
         return answer
+
+
+def _content(file: CheckpointReader, number: int, trainer: RowTrainer) -> TableContent:
+    return TableContent(trainer.server, trainer.spec.model, trainer.spec.name, file.keys(number), file.rows(number))
+
+
+def _in_order(trainers: Sequence[RowTrainer]) -> list[RowTrainer]:
+    """The same in every thread, so that none deadlock."""
+    return sorted(trainers, key=lambda trainer: trainer.spec.tag)
 
 
 def _check(file: CheckpointReader, trainers: Sequence[RowTrainer]) -> None:
@@ -109,25 +128,3 @@ def _check_keys(file: CheckpointReader, number: int, trainer: RowTrainer) -> Non
     if len(wrong):
         expected = f"keys of {trainer.spec.tag} in 0..{(1 << 32) - 1}, as supportlonglong is false"
         raise ConfigError(f"{file.path}: expected {expected}, got {wrong[0]}")
-
-
-def set_rows(
-    server: HPS, model: str, table: int | str, keys: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """Replace the whole content of a table.
-
-    Other writes wait; lookups go on, and may see old and new rows side by side.
-
-    Args:
-        keys: int64 ``[n]``, all keys of the new content.
-        chunks: the content: some of the keys, int64 ``[m]``, and their rows, float32 ``[m, dim]``.
-
-    Raises:
-        As ``HPS.insert`` and ``HPS.erase``.
-    """
-    with server.locked_table(model, table) as (present, _):
-        stale = np.setdiff1d(present, keys)
-        if len(stale):
-            server.erase(stale, model, table)
-        for some, rows in chunks:
-            server.insert(some, rows, model, table)

@@ -19,6 +19,7 @@ from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
+from hps_numba.runtime.interrupts import interrupts_held
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.server.hps import HPS
@@ -169,13 +170,14 @@ class RowTrainer:
             ConfigError: ``rule`` is of another class.
             ReentryError: from inside another step of this thread.
             Otherwise as ``HPS.read_modify_write``; states are as before, and rows as its errors say.
+            KeyboardInterrupt: the step was taken. A second one ends it at once.
         """
         rule = rule or self.rule
         if type(rule) is not type(self.rule):
             raise ConfigError(f"rule: expected {self.rule.name}, by which this table is trained, got {rule.name}")
         gradients = np.ascontiguousarray(gradients, np.float32)
         keys = np.ascontiguousarray(keys, np.int64)
-        with self._lock.held(), self._states_lock.held():
+        with self._lock.held(), self._states_lock.held(), interrupts_held():  # rows and states are written both, or neither
             states = np.empty((len(keys), 0), np.float32)
 
             def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -232,11 +234,19 @@ class RowTrainer:
         Raises:
             ConfigError: states of another width; nothing changed.
         """
+        self.take_states(steps, self.made_states(chunks))
+
+    def made_states(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> HostStore | None:
+        """States for ``take_states``, made beside those of the trainer; raises as ``set_states``."""
         states = self._new_states()
         for keys, values in chunks:
             self.check_states(len(keys), values.shape)
             if states is not None:
                 states.upsert(keys, values)
+        return states
+
+    def take_states(self, steps: int, states: HostStore | None) -> None:
+        """Replace the step count and all states by what ``made_states`` returned."""
         with self._lock.mutex, self._states_lock.held():
             old, self._states, self.steps = self._states, states, int(steps)
         if old is not None:

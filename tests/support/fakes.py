@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -110,6 +110,30 @@ class FlakyDictTier(FlakyTier):
 
     def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
         super().__init__(DictTier(section, wide_keys=wide_keys), set())
+
+
+class WatchedWritesTier(DictTier):
+    """Calls ``before_write`` with the number of each write, and ``after_write`` when it is done."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.writes = 0
+        self.before_write: Callable[[int], None] = lambda number: None
+        self.after_write: Callable[[int], None] = lambda number: None
+
+    def _written(self, write: Callable[[], int]) -> int:
+        self.writes += 1
+        number = self.writes
+        self.before_write(number)
+        done = write()
+        self.after_write(number)
+        return done
+
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        return self._written(lambda: DictTier.insert(self, table, keys, rows))
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        return self._written(lambda: DictTier.erase(self, table, keys))
 
 
 class StuckTableTier(DictTier):

@@ -240,7 +240,6 @@ def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> No
 
     Raises:
         ModelFileError: the file is missing or damaged.   ConfigError: it is that of other tables or of another optimizer.
-        Otherwise as ``HPS.insert``.
+        Otherwise as ``HPS.insert``. Nothing changed then, nor after an interrupt: rows that were written are taken back.
     """
-    load_trained(path, optimizer.trainers)
-    optimizer.zero_grad()
+    load_trained(path, optimizer.trainers, then=lambda _: optimizer.zero_grad())

@@ -48,21 +48,25 @@ def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> An
     erased, and gradients are dropped. With several processes, each loads.
 
     Raises:
-        ModelFileError: the file is missing or damaged; nothing changed.
-        ConfigError (a ValueError): it is that of other tables or of another optimizer; nothing changed.   Otherwise as
-            ``HPS.insert``.
+        ModelFileError: the file is missing or damaged.
+        ConfigError (a ValueError): it is that of other tables or of another optimizer.   Otherwise as ``HPS.insert``.
+        Nothing changed then, nor after an interrupt: rows that were written are taken back.
     """
 
-    def accept(file: CheckpointReader) -> Any:
+    def accept(file: CheckpointReader) -> tuple[Any, Any]:
         dense = _unpacked(file, _DENSE)
         settings = _unpacked(file, _SETTINGS)
-        if settings is not None:  # else the file is of another front end, and the optimizer keeps its own
+        if settings is not None:
             _check_settings(file, settings, _settings_of(optimizer), optimizer.defaults)
-            optimizer.set_settings(settings)
-        return dense
+        return dense, settings
 
-    dense = load_trained(path, optimizer.trainers(), accept)
-    optimizer.zero_grad()
+    def then(accepted: tuple[Any, Any]) -> None:
+        _, settings = accepted
+        if settings is not None:  # else the file is of another front end, and the optimizer keeps its own
+            optimizer.set_settings(settings)
+        optimizer.zero_grad()
+
+    dense, _ = load_trained(path, optimizer.trainers(), accept, then)
     return dense
 
 

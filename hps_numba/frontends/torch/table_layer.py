@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import Query, tables_of
-from hps_numba.training.checkpoints import set_rows
+from hps_numba.training.replacement import TableContent, replace_tables
 
 __all__ = ["TableLayer"]
 
@@ -48,18 +50,25 @@ class TableLayer(torch.nn.Module):
         """Check what ``get_extra_state`` returned, and write its rows, if any, to the server.
 
         Raises:
-            ConfigError: the state is that of other tables, or of a later version.   Otherwise as ``HPS.insert``.
+            ConfigError: the state is that of other tables, or of a later version, or damaged.   Otherwise as ``HPS.insert``.
+            All tables have their old rows then.
         """
         text = self._request_for_all()
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"state_dict: expected what get_extra_state returned, got {state!r:.200}")
         if state.get("version") != _VERSION:
-            raise ConfigError(f"state_dict: expected version {_VERSION}, got {state.get('version')!r}")
+            raise ConfigError(f"state_dict: expected version {_VERSION}, got {state.get('version')!r:.200}")
         names = _names(Query.from_json(text))
-        if state["tables"] != names:
-            raise ConfigError(f"state_dict: expected tables {names}, got {state['tables']}")
-        for (server, table), (keys, rows) in zip(
-            tables_of(text) if "rows" in state else [], state.get("rows", []), strict=True
-        ):
-            set_rows(server, table.model, table.table, keys.numpy(), [(keys.numpy(), rows.numpy())])
+        if state.get("tables") != names:
+            raise ConfigError(f"state_dict: expected tables {names}, got {state.get('tables')!r:.200}")
+        if "rows" in state:
+            given = _rows_in(state["rows"], names)
+            replace_tables(
+                [
+                    TableContent(server, table.model, table.table, keys, [(keys, rows)])
+                    for (server, table), (keys, rows) in zip(tables_of(text), given, strict=True)
+                ]
+            )
 
     def _load_from_state_dict(
         self,
@@ -77,3 +86,24 @@ class TableLayer(torch.nn.Module):
 
 def _names(query: Query) -> list[list[Any]]:
     return [[table.model, table.table, table.dim] for table in query.tables]
+
+
+def _rows_in(given: Any, names: list[list[Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Keys and rows of each table.
+
+    Raises:
+        ConfigError: they are something else.
+    """
+    if not isinstance(given, Sequence) or len(given) != len(names):
+        raise ConfigError(f"state_dict: rows: expected those of {len(names)} tables, got {given!r:.200}")
+    found = []
+    for (model, table, dim), pair in zip(names, given, strict=True):
+        place = f"state_dict: rows of {model}, table {table}"
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(part, torch.Tensor) for part in pair):
+            raise ConfigError(f"{place}: expected two tensors, keys and rows, got {pair!r:.200}")
+        keys, rows = pair
+        if keys.dtype != torch.int64 or keys.dim() != 1 or rows.dtype != torch.float32 or rows.shape != (len(keys), dim):
+            got = f"{keys.dtype} {list(keys.shape)} and {rows.dtype} {list(rows.shape)}"
+            raise ConfigError(f"{place}: expected int64 [n] and float32 [n, {dim}], got {got}")
+        found.append((keys.detach().cpu().numpy(), rows.detach().cpu().numpy()))
+    return found

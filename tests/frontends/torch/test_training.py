@@ -671,3 +671,28 @@ def test_a_state_dict_tells_the_tables_and_has_rows_by_choice(rig: Rig, device: 
     collection.load_state_dict(torch.load(tmp_path / "rows.pt", weights_only=True))
     after = collection({"a": keys, "b": keys})
     assert all(torch.equal(before[name], after[name]) for name in "ab") and not server.contains([ROWS], "m", 1).any()
+
+
+def test_rows_of_a_state_dict_are_all_loaded_or_none(rig: Rig, tmp_path: Path) -> None:
+    collection = hps.LookupCollection(rig.path, "m", {"a": (0, DIM), "b": ("t1", 3)})
+    collection.rows_in_state_dict = True
+    good, keys = collection.state_dict()["_extra_state"], torch.arange(ROWS + 5)
+    server = SERVERS.open(rig.path)
+    server.insert(np.arange(3, ROWS + 5), np.ones((ROWS + 2, DIM)), "m", 0)
+    before = collection({"a": keys, "b": keys})
+    first, (second_keys, second) = good["rows"]
+    wrong = [
+        None, 5, [], [first], [first, first], [first, [second_keys]], [first, [second_keys, second[:, :2]]], [first, None],
+        [first, [second_keys[1:], second]], [first, [second_keys.float(), second]], [first, [second_keys, second.double()]],
+        [first, [second_keys.numpy(), second.numpy()]],
+    ]  # fmt: skip
+    for rows in wrong:
+        with pytest.raises(ConfigError, match="state_dict: rows"):
+            collection.load_state_dict({"_extra_state": {**good, "rows": rows}})
+    for state in (None, 5, [], {}, {"version": 1}, {"version": 1, "tables": 5}):
+        with pytest.raises(ConfigError, match="state_dict: "):
+            collection.set_extra_state(state)
+    after = collection({"a": keys, "b": keys})
+    assert all(torch.equal(before[name], after[name]) for name in "ab")
+    collection.load_state_dict({"_extra_state": good})
+    assert not server.contains([ROWS], "m", 0).any()
