@@ -1,10 +1,10 @@
 """Hold back signal handlers while something is changed that must be changed whole, and run them where it can be undone.
 
 Problem: Python runs the handler of a signal between any two bytecodes of the main thread, and that of Ctrl-C raises there, also
-in the middle of what undoes a change. Choice: for the time of a change the Python handlers of signals that interrupt are replaced by one that takes
-note; the change asks between two of its steps, and the handlers run then, with all that they raise. A signal that comes a
-second time before the first was handled is handled at once, so that a change that hangs can still be interrupted. Other threads
-run no handlers, and need nothing.
+in the middle of what undoes a change. Choice: for the time of a change, the Python handlers of signals that interrupt are
+replaced by one that takes note; the change asks between two of its steps, and the handlers run then, with all that they raise.
+A signal that comes a second time before the first was handled is handled at once, so that a change that hangs can still be
+interrupted. Other threads run no handlers, and need nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Held:
             self._handlers[number](number, None)
 
     def release(self) -> None:
-        for number, handler in self._handlers.items():
+        for number, handler in reversed(self._handlers.items()):  # Ctrl-C last, as the next one may come right then
             if signal.getsignal(number) == self._note:  # else a handler that ran meanwhile has set another
                 signal.signal(number, handler)
 
