@@ -17,8 +17,10 @@ _POINTS = 40  # in the throughput curve
 
 
 def save_plot(path: Path, traffic: Traffic, title: str) -> None:
-    """Draw the plot and save it."""
+    """Draw the plot and save it; raises as ``save_figure``."""
     from matplotlib.figure import Figure
+
+    from hps_numba.simulate.plots import save_figure
 
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -29,7 +31,7 @@ def save_plot(path: Path, traffic: Traffic, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_GREY)
         axes.tick_params(colors=_GREY, which="both")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_latencies(axes: Any, latencies: dict[int, np.ndarray]) -> None:

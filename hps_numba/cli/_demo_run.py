@@ -19,6 +19,8 @@ from hps_numba.cli._hardware import Hardware, resident_bytes
 from hps_numba.cli._latency import percentiles, seconds_of
 from hps_numba.cli._output import human_rate, human_seconds
 from hps_numba.device.host_memory import human_bytes
+from hps_numba.errors import ConfigError
+from hps_numba.runtime.replacing import file_judge, replace_file
 from hps_numba.server.hps import HPS
 from hps_numba.simulate.workloads import generate_model
 
@@ -110,7 +112,11 @@ class Demo:
 
 
 def write_config(path: Path, sparse_file: str, dim: int) -> None:
-    """Write a ``ps_config`` JSON with keys of HugeCTR HPS only: one model, one table, rows in host memory."""
+    """Write a ``ps_config`` JSON with keys of HugeCTR HPS only: one model, one table, rows in host memory.
+
+    Raises:
+        ConfigError: there is something else than a config that the demo wrote, or it cannot be written.
+    """
     entry = {
         "model": MODEL,
         "sparse_files": [sparse_file],
@@ -122,7 +128,8 @@ def write_config(path: Path, sparse_file: str, dim: int) -> None:
         "max_batch_size": LARGEST_BATCH,
     }
     config = {"supportlonglong": True, "models": [entry], "volatile_db": {"type": "parallel_hash_map"}}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    content = (json.dumps(config, indent=2) + "\n").encode()
+    replace_file(path, content, file_judge("a config of the demo", content.startswith), error=ConfigError)
 
 
 def _served_from(hardware: Hardware) -> str:

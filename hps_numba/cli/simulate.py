@@ -53,12 +53,13 @@ def simulate(
         check_output_file(name, path)
 
     from hps_numba import simulate as simulation
+    from hps_numba.simulate.html_report import check_page
     from hps_numba.simulate.plots import check_plot
 
     if plot is not None:
         check_plot(plot)
     if html is not None:
-        check_plot(html.with_suffix(".svg"))
+        check_page(html)
     opened = simulation.open_trace(trace, format=format_name, column=column, limit=limit)
     how: dict[str, Any] = {"batch": batch, "sample": sample, "dim": dim, "row_dtype": row_dtype, "threads": threads}
     how |= {"allow_code": allow_code, "progress": False if json_file == STDOUT else None}

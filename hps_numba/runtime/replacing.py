@@ -36,11 +36,12 @@ try:
 except ImportError:  # Windows: workspaces of dead writers are ignored and stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Judge", "check_target", "file_judge", "leftovers", "replacing", "write_report"]
+__all__ = ["Judge", "check_target", "file_judge", "leftovers", "replace_file", "replacing", "write_report"]
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".hps-partial"
 _PLACING = "placing"  # in a workspace from when what is ``new`` may have come from the target, by a swap
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for the other side
 _FOREIGN_SECONDS = 86_400.0  # after which a workspace of another machine, untouched and not locked, has no writer
 
 Judge = Callable[[Path], "str | None"]
@@ -54,7 +55,7 @@ def file_judge(what: str, is_one: Callable[[bytes], bool]) -> Judge:
         if place.is_dir():
             return f"is a directory, where {what} was to be written"
         try:
-            descriptor = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            descriptor = os.open(place, os.O_RDONLY | _NO_WAITING | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
             return None
         except OSError as problem:
@@ -108,25 +109,42 @@ def replacing(path: Path, *, overwrite: bool, judge: Judge, error: type[HpsError
         os.close(lock)
 
 
+def replace_file(path: Path, content: bytes, judge: Judge, *, error: type[HpsError]) -> None:
+    """Write a file, replacing the one at ``path`` if it is empty or ``judge`` agrees.
+
+    Raises:
+        HpsError, of the type ``error``: there is something else, which is not replaced, or it cannot be written.
+    """
+    with replacing(path, overwrite=True, judge=judge, error=error) as new, _as_error(path, error):
+        new.write_bytes(content)
+
+
 def write_report(path: Path, text: str, *starts: str, error: type[HpsError]) -> None:
     """Write a file of text that begins with one of ``starts``, as a file that is there must; or into a device or FIFO.
 
     Raises:
-        HpsError, of the type ``error``: there is another file, which is not replaced, or the text cannot be written.
+        HpsError, of the type ``error``: there is another file, which is not replaced, a FIFO that nobody reads, or the text
+            cannot be written.
     """
-    content, heads = text.encode(), tuple(start.encode().lower() for start in starts)
+    content, heads = text.encode(errors="surrogateescape"), tuple(start.encode().lower() for start in starts)
     try:
         mode = path.stat().st_mode
     except OSError:  # there is nothing yet; what else is wrong shows below
         mode = stat.S_IFREG
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        replace_file(path, content, file_judge("such a report", lambda found: found.lower().startswith(heads)), error=error)
+        return
+    with _as_error(path, error):
+        descriptor = os.open(path, os.O_WRONLY | _NO_WAITING)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as device:
+            device.write(content)
+
+
+@contextmanager
+def _as_error(path: Path, error: type[HpsError]) -> Iterator[None]:
     try:
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            judge = file_judge("such a report", lambda found: found.lower().startswith(heads))
-            with replacing(path, overwrite=True, judge=judge, error=error) as new:
-                new.write_bytes(content)
-        else:
-            with path.open("wb") as device:
-                device.write(content)
+        yield
     except OSError as problem:
         if isinstance(problem, error):
             raise

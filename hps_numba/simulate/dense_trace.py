@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -210,8 +211,19 @@ class _Numbering:
 
 
 def _by_request(n: int, dtype: Any) -> np.ndarray:
-    """An array with an element a request, mapped from a temporary file if it is large."""
+    """An array with an element a request, mapped from a temporary file if it is large.
+
+    Raises:
+        CapacityError: the disk has no room for it.
+    """
     if n <= _IN_MEMORY:
         return np.empty(n, dtype)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype, "w+", shape=(n,))
+    size = n * np.dtype(dtype).itemsize
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process with SIGBUS, at some page
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype, "w+", shape=(n,))
+    except OSError as problem:
+        where = f"in {tempfile.gettempdir()} (TMPDIR)"
+        raise CapacityError(f"trace: no room for a file of {size:,} bytes {where}: {problem.strerror}") from problem

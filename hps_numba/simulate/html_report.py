@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.paths import checked_path
 from hps_numba.runtime.replacing import write_report
 from hps_numba.simulate.advice import Advice, Choice
-from hps_numba.simulate.plots import GEOMETRY_NAMES, figures, to_svg
+from hps_numba.simulate.plots import GEOMETRY_NAMES, check_matplotlib, figures, to_svg
 from hps_numba.simulate.results import Run, Simulation
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["check_page", "render_page", "write_page"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -32,19 +34,34 @@ details { margin-top: 1rem; } summary { cursor: pointer; }
 """
 
 
-def write_page(simulation: Simulation, path: str | Path, *, advice: Advice | None = None, rows: int | None = None) -> None:
+def check_page(path: str | os.PathLike[str]) -> Path:
+    """``path``; raises, before any work is done, if a page could not be written there.
+
+    Raises:
+        HpsError: matplotlib is missing.   ConfigError: not a path, or no such directory.
+    """
+    check_matplotlib()
+    place = checked_path(path, "page", error=ConfigError)
+    if not place.absolute().parent.is_dir():
+        raise ConfigError(f"page: expected a file in an existing directory, got {place}")
+    return place
+
+
+def write_page(
+    simulation: Simulation, path: str | os.PathLike[str], *, advice: Advice | None = None, rows: int | None = None
+) -> None:
     """Write the simulation to ``path`` as a self-contained HTML page.
 
     Args:
         advice: to show as well.   rows: cache size of the plot over time; by default the middle one.
 
     Raises:
-        HpsError: matplotlib is missing.   ConfigError: there is no such directory, or no cache of this size was simulated.
+        As ``check_page``; ConfigError: no cache of this size was simulated, or there is something else than a page.
     """
-    path = checked_path(path, "page", error=ConfigError)
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"page: expected a file in an existing directory, got {path}")
-    write_report(path, render_page(simulation, advice=advice, rows=rows), "<!doctype html", error=ConfigError)
+    place = check_page(path)
+    if advice is not None and not isinstance(advice, Advice):
+        raise ConfigError(f"advice: expected what simulate.advise returned, got {show(advice)}")
+    write_report(place, render_page(simulation, advice=advice, rows=rows), "<!doctype html", error=ConfigError)
 
 
 def render_page(simulation: Simulation, *, advice: Advice | None = None, rows: int | None = None) -> str:

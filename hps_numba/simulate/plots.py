@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hps_numba.config.arguments import as_count
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, HpsError
+from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.replacing import Judge, check_target, file_judge, replace_file
 from hps_numba.simulate.results import Run, Simulation
 
-__all__ = ["GEOMETRY_NAMES", "check_plot", "figures", "to_svg", "write_plot"]
+__all__ = ["GEOMETRY_NAMES", "check_matplotlib", "check_plot", "figures", "save_figure", "to_svg", "write_plot"]
 
-_ENDINGS = (".png", ".svg", ".pdf")
+_STARTS = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml ", ".pdf": b"%PDF-"}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "#7a4bb7", "#3c3c3c", "#b22222", "#5f8f2f")
 _MARKS = "osD^vPX*<>"
 _GREY, _PALE = "#555555", "#9a9a9a"
@@ -22,21 +27,50 @@ GEOMETRY_NAMES = {"gpu": "GPU sets", "associative": "associative"}
 _LINES: dict[str, Any] = {"gpu": "-", "associative": (0, (3, 2))}
 
 
-def check_plot(path: Path) -> None:
-    """Raise, before any work is done, if a plot could not be saved at ``path``.
-
+def check_matplotlib() -> None:
+    """
     Raises:
-        HpsError: matplotlib is missing.   ConfigError: an unknown ending, or no such directory.
+        HpsError: it is not installed.
     """
     if find_spec("matplotlib") is None:
         raise HpsError('plots need matplotlib: pip install "hps-numba[plot]"')
-    if path.suffix.lower() not in _ENDINGS:
-        raise ConfigError(f"plot: expected a file name that ends in {', '.join(_ENDINGS)}, got {path}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"plot: expected a file in an existing directory, got {path}")
 
 
-def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = None) -> None:
+def check_plot(path: str | os.PathLike[str]) -> Path:
+    """``path``; raises, before any work is done, if a plot could not be saved there.
+
+    Raises:
+        HpsError: matplotlib is missing.   ConfigError: not a path, an unknown ending, no such directory, or there is something
+            else than a picture of this kind.
+    """
+    check_matplotlib()
+    place = checked_path(path, "plot", error=ConfigError)
+    if place.suffix.lower() not in _STARTS:
+        raise ConfigError(f"plot: expected a file name that ends in {', '.join(_STARTS)}, got {place}")
+    if not place.absolute().parent.is_dir():
+        raise ConfigError(f"plot: expected a file in an existing directory, got {place}")
+    target = Path(os.path.realpath(place))
+    check_target(place, target, True, _judge(place), ConfigError)
+    return place
+
+
+def _judge(path: Path) -> Judge:
+    ending = path.suffix.lower()
+    return file_judge(f"a {ending} picture", lambda head: head.startswith(_STARTS[ending]))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure at a path that ``check_plot`` has checked; only a picture of the same kind is replaced.
+
+    Raises:
+        ConfigError: there is something else, or it cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower())
+    replace_file(path, content.getvalue(), _judge(path), error=ConfigError)
+
+
+def write_plot(simulation: Simulation, path: str | os.PathLike[str], *, rows: int | None = None) -> None:
     """Draw all plots into one PNG, SVG or PDF file.
 
     Args:
@@ -45,7 +79,7 @@ def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = N
     Raises:
         As ``check_plot``; ConfigError if no cache of this size was simulated.
     """
-    check_plot(Path(path))
+    place = check_plot(path)
     _runs_of_size(simulation, rows)
     from matplotlib.figure import Figure
 
@@ -55,12 +89,12 @@ def write_plot(simulation: Simulation, path: str | Path, *, rows: int | None = N
     _draw_curves(top, simulation)
     _draw_over_time(middle, simulation, rows)
     _draw_heat(bottom, simulation)
-    figure.savefig(path)
+    save_figure(figure, place)
 
 
 def figures(simulation: Simulation, rows: int | None = None) -> dict[str, Any]:
     """The plots as separate matplotlib figures: ``curves``, ``time`` and ``heat``."""
-    check_plot(Path("page.svg"))
+    check_matplotlib()
     _runs_of_size(simulation, rows)
     from matplotlib.figure import Figure
 
@@ -146,10 +180,12 @@ def _spread(sizes: list[int], max_ticks: int = 9) -> list[int]:
 
 def _runs_of_size(simulation: Simulation, rows: int | None) -> tuple[int, list[Run]]:
     """The runs of one cache size, by default the middle one."""
+    if not isinstance(simulation, Simulation):
+        raise ConfigError(f"simulation: expected what simulate.run returned, got {show(simulation)}")
     sizes = simulation.sizes
     if not sizes:
         raise ConfigError("nothing to draw: only the infinite cache was simulated")
-    rows = sizes[len(sizes) // 2] if rows is None else rows
+    rows = sizes[len(sizes) // 2] if rows is None else as_count(rows, "rows")
     if rows not in sizes:
         raise ConfigError(f"rows: expected a simulated size, one of {', '.join(f'{size:,}' for size in sizes)}, got {rows:,}")
     return rows, [run for run in simulation.runs if run.rows == rows and run.policy != "infinite"]
