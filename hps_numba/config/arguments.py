@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,11 +25,14 @@ __all__ = [
     "as_index",
     "as_max_norm",
     "as_number",
+    "as_optional",
     "as_padding",
     "as_path",
     "as_paths",
     "as_word",
 ]
+
+T = TypeVar("T")
 
 
 def as_index(value: Any) -> int | None:
@@ -42,15 +45,24 @@ def as_index(value: Any) -> int | None:
         return None
 
 
-def as_count(value: Any, name: str) -> int:
+def as_count(value: Any, name: str, low: int | None = None, high: int | None = None) -> int:
     """
     Raises:
-        ConfigError: not an integer.
+        ConfigError: not an integer, or one below ``low`` or above ``high``.
     """
     number = as_index(value)
     if number is None:
         raise ConfigError(f"{name}: expected an integer, got {show(value)}")
+    if low is not None and number < low:
+        raise ConfigError(f"{name}: expected at least {low}, got {show(number)}")
+    if high is not None and number > high:
+        raise ConfigError(f"{name}: expected at most {high}, got {show(number)}")
     return number
+
+
+def as_optional(value: Any, check: Callable[[Any, str], T], name: str) -> T | None:
+    """None, or what ``check`` makes of the value; raises as it does."""
+    return None if value is None else check(value, name)
 
 
 def as_device(value: Any) -> int:

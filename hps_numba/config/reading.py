@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hps_numba.config.arguments import as_flag, as_optional, as_path
 from hps_numba.config.cross_checks import completed, contradictions, warnings
 from hps_numba.config.databases import (
     PersistentDatabaseConfig,
@@ -67,6 +68,7 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
         ConfigError: the file is missing or not JSON, or a value is missing, of the wrong type, out of range or contradicts
             another. The message begins with the dotted path of the first problem; attribute ``problems`` holds all.
     """
+    strict, beside = as_flag(strict, "strict"), as_optional(beside, as_path, "beside")
     if isinstance(source, ServerConfig):
         return source
     raw, path = _raw(source, strict)

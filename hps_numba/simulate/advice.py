@@ -17,7 +17,7 @@ from hps_numba.simulate.lookup_time import ASSUMPTIONS, lookup_seconds
 from hps_numba.simulate.replay import replay
 from hps_numba.simulate.results import Run
 from hps_numba.simulate.sampling import MIN_SAMPLED_ROWS, sample_and_quarters, with_error
-from hps_numba.simulate.settings import Settings, check_settings, warmup_requests
+from hps_numba.simulate.settings import Settings, check_running, check_settings, warmup_requests
 from hps_numba.simulate.simulation import read_trace
 from hps_numba.traces.trace import open_trace
 
@@ -102,6 +102,7 @@ def advise(
     """
     if not 0 < as_number(target_hit_rate, "target_hit_rate") < 1:
         raise ConfigError(f"target_hit_rate: expected a share above 0 and below 1, got {target_hit_rate}")
+    threads = check_running(threads=threads, progress=progress, allow_code=allow_code)
     check_settings(geometry="gpu", batch=batch, warmup=warmup, sample=sample, dim=dim, row_dtype=row_dtype)
     found = find_candidates(known_names()[1] if policies is None else policies, allow_code=allow_code)
     candidates = [candidate for candidate in found if candidate.policy is not None]

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.config.arguments import as_count, as_optional
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.paths import checked_path
 from hps_numba.runtime.replacing import write_report
@@ -126,7 +128,15 @@ class Simulation:
         return sorted({run.rows for run in self.runs if run.policy != "infinite"})
 
     def select(self, *, policy: str | None = None, geometry: str | None = None, rows: int | None = None) -> list[Run]:
-        """The runs of this policy, geometry and size (None: all), sorted by size."""
+        """The runs of this policy, geometry and size (None: all), sorted by size.
+
+        Raises:
+            ConfigError: an argument is of another type.
+        """
+        for name, text in (("policy", policy), ("geometry", geometry)):
+            if text is not None and not isinstance(text, str):
+                raise ConfigError(f"{name}: expected a name or None, got {show(text)}")
+        rows = as_optional(rows, as_count, "rows")
         found = [
             run
             for run in self.runs

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from hps_numba.config.arguments import as_count, as_number, as_word
+from hps_numba.config.arguments import as_count, as_flag, as_number, as_optional, as_word
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.dtypes import ELEMENT_BYTES
 
-__all__ = ["GEOMETRIES", "Settings", "check_settings", "warmup_requests"]
+__all__ = ["GEOMETRIES", "Settings", "check_running", "check_settings", "warmup_requests"]
 
 GEOMETRIES = ("both", "gpu", "associative")
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ def check_settings(
         raise ConfigError(f"warmup: expected a share below 1 or a number of requests, got {warmup}")
     if not 0 < _share(sample, "sample") <= 1:
         raise ConfigError(f"sample: expected a share of the keys above 0 and up to 1, got {sample}")
+
+
+def check_running(*, threads: int | None, progress: bool | None, **flags: bool) -> int | None:
+    """``threads`` as an int.
+
+    Raises:
+        ConfigError: ``threads`` or ``progress`` is out of range or of another type, or a flag is none.
+    """
+    as_optional(progress, as_flag, "progress")
+    for name, value in flags.items():
+        as_flag(value, name)
+    return as_optional(threads, partial(as_count, low=1, high=MAX_THREADS), "threads")
 
 
 def _share(value: float, name: str) -> float:

@@ -15,7 +15,7 @@ from hps_numba.simulate.popularity import popularity_over_time
 from hps_numba.simulate.replay import replay, whole_sets
 from hps_numba.simulate.results import Run, Simulation
 from hps_numba.simulate.sampling import sample_and_quarters, with_error
-from hps_numba.simulate.settings import Settings, check_settings, warmup_requests
+from hps_numba.simulate.settings import Settings, check_running, check_settings, warmup_requests
 from hps_numba.simulate.sizes import DEFAULT_SIZES, parse_sizes
 from hps_numba.traces.trace import Trace, open_trace
 
@@ -68,6 +68,7 @@ def run(
         TraceError: the trace cannot be read, or is empty.   PolicyError: a policy is unknown or breaks its contract.
         ConfigError: an argument is out of range.
     """
+    threads = check_running(threads=threads, progress=progress, bounds=bounds, allow_code=allow_code)
     candidates = find_candidates(policies, allow_code=allow_code)
     check_settings(geometry=geometry, batch=batch, warmup=warmup, sample=sample, dim=dim, row_dtype=row_dtype, windows=windows)
     opened = open_trace(trace)

@@ -55,7 +55,7 @@ def _parse_word(word: str, distinct: int) -> list[float]:
     first, *rest = word.split(":")
     if not rest:
         return [_parse_number(first, distinct, word)]
-    if len(rest) != 2 or not rest[1].isdigit() or not 2 <= int(rest[1]) <= 1000:
+    if len(rest) != 2 or re.fullmatch("[0-9]{1,4}", rest[1]) is None or not 2 <= int(rest[1]) <= 1000:
         raise ConfigError(f"sizes: expected a range 'first:last:count' of 2 to 1000 sizes, got {word!r}")
     low, high, count = _parse_number(first, distinct, word), _parse_number(rest[0], distinct, word), int(rest[1])
     low = max(low, 1.0)
@@ -66,7 +66,7 @@ def _parse_word(word: str, distinct: int) -> list[float]:
 
 def _parse_number(text: str, distinct: int, word: str) -> float:
     found = _NUMBER.fullmatch(text.strip())
-    if found is None or not float(found[1]) > 0:
+    if found is None or not 0 < float(found[1]) < math.inf:
         raise ConfigError(f"sizes: expected rows such as 10000 or 10k, or a share such as 5%, got {word!r}")
     number, unit = float(found[1]), (found[2] or "").lower()
     if unit == "%":

@@ -13,7 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hps_numba.storage.formats._format import Chunk, Keys, PathLike, Progress, rows_per_chunk
+from hps_numba.config.arguments import as_count, as_number
+from hps_numba.config.messages import show
+from hps_numba.errors import ConfigError
+from hps_numba.storage.formats._format import MAX_DIM, Chunk, Keys, PathLike, Progress, rows_per_chunk
 from hps_numba.storage.model_files import write_model
 
 __all__ = ["KEY_DISTRIBUTIONS", "generate_model", "histogram", "hot_key", "power_law", "uniform"]
@@ -47,19 +50,21 @@ def generate_model(
         dim: floats in a row, at least 1.
 
     Raises:
-        ValueError: ``rows``, ``dim``, ``low`` or ``high`` is out of range.
+        ConfigError (a ValueError): ``rows``, ``dim``, ``seed``, ``low`` or ``high`` is out of range or of another type.
         ModelFileError: it cannot be written to ``path``.
     """
-    if rows < 0:
-        raise ValueError(f"rows: expected at least 0, got {rows}")
-    if dim < 1:
-        raise ValueError(f"dim: expected at least 1, got {dim}")
+    rows, dim = as_count(rows, "rows", 0, np.iinfo(np.int64).max), as_count(dim, "dim", 1, MAX_DIM)
+    low, high = as_number(low, "low"), as_number(high, "high")
     largest = float(np.finfo(np.float32).max)
     if not (-largest <= low <= high <= largest and high - low <= largest):
-        raise ValueError(
+        raise ConfigError(
             f"low, high: expected low <= high, with both and their difference in the range of float32, got {low}, {high}"
         )
-    chunks = _uniform_chunks(rows, dim, np.random.default_rng(seed), low, high)
+    try:
+        generator = np.random.default_rng(seed)
+    except Exception as problem:  # NumPy's, of several types
+        raise ConfigError(f"seed: expected an integer of at least 0, got {show(seed)}") from problem
+    chunks = _uniform_chunks(rows, dim, generator, low, high)
     return write_model(path, dim, chunks, format=format, rows=rows, overwrite=overwrite, on_progress=on_progress)
 
 

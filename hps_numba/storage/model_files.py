@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hps_numba import plugins
+from hps_numba.config.arguments import as_count, as_flag, as_function, as_optional
 from hps_numba.errors import HpsError, ModelFileError
 from hps_numba.runtime.paths import checked_path
 from hps_numba.runtime.replacing import Judge, leftovers, replacing
 from hps_numba.storage.formats._chunks import checked_chunks, writing
-from hps_numba.storage.formats._format import PathLike, Progress, SparseModelFormat, SparseModelReader, translated
+from hps_numba.storage.formats._format import MAX_DIM, PathLike, Progress, SparseModelFormat, SparseModelReader, translated
 
 __all__ = ["convert_model", "formats", "open_model", "write_model"]
 
@@ -53,9 +55,10 @@ def open_model(
 
     Raises:
         ModelFileError: missing, damaged, of another width, or of no known format; or ``format`` is not one.
-        ValueError: ``dim`` is less than 1.
+        ConfigError (a ValueError): ``dim`` is less than 1, or an argument is of another type.
     """
     where = checked_path(path)
+    as_flag(allow_code, "allow_code")
     found = _format_of(where) if format is None else _named_format(format, allow_code)
     return found.open(where, dim)
 
@@ -120,10 +123,12 @@ def write_model(
         ModelFileError: ``path`` exists and may not be replaced, the format cannot write, a chunk does not fit, or the
             disk refuses.
         KeyDtypeError: keys are not integers.
-        ValueError: ``dim`` is less than 1.
+        ConfigError (a ValueError): ``dim`` is less than 1, or an argument is of another type.
     """
-    if dim < 1:
-        raise ValueError(f"dim: expected at least 1, got {dim}")
+    dim = as_count(dim, "dim", 1, MAX_DIM)
+    rows = as_optional(rows, partial(as_count, low=0), "rows")
+    overwrite, allow_code = as_flag(overwrite, "overwrite"), as_flag(allow_code, "allow_code")
+    on_progress = as_optional(on_progress, as_function, "on_progress")
     target = checked_path(path)
     writer = _writing_format(target, format, allow_code)
     checked = checked_chunks(target, dim, chunks, rows, on_progress)
@@ -201,8 +206,9 @@ def convert_model(
         overwrite, allow_code, on_progress: as in :func:`write_model`; ``src``'s number of rows is the total.
 
     Raises:
-        ModelFileError: as in :func:`open_model` and :func:`write_model`.
+        ModelFileError, ConfigError: as in :func:`open_model` and :func:`write_model`.
     """
+    chunk_rows = as_optional(chunk_rows, partial(as_count, low=1), "chunk_rows")
     source, target = (Path(os.path.realpath(checked_path(path))) for path in (src, dst))
     if source in target.parents:
         raise ModelFileError(f"{os.fspath(dst)}: expected a place outside the model to copy, {os.fspath(src)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from hps_numba import plugins
+from hps_numba.config.arguments import as_index
+from hps_numba.config.messages import show
 from hps_numba.errors import TraceError
+from hps_numba.runtime.paths import checked_path, kind_of
 from hps_numba.traces.formats._format import Blocks, TraceFormat, as_int64, blocks_of
 from hps_numba.traces.recording import metadata_path
 
@@ -88,15 +92,20 @@ def open_trace(
         TraceError: there is no such file, it is damaged, or its format is unknown. Some damage is found only when blocks are
             read.
     """
+    limit = _checked_limit(limit)
+    for what, text in (("format", format), ("name", name)):
+        if text is not None and not isinstance(text, str):
+            raise TraceError(f"{what}: expected a text or None, got {show(text)}")
+    if not (column is None or isinstance(column, str) or as_index(column) is not None):
+        raise TraceError(f"column: expected a name or a number, got {show(column)}")
     if isinstance(source, Trace):
         return source
-    if limit is not None and limit < 1:
-        raise TraceError(f"limit: expected 1 or more requests, got {limit}")
-    if not isinstance(source, (str, Path)):
-        return _array_trace(np.asarray(source), name or "array", limit)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise TraceError(f"{path}: expected a trace file, got {'a directory' if path.is_dir() else 'no such file'}")
+    if not isinstance(source, (str, os.PathLike)):
+        return _array_trace(_array(source), name or "array", limit)
+    path = _expanded(checked_path(source, "trace", error=TraceError))
+    found = _kind(path)
+    if found != "a file":
+        raise TraceError(f"{path}: expected a trace file, got {found}")
     format_name, opener = _format_of(path, format)
     requests, blocks = opener.open(path, None if column is None else str(column))
     rate, whole = _sample_of(path, requests)
@@ -104,6 +113,36 @@ def open_trace(
         whole = None if whole is None else round(whole * limit / requests)
         requests = limit
     return Trace(name or path.name, format_name, requests, blocks, limit, rate, whole)
+
+
+def _checked_limit(limit: Any) -> int | None:
+    number = None if limit is None else as_index(limit)
+    if limit is not None and (number is None or number < 1):
+        raise TraceError(f"limit: expected 1 or more requests, got {show(limit)}")
+    return number
+
+
+def _array(source: Any) -> np.ndarray:
+    try:
+        return np.asarray(source)
+    except Exception as problem:  # ragged lists, or whatever a foreign object raises
+        raise TraceError(f"trace: expected a path or an array of integers, got {show(source)}") from problem
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: then it is a name that begins with a tilde
+        return path
+
+
+def _kind(path: Path) -> str:
+    try:
+        return kind_of(path.stat().st_mode)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as problem:
+        return f"a path that cannot be looked up: {problem.strerror}"
 
 
 def _sample_of(path: Path, requests: int | None) -> tuple[float, int | None]:

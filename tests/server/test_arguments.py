@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
+from support.zoo import ZOO
 
 import hps_numba
 from hps_numba import simulate
@@ -20,46 +21,6 @@ from hps_numba.errors import ArrayError, ConfigError, DeviceError, HpsError, Unk
 DIM = 3
 
 
-class Foreign:
-    """An object whose every conversion fails in its own way."""
-
-    def fails(self, *args: Any, **options: Any) -> Any:
-        raise ZeroDivisionError
-
-    __index__ = __float__ = __iter__ = __array__ = __fspath__ = __str__ = __repr__ = __len__ = fails
-
-
-ZOO: dict[str, Any] = {
-    "text": "x",
-    "empty text": "",
-    "text with a zero byte": "a\0b",
-    "bytes": b"",
-    "none": None,
-    "true": True,
-    "integer": 5,
-    "negative": -1,
-    "huge": 2**70,
-    "float": 1.5,
-    "nan": float("nan"),
-    "infinity": float("inf"),
-    "complex": 1j,
-    "NumPy float": np.float32(1.5),
-    "list": [],
-    "list of texts": ["x"],
-    "list of none": [None],
-    "ragged list": [[1], [1, 2]],
-    "tuple": (),
-    "dict": {},
-    "set": {1, 2},
-    "float array": np.array([1.5]),
-    "empty array": np.zeros((2, 0)),
-    "text array": np.array(["a"]),
-    "object array": np.array([object()]),
-    "object": object(),
-    "class": Foreign,
-    "path": Path("nowhere"),
-    "foreign": Foreign(),
-}
 METHODS = [name for name, _ in inspect.getmembers(hps_numba.HPS, inspect.isfunction) if not name.startswith("_")]
 PARAMETERS = [
     (method, parameter)

@@ -11,6 +11,8 @@ from types import FunctionType
 from typing import Any
 
 from hps_numba import plugins
+from hps_numba.config.arguments import as_flag, as_optional, as_path
+from hps_numba.config.messages import show
 from hps_numba.errors import PolicyError
 from hps_numba.kernels.policies._functions import broken, described, is_simple, isolated
 from hps_numba.kernels.policies._policy import MAX_STATE, OPTIONAL, PARAMETERS, Policy
@@ -35,7 +37,10 @@ def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = No
         PolicyError: no such policy, or it breaks the contract; one line with function, line, what was expected and found.
     """
     if not isinstance(name, str):
-        raise PolicyError(f"cache policy: expected one of {', '.join(plugins.names(_PACKAGE))} or module:NAME, got {name!r}")
+        known = ", ".join(plugins.names(_PACKAGE))
+        raise PolicyError(f"cache policy: expected one of {known} or module:NAME, got {show(name)}")
+    allow_code = as_flag(allow_code, "allow_code")
+    folder = as_optional(folder, as_path, "folder")
     kind = plugins.load(_PACKAGE, name, allow_code=allow_code, folder=folder, error=PolicyError)
     # built-in ones are compiled by their tests: starting up does not wait for that again
     return _policy_of(kind, name, compiled=plugins.is_reference(name))
@@ -49,6 +54,8 @@ def as_policy(kind: Any, *, name: str | None = None) -> Policy:
     Raises:
         PolicyError: it breaks the contract.
     """
+    if name is not None and not isinstance(name, str):
+        raise PolicyError(f"name: expected a text or None, got {show(name)}")
     return _policy_of(kind, name or getattr(kind, "__name__", None) or type(kind).__name__, compiled=True)
 
 
@@ -71,7 +78,7 @@ def policy_with(kind: type, **constants: Any) -> type:
         PolicyError: ``kind`` is not a class. The constants are checked when the result is loaded.
     """
     if not isinstance(kind, type):
-        raise PolicyError(f"policy_with: expected a class, got {kind!r}")
+        raise PolicyError(f"policy_with: expected a class, got {show(kind)}")
     body: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
     for name in ("clock", "needs_count", "state"):
         if name in constants:

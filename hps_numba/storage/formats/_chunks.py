@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hps_numba.config.messages import show
 from hps_numba.errors import HpsError, KeyDtypeError, ModelFileError
 from hps_numba.storage.formats._arrays import assign
 from hps_numba.storage.formats._format import Chunk, Keys, Progress, Rows
@@ -31,6 +32,8 @@ def checked_chunks(
         ModelFileError: a wrong shape or dtype, a value that does not fit, meta in some chunks only, or another number
             of rows than ``rows`` in all.
     """
+    if not isinstance(chunks, Iterable):
+        raise ModelFileError(f"{path}: chunks: expected an iterable of (keys, rows), got {show(chunks)}")
     done = 0
     first_has_meta: bool | None = None
     for number, chunk in enumerate(chunks):
@@ -79,8 +82,9 @@ def writing(path: Path, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
 
 
 def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
-    if len(chunk) not in (2, 3):
-        raise ModelFileError(f"{path}: {where}: expected (keys, rows) or (keys, rows, meta), got {len(chunk)} parts")
+    if not isinstance(chunk, (tuple, list)) or len(chunk) not in (2, 3):
+        got = f"{len(chunk)} parts" if isinstance(chunk, (tuple, list)) else show(chunk)
+        raise ModelFileError(f"{path}: {where}: expected (keys, rows) or (keys, rows, meta), got {got}")
     keys = _integers(path, f"{where}: keys", chunk[0])
     rows = _rows(path, f"{where}: rows", chunk[1], (len(keys), dim))
     if len(chunk) == 2 or chunk[2] is None:
@@ -91,8 +95,15 @@ def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
     return keys, rows, meta
 
 
+def _array(path: Path, where: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except Exception as problem:  # ragged lists, or whatever a foreign object raises
+        raise ModelFileError(f"{path}: {where}: expected an array, got {show(given)}: {problem}") from problem
+
+
 def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
-    array = np.asarray(given)
+    array = _array(path, where, given)
     if array.dtype.kind not in "iu":
         raise KeyDtypeError(f"{path}: {where}: expected integers, got {array.dtype}")
     if array.ndim != 1:
@@ -105,7 +116,7 @@ def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
 
 
 def _rows(path: Path, where: str, given: npt.ArrayLike, shape: tuple[int, int]) -> Rows:
-    array = np.asarray(given)
+    array = _array(path, where, given)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ModelFileError(f"{path}: {where}: expected float32, got {array.dtype}")
     if array.shape != shape:

@@ -19,6 +19,7 @@ import abc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeAlias
@@ -26,7 +27,8 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hps_numba.errors import ClosedError, HpsError, ModelFileError
+from hps_numba.config.arguments import as_count, as_optional
+from hps_numba.errors import ArrayError, ClosedError, ConfigError, HpsError, ModelFileError
 
 __all__ = [
     "CHUNK_BYTES",
@@ -46,6 +48,7 @@ Rows: TypeAlias = npt.NDArray[np.float32]
 Chunk: TypeAlias = tuple[Keys, Rows, Keys | None]
 PathLike: TypeAlias = str | os.PathLike[str]
 Progress: TypeAlias = Callable[[int, int], None]
+MAX_DIM = (1 << 31) - 1
 
 CHUNK_BYTES = 8 << 20
 """Keys and rows that are in flight at once where a table is streamed, in bytes."""
@@ -123,10 +126,10 @@ class SparseModelReader(abc.ABC):
 
         Raises:
             ModelFileError: the file is damaged, was cut short since it was opened, or holds a value that does not fit.
-            ValueError: a range or an array is not as above.
+            ConfigError (a ValueError): a range is not as above.   ArrayError (a ValueError): an array is not.
             ClosedError: the reader was closed.
         """
-        self._check_range(start, stop)
+        start, stop = self._check_range(start, stop)
         count = stop - start
         if keys is not None:
             self._check_out("keys", keys, np.int64, (count,))
@@ -141,7 +144,7 @@ class SparseModelReader(abc.ABC):
         Raises:
             ModelFileError: also if the model has no ``meta``.
         """
-        self._check_range(start, stop)
+        start, stop = self._check_range(start, stop)
         if not self.has_meta:
             raise ModelFileError(f"{self.path}: has no meta array")
         out = np.empty(stop - start, np.int64)
@@ -153,9 +156,7 @@ class SparseModelReader(abc.ABC):
 
         ``keys`` and ``rows`` are views of one buffer that the next step overwrites. ``chunk_rows`` defaults to about 8 MiB.
         """
-        step = rows_per_chunk(self.dim) if chunk_rows is None else chunk_rows
-        if step < 1:
-            raise ValueError(f"chunk_rows: expected at least 1, got {step}")
+        step = rows_per_chunk(self.dim) if chunk_rows is None else as_count(chunk_rows, "chunk_rows", 1)
         step = min(step, self.rows)
         with translated(self.path):  # a damaged header may ask for rows of any width
             keys, rows = np.empty(step, np.int64), np.empty((step, self.dim), np.float32)
@@ -176,26 +177,30 @@ class SparseModelReader(abc.ABC):
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _check_range(self, start: int, stop: int) -> None:
+    def _check_range(self, start: int, stop: int) -> tuple[int, int]:
         if self._closed:
             raise ClosedError(f"{self.path}: this reader was closed")
         if self._failed:
             raise ModelFileError(f"{self.path}: an earlier read of this reader failed; open the model again")
-        if not 0 <= start <= stop <= self.rows:
-            raise ValueError(f"{self.path}: rows: expected a range within 0..{self.rows}, got {start}..{stop}")
+        first, last = as_count(start, "start"), as_count(stop, "stop")
+        if not 0 <= first <= last <= self.rows:
+            raise ConfigError(f"{self.path}: rows: expected a range within 0..{self.rows}, got {first}..{last}")
+        return first, last
 
     def _check_out(self, name: str, out: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
+        expected = f"{np.dtype(dtype).name}{list(shape)}"
+        if not isinstance(out, np.ndarray):
+            raise ArrayError(f"{self.path}: {name}: expected a NumPy array, {expected}, got {type(out).__name__}")
         if out.dtype != dtype or out.shape != shape:
-            expected = f"{np.dtype(dtype).name}{list(shape)}"
-            raise ValueError(f"{self.path}: {name}: expected {expected}, got {out.dtype.name}{list(out.shape)}")
+            raise ArrayError(f"{self.path}: {name}: expected {expected}, got {out.dtype.name}{list(out.shape)}")
         if not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError(f"{self.path}: {name}: expected a C-contiguous, writeable array")
+            raise ArrayError(f"{self.path}: {name}: expected a C-contiguous, writeable array")
 
     def _advance(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         if not len(out):
             return
         if start < self._position[name]:
-            raise ValueError(f"{self.path}: {name}: expected a range from row {self._position[name]} on, got row {start}")
+            raise ConfigError(f"{self.path}: {name}: expected a range from row {self._position[name]} on, got row {start}")
         self._position[name] = start + len(out)
         try:
             with translated(self.path):
@@ -234,10 +239,9 @@ class SparseModelFormat(abc.ABC):
 
         Raises:
             ModelFileError: missing, damaged, of another width, or what it needs is not installed.
-            ValueError: ``dim`` is less than 1.
+            ConfigError (a ValueError): ``dim`` is no integer of at least 1.
         """
-        if dim is not None and dim < 1:
-            raise ValueError(f"dim: expected at least 1, or None to take the file's, got {dim}")
+        dim = as_optional(dim, partial(as_count, low=1), "dim")
         with translated(path):
             return self._open(Path(path), dim)
 
