@@ -244,7 +244,7 @@ class HPS:
         """
         table = self._catalog.table(model_name, table_id)
         return self._recordings.start(
-            as_path(path, "record_trace: path"),
+            as_path(path, "record_trace: path", error=TraceError),
             table,
             name=f"{model_name}/{table.spec.name}",
             rate=as_number(rate, "record_trace: rate"),

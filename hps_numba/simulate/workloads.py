@@ -54,7 +54,7 @@ def generate_model(
         ModelFileError: it cannot be written to ``path``.
     """
     rows, dim = as_count(rows, "rows", 0, np.iinfo(np.int64).max), as_count(dim, "dim", 1, MAX_DIM)
-    low, high = as_number(low, "low"), as_number(high, "high")
+    low, high = (bound if isinstance(bound, float) else as_number(bound, "low, high") for bound in (low, high))
     largest = float(np.finfo(np.float32).max)
     if not (-largest <= low <= high <= largest and high - low <= largest):
         raise ConfigError(

@@ -38,7 +38,7 @@ def load_policy(name: str, *, allow_code: bool = False, folder: Path | None = No
     """
     if not isinstance(name, str):
         known = ", ".join(plugins.names(_PACKAGE))
-        raise PolicyError(f"cache policy: expected one of {known} or module:NAME, got {show(name)}")
+        raise PolicyError(f"cache policy: expected one of {known} or module:NAME, got {None if name is None else show(name)}")
     allow_code = as_flag(allow_code, "allow_code")
     folder = as_optional(folder, as_path, "folder")
     kind = plugins.load(_PACKAGE, name, allow_code=allow_code, folder=folder, error=PolicyError)

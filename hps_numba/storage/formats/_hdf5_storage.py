@@ -27,6 +27,7 @@ _MAX_LINKS = 64
 _SHUFFLE, _FLETCHER32 = 2, 3
 _SAME_SIZE = {_SHUFFLE, _FLETCHER32}  # beside its checksum
 _CHECKSUM_BYTES = 4
+_UNSAFE = {4: "szip", 5: "nbit", 6: "scaleoffset"}  # their decoders trust what a chunk says: damaged bytes end the process
 
 
 class _Chunk(NamedTuple):
@@ -113,11 +114,21 @@ def check_storage(h5py: ModuleType, path: Path, name: str, dataset: Any, file_by
 
 
 def _check_filters(where: str, dataset: Any) -> list[int]:
-    """Codes of the filters, in the order in which they were applied."""
+    """Codes of the filters, in the order in which they were applied.
+
+    Raises:
+        ModelFileError: one of them cannot be used safely, or has other parameters than its writer gave it.
+    """
     plist = dataset.id.get_create_plist()
     codes = []
     for index in range(plist.get_nfilters()):
         code, _, values, _ = plist.get_filter(index)
+        if code in _UNSAFE:
+            expected = "expected gzip, lzf, shuffle, fletcher32 or no filter"
+            how = "write it again without: h5repack -f NONE OLD NEW"
+            raise ModelFileError(
+                f"{where}: {expected}, got {_UNSAFE[code]}, which ends the process if a byte is damaged; {how}"
+            )
         if code == _SHUFFLE and tuple(values[:1]) != (dataset.dtype.itemsize,):
             raise ModelFileError(f"{where}: shuffle: expected elements of {dataset.dtype.itemsize} bytes, got {values}")
         codes.append(code)
