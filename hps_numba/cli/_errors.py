@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ __all__ = ["CommandTree"]
 
 _ARGUMENT = re.compile(r"\bpass (overwrite|format|dim)\b(=True)?")  # arguments of the library that are options here
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+_MAX_LINE = 1200
 
 
 class CommandTree(TyperGroup):
@@ -29,6 +31,9 @@ class CommandTree(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit; with ``standalone_mode=False``, return and raise as typer does."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # names of files may hold what no text can
         run = functools.partial(super().main, *args, **{**options, "standalone_mode": False})
         if options.get("standalone_mode", True):
             sys.exit(_exit_code(run))
@@ -75,6 +80,8 @@ def _failed(problem: Exception) -> int:
 
 
 def _fail(line: str, code: int) -> int:
+    if len(line) > _MAX_LINE:  # a value that was given is shown in full by some messages
+        line = f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
     typer.echo(f"error: {line}", err=True)
     return code
 

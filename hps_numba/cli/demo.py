@@ -15,6 +15,8 @@ from hps_numba.cli._output import AsJson, console, human_rate, human_seconds, pr
 
 __all__ = ["PLUGIN"]
 
+_MAX_SECONDS = 86_400
+
 
 def demo(
     folder: Annotated[
@@ -41,6 +43,8 @@ def demo(
     from hps_numba.cli._hardware import inspect_hardware
     from hps_numba.simulate.plots import check_plot
 
+    if not seconds <= _MAX_SECONDS:  # nor NaN
+        raise typer.BadParameter(f"expected 0.1 to {_MAX_SECONDS:,} seconds, got {seconds}", param_hint="--seconds")
     if plot is not None:
         check_plot(plot)
     hardware = inspect_hardware()

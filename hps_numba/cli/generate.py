@@ -114,10 +114,12 @@ def _write_keys(path: Path, count: int, chunks: Iterator[np.ndarray], overwrite:
     """Write an .npy file of ``count`` int64 keys, which appears only when it is complete."""
     import numpy as np
 
+    from hps_numba.runtime.paths import check_room
     from hps_numba.runtime.replacing import file_judge, replacing
 
     if path.is_dir():
         raise ModelFileError(f"{path}: expected the name of an .npy file, got a directory")
+    check_room(path, 8 * count)
     judge = file_judge("an .npy file", lambda head: head.startswith(b"\x93NUMPY"))
     with replacing(path, overwrite=overwrite, judge=judge) as new, new.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 from hps_numba.errors import HpsError, ModelFileError
 
-__all__ = ["PathLike", "checked_path", "kind_of"]
+__all__ = ["PathLike", "check_room", "checked_path", "kind_of"]
 
 PathLike = str | os.PathLike[str]
 
@@ -39,6 +40,23 @@ def checked_path(path: object, what: str = "path", *, error: type[HpsError] = Mo
     if b"\0" in encoded:
         raise error(f"{what}: expected a name without NUL characters, got {text}")
     return Path(text)
+
+
+def check_room(path: Path, size: int, *, error: type[HpsError] = ModelFileError) -> None:
+    """Refuse to write what cannot fit, before hours are spent on filling the disk.
+
+    Args:
+        path: of the file or directory to be written.   size: its bytes.   error: the type to raise.
+
+    Raises:
+        HpsError, of the type ``error``: the file system has less room.
+    """
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+    except OSError:  # there is no such directory: whoever writes says so
+        return
+    if size > free:
+        raise error(f"{path}: cannot be written: {size:,} bytes are needed, {free:,} are free")
 
 
 def _shown(thing: object) -> str:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from hps_numba.config.arguments import as_count, as_number
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
+from hps_numba.runtime.paths import check_room, checked_path
 from hps_numba.storage.formats._format import MAX_DIM, Chunk, Keys, PathLike, Progress, rows_per_chunk
 from hps_numba.storage.model_files import write_model
 
@@ -64,6 +65,7 @@ def generate_model(
         generator = np.random.default_rng(seed)
     except Exception as problem:  # NumPy's, of several types
         raise ConfigError(f"seed: expected an integer of at least 0, got {show(seed)}") from problem
+    check_room(checked_path(path), rows * (8 + 4 * dim))
     chunks = _uniform_chunks(rows, dim, generator, low, high)
     return write_model(path, dim, chunks, format=format, rows=rows, overwrite=overwrite, on_progress=on_progress)
 

@@ -1,0 +1,131 @@
+"""Odd values for every option of every command: taken, or one readable line and exit code 1 or 2; no traceback, no hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from support.factories import Workshop
+from support.internals import HANG_SECONDS
+from typer.testing import CliRunner, Result
+
+import hps_numba
+from hps_numba.cli import build
+
+ODD = (
+    "", " ", "x", "-", "--", "-1", "0", "1.5", "1e400", "nan", "inf", "-inf", "99999999999999999999", "9" * 5000, "½", "0x10",
+    ",", ":", "a:b", "no_such.py:X", "no_such.module:X", "%", "1%:0%:0", "a\0b", "a\nb", "\udcff", "x" * 300, "~nobody/x",
+    ".", "/", "/dev/zero", "/dev/full", "fifo", "text", "missing/file.png", "folder.png", "fifo.png", "folder.json",
+)  # fmt: skip
+
+
+def commands(command: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if hasattr(command, "commands"):
+        for name, one in command.commands.items():
+            yield from commands(one, (*prefix, name))
+    else:
+        yield prefix, command
+
+
+COMMANDS = {" ".join(prefix): command for prefix, command in commands(typer.main.get_command(build()))}
+GOOD: dict[str, list[str]] = {
+    "convert": ["good.model", "new.h5", "--overwrite"],
+    "demo": ["--rows", "100", "--dim", "2", "--seconds", "0.1", "--threads", "1"],
+    "doctor": [],
+    "inspect": ["good.model"],
+    "plan": ["ps.json"],
+    "profile": ["--rows", "100", "--dim", "2", "--num_key", "8", "--iterations", "1", "--warmup_iterations", "0"],
+    "simulate": ["trace.npy", "--policy", "lru", "--size", "8"],
+    "config schema": [],
+    "config check": ["ps.json"],
+    "generate model": ["made.model", "--rows", "5", "--dim", "2", "--overwrite"],
+    "generate keys": ["keys.npy", "--count", "5", "--table-size", "9", "--overwrite"],
+}
+OPTIONS = [
+    (name, parameter.opts[-1])
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+    if parameter.param_type_name == "option" and not parameter.is_flag
+]
+ARGUMENTS = [
+    (name, number)
+    for name, command in COMMANDS.items()
+    for number, parameter in enumerate(one for one in command.params if one.param_type_name == "argument")
+]
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(build(), list(words))
+
+
+@pytest.fixture
+def folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    place = workshop.folder
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TMPDIR", str(place))
+    hps_numba.write_model("good.model", 2, [(np.arange(3), np.zeros((3, 2), np.float32))])
+    np.save("trace.npy", np.arange(100) % 9)
+    (place / "ps.json").write_text(
+        '{"supportlonglong": true, "models": [{"model": "m", "sparse_files": ["good.model"], "max_batch_size": 4,'
+        ' "embedding_vecsize_per_table": [2], "maxnum_catfeature_query_per_table_per_sample": [2],'
+        ' "default_value_for_each_table": [0.0], "deployed_device_list": []}]}'
+    )
+    for name in ("fifo", "fifo.png"):
+        os.mkfifo(name)
+    (place / "text").write_text("text")
+    for name in ("folder.png", "folder.json"):
+        (place / name).mkdir()
+    signal.alarm(int(HANG_SECONDS))  # ends the process: a hang here is in no code that listens
+    yield place
+    signal.alarm(0)
+
+
+def check(result: Result, what: str) -> None:
+    assert result.exception is None or isinstance(result.exception, SystemExit), what
+    assert result.exit_code in (0, 1, 2), what
+    assert "(a bug" not in result.stderr and "Traceback" not in result.output, f"{what}: {result.stderr}"
+    if result.exit_code:
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith("error: ") and 15 < len(line) < 1500, f"{what}: {result.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_good_options_are_good(folder: Path, name: str) -> None:
+    result = run(*name.split(), *GOOD[name])
+    assert result.exit_code == (0 if name != "doctor" else result.exit_code), result.output
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[" ".join(pair) for pair in OPTIONS])
+def test_odd_options(folder: Path, name: str, option: str) -> None:
+    good = GOOD[name]
+    if option in good:
+        at = good.index(option)
+        good = [*good[:at], *good[at + 2 :]]
+    refused = 0
+    for value in ODD:
+        result = run(*name.split(), *good, f"{option}={value}")
+        check(result, f"{name} {option}={value[:60]!r}")
+        refused += result.exit_code != 0
+    assert refused > 8
+    unharmed(folder)
+
+
+@pytest.mark.parametrize(("name", "number"), ARGUMENTS, ids=[f"{name} {number}" for name, number in ARGUMENTS])
+def test_odd_arguments(folder: Path, name: str, number: int) -> None:
+    for value in ODD:
+        words = list(GOOD[name])
+        words[number] = value
+        check(run(*name.split(), *words), f"{name} {words}")
+    unharmed(folder)
+
+
+def unharmed(folder: Path) -> None:
+    assert (folder / "fifo").is_fifo() and (folder / "fifo.png").is_fifo() and (folder / "text").read_text() == "text"
+    assert (folder / "folder.png").is_dir() and (folder / "folder.json").is_dir() and not list(folder.glob(".*partial"))
+    assert Path("/dev/full").is_char_device() and Path("/dev/zero").is_char_device()
