@@ -10,7 +10,7 @@ of this package wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from hps_numba.arrays.buffer_pool import aligned_empty
+from hps_numba.config.arguments import as_index
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.runtime.threads import SPLIT_BYTES, run_ranges
 from hps_numba.server.hps import HPS
 from hps_numba.server.registry import SERVERS, Config, Servers
 from hps_numba.storage.host.pooling import offsets_of
 
-__all__ = ["Query", "TableQuery", "answer", "tables_of"]
+__all__ = ["Query", "TableQuery", "answer", "tables_given", "tables_of"]
 
 _EXPECTED = {"dim": "an integer from 1 on", "table": "the number or name of a table", "default_id": "an integer or None"}
+_INT32_MAX, _INT64_MAX = (1 << 31) - 1, (1 << 63) - 1
+_KEYS = (-(1 << 63), (1 << 64) - 1)
 _PUBLIC = {"dim": "emb_vec_size", "table": "table_id"}  # what users call it
 
 
@@ -53,18 +57,39 @@ class TableQuery:
     default_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field, min_value in (("dim", 1), ("table", None), ("default_id", None)):
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model_name: expected a text, got {show(self.model)}")
+        for field, low, high in (("dim", 1, _INT32_MAX), ("table", -_INT64_MAX, _INT64_MAX), ("default_id", *_KEYS)):
             value = getattr(self, field)
             if (field == "default_id" and value is None) or (field == "table" and isinstance(value, str)):
                 continue
-            if isinstance(value, bool) or not hasattr(value, "__index__") or (min_value is not None and value < min_value):
-                raise ConfigError(f"{_PUBLIC.get(field, field)}: expected {_EXPECTED[field]}, got {value!r}")
-            object.__setattr__(self, field, value.__index__())  # NumPy's integers have no form in JSON
+            number = as_index(value)
+            if number is None or not low <= number <= high:
+                got = repr(value) if isinstance(value, (str, int, float)) else show(value)
+                raise ConfigError(f"{_PUBLIC.get(field, field)}: expected {_EXPECTED[field]}, got {got:.200}")
+            object.__setattr__(self, field, number)  # NumPy's integers have no form in JSON
 
     @property
     def inputs(self) -> int:
         """How many arrays ``answer`` takes for it: keys; pooled also indices, number of rows, weights, their indices, norm."""
         return 1 if self.combiner is None else 3 + self.weighted + self.paired + self.clipped
+
+
+def tables_given(tables: Any) -> dict[str, tuple[int | str, int]]:
+    """The ``tables`` of a collection, ``{feature: (table_id, emb_vec_size)}``.
+
+    Raises:
+        ConfigError: they have another form.
+    """
+    expected = "tables: expected {feature: (table_id, emb_vec_size)}"
+    if not isinstance(tables, Mapping) or not tables:
+        raise ConfigError(
+            f"{expected}, got {show(tables) if tables is not None and not isinstance(tables, Mapping) else 'none'}"
+        )
+    for feature, pair in tables.items():
+        if not isinstance(feature, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ConfigError(f"{expected}, got {show(feature)}: {show(pair)}")
+    return {feature: (table, dim) for feature, (table, dim) in tables.items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +111,7 @@ class Query:
         values["wanted"] = values.pop("tables")
         try:
             return json.dumps(values, sort_keys=True)
-        except TypeError as problem:
+        except (TypeError, ValueError, RecursionError) as problem:
             raise ConfigError(f"ps_config_file: expected plain numbers, texts, lists and dicts, got {problem}") from problem
 
     @cached_property

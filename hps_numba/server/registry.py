@@ -11,6 +11,7 @@ from typing import Any
 
 from hps_numba import plugins
 from hps_numba.config import ServerConfig, read_config
+from hps_numba.config.arguments import as_flag
 from hps_numba.config.messages import dotted
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.runtime.fork import register_fork_reset
@@ -211,4 +212,4 @@ def server_of(ps_config_file: str | os.PathLike[str] | Mapping[str, Any], *, all
     Raises:
         As ``hps_numba.HPS``.
     """
-    return SERVERS.open(config_of(ps_config_file), allow_code=allow_code)
+    return SERVERS.open(config_of(ps_config_file), allow_code=as_flag(allow_code, "allow_code"))

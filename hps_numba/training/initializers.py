@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.config.arguments import as_count, as_number
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host.optimizers import normal_rows, uniform_rows
 
@@ -37,6 +39,9 @@ class Normal:
     std: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check(self, "std")
+
     def __call__(self, keys: np.ndarray, dim: int) -> np.ndarray:
         rows = np.empty((len(keys), dim), np.float32)
         normal_rows(keys.view(np.uint64), rows, np.uint64(self.seed & _WORD), float(self.std))
@@ -54,10 +59,21 @@ class Uniform:
     bound: float = 0.05
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check(self, "bound")
+
     def __call__(self, keys: np.ndarray, dim: int) -> np.ndarray:
         rows = np.empty((len(keys), dim), np.float32)
         uniform_rows(keys.view(np.uint64), rows, np.uint64(self.seed & _WORD), float(self.bound))
         return rows
+
+
+def _check(initializer: Any, name: str) -> None:
+    """Raise ``ConfigError`` unless the setting of this name is a number from 0 on, and the seed an integer."""
+    value = as_number(getattr(initializer, name), f"initializer: {name}")
+    if value < 0:
+        raise ConfigError(f"initializer: {name}: expected a number from 0 on, got {value}")
+    as_count(initializer.seed, "initializer: seed")
 
 
 _WORD = (1 << 64) - 1
@@ -74,7 +90,9 @@ def as_initializer(given: str | Initializer | None) -> Initializer | None:
         return given
     if isinstance(given, str) and given in _BY_NAME:
         return _BY_NAME[given]
-    raise ConfigError(f"initializer: expected one of {', '.join(_BY_NAME)}, a function of (keys, dim) or None, got {given!r}")
+    raise ConfigError(
+        f"initializer: expected one of {', '.join(_BY_NAME)}, a function of (keys, dim) or None, got {show(given)}"
+    )
 
 
 def initial_rows(initializer: Initializer | None, keys: np.ndarray, dim: int, *, table: str, default: float) -> np.ndarray:

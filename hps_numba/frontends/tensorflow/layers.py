@@ -7,7 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from hps_numba.config.arguments import as_flag
 from hps_numba.errors import ConfigError
+from hps_numba.frontends._queries import tables_given
 from hps_numba.frontends._row_training import GradientAccumulator
 from hps_numba.frontends.tensorflow.keras_version import Layer, keras, portable_config, sparse_if_ragged
 from hps_numba.frontends.tensorflow.lookup import (
@@ -42,7 +44,7 @@ class _Layer(Layer):
 
     def __init__(self, emb_vec_dtype: Any, train_rows: bool, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
-        self.train_rows = bool(train_rows)
+        self.train_rows = as_flag(train_rows, "train_rows")
         self.initializer = initializer_of(initializer)
         if self.initializer is not None and not self.train_rows:
             raise ConfigError("initializer: expected train_rows=True with it: only rows that train are made for new ids")
@@ -218,12 +220,10 @@ class LookupCollection(_Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
-        if not tables:
-            raise ConfigError("tables: expected {feature: (table_id, emb_vec_size)}, got none")
         self.model_name = model_name
         self._tables = {
             feature: Table(model_name, table_id, size, ps_config_file, global_batch_size)
-            for feature, (table_id, size) in tables.items()
+            for feature, (table_id, size) in tables_given(tables).items()
         }
 
     @property

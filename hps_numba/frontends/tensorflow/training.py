@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from hps_numba.arrays.host import as_keys
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_of
 from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, accumulator_of
@@ -66,8 +67,12 @@ def initializer_of(given: Any) -> Initializer | None:
     Raises:
         ConfigError: it is not an initializer.
     """
-    if isinstance(given, Mapping) and given.get("class") in _CLASSES:
-        made: Initializer = _CLASSES[given["class"]](**{name: value for name, value in given.items() if name != "class"})
+    if isinstance(given, Mapping):
+        kind: Any = given.get("class")
+        try:
+            made: Initializer = _CLASSES[kind](**{name: value for name, value in given.items() if name != "class"})
+        except (TypeError, LookupError) as problem:
+            raise ConfigError(f"initializer: expected what get_config returned, got {show(dict(given))}") from problem
         return made
     return as_initializer(given)
 
@@ -225,6 +230,12 @@ class Adam(_Optimizer):
         super().__init__(layers, trainer.Adam, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
 
 
+def _checked(optimizer: Any) -> RowOptimizer:
+    if not isinstance(optimizer, RowOptimizer):
+        raise ConfigError(f"optimizer: expected one of hps_numba.frontends.tensorflow, got {type(optimizer).__name__}")
+    return optimizer
+
+
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:
     """Write the rows of an optimizer's tables, and its state, to one file, atomically; returns the number of rows.
 
@@ -232,7 +243,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> in
         ModelFileError: it cannot be written, or there is something else than a checkpoint at ``path``.
         Otherwise as ``HPS.locked_table``.
     """
-    return save_trained(path, optimizer.trainers)
+    return save_trained(path, _checked(optimizer).trainers)
 
 
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> None:
@@ -242,4 +253,4 @@ def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> No
         ModelFileError: the file is missing or damaged.   ConfigError: it is that of other tables or of another optimizer.
         Otherwise as ``HPS.insert``. Nothing changed then, nor after an interrupt: rows that were written are taken back.
     """
-    load_trained(path, optimizer.trainers, then=lambda _: optimizer.zero_grad())
+    load_trained(path, _checked(optimizer).trainers, then=lambda _: optimizer.zero_grad())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hps_numba.arrays.bags import MAX_KEYS
+from hps_numba.config.arguments import as_flag, as_word
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._device_path import can_pool
 from hps_numba.frontends.torch.operator import check_keys, is_plain, table_bindings
@@ -60,11 +61,11 @@ class HPSEmbeddingBag(OneTableLayer):
         read_only: bool = False,
     ) -> None:
         super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer, read_only)
-        if mode not in COMBINERS:
-            raise ConfigError(f"mode: expected one of {', '.join(COMBINERS)}, got {mode!r}")
+        as_word(mode, "mode", COMBINERS)
+        as_flag(sparse, "sparse")
         self._set_options(padding_idx, max_norm, norm_type, scale_grad_by_freq)
         self.mode = mode
-        self.include_last_offset = include_last_offset
+        self.include_last_offset = as_flag(include_last_offset, "include_last_offset")
 
     def forward(
         self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
@@ -81,6 +82,8 @@ class HPSEmbeddingBag(OneTableLayer):
             ConfigError (a ValueError): shapes do not fit.   Otherwise as ``HPS.lookup_pooled``.
         """
         if per_sample_weights is not None:
+            if not torch.jit.is_scripting() and not isinstance(per_sample_weights, torch.Tensor):
+                raise ConfigError(f"per_sample_weights: expected a tensor, got {type(per_sample_weights).__name__}")
             if per_sample_weights.shape != input.shape:
                 got = list(per_sample_weights.shape)
                 raise ConfigError(f"per_sample_weights: expected the shape of input, {list(input.shape)}, got {got}")
@@ -105,6 +108,8 @@ class HPSEmbeddingBag(OneTableLayer):
 
     @torch.jit.unused
     def _eager(self, input: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+        if not isinstance(input, torch.Tensor) or not (offsets is None or isinstance(offsets, torch.Tensor)):
+            raise ConfigError(f"input, offsets: expected tensors, got {type(input).__name__}, {type(offsets).__name__}")
         trains = self.trainable and self._trains()
         direct = not trains and not torch.compiler.is_compiling() and self._skips_dispatcher(input, weights)
         if direct and input.dim() == 2 and offsets is None and self.padding_idx is None:

@@ -38,7 +38,7 @@ def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer, *, de
     def extra() -> dict[str, bytes]:
         return {_SETTINGS: _packed(_settings_of(optimizer)), _DENSE: _packed(dense)}
 
-    return save_trained(path, optimizer.trainers(), extra)
+    return save_trained(path, _checked(optimizer).trainers(), extra)
 
 
 def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> Any:
@@ -66,8 +66,14 @@ def load_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> An
             optimizer.set_settings(settings)
         optimizer.zero_grad()
 
-    dense, _ = load_trained(path, optimizer.trainers(), accept, then)
+    dense, _ = load_trained(path, _checked(optimizer).trainers(), accept, then)
     return dense
+
+
+def _checked(optimizer: Any) -> RowOptimizer:
+    if not isinstance(optimizer, RowOptimizer):
+        raise ConfigError(f"optimizer: expected one of hps_numba.frontends.torch, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def _settings_of(optimizer: RowOptimizer) -> list[dict[str, Any]]:

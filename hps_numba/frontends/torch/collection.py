@@ -12,7 +12,7 @@ import torch
 from hps_numba.arrays.bags import MAX_KEYS
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._device_path import Bindings, FusedCaches, find_fused
-from hps_numba.frontends._queries import Query, TableQuery, answer, tables_of
+from hps_numba.frontends._queries import Query, TableQuery, answer, tables_given, tables_of
 from hps_numba.frontends.torch import operator
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import TrainableLayer
@@ -135,9 +135,8 @@ class LookupCollection(TrainableLayer):
         read_only: bool = False,
     ) -> None:
         super().__init__()
-        if not tables:
-            raise ConfigError("tables: expected {feature: (table_id, emb_vec_size)}, got none")
-        self._queries = {feature: TableQuery(model_name, table, dim) for feature, (table, dim) in tables.items()}
+        checked = tables_given(tables)
+        self._queries = {feature: TableQuery(model_name, table, dim) for feature, (table, dim) in checked.items()}
         # joined when called, by what a compiler can follow
         self._head, texts, self._tail = Query(config_of(ps_config_file), tuple(self._queries.values())).pieces()
         self._texts = dict(zip(self._queries, texts, strict=True))
@@ -164,12 +163,14 @@ class LookupCollection(TrainableLayer):
             return self._stacked(keys)
         if hasattr(keys, "offset_per_key"):
             keys = {feature: values for feature, values in jagged(keys).items() if feature in self._texts}
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"keys: expected {{feature: keys}} or a tensor, got {type(keys).__name__}")
         features = list(keys)
         if not features:
             return {}
         unknown = [feature for feature in features if feature not in self._texts]
         if unknown:
-            raise ConfigError(f"keys: expected features of {', '.join(self._texts)}, got {', '.join(unknown)}")
+            raise ConfigError(f"keys: expected features of {', '.join(self._texts)}, got {', '.join(map(str, unknown))}")
         dims = [self._queries[feature].dim for feature in features]
         given = list(keys.values())
         request = self.request_of(features)

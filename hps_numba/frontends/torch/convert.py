@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hps_numba.config.arguments import as_flag
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.storage.model_files import open_model, write_model
 
@@ -41,7 +43,10 @@ def save_embedding(
         got = f"{list(weight.shape)} of {weight.dtype}" if isinstance(weight, torch.Tensor) else type(embedding).__name__
         raise ConfigError(f"embedding: expected a module with a weight, or floats [rows, dim], got {got}")
     rows = weight.shape[0]
-    names = np.arange(rows) if keys is None else np.asarray(keys.cpu() if isinstance(keys, torch.Tensor) else keys)
+    try:
+        names = np.arange(rows) if keys is None else np.asarray(keys.cpu() if isinstance(keys, torch.Tensor) else keys)
+    except Exception as problem:  # ragged lists, or whatever a foreign object raises
+        raise ConfigError(f"keys: expected an array of [{rows}] integers, got {show(keys)}") from problem
     if names.shape != (rows,):
         raise ConfigError(f"keys: expected [{rows}], one a row, got {list(names.shape)}")
 
@@ -62,6 +67,7 @@ def load_embedding(path: str | os.PathLike[str], *, freeze: bool = True) -> tupl
     Raises:
         ModelFileError: as ``open_model``.
     """
+    freeze = as_flag(freeze, "freeze")
     with open_model(path) as model:
         keys, rows = np.empty(model.rows, np.int64), np.empty((model.rows, model.dim), np.float32)
         model.read(0, model.rows, keys, rows)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hps_numba.config.arguments import as_flag
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends.torch.operator import rows_of
 from hps_numba.frontends.torch.training import OneTableLayer
@@ -85,9 +87,11 @@ class LookupLayer(OneTableLayer):
         read_only: bool = False,
     ) -> None:
         super().__init__(ps_config_file, model_name, table_id, emb_vec_size, trainable, initializer, read_only)
-        if output_dtype not in _ROW_TYPES:
+        if not isinstance(output_dtype, torch.dtype) or output_dtype not in _ROW_TYPES:
             names = ", ".join(str(kind).removeprefix("torch.") for kind in _ROW_TYPES)
-            raise ConfigError(f"output_dtype: expected one of {names}, got {str(output_dtype).removeprefix('torch.')}")
+            got = str(output_dtype).removeprefix("torch.") if isinstance(output_dtype, torch.dtype) else show(output_dtype)
+            raise ConfigError(f"output_dtype: expected one of {names}, got {got}")
+        as_flag(sparse, "sparse")
         self.output_dtype = output_dtype
         self._set_options(padding_idx, max_norm, norm_type, scale_grad_by_freq)
 

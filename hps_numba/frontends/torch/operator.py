@@ -100,6 +100,8 @@ def _shape_of_lookup(keys: torch.Tensor, request: str, dim: int) -> Any:
 def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     """What the operator gives; eager calls with plain tensors skip the dispatcher."""
     if torch.compiler.is_compiling() or not is_plain(keys):
+        if not isinstance(keys, torch.Tensor):
+            raise KeyDtypeError(f"keys: expected a tensor of integers, got {type(keys).__name__}")
         return lookup(keys, request, dim)
     return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
 

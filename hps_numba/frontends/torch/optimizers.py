@@ -22,8 +22,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+from hps_numba.config.arguments import as_number
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import trained_rows
@@ -55,12 +58,12 @@ class RowOptimizer(torch.optim.Optimizer):
     _rule: ClassVar[Callable[..., row_training.Rule]]
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, reduction: str | None, process_group: Any) -> None:
-        if reduction not in _REDUCTIONS:
-            raise ConfigError(f"reduction: expected 'mean', 'sum' or None, got {reduction!r}")
+        if reduction is not None and (not isinstance(reduction, str) or reduction not in _REDUCTIONS):
+            raise ConfigError(f"reduction: expected 'mean', 'sum' or None, got {show(reduction)}")
         self._reduction = None if reduction is None else (reduction, process_group)
         self._trainers: dict[int, row_training.RowTrainer] = {}
         self._rule_of({**defaults})
-        groups: list[Any] = list(params) if isinstance(params, Iterable) and not isinstance(params, torch.Tensor) else [params]
+        groups = _listed(params)
         super().__init__(groups if groups and isinstance(groups[0], dict) else [{"params": groups}], defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,16 +154,35 @@ class RowOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
 
 
+def _listed(params: Any) -> list[Any]:
+    if isinstance(params, (torch.Tensor, torch.nn.Module, str, bytes)) or not isinstance(params, Iterable):
+        return [params]
+    try:
+        return list(params)
+    except Exception as problem:  # whatever a foreign iterator raises
+        raise ConfigError(f"params: expected modules or their trained rows, got {show(params)}") from problem
+
+
 def _tables_in(params: Any) -> Iterable[Rows]:
     if isinstance(params, torch.nn.Module):
         yield from trained_rows(params)
     elif isinstance(params, Rows):
         yield params
-    elif isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
+    elif isinstance(params, (torch.Tensor, np.ndarray, str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise ConfigError(f"params: expected modules or their trained rows, got {type(params).__name__}")
     else:
         for one in params:
             yield from _tables_in(one)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, torch.Tensor):  # Torch's optimizers take a learning rate as one
+        value = value.item() if value.numel() == 1 else None
+    return as_number(value, name)
+
+
+def _setting(group: Mapping[str, Any], name: str) -> float:
+    return _number(group[name], name)
 
 
 class SGD(RowOptimizer):
@@ -180,7 +202,7 @@ class SGD(RowOptimizer):
         super().__init__(params, {"lr": lr}, reduction=reduction, process_group=process_group)
 
     def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
-        return row_training.Sgd(float(group["lr"]))
+        return row_training.Sgd(_setting(group, "lr"))
 
 
 class Adagrad(RowOptimizer):
@@ -208,7 +230,7 @@ class Adagrad(RowOptimizer):
         super().__init__(params, defaults, reduction=reduction, process_group=process_group)
 
     def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
-        return row_training.Adagrad(float(group["lr"]), float(group["eps"]), float(group["initial_accumulator_value"]))
+        return row_training.Adagrad(_setting(group, "lr"), _setting(group, "eps"), _setting(group, "initial_accumulator_value"))
 
 
 class Adam(RowOptimizer):
@@ -234,5 +256,8 @@ class Adam(RowOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, reduction=reduction, process_group=process_group)
 
     def _rule_of(self, group: Mapping[str, Any]) -> row_training.Rule:
-        beta1, beta2 = group["betas"]
-        return row_training.Adam(float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ConfigError(f"betas: expected two numbers, got {show(betas)}")
+        beta1, beta2 = (_number(beta, "betas") for beta in betas)
+        return row_training.Adam(_setting(group, "lr"), beta1, beta2, _setting(group, "eps"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hps_numba.config.arguments import as_flag, as_max_norm, as_number, as_padding
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import Query, TableQuery, tables_of
 from hps_numba.frontends.torch import operator, pooling
@@ -248,8 +249,8 @@ class TrainableLayer(TableLayer):
     __jit_unused_properties__ = ("tables", "rows")
 
     def _set_training(self, trainable: bool, initializer: str | Initializer | None, read_only: bool) -> None:
-        self.trainable: bool = bool(trainable)
-        self.read_only: bool = bool(read_only)
+        self.trainable: bool = as_flag(trainable, "trainable")
+        self.read_only: bool = as_flag(read_only, "read_only")
         self.initializer = as_initializer(initializer)
         if self.initializer is not None and not trainable:
             raise ConfigError("initializer: expected trainable=True with it: only rows that train are made for new keys")
@@ -323,14 +324,18 @@ class OneTableLayer(TrainableLayer):
 
     def _set_options(self, padding_idx: int | None, max_norm: float | None, norm_type: float, scale_grad_by_freq: bool) -> None:
         """Keep those options of Torch's embeddings that have an effect here, and refuse those that have none."""
+        max_norm = as_max_norm(max_norm)
         if max_norm is not None and not max_norm >= 0:
             raise ConfigError(f"max_norm: expected None or a number from 0 on, got {max_norm}")
-        if norm_type != 2:
+        if as_number(norm_type, "norm_type") != 2:
             raise ConfigError(f"norm_type: expected 2.0, by which rows are clipped, got {norm_type}")
-        if scale_grad_by_freq:
+        if as_flag(scale_grad_by_freq, "scale_grad_by_freq"):
             raise ConfigError("scale_grad_by_freq: expected False, as gradients of equal keys are added, got True")
-        self.padding_idx = padding_idx
-        self.max_norm = None if max_norm is None else float(max_norm)
+        padding = None if padding_idx is None else as_padding(padding_idx)
+        if padding is not None and not -(1 << 63) <= padding < 1 << 63:
+            raise ConfigError(f"padding_idx: expected a key that fits int64, or None, got {padding}")
+        self.padding_idx = padding
+        self.max_norm = max_norm
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a layer that was pickled before it had all its attributes."""
