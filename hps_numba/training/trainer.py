@@ -17,6 +17,7 @@ import numpy as np
 
 from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
 from hps_numba.runtime.interrupts import interrupts_held
@@ -48,8 +49,13 @@ class Rule:
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{field}: expected a number of at least 0, got {value!r}")
+            if not (
+                isinstance(value, (int, float, np.integer, np.floating))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+                and value >= 0
+            ):
+                raise ConfigError(f"{field}: expected a number of at least 0, got {show(value)}")
 
     def width(self, dim: int) -> int:
         """Elements of the state of a row."""

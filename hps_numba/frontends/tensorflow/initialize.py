@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hps_numba.config.arguments import as_count, as_flag
 from hps_numba.errors import ConfigError
 from hps_numba.frontends.tensorflow.operator import init_op
 from hps_numba.server.registry import SERVERS, config_of
@@ -66,14 +67,13 @@ def Init(**kwargs: Any) -> Any:
     allow_code = kwargs.pop("allow_code", False)
     if kwargs:
         log.warning("Init: ignored %s", ", ".join(kwargs))
-    if isinstance(batch, bool) or not hasattr(batch, "__index__"):
-        raise ConfigError(f"global_batch_size: expected an integer, got {batch!r}")
+    batch, allow_code = as_count(batch, "global_batch_size"), as_flag(allow_code, "allow_code")
     config = config_of(config)
     if tf.executing_eagerly():
-        SERVERS.open(config, global_batch_size=batch.__index__(), replicas=replica_count(), allow_code=bool(allow_code))
+        SERVERS.open(config, global_batch_size=batch, replicas=replica_count(), allow_code=allow_code)
     elif allow_code:
         raise ConfigError("allow_code: expected a call of Init outside of a graph, got one inside")
-    ok = init_op(config, batch.__index__(), replica_count())
+    ok = init_op(config, batch, replica_count())
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return (ok,) * len(tf.distribute.get_strategy().extended.worker_devices)
     return ok

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.config.arguments import as_flag
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_given
 from hps_numba.frontends._row_training import GradientAccumulator
@@ -34,6 +35,17 @@ __all__ = ["LookupCollection", "LookupLayer", "SparseLookupLayer"]
 _ROW_TYPES = (tf.float32, tf.float16, tf.bfloat16)
 
 
+def _row_type(given: Any) -> Any:
+    names = ", ".join(kind.name for kind in _ROW_TYPES)
+    try:
+        found = tf.as_dtype(given)
+    except Exception as problem:  # TensorFlow's, or whatever a foreign object raises
+        raise ConfigError(f"emb_vec_dtype: expected one of {names}, got {show(given)}") from problem
+    if found not in _ROW_TYPES:
+        raise ConfigError(f"emb_vec_dtype: expected one of {names}, got {found.name}")
+    return found
+
+
 class _Layer(Layer):
     """What all layers share: ids left as they are, rows in the dtype of the layer; no weights but the switch of rows that
     train.
@@ -51,10 +63,7 @@ class _Layer(Layer):
         if self.train_rows:
             self.switch = self.add_weight(shape=(), initializer="zeros", dtype="float32", name="switch")
         self.supports_jit = False
-        self.emb_vec_dtype = tf.as_dtype(emb_vec_dtype)
-        if self.emb_vec_dtype not in _ROW_TYPES:
-            names = ", ".join(kind.name for kind in _ROW_TYPES)
-            raise ConfigError(f"emb_vec_dtype: expected one of {names}, got {self.emb_vec_dtype.name}")
+        self.emb_vec_dtype = _row_type(emb_vec_dtype)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hps_numba.arrays.bags import COMBINERS as ALL_COMBINERS
+from hps_numba.config.arguments import as_count
 from hps_numba.errors import ConfigError, KeyDtypeError
 from hps_numba.frontends._queries import Query, TableQuery
 from hps_numba.frontends.tensorflow.initialize import replica_count
@@ -58,6 +59,7 @@ class Table:
             ("rows", rows),
             ("table_id", rows.table),
             ("emb_vec_size", rows.dim),
+            ("global_batch_size", as_count(self.global_batch_size, "global_batch_size", 1, (1 << 63) - 1)),
         ):
             object.__setattr__(self, name, value)
 

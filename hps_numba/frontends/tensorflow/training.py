@@ -193,7 +193,9 @@ def _tables_in(layers: Any) -> Iterator[GradientAccumulator]:
             yield from own()
         for layer in layers._flatten_layers(include_self=False, recursive=False):
             yield from _tables_in(layer)
-    elif isinstance(layers, Iterable):
+    elif isinstance(layers, (list, tuple, set, frozenset)) or (
+        isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping, np.ndarray))
+    ):
         for layer in layers:
             yield from _tables_in(layer)
     else:
