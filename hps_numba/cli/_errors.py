@@ -80,6 +80,7 @@ def _failed(problem: Exception) -> int:
 
 
 def _fail(line: str, code: int) -> int:
+    line = " ".join(line.split())
     if len(line) > _MAX_LINE:  # a value that was given is shown in full by some messages
         line = f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
     typer.echo(f"error: {line}", err=True)

@@ -9,6 +9,7 @@ import typer
 
 __all__ = [
     "MODES",
+    "MOST_CALLS",
     "NEEDS_CACHE",
     "AllowCode",
     "Alpha",
@@ -43,6 +44,7 @@ __all__ = [
 
 MODES = ("session", "host", "cache", "refresh")
 NEEDS_CACHE = ("cache", "refresh")
+MOST_CALLS = 1_000_000_000
 
 # what is measured
 Config = Annotated[Path | None, typer.Option(help="A ps_config JSON file; by default, a table is generated.")]
@@ -62,11 +64,14 @@ NumKeys = Annotated[
         "--num-keys", "--num_keys", "--num_key", help="Keys in a call, by default 1000; several sizes separated by commas."
     ),
 ]
-Iterations = Annotated[int, typer.Option(min=1, help="Timed calls of each thread.")]
+Iterations = Annotated[int, typer.Option(min=1, max=MOST_CALLS, help="Timed calls of each thread.")]
 WarmupIterations = Annotated[
-    int, typer.Option("--warmup-iterations", "--warmup_iterations", min=0, help="Calls before them, which are not timed.")
+    int,
+    typer.Option(
+        "--warmup-iterations", "--warmup_iterations", min=0, max=MOST_CALLS, help="Calls before them, which are not timed."
+    ),
 ]
-Refreshes = Annotated[int, typer.Option(min=1, help="Timed calls in mode refresh.")]
+Refreshes = Annotated[int, typer.Option(min=1, max=MOST_CALLS, help="Timed calls in mode refresh.")]
 Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads that call at the same time.")]
 
 # which keys
@@ -121,6 +126,6 @@ def chosen_sizes(given: list[str] | None) -> tuple[int, ...]:
     """
     words = [word.strip() for text in given or ["1000"] for word in text.split(",")]
     for word in words:
-        if not (word.isascii() and word.isdigit() and int(word)):
+        if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word)):
             raise typer.BadParameter(f"expected a number of 1 or more, got {word!r}", param_hint="--num-keys")
     return tuple(int(word) for word in words)

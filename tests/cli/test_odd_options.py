@@ -47,6 +47,7 @@ GOOD: dict[str, list[str]] = {
     "generate model": ["made.model", "--rows", "5", "--dim", "2", "--overwrite"],
     "generate keys": ["keys.npy", "--count", "5", "--table-size", "9", "--overwrite"],
 }
+NEEDED = {"--histogram": ["--distribution", "histogram"], "--weights": ["--distribution", "histogram"]}
 OPTIONS = [
     (name, parameter.opts[-1])
     for name, command in COMMANDS.items()
@@ -107,12 +108,13 @@ def test_odd_options(folder: Path, name: str, option: str) -> None:
     if option in good:
         at = good.index(option)
         good = [*good[:at], *good[at + 2 :]]
+    good = [*good, *NEEDED.get(option, [])]
     refused = 0
     for value in ODD:
         result = run(*name.split(), *good, f"{option}={value}")
         check(result, f"{name} {option}={value[:60]!r}")
         refused += result.exit_code != 0
-    assert refused > 8
+    assert refused > (8 if option != "--folder" else 4)  # most texts can be the name of a folder
     unharmed(folder)
 
 
