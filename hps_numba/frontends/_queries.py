@@ -65,7 +65,7 @@ class TableQuery:
                 continue
             number = as_index(value)
             if number is None or not low <= number <= high:
-                got = repr(value) if isinstance(value, (str, int, float)) else show(value)
+                got = repr(value) if value is None or isinstance(value, (str, int, float)) else show(value)
                 raise ConfigError(f"{_PUBLIC.get(field, field)}: expected {_EXPECTED[field]}, got {got:.200}")
             object.__setattr__(self, field, number)  # NumPy's integers have no form in JSON
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
 from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
-from hps_numba.errors import ModelFileError
+from hps_numba.errors import ModelFileError, TraceError
 from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
