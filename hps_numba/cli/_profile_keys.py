@@ -6,6 +6,7 @@ the table, so that a table whose keys are not 0 .. n - 1 gets keys that it conta
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import typer
 
-from hps_numba.errors import ModelFileError
+from hps_numba.errors import ConfigError, ModelFileError
+from hps_numba.runtime.paths import kind_of
 from hps_numba.simulate.workloads import KEY_DISTRIBUTIONS
 
 __all__ = ["Distribution", "DrawnKeys", "KeySource", "KeyStream", "ReplayedKeys", "chosen_distribution", "parse_weights"]
@@ -97,8 +99,16 @@ def parse_weights(text: str) -> list[float]:
         return _weights_of_file(Path(text))
 
 
+def _check_regular(path: Path) -> None:
+    """Raise ``ConfigError`` for what is there but is no file: a FIFO waits for ever, a device never ends."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path}: expected a file, got {kind_of(mode)}")
+
+
 def _weights_of_file(path: Path) -> list[float]:
     try:
+        _check_regular(path)
         if path.suffix.lower() == ".npy":
             return [float(weight) for weight in np.load(path, allow_pickle=False).reshape(-1)]
         return _numbers(path.read_text(encoding="utf-8"))
@@ -185,6 +195,7 @@ class _ReplayedStream:
 
 def _load_keys(path: Path) -> np.ndarray:
     try:
+        _check_regular(path)
         keys = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as problem:
         raise ModelFileError(f"{path}: expected an .npy file of integers: {problem}") from problem
