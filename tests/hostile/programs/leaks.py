@@ -1,0 +1,63 @@
+"""Many tiny calls, servers and errors: no file, thread or memory is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from hostile.programs.world import MODEL, Clock, open_server, rows_of, write_version
+
+from hps_numba import HpsError
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def main(folder: str, seconds: str, seed: str, cached: str) -> None:
+    """Prints the number of calls."""
+    sources = write_version(Path(folder), 0)
+    server = open_server(sources, cached=cached == "cached")
+    keys, calls = np.arange(5), 0
+
+    def one_round() -> None:
+        nonlocal calls
+        for _ in range(200):
+            server.lookup(keys, MODEL, 0)
+            server.lookup_many([keys, keys], MODEL)
+            server.lookup_pooled(keys, [0, 2, 5], MODEL, 1)
+            server.insert(keys, rows_of(keys, 3), MODEL, 0)
+            for wrong in (lambda: server.lookup(keys, "other", 0), lambda: server.lookup([1.5], MODEL, 0)):
+                try:
+                    wrong()
+                except HpsError:
+                    calls += 1
+            calls += 5
+        server.replace_model(MODEL, sources)
+        with open_server(sources, cached=cached == "cached") as other:
+            other.lookup(keys, MODEL, 0)
+
+    for _ in range(5):
+        one_round()
+    gc.collect()
+    before = (_files(), threading.active_count(), _resident())
+    for _ in Clock(float(seconds), least=5):
+        one_round()
+    gc.collect()
+    after = (_files(), threading.active_count(), _resident())
+    assert after[0] <= before[0] and after[1] <= before[1], (before, after)
+    assert after[2] < before[2] + (24 << 20), f"resident memory grew from {before[2] >> 20} to {after[2] >> 20} MiB"
+    server.close()
+    print(calls)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
