@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from hostile.programs import damaged, writer
 from support.processes import environment
+from support.waiting import HANG_SECONDS
 
 SECONDS = float(os.environ.get("HPS_NUMBA_HOSTILE_SECONDS", "2"))
 SEED = os.environ.get("HPS_NUMBA_HOSTILE_SEED", "1")
-_HANG = SECONDS * 4 + 1500  # finds hangs, on a busy machine too
+_HANG = SECONDS * 4 + HANG_SECONDS
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="signals, forks and limits as POSIX has them"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from hostile.programs.world import KEYS, MODEL, Clock, open_server, rows_of, versions_of, write_version
+from support.waiting import HANG_SECONDS
 
 
 def _in_child(server: Any, version: int) -> None:
@@ -56,7 +57,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
         time.sleep(chance.random() * 0.01)
         child = os.fork()
         if child == 0:
-            signal.alarm(300)  # ends a child that hangs
+            signal.alarm(int(HANG_SECONDS))  # ends a child that hangs
             status = 1
             try:
                 _in_child(server, 950)
@@ -69,7 +70,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
         forks += 1
     stop.set()
     for thread in threads:
-        thread.join(600)
+        thread.join(HANG_SECONDS)
     assert not problems and not any(thread.is_alive() for thread in threads)
     server.close()
     print(forks)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from hostile.programs.world import KEYS, MODEL, Clock, open_server, rows_of, versions_of, write_version
+from support.waiting import HANG_SECONDS
 
 HALF = KEYS // 2  # writers change keys below it; the rest changes with the whole model alone
 WRITERS, READERS = 2, 4
@@ -90,7 +91,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
         stop.wait(chance.random() * 0.01)
     stop.set()
     for thread in threads:
-        thread.join(600)
+        thread.join(HANG_SECONDS)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     if problems:
         raise problems[0]
