@@ -24,7 +24,9 @@ def _open(path: Path, column: str | None) -> tuple[int, Blocks]:
             shape, fortran_order, dtype = read(file)
             offset = file.tell()
             left = os.fstat(file.fileno()).st_size - offset
-    except (ValueError, EOFError, TypeError) as problem:
+    except OSError:
+        raise
+    except Exception as problem:  # whatever NumPy's parser raises for a damaged header
         raise TraceError(f"{path}: expected an .npy file of integers: {' '.join(str(problem).split())}") from None
     if dtype.hasobject:
         raise TraceError(f"{path}: expected an .npy file of integers, got one of Python objects")
