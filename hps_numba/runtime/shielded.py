@@ -18,13 +18,14 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from hps_numba.errors import ReentryError
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["Ask", "shielded"]
+__all__ = ["Ask", "hand_over", "shielded"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class _Job(Generic[T]):
 
     def __init__(self, work: Callable[[Ask], T]) -> None:
         self._work = work
+        self._turns: list[None] = [None]  # whoever takes it does the work
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._answers: SimpleQueue[None] = SimpleQueue()
         self._question: Callable[[], Any] | None = None
@@ -89,8 +91,18 @@ class _Job(Generic[T]):
         self._problem: BaseException | None = None
         self.ended = False
 
+    def take(self) -> bool:
+        """Whether the caller is to do the work: true once."""
+        try:
+            self._turns.pop()
+        except IndexError:
+            return False
+        return True
+
     def run(self) -> None:
-        """Do the work; raises nothing."""
+        """Do the work, unless somebody else does; raises nothing."""
+        if not self.take():
+            return
         try:
             self._result = self._work(self._ask)
         except BaseException as problem:
@@ -172,15 +184,15 @@ def shielded(work: Callable[[Ask], T], *, owner: object, place: str) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work(_ask_here)
     _refuse_inside(owner, place)
-    context, job = contextvars.copy_context(), _Job(work)
-    try:
-        _workers.start(lambda: context.run(job.run))
-    except RuntimeError as problem:  # a limit of the system, or the interpreter is shutting down
-        log.debug("%s: is changed by the calling thread: %s", place, problem)
-        return work(_ask_here)
+    job = _Job(work)
     interrupt: BaseException | None = None
+    handed_over = False
     while not job.ended:
         try:
+            if not handed_over:  # again if an interrupt left open whether it was: the work is done once
+                handed_over = hand_over(job.run, place)
+                if not handed_over and job.take():
+                    break
             job.wait()
         except BaseException as problem:
             if not job.fail(problem):
@@ -188,9 +200,24 @@ def shielded(work: Callable[[Ask], T], *, owner: object, place: str) -> T:
                     log.warning("%s: a second interrupt: the change goes on in the background", place)
                     raise
                 interrupt = problem
+    if not job.ended:
+        return work(_ask_here)
     if interrupt is not None:
         raise interrupt
     return job.result()
+
+
+def hand_over(run: Callable[[], None], place: str) -> bool:
+    """Call ``run``, which must not raise, on a thread where no interrupt arrives; False if the system gives none.
+
+    An interrupt of this thread may leave open whether that will happen: call it again, with a ``run`` that works once.
+    """
+    try:
+        _workers.start(partial(contextvars.copy_context().run, run))
+    except RuntimeError as problem:  # a limit, or the interpreter is shutting down
+        log.debug("%s: is changed by the calling thread: %s", place, problem)
+        return False
+    return True
 
 
 def _ask_here(question: Callable[[], Any]) -> Any:

@@ -11,19 +11,21 @@ call, which may never come.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Generic, NoReturn, TypeVar
 
 from hps_numba.errors import ClosedError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.shielded import hand_over
 
 __all__ = ["Check", "ModelJobs", "go_on"]
 
 log = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.1
 T = TypeVar("T")
 Check = Callable[[], None]
 """Called by the work where it can still stop; it raises if it is to stop."""
@@ -38,18 +40,22 @@ class _Stopped(BaseException):
 
 
 class _Job(Generic[T]):
-    """One piece of work, its result and its end.
+    """One piece of work, its result and its end. Its queue only ends a sleep: no interrupt leaves a lock of it locked.
 
     Attributes:
-        ended: set when the work has ended, whatever became of it.
+        ended: the work has ended, whatever became of it.
     """
 
-    def __init__(self, work: Callable[[Check], T], closing: Callable[[], bool]) -> None:
-        self._work, self._closing = work, closing
+    def __init__(
+        self, work: Callable[[Check], T], closing: Callable[[], bool], turn: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self._work, self._closing, self._turn = work, closing, turn
+        self._runs: list[None] = [None]  # whoever takes it does the work
         self._stopping = False
         self._result: list[T] = []
         self._problem: BaseException | None = None
-        self.ended = threading.Event()
+        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self.ended = False
 
     def stop(self) -> None:
         """Ask the work to stop where it can."""
@@ -62,15 +68,25 @@ class _Job(Generic[T]):
         if self._closing():
             _refuse()
 
-    def run(self, turn: AbstractContextManager[object]) -> None:
-        """Do the work in its ``turn``, on any thread; raises nothing."""
+    def run(self) -> None:
+        """Do the work in its turn, on any thread, unless it was done or is at work; raises nothing."""
         try:
-            with turn:
+            self._runs.pop()
+        except IndexError:
+            return
+        try:
+            with self._turn():
                 self._result.append(self._work(self.check))
         except BaseException as problem:
             self._problem = problem
-        finally:
-            self.ended.set()
+        self.ended = True
+        self._wakes.put(None)
+
+    def wait(self) -> None:
+        """Wait until the work has ended."""
+        while not self.ended:
+            with suppress(Empty):  # now and then the interpreter has to look for interrupts that are no signals
+                self._wakes.get(timeout=_LOOK_SECONDS)
 
     def result(self) -> T:
         """What the work returned, or raised."""
@@ -128,20 +144,24 @@ class ModelJobs:
     def _run(self, work: Callable[[Check], T]) -> T:
         if self._worker == threading.get_ident():  # a job runs another one
             return work(go_on)
-        job: _Job[T] = _Job(work, lambda: self.closing)
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(job.run, self._turn()), name="hps_numba_models")
-        try:
-            thread.start()
-        except RuntimeError as problem:  # no more threads, or the interpreter is shutting down
-            log.debug("models are changed by the calling thread: %s", problem)
-            job.run(self._turn())
-        try:
-            job.ended.wait()
-        except BaseException:
-            job.stop()
-            job.ended.wait()
-            raise
+        job: _Job[T] = _Job(work, lambda: self.closing, self._turn)
+        interrupt: BaseException | None = None
+        handed_over = False
+        while not job.ended:
+            try:
+                if not handed_over:  # again if an interrupt left open whether it was: the work is done once
+                    handed_over = hand_over(job.run, "the models of the server")
+                    if not handed_over:
+                        job.run()
+                job.wait()
+            except BaseException as problem:
+                job.stop()
+                if interrupt is not None:
+                    log.warning("the models of the server: a second interrupt: the change ends in the background")
+                    raise
+                interrupt = problem
+        if interrupt is not None:
+            raise interrupt
         return job.result()
 
     @contextmanager

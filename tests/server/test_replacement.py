@@ -244,14 +244,6 @@ def bytes_held(server: hps_numba.HPS) -> int:
     return bytes_in_use(server)
 
 
-def settled() -> None:
-    """Wait until no job of a server is at work."""
-    for thread in threading.enumerate():
-        if thread.name == "hps_numba_models":
-            join_all(thread)
-            assert not thread.is_alive()
-
-
 @pytest.mark.parametrize("kind", ["dynamic", "none"])
 def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: Service, kind: str) -> None:
     server = opened(service, 2, **KINDS[kind])
@@ -263,7 +255,6 @@ def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: S
         new = files[0 if last == 4.0 else 1]
         if not interrupted_after(lines, lambda new=new: server.replace_model("m", new)):  # type: ignore[misc]
             break
-        settled()
         rows = server.lookup_many([range(300), range(300)], "m")
         (found,) = versions_in(np.concatenate(rows))
         assert (found == last) == (served_model(server).version == version)
@@ -287,7 +278,6 @@ def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_mode
                 continue
             call = (lambda: server.load_model(added)) if load else (lambda: server.unload_model("added"))
             done[load] = not interrupted_after(lines, call) or done[load]
-            settled()
             if "added" in server.models:
                 assert_same_bits(server.lookup(range(30), "added", 0), rows_of(range(30), DIM))
             else:

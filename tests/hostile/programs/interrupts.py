@@ -75,7 +75,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
             "refresh": lambda: server.refresh(MODEL),
             "replace": lambda: server.replace_model(MODEL, sources[whole]),
             "stats": lambda: (server.stats(), server.plan()),
-            "policy": lambda: server.set_policy(chance.choice(["lru", "lfu"])) if cached == "cached" else server.stats(),
+            "policy": lambda: server.set_policy(chance.choice(["lru", "lfu"]), MODEL) if cached == "cached" else server.stats(),
         }
         stopped = _interrupted(operations[kind], chance.choice([2e-5, 1e-4, 5e-4, 3e-3, 2e-2]) * chance.random())
         count += stopped
