@@ -103,7 +103,7 @@ def main(folder: str, seconds: str, seed: str, form: str) -> None:
                 for name in tables:
                     rows = server.lookup(keys, model, name)
                     if rows.shape[1] == DIM and np.isfinite(rows).all():
-                        here = rows[:, 0] == 0  # of the model; other rows are defaults, which were changed
+                        here = (rows[:, 0] == 0) & (rows[:, 1:] != rows[:, :1]).any(1)  # not a default, which was changed
                         versions_of(keys[here], rows[here], "a changed config")
             server.close()
             opened += 1
