@@ -1,10 +1,12 @@
 """A call of a server from inside another one of the same thread: refused with one error or done whole, never a hang or a crash.
 
-The inner call comes at every few lines of the outer one, in a process of its own. Real signals: see the last test.
+The inner call comes at every few dozen lines of the outer one, in a process of its own; ``HPS_NUMBA_REENTRY_STEP=1`` makes that
+every line. Real signals: see the last test.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -187,25 +189,25 @@ def run(program: str, *arguments: str) -> str:
 
 def counted(folder: Path, kind: str, step: int, verb: str, *inner: str) -> dict[str, tuple[int, int]]:
     """How often each inner call was done and refused."""
-    lines = run(_EVERY_LINE, str(folder), kind, str(step), verb, *inner).splitlines()
+    lines = run(_EVERY_LINE, str(folder), kind, os.environ.get("HPS_NUMBA_REENTRY_STEP", str(step)), verb, *inner).splitlines()
     return {name: (int(done), int(refused)) for name, done, refused in (line.split() for line in lines)}
 
 
 @pytest.mark.parametrize("kind", ["host", "cache", "tier"])
 @pytest.mark.parametrize("verb", ["insert", "update", "erase", "step"])
 def test_calls_inside_a_write(verb: str, kind: str, tmp_path: Path) -> None:
-    counts = counted(tmp_path, kind, 7, verb, "close", "unload", "insert", "erase", "lookup")
+    counts = counted(tmp_path, kind, 29, verb, "close", "unload", "insert", "erase", "lookup")
     assert counts.pop("lookup")[1] == 0, "a lookup was refused"
     for done, refused in counts.values():
-        assert refused > 5 and done > 0
+        assert refused > 1 and done > 0
 
 
 @pytest.mark.parametrize("kind", ["host", "cache", "tier"])
 @pytest.mark.parametrize("verb", ["lookup", "large lookup"])
 def test_calls_inside_a_lookup(verb: str, kind: str, tmp_path: Path) -> None:
-    counts = counted(tmp_path, kind, 7, verb, "close", "insert", "lookup", "replace")
+    counts = counted(tmp_path, kind, 29, verb, "close", "insert", "lookup", "replace")
     assert counts["lookup"][1] == 0, "a lookup was refused"
-    assert counts["close"][1] > 1 and counts["insert"][0] > 1
+    assert counts["close"][1] > 0 and counts["insert"][0] > 0
 
 
 @pytest.mark.parametrize("kind", ["host", "cache"])
@@ -214,7 +216,7 @@ def test_calls_inside_a_change_of_a_model(verb: str, kind: str, tmp_path: Path) 
     if verb == "policy" and kind == "host":
         pytest.skip("a table without a cache has no policy")
     inner = ["close"] if verb == "close" else ["close", "insert", "lookup"]
-    counts = counted(tmp_path, kind, 23, verb, *inner)
+    counts = counted(tmp_path, kind, 43, verb, *inner)
     assert sum(counts["close"]) > 0  # changes of models take turns on a thread of their own: a close waits, or stops a load
     assert counts.get("lookup", (0, 0))[1] == 0, "a lookup was refused"
 
