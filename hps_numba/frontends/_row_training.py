@@ -93,7 +93,8 @@ class RowOptimizer:
         self, tables: Sequence[GradientAccumulator], rule: Callable[..., row_training.Rule], **settings: float
     ) -> None:
         if not tables:
-            raise ConfigError("layers: expected layers with train_rows=True, or models with such layers, got none")
+            expected = "layers with train_rows=True and not read_only, or models with such layers"
+            raise ConfigError(f"layers: expected {expected}, got none")
         self._rule, self._names = rule, tuple(settings)
         self.__dict__.update(settings)
         self.tables = tuple(tables)

@@ -54,9 +54,10 @@ class _Layer(Layer):
     here, and ``trainable`` in Torch.
     """
 
-    def __init__(self, emb_vec_dtype: Any, train_rows: bool, initializer: Any, **kwargs: Any) -> None:
+    def __init__(self, emb_vec_dtype: Any, train_rows: bool, initializer: Any, read_only: bool, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
         self.train_rows = as_flag(train_rows, "train_rows")
+        self.read_only = as_flag(read_only, "read_only")
         self.initializer = initializer_of(initializer)
         if self.initializer is not None and not self.train_rows:
             raise ConfigError("initializer: expected train_rows=True with it: only rows that train are made for new ids")
@@ -71,7 +72,7 @@ class _Layer(Layer):
         return super().from_config(portable_config(config))
 
     def _trains(self, training: bool | None) -> bool:
-        return self.train_rows and bool(training) and self.trainable
+        return self.train_rows and bool(training) and self.trainable and not self.read_only
 
     def _rows(self, table: Table, ids: Any, training: bool | None, max_norm: Any = None) -> Any:
         if self._trains(training):
@@ -79,9 +80,10 @@ class _Layer(Layer):
         return embedding_lookup(table, ids, max_norm)
 
     def _training_config(self) -> dict[str, Any]:
-        if not self.train_rows:
-            return {}
-        return {"train_rows": True, "initializer": config_of_initializer(self.initializer)}
+        config: dict[str, Any] = {"read_only": True} if self.read_only else {}
+        if self.train_rows:
+            config |= {"train_rows": True, "initializer": config_of_initializer(self.initializer)}
+        return config
 
     def _finished(self, rows: Any) -> Any:
         """In ``emb_vec_dtype``, or where that is float32 in the layer's ``compute_dtype`` (mixed precision)."""
@@ -104,6 +106,8 @@ class _TableLayer(_Layer):
         initializer: creates trained rows that do not exist, in such calls: ``zeros``, ``normal``, ``uniform`` or a function
             (``hps_numba/training/initializers.py``). With None, such ids get the table's default value, and a row with their
             first gradient.
+        read_only: neither create nor train rows, whatever ``train_rows`` says: for models that serve what others train. The
+            attribute may be changed; functions that were traced before, as by ``fit``, keep what it was.
         kwargs: of ``keras.layers.Layer``; ``trainable=False`` freezes rows even with ``train_rows``.
 
     Rows are frozen by default: the layer has no weights. Thread safety: any thread may call it.
@@ -120,9 +124,10 @@ class _TableLayer(_Layer):
         *,
         train_rows: bool = False,
         initializer: Any = None,
+        read_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
+        super().__init__(emb_vec_dtype, train_rows, initializer, read_only, **kwargs)
         self.table = Table(model_name, table_id, emb_vec_size, ps_config_file, global_batch_size)
 
     @property
@@ -148,7 +153,11 @@ class _TableLayer(_Layer):
 
     def trained_tables(self) -> list[GradientAccumulator]:
         """What the optimizers of this package train; builds the server if this process has none."""
-        return [table_rows(self.table, self.initializer)] if self.train_rows else []
+        return [table_rows(self.table, self.initializer)] if self.train_rows and not self.read_only else []
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """The shape of the answer to ids of a shape, for wrappers such as ``TimeDistributed``."""
+        return (*input_shape, self.emb_vec_size)
 
     def get_config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build an equal layer."""
@@ -197,6 +206,12 @@ class SparseLookupLayer(_TableLayer):
             return self._finished(trained_lookup_sparse(self.table, sp_ids, *how))
         return self._finished(embedding_lookup_sparse(self.table, sp_ids, sp_weights, combiner, max_norm, default_id))
 
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """``(N, emb_vec_size)`` for ids of shape ``(N, M)``; a pair of shapes is that of ids and weights."""
+        if isinstance(input_shape[0], (tuple, list, tf.TensorShape)):
+            input_shape = input_shape[0]
+        return (input_shape[0], self.emb_vec_size)
+
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """Of Keras 3, which traces ragged inputs as dense ones: here they are traced as sparse ones, pooled alike."""
         args, kwargs = tf.nest.map_structure(sparse_if_ragged, (args, kwargs))
@@ -210,8 +225,8 @@ class LookupCollection(_Layer):
     Args:
         model_name: a deployed model.
         tables: ``{feature: (table_id, emb_vec_size)}``.
-        emb_vec_dtype, ps_config_file, global_batch_size, train_rows, initializer, kwargs: as for ``LookupLayer``; calls that
-            train look up one table after the other.
+        emb_vec_dtype, ps_config_file, global_batch_size, train_rows, initializer, read_only, kwargs: as for ``LookupLayer``;
+            calls that train look up one table after the other.
 
     Rows are frozen by default. Thread safety: any thread may call it.
     """
@@ -226,9 +241,10 @@ class LookupCollection(_Layer):
         *,
         train_rows: bool = False,
         initializer: Any = None,
+        read_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(emb_vec_dtype, train_rows, initializer, **kwargs)
+        super().__init__(emb_vec_dtype, train_rows, initializer, read_only, **kwargs)
         self.model_name = model_name
         self._tables = {
             feature: Table(model_name, table_id, size, ps_config_file, global_batch_size)
@@ -251,7 +267,13 @@ class LookupCollection(_Layer):
 
     def trained_tables(self) -> list[GradientAccumulator]:
         """As for ``LookupLayer``."""
-        return [table_rows(table, self.initializer) for table in self._tables.values()] if self.train_rows else []
+        if not self.train_rows or self.read_only:
+            return []
+        return [table_rows(table, self.initializer) for table in self._tables.values()]
+
+    def compute_output_shape(self, input_shape: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+        """As for ``LookupLayer``, by feature."""
+        return {feature: (*shape, self._tables[feature].emb_vec_size) for feature, shape in input_shape.items()}
 
     def call(self, ids: Mapping[str, Any], training: bool | None = None) -> dict[str, Any]:
         """``{feature: rows}`` for ``{feature: ids}``, with any of the features.

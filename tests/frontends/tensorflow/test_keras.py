@@ -248,3 +248,30 @@ def test_halves_of_models_that_share_return_or_hide_lookups(rig: Rig) -> None:
         ConfigError, match=r"expected lookup layers that '.*' itself calls, got lookup_layer.* inside another layer"
     ):
         hps.split(model)
+
+
+def test_lookups_inside_wrappers(rig: Rig) -> None:
+    """As an Embedding of Keras: ``TimeDistributed`` asks for shapes before there is a tensor."""
+    given = batch(n=6)[0].reshape(2, 3, 3)
+    for steps in (3, None):
+        layer = hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)
+        ids = keras.Input([steps, 3], dtype="int64")
+        rows = keras.layers.TimeDistributed(layer)(ids)
+        assert tuple(rows.shape) == (None, steps, 3, DIM)
+        np.testing.assert_array_equal(keras.Model(ids, rows)(given), rig.rows[given])
+        np.testing.assert_array_equal(keras.Model(ids, rows).predict(given, verbose=0), rig.rows[given])
+    last = keras.Sequential([keras.Input([3, 3], dtype="int64"), keras.layers.TimeDistributed(layer)])
+    last.add(keras.layers.TimeDistributed(keras.layers.Flatten()))
+    last.add(keras.layers.LSTM(2))
+    assert last(given).shape == (2, 2)
+
+
+def test_shapes_of_answers(rig: Rig) -> None:
+    layer, sparse = (make("m", 0, DIM, ps_config_file=rig.path) for make in (hps.LookupLayer, hps.SparseLookupLayer))
+    collection = hps.LookupCollection("m", {"a": (0, DIM), "b": (1, 3)}, ps_config_file=rig.path)
+    for shape in ((None, 3), tf.TensorShape([None, 3])):
+        assert tuple(layer.compute_output_shape(shape)) == (None, 3, DIM)
+        assert tuple(sparse.compute_output_shape(shape)) == tuple(sparse.compute_output_shape([shape, shape])) == (None, DIM)
+        assert collection.compute_output_shape({"b": shape}) == {"b": (None, 3, 3)}
+    rows = hps.LookupLayer("m", 0, DIM, tf.float16, rig.path)(keras.Input([3], dtype="int64"))
+    assert tf.as_dtype(rows.dtype) == tf.float16 and tuple(rows.shape) == (None, 3, DIM)

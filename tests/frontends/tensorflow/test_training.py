@@ -160,3 +160,63 @@ def test_frozen_layers_have_no_gradients_and_bad_arguments_are_refused(rig: Rig)
         hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path, initializer="zeros")
     with pytest.raises(ConfigError, match="cannot be saved with a model"):
         layer_of(rig, initializer=lambda keys, dim: np.zeros((len(keys), dim))).get_config()
+
+
+KINDS = {
+    "LookupLayer": lambda layer, ids, **how: layer(ids, **how),
+    "SparseLookupLayer": lambda layer, ids, **how: layer(tf.sparse.from_dense(ids), **how),
+    "LookupCollection": lambda layer, ids, **how: layer({"a": ids}, **how)["a"],
+}
+
+
+def trained(rig: Rig, kind: str, **more: Any) -> Any:
+    if kind != "LookupCollection":
+        return layer_of(rig, kind, initializer="normal", **more)
+    tables = {"a": (0, DIM)}
+    return hps.LookupCollection("m", tables, ps_config_file=rig.path, train_rows=True, initializer="normal", **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_creates_no_rows(rig: Rig, kind: str) -> None:
+    layer, call = trained(rig, kind), KINDS[kind]
+    server, ids = SERVERS.open(rig.path), tf.constant([[ROWS + 5, 3]], tf.int64)
+    before = [table.rows for table in server.stats()["m"].values()]
+    for how in ({}, {"training": False}, {"training": None}):
+        call(layer, ids, **how)
+        tf.function(lambda ids, how=how: call(layer, ids, **how))(ids)
+    assert [table.rows for table in server.stats()["m"].values()] == before
+    call(layer, ids, training=True)
+    assert server.contains([ROWS + 5], "m", 0).all()
+
+
+def test_fit_creates_rows_and_neither_predict_nor_evaluate_do(rig: Rig, tmp_path: Path) -> None:
+    layer = layer_of(rig, initializer="normal")
+    model = keras.Sequential([keras.Input([2], dtype="int64"), layer, keras.layers.Flatten(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    server, ids, labels = SERVERS.open(rig.path), np.array([[ROWS + 5, 3]]), np.zeros([1, 1])
+    model.predict(ids, verbose=0)
+    model.evaluate(ids, labels, verbose=0)
+    served = tf.saved_model.load(export(model, tmp_path / "served"))
+    served.serve(tf.constant(ids))
+    assert not server.contains([ROWS + 5], "m", 0).any()
+    model.fit(ids, labels, verbose=0)
+    assert server.contains([ROWS + 5], "m", 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_only_layers_neither_create_nor_train_rows(rig: Rig, kind: str) -> None:
+    layer, call = trained(rig, kind, read_only=True), KINDS[kind]
+    server, ids = SERVERS.open(rig.path), tf.constant([[ROWS + 5, 3]], tf.int64)
+    layer = type(layer).from_config(layer.get_config())
+    with tf.GradientTape() as tape:
+        rows = call(layer, ids, training=True)
+    assert tape.gradient(rows, layer.trainable_variables) == [None]
+    assert not server.contains([ROWS + 5], "m", 0).any() and not layer.trained_tables()
+    with pytest.raises(ConfigError, match=r"expected layers with train_rows=True and not read_only"):
+        hps.SGD(layer)
+    layer.read_only = False
+    assert "read_only" not in layer.get_config() and hps.SGD(layer)
+    with tf.GradientTape() as tape:
+        rows = call(layer, ids, training=True)
+    assert tape.gradient(rows, layer.trainable_variables) != [None]
+    assert server.contains([ROWS + 5], "m", 0).all()
