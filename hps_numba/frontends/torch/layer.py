@@ -50,12 +50,12 @@ class LookupLayer(OneTableLayer):
             that of the clipped row.
         norm_type, scale_grad_by_freq, sparse: as ``torch.nn.Embedding`` has them: only 2.0 and False are supported; gradients
             are those of the rows that were looked up, whatever ``sparse`` says.
-        read_only: neither create nor train rows, whatever ``trainable`` says: for models that serve what others train.
         trainable: train the rows: backward passes accumulate their gradients for the optimizers of this package.
         initializer: creates trained rows that do not exist when they are first looked up in training mode with gradients
-            enabled: ``zeros``,
-            ``normal``, ``uniform`` or a function (``hps_numba/training/initializers.py``). With None, such keys get the
-            table's default value, and a row with their first gradient. An initializer copies keys on a GPU to the host.
+            enabled: ``zeros``, ``normal``, ``uniform`` or a function (``hps_numba/training/initializers.py``). With None, such
+            keys get the table's default value, and a row with their first gradient. An initializer copies keys on a GPU to the
+            host.
+        read_only: neither create nor train rows, whatever ``trainable`` says: for models that serve what others train.
 
     Call it with keys of any shape ``S``, strides and integer type (int64, int32, uint32, uint64), on the CPU or on a GPU of
     the model's ``deployed_device_list``; the answer is ``S + [emb_vec_size]`` on the same device, in the order of its current
@@ -111,7 +111,7 @@ class LookupLayer(OneTableLayer):
         else:
             rows = rows_of(keys, self.request, self.emb_vec_size)
         if self.max_norm is not None:
-            rows = rows * (self.max_norm / rows.norm(dim=-1, keepdim=True).clamp_min(self.max_norm))
+            rows = rows * (self.max_norm / rows.norm(2.0, dim=-1, keepdim=True).clamp_min(self.max_norm))
         return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
 
     def _trained(self, keys: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,10 @@ and returns the 0 that is the gradient of ``switch``, so that none is dropped as
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
+from operator import index as operator_index
 from typing import Any
 
 import torch
@@ -340,6 +342,8 @@ class OneTableLayer(TrainableLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a layer that was pickled before it had all its attributes."""
         super().__setstate__(state)
+        for name in ("padding_idx", "max_norm"):
+            self.__dict__.setdefault(name, None)
         query = Query.from_json(self.request)
         self.ps_config_file = query.config
         self.model_name, self.table_id = query.tables[0].model, query.tables[0].table

@@ -527,8 +527,36 @@ def test_options_of_an_embedding(served: Rig, device: str, max_norm: float | Non
         ("scale_grad_by_freq", True, "scale_grad_by_freq: expected False.*, got True"),
         ("max_norm", -1, "max_norm: expected None or a number from 0 on, got -1"),
         ("max_norm", float("nan"), "max_norm: expected None or a number from 0 on, got nan"),
+        ("max_norm", "x", "max_norm: expected None or a number from 0 on, got 'x'"),
+        ("padding_idx", "x", "padding_idx: expected None or an integer of 64 bits, got 'x'"),
+        ("padding_idx", 1.5, r"padding_idx: expected None or an integer of 64 bits, got 1\.5"),
+        ("padding_idx", 1 << 64, "padding_idx: expected None or an integer of 64 bits, got 18446744073709551616"),
     ],
 )
 def test_options_without_effect_are_refused(served: Rig, device: str, kind: str, option: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         getattr(hps, kind)(served.path, "m", 0, DIM, **{option: value})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["LookupLayer", "HPSEmbeddingBag"])
+def test_options_in_a_script(served: Rig, device: str, kind: str) -> None:
+    layer = getattr(hps, kind)(served.path, "m", 0, DIM, max_norm=np.float32(0.5), padding_idx=np.int64(3))
+    keys = torch.tensor([[1, 3], [5, 3]], device=device)
+    torch.testing.assert_close(torch.jit.script(layer)(keys), layer(keys), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["LookupLayer", "HPSEmbeddingBag", "LookupCollection"])
+def test_layers_pickled_by_an_earlier_version(served: Rig, device: str, kind: str) -> None:
+    """Version 0.1 kept neither ``read_only`` nor, but for bags, the options of Torch's embeddings."""
+    what = {"a": (0, DIM)} if kind == "LookupCollection" else 0
+    layer = getattr(hps, kind)(served.path, "m", *([what] if kind == "LookupCollection" else [what, DIM]), trainable=True)
+    state = layer.__getstate__() if hasattr(layer, "__getstate__") else dict(vars(layer))
+    for name in ("read_only", *(["padding_idx", "max_norm"] if kind == "LookupLayer" else [])):
+        del state[name]
+    old = type(layer).__new__(type(layer))
+    old.__setstate__(state)
+    keys = torch.tensor([[1, 3], [5, 3]], device=device)
+    rows, expected = (one({"a": keys})["a"] if kind == "LookupCollection" else one(keys) for one in (old, layer))
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    assert rows.requires_grad and not old.read_only
