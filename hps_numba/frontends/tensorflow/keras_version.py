@@ -78,7 +78,8 @@ else:
             self._allow_non_tensor_positional_args = True  # of Keras: as Keras 2, which HugeCTR's order of arguments is for
 
         def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-            try:  # not by Keras's Layer, which would take shapes from compute_output_shape, and neither check ids nor find dtypes
+            # not by Keras's Layer: that would take shapes from compute_output_shape, and neither check ids nor find dtypes
+            try:
                 return keras.tree.map_structure(_marked, super(_Base, self).compute_output_spec(*args, **kwargs))
             except TypeError as problem:
                 if any(getattr(one, "dtype", "") == "float32" for one in keras.tree.flatten(args)[:1]):

@@ -41,9 +41,12 @@ class _Job:
         self._done.acquire()
         self._result: Any = None
         self._problem: BaseException | None = None
+        self._has_begun = False
+        self.abandoned = False  # the caller was interrupted before it knew of a thread
 
     def run(self) -> None:
         """Call it; by the thread."""
+        self._has_begun = True
         try:
             self._result = self._work()
         except BaseException as problem:
@@ -69,9 +72,10 @@ class _Job:
             self._problem = None  # its traceback refers to this frame
 
     def finish(self) -> None:
-        """Wait until it has ended."""
-        with self._done:
-            pass
+        """Wait until it has ended, if it ever began."""
+        if self._has_begun or not self.abandoned:
+            with self._done:
+                pass
 
 
 _running: set[_Job] = set()
@@ -89,12 +93,15 @@ def run_safely(work: Callable[[], Any]) -> Any:
     ):
         return work()
     job = _Job(work)
-    _running.add(job)
     try:
+        _running.add(job)
         _thread.start_new_thread(job.run, ())
     except RuntimeError:  # a limit of the system, or the interpreter is shutting down
         _running.discard(job)
         return work()
+    except BaseException:
+        job.abandoned = True
+        raise
     return job.wait()
 
 
@@ -106,32 +113,47 @@ def safe_dispatcher(dispatcher: Any) -> Any:
 
 
 class _Fork:
-    """Holds numba's lock during a fork."""
+    """Holds numba's lock during a fork.
+
+    Signal handlers may raise in these calls too, where Python would print that and go on: it is kept, the lock is taken and
+    released all the same, and the main thread is interrupted after the fork.
+    """
 
     def __init__(self) -> None:
-        self._interrupted = False
+        self._took = self._interrupted = False
 
     def before(self) -> None:
         """Wait until no thread compiles."""
-        while True:
+        took = not compile_lock.is_locked()
+        while not compile_lock.is_locked():  # asked again: an interrupt may come when the lock has been taken
             try:
                 compile_lock.acquire()
-                return
-            except KeyboardInterrupt:  # raised in here it would be printed and forgotten
+            except BaseException:
                 self._interrupted = True
+        self._took = took  # several threads may fork: this is of the one that has the lock
 
     def in_parent(self) -> None:
         """Let others compile, and be interrupted now."""
-        compile_lock.release()
+        took, self._took = self._took, False
+        while took and compile_lock.is_locked():
+            try:
+                compile_lock.release()
+            except BaseException:
+                self._interrupted = True
         if self._interrupted:
             self._interrupted = False
-            signal.raise_signal(signal.SIGINT)
+            # by another thread, as what is raised in here is printed and forgotten; a signal, as it has to end waits
+            _thread.start_new_thread(signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
 
     def in_child(self) -> None:
         """There are no other threads."""
+        took, self._took = self._took, False
         _running.clear()
         self._interrupted = False
-        compile_lock.release()
+        if not compile_lock.is_locked():  # an interrupt kept ``before`` from it, and another thread may have had it
+            compile_lock.__init__()
+        elif took:
+            compile_lock.release()
 
 
 @atexit.register
