@@ -132,7 +132,7 @@ class _Promises:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may write to another table
         self._last: weakref.WeakKeyDictionary[HostRegion, tuple[int, int]] = weakref.WeakKeyDictionary()
 
     def make(self, region: HostRegion, start: int, end: int) -> None:
@@ -143,7 +143,11 @@ class _Promises:
         """
         more, free = end - start, available_bytes()
         with self._lock:
-            others = [(other, span) for other, span in self._last.items() if other is not region]
+            others = [
+                (other, self._last.get(other, (0, 0)))
+                for reference in self._last.keyrefs()  # a list: a handler or a release may change the dictionary meanwhile
+                if (other := reference()) is not None and other is not region
+            ]
             if more > free - sum(stop - begin for _, (begin, stop) in others):
                 promised = sum(_unwritten_bytes(other, *span) for other, span in others)
                 if more > free - promised:

@@ -71,7 +71,7 @@ def _group_limits() -> Iterator[tuple[int, int]]:
 def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """The folders of this process's control groups, from its own up to the root, each with its file names."""
     try:
-        lines = (_PROCESS / "cgroup").read_text().splitlines()
+        lines = os.fsdecode((_PROCESS / "cgroup").read_bytes()).splitlines()  # names of groups are any bytes
     except OSError:  # not Linux
         lines = []
     own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2)}
@@ -95,6 +95,6 @@ def _page_cache(folder: Path, name: str) -> int:
     """Bytes of files in memory that a group gives back when it needs them."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
+        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    except (OSError, ValueError, IndexError):  # absent, or nothing that Linux writes
         return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))

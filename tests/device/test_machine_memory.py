@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +81,18 @@ def test_version_1_groups_are_read(groups):
 def test_a_container_that_sees_its_group_as_the_root(groups):
     groups("0::/../../outside\n", **{".": {"memory.max": str(64 * MIB), "memory.current": str(MIB)}})
     assert total_bytes() == 64 * MIB and available_bytes() == 63 * MIB
+
+
+@pytest.mark.parametrize("stat", ["inactive_file\n", "inactive_file x\n", "inactive_file \n", "\0\n"])
+def test_files_of_groups_that_nothing_can_be_read_from(groups, stat):
+    groups("0::/a\n", a={"memory.max": str(64 * MIB), "memory.current": str(60 * MIB), "memory.stat": stat})
+    assert available_bytes() == 4 * MIB
+
+
+def test_names_of_groups_are_any_bytes(groups, tmp_path):
+    groups("", **{os.fsdecode(b"a\xff:b"): {"memory.max": str(64 * MIB), "memory.current": "0"}})
+    (tmp_path / "proc" / "cgroup").write_bytes(b"no colon\n0::/a\xff:b\n")
+    assert total_bytes() == 64 * MIB
 
 
 def test_without_control_groups_the_machine_counts(tmp_path, monkeypatch):
@@ -162,3 +177,44 @@ def test_a_commit_that_failed_promises_nothing(monkeypatch):
             first.commit(64 * MIB)
     second.commit(64 * MIB)
     assert first.committed == 0 and second.committed == 64 * MIB
+
+
+def test_a_signal_handler_may_commit_inside_a_commit(monkeypatch):
+    """The handler of a signal, or ``__del__``, may write to another table in the midst of a commit."""
+    allocator = PlainHostAllocator()
+    first, second, third = (allocator.reserve(GIB, name) for name in ("first", "second", "third"))
+    first.commit(8 * MIB)
+    second.commit(8 * MIB)
+    unwritten = host_memory._unwritten_bytes
+
+    def nested(region, start, end):
+        monkeypatch.setattr(host_memory, "_unwritten_bytes", unwritten)
+        allocator.reserve(GIB, "fourth").commit(8 * MIB)
+        return unwritten(region, start, end)
+
+    monkeypatch.setattr(host_memory, "_unwritten_bytes", nested)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 60 * MIB)
+    thread = threading.Thread(target=third.commit, args=(48 * MIB,), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@linux
+def test_many_tables_that_load_at_a_time_are_not_refused(monkeypatch):
+    """30 tables in 8 threads, which take nearly all that is free."""
+    allocator, tables, size = PlainHostAllocator(), 30, 8 * MIB
+    regions = [allocator.reserve(GIB, f"table {i}") for i in range(tables)]
+    written = np.zeros(tables, np.int64)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: (tables + 1) * size - int(written.sum()))
+
+    def load(number):
+        for part in range(2):
+            end = (part + 1) * size // 2
+            regions[number].commit(end)
+            regions[number].view(np.uint8, (end,))[end - size // 2 :] = 1
+            written[number] = end
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load, range(tables)))
+    assert allocator.in_use == tables * size

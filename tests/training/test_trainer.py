@@ -11,7 +11,7 @@ from support.factories import KEEPING, Workshop
 from support.oracles import rows_of
 from support.waiting import join_all
 
-from hps_numba import ArrayError, ClosedError, ConfigError, TierError
+from hps_numba import ArrayError, ClosedError, ConfigError, ReentryError, TierError
 from hps_numba.training.initializers import Normal, Uniform, Zeros, initial_rows
 from hps_numba.training.trainer import Adagrad, Adam, RowTrainer, Rule, Sgd, create_rows
 
@@ -149,6 +149,18 @@ def test_states_of_erased_rows_are_dropped(workshop: Workshop) -> None:
         trainer.step(keys, np.ones((2_000, 2), np.float32))
         server.erase(keys[2:], "m", 0)
     assert len(trainer.state_keys()) < 7_000
+
+
+def test_a_step_inside_a_locked_table_or_between_paused_steps_ends(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(4), DIM)))
+    trainer = RowTrainer(server, "m", 0, Adagrad(0.1))
+    ones = np.ones((1, DIM), np.float32)
+    with trainer.paused(), pytest.raises(ReentryError):
+        trainer.step(np.array([1]), ones)
+    with server.locked_table("m", 0):
+        trainer.step(np.array([1]), ones)
+    trainer.step(np.array([1]), ones)
+    assert trainer.steps == 2 and trainer.read_states(np.array([1]))[0, 0] == 2
 
 
 # -- rows for new keys ---------------------------------------------------------------------

@@ -112,6 +112,13 @@ def safe_dispatcher(dispatcher: Any) -> Any:
     return dispatcher
 
 
+def _interrupt_main() -> None:
+    """By a signal, which ends waits."""
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+
+
 class _Fork:
     """Holds numba's lock during a fork.
 
@@ -142,8 +149,7 @@ class _Fork:
                 self._interrupted = True
         if self._interrupted:
             self._interrupted = False
-            # by another thread, as what is raised in here is printed and forgotten; a signal, as it has to end waits
-            _thread.start_new_thread(signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+            _thread.start_new_thread(_interrupt_main, ())  # what is raised in here is printed and forgotten
 
     def in_child(self) -> None:
         """There are no other threads."""
