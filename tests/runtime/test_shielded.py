@@ -33,6 +33,27 @@ def test_the_main_thread_gets_results_and_errors_of_another_thread() -> None:
         run(lambda ask: ask(lambda: {}["asked"]))
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_of_the_start_is_raised_when_the_work_is_done_once(monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    start, calls, done = module._workers.start, [0], [0]
+
+    def interrupted(job: Any) -> None:
+        calls[0] += 1
+        if after or calls[0] > 1:
+            start(job)
+        if calls[0] == 1:
+            raise KeyboardInterrupt
+
+    def work(ask: Ask) -> None:
+        ask(lambda: None)
+        done[0] += 1
+
+    monkeypatch.setattr(module._workers, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(work)
+    assert done == [1] and calls == [2]
+
+
 def test_other_threads_work_for_themselves() -> None:
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(run(lambda ask: (threading.get_ident(), ask(lambda: 5)))))
