@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support.processes import environment
-from support.waiting import HANG_SECONDS
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.device import host_memory, machine_memory
 from hps_numba.device.host_memory import PlainHostAllocator
@@ -198,8 +198,8 @@ def test_a_signal_handler_may_commit_inside_a_commit(monkeypatch):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 60 * MIB)
     thread = threading.Thread(target=third.commit, args=(48 * MIB,), daemon=True)
     thread.start()
-    thread.join(60)
-    assert not thread.is_alive() and third.committed == 48 * MIB
+    join_all(thread)
+    assert third.committed == 48 * MIB
 
 
 @linux

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import environment
-from support.waiting import HANG_SECONDS
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.kernels.compiler import safely
 
@@ -135,16 +135,16 @@ def hold():
         while "before" not in [frame.name for frame in traceback.extract_stack(sys._current_frames()[main])]:
             time.sleep(0.001)
         signal.pthread_kill(main, signal.SIGINT)
-        assert seen.wait(200)
+        assert seen.wait(HANG_SECONDS)
 
 import traceback
 signal.signal(signal.SIGINT, stop)
 threading.Thread(target=hold).start()
-assert holds.wait(200)
+assert holds.wait(HANG_SECONDS)
 children = []
 try:
     children.append(os.fork() or os._exit(0 if right(store()) else 1))
-    print("the fork was not interrupted", threading.Event().wait(200))
+    print("the fork was not interrupted", threading.Event().wait(HANG_SECONDS))
 except KeyboardInterrupt:
     print("interrupted")
 print(os.waitstatus_to_exitcode(os.wait()[1]), compile_lock.is_locked(), right(store()))
@@ -214,7 +214,7 @@ def test_a_fork_takes_and_releases_the_lock_once(monkeypatch: pytest.MonkeyPatch
     assert lock.is_locked()
     if side == "in_parent":
         fork.in_parent()
-        assert ours or interrupts.wait(60)
+        assert ours or interrupts.wait(HANG_SECONDS)
     else:
         lock._interrupted.add("release")  # no timer runs in a child
         fork.in_child()
@@ -235,12 +235,12 @@ def test_threads_that_fork_at_a_time_release_what_each_took(monkeypatch: pytest.
     thread = threading.Thread(target=other)
     with lock:  # this thread compiles
         thread.start()
-        assert waits.wait(60)
+        assert waits.wait(HANG_SECONDS)
         fork.before()
         fork.in_parent()
         assert lock.is_locked()
-    thread.join(60)
-    assert not thread.is_alive() and lock._lock.acquire(blocking=False)
+    join_all(thread)
+    assert lock._lock.acquire(blocking=False)
 
 
 def test_a_child_that_lacks_the_lock_gets_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +267,7 @@ def test_a_call_that_no_thread_began_is_not_waited_for(monkeypatch: pytest.Monke
     monkeypatch.undo()
     monkeypatch.setattr(safely, "_running", running)
     ending.start()
-    ending.join(60)
-    assert not ending.is_alive()
+    join_all(ending)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
