@@ -46,7 +46,7 @@ def split(model: Any) -> tuple[Any, Any]:
     given = {id(tensor) for tensor in (*cuts, *passed)}
     # an output that is also an input needs a layer between
     outputs = [keras.layers.Activation("linear")(one) if id(one) in given else one for one in model.outputs]
-    lookup = keras.Model(model.inputs, [*cuts, *passed], name=f"{model.name}_lookup")
+    lookup = keras.Model(model.input, [*cuts, *passed], name=f"{model.name}_lookup")
     dense = keras.Model([*cuts, *passed], outputs, name=f"{model.name}_dense")
     if IS_KERAS_2:
         inputs = [*(_named_input(number, cut) for number, cut in enumerate(cuts)), *passed]

@@ -9,10 +9,8 @@ and returns the 0 that is the gradient of ``switch``, so that none is dropped as
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterator, Mapping
-from operator import index as operator_index
 from typing import Any
 
 import torch

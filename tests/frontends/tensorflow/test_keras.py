@@ -275,3 +275,14 @@ def test_shapes_of_answers(rig: Rig) -> None:
         assert collection.compute_output_shape({"b": shape}) == {"b": (None, 3, 3)}
     rows = hps.LookupLayer("m", 0, DIM, tf.float16, rig.path)(keras.Input([3], dtype="int64"))
     assert tf.as_dtype(rows.dtype) == tf.float16 and tuple(rows.shape) == (None, 3, DIM)
+
+
+def test_the_first_half_takes_inputs_as_the_model_does(rig: Rig) -> None:
+    """One tensor, a list of one, or a mapping."""
+    ids = batch()[0]
+    for wrap in (lambda one: one, lambda one: [one], lambda one: {"ids": one}):
+        given = keras.Input([3], dtype="int64", name="ids")
+        rows = hps.LookupLayer("m", 0, DIM, ps_config_file=rig.path)(given)
+        model = keras.Model(wrap(given), keras.layers.Flatten()(rows))
+        lookup, dense = hps.split(model)
+        np.testing.assert_array_equal(dense(lookup(wrap(ids))), model(wrap(ids)))
