@@ -147,6 +147,7 @@ def test_a_plan_counts_the_addresses_that_are_left(monkeypatch):
 
 @linux
 def test_tables_that_grow_together_are_not_promised_the_same_memory(monkeypatch):
+    monkeypatch.setattr(host_memory, "_promises", host_memory._Promises())  # without the tables of other tests
     free = 100 * MIB
     monkeypatch.setattr(host_memory, "available_bytes", lambda: free)
     allocator = PlainHostAllocator()
@@ -164,6 +165,7 @@ def test_tables_that_grow_together_are_not_promised_the_same_memory(monkeypatch)
 
 
 def test_a_commit_that_failed_promises_nothing(monkeypatch):
+    monkeypatch.setattr(host_memory, "_promises", host_memory._Promises())  # without the tables of other tests
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 100 * MIB)
     allocator = PlainHostAllocator()
     first, second = (allocator.reserve(GIB, name) for name in ("first", "second"))

@@ -331,9 +331,12 @@ class OneTableLayer(TrainableLayer):
             raise ConfigError(f"norm_type: expected 2.0, by which rows are clipped, got {norm_type}")
         if as_flag(scale_grad_by_freq, "scale_grad_by_freq"):
             raise ConfigError("scale_grad_by_freq: expected False, as gradients of equal keys are added, got True")
-        padding = None if padding_idx is None else as_padding(padding_idx)
+        try:
+            padding = None if padding_idx is None else as_padding(padding_idx)
+        except ConfigError:
+            padding = 1 << 64
         if padding is not None and not -(1 << 63) <= padding < 1 << 63:
-            raise ConfigError(f"padding_idx: expected a key that fits int64, or None, got {padding}")
+            raise ConfigError(f"padding_idx: expected None or an integer of 64 bits, got {padding_idx!r}")
         self.padding_idx = padding
         self.max_norm = max_norm
 
