@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hps_numba.config.arguments import as_flag, as_max_norm, as_number, as_padding
+from hps_numba.config.arguments import as_flag, as_max_norm, as_number, as_padding, show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import Query, TableQuery, tables_of
 from hps_numba.frontends.torch import operator, pooling
@@ -336,7 +336,7 @@ class OneTableLayer(TrainableLayer):
         except ConfigError:
             padding = 1 << 64
         if padding is not None and not -(1 << 63) <= padding < 1 << 63:
-            raise ConfigError(f"padding_idx: expected None or an integer of 64 bits, got {padding_idx!r}")
+            raise ConfigError(f"padding_idx: expected None or an integer of 64 bits, got {show(padding_idx)}")
         self.padding_idx = padding
         self.max_norm = max_norm
 
