@@ -47,6 +47,11 @@ class BackgroundJobs:
         """Jobs that wait or are at work."""
         return len(self._unfinished)
 
+    @property
+    def works_here(self) -> bool:
+        """Whether this thread is one of these, for which ``close`` waits."""
+        return threading.current_thread() in self._threads
+
     def submit(self, job: Callable[[], None]) -> bool:
         """Run ``job`` later and return True; False if it is dropped: too many wait, or no thread can be started."""
         if self._closed or len(self._unfinished) >= self.LIMIT:

@@ -17,7 +17,7 @@ from hps_numba.errors import ReentryError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.threads import is_pool_thread
 
-__all__ = ["ExclusiveLock", "refuse_inside"]
+__all__ = ["ExclusiveLock", "reentry_error", "refuse_inside"]
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -51,7 +51,7 @@ class ExclusiveLock:
         """
         with self.mutex:  # taken before the test: a handler that runs in between does its whole work first
             if self._inside:
-                raise _refusal(self._place, "a change")
+                raise reentry_error(self._place, "a change")
             try:
                 self._inside = True
                 yield
@@ -92,18 +92,19 @@ def refuse_inside(place: str, parts: Iterable[object]) -> None:
         ReentryError: this thread is inside such a method.
     """
     if is_pool_thread():  # a garbage collection may run anywhere
-        raise _refusal(place, "a lookup or a step of another thread, which waits for this one, or")
+        raise reentry_error(place, "a lookup or a step of another thread, which waits for this one, or")
     numbers = {id(part) for part in parts if part is not None}
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         ours = code.co_varnames[:1] == ("self",) and code.co_filename.startswith(_PACKAGE)
         if ours and id(frame.f_locals.get("self")) in numbers:
-            raise _refusal(place, code.co_qualname)
+            raise reentry_error(place, code.co_qualname)
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _refusal(place: str, what: str) -> ReentryError:
+def reentry_error(place: str, what: str) -> ReentryError:
+    """What to raise for a call from inside ``what``."""
     return ReentryError(
         f"{place}: expected a call from outside, got one from inside {what} of the same thread (from a signal handler, "
         "__del__ or a callback): call again when that has ended"

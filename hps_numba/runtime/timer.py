@@ -73,6 +73,11 @@ class Timer:
         """Cancel a call."""
         self._due.pop(name, None)
 
+    @property
+    def works_here(self) -> bool:
+        """Whether this thread makes the calls; ``close`` of another one waits for it."""
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
         """Wait for the running call; there will be no other."""
         self._closed = True

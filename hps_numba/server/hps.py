@@ -455,7 +455,7 @@ class HPS:
         """
         if not self._catalog.closed:
             refuse_inside("the server", (self._lookups, self._writes))
-            self._loader.check_outside(*self._catalog.models.values())
+            self._loader.check_outside()
         self._loader.close(self._recordings.close)
 
     def __enter__(self) -> HPS:

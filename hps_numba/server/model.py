@@ -299,6 +299,11 @@ class ServedModel:
 
     # -- ending ---------------------------------------------------------------------
 
+    @property
+    def works_here(self) -> bool:
+        """Whether this thread fetches rows for the model in the background; ``release`` waits for it."""
+        return self._jobs.works_here
+
     def release(self) -> None:
         """Wait for background jobs and free the memory of the caches; host memory and tiers stay."""
         with ExitStack() as closing:

@@ -14,7 +14,8 @@ from hps_numba.device import driver
 from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator, PlainHostAllocator
 from hps_numba.errors import ConfigError, DeviceError, TierUnavailable
 from hps_numba.runtime.progress import rows_progress
-from hps_numba.runtime.reentry import refuse_inside
+from hps_numba.runtime.reentry import reentry_error, refuse_inside
+from hps_numba.runtime.shielded import refuse_inside_work
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
@@ -136,6 +137,7 @@ class ModelLoader:
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """As ``HPS.load_model``."""
+        self.check_outside()
         self.jobs.run(lambda check: self._load(model, check))
 
     def _load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig, check: Check) -> None:
@@ -151,7 +153,7 @@ class ModelLoader:
 
     def replace(self, model_name: str, files: Sequence[str | Path] | None) -> None:
         """As ``HPS.replace_model``."""
-        self.check_outside(self._catalog.model(model_name))
+        self.check_outside(unlocked=self._catalog.model(model_name))
         self.jobs.run(lambda check: self._replace(model_name, files, check))
 
     def _replace(self, model_name: str, files: Sequence[str | Path] | None, check: Check) -> None:
@@ -164,7 +166,8 @@ class ModelLoader:
 
     def unload(self, model_name: str, *, erase: bool) -> None:
         """As ``HPS.unload_model``."""
-        self.check_outside(self._catalog.model(model_name))
+        self._catalog.model(model_name)
+        self.check_outside()
         self.jobs.run(lambda _: self._unload(model_name, erase=erase))
 
     def _unload(self, model_name: str, *, erase: bool) -> None:
@@ -175,7 +178,8 @@ class ModelLoader:
 
     def set_policy(self, policy: Any, model_name: str, table_id: int | str | None) -> None:
         """As ``HPS.set_policy``."""
-        self.check_outside(self._catalog.model(model_name))
+        self._catalog.model(model_name)
+        self.check_outside()
         self.jobs.run(lambda _: self._catalog.model(model_name).set_policy(policy, table_id, allow_code=self._allow_code))
 
     def fastest_tier(self, table: ServedTable) -> Tier:
@@ -190,14 +194,25 @@ class ModelLoader:
             raise TierUnavailable("no volatile_db and no persistent_db: there is no table to dump or load")
         return tier
 
-    def check_outside(self, *models: ServedModel) -> None:
-        """
+    def check_outside(self, *, unlocked: ServedModel | None = None) -> None:
+        """Refuse what waits for the end of a change of models, or of the lookups and writes that such a change waits for.
+
+        Args:
+            unlocked: this thread must not be in a ``locked_table`` block of the model, for which another thread would wait.
+
         Raises:
-            ReentryError: this thread is inside a lookup or a change of one of the models, which would wait for itself.
+            ReentryError: this thread is inside a lookup or a write, or is one that a closing server waits for.
         """
-        for model in models:
-            for table in model.tables:
-                refuse_inside(table.spec.tag, (table, table.writes, table.slow_path))
+        for model in self._catalog.models.values():
+            place = f"model {model.name}"
+            refuse_inside(place, [part for table in model.tables for part in (table, table.writes, table.slow_path)])
+            refuse_inside_work(place, [model, *(table.writes for table in model.tables)])
+            if model is unlocked and any(table.writes.held_here for table in model.tables):
+                raise reentry_error(place, "locked_table")
+            if model.works_here:
+                raise reentry_error(place, "its work in the background")
+        if self.timer.works_here:
+            raise reentry_error("the server", "a refresh by its timer")
 
     def close(self, first: Callable[[], object]) -> None:
         """Call ``first``, let the lookups at work end, then free all models and tiers; again does nothing.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
 
 from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.device import driver, streams
-from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.table import ServedTable
 from hps_numba.traces.recording import TraceRecording
 
@@ -27,23 +25,23 @@ class Recordings:
 
     def __init__(self) -> None:
         self.active: tuple[tuple[ServedTable, TraceRecording], ...] = ()
-        self.reset_after_fork()
-        register_fork_reset(self)
+        self._tables: dict[TraceRecording, ServedTable] = {}  # in the order in which they began
 
-    def reset_after_fork(self) -> None:
-        """A new lock, as a forked child needs it."""
-        self._lock = threading.Lock()
+    def _publish(self) -> None:
+        """Set ``active``; no lock, as a signal handler may start or end a recording here too: whoever sets it looks again."""
+        while self.active != (now := tuple((table, recording) for recording, table in tuple(self._tables.items()))):
+            self.active = now
 
     def start(self, path: str | Path, table: ServedTable, *, name: str, rate: float, every: int, limit: int) -> TraceRecording:
         """As ``HPS.record_trace``; ``name`` is what the trace says of the table."""
         recording = TraceRecording(path, table=name, rate=rate, every=every, limit=limit, on_done=self._stop)
-        with self._lock:
-            self.active = (*self.active, (table, recording))
+        self._tables[recording] = table
+        self._publish()
         return recording
 
     def _stop(self, done: TraceRecording) -> None:
-        with self._lock:
-            self.active = tuple(entry for entry in self.active if entry[1] is not done)
+        self._tables.pop(done, None)
+        self._publish()
 
     def record(self, table: ServedTable, keys: np.ndarray) -> None:
         """Keys int64 ``[n]`` were looked up in a table."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.errors import ModelFileError
-from hps_numba.runtime.shielded import Ask, shielded
+from hps_numba.runtime.shielded import Ask, refuse_inside_work, shielded
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_writes import Change
@@ -93,7 +93,12 @@ class Writes:
     def refresh(self, model_name: str, table_id: int | str | None, *, drop: bool) -> None:
         """As ``HPS.refresh``."""
         model = self._catalog.model(model_name)
-        shielded(lambda ask: model.refresh(table_id, drop=drop), owner=model, place=f"model {model_name}")
+        place, every = f"model {model_name}", [table.writes for table in model.tables]
+        if any(writes.held_here for writes in every):
+            model.refresh(table_id, drop=drop)
+            return
+        refuse_inside_work(place, every)
+        shielded(lambda ask: model.refresh(table_id, drop=drop), owner=model, place=place)
 
     def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
         """As ``HPS.contains``."""

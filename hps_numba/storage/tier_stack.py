@@ -7,9 +7,8 @@ way, and each tier is asked only for keys that the ones before it lack.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hps_numba.config import ServerConfig, VolatileDatabaseConfig, checked_optio
 from hps_numba.config.messages import dotted
 from hps_numba.device.host_memory import HostAllocator
 from hps_numba.errors import ClosedError, ConfigError, HpsError, TierError, TierUnavailable
+from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
 from hps_numba.storage.tiers._tier import Tier
@@ -103,21 +103,7 @@ class TierStack:
 
     def reset_after_fork(self) -> None:
         """Forget the reads of threads that a forked child does not have."""
-        self._reads = 0
-        self._reads_changed = threading.Condition(threading.RLock())  # a signal handler may look up too
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        changed = self._reads_changed
-        with changed:
-            self._check_open()
-            self._reads += 1
-        try:
-            yield
-        finally:
-            with changed:
-                self._reads -= 1
-                changed.notify_all()
+        self._reads = Blocks()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -145,7 +131,8 @@ class TierStack:
             TierError: a tier returned something that is not an answer, or raised something else than a TierError.
             ClosedError: after ``close``.
         """
-        with self._reading():
+        with self._reads.block():
+            self._check_open()
             return self._fetch(table, keys, rows, deadline)
 
     def _fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None) -> StackAnswer:
@@ -174,7 +161,8 @@ class TierStack:
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which keys some tier has."""
         found = np.zeros(len(keys), bool)
-        with self._reading():
+        with self._reads.block():
+            self._check_open()
             for tier in self.checked:
                 found |= tier.contains(table, keys)
         return found
@@ -217,10 +205,9 @@ class TierStack:
 
     def close(self) -> None:
         """Refuse later calls, wait for active reads, then close every tier, also those after one that fails to close."""
-        with self._reads_changed:
-            self._closed = True
-            if not self._reads_changed.wait_for(lambda: self._reads == 0, self.GRACE_SECONDS):
-                log.warning("slower tiers: closed during %d reads that took over %g s", self._reads, self.GRACE_SECONDS)
+        self._closed = True  # a read is counted before it looks at this
+        if not self._reads.wait(self.GRACE_SECONDS):
+            log.warning("slower tiers: closed during %d reads that took over %g s", len(self._reads), self.GRACE_SECONDS)
         with ExitStack() as closing:
             for tier in reversed(self.checked):
                 closing.callback(tier.close)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
 from hps_numba.kernels.host.epoch import epoch_advance, epoch_enter, epoch_leave
+from hps_numba.runtime.blocks import frame_of_block, running_frames
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["Epochs", "Guard"]
+__all__ = ["Epochs", "Guard", "Reading"]
 
 _WORDS = 8  # a record has a cache line of its own
 _BLOCK = 64
+_LATE_EPOCHS = 64  # so many epochs behind, a reader may be one that an interrupt kept from leaving
+_FIRST_PAUSE, _LAST_PAUSE = 1e-5, 1e-3
 
 
 class Guard(Protocol):
@@ -46,6 +48,8 @@ class Epochs:
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
         self._guards: tuple[Guard, ...] = ()
+        self._readings: dict[Reading, tuple[int, int]] = {}  # the record of each block, and the frame that is in it
+        self._next_look = _LATE_EPOCHS
         register_fork_reset(self)
 
     def acquire(self) -> int:
@@ -63,16 +67,32 @@ class Epochs:
         """Return a record, after its reader has finished."""
         self._idle.append(record)
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Hold an epoch over several kernels."""
+    def reading(self) -> Reading:
+        """A block that holds an epoch over several kernels."""
+        return Reading(self)
+
+    def begin(self, reading: Reading, frame: int) -> None:
+        """Enter the epoch for a block of this frame (``runtime.blocks``)."""
         record = self.acquire()
-        try:
-            epoch_enter(self.address, record)
-            yield
-        finally:
-            epoch_leave(record)
-            self.release(record)
+        self._readings[reading] = record, frame
+        epoch_enter(self.address, record)
+
+    def end(self, reading: Reading) -> None:
+        """Leave the epoch of a block; again does nothing."""
+        entry = self._readings.get(reading)
+        if entry is not None:
+            epoch_leave(entry[0])  # first: if an interrupt comes next, only the entry is left
+            if self._readings.pop(reading, None) is not None:
+                self.release(entry[0])
+
+    def _end_lost(self) -> None:
+        """End the blocks that an interrupt kept from being left."""
+        readings = list(self._readings.items())  # before the frames: a block that begins now is not looked at
+        running = running_frames()
+        for reading, (record, frame) in readings:
+            if frame not in running and self._readings.pop(reading, None) is not None:
+                epoch_leave(record)
+                self.release(record)
 
     def add_guard(self, guard: Guard) -> None:
         """Let ``oldest`` count the readers of ``guard`` too."""
@@ -89,6 +109,9 @@ class Epochs:
     def oldest(self) -> int:
         """The oldest epoch with a reader in it, else the current one: what has a lower tag may be reused."""
         now = int(self._now[0])
+        if now >= self._next_look and self._readings:
+            self._next_look = now + _LATE_EPOCHS
+            self._end_lost()
         active = [int(e) for block in list(self._blocks) for e in block[:, 0] if e]
         active += [guard.oldest(now) for guard in self._guards]
         return min(active, default=now)
@@ -96,12 +119,14 @@ class Epochs:
     def wait(self, tag: int, seconds: float) -> bool:
         """Wait until no reader is in epoch ``tag`` or an older one; False if some still are after ``seconds``."""
         end = time.monotonic() + seconds
-        pause = 1e-5
+        pause = _FIRST_PAUSE
         while self.oldest() <= tag:
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
+            pause = min(2 * pause, _LAST_PAUSE)
+            if pause == _LAST_PAUSE:
+                self._end_lost()
         return True
 
     def reset_after_fork(self) -> None:
@@ -109,3 +134,18 @@ class Epochs:
         for block in self._blocks:
             block[:] = 0
         self._guards = ()  # devices are the parent's
+
+
+class Reading:
+    """What ``Epochs.reading`` gives: entered once."""
+
+    __slots__ = ("_epochs",)
+
+    def __init__(self, epochs: Epochs) -> None:
+        self._epochs = epochs
+
+    def __enter__(self) -> None:
+        self._epochs.begin(self, frame_of_block())
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        self._epochs.end(self)
