@@ -59,7 +59,7 @@ _BUS = 50e9  # bytes a second
 _timer = Timer("copying")
 atexit.register(_timer.close)
 _taken: dict[int, int] = {}  # bytes of copies on each device
-_taking = threading.Lock()
+_taking = threading.RLock()
 _numbers = itertools.count()
 
 

@@ -89,14 +89,14 @@ class VersionSwitch:
     def __init__(self) -> None:
         self.active: StandIns | None = None
         self.turns = 0
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()  # a signal handler may read too
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
         """In a forked child, nobody ends a switch of the parent; caches of the CPU are empty there (``CacheState``)."""
         self.active = None
         self.turns += self.turns % 2
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()
 
     @contextmanager
     def turning(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ class GradientAccumulator:
 
     def reset_after_fork(self) -> None:
         """A new lock, as a forked child needs it."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come here too
 
     def add(self, keys: np.ndarray, gradients: np.ndarray) -> None:
         """Add gradients: keys of any shape ``S`` and float32 ``S + (dim,)``; both are copied."""
@@ -62,7 +62,7 @@ def _summed(keys: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 _known: weakref.WeakKeyDictionary[HPS, dict[str, GradientAccumulator]] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
+_making = threading.RLock()  # also for a signal handler
 
 
 def accumulator_of(server: HPS, model: str, table: int | str) -> GradientAccumulator:
@@ -75,7 +75,7 @@ def accumulator_of(server: HPS, model: str, table: int | str) -> GradientAccumul
     with _making:
         tables = _known.setdefault(server, {})
         if spec.tag not in tables:
-            tables[spec.tag] = GradientAccumulator(server, spec.model, spec.name, spec.dim)
+            tables.setdefault(spec.tag, GradientAccumulator(server, spec.model, spec.name, spec.dim))
         return tables[spec.tag]
 
 

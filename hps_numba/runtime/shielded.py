@@ -16,16 +16,16 @@ import contextvars
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from hps_numba.errors import ReentryError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import reentry_error
 
-__all__ = ["Ask", "hand_over", "shielded"]
+__all__ = ["Ask", "hand_over", "refuse_inside_work", "shielded"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def shielded(work: Callable[[Ask], T], *, owner: object, place: str) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return work(_ask_here)
-    _refuse_inside(owner, place)
+    refuse_inside_work(place, (owner,))
     job = _Job(work)
     interrupt: BaseException | None = None
     handed_over = False
@@ -224,13 +224,15 @@ def _ask_here(question: Callable[[], Any]) -> Any:
     return question()
 
 
-def _refuse_inside(owner: object, place: str) -> None:
-    """Refuse work of the same owner from inside ``shielded`` of this thread, for whose end it would wait."""
-    frame = sys._getframe(2)
+def refuse_inside_work(place: str, owners: Iterable[object]) -> None:
+    """Refuse a call from inside ``shielded`` of this thread for one of the owners, for whose end it would wait.
+
+    Raises:
+        ReentryError: it is such a call.
+    """
+    numbers = {id(owner) for owner in owners}
+    frame = sys._getframe(2)  # not that of ``shielded`` itself
     while frame is not None:
-        if frame.f_code is shielded.__code__ and frame.f_locals.get("owner") is owner:
-            raise ReentryError(
-                f"{place}: expected a call from outside, got one from inside a change of the same thread (from a signal "
-                "handler, __del__ or a callback): call again when that has ended"
-            )
+        if frame.f_code is shielded.__code__ and id(frame.f_locals.get("owner")) in numbers:
+            raise reentry_error(place, "a change")
         frame = frame.f_back  # type: ignore[assignment]

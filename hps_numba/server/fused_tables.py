@@ -124,10 +124,12 @@ class FusedTables:
 
     def reset_after_fork(self) -> None:
         """A new lock, in a forked child."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or a finalizer may come here too
+        self._changing = False
 
     def on(self, device: int, tables: Sequence[ServedTable]) -> FusedLookup | None:
-        """How these tables are looked up on a device; None if one has no cache there, or has slower tiers to wait for.
+        """How these tables are looked up on a device; None if one has no cache there, has slower tiers to wait for, or is changed
+        by a call of this thread.
 
         Raises:
             ClosedError: the model was unloaded.
@@ -142,9 +144,14 @@ class FusedTables:
             with self._lock:
                 if self._closed:
                     raise ClosedError("the tables are closed")
+                if self._changing:  # inside ``without``
+                    return None
                 fused = self._fused.get(key)
                 if fused is None:
-                    fused = self._fused[key] = FusedLookup(self._launches(present), self._switch)
+                    made = FusedLookup(self._launches(present), self._switch)
+                    fused = self._fused.setdefault(key, made)
+                    if fused is not made:  # a signal handler asked for the same
+                        made.close()
         return fused
 
     def _launches(self, caches: Sequence[EmbeddingCache]) -> list[Launch]:
@@ -177,7 +184,11 @@ class FusedTables:
                 fused = self._fused.pop(key)
                 self._retired.append(fused)
                 fused.retire()
-            yield
+            before, self._changing = self._changing, True
+            try:
+                yield
+            finally:
+                self._changing = before
 
     def drain(self) -> None:
         """Wait for all lookups of several tables that have begun, and for their work; no other lookup waits meanwhile."""

@@ -12,14 +12,13 @@ call, which may never come.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, NoReturn, TypeVar
 
 from hps_numba.errors import ClosedError
-from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.reentry import ExclusiveLock, reentry_error
 from hps_numba.runtime.shielded import hand_over
 
 __all__ = ["Check", "ModelJobs", "go_on"]
@@ -105,27 +104,23 @@ class ModelJobs:
     Attributes:
         closing: the server is being closed, or is: jobs are refused, and one at work stops where it can.
 
-    Thread safety: every method. A job may run another one.
+    A job that is asked for inside another one, by a tier's code or a finalizer, is refused: the other is half done.
+
+    Thread safety: every method.
     """
 
     def __init__(self) -> None:
         self.closing = False
-        self.reset_after_fork()
-        register_fork_reset(self)
-
-    def reset_after_fork(self) -> None:
-        """A new lock, as a forked child needs it: the thread that had it is the parent's."""
-        self._lock = threading.RLock()
-        self._worker: int | None = None
+        self._turn = ExclusiveLock("the models of the server")
 
     def run(self, work: Callable[[Check], T]) -> T:
         """Do the work and return what it returns; it is called with a Check.
 
         Raises:
-            ClosedError: the server is being closed.   As ``work``.   KeyboardInterrupt, or whatever interrupts the wait: the
-                work was undone, or it was done, or this is about to happen.
+            ClosedError: the server is being closed.   ReentryError: this thread is in a job.   As ``work``.
+            KeyboardInterrupt, or whatever interrupts the wait: the work was undone, or it was done, or this is about to happen.
         """
-
+        self._check_turn()
         if self.closing:
             _refuse()
 
@@ -138,13 +133,12 @@ class ModelJobs:
 
     def close(self, work: Callable[[Check], T]) -> T:
         """``run`` for the job that closes the server: it goes first, and is never stopped."""
+        self._check_turn()
         self.closing = True
         return self._run(lambda _: work(go_on))
 
     def _run(self, work: Callable[[Check], T]) -> T:
-        if self._worker == threading.get_ident():  # a job runs another one
-            return work(go_on)
-        job: _Job[T] = _Job(work, lambda: self.closing, self._turn)
+        job: _Job[T] = _Job(work, lambda: self.closing, self._turn.held)
         interrupt: BaseException | None = None
         handed_over = False
         while not job.ended:
@@ -164,14 +158,9 @@ class ModelJobs:
             raise interrupt
         return job.result()
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._lock:
-            before, self._worker = self._worker, threading.get_ident()
-            try:
-                yield
-            finally:
-                self._worker = before
+    def _check_turn(self) -> None:
+        if self._turn.owned_here:
+            raise reentry_error("the models of the server", "a change of them")
 
 
 def _refuse() -> NoReturn:
