@@ -128,8 +128,9 @@ class FusedTables:
         self._changing = False
 
     def on(self, device: int, tables: Sequence[ServedTable]) -> FusedLookup | None:
-        """How these tables are looked up on a device; None if one has no cache there, has slower tiers to wait for, or is changed
-        by a call of this thread.
+        """How these tables are looked up on a device; None if one by one.
+
+        That is if one has no cache there, or slower tiers to wait for, or if this thread is inside ``without``.
 
         Raises:
             ClosedError: the model was unloaded.

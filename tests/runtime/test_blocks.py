@@ -1,0 +1,137 @@
+"""Blocks that others wait for: an interrupt anywhere, also in entering and leaving, does not keep one open."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+from support.interrupts import interrupted_everywhere
+from support.oracles import rows_of
+from support.waiting import HANG_SECONDS, join_all, wait_until
+
+from hps_numba.runtime.blocks import Blocks
+from hps_numba.storage.host import store as module
+from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.store import HostStore
+from hps_numba.storage.tier_stack import TierStack
+
+FILES = ("runtime/blocks.py", "storage/host/epochs.py", "storage/tier_stack.py", "contextlib.py")
+KEYS, DIM = np.arange(20), 3
+
+
+def test_an_interrupted_block_is_not_waited_for() -> None:
+    blocks = Blocks()
+
+    def call() -> None:
+        with blocks.block():
+            pass
+
+    kept = []
+    for interrupt in interrupted_everywhere(call, *FILES):
+        kept.append(interrupt)  # with the variables of the call, as a notebook keeps the last traceback
+        assert blocks.wait(HANG_SECONDS)
+    assert len(kept) > 10
+
+
+@pytest.mark.parametrize("step", ["plain", "stacked", "generator"])
+def test_a_block_that_is_entered_is_waited_for(step: str) -> None:
+    blocks, inside, leave = Blocks(), threading.Event(), threading.Event()
+
+    @contextmanager
+    def suspended() -> Iterator[None]:
+        with blocks.block():
+            yield
+
+    def work() -> None:
+        with ExitStack() as stack:
+            if step == "plain":
+                with blocks.block():
+                    inside.set()
+                    assert leave.wait(HANG_SECONDS)
+                return
+            stack.enter_context(blocks.block() if step == "stacked" else suspended())
+            inside.set()
+            assert leave.wait(HANG_SECONDS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(HANG_SECONDS)
+    assert not blocks.wait(0.1) and len(blocks) == 1
+    leave.set()
+    assert blocks.wait(HANG_SECONDS) and not len(blocks)
+    join_all(thread)
+
+
+@pytest.mark.parametrize("step", ["plain", "stacked", "generator"])
+def test_an_epoch_that_is_held_is_waited_for(step: str) -> None:
+    epochs = Epochs()
+
+    @contextmanager
+    def suspended() -> Iterator[None]:
+        with epochs.reading():
+            yield
+
+    with ExitStack() as stack:
+        if step == "plain":
+            with epochs.reading():
+                assert not epochs.wait(epochs.advance(), 0.1)
+        else:
+            stack.enter_context(epochs.reading() if step == "stacked" else suspended())
+            tag = epochs.advance()
+            assert not epochs.wait(tag, 0.1)
+            for _ in range(200):
+                epochs.advance()
+            assert epochs.oldest() <= tag
+    assert epochs.wait(epochs.advance(), HANG_SECONDS)
+
+
+def reads(store: HostStore) -> dict[str, Callable[[], object]]:
+    rows, words = np.empty((len(KEYS), DIM), np.float32), np.empty(len(KEYS), np.int64)
+    return {"keys": store.keys, "gather": lambda: store.gather(KEYS, rows, words)}
+
+
+@pytest.mark.parametrize("read", ["keys", "gather"])
+def test_an_interrupted_read_of_a_store_keeps_no_memory(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", HANG_SECONDS)
+    store = HostStore(DIM)
+    store.upsert(KEYS, rows_of(KEYS, DIM))
+    kept = []
+    for interrupt in interrupted_everywhere(reads(store)[read], *FILES):
+        kept.append(interrupt)
+        assert store.wait_for_readers(HANG_SECONDS)
+    assert len(kept) > 10
+    store.close()
+
+
+def test_an_interrupted_read_that_nobody_waits_for_does_not_pin_memory_forever() -> None:
+    store = HostStore(DIM)
+    store.upsert(KEYS, rows_of(KEYS, DIM))
+    read, kept = reads(store)["keys"], []
+    for interrupt in interrupted_everywhere(read, *FILES):
+        kept.append(interrupt)
+        tag = store.epochs.advance()
+        for _ in range(200):
+            store.epochs.advance()
+        wait_until(lambda tag=tag: store.epochs.oldest() > tag)  # type: ignore[misc]
+    store.close()
+
+
+def test_an_interrupted_read_of_slower_tiers_does_not_keep_them_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TierStack, "GRACE_SECONDS", HANG_SECONDS)
+    kept = []
+    stack = TierStack([])
+
+    def call() -> None:
+        nonlocal stack
+        stack = TierStack([])
+        stack.contains("m", KEYS)
+
+    for interrupt in interrupted_everywhere(call, *FILES):
+        kept.append(interrupt)
+        stack.close()
+    assert len(kept) > 10
