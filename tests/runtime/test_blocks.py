@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,3 +138,39 @@ def test_an_interrupted_read_of_slower_tiers_does_not_keep_them_from_closing(
         kept.append(interrupt)
         stack.close()
     assert len(kept) > 10
+
+
+def interrupted_once_entered(call: Callable[[], object]) -> KeyboardInterrupt:
+    """Interrupt a call when the first ``__enter__`` of a block has done its work and is about to return."""
+    entered = False
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal entered
+        ours = frame.f_code.co_name == "__enter__" and frame.f_code.co_filename.endswith(FILES)
+        if ours and event == "return" and not entered:
+            entered = True
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt as problem:
+        return problem
+    finally:
+        sys.settrace(before)
+    raise AssertionError("no block was entered")
+
+
+def test_a_read_interrupted_once_it_has_entered_its_block_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HostStore(DIM)
+    store.upsert(KEYS, rows_of(KEYS, DIM))
+    kept = [interrupted_once_entered(read) for read in reads(store).values()]
+    assert store.wait_for_readers(HANG_SECONDS)
+    store.close()
+    monkeypatch.setattr(TierStack, "GRACE_SECONDS", HANG_SECONDS)
+    stack = TierStack([])
+    kept.append(interrupted_once_entered(lambda: stack.contains("m", KEYS)))
+    stack.close()
+    assert len(kept) == 3
