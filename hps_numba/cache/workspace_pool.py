@@ -25,7 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from hps_numba.cache.workspace import StreamMemory, StreamUser
-from hps_numba.errors import ClosedError, HpsError
+from hps_numba.errors import ClosedError, HpsError, ReentryError
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["WorkspacePool"]
@@ -164,7 +164,9 @@ class WorkspacePool(Generic[W]):
                 break
             if pause == _FIRST_LOOK and self._is_nested():
                 if self._emptying is not None:
-                    raise HpsError(f"{self._name}: lookup inside a change of the same cache, which the thread has interrupted")
+                    raise ReentryError(
+                        f"{self._name}: lookup inside a change of the same cache, which the thread has interrupted"
+                    )
                 ticket.workspace, ticket.extra = self.make(), True
                 break
             if not self._sleep(ticket, pause):
@@ -316,7 +318,7 @@ class WorkspacePool(Generic[W]):
                     workspace.release(stream)
                     self._all.remove(workspace)
             if self._all and self._is_nested():
-                raise HpsError(f"{self._name}: change or close inside a lookup of the same thread, which it would wait for")
+                raise ReentryError(f"{self._name}: change or close inside a lookup of the same thread, which it would wait for")
             if self._all and not self._sleep(ticket, pause):
                 self._recover_lost()
                 pause = min(2 * pause, _LAST_LOOK)

@@ -17,7 +17,7 @@ from support.waiting import HANG_SECONDS, Span, join_all, wait_until
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.workspace import StreamMemory
 from hps_numba.cache.workspace_pool import WorkspacePool
-from hps_numba.errors import ClosedError, HpsError
+from hps_numba.errors import ClosedError, ReentryError
 from hps_numba.kernels.policies._load import load_policy
 
 FILES = ("cache/workspace_pool.py", "cache/workspace_set.py", "cache/lookup.py", "cache/workspace.py", "cache/group.py")
@@ -200,7 +200,7 @@ def test_a_lookup_inside_an_interrupted_lookup_of_its_thread_is_answered() -> No
 
 def test_a_close_inside_a_lookup_of_its_thread_is_refused() -> None:
     pool, made = pool_of(1)
-    with pytest.raises(HpsError, match="pool: change or close inside a lookup of the same thread"):
+    with pytest.raises(ReentryError, match="pool: change or close inside a lookup of the same thread"):
         pool.lend(0, lambda workspace: pool.close(0))
     pool.close(0)
     assert made[0].released == 1
