@@ -24,7 +24,7 @@ from hps_numba.runtime.shielded import hand_over
 __all__ = ["Check", "ModelJobs", "go_on"]
 
 log = logging.getLogger(__name__)
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 T = TypeVar("T")
 Check = Callable[[], None]
 """Called by the work where it can still stop; it raises if it is to stop."""

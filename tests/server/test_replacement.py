@@ -218,8 +218,8 @@ def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
     left = [lines]
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_globals.get("__name__", "").startswith("hps_numba"):
-            return None
+        if not frame.f_globals.get("__name__", "").startswith("hps_numba") or frame.f_code.co_name == "__del__":
+            return None  # Python prints and drops what is raised in ``__del__``
         if event == "line":
             left[0] -= 1
             if left[0] == 0:

@@ -53,7 +53,8 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
         one_round()
     gc.collect()
     after = (_files(), threading.active_count(), _resident())
-    assert after[0] <= before[0] and after[1] <= before[1], (before, after)
+    # each round opens a server, so a thread that one leaves shows five times; a pool may still have grown by one or two
+    assert after[0] <= before[0] and after[1] <= before[1] + 2, (before, after)
     assert after[2] < before[2] + (24 << 20), f"resident memory grew from {before[2] >> 20} to {after[2] >> 20} MiB"
     server.close()
     print(calls)
