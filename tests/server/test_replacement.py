@@ -138,7 +138,7 @@ def test_counts_add_up_after_replacements_beside_lookups(service: Service) -> No
     before = server.stats()["m"]["sparse_embedding0"].keys
 
     def look_up() -> None:
-        server.lookup(service.keys(range(0, ROWS, 3)), "m", 0, service.device or 0)
+        service.on_host(server.lookup(service.keys(range(0, ROWS, 3)), "m", 0, service.device or 0))  # done, so counted
         asked.append(len(range(0, ROWS, 3)))
 
     with in_threads(look_up):
