@@ -124,10 +124,12 @@ def keys_on_host(keys: Any, *, place: str = "keys") -> Any:
         return keys
     memory = cuda_memory_of(keys, place=place, error=KeyDtypeError)
     try:
-        dtype = np.dtype(memory.dtype)
+        dtype = np.dtype(memory.dtype)  # with ml_dtypes loaded, NumPy knows bfloat16 too
     except TypeError:
+        dtype = None
+    if dtype is None or dtype.kind not in "iufb":
         expected = "expected integers (int64, int32, uint64, ...)"
-        raise KeyDtypeError(f"{place}: {expected}, got capsule of dtype {memory.dtype}") from None
+        raise KeyDtypeError(f"{place}: {expected}, got capsule of dtype {memory.dtype}")
     if 0 in memory.shape:
         return np.empty(memory.shape, dtype)
     low, high = _span(memory)

@@ -26,6 +26,7 @@ EXTRAS = {
     "cuda13": ("numba-cuda", "cupy-cuda13x"),
     "torch": ("torch",),
     "tensorflow": ("tensorflow",),
+    "keras2": ("tensorflow", "tf-keras"),
     "plot": ("matplotlib",),
     "parquet": ("pyarrow",),
     "safetensors": ("safetensors",),

@@ -30,7 +30,7 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.staging import NEVER
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
 from hps_numba.kernels.compiler.spec import KernelSpec
-from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
+from hps_numba.kernels.layouts.host_store import FIRST_SLOT, META_ROWS, SLOT_MASK
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host import reading
 from hps_numba.storage.host import store as host_store
@@ -623,10 +623,10 @@ def test_keys_not_in_host_memory_go_to_slower_tiers(service: Service) -> None:
 # -- the gathering -------------------------------------------------------------------------------------
 
 
-def gathered(store: HostStore, keys: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
+def gathered(store: HostStore, keys: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray, int]:
     rows, words = np.full((len(keys), store.dim), np.nan, np.float32), np.full(len(keys), -1, np.int64)
-    missing, content = store.gather(keys, rows, words, -1.0, **options)
-    return rows, words, missing, content
+    missing, _ = store.gather(keys, rows, words, -1.0, **options)
+    return rows, words, missing
 
 
 @pytest.mark.parametrize("least", [reading._GATHERED_BYTES, 1000])
@@ -638,7 +638,9 @@ def test_gathered_rows_are_those_of_a_lookup(monkeypatch: pytest.MonkeyPatch, le
     store.upsert(known, rows_of(known, DIM))
     store.erase(ints([10]))
     keys = np.random.default_rng(n).integers(0, 3000, n)
-    rows, words, missing, content = gathered(store, keys, threads=3)
+    blocks: list[int] = []
+    rows, words, missing = gathered(store, keys, threads=3, in_force=lambda block: blocks.append(block) or block)
+    content = ctypes.c_int64.from_address(blocks[0] + META_ROWS).value
     expected = np.empty((n, DIM), np.float32)
     assert store.lookup(keys, expected, -1.0) == missing
     assert_same_bits(rows, expected)

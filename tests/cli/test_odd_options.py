@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import hps_numba
 from hps_numba.cli import build
+from hps_numba.compat import environment
 
 ODD = (
     "", " ", "x", "-", "--", "-1", "0", "1.5", "1e400", "nan", "inf", "-inf", "99999999999999999999", "9" * 5000, "½", "0x10",
@@ -42,6 +43,9 @@ GOOD: dict[str, list[str]] = {
     "plan": ["ps.json"],
     "profile": ["--rows", "100", "--dim", "2", "--num_key", "8", "--iterations", "1", "--warmup_iterations", "0"],
     "simulate": ["trace.npy", "--policy", "lru", "--size", "8"],
+    "compat disable": [],
+    "compat enable": [],
+    "compat status": [],
     "config schema": [],
     "config check": ["ps.json"],
     "generate model": ["made.model", "--rows", "5", "--dim", "2", "--overwrite"],
@@ -70,6 +74,7 @@ def folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     place = workshop.folder
     monkeypatch.chdir(place)
     monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(environment, "site_folder", lambda *, user=False: place)
     hps_numba.write_model("good.model", 2, [(np.arange(3), np.zeros((3, 2), np.float32))])
     np.save("trace.npy", np.arange(100) % 9)
     (place / "ps.json").write_text(

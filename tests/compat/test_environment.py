@@ -98,7 +98,7 @@ def test_every_process_has_the_packages_after_enable_until_disable(fresh: Enviro
 def test_scripts_run_as_they_are_and_ignore_the_environment_too(fresh: Environment, tmp_path: Path) -> None:
     fresh.command("enable")
     (tmp_path / "script.py").write_text(_IMPORT)
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from hps_numba import compat; compat.main(['script.py'])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from hps_numba import compat; compat.main(['script.py'])"
     assert fresh.run("script.py", cwd=tmp_path).stdout.endswith("Static\n")
     assert fresh.run("-I", "-c", code, cwd=tmp_path).stdout.endswith("Static\n")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.internals import bytes_in_use, served_model, slower_tier
+from support.interrupts import in_finalizer
 from support.oracles import assert_same_bits, rows_of
 from support.services import DIM, Service
 from support.waiting import HANG_SECONDS, join_all
@@ -218,8 +219,8 @@ def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
     left = [lines]
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_globals.get("__name__", "").startswith("hps_numba") or frame.f_code.co_name == "__del__":
-            return None  # Python prints and drops what is raised in ``__del__``
+        if not frame.f_globals.get("__name__", "").startswith("hps_numba") or in_finalizer(frame):
+            return None
         if event == "line":
             left[0] -= 1
             if left[0] == 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["interrupted_everywhere"]
+__all__ = ["in_finalizer", "interrupted_everywhere"]
 
 
 class _Interrupt:
@@ -18,7 +18,7 @@ class _Interrupt:
         self.count = 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.files) or _in_finalizer(frame):
+        if not frame.f_code.co_filename.endswith(self.files) or in_finalizer(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -28,7 +28,7 @@ class _Interrupt:
         return self
 
 
-def _in_finalizer(frame: FrameType | None) -> bool:
+def in_finalizer(frame: FrameType | None) -> bool:
     """Python reports what is raised in ``__del__`` and goes on, so an interrupt there is none."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":

@@ -18,7 +18,7 @@ def assembly_of(bits: int, *, fenced: bool) -> list[str]:
     row, version, fence = cpu.NAMES[LOADS[bits]], cpu.NAMES["ld64"], cpu.NAMES["read_fence"]
     if fenced:
 
-        @njit(types.int64(types.int64, types.int64))
+        @njit(types.int64(types.int64, types.int64), no_cpython_wrapper=True)
         def read(place, meta):
             element = row(place)
             fence()
@@ -26,7 +26,7 @@ def assembly_of(bits: int, *, fenced: bool) -> list[str]:
 
     else:
 
-        @njit(types.int64(types.int64, types.int64))
+        @njit(types.int64(types.int64, types.int64), no_cpython_wrapper=True)
         def read(place, meta):
             return row(place) + version(meta)
 
