@@ -30,6 +30,9 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "parquet": ("pyarrow",),
     "safetensors": ("safetensors",),
+    "redis": ("redis", "hiredis"),
+    "rocksdb": ("rocksdict",),
+    "fsspec": ("fsspec",),
     "examples": ("tokenizers", "safetensors", "matplotlib"),
 }
 """The extras of this package, and the packages that each needs."""
