@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ class StreamMemory(ABC):
         address: of what the kernels read first.   bytes: of its memory.
         prepared: lookups prepared for this address, this event and the stream of ``user``.
         lent_to: who works with it now, or did last.   claims: goes up before each attempt to have it.
+        claimants: frames of the calls that have it or try to; whoever has it is among them.
 
     Thread safety: one thread at a time.
     """
@@ -97,6 +99,7 @@ class StreamMemory(ABC):
         self.user: StreamUser | None = None
         self.lent_to: StreamUser | None = None
         self.claims = 0
+        self.claimants: list[FrameType] = []
         self.event = self.limit = self.address = self.bytes = 0
         self.lists_absent = False
         self.prepared: dict[Any, Any] = {}

@@ -21,11 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from hps_numba.cache.workspace import StreamMemory, StreamUser
 from hps_numba.errors import ClosedError, HpsError, ReentryError
+from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["WorkspacePool"]
@@ -44,14 +47,27 @@ class _Ticket:
     Attributes:
         claimed: ``workspace`` is this call's.   extra: it is beside those of the pool, for this call only.
         wakes: gets an entry when it is time to look again.
+        frame: of the call; None when it ends, so that frame and ticket are no cycle.
     """
 
-    __slots__ = ("claimed", "extra", "wakes", "workspace")
+    __slots__ = ("claimed", "extra", "frame", "wakes", "workspace")
 
     def __init__(self) -> None:
+        self.frame: FrameType | None = sys._getframe(1)
         self.workspace: Any = None
         self.claimed = self.extra = False
         self.wakes: SimpleQueue[None] = SimpleQueue()
+
+    def claim(self, workspace: StreamMemory) -> None:
+        """Be one of those that try to have the workspace."""
+        if self.frame is not None:
+            workspace.claimants.append(self.frame)
+        workspace.claims += 1
+
+    def leave(self, workspace: StreamMemory) -> None:
+        """Be none of those any more."""
+        if self.frame is not None:
+            workspace.claimants.remove(self.frame)
 
 
 class WorkspacePool(Generic[W]):
@@ -93,12 +109,15 @@ class WorkspacePool(Generic[W]):
                 break
         else:
             return False
+        workspace.claimants.append(sys._getframe())  # not in a variable: frame and variable would be a cycle
         workspace.claims += 1
         if self._waiting or self._emptying is not None or self._closed:
+            workspace.claimants.remove(sys._getframe())
             return False
         try:
             idle.remove(workspace)
         except ValueError:  # another thread was faster
+            workspace.claimants.remove(sys._getframe())
             return False
         try:
             if workspace.user != user or n > workspace.limit or workspace.lists_absent:  # and gave it back meanwhile
@@ -106,9 +125,13 @@ class WorkspacePool(Generic[W]):
             else:
                 started = start(workspace, *args)
         except BaseException:
-            self._end(workspace, stream, invalid=True)
+            try:
+                self._end(workspace, stream, invalid=True)
+            finally:
+                workspace.claimants.remove(sys._getframe())
             raise
         idle.append(workspace)
+        workspace.claimants.remove(sys._getframe())
         if self._waiting or self._emptying is not None:
             self._wake()
         return started
@@ -135,7 +158,11 @@ class WorkspacePool(Generic[W]):
                 ticket.workspace.release(stream)
             elif ticket.claimed:
                 ticket.claimed = False  # before it is put back: it must not be put back twice
-                self._end(ticket.workspace, stream, invalid=not done)
+                try:
+                    self._end(ticket.workspace, stream, invalid=not done)
+                finally:
+                    ticket.leave(ticket.workspace)
+            ticket.frame = None
 
     def _end(self, workspace: W, stream: int, *, invalid: bool) -> None:
         """Take a workspace back; ``invalid``: only a part of the work with it is on the stream."""
@@ -216,10 +243,11 @@ class WorkspacePool(Generic[W]):
     def _take(self, ticket: _Ticket, workspace: W) -> bool:
         """Claim an idle workspace; False if another thread was faster."""
         ticket.workspace = workspace
-        workspace.claims += 1
+        ticket.claim(workspace)
         try:
             self._idle.remove(workspace)
         except ValueError:
+            ticket.leave(workspace)
             return False
         ticket.claimed = True
         return True
@@ -227,6 +255,7 @@ class WorkspacePool(Generic[W]):
     def _add(self, ticket: _Ticket) -> bool:
         """Make a workspace and claim it; False if other threads made the last ones meanwhile."""
         ticket.workspace = workspace = self.make()
+        ticket.claim(workspace)
         self._all.append(workspace)
         if self._all.index(workspace) >= self._limit:
             self._all.remove(workspace)
@@ -239,42 +268,36 @@ class WorkspacePool(Generic[W]):
     def _recover_lost(self) -> None:
         """Put back what no running call has: workspaces, places in the queue, the wish that nothing is lent.
 
-        A workspace may be put back and claimed again while this looks at one stack after the other: ``claims`` tells.
+        A workspace may be put back and claimed again while this looks: ``claims`` tells.
         """
         waiting, emptying, lent = tuple(self._waiting), self._emptying, []
         for workspace in tuple(self._all):
             claims = workspace.claims
             if workspace not in self._idle:
                 lent.append((workspace, claims))
-        held = self._held()
         for ticket in waiting:
-            if id(ticket) not in held and ticket in self._waiting:
+            if has_ended(ticket.frame) and ticket in self._waiting:
                 self._waiting.remove(ticket)
-        if emptying is not None and id(emptying) not in held and self._emptying is emptying:
+        if emptying is not None and has_ended(emptying.frame) and self._emptying is emptying:
             self._emptying = None
         for workspace, claims in lent:
-            if id(workspace) not in held and workspace.claims == claims and workspace not in self._idle:
-                self._recover(workspace)
+            for frame in filter(has_ended, tuple(workspace.claimants)):
+                with suppress(ValueError):  # another thread was faster
+                    workspace.claimants.remove(frame)
+            if not workspace.claimants and workspace not in self._idle and workspace.claims == claims:
+                self._recover(workspace, claims)
         self._wake()
 
-    def _held(self) -> set[int]:
-        """The identities of all workspaces and tickets that running calls of this pool refer to."""
-        held: set[int] = set()
-        for top in sys._current_frames().values():
-            frame = top
-            while frame is not None:
-                if frame.f_code in _CALLS and (known := frame.f_locals).get("self") is self:
-                    ticket = known.get("ticket")
-                    held |= {id(ticket), id(getattr(ticket, "workspace", None)), id(known.get("workspace"))}
-                frame = frame.f_back  # type: ignore[assignment]
-        return held
-
-    def _recover(self, workspace: W) -> None:
+    def _recover(self, workspace: W, claims: int) -> None:
         """Put a lost workspace back, as after a call that failed."""
         try:
             self._all.remove(workspace)
         except ValueError:  # another thread was faster
             return
+        if workspace.claims != claims:  # and has put it back already
+            self._all.append(workspace)
+            return
+        workspace.claims += 1
         log.debug("%s: a buffer of an interrupted call is put back", self._name)
         user = workspace.lent_to or workspace.user
         try:
@@ -288,8 +311,10 @@ class WorkspacePool(Generic[W]):
             self._abandoned.append(workspace)
             return
         if len(self._all) < self._limit:
+            workspace.claimants.append(sys._getframe())
             self._all.append(workspace)
             self._idle.append(workspace)
+            workspace.claimants.remove(sys._getframe())
         else:
             self._abandoned.append(workspace)
 
@@ -308,6 +333,7 @@ class WorkspacePool(Generic[W]):
         finally:
             self._emptying = None
             self._wake()
+            ticket.frame = None
 
     def _free_all(self, ticket: _Ticket, stream: int) -> None:
         """Free every workspace as soon as it is idle. One that is being freed when an interrupt hits is recovered later."""
@@ -364,23 +390,11 @@ class WorkspacePool(Generic[W]):
             self._abandoned[-1].release(stream)
             self._abandoned.pop()
         self._emptying = None
+        ticket.frame = None
 
 
 _OUTER_CALLS = frozenset(
     function.__code__ for function in (WorkspacePool.reuse, WorkspacePool.lend, WorkspacePool.while_empty, WorkspacePool.close)
-)
-#: the code whose frames may hold a workspace or a ticket, in variables of these names
-_CALLS = _OUTER_CALLS | frozenset(
-    function.__code__
-    for function in (
-        WorkspacePool._end,
-        WorkspacePool._put,
-        WorkspacePool._wait_for_turn,
-        WorkspacePool._take,
-        WorkspacePool._add,
-        WorkspacePool._recover,
-        WorkspacePool._free_all,
-    )
 )
 
 

@@ -3,48 +3,52 @@
 Problem: Ctrl-C may hit after a ``with`` block was counted as entered and before its body began, or inside its exit. A
 generator (``contextlib.contextmanager``) that is interrupted there goes on only when the traceback that refers to it is
 dropped, and a notebook keeps the last one. Choice: whoever enters notes the frame with the ``with`` statement. Whoever has
-waited for long looks at the stacks of all threads: a block whose frame runs no more has ended.
+waited for long asks whether that frame still runs: a block whose frame has ended has ended too.
+
+Turned down: walking the stacks of all threads (``sys._current_frames``, ``f_back``). A thread may return from a frame between
+two steps of the walk, and CPython 3.11 then reads memory that it has freed.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import time
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 
-__all__ = ["Blocks", "frame_of_block", "running_frames"]
+__all__ = ["Blocks", "frame_of_block", "has_ended"]
 
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _STACKED = ExitStack.enter_context.__code__
 _FIRST_PAUSE, _LAST_PAUSE = 1e-5, 1e-2
 
 
-def frame_of_block() -> int:
-    """The identity of the frame that enters a block; called by ``__enter__``. 0 if it may be suspended: it is never lost."""
+def frame_of_block() -> FrameType | None:
+    """The frame that enters a block; called by ``__enter__``. None if it may be suspended: it is never lost."""
     frame = sys._getframe(2)
     if frame.f_code is _STACKED:
         frame = frame.f_back  # type: ignore[assignment]
-    return 0 if frame.f_code.co_flags & _SUSPENDED else id(frame)
+    return None if frame.f_code.co_flags & _SUSPENDED else frame
 
 
-def running_frames() -> set[int]:
-    """The identities of the frames of all threads. 0 is among them: what ``frame_of_block`` could not tell."""
-    running = {0}
-    for top in sys._current_frames().values():
-        frame = top
-        while frame is not None:
-            running.add(id(frame))
-            frame = frame.f_back  # type: ignore[assignment]
-    return running
+def has_ended(frame: FrameType | None) -> bool:
+    """Whether a frame of a function, of any thread, has returned or raised; False for None.
+
+    CPython hands a frame to the garbage collector when it ends, not before. Should that change, all count as running.
+    """
+    return _IS_TOLD and frame is not None and gc.is_tracked(frame)
+
+
+_IS_TOLD = (lambda: not gc.is_tracked(sys._getframe()))()
 
 
 class Blocks:
     """The blocks that threads are in. Thread safety: every method, without a lock."""
 
     def __init__(self) -> None:
-        self._open: dict[_Block, int] = {}
+        self._open: dict[_Block, FrameType | None] = {}
 
     def block(self) -> _Block:
         """A block to be entered once."""
@@ -66,17 +70,15 @@ class Blocks:
         return True
 
     def _drop_lost(self) -> None:
-        entered = list(self._open.items())  # before the frames: a block that is entered now is not looked at
-        running = running_frames()
-        for block, frame in entered:
-            if frame not in running:
+        for block, frame in list(self._open.items()):
+            if has_ended(frame):
                 self._open.pop(block, None)
 
 
 class _Block:
     __slots__ = ("_open",)
 
-    def __init__(self, entered: dict[_Block, int]) -> None:
+    def __init__(self, entered: dict[_Block, FrameType | None]) -> None:
         self._open = entered
 
     def __enter__(self) -> None:

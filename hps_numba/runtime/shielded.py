@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import reentry_error
 
@@ -78,9 +80,11 @@ class _Job(Generic[T]):
 
     Attributes:
         ended: the work has ended, whatever became of it.
+        caller: the frame that waits for it; None when it waits no more.
     """
 
-    def __init__(self, work: Callable[[Ask], T]) -> None:
+    def __init__(self, work: Callable[[Ask], T], caller: FrameType) -> None:
+        self.caller: FrameType | None = caller
         self._work = work
         self._turns: list[None] = [None]  # whoever takes it does the work
         self._wakes: SimpleQueue[None] = SimpleQueue()
@@ -127,14 +131,9 @@ class _Job(Generic[T]):
         return answer
 
     def _has_caller(self) -> bool:
-        """Whether some thread is still in the call of ``shielded`` that waits for this job."""
-        for top in sys._current_frames().values():
-            frame = top
-            while frame is not None:
-                if frame.f_code is shielded.__code__ and frame.f_locals.get("job") is self:
-                    return True
-                frame = frame.f_back  # type: ignore[assignment]
-        return False
+        """Whether the call of ``shielded`` that waits for this job is still running."""
+        caller = self.caller
+        return caller is not None and not has_ended(caller)
 
     def wait(self) -> None:
         """Wait until the work has ended, and answer what it asks."""
@@ -184,7 +183,15 @@ def shielded(work: Callable[[Ask], T], *, owner: object, place: str) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work(_ask_here)
     refuse_inside_work(place, (owner,))
-    job = _Job(work)
+    job = _Job(work, sys._getframe())
+    try:
+        return _run(job, work, place)
+    finally:
+        job.caller = None  # no cycle of the frame and its variable
+
+
+def _run(job: _Job[T], work: Callable[[Ask], T], place: str) -> T:
+    """Have the job done by another thread, or, if there is none, do ``work`` here."""
     interrupt: BaseException | None = None
     handed_over = False
     while not job.ended:

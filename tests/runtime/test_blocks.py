@@ -15,7 +15,7 @@ from support.interrupts import interrupted_everywhere
 from support.oracles import rows_of
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
-from hps_numba.runtime.blocks import Blocks
+from hps_numba.runtime.blocks import Blocks, has_ended
 from hps_numba.storage.host import store as module
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.store import HostStore
@@ -174,3 +174,39 @@ def test_a_read_interrupted_once_it_has_entered_its_block_is_not_waited_for(monk
     kept.append(interrupted_once_entered(lambda: stack.contains("m", KEYS)))
     stack.close()
     assert len(kept) == 3
+
+
+def test_whether_a_frame_has_ended_is_told_while_threads_run_in_it() -> None:
+    """Asked of many threads that return all the time; a walk of their stacks crashed CPython 3.11."""
+    frames: list[FrameType] = []
+    stop = threading.Event()
+
+    def inner(depth: int) -> int:
+        if depth:
+            return inner(depth - 1)
+        frames.append(sys._getframe())
+        assert not has_ended(frames[-1])
+        return depth
+
+    def work() -> None:
+        while not stop.is_set():
+            inner(5)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2000):
+        for frame in list(frames[-50:]):
+            has_ended(frame)
+    stop.set()
+    join_all(*threads)
+    assert all(map(has_ended, frames)) and not has_ended(sys._getframe()) and not has_ended(None)
+
+
+def test_a_frame_that_raised_has_ended_while_its_traceback_is_kept() -> None:
+    def fail() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError) as caught:
+        fail()
+    assert has_ended(caught.tb.tb_next.tb_frame) and not has_ended(caught.tb.tb_frame)  # type: ignore[union-attr]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Protocol
 
 import numpy as np
 
 from hps_numba.kernels.host.epoch import epoch_advance, epoch_enter, epoch_leave
-from hps_numba.runtime.blocks import frame_of_block, running_frames
+from hps_numba.runtime.blocks import frame_of_block, has_ended
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["Epochs", "Guard", "Reading"]
@@ -48,7 +48,9 @@ class Epochs:
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
         self._guards: tuple[Guard, ...] = ()
-        self._readings: dict[Reading, tuple[int, int]] = {}  # the record of each block, and the frame that is in it
+        self._readings: dict[
+            Reading, tuple[int, FrameType | None]
+        ] = {}  # the record of each block, and the frame that is in it
         self._next_look = _LATE_EPOCHS
         register_fork_reset(self)
 
@@ -71,7 +73,7 @@ class Epochs:
         """A block that holds an epoch over several kernels."""
         return Reading(self)
 
-    def begin(self, reading: Reading, frame: int) -> None:
+    def begin(self, reading: Reading, frame: FrameType | None) -> None:
         """Enter the epoch for a block of this frame (``runtime.blocks``)."""
         record = self.acquire()
         self._readings[reading] = record, frame
@@ -87,10 +89,8 @@ class Epochs:
 
     def _end_lost(self) -> None:
         """End the blocks that an interrupt kept from being left."""
-        readings = list(self._readings.items())  # before the frames: a block that begins now is not looked at
-        running = running_frames()
-        for reading, (record, frame) in readings:
-            if frame not in running and self._readings.pop(reading, None) is not None:
+        for reading, (record, frame) in list(self._readings.items()):
+            if has_ended(frame) and self._readings.pop(reading, None) is not None:
                 epoch_leave(record)
                 self.release(record)
 
