@@ -245,6 +245,11 @@ def bytes_held(server: hps_numba.HPS) -> int:
     return bytes_in_use(server)
 
 
+def wait_for_release(server: hps_numba.HPS, at_most: int) -> None:
+    """Wait until no more host memory is in use: the thread that did the work may not have let go of it yet."""
+    wait_until(lambda: bytes_held(server) <= at_most)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "none"])
 def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: Service, kind: str) -> None:
     server = opened(service, 2, **KINDS[kind])
@@ -261,7 +266,7 @@ def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: S
         assert (found == last) == (served_model(server).version == version)
         last, version = found, served_model(server).version
     assert lines > 15
-    wait_until(lambda: bytes_held(server) == in_use)  # the thread that did the work may not have let go yet
+    wait_for_release(server, in_use)
     server.replace_model("m", files[0])
     assert versions_in(server.lookup(range(300), "m", 1)) == {3.0}
     server.close()
@@ -282,7 +287,7 @@ def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_mode
             if "added" in server.models:
                 assert_same_bits(server.lookup(range(30), "added", 0), rows_of(range(30), DIM))
             else:
-                wait_until(lambda: bytes_held(server) == in_use)  # the thread that did the work may not have let go yet
+                wait_for_release(server, in_use)
     assert lines > 15
     server.lookup([1], "m", 0)
 
@@ -296,7 +301,7 @@ def test_close_after_an_interrupted_close_has_closed_everything(service: Service
         again = interrupted_after(lines, server.close)
         server.close()
         assert tier.closed
-        wait_until(lambda: bytes_held(server) <= 64)  # the thread that did the work may not have let go yet
+        wait_for_release(server, 64)
         with pytest.raises(ClosedError):
             server.lookup([1], "m", 0)
         if lines > 12:
@@ -331,7 +336,7 @@ def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monk
         for table in range(3):
             assert versions_in(service.on_host(server.lookup(keys, "m", table, service.device or 0))) == {expected}
         if expected == 1.0:
-            wait_until(lambda: bytes_held(server) == in_use)  # the thread that did the work may not have let go yet
+            wait_for_release(server, in_use)
             server.insert([1], np.full((1, DIM), 1.0), "m", 0)
             server.replace_model("m", versioned(service.workshop.folder, 2, 3))
 
@@ -363,7 +368,7 @@ def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monk
     stop.go.set()
     join_all(*threads, closing)
     assert len(problems) == 3
-    wait_until(lambda: bytes_held(server) <= 64)  # the thread that did the work may not have let go yet
+    wait_for_release(server, 64)
 
 
 def test_stats_beside_replacements_and_unloads_never_raise(service: Service) -> None:
