@@ -178,6 +178,16 @@ class TierContract:
         assert tier.load_dump(OTHER, path) == len(keys)
         assert content_of(tier, OTHER) == content_of(tier, TAG)
 
+    @pytest.mark.parametrize("wide", [True, False])
+    def test_dump_and_load_of_a_sorted_file(self, make_tier: MakeTier, tmp_path: Path, wide: bool) -> None:
+        pytest.importorskip("rocksdict")
+        keys = ints(1, 256, 0, 255, 65536, *((-1, 2**63 - 1, -(2**63)) if wide else (2**32 - 1,)))
+        tier, path = make_tier(wide_keys=wide), tmp_path / "table.sst"
+        tier.insert(TAG, keys, rows_of(keys, DIM))
+        assert tier.dump(TAG, path) == len(keys)
+        assert tier.load_dump(OTHER, path) == len(keys)
+        assert content_of(tier, OTHER) == content_of(tier, TAG)
+
     def test_dump_of_nothing_loads_nothing(self, make_tier: MakeTier, tmp_path: Path) -> None:
         tier = make_tier()
         assert (tier.dump(TAG, tmp_path / "x.bin"), tier.load_dump(TAG, tmp_path / "x.bin"), tier.size(TAG)) == (0, 0, 0)
@@ -189,8 +199,8 @@ class TierContract:
         with pytest.raises(TierError, match=r"expected keys of 4 bytes .*, got 8"):
             narrow.load_dump(TAG, tmp_path / "wide.bin")
         for call in (tier.dump, tier.load_dump):
-            with pytest.raises(TierError, match=r"table\.sst: expected a \.bin file"):
-                call(TAG, tmp_path / "table.sst")
+            with pytest.raises(TierError, match=r"table\.csv: expected a \.bin or \.sst file"):
+                call(TAG, tmp_path / "table.csv")
 
     def test_a_deadline_that_has_passed_asks_for_nothing(self, make_tier: MakeTier) -> None:
         tier = make_tier()

@@ -16,6 +16,7 @@ import numpy as np
 
 from hps_numba.errors import HpsError, TierError
 from hps_numba.storage.bin_dump import BinDump
+from hps_numba.storage.sst_dump import SstDump
 from hps_numba.storage.tiers._tier import Fetched, Tier
 
 __all__ = ["CheckedTier", "TierDefect"]
@@ -116,7 +117,7 @@ class CheckedTier(Tier):
     def load_dump(self, table: str, path: str | Path) -> int:
         return self._call("load_dump", lambda: self.inner.load_dump(table, path))
 
-    def open_dump(self, path: str | Path) -> BinDump:
+    def open_dump(self, path: str | Path) -> BinDump | SstDump:
         return self._call("open_dump", lambda: self.inner.open_dump(path))
 
     def close(self) -> None:

@@ -23,6 +23,9 @@ import numpy as np
 
 from hps_numba.errors import ClosedError, TierError
 from hps_numba.storage.bin_dump import BinDump, read_bin, write_bin
+from hps_numba.storage.formats._format import rows_per_chunk
+from hps_numba.storage.rocksdb.keys import KEY_BYTES, sorted_by_bytes
+from hps_numba.storage.sst_dump import SstDump, read_sst, write_sst
 
 if TYPE_CHECKING:
     from hps_numba.config import PersistentDatabaseConfig, TierConfig, VolatileDatabaseConfig
@@ -147,39 +150,69 @@ class Tier(abc.ABC):
         """Tags of the tables of one model."""
         return sorted(tag for tag in self.tables() if tag.startswith(f"hps_et.{model}."))
 
+    def scan_by_bytes(self, table: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All (keys, rows) in the order of the raw bytes of the keys, as RocksDB sorts them.
+
+        The keys are sorted in memory, 24 bytes a row at most, and rows are fetched by them, 8 MiB at a time. Rows that are
+        erased meanwhile are left out. A tier that has rows in this order overrides it.
+        """
+        parts = [(keys, rows.shape[1]) for keys, rows in self.scan(table)]
+        if not parts:
+            return
+        dim = parts[0][1]
+        keys = np.concatenate([keys for keys, _ in parts])
+        del parts
+        keys = keys[sorted_by_bytes(keys, KEY_BYTES[self.wide_keys])]
+        step = rows_per_chunk(dim)
+        for start in range(0, len(keys), step):
+            some = keys[start : start + step]
+            rows = np.empty((len(some), dim), np.float32)
+            found = self.fetch(table, some, rows).found
+            yield some[found], rows[found]
+
     def dump(self, table: str, path: str | Path) -> int:
-        """Write a table to a ``.bin`` file (``storage.bin_dump``); returns the number of rows."""
-        self._only_bin(path)
-        chunks = self.scan(table)
+        """Write a table to a ``.bin`` file (``storage.bin_dump``) or an ``.sst`` file (``storage.sst_dump``).
+
+        Returns the number of rows.
+
+        Raises:
+            ModelFileError: the file cannot be written, or replaces another thing than such a dump.
+            TierError: another ending, or an ``.sst`` file of no rows.   TierUnavailable: ``.sst`` without rocksdict.
+        """
+        sorted_keys = self._is_sst(path)
+        chunks = self.scan_by_bytes(table) if sorted_keys else self.scan(table)
         first = next(chunks, None)
         dim = 1 if first is None else first[1].shape[1]
         rest = [] if first is None else [first]
-        return write_bin(path, 8 if self.wide_keys else 4, dim, _chained(rest, chunks), overwrite=True)
+        write = write_sst if sorted_keys else write_bin
+        return write(path, KEY_BYTES[self.wide_keys], dim, _chained(rest, chunks), overwrite=True)
 
     def load_dump(self, table: str, path: str | Path) -> int:
-        """Insert the rows of a ``.bin`` file into a table; returns their number.
+        """Insert the rows of a ``.bin`` or ``.sst`` file into a table; returns their number.
 
         Raises:
-            ModelFileError: a damaged file.   TierError: keys of another width than the tier's, or not a ``.bin`` file.
+            ModelFileError: a damaged file.   TierError: keys of another width than the tier's, or another ending.
+            TierUnavailable: ``.sst`` without rocksdict.
         """
         dump = self.open_dump(path)
         for keys, rows in dump.chunks(self.section.max_batch_size):
             self.insert(table, keys, rows)
         return dump.pairs
 
-    def open_dump(self, path: str | Path) -> BinDump:
-        """Open a ``.bin`` file whose keys are as wide as the tier's; raises as ``load_dump``."""
-        self._only_bin(path)
-        dump = read_bin(path)
-        expected = 8 if self.wide_keys else 4
+    def open_dump(self, path: str | Path) -> BinDump | SstDump:
+        """Open a ``.bin`` or ``.sst`` file whose keys are as wide as the tier's; raises as ``load_dump``."""
+        dump = read_sst(path) if self._is_sst(path) else read_bin(path)
+        expected = KEY_BYTES[self.wide_keys]
         if dump.key_bytes != expected and dump.pairs:
             raise TierError(f"{path}: expected keys of {expected} bytes (supportlonglong), got {dump.key_bytes}")
         return dump
 
     @staticmethod
-    def _only_bin(path: str | Path) -> None:
-        if Path(path).suffix != ".bin":
-            raise TierError(f"{path}: expected a .bin file")
+    def _is_sst(path: str | Path) -> bool:
+        ending = Path(path).suffix
+        if ending not in (".bin", ".sst"):
+            raise TierError(f"{path}: expected a .bin or .sst file")
+        return ending == ".sst"
 
     def batches(self, n: int, deadline: float | None) -> Iterator[slice]:
         """Cut ``n`` keys into batches of ``max_batch_size``; stops when the deadline has passed."""

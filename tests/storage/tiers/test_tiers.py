@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from hps_numba.testing.tiers import MakeTier
 
 def section_for(kind: type[Tier], folder: Path, **options: Any) -> Any:
     if kind.persistent:
-        return PersistentDatabaseConfig(path=str(folder / "database"), **options)
+        return PersistentDatabaseConfig(path=tempfile.mkdtemp(dir=folder), **options)
     return VolatileDatabaseConfig(**options)
 
 
