@@ -86,18 +86,19 @@ class Database:
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def _open(self) -> Any:
-        if self.path.exists() and not self.path.is_dir():
-            raise TierUnavailable(f"{self.path}: expected a folder for the database, got a file")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise TierUnavailable(f"{self.path}: expected a folder for the database, got a file") from None
         except OSError as problem:
             raise TierUnavailable(f"{self.path}: the folder of the database cannot be made: {problem.strerror}") from problem
-        current = self.path / "CURRENT"
-        rows = [name for name in names_of_files(self.path) if name.endswith((".sst", ".log", ".blob"))]
-        if rows and not current.exists():  # RocksDB would start anew, and delete them
+        names = names_of_files(self.path)
+        create = "CURRENT" not in names
+        rows = [name for name in names if name.endswith((".sst", ".log", ".blob"))]
+        if rows and create:  # RocksDB would start anew, and delete them
             raise TierUnavailable(f"{self.path}: expected a file CURRENT beside {rows[0]}, got none: the database is damaged")
         try:
-            return self._opened(self.path, self.package.AccessType.read_write(), create=not current.exists())
+            return self._opened(self.path, self.package.AccessType.read_write(), create=create)
         except Exception as problem:
             raise self._open_error(problem) from problem
 

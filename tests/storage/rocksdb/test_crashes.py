@@ -51,7 +51,7 @@ number = int(sys.argv[2])
 while True:
     table, what, keys = step(number)
     if what == "insert":
-        tier.insert(table, keys, rows_of(keys, 16 if table.endswith("a") else 128, number))
+        tier.insert(table, keys, rows_of(keys, 16 if table.endswith("a") else 128, number % 1000))
     else:
         tier.erase(table, keys)
     os.write(1, b"%d\\n" % number)
@@ -74,7 +74,9 @@ def apply(state: State, number: int) -> None:
         for key in keys:
             rows.pop(int(key), None)
     else:
-        rows.update({int(key): row.tobytes() for key, row in zip(keys, rows_of(keys, TABLES[table], number), strict=True)})
+        rows.update(
+            {int(key): row.tobytes() for key, row in zip(keys, rows_of(keys, TABLES[table], number % 1000), strict=True)}
+        )
 
 
 def killed(path: Path, first: int, chance: random.Random) -> int:
