@@ -312,19 +312,19 @@ class HPS:
         return self._writes.contains(keys, model_name, table_id)
 
     def dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
-        """Write the rows of a table in its fastest tier to a ``.bin`` file, as HugeCTR does; returns their number.
+        """Write the rows of a table in its fastest tier to a ``.bin`` or ``.sst`` file of HugeCTR's form; returns their number.
 
         Raises:
-            ModelFileError: the file cannot be written.   TierError: not a ``.bin`` file.
+            ModelFileError: the file cannot be written.   TierError: another ending, or an ``.sst`` file of no rows.
         """
         return self._writes.dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
-        """Insert the rows of a ``.bin`` file in every tier; returns their number.
+        """Insert the rows of a ``.bin`` or ``.sst`` file in every tier; returns their number.
 
         Raises:
             ModelFileError: the file is damaged, or its rows have another width.
-            TierError: its keys have another width, or it is not a ``.bin`` file; otherwise as ``insert``.
+            TierError: its keys have another width, or another ending; otherwise as ``insert``.
         """
         return self._writes.load_dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
 

@@ -51,7 +51,7 @@ number = int(sys.argv[2])
 while True:
     table, what, keys = step(number)
     if what == "insert":
-        tier.insert(table, keys, rows_of(keys, 16 if table.endswith("a") else 128, number % 1000))
+        tier.insert(table, keys, rows_of(keys, 16 if table.endswith("a") else 128, number % 100))
     else:
         tier.erase(table, keys)
     os.write(1, b"%d\\n" % number)
@@ -75,7 +75,7 @@ def apply(state: State, number: int) -> None:
             rows.pop(int(key), None)
     else:
         rows.update(
-            {int(key): row.tobytes() for key, row in zip(keys, rows_of(keys, TABLES[table], number % 1000), strict=True)}
+            {int(key): row.tobytes() for key, row in zip(keys, rows_of(keys, TABLES[table], number % 100), strict=True)}
         )
 
 
