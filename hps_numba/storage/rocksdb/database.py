@@ -1,10 +1,6 @@
 """A RocksDB database: opened and closed with typed errors, in the process that opened it and no other.
 
-*After a fork* the child has none of RocksDB's threads, and locks that were taken stay so: any call there may wait forever, and
-destroying the handle crashes. So a child refuses to touch it, and never destroys it. RocksDB also joins its threads when the
-process exits, which crashes where there are none: so the child ends without the destructors of C++ libraries, as processes of
-``multiprocessing`` do. Turned down: to open the database again in the child, for reading: RocksDB keeps its threads and locks
-in variables of the process.
+In a forked child every call raises TierUnavailable (``library``), and the handle is never destroyed: that would crash.
 """
 
 from __future__ import annotations
@@ -26,28 +22,6 @@ log = logging.getLogger(__name__)
 _DEFAULT = "default"  # the column family that every database has; no table
 _LOCKED = ("lock hold by current process", "LOCK: Resource temporarily unavailable")
 _ATTEMPTS = 10  # at opening for reading beside a process that writes
-
-
-class _ProcessExit:
-    """How a forked child ends once RocksDB has started threads in its parent."""
-
-    def __init__(self) -> None:
-        self.threads_started = False
-        self._set = False
-        register_fork_reset(self)
-
-    def reset_after_fork(self) -> None:
-        """End by ``_exit``, with the exit status, once Python has ended and the streams of C are flushed."""
-        libc = ctypes.CDLL(None) if self.threads_started and not self._set else None
-        on_exit = getattr(libc, "on_exit", None)  # of Linux with glibc
-        if libc is not None and on_exit is not None:
-            on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
-            at_exit = getattr(libc, "__cxa_atexit")  # in a class, a name with two underscores is another one
-            at_exit(ctypes.cast(libc.fflush, ctypes.c_void_p), None, None)  # called before, as it comes later
-            self._set = True
-
-
-_process_exit = _ProcessExit()
 
 
 class Database:
@@ -74,12 +48,11 @@ class Database:
         self._threads = threads
         self._process = os.getpid()
         self._columns: dict[str, Any] = {}
-        _process_exit.threads_started = True
         self._handle = self._open_for_reading() if read_only else self._open()
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """Never destroy what belongs to the parent: one reference to each native object stays forever."""
+        """Keep a reference to each native object of the parent forever."""
         for native in (self._handle, *self._columns.values(), *self.in_use):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
 
@@ -144,7 +117,7 @@ class Database:
         if os.getpid() != self._process:
             raise TierUnavailable(
                 f"{self.path}: expected a call from process {self._process}, which opened the database, got one from its "
-                f"forked child {os.getpid()}: open it after the fork, there read_only"
+                f"forked child {os.getpid()}: open it after the fork only"
             )
 
     def names(self) -> list[str]:

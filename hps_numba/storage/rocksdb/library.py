@@ -2,10 +2,16 @@
 
 Column families and files are written so that HugeCTR reads them: keys and values are raw bytes, blocks are not compressed (rows
 hardly shrink, and another build of RocksDB may lack the algorithm), and the table format is one that RocksDB reads since 6.6.
+
+*After a fork* the child has none of RocksDB's threads, and locks that were taken stay so, also those of the whole process: any
+call may wait forever. So a child of a process that used RocksDB may not, not even to open another database. RocksDB also joins
+its threads when a process exits, which crashes where there are none: such a child ends without the destructors of C++, as
+processes of ``multiprocessing`` do. Turned down: opening the database again in the child, which works most of the time.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from hps_numba.errors import HpsError, TierError, TierUnavailable
+from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["column_options", "database_options", "next_pairs", "one_line", "rocksdict", "typed_errors"]
 
@@ -21,18 +28,46 @@ _FORMAT_VERSION = 5
 _STEP_PAIRS = 4096  # the GIL is held for one step of an iteration
 
 
+class _Process:
+    """Whether RocksDB was used in this process, or in an ancestor before a fork."""
+
+    def __init__(self) -> None:
+        self.used = self.inherited = False
+        register_fork_reset(self)
+
+    def reset_after_fork(self) -> None:
+        """Let a child end by ``_exit``, with its exit status, once Python has ended and the streams of C are flushed."""
+        if not self.used or self.inherited:
+            return
+        self.inherited = True
+        libc = ctypes.CDLL(None)
+        on_exit = getattr(libc, "on_exit", None)  # of Linux with glibc
+        if on_exit is not None:
+            on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
+            at_exit = getattr(libc, "__cxa_atexit")  # in a class, a name with two underscores is another one
+            at_exit(ctypes.cast(libc.fflush, ctypes.c_void_p), None, None)  # called before, as it comes later
+
+
+_process = _Process()
+
+
 def rocksdict(place: str) -> ModuleType:
     """The package.
 
     Raises:
-        TierUnavailable: it is not installed, or cannot be loaded.
+        TierUnavailable: it is not installed, cannot be loaded, or was used in the parent of a forked process.
     """
+    if _process.inherited:
+        raise TierUnavailable(
+            f"{place}: expected a process whose parent had not used RocksDB before the fork, got one that had"
+        )
     try:
         import rocksdict as package
     except ImportError as problem:
         raise TierUnavailable(
             f'{place}: RocksDB needs rocksdict: pip install "hps-numba[rocksdb]" ({one_line(problem)})'
         ) from None
+    _process.used = True
     return package
 
 

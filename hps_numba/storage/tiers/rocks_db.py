@@ -129,27 +129,27 @@ class RocksTier(Tier):
         return found
 
     def size(self, table: str) -> int:
-        known = self._known(table)
-        if known is None:
-            return 0
-        if known.count is not None:
-            return known.count
-        if self.read_only or self._lock.owned_here:
-            return self._counted(known)
-        with self._lock.held():  # writes wait, so that the number stays right
+        with self._calls.block(), self._typed(table):
+            known = self._known(table)
+            if known is None:
+                return 0
+            if known.count is not None:
+                return known.count
+            if self.read_only or self._lock.owned_here:
+                return self._counted(known)
+        with self._lock.held(), self._calls.block(), self._typed(table):  # writes wait, so that the number stays right
             known = self._known(table)
             return 0 if known is None else self._counted(known)
 
     def _counted(self, table: Table) -> int:
         count, last = 0, None
-        with self._calls.block(), self._typed(table.name):
-            while table.count is None:
-                self._check_open()
-                keys = table.next_keys(last)
-                if not keys:
-                    table.count = count
-                    break
-                count, last = count + len(keys), keys[-1]
+        while table.count is None:
+            self._check_open()
+            keys = table.next_keys(last)
+            if not keys:
+                table.count = count
+                break
+            count, last = count + len(keys), keys[-1]
         return table.count
 
     def tables(self) -> list[str]:

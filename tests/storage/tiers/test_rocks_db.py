@@ -428,7 +428,7 @@ def test_a_suspended_scan_keeps_nothing_open(rocks: Callable[..., RocksTier]) ->
             call()
 
 
-def test_a_forked_child_may_not_use_it(rocks: Callable[..., RocksTier]) -> None:
+def test_a_forked_child_may_not_use_it(rocks: Callable[..., RocksTier], tmp_path: Path) -> None:
     tier = rocks()
     tier.insert(TAG, np.arange(500), rows_of(range(500), DIM))
     fetch(tier, TAG, np.arange(500))  # with threads
@@ -449,7 +449,11 @@ def test_a_forked_child_may_not_use_it(rocks: Callable[..., RocksTier]) -> None:
             else:
                 return False
         tier.close()
-        return True
+        try:
+            RocksTier.from_options(path=str(tmp_path / "other"))
+        except TierUnavailable as problem:
+            return "before the fork" in str(problem) and not (tmp_path / "other").exists()
+        return False
 
     assert in_child(child) == 0
     assert fetch(tier, TAG, np.arange(500))[0].found.all()
