@@ -10,21 +10,20 @@ reads as empty. HugeCTR aborts the process on a wrong header and does not check 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
-from hps_numba.runtime.paths import checked_path
-from hps_numba.runtime.replacing import file_judge, replacing
+from hps_numba.runtime.replacing import file_judge
 from hps_numba.storage.formats._arrays import piece_rows
 from hps_numba.storage.formats._chunks import checked_chunks, writing
 from hps_numba.storage.formats._format import Chunk, Keys, PathLike, Rows, rows_per_chunk, translated
-from hps_numba.storage.formats._raw import open_file, read_exactly
+from hps_numba.storage.formats._raw import file_size, open_file, read_exactly
+from hps_numba.storage.replacing import head_judge, replacing
+from hps_numba.storage.urls import Place, UrlPath, place_of
 
 __all__ = ["BinDump", "read_bin", "write_bin"]
 
@@ -34,7 +33,12 @@ _HEADER_BYTES = 16
 _HEADER_BYTES_NO_TABLE = 12
 
 
-_JUDGE = file_judge("a .bin dump", lambda head: head.startswith(_MAGIC))
+def _is_dump(head: bytes) -> bool:
+    return head.startswith(_MAGIC)
+
+
+_WHAT = "a .bin dump"
+_JUDGE, _URL_JUDGE = file_judge(_WHAT, _is_dump), head_judge(_WHAT, _is_dump)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class BinDump:
         pairs: number of key-value pairs.
     """
 
-    path: Path
+    path: Place
     key_bytes: int
     value_bytes: int
     pairs: int
@@ -80,15 +84,15 @@ def _pair(key_bytes: int, dim: int) -> np.dtype[Any]:
     return np.dtype([("key", "<i8" if key_bytes == 8 else "<u4"), ("row", "<f4", (dim,))])
 
 
-def read_bin(path: PathLike) -> BinDump:
+def read_bin(path: PathLike | UrlPath) -> BinDump:
     """Check header and length of a dump. The rows are read by :meth:`BinDump.chunks`.
 
     Raises:
         ModelFileError: missing, not a dump, another version, or a length that is not a whole number of pairs.
     """
-    where = checked_path(path)
+    where = place_of(path)
     with open_file(where) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file_size(file)
         if size < _HEADER_BYTES_NO_TABLE:
             raise ModelFileError(f"{where}: expected a header of {_HEADER_BYTES} bytes, got {size} bytes")
         header = np.zeros(4, "<u4")
@@ -105,7 +109,7 @@ def read_bin(path: PathLike) -> BinDump:
     return BinDump(where, key_bytes, value_bytes, _pairs(where, size, key_bytes, value_bytes))
 
 
-def _pairs(path: Path, size: int, key_bytes: int, value_bytes: int) -> int:
+def _pairs(path: Place, size: int, key_bytes: int, value_bytes: int) -> int:
     data_bytes = size - _HEADER_BYTES
     if value_bytes % 4 or data_bytes < 0:
         raise ModelFileError(
@@ -118,7 +122,9 @@ def _pairs(path: Path, size: int, key_bytes: int, value_bytes: int) -> int:
     return data_bytes // (key_bytes + value_bytes)
 
 
-def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[Any, Any]], *, overwrite: bool = False) -> int:
+def write_bin(
+    path: PathLike | UrlPath, key_bytes: int, dim: int, chunks: Iterable[tuple[Any, Any]], *, overwrite: bool = False
+) -> int:
     """Write a dump and return its number of pairs. It appears whole or not at all.
 
     Args:
@@ -136,20 +142,20 @@ def write_bin(path: PathLike, key_bytes: int, dim: int, chunks: Iterable[tuple[A
         raise ValueError(f"key_bytes: expected 4 or 8, got {key_bytes}")
     if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
-    target = checked_path(path)
+    target = place_of(path)
     with translated(target):
         if target.is_dir():
             raise ModelFileError(f"{target}: expected a file, got a directory")
     checked = checked_chunks(target, dim, chunks)
     with (
-        replacing(target, overwrite=overwrite, judge=_JUDGE) as new,
+        replacing(target, overwrite=overwrite, judge=_JUDGE, url_judge=_URL_JUDGE) as new,
         writing(target, checked) as source,
         new.open("wb") as file,
     ):
         return _write_pairs(file, target, key_bytes, dim, source)
 
 
-def _write_pairs(file: BinaryIO, path: Path, key_bytes: int, dim: int, chunks: Iterable[Chunk]) -> int:
+def _write_pairs(file: BinaryIO, path: Place, key_bytes: int, dim: int, chunks: Iterable[Chunk]) -> int:
     total = 0
     file.write(_header(key_bytes, 0))
     for keys, rows, _ in chunks:
@@ -171,7 +177,7 @@ def _header(key_bytes: int, value_bytes: int) -> bytes:
     return _MAGIC + np.array([_VERSION, key_bytes, value_bytes], "<u4").tobytes()
 
 
-def _check_4_bytes(path: Path, keys: Keys) -> None:
+def _check_4_bytes(path: Place, keys: Keys) -> None:
     wrong = keys[(keys < 0) | (keys >= 1 << 32)]
     if wrong.size:
         raise ModelFileError(f"{path}: expected keys in 0..{(1 << 32) - 1}, which fit 4 bytes, got {wrong[0]}")

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from hps_numba.errors import HpsError, ModelFileError
-from hps_numba.runtime.replacing import file_judge, replacing
+from hps_numba.runtime.replacing import file_judge
 from hps_numba.storage.formats._npy_header import NpyHeader, read_npy_header
-from hps_numba.storage.formats._raw import open_file
+from hps_numba.storage.formats._raw import file_size, open_file
+from hps_numba.storage.replacing import head_judge, replacing
+from hps_numba.storage.urls import Place
 
 __all__ = ["CheckpointReader", "SavedTable", "open_checkpoint", "write_checkpoint"]
 
@@ -38,7 +38,14 @@ _MAX_ABOUT_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 20
 _MAX_STEPS = 1 << 62
 _KEY, _VALUE = np.dtype("<i8"), np.dtype("<f4")
-_JUDGE = file_judge("a checkpoint", lambda head: head.startswith(b"PK\x03\x04") and head[30:].startswith(_ABOUT.encode()))
+
+
+def _is_checkpoint(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04") and head[30:].startswith(_ABOUT.encode())
+
+
+_WHAT = "a checkpoint"
+_JUDGE, _URL_JUDGE = file_judge(_WHAT, _is_checkpoint), head_judge(_WHAT, _is_checkpoint)
 Read = Callable[[np.ndarray], np.ndarray]
 """From int64 keys ``[m]`` to float32 ``[m, width]``."""
 
@@ -62,7 +69,7 @@ class SavedTable:
     states: Read
 
 
-def write_checkpoint(path: Path, tables: Sequence[SavedTable], extra: Mapping[str, bytes]) -> None:
+def write_checkpoint(path: Place, tables: Sequence[SavedTable], extra: Mapping[str, bytes]) -> None:
     """Write a checkpoint, replacing the one at ``path``, if any.
 
     Args:
@@ -71,7 +78,7 @@ def write_checkpoint(path: Path, tables: Sequence[SavedTable], extra: Mapping[st
     Raises:
         ModelFileError: it cannot be written, or there is something else than a checkpoint, which is left as it was.
     """
-    with replacing(path, overwrite=True, judge=_JUDGE) as target:
+    with replacing(path, overwrite=True, judge=_JUDGE, url_judge=_URL_JUDGE) as target:
         try:
             with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 about = {"version": _VERSION, "tables": [dict(table.about) for table in tables]}
@@ -114,7 +121,7 @@ class CheckpointReader:
         ModelFileError: a member is damaged, missing or of another form, or the file is of another version.
     """
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    def __init__(self, path: Place, archive: zipfile.ZipFile, size: int) -> None:
         self.path = path
         self._archive = archive
         self._check_members(size)
@@ -232,7 +239,7 @@ def _exactly(file: IO[bytes], size: int) -> bytes:
 
 
 @contextmanager
-def _as_file_error(path: Path, member: str = "") -> Iterator[None]:
+def _as_file_error(path: Place, member: str = "") -> Iterator[None]:
     """``zipfile`` and ``numpy`` raise about a dozen types about a damaged archive; here it is one."""
     try:
         yield
@@ -246,7 +253,7 @@ def _as_file_error(path: Path, member: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[CheckpointReader]:
+def open_checkpoint(path: Place) -> Iterator[CheckpointReader]:
     """A checkpoint, checked to be complete.
 
     Raises:
@@ -261,5 +268,5 @@ def open_checkpoint(path: Path) -> Iterator[CheckpointReader]:
             text = str(problem).removeprefix(f"{path}: ")
             raise ModelFileError(f"{path}: cannot be read as a checkpoint: {text}") from problem
         with _as_file_error(path):
-            reader = CheckpointReader(path, archive, os.fstat(raw.fileno()).st_size)
+            reader = CheckpointReader(path, archive, file_size(raw))
         yield reader

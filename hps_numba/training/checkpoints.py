@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.errors import ConfigError
-from hps_numba.runtime.paths import checked_path
+from hps_numba.storage.urls import place_of
 from hps_numba.training.checkpoint_files import CheckpointReader, Read, SavedTable, open_checkpoint, write_checkpoint
 from hps_numba.training.replacement import TableContent, replace_tables
 from hps_numba.training.trainer import RowTrainer
@@ -32,7 +32,7 @@ def save_trained(
         ModelFileError: it cannot be written, or there is something else than a checkpoint; what is there is left as it was.
         Otherwise as ``HPS.locked_table``.
     """
-    target = checked_path(path)
+    target = place_of(path)
     with ExitStack() as locks:
         ordered = _in_order(trainers)
         for trainer in ordered:
@@ -78,7 +78,7 @@ def load_trained(
         ModelFileError: the file is missing or damaged.   ConfigError: it has other tables, optimizers or widths.
         Otherwise as ``replace_tables``.
     """
-    with open_checkpoint(checked_path(path)) as file, ExitStack() as held:
+    with open_checkpoint(place_of(path)) as file, ExitStack() as held:
         _check(file, trainers)
         answer = accept(file)
         for trainer in _in_order(trainers):

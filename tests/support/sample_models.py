@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+from support.producers import PRODUCERS
 
 from hps_numba import plugins
 from hps_numba.errors import ModelFileError
@@ -19,7 +20,8 @@ from hps_numba.storage.formats._format import SparseModelFormat
 from hps_numba.storage.model_files import open_model
 
 PACKAGE = "hps_numba.storage.formats"
-FORMATS = plugins.names(PACKAGE)
+FORMATS = [name for name in plugins.names(PACKAGE) if name not in PRODUCERS]
+"""Formats of any keys, with meta; those of other systems are in ``producers.py``."""
 
 Arrays = Mapping[str, np.ndarray]
 

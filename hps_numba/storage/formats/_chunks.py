@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from hps_numba.config.messages import show
 from hps_numba.errors import HpsError, KeyDtypeError, ModelFileError
 from hps_numba.storage.formats._arrays import assign
 from hps_numba.storage.formats._format import Chunk, Keys, Progress, Rows
+from hps_numba.storage.urls import Place
 
 __all__ = ["checked_chunks", "writing"]
 
 
 def checked_chunks(
-    path: Path, dim: int, chunks: Iterable[tuple[Any, ...]], rows: int | None = None, on_progress: Progress | None = None
+    path: Place, dim: int, chunks: Iterable[tuple[Any, ...]], rows: int | None = None, on_progress: Progress | None = None
 ) -> Iterator[Chunk]:
     """Each ``(keys, rows)`` or ``(keys, rows, meta)`` as C-contiguous int64, float32 and int64 arrays that fit together.
 
@@ -57,7 +57,7 @@ def checked_chunks(
 
 
 @contextmanager
-def writing(path: Path, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
+def writing(path: Place, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
     """The chunks again, for a block that writes them: an error of the disk or of a library becomes a ``ModelFileError``.
 
     What the chunks themselves raise is the caller's and passes as it is.
@@ -81,7 +81,7 @@ def writing(path: Path, chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
         raise ModelFileError(f"{path}: cannot be written: {' '.join(str(problem).split())}") from problem
 
 
-def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
+def _checked(path: Place, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
     if not isinstance(chunk, (tuple, list)) or len(chunk) not in (2, 3):
         got = f"{len(chunk)} parts" if isinstance(chunk, (tuple, list)) else show(chunk)
         raise ModelFileError(f"{path}: {where}: expected (keys, rows) or (keys, rows, meta), got {got}")
@@ -95,14 +95,14 @@ def _checked(path: Path, where: str, dim: int, chunk: tuple[Any, ...]) -> Chunk:
     return keys, rows, meta
 
 
-def _array(path: Path, where: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
+def _array(path: Place, where: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         return np.asarray(given)
     except Exception as problem:  # ragged lists, or whatever a foreign object raises
         raise ModelFileError(f"{path}: {where}: expected an array, got {show(given)}: {problem}") from problem
 
 
-def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
+def _integers(path: Place, where: str, given: npt.ArrayLike) -> Keys:
     array = _array(path, where, given)
     if array.dtype.kind not in "iu":
         raise KeyDtypeError(f"{path}: {where}: expected integers, got {array.dtype}")
@@ -115,7 +115,7 @@ def _integers(path: Path, where: str, given: npt.ArrayLike) -> Keys:
     return out
 
 
-def _rows(path: Path, where: str, given: npt.ArrayLike, shape: tuple[int, int]) -> Rows:
+def _rows(path: Place, where: str, given: npt.ArrayLike, shape: tuple[int, int]) -> Rows:
     array = _array(path, where, given)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ModelFileError(f"{path}: {where}: expected float32, got {array.dtype}")

@@ -16,9 +16,12 @@ that return arrays (a second copy of every byte) and memory maps (a file that sh
 from __future__ import annotations
 
 import abc
+import io
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +32,8 @@ import numpy.typing as npt
 
 from hps_numba.config.arguments import as_count, as_optional
 from hps_numba.errors import ArrayError, ClosedError, ConfigError, HpsError, ModelFileError
+from hps_numba.storage.formats._tables import split_table
+from hps_numba.storage.urls import Place, UrlPath, place_of, without_credentials
 
 __all__ = [
     "CHUNK_BYTES",
@@ -49,6 +54,7 @@ Chunk: TypeAlias = tuple[Keys, Rows, Keys | None]
 PathLike: TypeAlias = str | os.PathLike[str]
 Progress: TypeAlias = Callable[[int, int], None]
 MAX_DIM = (1 << 31) - 1
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
 """Keys and rows that are in flight at once where a table is streamed, in bytes."""
@@ -60,7 +66,7 @@ def rows_per_chunk(dim: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 
 
 @contextmanager
-def translated(path: PathLike) -> Iterator[None]:
+def translated(path: PathLike | UrlPath) -> Iterator[None]:
     """Turn whatever a library raises about a damaged file into one ``ModelFileError`` that names the file.
 
     h5py, pyarrow, zipfile and numpy raise about a dozen types between them, down to ``RecursionError`` and ``MemoryError`` for
@@ -71,15 +77,20 @@ def translated(path: PathLike) -> Iterator[None]:
     except HpsError:
         raise
     except Exception as problem:
-        text = " ".join(str(problem).split())[:300]
-        raise ModelFileError(f"{os.fspath(path)}: cannot be read: {type(problem).__name__}: {text}") from problem
+        text = without_credentials(" ".join(str(problem).split())[:300])
+        cause = None if isinstance(path, UrlPath) else problem  # what it holds might show credentials
+        raise ModelFileError(f"{_shown(path)}: cannot be read: {type(problem).__name__}: {text}") from cause
+
+
+def _shown(path: PathLike | UrlPath) -> str:
+    return str(path) if isinstance(path, UrlPath) else without_credentials(os.fspath(path))
 
 
 class SparseModelReader(abc.ABC):
     """One open sparse model, a context manager.
 
     Attributes:
-        path: the file or directory.
+        path: the file or directory: a ``Path``, or the place of a URL, whose ``str`` has no credentials.
         rows: number of rows, n.
         dim: floats in a row.
         has_meta: whether there is a ``meta`` array.
@@ -92,7 +103,7 @@ class SparseModelReader(abc.ABC):
     working_bytes: int = 0
     ignored: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, rows: int, dim: int, *, has_meta: bool) -> None:
+    def __init__(self, path: Place, rows: int, dim: int, *, has_meta: bool) -> None:
         self.path = path
         self.rows = rows
         self.dim = dim
@@ -100,6 +111,7 @@ class SparseModelReader(abc.ABC):
         self._position = {"key": 0, "emb_vector": 0, "meta": 0}
         self._closed = False
         self._failed = False
+        self._afterwards = ExitStack()
 
     @abc.abstractmethod
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -169,7 +181,12 @@ class SparseModelReader(abc.ABC):
         """Close the files; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._close()
+            with self._afterwards:
+                self._close()
+
+    def keep_until_closed(self, held: ExitStack) -> None:
+        """Close ``held`` after this reader."""
+        self._afterwards = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -210,6 +227,18 @@ class SparseModelReader(abc.ABC):
             raise
 
 
+def _downloaded(place: UrlPath, held: ExitStack) -> Path:
+    """A local copy of a file, for a format that reads local files only; it goes when ``held`` is closed."""
+    info = place.info()
+    if info is None or info["type"] != "file":
+        raise ModelFileError(f"{place}: expected a file, got {'nothing' if info is None else 'a directory'}")
+    copy = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="hps_numba_download_"))) / (place.name or "model")
+    log.info("%s: downloading %s bytes to %s, as its format reads local files only", place, info.get("size"), copy)
+    with io.FileIO(copy, "xb") as file:
+        place.download(file)
+    return copy
+
+
 class SparseModelFormat(abc.ABC):
     """A kind of sparse model file; without state, so one object serves everybody.
 
@@ -217,22 +246,31 @@ class SparseModelFormat(abc.ABC):
         name: as in ``format=``; the name of the file that defines it.
         suffixes: file name endings, lower case with the dot, that stand for this format.
         can_write: whether :meth:`write` is implemented.
+        row_dtypes: what rows may be written as; with more than float32, :meth:`write` takes ``dtype=``.
+        reads_urls: whether ``detect`` and ``_open`` also take the place of a URL, which has ``/``, ``name``, ``is_file`` and
+            the like but no local file; False: what is at a URL is downloaded first.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     can_write: ClassVar[bool] = False
+    row_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    reads_urls: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Any) -> bool:
         """True if the content at ``path`` (which exists) looks like this format; the name does not count. Reads a few bytes."""
 
     @abc.abstractmethod
-    def _open(self, path: Path, dim: int | None) -> SparseModelReader:
+    def _open(self, path: Any, dim: int | None) -> SparseModelReader:
         """Open and check everything that can be checked without reading rows; errors of libraries may pass through."""
 
-    def open(self, path: PathLike, dim: int | None = None) -> SparseModelReader:
-        """Open the model at ``path``.
+    def _open_table(self, path: Any, dim: int | None, table: str) -> SparseModelReader:
+        """:meth:`_open` for one table of several, named as ``path#table``."""
+        raise ModelFileError(f"{path}: expected a path without '#{table}', as format {self.name} holds one table")
+
+    def open(self, path: PathLike | UrlPath, dim: int | None = None) -> SparseModelReader:
+        """Open the model at ``path``, a local one or a URL; one of several tables is named as ``path#table``.
 
         Args:
             dim: width of a row that the file must have; None takes the file's.
@@ -242,8 +280,13 @@ class SparseModelFormat(abc.ABC):
             ConfigError (a ValueError): ``dim`` is no integer of at least 1.
         """
         dim = as_optional(dim, partial(as_count, low=1), "dim")
-        with translated(path):
-            return self._open(Path(path), dim)
+        place, table = split_table(given := place_of(path))
+        with translated(given), ExitStack() as held:
+            local = _downloaded(place, held) if isinstance(place, UrlPath) and not self.reads_urls else place
+            found = self._open(local, dim) if table is None else self._open_table(local, dim, table)
+            found.keep_until_closed(held)
+        found.path = given
+        return found
 
     def write(self, path: Path, dim: int, chunks: Iterable[Chunk]) -> int:
         """Write a new model at ``path``, which does not exist, and return its number of rows. Not atomic, not synced.

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.storage.urls import Place
 
 __all__ = ["check_storage", "chunk_counts", "find_dataset"]
 
@@ -39,7 +39,7 @@ class _Chunk(NamedTuple):
     size: int
 
 
-def find_dataset(h5py: ModuleType, file: Any, path: Path, name: str) -> tuple[Any, bytes] | None:
+def find_dataset(h5py: ModuleType, file: Any, path: Place, name: str) -> tuple[Any, bytes] | None:
     """Group and name of the dataset of this name in this very file, or None; no other file is opened on the way.
 
     Raises:
@@ -59,7 +59,7 @@ def find_dataset(h5py: ModuleType, file: Any, path: Path, name: str) -> tuple[An
     return found
 
 
-def _follow(h5py: ModuleType, file: Any, path: Path, name: str) -> tuple[Any, bytes] | None:
+def _follow(h5py: ModuleType, file: Any, path: Place, name: str) -> tuple[Any, bytes] | None:
     """Group and name of the hard link that a name leads to, through soft links; None if it leads nowhere."""
     root = h5py.h5g.open(file.id, b"/")
     group, pending = root, [name.encode()]
@@ -92,7 +92,7 @@ def chunk_counts(dataset: Any) -> list[int]:
     return [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
 
 
-def check_storage(h5py: ModuleType, path: Path, name: str, dataset: Any, file_bytes: int) -> None:
+def check_storage(h5py: ModuleType, path: Place, name: str, dataset: Any, file_bytes: int) -> None:
     """Compare the bytes that a dataset has in its file with what its shape and its filters need.
 
     Raises:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.storage.urls import Place
 
 __all__ = ["NpyHeader", "read_npy_header"]
 
@@ -25,7 +25,7 @@ class NpyHeader(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_npy_header(stream: IO[bytes], path: Path, name: str) -> NpyHeader:
+def read_npy_header(stream: IO[bytes], path: Place, name: str) -> NpyHeader:
     """Read the header and leave the stream at the first byte of data.
 
     Raises:

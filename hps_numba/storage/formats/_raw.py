@@ -10,25 +10,39 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import assign, check_arrays, is_stored_as, others, piece_rows
+from hps_numba.storage.formats._arrays import Filler, assign, check_arrays, is_stored_as, others, piece_rows, with_scales
 from hps_numba.storage.formats._format import SparseModelReader
+from hps_numba.storage.urls import Place, UrlFile, UrlPath, open_url
 
-__all__ = ["RawArray", "RawArrayReader", "names_in", "open_file", "open_folder", "read_exactly"]
+__all__ = [
+    "JoinedArray",
+    "RawArray",
+    "RawArrayReader",
+    "RawFile",
+    "RowNumbers",
+    "file_size",
+    "names_in",
+    "open_file",
+    "open_folder",
+    "read_exactly",
+]
+
+RawFile: TypeAlias = io.RawIOBase
 
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its writer
 
 
-def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
-    """Open a regular file for unbuffered reading.
+def open_file(path: Place, *, folder: int | None = None) -> RawFile:
+    """Open a regular file, or one at a URL, for unbuffered reading.
 
     Args:
         folder: descriptor of the directory that holds it; the file is then found there, whatever ``path`` names by now.
@@ -36,6 +50,8 @@ def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
     Raises:
         ModelFileError: missing, not a regular file, or unreadable.
     """
+    if isinstance(path, UrlPath):
+        return open_url(path)
     where: Path | str = path if folder is None else path.name
     try:
         mode = os.stat(where, dir_fd=folder).st_mode
@@ -56,11 +72,16 @@ def open_file(path: Path, *, folder: int | None = None) -> io.FileIO:
     return file
 
 
+def file_size(file: RawFile) -> int:
+    """Bytes of an open file."""
+    return file.size if isinstance(file, UrlFile) else os.fstat(file.fileno()).st_size
+
+
 @contextmanager
-def open_folder(path: Path) -> Iterator[int | None]:
+def open_folder(path: Place) -> Iterator[int | None]:
     """Descriptor of a directory: files opened through it are of one model, also while ``path`` is replaced by another."""
-    if os.open not in os.supports_dir_fd:
-        yield None  # Windows, where a directory with open files cannot be replaced anyway
+    if isinstance(path, UrlPath) or os.open not in os.supports_dir_fd:
+        yield None  # no descriptors there; on Windows, a directory with open files cannot be replaced anyway
         return
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -69,19 +90,21 @@ def open_folder(path: Path) -> Iterator[int | None]:
         os.close(folder)
 
 
-def names_in(path: Path, *, folder: int | None) -> set[str]:
+def names_in(path: Place, *, folder: int | None = None) -> set[str]:
     """Names of the entries of a directory, found as in :func:`open_file`."""
+    if isinstance(path, UrlPath):
+        return path.names()
     with os.scandir(path if folder is None else folder) as entries:
         return {entry.name for entry in entries}
 
 
-def read_exactly(file: io.FileIO, offset: int, out: npt.NDArray[Any], path: Path) -> None:
+def read_exactly(file: RawFile, offset: int, out: npt.NDArray[Any], path: Place) -> None:
     """Fill ``out`` (C-contiguous, not empty) with the bytes at ``offset``. **Writes:** out.
 
     Raises:
         ModelFileError: the file ends before ``out`` is full.
     """
-    view = out.data.cast("B")
+    view = out.reshape(-1).view(np.uint8).data
     file.seek(offset)
     done = 0
     while done < len(view):  # one call reads 2 GiB at most
@@ -97,7 +120,7 @@ class RawArray:
     """An array of ``shape`` and ``dtype`` in C order from byte ``offset`` of a file."""
 
     def __init__(
-        self, file: io.FileIO, path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+        self, file: RawFile, path: Place, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self.file = file
         self.path = path
@@ -124,15 +147,49 @@ class RawArray:
             assign(out[first : first + len(piece)], piece, self.path, self.name)
 
 
+class JoinedArray:
+    """Arrays of one row shape and dtype, one after another."""
+
+    def __init__(self, parts: Sequence[RawArray]) -> None:
+        self.parts = parts
+        self.dtype = parts[0].dtype
+        self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` from row ``start`` on. **Writes:** out."""
+        done = first = 0
+        for part in self.parts:
+            begin = max(0, start + done - first)
+            count = min(len(out) - done, part.shape[0] - begin)
+            if count > 0:
+                part.read_into(begin, out[done : done + count])
+                done += count
+            first += part.shape[0]
+
+
+class RowNumbers:
+    """The keys of a table whose row number is the key: 0, 1, 2, ..."""
+
+    dtype = np.dtype(np.int64)
+
+    def __init__(self, rows: int) -> None:
+        self.shape = (rows,)
+
+    def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` from row ``start`` on. **Writes:** out."""
+        out[...] = np.arange(start, start + len(out))
+
+
 class RawArrayReader(SparseModelReader):
     """Reads a model whose arrays are all raw; takes over the open files in ``handles`` once nothing can fail any more."""
 
     def __init__(
-        self, path: Path, dim: int | None, arrays: dict[str, RawArray], handles: ExitStack, names: Iterable[str] | None = None
+        self, path: Place, dim: int | None, arrays: Mapping[str, Filler], handles: ExitStack, names: Iterable[str] | None = None
     ) -> None:
+        used = with_scales(path, arrays)
         super().__init__(path, *check_arrays(path, arrays, dim, names), has_meta="meta" in arrays)
-        self.ignored = others(arrays if names is None else names)
-        self._arrays = arrays
+        self.ignored = others(arrays if names is None else names, used)
+        self._arrays = used
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:

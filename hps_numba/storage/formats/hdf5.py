@@ -20,10 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, is_stored_as, others, piece_rows
+from hps_numba.storage.formats._arrays import (
+    NAMES,
+    PIECE_BYTES,
+    ROW_DTYPES,
+    assign,
+    check_arrays,
+    is_stored_as,
+    others,
+    piece_rows,
+    with_scales,
+)
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._hdf5_storage import check_storage, chunk_counts, find_dataset
-from hps_numba.storage.formats._raw import open_file
+from hps_numba.storage.formats._raw import RawFile, file_size, open_file
+from hps_numba.storage.formats._rounding import as_stored
+from hps_numba.storage.urls import Place, UrlPath
 
 if TYPE_CHECKING:
     import h5py
@@ -37,26 +49,33 @@ _CHUNK_BYTES = 128 << 10  # a table of one row takes a chunk, too
 class Hdf5Reader(SparseModelReader):
     """Reads rows with ``read_direct``: unpacked chunks go straight to the caller's arrays."""
 
-    def __init__(self, path: Path, dim: int | None, file: h5py.File, handles: ExitStack) -> None:
+    def __init__(self, path: Place, dim: int | None, file: h5py.File, raw: RawFile | None, handles: ExitStack) -> None:
         import h5py
 
-        found = {name: _dataset(file, path, name) for name in ("key", "emb_vector", "meta")}
+        found = {name: _dataset(file, path, name) for name in NAMES}
         self._datasets = {name: dataset for name, dataset in found.items() if dataset is not None}
         super().__init__(path, *check_arrays(path, self._datasets, dim, list(file)), has_meta="meta" in self._datasets)
-        self.ignored = others(file)
-        self._descriptor = file.id.get_vfd_handle()
-        self._size = os.fstat(self._descriptor).st_size
+        self._arrays = with_scales(path, {name: _Array(self, name, set_) for name, set_ in self._datasets.items()})
+        self.ignored = others(file, self._arrays)
+        self._descriptor: int | None = file.id.get_vfd_handle() if raw is None else None
+        self._size = file_size(raw) if raw is not None else os.fstat(file.id.get_vfd_handle()).st_size
         for name, dataset in self._datasets.items():
             check_storage(h5py, path, name, dataset, self._size)
         self.working_bytes = _working_bytes(self._datasets.values())
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        self._arrays[name].read_into(start, out)
+
+    def fill_stored(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` from a dataset of the file. **Writes:** out."""
         dataset = self._datasets[name]
         if is_stored_as(dataset.dtype, out.dtype):
             dataset.read_direct(out, np.s_[start : start + len(out)])
         else:
             self._fill_by_pieces(name, start, out)
+        if self._descriptor is None:  # a URL, where every read checks what came
+            return
         size = os.fstat(self._descriptor).st_size
         if size < self._size:
             raise ModelFileError(f"{self.path}: {size} bytes, had {self._size} when it was opened; was it cut short?")
@@ -72,8 +91,20 @@ class Hdf5Reader(SparseModelReader):
             assign(out[first : first + len(piece)], piece, self.path, name)
 
     def _close(self) -> None:
+        self._arrays.clear()
         self._datasets.clear()
         self._handles.close()
+
+
+class _Array:
+    """One dataset of a reader."""
+
+    def __init__(self, reader: Hdf5Reader, name: str, dataset: h5py.Dataset) -> None:
+        self._reader, self._name = reader, name
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+
+    def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
+        self._reader.fill_stored(self._name, start, out)
 
 
 class Hdf5Format(SparseModelFormat):
@@ -82,22 +113,28 @@ class Hdf5Format(SparseModelFormat):
     name = "hdf5"
     suffixes = (".h5", ".hdf5")
     can_write = True
+    row_dtypes = ("float32", "float16", "int8")
+    reads_urls = True
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Place) -> bool:
         if not path.is_file():
             return False
         with open_file(path) as file:
             return file.read(8) == _SIGNATURE
 
-    def _open(self, path: Path, dim: int | None) -> Hdf5Reader:
+    def _open(self, path: Place, dim: int | None) -> Hdf5Reader:
         import h5py
 
-        open_file(path).close()  # a clear message for what is not a readable file
         with ExitStack() as handles:
+            raw = handles.enter_context(open_file(path))  # a clear message for what is not a readable file
+            if isinstance(path, UrlPath):
+                file = handles.enter_context(h5py.File(raw, "r"))
+                return Hdf5Reader(path, dim, file, raw, handles)
+            raw.close()
             file = handles.enter_context(h5py.File(path, "r", locking="best-effort"))
-            return Hdf5Reader(path, dim, file, handles)
+            return Hdf5Reader(path, dim, file, None, handles)
 
-    def write(self, path: Path, dim: int, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: Path, dim: int, chunks: Iterable[Chunk], *, dtype: str = "float32") -> int:
         import h5py
 
         total = 0
@@ -105,11 +142,14 @@ class Hdf5Format(SparseModelFormat):
             disk = _Disk(raw)
             with h5py.File(disk, "w", libver=("v110", "v110")) as file:
                 _create(file, "key", np.int64, ())
-                _create(file, "emb_vector", np.float32, (dim,))
+                _create(file, "emb_vector", ROW_DTYPES[dtype], (dim,))
+                if dtype == "int8":
+                    _create(file, "scale", np.float32, ())
                 for keys, rows, meta in chunks:
                     if meta is not None and "meta" not in file:
                         _create(file, "meta", np.int64, ())
-                    for name, array in (("key", keys), ("emb_vector", rows), ("meta", meta)):
+                    stored, scales = as_stored(rows, dtype)
+                    for name, array in (("key", keys), ("emb_vector", stored), ("meta", meta), ("scale", scales)):
                         if array is not None:
                             file[name].resize(total + len(array), axis=0)
                             file[name][total:] = array
@@ -167,13 +207,13 @@ class _Disk:
         return self._file.readinto(buffer)
 
 
-def _create(file: h5py.File, name: str, dtype: type, row_shape: tuple[int, ...]) -> None:
+def _create(file: h5py.File, name: str, dtype: npt.DTypeLike, row_shape: tuple[int, ...]) -> None:
     rows = max(1, _CHUNK_BYTES // (np.dtype(dtype).itemsize * math.prod(row_shape)))
     shape, limit, chunk = (0, *row_shape), (None, *row_shape), (rows, *row_shape)
     file.create_dataset(name, shape, dtype, maxshape=limit, chunks=chunk, fletcher32=True)
 
 
-def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
+def _dataset(file: h5py.File, path: Place, name: str) -> h5py.Dataset | None:
     """The dataset, with a chunk cache for all chunks of a row, so that no chunk is unpacked twice; None if there is none."""
     import h5py
 

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import zipfile
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import assign, check_arrays, others, piece_rows
+from hps_numba.storage.formats._arrays import NAMES, assign, check_arrays, others, piece_rows, with_scales
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._npy_header import read_npy_header
 from hps_numba.storage.formats._raw import open_file
+from hps_numba.storage.urls import Place
 
 __all__ = ["PLUGIN", "NpzFormat", "NpzReader"]
 
-_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
+_MEMBER, _EMPTY = b"PK\x03\x04", b"PK\x05\x06"
+_NAME_AT = 30  # of the first member, whose length is 4 bytes before
 
 
 class _Member:
     """One array of the archive, unpacked from first to last row."""
 
-    def __init__(self, archive: zipfile.ZipFile, path: Path, name: str, handles: ExitStack) -> None:
+    def __init__(self, archive: zipfile.ZipFile, path: Place, name: str, handles: ExitStack) -> None:
         info = archive.getinfo(f"{name}.npy")
         self.path = path
         self.name = name
@@ -65,10 +66,10 @@ class _Member:
 class NpzReader(SparseModelReader):
     """Streams the members of one archive."""
 
-    def __init__(self, path: Path, dim: int | None, members: dict[str, _Member], names: list[str], handles: ExitStack) -> None:
+    def __init__(self, path: Place, dim: int | None, members: dict[str, _Member], names: list[str], handles: ExitStack) -> None:
         super().__init__(path, *check_arrays(path, members, dim, names), has_meta="meta" in members)
-        self.ignored = others(names)
-        self._members = members
+        self._members = with_scales(path, members)
+        self.ignored = others(names, self._members)
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -83,20 +84,23 @@ class NpzFormat(SparseModelFormat):
 
     name = "npz"
     suffixes = (".npz",)
+    reads_urls = True
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Place) -> bool:
         if not path.is_file():
             return False
         with open_file(path) as file:
-            return file.read(4) in _MAGIC
+            head = file.read(_NAME_AT + 256)
+        name = head[_NAME_AT : _NAME_AT + int.from_bytes(head[26:28], "little")]
+        return head.startswith(_EMPTY) or (head.startswith(_MEMBER) and name.endswith(b".npy"))
 
-    def _open(self, path: Path, dim: int | None) -> NpzReader:
+    def _open(self, path: Place, dim: int | None) -> NpzReader:
         with ExitStack() as handles:
             file = handles.enter_context(open_file(path))
-            archive = handles.enter_context(zipfile.ZipFile(file))
+            archive = handles.enter_context(zipfile.ZipFile(cast(IO[bytes], file)))
             names = archive.namelist()
             found = {name.removesuffix(".npy") for name in names if name.endswith(".npy")}
-            members = {name: _Member(archive, path, name, handles) for name in sorted(found & {"key", "emb_vector", "meta"})}
+            members = {name: _Member(archive, path, name, handles) for name in sorted(found.intersection(NAMES))}
             return NpzReader(path, dim, members, [name.removesuffix(".npy") for name in names], handles)
 
 

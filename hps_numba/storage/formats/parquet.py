@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import PIECE_BYTES, assign, check_arrays, others, piece_rows
+from hps_numba.storage.formats._arrays import (
+    NAMES,
+    PIECE_BYTES,
+    Filler,
+    StoredArray,
+    assign,
+    check_arrays,
+    others,
+    piece_rows,
+    with_scales,
+)
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._raw import open_file
+from hps_numba.storage.urls import Place, UrlPath
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,12 +48,13 @@ class _Column:
     """One column, decoded from first to last row."""
 
     def __init__(
-        self, file: pyarrow.parquet.ParquetFile, path: Path, name: str, row_shape: tuple[int, ...], row_bytes: int
+        self, file: pyarrow.parquet.ParquetFile, path: Place, name: str, declared: StoredArray, row_bytes: int
     ) -> None:
+        self.shape, self.dtype = declared.shape, declared.dtype
         batches = file.iter_batches(batch_size=piece_rows(row_bytes), columns=[name], use_threads=False)
         self.path = path
         self.name = name
-        self.row_shape = row_shape
+        self.row_shape = row_shape = declared.shape[1:]
         self._arrays: Iterator[pyarrow.Array] = (batch.column(0) for batch in batches)
         self._rest: npt.NDArray[Any] = np.empty((0, *row_shape))
         self._position = 0
@@ -93,14 +104,15 @@ class _Column:
 class ParquetReader(SparseModelReader):
     """Streams the columns of one file; each column has a stream of its own."""
 
-    def __init__(self, path: Path, dim: int | None, file: pyarrow.parquet.ParquetFile, handles: ExitStack) -> None:
+    def __init__(self, path: Place, dim: int | None, file: pyarrow.parquet.ParquetFile, handles: ExitStack) -> None:
         arrays = _declared(file, path, dim)
         super().__init__(path, *check_arrays(path, arrays, dim, file.schema_arrow.names), has_meta="meta" in arrays)
-        self.ignored = others(file.schema_arrow.names)
-        self._columns = {}
+        columns: dict[str, Filler] = {}
         for name, array in arrays.items():
             row_bytes = array.dtype.itemsize * (self.dim if name == "emb_vector" else 1)
-            self._columns[name] = _Column(file, path, name, array.shape[1:], row_bytes)
+            columns[name] = _Column(file, path, name, array, row_bytes)
+        self._columns = with_scales(path, columns)
+        self.ignored = others(file.schema_arrow.names, self._columns)
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -116,23 +128,28 @@ class ParquetFormat(SparseModelFormat):
 
     name = "parquet"
     suffixes = (".parquet",)
+    reads_urls = True
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Place) -> bool:
         if not path.is_file():
             return False
         with open_file(path) as file:
             return file.read(4) == _MAGIC
 
-    def _open(self, path: Path, dim: int | None) -> ParquetReader:
-        open_file(path).close()  # a clear message for what is not a readable file
+    def _open(self, path: Place, dim: int | None) -> ParquetReader:
+        if not isinstance(path, UrlPath):
+            open_file(path).close()  # a clear message for what is not a readable file
         pa, parquet = _pyarrow(path)
         with ExitStack() as handles:
-            source = handles.enter_context(pa.OSFile(str(path)))
+            if isinstance(path, UrlPath):
+                source = handles.enter_context(pa.PythonFile(handles.enter_context(open_file(path)), mode="r"))
+            else:
+                source = handles.enter_context(pa.OSFile(str(path)))
             file = parquet.ParquetFile(source, buffer_size=PIECE_BYTES, pre_buffer=False, page_checksum_verification=True)
             return ParquetReader(path, dim, file, handles)
 
 
-def _pyarrow(path: Path) -> tuple[ModuleType, ModuleType]:
+def _pyarrow(path: Place) -> tuple[ModuleType, ModuleType]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -141,14 +158,14 @@ def _pyarrow(path: Path) -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def _declared(file: pyarrow.parquet.ParquetFile, path: Path, dim: int | None) -> dict[str, _Declared]:
+def _declared(file: pyarrow.parquet.ParquetFile, path: Place, dim: int | None) -> dict[str, _Declared]:
     """Shapes and dtypes according to the footer."""
     schema, rows = file.schema_arrow, file.metadata.num_rows
     groups = sum(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
     if groups != rows:
         raise ModelFileError(f"{path}: the footer counts {rows} rows, its row groups hold {groups}")
     arrays: dict[str, _Declared] = {}
-    for name in ("key", "emb_vector", "meta"):
+    for name in NAMES:
         if name in schema.names:
             kind = schema.field(name).type
             if name == "emb_vector":
@@ -158,14 +175,14 @@ def _declared(file: pyarrow.parquet.ParquetFile, path: Path, dim: int | None) ->
     return arrays
 
 
-def _number_type(path: Path, name: str, kind: pyarrow.DataType) -> np.dtype[Any]:
+def _number_type(path: Place, name: str, kind: pyarrow.DataType) -> np.dtype[Any]:
     try:
         return np.dtype(kind.to_pandas_dtype())
     except NotImplementedError:
         raise ModelFileError(f"{path}: {name}: expected numbers, got type {kind}") from None
 
 
-def _width(file: pyarrow.parquet.ParquetFile, path: Path, kind: pyarrow.DataType, dim: int | None) -> int:
+def _width(file: pyarrow.parquet.ParquetFile, path: Place, kind: pyarrow.DataType, dim: int | None) -> int:
     """Values in a row: of the type, else as the caller says, else those of the first row."""
     import pyarrow as pa
 

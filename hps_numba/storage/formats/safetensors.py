@@ -8,19 +8,18 @@ SIGBUS, and every slice is a copy. Choice: the header (8 bytes of length, then J
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.storage.formats._arrays import BFLOAT16, NAMES
 from hps_numba.storage.formats._format import SparseModelFormat
-from hps_numba.storage.formats._raw import RawArray, RawArrayReader, open_file, read_exactly
+from hps_numba.storage.formats._raw import RawArray, RawArrayReader, RawFile, file_size, open_file, read_exactly
+from hps_numba.storage.urls import Place
 
 __all__ = ["PLUGIN", "SafetensorsFormat"]
 
@@ -29,6 +28,7 @@ _NUMBERS = {
     **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+    "BF16": BFLOAT16,
 }
 
 
@@ -37,25 +37,26 @@ class SafetensorsFormat(SparseModelFormat):
 
     name = "safetensors"
     suffixes = (".safetensors",)
+    reads_urls = True
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Place) -> bool:
         if not path.is_file():
             return False
         with open_file(path) as file:
-            start = file.read(9)
-        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+            start, size = file.read(9), file_size(file)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
-    def _open(self, path: Path, dim: int | None) -> RawArrayReader:
+    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
         with ExitStack() as handles:
             file = handles.enter_context(open_file(path))
             header, offset = _header(file, path)
-            _check_end(path, header, os.fstat(file.fileno()).st_size - offset)
-            names: list[str] = [name for name in ("key", "emb_vector", "meta") if name in header]
+            _check_end(path, header, file_size(file) - offset)
+            names: list[str] = [name for name in NAMES if name in header]
             arrays = {name: _array(file, path, name, header[name], offset) for name in names}
             return RawArrayReader(path, dim, arrays, handles, list(header))
 
 
-def _header(file: io.FileIO, path: Path) -> tuple[dict[str, Any], int]:
+def _header(file: RawFile, path: Place) -> tuple[dict[str, Any], int]:
     """The entries of the header by name, and the offset of the data."""
     size = np.zeros(1, "<u8")
     read_exactly(file, 0, size, path)
@@ -71,14 +72,14 @@ def _header(file: io.FileIO, path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _check_end(path: Path, header: dict[str, Any], data_bytes: int) -> None:
+def _check_end(path: Place, header: dict[str, Any], data_bytes: int) -> None:
     """The data of the last tensor ends with the file; so a file that was cut or has grown is noticed at once."""
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != data_bytes:
         raise ModelFileError(f"{path}: expected {end} bytes of data, as the header says, got {data_bytes}")
 
 
-def _array(file: io.FileIO, path: Path, name: str, entry: dict[str, Any], offset: int) -> RawArray:
+def _array(file: RawFile, path: Place, name: str, entry: dict[str, Any], offset: int) -> RawArray:
     if entry["dtype"] not in _NUMBERS:
         raise ModelFileError(f"{path}: {name}: expected a dtype of {', '.join(_NUMBERS)}, got {entry['dtype']}")
     dtype, shape = _NUMBERS[entry["dtype"]], tuple(int(length) for length in entry["shape"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.producers import PRODUCERS
 from support.sample_models import ARRAY_WRITERS, FORMATS, part, path_for, sample, save_model
 
 from hps_numba.errors import ModelFileError
@@ -26,7 +27,7 @@ array_format = pytest.mark.parametrize("name", sorted(ARRAY_WRITERS))
 
 def test_the_folder_lists_the_formats() -> None:
     assert {"directory", "hdf5", "npy", "npz", "parquet", "safetensors"} <= set(FORMATS)
-    assert [part(name).name for name in FORMATS] == FORMATS
+    assert [found.name for found in formats()] == sorted([*FORMATS, *PRODUCERS])
 
 
 class TestEveryFormat(FormatContract):  # F09

@@ -19,7 +19,7 @@ import pytest
 from support.sample_models import ARRAY_WRITERS, FORMATS, failure, path_for, read_all, resize, sample, save_model
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.model_files import open_model
+from hps_numba.storage.model_files import formats, open_model
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 array_format = pytest.mark.parametrize("name", sorted(ARRAY_WRITERS))
@@ -110,7 +110,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
 def test_an_unknown_format_lists_what_was_tried(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("hello")
-    assert failure(path) == f"{path}: expected one of the known formats ({', '.join(FORMATS)})"
+    assert failure(path) == f"{path}: expected one of the known formats ({', '.join(found.name for found in formats())})"
     assert "expected a directory holding key and emb_vector, got a file" in failure(save_text(tmp_path / "a.model"))
     (tmp_path / "empty").mkdir()
     assert failure(tmp_path / "empty") == f"{tmp_path / 'empty' / 'key'}: no such file"
@@ -160,7 +160,7 @@ WRONG_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "float keys": ({"key": np.zeros(4)}, "key: expected int64 or another integer dtype, got float64"),
     "integer rows": (
         {"emb_vector": np.zeros((4, 3), np.int32)},
-        "emb_vector: expected float32 (float16 and float64 are converted), got int32",
+        "emb_vector: expected float32 (float16, bfloat16 and float64 are converted, int8 with scale), got int32",
     ),
     "fewer keys": ({"key": np.zeros(3, np.int64)}, "key has 3 elements, emb_vector has 4 rows"),
     "more meta": ({"meta": np.zeros(5, np.int64)}, "meta has 5 elements, emb_vector has 4 rows"),
@@ -195,8 +195,14 @@ def parquet(path: Path, **columns: Any) -> Path:
         ({"key": pa.array(["a", "b", "c"])}, "key: expected int64 or another integer dtype, got "),
         ({"key": pa.array([[1], [2], [3]])}, "key: expected "),
         ({"emb_vector": pa.array([1.0, 2.0, 3.0])}, "emb_vector: expected lists of float32, got type double"),
-        ({"emb_vector": pa.array([[1, 2]] * 3)}, "emb_vector: expected float32 (float16 and float64 are converted), got int64"),
-        ({"emb_vector": pa.array([["a"]] * 3)}, "emb_vector: expected float32 (float16 and float64 are converted), got "),
+        (
+            {"emb_vector": pa.array([[1, 2]] * 3)},
+            "emb_vector: expected float32 (float16, bfloat16 and float64 are converted, int8 with scale), got int64",
+        ),
+        (
+            {"emb_vector": pa.array([["a"]] * 3)},
+            "emb_vector: expected float32 (float16, bfloat16 and float64 are converted, int8 with scale), got ",
+        ),
         ({"emb_vector": pa.array([[[1.0]]] * 3)}, "emb_vector: expected "),
         ({"emb_vector": pa.array([[1.0, 2.0], [3.0], [4.0, 5.0]])}, "emb_vector row 1: expected 2 values, got 1"),
         ({"emb_vector": pa.array([[1.0, 2.0], None, [4.0, 5.0]])}, "emb_vector: expected no nulls, got 1 in rows 0..3"),
@@ -361,7 +367,7 @@ def test_safetensors_headers(tmp_path: Path) -> None:
     assert "expected 16 bytes of data, as the header says, got 24" in failure(safetensors(path, good, bytes(24)))
     assert "expected 16 bytes of data, as the header says, got 0" in failure(safetensors(path, good))
     for change, expected in (
-        ({"dtype": "BF16"}, "emb_vector: expected a dtype of"),
+        ({"dtype": "F8_E4M3"}, "emb_vector: expected a dtype of"),
         ({"shape": [1, 3]}, "emb_vector has 8 bytes from 8 on, but its shape is F32[1, 3]"),
         ({"shape": [-1, -2]}, "emb_vector: expected sizes of 0 or more, got shape [-1, -2]"),
         ({"data_offsets": [-8, 0]}, "emb_vector has 8 bytes from -8 on"),

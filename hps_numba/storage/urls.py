@@ -1,0 +1,424 @@
+"""Models, dumps and checkpoints at URLs: ``s3://``, ``gs://``, ``hdfs://``, ``memory://`` and whatever else fsspec knows.
+
+Problem: a table is larger than what host memory can hold twice, an object store has no descriptors, and an object may be
+replaced while it is read. Choice: every read is a range request for the bytes that are wanted, straight to their place; small
+reads share blocks of 1 MiB; a range that comes back short is an error; and whoever reads the last byte of a file asks once more
+whether it is still the same object. Turned down: fsspec's buffered files, whose read-ahead fetches the rows again for every
+chunk of keys where both lie in one file.
+
+Credentials are never shown: what stands before an ``@`` and after a ``?`` is cut from every message.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, TypeAlias
+
+from hps_numba.errors import HpsError, ModelFileError
+from hps_numba.runtime.paths import checked_path
+
+__all__ = ["Place", "UrlFile", "UrlPath", "is_url", "open_url", "place_of", "without_credentials"]
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+_S3_HOST = re.compile(r"(?:(?P<bucket>[^/]+)\.)?s3[.-](?P<region>[a-z0-9-]+)\.amazonaws\.com/(?P<path>.*)", re.DOTALL)
+_GCS_HOST = re.compile(r"storage\.(?:googleapis|cloud\.google)\.com/(?P<path>.*)", re.DOTALL)
+_USER = re.compile(r"(://)[^/\s@]*@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+_BACKENDS: Final = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hdfs": "pyarrow",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+"""Scheme -> what to install for it."""
+_ALIASES: Final = {"s3a": "s3", "gcs": "gs"}
+_VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created", "modified")
+_BLOCK_BYTES = 1 << 20
+_BLOCKS = 4
+_COPY_BYTES = 8 << 20
+
+
+def is_url(path: object) -> bool:
+    """True for ``scheme://...``; a drive letter (``C:\\x``) and a local name with a colon are not."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def without_credentials(text: str) -> str:
+    """The text without users, passwords and queries (which hold signatures) of the URLs in it."""
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1", text))
+
+
+def place_of(path: object, what: str = "path", *, error: type[HpsError] = ModelFileError) -> Place:
+    """A local path, or the place that a URL names.
+
+    Raises:
+        HpsError, of the type ``error``: neither.
+    """
+    if isinstance(path, UrlPath):
+        return path
+    if isinstance(path, str) and is_url(path):
+        if "\0" in path:
+            raise error(f"{what}: expected a URL without NUL characters, got {without_credentials(path)!r}")
+        return UrlPath.of(path)
+    return checked_path(path, what, error=error)
+
+
+class UrlPath:
+    """A file or folder at a URL: what the formats use of ``pathlib.Path``, and ranges of bytes.
+
+    ``str()`` is the URL without credentials.
+
+    **Thread safety:** every method.
+    """
+
+    __slots__ = ("_region", "_url")
+
+    def __init__(self, url: str, region: str | None = None) -> None:
+        self._url = url
+        self._region = region
+
+    @classmethod
+    def of(cls, url: str) -> UrlPath:
+        """HugeCTR's https forms of S3 and Google Cloud Storage become ``s3://`` (with the region of the host) and ``gs://``."""
+        match = _URL.match(url)
+        assert match is not None
+        scheme, rest = match["scheme"].lower(), match["rest"]
+        scheme = _ALIASES.get(scheme, scheme)
+        region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+        if scheme == "https" and (host := _S3_HOST.fullmatch(rest)) and "?" not in rest:
+            scheme, region = "s3", host["region"]
+            rest = f"{host['bucket']}/{host['path']}" if host["bucket"] else host["path"]
+        elif scheme == "https" and (host := _GCS_HOST.fullmatch(rest)) and "?" not in rest:
+            scheme, rest = "gs", host["path"]
+        return cls(f"{scheme}://{rest}", region if scheme == "s3" else None)
+
+    @property
+    def scheme(self) -> str:
+        """In lower case."""
+        return self._url.partition("://")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self._url.partition("://")[2].partition("?")[0]).name
+
+    @property
+    def suffix(self) -> str:
+        """``.h5`` of ``model.h5``."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> UrlPath:
+        """The folder."""
+        return UrlPath(self._url.rstrip("/").rpartition("/")[0], self._region)
+
+    def __truediv__(self, name: str) -> UrlPath:
+        return UrlPath(f"{self._url.rstrip('/')}/{name}", self._region)
+
+    def is_within(self, folder: UrlPath) -> bool:
+        """Whether it lies in a folder."""
+        return self._url.startswith(f"{folder._url.rstrip('/')}/")
+
+    def split_fragment(self) -> tuple[UrlPath, str | None]:
+        """``scheme://path`` and the ``table`` of ``scheme://path#table``."""
+        url, mark, fragment = self._url.partition("#")
+        return (UrlPath(url, self._region), fragment) if mark else (self, None)
+
+    def __str__(self) -> str:
+        return without_credentials(self._url)
+
+    def __repr__(self) -> str:
+        return f"UrlPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UrlPath) and (self._url, self._region) == (other._url, other._region)
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    # -- what is there --------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any] | None:
+        """What fsspec says of the file or folder, asked anew; None if there is none.
+
+        Raises:
+            ModelFileError: the store cannot be reached, refuses, or its library is not installed.
+        """
+        fs, path = self._file_system()
+        with self._errors("cannot be opened"):
+            fs.invalidate_cache(path.rstrip("/").rpartition("/")[0])
+            try:
+                found: dict[str, Any] = fs.info(path)
+            except FileNotFoundError:
+                return None
+        return found
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder."""
+        return self.info() is not None
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        found = self.info()
+        return found is not None and found["type"] == "file"
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder."""
+        found = self.info()
+        return found is not None and found["type"] == "directory"
+
+    def names(self) -> set[str]:
+        """Names of the entries of a folder."""
+        fs, path = self._file_system()
+        with self._errors("cannot be listed"):
+            return {PurePosixPath(str(entry).rstrip("/")).name for entry in fs.ls(path, detail=False)} - {self.name}
+
+    def size(self) -> int:
+        """Bytes of a file, or of all files below a folder; 0 if there is nothing."""
+        fs, path = self._file_system()
+        with self._errors("cannot be listed"):
+            return int(sum(entry["size"] or 0 for entry in fs.find(path, detail=True).values()))
+
+    # -- bytes ----------------------------------------------------------------------------
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """The bytes ``start .. stop``.
+
+        Raises:
+            ModelFileError: there are fewer, or the store refuses.
+        """
+        fs, path = self._file_system()
+        with self._errors("cannot be read"):
+            try:
+                data: bytes = fs.cat_file(path, start=start, end=stop)
+            except FileNotFoundError:
+                raise ModelFileError(f"{self}: is gone; it was there when it was opened") from None
+        if len(data) != stop - start:
+            raise ModelFileError(
+                f"{self}: expected {stop - start} bytes from byte {start} on, got {len(data)}; was it cut short?"
+            )
+        return data
+
+    def download(self, target: io.FileIO) -> None:
+        """Write the whole file to ``target``, by 8 MiB."""
+        fs, path = self._file_system()
+        with self._errors("cannot be downloaded"), fs.open(path, "rb", block_size=_COPY_BYTES) as source:
+            while piece := source.read(_COPY_BYTES):
+                view = memoryview(piece)
+                while len(view):
+                    view = view[target.write(view) :]
+
+    def upload(self, source: Path) -> None:
+        """Write the content of a local file, by 8 MiB; the object is there when all of it is, or as it was before."""
+        fs, path = self._file_system()
+        partial = f"{path}.{os.urandom(4).hex()}.hps-partial"
+        with self._errors("cannot be written"):
+            if self.scheme in _ATOMIC:
+                _copy_committed(fs, source, path)
+                return
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                fs.put_file(str(source), partial)
+                fs.mv(partial, path)
+            except BaseException:
+                if fs.exists(partial):
+                    fs.rm_file(partial)
+                raise
+
+    def remove(self) -> None:
+        """Delete a file, if it is there."""
+        fs, path = self._file_system()
+        with self._errors("cannot be removed"):
+            try:
+                fs.rm_file(path)
+            except FileNotFoundError:
+                return
+
+    def has_ranges(self, info: dict[str, Any]) -> bool:
+        """Whether parts of the file can be asked for; some web servers send it whole only."""
+        return self.scheme not in ("http", "https") or bool(info.get("partial"))
+
+    def _file_system(self) -> tuple[Any, str]:
+        try:
+            import fsspec
+        except ImportError:
+            raise ModelFileError(f'{self}: a URL needs fsspec: pip install "hps-numba[fsspec]"') from None
+        options = {"client_kwargs": {"region_name": self._region}} if self._region else {}
+        problem: str
+        try:
+            fs, path = fsspec.core.url_to_fs(self._url, **options)
+        except ImportError as missing:
+            package = _BACKENDS.get(self.scheme)
+            problem = f"{self.scheme}:// needs {package}: pip install {package}" if package else f"{missing}"
+        except ValueError as unknown:
+            problem = f"expected a scheme that fsspec knows, such as s3, gs or hdfs: {unknown}"
+        except Exception as other:  # whatever the library of a store raises while it is set up
+            problem = f"cannot be opened: {type(other).__name__}: {other}"
+        else:
+            return fs, str(path)
+        raise ModelFileError(f"{self}: {without_credentials(' '.join(problem.split()))}") from None
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """One typed error for what the libraries of the stores raise; without a cause, which might show credentials."""
+        try:
+            yield
+            return
+        except HpsError:
+            raise
+        except PermissionError as problem:
+            text = f"permission denied: {problem}"
+        except Exception as problem:
+            text = f"{type(problem).__name__}: {problem}"
+        raise ModelFileError(f"{self}: {what}: {without_credentials(' '.join(text.split())[:300])}") from None
+
+
+_ATOMIC = ("s3", "gs", "memory", "abfs", "az")
+"""Stores in which an object appears when its last byte was sent."""
+
+
+def _copy_committed(fs: Any, source: Path, path: str) -> None:
+    """Copy through a file that appears when it is committed."""
+    target = fs.open(path, "wb", autocommit=False) if fs.protocol != "memory" else _Held(fs, path)
+    try:
+        with source.open("rb") as file:
+            while piece := file.read(_COPY_BYTES):
+                target.write(piece)
+        target.close()
+    except BaseException:
+        target.discard()
+        raise
+    target.commit()
+
+
+class _Held:
+    """fsspec's memory file system shows a file while it is written; here it is complete first."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path, self._pieces = fs, path, bytearray()
+
+    def write(self, piece: bytes) -> None:
+        self._pieces += piece
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def discard(self) -> None:
+        self._pieces.clear()
+
+    def commit(self) -> None:
+        self._fs.pipe_file(self._path, bytes(self._pieces))
+
+
+class UrlFile(io.RawIOBase):
+    """A file at a URL, read by ranges.
+
+    Attributes:
+        size: bytes, when it was opened.
+
+    Raises:
+        ModelFileError, in the constructor and in reads: the file is missing, was cut short, or is another one by now.
+
+    **Thread safety:** one thread at a time.
+    """
+
+    def __init__(self, path: UrlPath, info: dict[str, Any]) -> None:
+        if info.get("size") is None:
+            raise ModelFileError(f"{path}: expected a file of a known size, got one without")
+        self.path = path
+        self.size = int(info["size"])
+        self._version = _version(info)
+        self._position = 0
+        self._blocks: dict[int, bytes] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise OSError(f"{self.path}: expected a position of at least 0, got {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self.size - self._position))
+        if not count:
+            return 0
+        if count < _BLOCK_BYTES:
+            self._from_blocks(view[:count])
+        else:
+            view[:count] = self.path.fetch(self._position, self._position + count)
+            self._position += count
+        if self._position == self.size:
+            self._check_version()
+        return count
+
+    def _from_blocks(self, view: memoryview) -> None:
+        """Fill the view from the position on, and move it."""
+        while len(view):
+            number, first = divmod(self._position, _BLOCK_BYTES)
+            if number not in self._blocks:
+                while len(self._blocks) >= _BLOCKS:
+                    del self._blocks[next(iter(self._blocks))]
+                start = number * _BLOCK_BYTES
+                self._blocks[number] = self.path.fetch(start, min(start + _BLOCK_BYTES, self.size))
+            piece = self._blocks[number][first : first + len(view)]
+            view[: len(piece)] = piece
+            view = view[len(piece) :]
+            self._position += len(piece)
+
+    def _check_version(self) -> None:
+        info = self.path.info()
+        if info is None or info.get("size") != self.size or _version(info) != self._version:
+            raise ModelFileError(f"{self.path}: was replaced or removed while it was read; read it again")
+
+
+def _version(info: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(info.get(key) for key in _VERSION_KEYS)
+
+
+def open_url(path: UrlPath) -> UrlFile | io.FileIO:
+    """Open a file at a URL for reading; one that cannot be read by ranges is downloaded to a nameless temporary file first.
+
+    Raises:
+        ModelFileError: missing, a folder, or unreadable.
+    """
+    info = path.info()
+    if info is None:
+        raise ModelFileError(f"{path}: no such file")
+    if info["type"] != "file":
+        raise ModelFileError(f"{path}: expected a file, got a {info['type']}")
+    if path.has_ranges(info):
+        return UrlFile(path, info)
+    with tempfile.TemporaryFile(buffering=0) as nameless:
+        file = io.FileIO(os.dup(nameless.fileno()), "rb+")
+    try:
+        path.download(file)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+Place: TypeAlias = Path | UrlPath
+"""Where a model, dump or checkpoint lies."""
