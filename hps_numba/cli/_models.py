@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["Overwrite", "WriteFormat", "counted", "describe", "size_on_disk"]
+from hps_numba.storage.formats._tables import split_table
+from hps_numba.storage.urls import Place, UrlPath
+
+__all__ = ["Overwrite", "RowDtype", "WriteFormat", "counted", "describe", "size_on_disk"]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model or file.")]
 WriteFormat = Annotated[str | None, typer.Option("--format", help="directory or hdf5; by default, the name decides.")]
 
 
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
+RowDtype = Annotated[str, typer.Option("--dtype", help="Store rows as float32, float16, bfloat16 (directory) or int8.")]
+
+
+def size_on_disk(given: Place) -> int:
+    """Bytes of a file, or of all files in a directory; of one that holds several tables, of all of them."""
+    path, _ = split_table(given)
+    if isinstance(path, UrlPath):
+        return path.size()
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def describe(path: Path, rows: int, dim: int) -> str:
+def describe(path: Place, rows: int, dim: int) -> str:
     """``path: 1,000 rows x 16, 70.3 KiB``."""
     from hps_numba.device.host_memory import human_bytes
 

@@ -12,7 +12,9 @@ import numpy as np
 
 from hps_numba.cli._models import size_on_disk
 from hps_numba.storage.formats._format import SparseModelReader
+from hps_numba.storage.formats._tables import split_table
 from hps_numba.storage.model_files import formats, open_model
+from hps_numba.storage.urls import Place
 
 __all__ = ["Survey", "count_duplicates", "survey_model"]
 
@@ -27,6 +29,7 @@ class Survey:
     """The content of a sparse model.
 
     Attributes:
+        row_dtype: what the rows are stored as.
         bytes: on disk.
         key_range: smallest and largest key; None without rows.
         ascending: whether every key is greater than the one before it.
@@ -39,8 +42,9 @@ class Survey:
         warnings: what the content looks like, if it is not what the format says.
     """
 
-    path: Path
+    path: str
     format: str
+    row_dtype: str
     rows: int
     dim: int
     bytes: int
@@ -57,7 +61,7 @@ class Survey:
     warnings: list[str]
 
 
-def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None]) -> Survey:
+def survey_model(path: Place, dim: int | None, on_rows: Callable[[str, int], None]) -> Survey:
     """Read a whole model: one pass over keys and rows, then more passes over the keys if they do not ascend.
 
     Raises:
@@ -75,8 +79,9 @@ def survey_model(path: Path, dim: int | None, on_rows: Callable[[str, int], None
             values.add(some_rows)
             on_rows("reading", len(some_keys))
         return Survey(
-            path=path,
+            path=str(path),
             format=_format_name(path),
+            row_dtype=model.row_dtype,
             rows=model.rows,
             dim=model.dim,
             bytes=size_on_disk(path),
@@ -122,7 +127,7 @@ def _look_like_float16(values: np.ndarray) -> bool:
     return 0 < middle_low < 30 * middle_high and middle_high < 30 * middle_low and float(low.max()) < 1000 * middle_low
 
 
-def count_duplicates(path: Path, rows: int, dim: int | None = None, *, at_once: int = _KEYS_AT_ONCE) -> int:
+def count_duplicates(path: Place, rows: int, dim: int | None = None, *, at_once: int = _KEYS_AT_ONCE) -> int:
     """The exact number of rows whose key occurs in an earlier row.
 
     About ``at_once`` keys are sorted at a time: a longer table is read in several passes, each for another share of all
@@ -195,5 +200,7 @@ class _ValueFacts:
         return self._sum / self._finite if self._finite else math.nan
 
 
-def _format_name(path: Path) -> str:
-    return next((found.name for found in formats() if found.detect(path)), path.suffix.lstrip("."))
+def _format_name(given: Place) -> str:
+    path, _ = split_table(given)
+    readers = [found for found in formats() if isinstance(path, Path) or found.reads_urls]
+    return next((found.name for found in readers if found.detect(path)), path.suffix.lstrip("."))

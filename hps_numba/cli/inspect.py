@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,9 @@ _SHOWN = 6  # values of a row that are printed
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sparse model of any format: a directory or a file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A sparse model of any format: a directory, a file or a URL; FILE#TABLE.")
+    ],
     dim: Annotated[int | None, typer.Option(min=1, help="Expected width.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,11 +32,13 @@ def inspect(
     from hps_numba.cli._survey import survey_model
     from hps_numba.runtime.progress import rows_progress
     from hps_numba.storage.model_files import open_model
+    from hps_numba.storage.urls import place_of
 
-    with open_model(model, dim) as reader:
+    place = place_of(model, "MODEL")
+    with open_model(place, dim) as reader:
         rows = reader.rows
     with rows_progress(rows) as on_rows:
-        survey = survey_model(model, dim, on_rows)
+        survey = survey_model(place, dim, on_rows)
     if as_json:
         print_json({**asdict(survey), "first_rows": [{"key": key, "values": row} for key, row in survey.first_rows]})
     else:
@@ -47,9 +50,9 @@ def _show(survey: Survey) -> None:
 
     print_facts(
         [
-            ("model", str(survey.path)),
+            ("model", survey.path),
             ("format", survey.format + (", with meta" if survey.has_meta else ", without meta")),
-            ("rows", f"{survey.rows:,} x {survey.dim} float32, {human_bytes(survey.bytes)} on disk"),
+            ("rows", f"{survey.rows:,} x {survey.dim} {survey.row_dtype}, {human_bytes(survey.bytes)} on disk"),
             ("keys", _keys(survey)),
             ("duplicates", f"{survey.duplicates:,}" + (" (of equal keys, the last is served)" if survey.duplicates else "")),
             ("values", _values(survey)),

@@ -16,6 +16,7 @@ import numpy as np
 
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, DeviceError, HpsError
+from hps_numba.runtime.paths import is_url
 
 __all__ = [
     "as_count",
@@ -29,6 +30,7 @@ __all__ = [
     "as_padding",
     "as_path",
     "as_paths",
+    "as_place",
     "as_word",
 ]
 
@@ -159,18 +161,29 @@ def as_path(value: Any, name: str, *, error: type[HpsError] = ConfigError) -> Pa
     return Path(text)
 
 
-def as_paths(value: Any, name: str) -> list[Path]:
-    """One path or several.
+def as_place(value: Any, name: str, *, error: type[HpsError] = ConfigError) -> Path | str:
+    """A local path, or a URL as it is.
+
+    Raises:
+        error: neither, or one with a zero byte.
+    """
+    if is_url(value) and "\0" not in value:
+        return str(value)
+    return as_path(value, name, error=error)
+
+
+def as_paths(value: Any, name: str) -> list[Path | str]:
+    """One path or URL, or several.
 
     Raises:
         ConfigError: something else.
     """
     if isinstance(value, (str, os.PathLike)):
-        return [as_path(value, name)]
+        return [as_place(value, name)]
     try:
         entries = list(value) if isinstance(value, Iterable) else None
     except Exception:  # whatever a foreign iterator raises
         entries = None
     if entries is None or isinstance(value, (bytes, bytearray, np.ndarray)):
         raise ConfigError(f"{name}: expected a path or a list of paths, got {show(value)}")
-    return [as_path(entry, f"{name}[{number}]") for number, entry in enumerate(entries)]
+    return [as_place(entry, f"{name}[{number}]") for number, entry in enumerate(entries)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TableSpec", "locate"]
+from hps_numba.runtime.paths import is_url
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+__all__ = ["TableSpec", "locate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,9 @@ def locate(source: str, folder: Path | None) -> str:
     """Where a sparse model lies: looked up in the working directory first, then in ``folder``.
 
     A path that is in neither is taken from the working directory, so that an error names the place the user expects.
-    A URI (``s3://...``) is returned as it is.
+    A URL (``s3://...``) is returned as it is. ``path#table`` is there if ``path`` is.
     """
-    if _URI.match(source):
+    if is_url(source):
         return source
     here = Path.cwd() / source
     if folder is not None and not _exists(here) and _exists(folder / source):
@@ -63,6 +62,7 @@ def locate(source: str, folder: Path | None) -> str:
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        whole, mark, _ = str(path).rpartition("#")
+        return path.exists() or bool(mark and Path(whole).exists())
     except OSError:  # a name too long for the file system, or a folder that may not be searched
         return False

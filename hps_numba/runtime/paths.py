@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
 
 from hps_numba.errors import HpsError, ModelFileError
 
-__all__ = ["PathLike", "check_room", "checked_path", "kind_of"]
+__all__ = ["PathLike", "check_room", "checked_path", "is_url", "kind_of", "safe_to_show"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_USER = re.compile(r"(://)[^/\s@]*@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 
 PathLike = str | os.PathLike[str]
 
@@ -40,6 +45,16 @@ def checked_path(path: object, what: str = "path", *, error: type[HpsError] = Mo
     if b"\0" in encoded:
         raise error(f"{what}: expected a name without NUL characters, got {text}")
     return Path(text)
+
+
+def is_url(path: object) -> bool:
+    """True for ``scheme://...``; a drive letter (``C:\\x``) and a local name with a colon are not."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def safe_to_show(text: str) -> str:
+    """The text without users, passwords and queries (which hold signatures) of the URLs in it."""
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1", text))
 
 
 def check_room(path: Path, size: int, *, error: type[HpsError] = ModelFileError) -> None:

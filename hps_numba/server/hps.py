@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
-from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths
+from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths, as_place
 from hps_numba.errors import ModelFileError, TraceError
 from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.server.catalog import Catalog
@@ -317,7 +317,7 @@ class HPS:
         Raises:
             ModelFileError: the file cannot be written.   TierError: another ending, or an ``.sst`` file of no rows.
         """
-        return self._writes.dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
+        return self._writes.dump(as_place(path, "path", error=ModelFileError), model_name, table_id)
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
         """Insert the rows of a ``.bin`` or ``.sst`` file in every tier; returns their number.
@@ -326,7 +326,7 @@ class HPS:
             ModelFileError: the file is damaged, or its rows have another width.
             TierError: its keys have another width, or another ending; otherwise as ``insert``.
         """
-        return self._writes.load_dump(as_path(path, "path", error=ModelFileError), model_name, table_id)
+        return self._writes.load_dump(as_place(path, "path", error=ModelFileError), model_name, table_id)
 
     # -- caches ---------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from hps_numba import plugins
 from hps_numba.config.arguments import as_count, as_flag, as_function, as_optional
+from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, HpsError, ModelFileError
 from hps_numba.runtime.replacing import Judge, leftovers
 from hps_numba.storage.formats._arrays import NAMES, ROW_DTYPES
@@ -30,6 +31,7 @@ __all__ = ["convert_model", "formats", "open_model", "write_model"]
 
 log = logging.getLogger(__name__)
 _PACKAGE = "hps_numba.storage.formats"
+_NOT_ONLY = "may hold more than one sparse model"
 _FILES = {"dtype", *(f"{name}{ending}" for name in NAMES for ending in ("", ".npy"))}
 
 
@@ -158,8 +160,8 @@ def write_model(
 
 def _row_options(path: Place, writer: SparseModelFormat, dtype: str) -> dict[str, Any]:
     """What ``write`` of the format takes beside the chunks."""
-    if dtype not in ROW_DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(ROW_DTYPES)}, got {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in ROW_DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(ROW_DTYPES)}, got {show(dtype)}")
     if dtype not in writer.row_dtypes:
         able = ", ".join(found.name for found in formats() if found.can_write and dtype in found.row_dtypes)
         raise ModelFileError(f"{path}: expected a format that can write {dtype} rows ({able}), got {writer.name}")
@@ -200,7 +202,8 @@ def _judge_for(writer: SparseModelFormat) -> Judge:
                     return f"holds {min(strangers)!r}, which is not part of a sparse model"
                 if not any(entry.stat().st_size for entry in entries):
                     return None
-            _reader_of(place, writer).open(place).close()
+            with _reader_of(place, writer).open(place) as model:
+                return None if model.is_model else _NOT_ONLY
         except (HpsError, OSError) as problem:
             if not os.path.lexists(place):  # another writer is replacing it at this moment
                 return None
@@ -215,7 +218,8 @@ def _url_judge(place: UrlPath) -> str | None:
     if place.is_dir() and (strangers := place.names() - _FILES):
         return f"holds {min(strangers)!r}, which is not part of a sparse model"
     try:
-        open_model(place).close()
+        with open_model(place) as model:
+            return None if model.is_model else _NOT_ONLY
     except HpsError as problem:
         return f"is not a whole sparse model ({str(problem).removeprefix(f'{place}: ')})"
     return None

@@ -21,15 +21,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeAlias
 
 from hps_numba.errors import HpsError, ModelFileError
-from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.paths import checked_path, is_url, safe_to_show
 
-__all__ = ["Place", "UrlFile", "UrlPath", "is_url", "open_url", "place_of", "without_credentials"]
+__all__ = ["Place", "UrlFile", "UrlPath", "open_url", "place_of"]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
 _S3_HOST = re.compile(r"(?:(?P<bucket>[^/]+)\.)?s3[.-](?P<region>[a-z0-9-]+)\.amazonaws\.com/(?P<path>.*)", re.DOTALL)
 _GCS_HOST = re.compile(r"storage\.(?:googleapis|cloud\.google)\.com/(?P<path>.*)", re.DOTALL)
-_USER = re.compile(r"(://)[^/\s@]*@")
-_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 _BACKENDS: Final = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -49,16 +47,6 @@ _BLOCKS = 4
 _COPY_BYTES = 8 << 20
 
 
-def is_url(path: object) -> bool:
-    """True for ``scheme://...``; a drive letter (``C:\\x``) and a local name with a colon are not."""
-    return isinstance(path, str) and _URL.match(path) is not None
-
-
-def without_credentials(text: str) -> str:
-    """The text without users, passwords and queries (which hold signatures) of the URLs in it."""
-    return _QUERY.sub(r"\1?...", _USER.sub(r"\1", text))
-
-
 def place_of(path: object, what: str = "path", *, error: type[HpsError] = ModelFileError) -> Place:
     """A local path, or the place that a URL names.
 
@@ -69,7 +57,7 @@ def place_of(path: object, what: str = "path", *, error: type[HpsError] = ModelF
         return path
     if isinstance(path, str) and is_url(path):
         if "\0" in path:
-            raise error(f"{what}: expected a URL without NUL characters, got {without_credentials(path)!r}")
+            raise error(f"{what}: expected a URL without NUL characters, got {safe_to_show(path)!r}")
         return UrlPath.of(path)
     return checked_path(path, what, error=error)
 
@@ -104,6 +92,11 @@ class UrlPath:
         return cls(f"{scheme}://{rest}", region if scheme == "s3" else None)
 
     @property
+    def region(self) -> str | None:
+        """Of an S3 bucket, if it is known."""
+        return self._region
+
+    @property
     def scheme(self) -> str:
         """In lower case."""
         return self._url.partition("://")[0]
@@ -136,7 +129,7 @@ class UrlPath:
         return (UrlPath(url, self._region), fragment) if mark else (self, None)
 
     def __str__(self) -> str:
-        return without_credentials(self._url)
+        return safe_to_show(self._url)
 
     def __repr__(self) -> str:
         return f"UrlPath({str(self)!r})"
@@ -267,7 +260,7 @@ class UrlPath:
             problem = f"cannot be opened: {type(other).__name__}: {other}"
         else:
             return fs, str(path)
-        raise ModelFileError(f"{self}: {without_credentials(' '.join(problem.split()))}") from None
+        raise ModelFileError(f"{self}: {safe_to_show(' '.join(problem.split()))}") from None
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -281,7 +274,7 @@ class UrlPath:
             text = f"permission denied: {problem}"
         except Exception as problem:
             text = f"{type(problem).__name__}: {problem}"
-        raise ModelFileError(f"{self}: {what}: {without_credentials(' '.join(text.split())[:300])}") from None
+        raise ModelFileError(f"{self}: {what}: {safe_to_show(' '.join(text.split())[:300])}") from None
 
 
 _ATOMIC = ("s3", "gs", "memory", "abfs", "az")

@@ -31,6 +31,7 @@ __all__ = [
     "is_stored_as",
     "others",
     "piece_rows",
+    "row_dtype",
     "with_scales",
 ]
 
@@ -101,6 +102,12 @@ def with_scales(path: Place, arrays: Mapping[str, Filler]) -> dict[str, Filler]:
     if "scale" in arrays and "emb_vector" in arrays and _is_int8(arrays["emb_vector"].dtype):
         used["emb_vector"] = _ScaledRows(path, arrays["emb_vector"], arrays["scale"])
     return used
+
+
+def row_dtype(arrays: Mapping[str, StoredArray]) -> str:
+    """What the rows are stored as, e.g. ``bfloat16``."""
+    dtype = arrays["emb_vector"].dtype
+    return "bfloat16" if dtype == BFLOAT16 else dtype.name
 
 
 def _is_int8(dtype: np.dtype[Any]) -> bool:

@@ -32,8 +32,9 @@ import numpy.typing as npt
 
 from hps_numba.config.arguments import as_count, as_optional
 from hps_numba.errors import ArrayError, ClosedError, ConfigError, HpsError, ModelFileError
+from hps_numba.runtime.paths import safe_to_show
 from hps_numba.storage.formats._tables import split_table
-from hps_numba.storage.urls import Place, UrlPath, place_of, without_credentials
+from hps_numba.storage.urls import Place, UrlPath, place_of
 
 __all__ = [
     "CHUNK_BYTES",
@@ -77,13 +78,13 @@ def translated(path: PathLike | UrlPath) -> Iterator[None]:
     except HpsError:
         raise
     except Exception as problem:
-        text = without_credentials(" ".join(str(problem).split())[:300])
+        text = safe_to_show(" ".join(str(problem).split())[:300])
         cause = None if isinstance(path, UrlPath) else problem  # what it holds might show credentials
         raise ModelFileError(f"{_shown(path)}: cannot be read: {type(problem).__name__}: {text}") from cause
 
 
 def _shown(path: PathLike | UrlPath) -> str:
-    return str(path) if isinstance(path, UrlPath) else without_credentials(os.fspath(path))
+    return str(path) if isinstance(path, UrlPath) else safe_to_show(os.fspath(path))
 
 
 class SparseModelReader(abc.ABC):
@@ -94,6 +95,8 @@ class SparseModelReader(abc.ABC):
         rows: number of rows, n.
         dim: floats in a row.
         has_meta: whether there is a ``meta`` array.
+        row_dtype: what rows are stored as; they are read as float32.
+        is_model: whether what was opened is one sparse model and nothing else, so that it may be overwritten by another one.
         ignored: names of further arrays in the file, which this package has no use for (HugeCTR's ``slot_id``).
         working_bytes: memory that reading takes beside the caller's arrays, in bytes, where it is more than a few MiB.
 
@@ -101,6 +104,8 @@ class SparseModelReader(abc.ABC):
     """
 
     working_bytes: int = 0
+    row_dtype: str = "float32"
+    is_model: bool = True
     ignored: tuple[str, ...] = ()
 
     def __init__(self, path: Place, rows: int, dim: int, *, has_meta: bool) -> None:

@@ -19,7 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import Filler, assign, check_arrays, is_stored_as, others, piece_rows, with_scales
+from hps_numba.storage.formats._arrays import (
+    Filler,
+    assign,
+    check_arrays,
+    is_stored_as,
+    others,
+    piece_rows,
+    row_dtype,
+    with_scales,
+)
 from hps_numba.storage.formats._format import SparseModelReader
 from hps_numba.storage.urls import Place, UrlFile, UrlPath, open_url
 
@@ -181,14 +190,26 @@ class RowNumbers:
 
 
 class RawArrayReader(SparseModelReader):
-    """Reads a model whose arrays are all raw; takes over the open files in ``handles`` once nothing can fail any more."""
+    """Reads a model whose arrays are all raw; takes over the open files in ``handles`` once nothing can fail any more.
+
+    ``is_model`` as in ``SparseModelReader``.
+    """
 
     def __init__(
-        self, path: Place, dim: int | None, arrays: Mapping[str, Filler], handles: ExitStack, names: Iterable[str] | None = None
+        self,
+        path: Place,
+        dim: int | None,
+        arrays: Mapping[str, Filler],
+        handles: ExitStack,
+        names: Iterable[str] | None = None,
+        *,
+        is_model: bool = True,
     ) -> None:
         used = with_scales(path, arrays)
         super().__init__(path, *check_arrays(path, arrays, dim, names), has_meta="meta" in arrays)
         self.ignored = others(arrays if names is None else names, used)
+        self.row_dtype = row_dtype(arrays)
+        self.is_model = is_model
         self._arrays = used
         self._handles = handles.pop_all()
 

@@ -58,7 +58,7 @@ class DynamicembFormat(SparseModelFormat):
             kinds.remove("scores")
         files = [[f"{name}_emb_{kind}{ending}" for kind in kinds] for ending in endings]
         with ExitStack() as handles:
-            return RawArrayReader(path, dim, open_shards(path, files, _DTYPES, dim, handles), handles)
+            return RawArrayReader(path, dim, open_shards(path, files, _DTYPES, dim, handles), handles, is_model=False)
 
 
 def _tables(names: Iterable[str]) -> dict[str, tuple[str, dict[tuple[int, int, int, int], str]]]:

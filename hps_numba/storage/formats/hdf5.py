@@ -29,6 +29,7 @@ from hps_numba.storage.formats._arrays import (
     is_stored_as,
     others,
     piece_rows,
+    row_dtype,
     with_scales,
 )
 from hps_numba.storage.formats._format import Chunk, SparseModelFormat, SparseModelReader
@@ -57,6 +58,7 @@ class Hdf5Reader(SparseModelReader):
         super().__init__(path, *check_arrays(path, self._datasets, dim, list(file)), has_meta="meta" in self._datasets)
         self._arrays = with_scales(path, {name: _Array(self, name, set_) for name, set_ in self._datasets.items()})
         self.ignored = others(file, self._arrays)
+        self.row_dtype = row_dtype(self._datasets)
         self._descriptor: int | None = file.id.get_vfd_handle() if raw is None else None
         self._size = file_size(raw) if raw is not None else os.fstat(file.id.get_vfd_handle()).st_size
         for name, dataset in self._datasets.items():

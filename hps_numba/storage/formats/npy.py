@@ -52,7 +52,9 @@ class NpyFormat(SparseModelFormat):
             if len(matrix.shape) != 2:
                 expected = "two dimensions, rows by their keys 0, 1, 2, ..."
                 raise ModelFileError(f"{path}: expected {expected}, got shape {list(matrix.shape)}")
-            return RawArrayReader(path, dim, {"key": RowNumbers(matrix.shape[0]), "emb_vector": matrix}, handles)
+            return RawArrayReader(
+                path, dim, {"key": RowNumbers(matrix.shape[0]), "emb_vector": matrix}, handles, is_model=False
+            )
 
     def _open_folder(self, path: Place, dim: int | None) -> RawArrayReader:
         with ExitStack() as handles, open_folder(path) as folder:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._arrays import NAMES, assign, check_arrays, others, piece_rows, with_scales
+from hps_numba.storage.formats._arrays import NAMES, assign, check_arrays, others, piece_rows, row_dtype, with_scales
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
 from hps_numba.storage.formats._npy_header import read_npy_header
 from hps_numba.storage.formats._raw import open_file
@@ -70,6 +70,7 @@ class NpzReader(SparseModelReader):
         super().__init__(path, *check_arrays(path, members, dim, names), has_meta="meta" in members)
         self._members = with_scales(path, members)
         self.ignored = others(names, self._members)
+        self.row_dtype = row_dtype(members)
         self._handles = handles.pop_all()
 
     def _fill(self, name: str, start: int, out: npt.NDArray[Any]) -> None:

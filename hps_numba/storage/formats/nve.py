@@ -68,7 +68,7 @@ class NveFormat(SparseModelFormat):
             matrix = pick_table(path, _matrices(file, path), table)
             shape = matrix.rows, matrix.columns
             rows = RawArray(file, path, "emb_vector", matrix.offset, shape, _dtype(path, matrix))
-            return RawArrayReader(path, dim, {"key": RowNumbers(matrix.rows), "emb_vector": rows}, handles)
+            return RawArrayReader(path, dim, {"key": RowNumbers(matrix.rows), "emb_vector": rows}, handles, is_model=False)
 
 
 def _matrices(file: RawFile, path: Place) -> dict[str, _Matrix]:

@@ -24,6 +24,7 @@ from hps_numba.storage.formats._arrays import (
     check_arrays,
     others,
     piece_rows,
+    row_dtype,
     with_scales,
 )
 from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
@@ -112,6 +113,7 @@ class ParquetReader(SparseModelReader):
             row_bytes = array.dtype.itemsize * (self.dim if name == "emb_vector" else 1)
             columns[name] = _Column(file, path, name, array, row_bytes)
         self._columns = with_scales(path, columns)
+        self.row_dtype = row_dtype(arrays)
         self.ignored = others(file.schema_arrow.names, self._columns)
         self._handles = handles.pop_all()
 

@@ -63,7 +63,7 @@ class SokFormat(SparseModelFormat):
             ]
             places = [path / f"{name}{ending}" for ending in (_KEY, _WEIGHT)]
             arrays = open_pair(files, places, dtypes, dim, offset=_HEADER_BYTES)
-            return RawArrayReader(path, dim, arrays, handles)
+            return RawArrayReader(path, dim, arrays, handles, is_model=False)
 
 
 def _tables(path: Place) -> dict[str, str]:

@@ -57,7 +57,7 @@ class TfraFormat(SparseModelFormat):
         ordered = check_complete(path, name, shards)
         with ExitStack() as handles:
             arrays = open_shards(path, [(f"{one}{_KEYS}", f"{one}{_VALUES}") for one in ordered], _DTYPES, dim, handles)
-            return RawArrayReader(path, dim, arrays, handles)
+            return RawArrayReader(path, dim, arrays, handles, is_model=False)
 
 
 def _tables(names: Iterable[str]) -> dict[str, tuple[str, dict[tuple[int, int, int, int], str]]]:

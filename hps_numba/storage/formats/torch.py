@@ -97,7 +97,7 @@ class TorchFormat(SparseModelFormat):
             matrices = _matrices(_content(archive, folder, path))
             matrix = _picked(path, matrices, table)
             rows = _array(archive, folder, file, path, matrix)
-            return RawArrayReader(path, dim, {"key": RowNumbers(rows.shape[0]), "emb_vector": rows}, handles)
+            return RawArrayReader(path, dim, {"key": RowNumbers(rows.shape[0]), "emb_vector": rows}, handles, is_model=False)
 
 
 def _folder(archive: zipfile.ZipFile, path: Place) -> str:
