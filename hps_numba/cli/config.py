@@ -11,6 +11,7 @@ import typer
 from hps_numba import plugins
 from hps_numba.cli._output import AsJson, collected_log_lines, print_facts, print_json, print_table
 from hps_numba.errors import ConfigError, HpsError
+from hps_numba.runtime.paths import safe_to_show
 
 if TYPE_CHECKING:
     from hps_numba.config import ServerConfig, TableSpec
@@ -100,7 +101,7 @@ def _table(table: TableSpec) -> dict[str, Any]:
         "table": table.name,
         "dim": table.dim,
         "default_value": table.default_value,
-        "sparse_file": table.source,
+        "sparse_file": safe_to_show(table.source),
         "rows": rows,
         "problem": problem,
     }

@@ -44,6 +44,7 @@ _ALIASES: Final = {"s3a": "s3", "gcs": "gs"}
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created", "modified")
 _BLOCK_BYTES = 1 << 20
 _BLOCKS = 4
+_DIRECT_BYTES = 256 << 10  # a read of so many takes no block
 _COPY_BYTES = 8 << 20
 
 
@@ -356,7 +357,7 @@ class UrlFile(io.RawIOBase):
         count = max(0, min(len(view), self.size - self._position))
         if not count:
             return 0
-        if count < _BLOCK_BYTES:
+        if count < _DIRECT_BYTES:
             self._from_blocks(view[:count])
         else:
             view[:count] = self.path.fetch(self._position, self._position + count)
@@ -369,12 +370,14 @@ class UrlFile(io.RawIOBase):
         """Fill the view from the position on, and move it."""
         while len(view):
             number, first = divmod(self._position, _BLOCK_BYTES)
-            if number not in self._blocks:
-                while len(self._blocks) >= _BLOCKS:
-                    del self._blocks[next(iter(self._blocks))]
+            block = self._blocks.pop(number, None)
+            if block is None:
                 start = number * _BLOCK_BYTES
-                self._blocks[number] = self.path.fetch(start, min(start + _BLOCK_BYTES, self.size))
-            piece = self._blocks[number][first : first + len(view)]
+                block = self.path.fetch(start, min(start + _BLOCK_BYTES, self.size))
+            self._blocks[number] = block  # the last one used is the last to go
+            if len(self._blocks) > _BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            piece = block[first : first + len(view)]
             view[: len(piece)] = piece
             view = view[len(piece) :]
             self._position += len(piece)

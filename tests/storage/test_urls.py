@@ -111,7 +111,7 @@ def test_forms_of_hugectr(url: str, expected: str, region: str | None, monkeypat
 
 def test_credentials_are_never_shown(empty: type[Store], monkeypatch: pytest.MonkeyPatch) -> None:
     url = "store://me:secret@host/a.model?signature=secret"
-    assert safe_to_show(f"at {url}, and 'x'") == "at store://host/a.model?..., and 'x'"
+    assert safe_to_show(f"at {url} and 'x'") == "at store://host/a.model?... and 'x'"
     assert "secret" not in f"{UrlPath.of(url)} {UrlPath.of(url)!r}"
 
     def refuse(*_: Any, **__: Any) -> None:

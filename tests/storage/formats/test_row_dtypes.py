@@ -40,7 +40,7 @@ def directory(path: Path, keys: np.ndarray, rows: np.ndarray, dtype: str, **more
 
 def rows_of(path: Path, dim: int | None = None) -> np.ndarray:
     with open_model(path, dim) as model:
-        return read_all(model, [3])[1]
+        return read_all(model, [model.rows // 2])[1]
 
 
 # -- all numbers of 16 bits -----------------------------------------------------------------
