@@ -31,6 +31,7 @@ HOMES = {
     "pyarrow": {"storage.formats.parquet": "", "traces.formats.parquet": ""},
     "safetensors": {"storage.formats.safetensors": ""},
     "h5py": {"storage.formats.hdf5": ""},
+    "fsspec": {"storage.urls": ""},
     "matplotlib": {"cli": "", "simulate.plots": ""},
     "typer": {"cli": "now"},
     "rich": {"cli": "", "runtime.progress": ""},

@@ -55,7 +55,7 @@ CONFIG_KEYS = {
     poll_timeout_ms receive_buffer_size type""",
 }
 PLUGINS = {
-    "hps_numba.storage.formats": "directory hdf5 npy npz parquet safetensors",
+    "hps_numba.storage.formats": "directory dynamicemb hdf5 npy npz nve parquet safetensors sok tfra torch",
     "hps_numba.storage.tiers": "hash_map parallel_hash_map",
     "hps_numba.traces.formats": "csv npy oracle_general parquet text",
     "hps_numba.kernels.policies": "clock fifo lfu lfu_decay lru pinned random s3fifo sieve tinylfu ttl",

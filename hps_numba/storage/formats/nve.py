@@ -30,7 +30,6 @@ _MAGIC = 0x4E564500
 _VERSION = (0, 2)
 _FIRST = 12
 _ENTRY_BYTES = 32
-_MOST_MATRICES = 1 << 16
 _METADATA_LIMIT = 16 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16}
 
@@ -86,7 +85,7 @@ def _matrices(file: RawFile, path: Place) -> dict[str, _Matrix]:
     offset = _FIRST
     while offset < size:
         matrix, offset = _matrix(file, path, offset, size)
-        if matrix.layer in found or len(found) == _MOST_MATRICES:
+        if matrix.layer in found:
             raise ModelFileError(f"{path}: expected one matrix a layer, got another one of layer {matrix.layer}")
         found[matrix.layer] = matrix
     return found

@@ -41,7 +41,6 @@ _MEMBER = b"PK\x03\x04"
 _NAME_AT = 30
 _PICKLE = "data.pkl"
 _PICKLE_LIMIT = 64 << 20
-_DEEPEST = 16
 _COLLECTIONS = ("embedding_bags", "embeddings")
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FloatStorage": np.dtype("<f4"),
@@ -161,16 +160,18 @@ def _parameter(tensor: Any, *_: Any) -> Any:
 
 def _matrices(content: Any) -> dict[str, _Tensor]:
     """Full name -> tensor of two dimensions."""
-    return {name: tensor for name, tensor in _named("", content, _DEEPEST) if len(tensor.shape) == 2}
+    return {name: tensor for name, tensor in _named("", content, set()) if len(tensor.shape) == 2}
 
 
-def _named(prefix: str, content: Any, depth: int) -> Iterator[tuple[str, _Tensor]]:
+def _named(prefix: str, content: Any, seen: set[int]) -> Iterator[tuple[str, _Tensor]]:
+    """Tensors with their full names; each dict is visited once, as a hostile file may lead in circles."""
     if isinstance(content, _Tensor):
         yield prefix or "tensor", content
-    elif isinstance(content, Mapping) and depth:
+    elif isinstance(content, Mapping) and id(content) not in seen:
+        seen.add(id(content))
         for name, value in content.items():
             if isinstance(name, str):
-                yield from _named(f"{prefix}.{name}" if prefix else name, value, depth - 1)
+                yield from _named(f"{prefix}.{name}" if prefix else name, value, seen)
 
 
 def _picked(path: Place, matrices: Mapping[str, _Tensor], table: str | None) -> _Tensor:

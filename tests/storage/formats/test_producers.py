@@ -366,6 +366,14 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_pickle_that_leads_in_circles(tmp_path: Path) -> None:
+    circle: dict[str, Any] = {}
+    circle.update({str(number): circle for number in range(100)})
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(circle))
+    assert failure(tmp_path / "a.pt").endswith("found none")
+
+
 def test_damaged_descriptions_of_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     save_torch(tmp_path / "a.pt", {"t": torch.ones(20, 4)})
