@@ -338,7 +338,7 @@ def test_a_server_loads_replaces_and_dumps(empty: type[Store], workshop: Worksho
         server.replace_model(model, "memory://bucket/b.h5")
         assert server.lookup(keys, model, table).tobytes() == (-rows).tobytes()
         assert server.dump("memory://bucket/d.bin", model, table) == 50
-        server.erase(model, table)
+        assert server.erase(keys, model, table) == 50
         assert server.load_dump("memory://bucket/d.bin", model, table) == 50
         assert server.lookup(keys, model, table).tobytes() == (-rows).tobytes()
         with pytest.raises(ModelFileError, match="memory://bucket/none: no such file"):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ from hps_numba.storage.formats._rounding import as_stored
 from hps_numba.storage.model_files import convert_model, open_model, write_model
 from hps_numba.testing.formats import read_all
 
+ml_dtypes = pytest.importorskip("ml_dtypes")  # comes with TensorFlow and JAX
 DIM = 5
 BITS = np.arange(1 << 16, dtype=np.uint16)
 """Of all numbers of 16 bits."""
