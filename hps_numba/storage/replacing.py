@@ -64,6 +64,7 @@ def replacing(place: Place, *, overwrite: bool, judge: Judge, url_judge: UrlJudg
         if new.is_dir():
             _send_folder(new, place)
         else:
+            _clear_folder(place)
             place.upload(new)
 
 
@@ -83,6 +84,14 @@ def _check_target(place: UrlPath, overwrite: bool, judge: UrlJudge) -> None:
         reason = f"cannot be judged: {str(problem).removeprefix(f'{place}: ')}"
     if reason is not None:
         raise ModelFileError(f"{place}: {reason}; it is not replaced")
+
+
+def _clear_folder(place: UrlPath) -> None:
+    """Remove the model in a folder, if there is one, whose place a file takes: ``key`` first."""
+    if place.is_dir():
+        for name in sorted(place.names(), key=lambda name: name != _LAST):
+            (place / name).remove()
+        place.remove_folder()
 
 
 def _send_folder(new: Path, place: UrlPath) -> None:

@@ -176,7 +176,8 @@ class UrlPath:
         """Names of the entries of a folder."""
         fs, path = self._file_system()
         with self._errors("cannot be listed"):
-            return {PurePosixPath(str(entry).rstrip("/")).name for entry in fs.ls(path, detail=False)} - {self.name}
+            entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
+        return {PurePosixPath(entry).name for entry in entries if entry != path.rstrip("/")}  # some stores list the folder, too
 
     def size(self) -> int:
         """Bytes of a file, or of all files below a folder; 0 if there is nothing."""
@@ -238,6 +239,13 @@ class UrlPath:
                 fs.rm_file(path)
             except FileNotFoundError:
                 return
+
+    def remove_folder(self) -> None:
+        """Delete an empty folder, where it is more than a common beginning of names."""
+        fs, path = self._file_system()
+        if self.is_dir():
+            with self._errors("cannot be removed"):
+                fs.rmdir(path)
 
     def has_ranges(self, info: dict[str, Any]) -> bool:
         """Whether parts of the file can be asked for; some web servers send it whole only."""

@@ -239,6 +239,17 @@ def test_models_are_written(suffix: str, scheme: str, tmp_path: Path, empty: typ
         convert_model(url, f"{url}/copy")
 
 
+@pytest.mark.parametrize("scheme", ["store", "memory", "file"])
+def test_a_folder_and_a_file_replace_each_other(scheme: str, tmp_path: Path, empty: type[Store]) -> None:
+    url = f"{scheme}://{tmp_path if scheme == 'file' else 'bucket'}/key"  # the name of the folder is that of a file in it
+    keys, rows, meta = sample(5, DIM)
+    for number, format in enumerate(("directory", "directory", "hdf5", "hdf5", "directory")):
+        write_model(url, DIM, [(keys, number * rows, meta)], format=format, overwrite=True)
+        with open_model(url) as model:
+            assert read_all(model)[1].tolist() == (number * rows).tolist()
+    assert place_of(url).names() == {"key", "emb_vector", "meta"}  # type: ignore[union-attr]
+
+
 def test_only_models_are_replaced(empty: type[Store]) -> None:
     store = empty()
     store.pipe_file("store://b/a.h5", b"precious")
