@@ -13,7 +13,7 @@ from hps_numba.errors import HpsError, ModelFileError
 __all__ = ["PathLike", "check_room", "checked_path", "is_url", "kind_of", "safe_to_show"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_USER = re.compile(r"(://)[^/\s@]*@")
+_USER = re.compile(r"(://)[^/\s?#]*@")
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 
 PathLike = str | os.PathLike[str]

@@ -16,7 +16,8 @@ from pathlib import Path
 from hps_numba.errors import HpsError, ModelFileError
 from hps_numba.runtime.replacing import Judge
 from hps_numba.runtime.replacing import replacing as replacing_locally
-from hps_numba.storage.urls import Place, UrlPath, open_url
+from hps_numba.storage.url_files import open_url
+from hps_numba.storage.urls import Place, UrlPath
 
 __all__ = ["UrlJudge", "head_judge", "replacing"]
 

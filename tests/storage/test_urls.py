@@ -27,7 +27,8 @@ from hps_numba.errors import ConfigError, ModelFileError
 from hps_numba.runtime.paths import is_url, safe_to_show
 from hps_numba.storage.bin_dump import read_bin, write_bin
 from hps_numba.storage.model_files import convert_model, open_model, write_model
-from hps_numba.storage.urls import UrlFile, UrlPath, open_url, place_of
+from hps_numba.storage.url_files import UrlFile, open_url
+from hps_numba.storage.urls import UrlPath, place_of
 from hps_numba.testing.formats import read_all
 
 DIM = 4
@@ -112,6 +113,7 @@ def test_forms_of_hugectr(url: str, expected: str, region: str | None, monkeypat
 def test_credentials_are_never_shown(empty: type[Store], monkeypatch: pytest.MonkeyPatch) -> None:
     url = "store://me:secret@host/a.model?signature=secret"
     assert safe_to_show(f"at {url} and 'x'") == "at store://host/a.model?... and 'x'"
+    assert safe_to_show("s3://me:p@ss@host/a@b") == "s3://host/a@b"
     assert "secret" not in f"{UrlPath.of(url)} {UrlPath.of(url)!r}"
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -30,7 +30,8 @@ from hps_numba.storage.formats._arrays import (
     with_scales,
 )
 from hps_numba.storage.formats._format import SparseModelReader
-from hps_numba.storage.urls import Place, UrlFile, UrlPath, open_url
+from hps_numba.storage.url_files import UrlFile, open_url
+from hps_numba.storage.urls import Place, UrlPath
 
 __all__ = [
     "JoinedArray",
