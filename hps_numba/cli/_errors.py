@@ -19,9 +19,9 @@ from typer.core import TyperGroup
 
 from hps_numba.errors import HpsError
 
-__all__ = ["CommandTree"]
+__all__ = ["CommandTree", "one_line"]
 
-_ARGUMENT = re.compile(r"\bpass (overwrite|format|dim)\b(=True)?")  # arguments of the library that are options here
+_ARGUMENT = re.compile(r"\bpass (overwrite|format|dim|allow_code)\b(=True)?")  # arguments of the library that are options here
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 _MAX_LINE = 1200
 
@@ -70,7 +70,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 def _failed(problem: Exception) -> int:
     if isinstance(problem, HpsError):
-        return _fail(_one_line(problem), FAILED)
+        return _fail(one_line(problem), FAILED)
     if isinstance(problem, OSError):
         return _fail(_system_error(problem), FAILED)
     if isinstance(problem, MemoryError):
@@ -96,10 +96,11 @@ def _usage_error(problem: Any) -> int:
     return _fail(f"{' '.join(problem.format_message().split())}{more}", MISUSED)
 
 
-def _one_line(problem: HpsError) -> str:
+def one_line(problem: HpsError) -> str:
+    """The message of an error of the library, which calls the options of commands by their names."""
     problems: tuple[str, ...] = getattr(problem, "problems", ())
     if len(problems) < 2:
-        return _ARGUMENT.sub(r"pass --\1", " ".join(str(problem).split()))
+        return _ARGUMENT.sub(lambda found: f"pass --{found[1].replace('_', '-')}", " ".join(str(problem).split()))
     first = str(problem).splitlines()[0]
     return f"{first}, and {len(problems) - 1} more (hps-numba config check lists them)"
 
