@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from hps_numba.cli._model_samples import random_ranges
-from hps_numba.errors import TierError
+from hps_numba.cli._tiers import fetch_all
 from hps_numba.storage.formats._format import SparseModelReader, rows_per_chunk
 from hps_numba.storage.loading import check_key_width
 from hps_numba.storage.model_files import open_model
-from hps_numba.storage.tiers._tier import Tier
+from hps_numba.storage.tiers._checked import CheckedTier
 
 __all__ = ["Difference", "compare_table"]
 
@@ -52,7 +52,7 @@ class Difference:
 
 
 def compare_table(
-    tier: Tier, tag: str, path: str | Path, dim: int, *, key_bits: int, sample: int | None, seed: int, on_rows: OnRows
+    tier: CheckedTier, tag: str, path: str | Path, dim: int, *, key_bits: int, sample: int | None, seed: int, on_rows: OnRows
 ) -> Difference:
     """Compare the rows of a sparse model with those of a table, bit by bit.
 
@@ -109,13 +109,11 @@ def _pieces(
         yield positions, keys, rows
 
 
-def _looked_up(tier: Tier, tag: str, keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _looked_up(tier: CheckedTier, tag: str, keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bool ``[n]`` each: which keys the tier has, and which of their rows differ."""
     got = np.zeros_like(rows)
-    answer = tier.fetch(tag, keys, got)
-    if answer.asked < len(keys):
-        raise TierError(f"{tag}: fetch: expected an answer for {len(keys)} keys, got one for {answer.asked}")
-    return answer.found, answer.found & (got.view(np.uint32) != rows.view(np.uint32)).any(axis=1)
+    there = fetch_all(tier, tag, keys, got)
+    return there, there & (got.view(np.uint32) != rows.view(np.uint32)).any(axis=1)
 
 
 def _list(listed: list[int], keys: np.ndarray) -> None:
@@ -155,7 +153,7 @@ class _Wrong:
         _list(self._found.wrong_keys, keys[real])
 
 
-def _find_extra(found: Difference, tier: Tier, tag: str, path: str | Path, dim: int, on_rows: OnRows) -> None:
+def _find_extra(found: Difference, tier: CheckedTier, tag: str, path: str | Path, dim: int, on_rows: OnRows) -> None:
     found.extra = 0
     held: list[np.ndarray] = []
     for keys, _ in tier.scan(tag):

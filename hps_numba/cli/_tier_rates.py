@@ -18,8 +18,9 @@ import numpy as np
 
 from hps_numba.cli._latency import percentiles
 from hps_numba.cli._tier_survey import absent_keys
+from hps_numba.cli._tiers import fetch_all
 from hps_numba.errors import TierError
-from hps_numba.storage.tiers._tier import Tier
+from hps_numba.storage.tiers._checked import CheckedTier
 
 __all__ = ["TierRates"]
 
@@ -50,7 +51,7 @@ class TierRates:
     say: Callable[[str], object]
     wrong: int = field(default=0, init=False)
 
-    def run(self, tier: Tier) -> list[dict[str, Any]]:
+    def run(self, tier: CheckedTier) -> list[dict[str, Any]]:
         """A result for each size and operation.
 
         Raises:
@@ -67,17 +68,17 @@ class TierRates:
             _remove(tier, tag)
         return results
 
-    def _warm_up(self, tier: Tier, tag: str) -> None:
+    def _warm_up(self, tier: CheckedTier, tag: str) -> None:
         """Call everything once: kernels are compiled or loaded, and connections opened."""
         self.say("warming up")
         keys = np.arange(8, dtype=np.int64)
         for _ in range(2):
             tier.insert(tag, keys[:4], self._rows_of(keys[:4]))
-        tier.fetch(tag, keys, self._rows_of(keys))
+        fetch_all(tier, tag, keys, self._rows_of(keys))
         tier.erase(tag, keys)
         tier.erase(tag)
 
-    def _of_size(self, tier: Tier, tag: str, size: int) -> Iterator[dict[str, Any]]:
+    def _of_size(self, tier: CheckedTier, tag: str, size: int) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(size)
         keys = self._keys(rng)
 
@@ -86,7 +87,7 @@ class TierRates:
             return len(some)
 
         def fetch(some: np.ndarray, rows: np.ndarray) -> int:
-            return int(np.count_nonzero(tier.fetch(tag, some, rows).found))
+            return int(np.count_nonzero(fetch_all(tier, tag, some, rows)))
 
         inserted = self._timed("insert", size, keys, insert)
         yield inserted
@@ -137,14 +138,14 @@ class TierRates:
         """The row of each key, float32 ``[n, dim]``, in new memory."""
         return np.ascontiguousarray(self._pieces[keys % _PERIOD])
 
-    def _check(self, tier: Tier, tag: str, keys: np.ndarray) -> None:
+    def _check(self, tier: CheckedTier, tag: str, keys: np.ndarray) -> None:
         """Compare rows with those that were written; a tier with a bound may have evicted some."""
         rows = np.full((len(keys), self.dim), np.nan, np.float32)
-        found = tier.fetch(tag, keys, rows).found
+        found = fetch_all(tier, tag, keys, rows)
         self.wrong += int(np.count_nonzero((rows != self._rows_of(keys)).any(axis=1) & found))
 
 
-def _remove(tier: Tier, tag: str) -> None:
+def _remove(tier: CheckedTier, tag: str) -> None:
     try:
         tier.erase(tag)
     except TierError as problem:

@@ -11,10 +11,11 @@ import numpy as np
 from hps_numba.cli._errors import one_line
 from hps_numba.cli._latency import percentiles
 from hps_numba.cli._model_samples import random_ranges
-from hps_numba.cli._tiers import ConfiguredTier, is_private
+from hps_numba.cli._tiers import ConfiguredTier, fetch_all, is_private
 from hps_numba.errors import HpsError, ModelFileError
 from hps_numba.storage.model_files import open_model
-from hps_numba.storage.tiers._tier import NO_LIMIT, Tier
+from hps_numba.storage.tiers._checked import CheckedTier
+from hps_numba.storage.tiers._tier import NO_LIMIT
 
 if TYPE_CHECKING:
     from hps_numba.config import TableSpec
@@ -50,14 +51,14 @@ def survey_tier(tier: ConfiguredTier, *, samples: int, keys_each: int) -> dict[s
     return facts
 
 
-def _tables(opened: Tier, tier: ConfiguredTier) -> list[dict[str, Any]]:
+def _tables(opened: CheckedTier, tier: ConfiguredTier) -> list[dict[str, Any]]:
     """The tables of the config, then those that only the tier has."""
     specs = {spec.tag: spec for spec in tier.config.tables()}
     tags = [*specs, *(tag for tag in opened.tables() if tag not in specs)]
     return [_table(opened, tag, specs.get(tag), tier.key_bits // 8) for tag in tags]
 
 
-def _table(opened: Tier, tag: str, spec: TableSpec | None, key_bytes: int) -> dict[str, Any]:
+def _table(opened: CheckedTier, tag: str, spec: TableSpec | None, key_bytes: int) -> dict[str, Any]:
     rows, capacity = opened.size(tag), opened.capacity(tag)
     dim = spec.dim if spec is not None else next((part.shape[1] for _, part in opened.scan(tag, 1)), 0)
     return {
@@ -74,7 +75,7 @@ def _table(opened: Tier, tag: str, spec: TableSpec | None, key_bytes: int) -> di
 
 
 def _latency(
-    opened: Tier, tier: ConfiguredTier, tables: list[dict[str, Any]], samples: int, keys_each: int
+    opened: CheckedTier, tier: ConfiguredTier, tables: list[dict[str, Any]], samples: int, keys_each: int
 ) -> dict[str, dict[str, Any]]:
     """Times of fetches from the largest table, of keys that it has and of keys that it lacks."""
     largest = max(tables, key=lambda table: table["rows"])
@@ -89,24 +90,24 @@ def _latency(
     return result
 
 
-def _times(opened: Tier, tag: str, dim: int, keys: np.ndarray, samples: int, keys_each: int) -> dict[str, Any]:
+def _times(opened: CheckedTier, tag: str, dim: int, keys: np.ndarray, samples: int, keys_each: int) -> dict[str, Any]:
     seconds, found = [], 0
-    opened.fetch(tag, keys[:1], np.empty((1, dim), np.float32))  # kernels are loaded, and connections opened
+    fetch_all(opened, tag, keys[:1], np.empty((1, dim), np.float32))  # kernels are loaded, and connections opened
     started = time.perf_counter()
     for number in range(samples):
         some = np.take(keys, range(number * keys_each, (number + 1) * keys_each), mode="wrap")
         rows = np.empty((keys_each, dim), np.float32)
         before = time.perf_counter()
-        answer = opened.fetch(tag, some, rows)
+        there = fetch_all(opened, tag, some, rows)
         seconds.append(time.perf_counter() - before)
-        found += int(np.count_nonzero(answer.found))
+        found += int(np.count_nonzero(there))
         if time.perf_counter() - started > _SECONDS:
             break
     fetches = len(seconds)
     return {"table": tag, "fetches": fetches, "keys_each": keys_each, "found": found, **percentiles(np.array(seconds))}
 
 
-def _present_keys(opened: Tier, tier: ConfiguredTier, tag: str, count: int, rng: np.random.Generator) -> np.ndarray:
+def _present_keys(opened: CheckedTier, tier: ConfiguredTier, tag: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """Keys at random places of the sparse model, if the tier has some of them; else the first ones that it lists."""
     spec = next((spec for spec in tier.config.tables() if spec.tag == tag), None)
     if spec is not None:
@@ -131,7 +132,7 @@ def _keys_of_model(path: str | Path, dim: int, count: int, rng: np.random.Genera
     return np.concatenate(found)
 
 
-def absent_keys(opened: Tier, tag: str, count: int, key_bits: int, rng: np.random.Generator) -> np.ndarray:
+def absent_keys(opened: CheckedTier, tag: str, count: int, key_bits: int, rng: np.random.Generator) -> np.ndarray:
     """int64 ``[count]``: random keys that a table lacks."""
     limit = 2**62 if key_bits == 64 else 2**32
     keys = np.empty(0, np.int64)

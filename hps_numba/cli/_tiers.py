@@ -14,12 +14,15 @@ import typer
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hps_numba.config import ServerConfig, TableSpec
     from hps_numba.config.databases import AnyTierConfig
     from hps_numba.config.messages import Location
     from hps_numba.storage.tiers._checked import CheckedTier
 
 __all__ = [
+    "DUMP_SUFFIXES",
     "AllowCode",
     "Config",
     "ConfiguredTier",
@@ -29,6 +32,7 @@ __all__ = [
     "chosen_tiers",
     "configured_tiers",
     "done_tiers",
+    "fetch_all",
     "is_private",
     "label",
 ]
@@ -37,6 +41,8 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A ps_config JSON
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Permit the config to name Python code, which is run.")]
 TierName = Annotated[str | None, typer.Option("--tier", help="Number (from 0, fastest first), type or place of the tier.")]
 TableTag = Annotated[str | None, typer.Option("--table", help="The table: hps_et.MODEL.TABLE, or MODEL/TABLE of the config.")]
+
+DUMP_SUFFIXES = (".bin", ".sst")  # of dumps of databases; a sparse model has any other
 
 _WHERE = {"redis_cluster": "address", "multi_process_hash_map": "shared_memory_name"}
 _WHERE_OF_OTHERS = ("path", "folder", "file", "url", "uri", "address", "host", "name")  # options of tiers of other types
@@ -194,6 +200,20 @@ def chosen_table(config: ServerConfig, name: str) -> tuple[str, TableSpec | None
 def is_private(tier: CheckedTier) -> bool:
     """Whether the rows of a tier are in the memory of one process: a command finds none, and would lose what it writes."""
     return not (tier.inner.shared or tier.inner.persistent)
+
+
+def fetch_all(tier: CheckedTier, table: str, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``Tier.fetch`` of keys that must all be looked for; bool ``[n]``, which of them have a row.
+
+    Raises:
+        TierError: also if only a part of the tier is out of order.
+    """
+    answer = tier.fetch(table, keys, rows)
+    failed: Any = getattr(answer, "failed", None)
+    lost = len(keys) - answer.asked + (0 if failed is None else int(failed.sum()))
+    if lost:
+        raise TierError(f"{table}: {lost:,} of {len(keys):,} keys could not be looked for: a part of the tier is out of order")
+    return answer.found
 
 
 def label(facts: dict[str, Any]) -> str:

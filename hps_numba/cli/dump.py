@@ -12,7 +12,16 @@ import typer
 
 from hps_numba.cli._models import Overwrite, describe, size_on_disk
 from hps_numba.cli._output import AsJson, human_seconds, print_json
-from hps_numba.cli._tiers import AllowCode, Config, TierName, chosen_table, chosen_tiers, configured_tiers, is_private
+from hps_numba.cli._tiers import (
+    DUMP_SUFFIXES,
+    AllowCode,
+    Config,
+    TierName,
+    chosen_table,
+    chosen_tiers,
+    configured_tiers,
+    is_private,
+)
 from hps_numba.errors import ModelFileError, TierError
 
 if TYPE_CHECKING:
@@ -21,8 +30,6 @@ if TYPE_CHECKING:
     from hps_numba.storage.tiers._checked import CheckedTier
 
 __all__ = ["PLUGIN"]
-
-_DUMPS = (".bin", ".sst")  # of databases; any other suffix is that of a sparse model
 
 
 def dump(
@@ -86,7 +93,7 @@ def _copy(tier: CheckedTier, tag: str, out: Path, overwrite: bool) -> tuple[int,
         why = " (its rows live only as long as their process)" if is_private(tier) else ""
         raise TierError(f"{tag}: expected one of the tables of the tier, {', '.join(tier.tables()) or 'which has none'}{why}")
     with rows_progress(tier.size(tag), doing="dumping") as advance:
-        if out.suffix.lower() in _DUMPS:
+        if out.suffix.lower() in DUMP_SUFFIXES:
             return _dump(tier, tag, out, advance), dim
         return write_model(out, dim, _counted(tier.scan(tag), advance), overwrite=overwrite), dim
 

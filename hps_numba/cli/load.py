@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 
 from hps_numba.cli._output import AsJson, human_rate, human_seconds, print_json
 from hps_numba.cli._tiers import (
+    DUMP_SUFFIXES,
     AllowCode,
     ConfiguredTier,
     TableTag,
@@ -19,9 +22,11 @@ from hps_numba.cli._tiers import (
     done_tiers,
     is_private,
 )
-from hps_numba.errors import ConfigError, TierError
+from hps_numba.errors import ConfigError, ModelFileError, TierError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hps_numba.config import ServerConfig
     from hps_numba.storage.tiers._checked import CheckedTier
 
@@ -29,7 +34,7 @@ __all__ = ["PLUGIN"]
 
 
 def load(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sparse model of any format: a directory or a file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A sparse model of any format, or a dump (.bin, .sst).")],
     into: Annotated[
         str,
         typer.Option(metavar="CONFIG[:TIER]", help="A ps_config JSON file and, optionally, number, type or place of a tier."),
@@ -39,30 +44,26 @@ def load(
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a sparse model to the tiers of a config.
+    """Write a sparse model, or a dump of a table, to the tiers of a config.
 
     Without TIER, every tier that can be written and that other processes see is filled, the slowest first. Without --table,
     the rows go to the table of the config whose sparse file MODEL is. Rows are streamed. Rows that a tier has already are
     overwritten, so that a load that was interrupted is repeated by the same command; other rows stay.
     """
-    from hps_numba.storage.model_files import open_model
-
     path, name = _config_and_tier(into)
     tiers = configured_tiers(path, allow_code=allow_code)
     chosen = chosen_tiers(tiers, name, "--into")
     tag, expected = _table(tiers[0].config, table, model)
-    with open_model(model, expected if dim is None else dim) as reader:
-        rows, dim = reader.rows, reader.dim
-    if expected not in (None, dim):
+    if dim is not None and expected not in (None, dim):
         raise typer.BadParameter(f"expected {expected}, the width of {tag} in the config, got {dim}", param_hint="--dim")
-    results = [_load_one(tier, model, dim, tag, named=name is not None) for tier in reversed(chosen)]
+    results = [_load_one(tier, model, dim or expected, tag, named=name is not None) for tier in reversed(chosen)]
     done = done_tiers(results, "load into")
-    report = {"model": model, "table": tag, "rows": rows, "dim": dim, "tiers": results}
+    report = {"model": model, "table": tag, "tiers": results}
     if as_json:
         print_json(report)
     else:
         for one in done:
-            _show(one, tag, dim)
+            _show(one, tag)
 
 
 PLUGIN = load
@@ -94,7 +95,7 @@ def _table(config: ServerConfig, name: str | None, model: Path) -> tuple[str, in
     raise typer.BadParameter(f"expected one of {several}: {why}", param_hint="--table")
 
 
-def _load_one(tier: ConfiguredTier, model: Path, dim: int, tag: str, *, named: bool) -> dict[str, Any]:
+def _load_one(tier: ConfiguredTier, model: Path, dim: int | None, tag: str, *, named: bool) -> dict[str, Any]:
     with tier.open(read_only=False) as opened:
         why = "it is read only" if opened.read_only else ""
         if is_private(opened):
@@ -104,32 +105,48 @@ def _load_one(tier: ConfiguredTier, model: Path, dim: int, tag: str, *, named: b
         if why:
             return tier.skipped(why)
         started = time.perf_counter()
-        rows, new = _write(opened, model, dim, tag, tier)
-        return {**tier.facts, "rows": rows, "new": new, "size": opened.size(tag), "seconds": time.perf_counter() - started}
+        facts = {**tier.facts, **_write(opened, model, dim, tag, tier)}
+        return {**facts, "size": opened.size(tag), "seconds": time.perf_counter() - started}
 
 
-def _write(opened: CheckedTier, model: Path, dim: int, tag: str, tier: ConfiguredTier) -> tuple[int, int]:
-    """Insert all rows; how many, and how many were new."""
+def _write(opened: CheckedTier, model: Path, dim: int | None, tag: str, tier: ConfiguredTier) -> dict[str, int]:
+    """Insert all rows; how many, how many were new, and their width."""
     from hps_numba.runtime.progress import rows_progress
-    from hps_numba.storage.loading import stream_table
-    from hps_numba.storage.model_files import open_model
 
-    rows = new = 0
-    with open_model(model, dim) as reader, rows_progress(reader.rows) as advance:
-        for keys, part in stream_table(reader, reader.rows, key_bits=tier.key_bits):
+    done = new = 0
+    with _rows_of(opened, model, dim, tier.key_bits) as (rows, dim, chunks), rows_progress(rows) as advance:
+        for keys, part in chunks:
             try:
                 new += opened.insert(tag, keys, part)
             except TierError as problem:
                 again = "the same command writes all of them again"
-                raise TierError(f"{problem} ({rows:,} of {reader.rows:,} rows are written; {again})") from problem
-            rows += len(keys)
+                raise TierError(f"{problem} ({done:,} of {rows:,} rows are written; {again})") from problem
+            done += len(keys)
             advance(tier.name, len(keys))
-    return rows, new
+    return {"rows": done, "new": new, "dim": dim}
 
 
-def _show(one: dict[str, Any], tag: str, dim: int) -> None:
+@contextmanager
+def _rows_of(
+    opened: CheckedTier, model: Path, dim: int | None, key_bits: int
+) -> Iterator[tuple[int, int, Iterator[tuple[np.ndarray, np.ndarray]]]]:
+    """Number, width and chunks of the rows of a sparse model, or of a dump of a database."""
+    from hps_numba.storage.loading import stream_table
+    from hps_numba.storage.model_files import open_model
+
+    if model.suffix.lower() in DUMP_SUFFIXES:
+        dump = opened.open_dump(model)
+        if dump.pairs and dim not in (None, dump.dim):
+            raise ModelFileError(f"{model}: expected rows of width {dim}, got {dump.dim}")
+        yield dump.pairs, dump.dim, dump.chunks()
+        return
+    with open_model(model, dim) as reader:
+        yield reader.rows, reader.dim, stream_table(reader, reader.rows, key_bits=key_bits)
+
+
+def _show(one: dict[str, Any], tag: str) -> None:
     rate = human_rate(one["rows"] / max(one["seconds"], 1e-9), "rows/s")
-    counts = f"{one['rows']:,} rows x {dim} written, {one['new']:,} of them new"
+    counts = f"{one['rows']:,} rows x {one['dim']} written, {one['new']:,} of them new"
     typer.echo(f"{one['tier']}: {tag}: {counts}, in {human_seconds(one['seconds'])}, {rate}")
     if one["size"] < one["rows"]:
         why = "of equal keys, the last is kept, and a tier with a bound drops rows"

@@ -10,6 +10,7 @@ from support.oracles import rows_of
 from support.tier_commands import DIM, TAG, TierFolder
 
 from hps_numba.storage import loading
+from hps_numba.storage.bin_dump import write_bin
 
 KEYS = [5, -1, 2**40, *range(100, 200), 5]
 
@@ -33,7 +34,7 @@ def test_every_tier_that_others_see_is_filled_slowest_first(tiers: TierFolder) -
     report = tiers.parsed("load", tiers.folder / "a.model", "--into", tiers.config)
     slow, fast, memory = report["tiers"]
     assert (slow["tier"], fast["tier"]) == ("tiers[2]", "tiers[1]")
-    assert (report["table"], report["rows"], slow["rows"], slow["new"], slow["size"]) == (TAG, 104, 104, 103, 103)
+    assert (report["table"], slow["dim"], slow["rows"], slow["new"], slow["size"]) == (TAG, 3, 104, 103, 103)
     assert "only as long as their process" in memory["skipped"]
     for file in ("fast", "slow"):
         assert_loaded(tiers, file)
@@ -95,7 +96,8 @@ def test_another_width_is_refused_before_anything_is_written(tiers: TierFolder) 
     path = tiers.model("wide.model", [1], 4)
     assert "width" in tiers.refused("load", path, "--into", tiers.config, "--table", "m/a")
     assert "expected 3" in tiers.refused("load", path, "--into", tiers.config, "--table", "m/a", "--dim", 4, code=2)
-    assert not (tiers.folder / "fast").exists() and not (tiers.folder / "slow").exists()
+    for file in ("fast", "slow"):
+        assert not (tiers.folder / file).exists() or not tiers.tags(file)
 
 
 def test_keys_that_need_64_bits_in_32(tiers: TierFolder) -> None:
@@ -111,6 +113,21 @@ def test_tiers_that_cannot_keep_the_rows(tiers: TierFolder) -> None:
     assert "expected a tier to load into, got none" in tiers.refused("load", model, "--into", tiers.config)
     tiers.write(tiers.tier(down=True, password="geheim"))
     assert "geheim" not in tiers.refused("load", model, "--into", tiers.config)
+
+
+def test_a_dump_of_a_database(tiers: TierFolder) -> None:
+    keys = np.unique(KEYS)
+    write_bin(tiers.folder / "a.bin", 8, DIM, [(keys, rows_of(keys, DIM))])
+    report = tiers.parsed("load", tiers.folder / "a.bin", "--into", f"{tiers.config}:1", "--table", "m/a")
+    assert (report["tiers"][0]["rows"], report["tiers"][0]["dim"]) == (103, 3)
+    assert_loaded(tiers, "fast")
+    write_bin(tiers.folder / "wide.bin", 8, 4, [(keys, rows_of(keys, 4))])
+    wide = ("load", tiers.folder / "wide.bin", "--into", tiers.config, "--table", "m/a")
+    assert "expected rows of width 3, got 4" in tiers.refused(*wide)
+    write_bin(tiers.folder / "narrow.bin", 4, DIM, [(np.arange(3), rows_of(np.arange(3), DIM))])
+    narrow = ("load", tiers.folder / "narrow.bin", "--into", tiers.config, "--table", "m/a")
+    assert "expected keys of 8 bytes" in tiers.refused(*narrow)
+    assert_loaded(tiers, "fast")
 
 
 def test_a_model_without_rows(tiers: TierFolder) -> None:

@@ -73,6 +73,13 @@ def test_a_tier_that_fails_later_is_down_too(tiers: TierFolder, call: str) -> No
     assert f"{call}: failed on purpose" in report["tiers"][1]["error"]
 
 
+def test_a_tier_of_which_a_part_is_down_is_down(tiers: TierFolder) -> None:
+    tiers.write(tiers.tier(failed_keys=True))
+    report = tiers.parsed("tiers", tiers.config, code=1)
+    assert "keys could not be looked for: a part of the tier is out of order" in report["tiers"][1]["error"]
+    assert [table["rows"] for table in report["tiers"][1]["tables"]] == [100]
+
+
 def test_a_slow_tier_is_not_asked_for_ever(tiers: TierFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tier_survey, "_SECONDS", 0.0)
     tiers.write(tiers.tier(seconds=0.001))

@@ -104,6 +104,11 @@ def test_of_equal_keys_the_last_row_counts(tiers: TierFolder) -> None:
     assert (found["wrong"], found["wrong_keys"]) == (1, [9])
 
 
+def test_keys_that_cannot_be_looked_for_are_not_missing(tiers: TierFolder) -> None:
+    tiers.write(tiers.tier(failed_keys=True))
+    assert "501 of 1,002 keys could not be looked for" in tiers.refused("verify", tiers.config, "--whole")
+
+
 def test_the_head_of_a_table_is_explained(tiers: TierFolder) -> None:
     tiers.write(tiers.tier(initial_cache_rate=0.5))
     change(tiers, drop=[2**60])

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from support.fakes import DictTier
+from support.fakes import DictTier, NaiveStore
 
 from hps_numba.errors import TierError, TierUnavailable
 from hps_numba.storage import Fetched
 
-__all__ = ["DiskTier"]
+__all__ = ["DiskTier", "write_table"]
 
 
 @dataclass
 class Settings:
     """``file`` holds the rows; calls named in ``fail_on`` fail, after ``fail_after`` that do not.
 
-    Each call takes ``seconds``. A tier that is ``down`` cannot be opened; with ``wrong_all``, other rows come back.
+    Each call takes ``seconds``. A tier that is ``down`` cannot be opened; with ``wrong_all``, other rows come back; with
+    ``failed_keys``, odd keys cannot be looked for.
     """
 
     file: str
@@ -30,8 +31,23 @@ class Settings:
     down: bool = False
     fail_on: list[str] = field(default_factory=list)
     fail_after: int = 0
+    failed_keys: bool = False
     seconds: float = 0.0
     wrong_all: bool = False
+
+
+@dataclass(frozen=True)
+class PartlyFetched(Fetched):
+    """An answer of a tier of which a part is out of order."""
+
+    failed: np.ndarray | None = None
+
+
+def write_table(file: Path, tag: str, keys: Any, rows: np.ndarray) -> None:
+    """Write the file of a ``DiskTier`` with one table."""
+    store = NaiveStore(rows.shape[1])
+    store.upsert(keys, rows)
+    file.write_bytes(pickle.dumps({tag: store}))
 
 
 class DiskTier(DictTier):
@@ -54,6 +70,8 @@ class DiskTier(DictTier):
         answer = super().fetch(table, keys, rows, deadline=deadline)
         if self.options.wrong_all:
             rows += 1
+        if self.options.failed_keys:
+            answer = PartlyFetched(answer.found & (keys % 2 == 0), answer.asked, failed=keys % 2 == 1)
         return answer
 
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
