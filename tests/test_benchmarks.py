@@ -91,6 +91,47 @@ def test_tensorflow_layer_measures_overhead_and_dlrm(tmp_path: Path) -> None:
     assert all(time > 0 for times in report["dlrm_us"].values() for time in times.values())
 
 
+def test_tiers_runs_every_part_that_it_can(tmp_path: Path) -> None:
+    parts = tmp_path / "parts_of_a_test"
+    parts.mkdir()
+    (parts / "_shared.py").write_text("SPEED = '5 rows/s'\n")
+    (parts / "good.py").write_text(
+        "from report import print_table\nfrom parts_of_a_test._shared import SPEED\n"
+        "def run(quick):\n    print_table('a table', ('what', 'rate'), [('good', SPEED if quick else '')])\n"
+    )
+    missing = "raise FileNotFoundError(2, 'No such file or directory', 'redis-server')"
+    (parts / "missing.py").write_text(f"def run(quick):\n    {missing}\n")
+    (parts / "without.py").write_text("import no_such_package\n")
+    printed, report = run("tiers", tmp_path, "--parts", str(parts))
+    assert [part["name"] for part in report["parts"]] == ["good", "missing", "without"] and "--quick" in printed
+    good, missing_part, without = report["parts"]
+    assert good["tables"] == [{"title": "a table", "head": ["what", "rate"], "rows": [["good", "5 rows/s"]]}]
+    assert good["skipped"] is None and "redis-server" in missing_part["skipped"] and "no_such_package" in without["skipped"]
+    assert printed.count("skipped: ") == 2 and "5 rows/s" in printed
+    _, report = run("tiers", tmp_path, "--parts", str(parts), "--only", "good")
+    assert [part["name"] for part in report["parts"]] == ["good"]
+
+
+def test_a_part_of_tiers_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    parts = tmp_path / "failing_parts"
+    parts.mkdir()
+    (parts / "bad.py").write_text("def run(quick):\n    raise AssertionError('a row is wrong')\n")
+    (parts / "good.py").write_text("def run(quick):\n    print('measured')\n")
+    command = [sys.executable, str(FOLDER / "tiers.py"), "--quick", "--parts", str(parts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
+    assert done.returncode == 1 and "FAILED: AssertionError: a row is wrong" in done.stdout and "measured" in done.stdout
+    done = subprocess.run([*command, "--only", "x"], capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
+    assert done.returncode == 2 and "expected some of bad, good, got x" in done.stderr
+
+
+def test_no_part_of_tiers_fails(tmp_path: Path) -> None:
+    printed, report = run("tiers", tmp_path)
+    assert [part["name"] for part in report["parts"]] == sorted(path.stem for path in (FOLDER / "tier_parts").glob("[!_]*.py"))
+    for part in report["parts"]:
+        assert part["failed"] is None and f"== {part['name']}" in printed
+        assert part["skipped"] or part["tables"]
+
+
 def test_every_benchmark_is_in_the_readme() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     scripts = [path for path in FOLDER.glob("*.py") if "def main" in path.read_text()]

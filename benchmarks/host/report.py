@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_options", "cache_bytes", "child_environment", "finish", "print_machine", "print_table", "verdict"]
+__all__ = ["TABLES", "add_options", "cache_bytes", "child_environment", "finish", "print_machine", "print_table", "verdict"]
 
 ROOT = Path(__file__).parents[2]
+TABLES: list[dict[str, Any]] = []
+"""What ``print_table`` printed, for benchmarks whose JSON file holds the tables as they are."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,6 +59,7 @@ def print_machine(title: str, *, quick: bool) -> None:
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is left-aligned."""
+    TABLES.append({"title": title, "head": list(head), "rows": [list(row) for row in rows]})
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print(title)
     for row in [head, ["-" * width for width in widths], *rows]:
