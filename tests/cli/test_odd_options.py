@@ -14,7 +14,7 @@ import pytest
 import typer
 from support.disk_tier import write_table
 from support.factories import Workshop
-from support.internals import HANG_SECONDS
+from support.waiting import HANG_SECONDS
 from typer.testing import CliRunner, Result
 
 import hps_numba
@@ -36,7 +36,9 @@ def commands(command: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple
         yield prefix, command
 
 
-COMMANDS = {" ".join(prefix): command for prefix, command in commands(typer.main.get_command(build()))}
+APP = build()
+TREE = typer.main.get_command(APP)
+COMMANDS = {" ".join(prefix): command for prefix, command in commands(TREE)}
 BENCHMARK = ["--rows", "8", "--dim", "2", "--batch-size", "4", "--seconds", "0.01", "--allow-code"]
 GOOD: dict[str, list[str]] = {
     "benchmark tiers": ["tiers.json", *BENCHMARK],
@@ -75,11 +77,12 @@ ARGUMENTS = [
 
 
 def run(*words: str) -> Result:
-    return CliRunner().invoke(build(), list(words))
+    return CliRunner().invoke(APP, list(words))
 
 
 @pytest.fixture
 def folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr("typer.testing._get_command", lambda app: TREE)  # building it takes longer than most calls
     place = workshop.folder
     monkeypatch.chdir(place)
     monkeypatch.setenv("TMPDIR", str(place))
@@ -122,12 +125,16 @@ def test_the_good_options_are_good(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[" ".join(pair) for pair in OPTIONS])
-def test_odd_options(folder: Path, name: str, option: str) -> None:
+def test_odd_options(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, option: str) -> None:
     good = ALONE.get(option, GOOD[name])
     if option in good:
         at = good.index(option)
         good = [*good[:at], *good[at + 2 :]]
     good = [*good, *NEEDED.get(option, [])]
+    if option == "--html":  # names of files are tried here; the page itself has tests of its own
+        monkeypatch.setattr("hps_numba.simulate.html_report.to_svg", lambda figure: "<svg/>")
+        figures = dict.fromkeys(("curves", "time", "heat"))
+        monkeypatch.setattr("hps_numba.simulate.html_report.figures", lambda simulation, rows: figures)
     refused = 0
     for value in ODD:
         result = run(*name.split(), *good, f"{option}={value}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from support.waiting import HANG_SECONDS as HANG_SECONDS
 from support.waiting import wait_until
 
 import hps_numba
