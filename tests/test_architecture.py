@@ -43,6 +43,8 @@ HOMES = {
     "cupy": {"device": "", "arrays": "", "frontends": "", "cli": ""},
     "jax": {},
     "pytest": {"testing": "now"},
+    "redis": {"storage.redis": ""},
+    "hiredis": {"storage.redis": ""},
 }
 #: folders in which a file is a plugin: it may know the base classes of its folder, whose names begin with an underscore
 FOLDERS = (

@@ -156,6 +156,9 @@ class TierStack:
             rows[open_positions[answer.found]] = some[answer.found]
             found[open_positions[answer.found]] = True
             unsure[open_positions[answer.asked :]] = True
+            if answer.failed is not None and answer.failed.any():
+                errors += 1
+                unsure[open_positions[answer.failed]] = True
         return StackAnswer(found, unsure & ~found, errors)
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:

@@ -66,6 +66,8 @@ class CheckedTier(Tier):
         if not isinstance(answer, Fetched):
             raise self._defect("fetch", "Fetched", type(answer).__name__)
         self._check_flags("fetch: found", answer.found, len(keys))
+        if answer.failed is not None:
+            self._check_flags("fetch: failed", answer.failed, len(keys))
         asked: object = answer.asked
         if isinstance(asked, bool) or not isinstance(asked, (int, np.integer)) or not 0 <= asked <= len(keys):
             raise self._defect("fetch: asked", f"0 to {len(keys)}", repr(asked))

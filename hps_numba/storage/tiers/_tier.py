@@ -43,10 +43,12 @@ class Fetched:
     Attributes:
         found: bool ``[n]``, which keys had a row; the rows of the others were left as they were.
         asked: how many keys, from the first on, were looked for before time ran out; ``n`` if it did not.
+        failed: bool ``[n]``, which keys could not be looked for, because a part of the tier failed; None: no key.
     """
 
     found: np.ndarray
     asked: int
+    failed: np.ndarray | None = None
 
 
 class Tier(abc.ABC):

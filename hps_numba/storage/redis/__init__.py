@@ -1,0 +1,1 @@
+"""Rows in Redis or Valkey: what the tier ``redis_cluster`` is made of."""

@@ -1,0 +1,131 @@
+"""What is known of each table: its partitions, the width of its rows, and that they are where this process looks for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from hps_numba.errors import TierError
+from hps_numba.kernels.host.resp import group_by_partition
+from hps_numba.storage.redis.layout import Partition, partitions_of
+from hps_numba.storage.redis.plain import PlainCommands
+from hps_numba.storage.redis.topology import Topology
+
+__all__ = ["Tables"]
+
+log = logging.getLogger(__name__)
+
+
+class Tables:
+    """Tables by tag.
+
+    Thread safety: every method; two threads may ask a node for the same.
+    """
+
+    def __init__(self, count: int, wide_keys: bool, plain: PlainCommands, topology: Topology) -> None:
+        self._count, self._key_bytes, self._plain, self._topology = count, 8 if wide_keys else 4, plain, topology
+        self._partitions: dict[str, list[Partition]] = {}
+        self._checked: set[str] = set()
+        self._widths: dict[str, int] = {}
+
+    def partitions(self, table: str) -> list[Partition]:
+        """Its partitions, by number."""
+        known = self._partitions.get(table)
+        if known is None:
+            known = self._partitions[table] = partitions_of(table, self._count, self._topology.slot_of)
+        return known
+
+    def check(self, table: str) -> None:
+        """Check once a table that rows written by others are where this process looks for them.
+
+        A node that does not answer is passed over.
+
+        Raises:
+            TierError: they were written with another ``num_partitions`` or key width, so that keys would seem to be absent.
+        """
+        if table not in self._checked:
+            try:
+                self._sample(table)
+            except Misplaced:
+                raise
+            except TierError as problem:
+                log.debug("%s: not checked: %s", table, problem)
+            self._checked.add(table)
+
+    def check_width(self, table: str, dim: int) -> None:
+        """Check that rows of width ``dim`` fit a table.
+
+        Raises:
+            TierError: its rows have another width; or as ``check``; or no node could be asked.
+        """
+        if self._widths.get(table) == dim:
+            return
+        width = self._sample(table)  # also if another one is known: the table may have been erased meanwhile
+        self._checked.add(table)
+        if width not in (None, 4 * dim):
+            raise TierError(f"{table}: expected rows of width {width // 4}, got {dim}")
+        self._widths[table] = dim
+
+    def forget(self, table: str) -> None:
+        """The table was erased."""
+        self._widths.pop(table, None)
+
+    def _sample(self, table: str) -> int | None:
+        """Bytes of a row; None if there is none. Checks where its key is."""
+        width = None
+        for part in self.partitions(table):
+            flat = _flat(self._plain.run(part, ("HRANDFIELD", part.rows, 1, "WITHVALUES")))
+            if flat:
+                self._check_place(part, flat[0])
+                width = len(flat[1])
+        return width
+
+    def _check_place(self, part: Partition, field: bytes) -> None:
+        if len(field) != self._key_bytes:
+            raise Misplaced(f"{part}: expected keys of {self._key_bytes} bytes (supportlonglong), got {len(field)}")
+        ends = np.zeros(self._count, np.int64)
+        group_by_partition(self._keys([field]).ctypes.data, 1, self._count, np.empty(1, np.int64), ends)
+        number = int(np.flatnonzero(ends)[0])
+        if number != part.number:
+            raise Misplaced(
+                f"{part}: expected keys of this partition, got one of partition {number} of {self._count}: "
+                "the rows were written with another num_partitions"
+            )
+
+    def _keys(self, fields: list[bytes]) -> np.ndarray:
+        """int64 keys; those of 32 bits zero-extended."""
+        kind = np.int64 if self._key_bytes == 8 else np.uint32
+        return np.frombuffer(b"".join(fields), kind).astype(np.int64)
+
+    def scan(self, table: str, chunk_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All (keys, rows), each key once, also while other clients write: then some may come or not.
+
+        Raises:
+            TierError: a node failed, or rows have different widths.
+        """
+        for part in self.partitions(table):
+            seen: set[bytes] = set()
+            for fields, values in self._plain.scan_hash(part, part.rows, chunk_rows):
+                fresh = {field: value for field, value in zip(fields, values, strict=True) if field not in seen}
+                seen |= fresh.keys()
+                pairs = list(fresh.items())
+                for start in range(0, len(pairs), chunk_rows):
+                    yield self._chunk(part, pairs[start : start + chunk_rows])
+
+    def _chunk(self, part: Partition, pairs: list[tuple[bytes, bytes]]) -> tuple[np.ndarray, np.ndarray]:
+        size = len(pairs[0][1])
+        if any(len(field) != self._key_bytes or len(value) != size for field, value in pairs) or size % 4:
+            raise TierError(f"{part}: expected keys of {self._key_bytes} bytes and rows of {size // 4} floats, got others")
+        rows = np.frombuffer(b"".join(value for _, value in pairs), np.float32)
+        return self._keys([field for field, _ in pairs]), rows.reshape(len(pairs), size // 4).copy()
+
+
+class Misplaced(TierError):
+    """Rows are not where this process looks for them."""
+
+
+def _flat(answer: list[object]) -> list[bytes]:
+    """A field and its value, which RESP3 nests."""
+    return answer[0] if answer and isinstance(answer[0], list) else answer  # type: ignore[return-value]

@@ -1,0 +1,158 @@
+"""Which node has which slot; a single plain node has all of them.
+
+A cluster is asked through any node that answers: first those known to be alive, then the seeds of the config.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.runtime.reentry import ExclusiveLock
+from hps_numba.storage.redis.client import RedisClient
+from hps_numba.storage.redis.limits import Limits
+from hps_numba.storage.redis.node import Node, NodeFailure
+
+__all__ = ["SLOTS", "Topology", "seeds_of"]
+
+log = logging.getLogger(__name__)
+SLOTS = 16384
+_DEFAULT_PORT = 6379
+#: what a server says that has no cluster, and one that does not know the command
+_PLAIN = ("cluster support disabled", "unknown command")
+
+
+def seeds_of(address: str) -> list[tuple[str, int]]:
+    """Hosts and ports of ``address``, separated by commas or semicolons; 6379 where there is no port.
+
+    Raises:
+        TierUnavailable: a port is not a number.
+    """
+    seeds = []
+    for text in address.replace(";", ",").split(","):
+        host, colon, port = text.strip().rpartition(":")
+        if not colon or text.strip().endswith("]"):
+            host, port = text.strip(), str(_DEFAULT_PORT)
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise TierUnavailable(f"redis_cluster: address: expected host:port, got {text.strip()!r}")
+        if host:
+            seeds.append((host.strip("[]"), int(port)))
+    return seeds
+
+
+class Topology:
+    """The nodes of a cluster, or the only node.
+
+    Attributes:
+        in_cluster: the nodes form a cluster.   slot_of: the slot of a name.
+
+    Thread safety: every method.
+    """
+
+    def __init__(self, client: RedisClient, address: str, connections: int, limits: Limits) -> None:
+        """Find the nodes.
+
+        Raises:
+            TierUnavailable: no seed answers; the message has what each said.
+        """
+        self._client, self._connections, self._limits = client, connections, limits
+        self.slot_of = client.slot_of
+        self._nodes: dict[tuple[str, int], Node] = {}
+        self._slots: list[Node | None] = []
+        self._seeds = [self._node(*seed) for seed in seeds_of(address)]
+        self._lock = ExclusiveLock("the nodes of a Redis cluster")
+        self._looked = time.monotonic()
+        problems = []
+        for seed in self._seeds:
+            try:
+                self._read_from(seed)
+                return
+            except NodeFailure as problem:
+                problems.append(str(problem))
+        self.close()
+        raise TierUnavailable(
+            f"redis_cluster: address: expected a node that answers, got {'; '.join(problems) or repr(address)}"
+        )
+
+    def _node(self, host: str, port: int) -> Node:
+        known = self._nodes.get((host, port))
+        if known is None:
+            known = self._nodes[host, port] = Node(self._client, host, port, self._connections, self._limits)
+        return known
+
+    def node(self, host: str, port: int) -> Node:
+        """The node at an address that another node named."""
+        with self._lock.held():
+            return self._node(host, port)
+
+    def node_of(self, slot: int) -> Node | None:
+        """The node that has a slot; None if no node has it."""
+        return self._slots[slot] if self.in_cluster else self._slots[0]
+
+    def primaries(self) -> list[Node]:
+        """All nodes that have slots, each once."""
+        return list(dict.fromkeys(node for node in self._slots if node is not None))
+
+    @property
+    def covered(self) -> bool:
+        """Whether every slot has a node."""
+        return None not in self._slots
+
+    def refresh(self, *, at_once: bool = False) -> None:
+        """Look for changes of the cluster, through the first node that answers; if none does, all stays as it is.
+
+        Args:
+            at_once: a node said that slots have moved; else this is done only once in a while.
+        """
+        asked_at = time.monotonic()
+        if not self.in_cluster or (not at_once and asked_at - self._looked < self._limits.refresh):
+            return
+        with self._lock.held():
+            if self._looked > asked_at:  # by another thread, meanwhile
+                return
+            for node in self._alive():
+                try:
+                    self._read_from(node)
+                    return
+                except TierError as problem:
+                    log.debug("%s: cannot read the slots of the cluster: %s", node.name, problem)
+                finally:
+                    self._looked = time.monotonic()
+
+    def _alive(self) -> list[Node]:
+        candidates = dict.fromkeys([*self.primaries(), *self._seeds, *self._nodes.values()])
+        return sorted(candidates, key=lambda node: node.breaker.is_open)
+
+    def _read_from(self, node: Node) -> None:
+        (answer,) = node.commands([("CLUSTER", "SLOTS")])
+        if isinstance(answer, Exception):
+            if not any(text in str(answer).lower() for text in _PLAIN):
+                raise NodeFailure(f"{node.name}: CLUSTER SLOTS: {answer}")
+            self.in_cluster, self._slots = False, [node]
+            return
+        slots: list[Node | None] = [None] * SLOTS
+        for first, last, primary, *_ in answer:
+            slots[first : last + 1] = [self._node(*_address(primary, node))] * (last + 1 - first)
+        self.in_cluster, self._slots = True, slots
+        self._forget({*self.primaries(), *self._seeds})
+
+    def _forget(self, needed: Iterable[Node]) -> None:
+        """Keep only nodes that are needed; calls that use another one go on with it."""
+        kept = set(needed)
+        for address, node in list(self._nodes.items()):
+            if node not in kept and not node.breaker.is_open:
+                del self._nodes[address]
+
+    def close(self) -> None:
+        """Close all connections."""
+        for node in list(self._nodes.values()):
+            node.close()
+
+
+def _address(given: list[Any], asked: Node) -> tuple[str, int]:
+    """Host and port of a node; one that does not know its host is where it was asked."""
+    host = (given[0] or b"").decode()
+    return (asked.host if host in ("", "?") else host), int(given[1])

@@ -1,0 +1,404 @@
+"""A node of Redis that dies, hangs, is full, or gives its slots away: its own keys are unanswered, all others exact."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.factories import Workshop
+from support.oracles import assert_same_bits, rows_of
+from support.redis_servers import Cluster, Server, cluster_of, one_server
+from support.tiers import DIM, TAG, fetch, ints
+from support.waiting import join_all, wait_until
+
+from hps_numba.errors import TierError
+from hps_numba.storage.redis.layout import partitions_of
+from hps_numba.storage.redis.limits import Limits
+from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
+from hps_numba.storage.tiers._tier import Fetched
+from hps_numba.storage.tiers.redis_cluster import RedisClusterTier
+
+PARTS = 16
+KEYS = np.arange(400, dtype=np.int64)
+TABLE = "hps_et.m.sparse_embedding0"
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """It keeps what it acknowledged when it is killed."""
+    with cluster_of(tmp_path_factory.mktemp("three"), options=("--appendonly", "yes", "--appendfsync", "always")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(three: Cluster) -> Iterator[Cluster]:
+    yield three
+    for server in three.servers:
+        if server.process is None:
+            server.start()
+        server.go_on()
+        server.client.config_set("maxmemory", 0)
+    wait_until(three.settled)
+    three.flush()
+
+
+@pytest.fixture
+def opened() -> Iterator[list[RedisClusterTier]]:
+    tiers: list[RedisClusterTier] = []
+    yield tiers
+    for tier in tiers:
+        tier.close()
+
+
+@pytest.fixture
+def tier(cluster: Cluster, opened: list[RedisClusterTier]) -> RedisClusterTier:
+    opened.append(filled(cluster))
+    return opened[-1]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Iterator[Workshop]:
+    made = Workshop(tmp_path)
+    yield made
+    for server in made.servers:
+        server.close()
+
+
+def filled(cluster: Cluster) -> RedisClusterTier:
+    tier = RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS)
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    return tier
+
+
+def slot_of(name: bytes) -> int:
+    from redis.crc import key_slot
+
+    return int(key_slot(name))
+
+
+def keys_of(cluster: Cluster, server: Server, table: str = TAG) -> np.ndarray:
+    """bool ``[400]``: which keys are on a node in the beginning."""
+    from support.oracles import partition_of
+
+    parts = partitions_of(table, PARTS, slot_of)
+    return np.array([cluster.owner_of(parts[partition_of(int(key), PARTS)].slot) is server for key in KEYS])
+
+
+def assert_degraded(tier: RedisClusterTier, dead: np.ndarray) -> None:
+    """Keys of living nodes have their rows; those of the dead one are said to have failed."""
+    answer, rows = fetch(tier, TAG, KEYS)
+    assert answer.asked == len(KEYS) and answer.failed is not None
+    assert answer.failed.tolist() == dead.tolist()
+    assert answer.found.tolist() == (~dead).tolist()
+    assert_same_bits(rows[~dead], rows_of(KEYS[~dead], DIM))
+    assert np.isnan(rows[dead]).all()
+
+
+def assert_complete(tier: RedisClusterTier) -> None:
+    answer, rows = fetch(tier, TAG, KEYS)
+    assert answer.found.all() and answer.failed is None
+    assert_same_bits(rows, rows_of(KEYS, DIM))
+
+
+def complete(tier: RedisClusterTier) -> bool:
+    return bool(fetch(tier, TAG, KEYS)[0].found.all())
+
+
+def test_a_killed_node_costs_its_own_keys_until_it_is_back(cluster: Cluster, tier: RedisClusterTier) -> None:  # D19
+    victim = cluster.servers[1]
+    dead = keys_of(cluster, victim)
+    assert 0 < dead.sum() < len(KEYS)
+    victim.kill()
+    for _ in range(20):
+        assert_degraded(tier, dead)
+    for call in (
+        lambda: tier.insert(TAG, KEYS, rows_of(KEYS, DIM)),
+        lambda: tier.contains(TAG, KEYS),
+        lambda: tier.erase(TAG, KEYS[dead]),
+        lambda: tier.size(TAG),
+        lambda: tier.erase(TAG),
+        tier.tables,
+    ):
+        with pytest.raises(TierError, match=victim.address):
+            call()
+    with pytest.raises(TierError, match=rf"redis_cluster: {TAG}: partition \d+: {victim.address}: "):
+        fetch(tier, TAG, KEYS[dead])  # nothing of it could be looked for
+    victim.start()
+    wait_until(lambda: complete(tier))
+    assert tier.contains(TAG, KEYS[~dead]).sum() in (0, (~dead).sum()), "erasing the table stopped at the first failure"
+
+
+def test_a_node_that_hangs_costs_one_time_out(cluster: Cluster, tier: RedisClusterTier) -> None:  # D19
+    victim = cluster.servers[2]
+    dead = keys_of(cluster, victim)
+    assert_complete(tier)
+    victim.stop()
+    began, calls = time.monotonic(), 60
+    for _ in range(calls):
+        assert_degraded(tier, dead)
+    assert time.monotonic() - began < calls * tier.limits.reply / 2, "calls do not wait one by one"
+    victim.go_on()
+    wait_until(lambda: complete(tier))
+    assert_complete(tier)
+
+
+def test_a_deadline_ends_the_wait_for_a_node_that_hangs(cluster: Cluster, opened: list[RedisClusterTier]) -> None:  # D07, D19
+    class Patient(RedisClusterTier):
+        limits = Limits(reply=1e6, connect=1e6)
+
+    opened.append(Patient.from_options(address=cluster.address, num_partitions=PARTS))
+    tier = opened[-1]
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    victim = cluster.servers[0]
+    dead = keys_of(cluster, victim)
+    victim.stop()
+    rows = np.full((len(KEYS), DIM), np.nan, np.float32)
+    answer = tier.fetch(TAG, KEYS, rows, deadline=time.monotonic() + 0.5)
+    assert answer.failed is not None and not answer.found[dead].any()
+    assert (answer.found | answer.failed).all()
+    assert_same_bits(rows[answer.found], rows_of(KEYS[answer.found], DIM))
+
+
+def test_a_full_node_refuses_writes_and_serves_on(cluster: Cluster, tier: RedisClusterTier) -> None:  # D19
+    for server in cluster.servers:
+        server.client.config_set("maxmemory", 1)
+    with pytest.raises(TierError, match=rf"{TAG}: partition \d+: OOM .* \(and \d+ more partitions\)"):
+        tier.insert(TAG, KEYS, rows_of(KEYS, DIM, 1))
+    assert_complete(tier)
+    assert tier.erase(TAG, KEYS[:1]) == 1, "to remove is allowed"
+    for server in cluster.servers:
+        server.client.config_set("maxmemory", 0)
+    assert tier.insert(TAG, KEYS, rows_of(KEYS, DIM)) == 1
+    assert_complete(tier)
+
+
+def test_a_restarted_server_is_found_again(tmp_path: Path, opened: list[RedisClusterTier]) -> None:  # D19
+    """A plain one: connections that were kept are closed, and rows are as they were on disk."""
+    with one_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        opened.append(RedisClusterTier.from_options(address=server.address, num_partitions=PARTS))
+        opened[-1].insert(TAG, KEYS, rows_of(KEYS, DIM))
+        server.kill()
+        server.start()
+        assert_complete(opened[-1])  # it was not asked in between: the first call finds its connection closed
+        server.kill()
+        for _ in range(3):
+            with pytest.raises(TierError, match=server.address):
+                fetch(opened[-1], TAG, KEYS)
+        server.start()
+
+        def back() -> bool:
+            try:
+                return complete(opened[-1])
+            except TierError:
+                return False
+
+        wait_until(back)
+
+
+# -- slots that move ---------------------------------------------------------------------
+
+
+class Move:
+    """One slot on its way from its node to another, step by step."""
+
+    def __init__(self, cluster: Cluster, slot: int, source: Server, target: Server) -> None:
+        self.cluster, self.slot, self.source, self.target = cluster, slot, source, target
+
+    def begin(self) -> None:
+        """From here on, the source sends clients for absent names on to the target."""
+        ids = self.cluster.id_of(self.source), self.cluster.id_of(self.target)
+        self.target.client.execute_command("CLUSTER", "SETSLOT", self.slot, "IMPORTING", ids[0])
+        self.source.client.execute_command("CLUSTER", "SETSLOT", self.slot, "MIGRATING", ids[1])
+
+    def move_keys(self) -> None:
+        """Names of the slot go over, one by one."""
+        while names := self.source.client.execute_command("CLUSTER", "GETKEYSINSLOT", self.slot, 1):
+            self.source.client.execute_command("MIGRATE", "127.0.0.1", self.target.port, names[0], 0, 60_000)
+
+    def end(self) -> None:
+        """The slot belongs to the target."""
+        name = self.cluster.id_of(self.target)
+        for server in (self.target, self.source, *self.cluster.servers):
+            server.client.execute_command("CLUSTER", "SETSLOT", self.slot, "NODE", name)
+
+
+def moves(cluster: Cluster, back: bool = False, table: str = TAG) -> list[Move]:
+    """All slots of a table that the first node has, to the second; or back."""
+    first, second = cluster.servers[:2]
+    slots = {part.slot for part in partitions_of(table, PARTS, slot_of) if cluster.owner_of(part.slot) is first}
+    pair = (second, first) if back else (first, second)
+    return [Move(cluster, slot, *pair) for slot in sorted(slots)]
+
+
+@pytest.mark.parametrize("policy", ["evict_random", "evict_least_used"])
+def test_slots_that_move_are_followed_at_each_step(  # D19
+    cluster: Cluster, opened: list[RedisClusterTier], policy: str
+) -> None:
+    tier = RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS, overflow_policy=policy)
+    opened.append(tier)
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    for back in (False, True):
+        going = moves(cluster, back)
+        assert going
+        for step in (Move.begin, Move.move_keys, Move.end):
+            for move in going:
+                step(move)
+            assert_complete(tier)
+            assert tier.insert(TAG, KEYS, rows_of(KEYS, DIM)) == 0
+            assert tier.erase(TAG, KEYS[::3]) == len(KEYS[::3])
+            assert tier.insert(TAG, KEYS[::3], rows_of(KEYS[::3], DIM)) == len(KEYS[::3])
+            assert tier.contains(TAG, KEYS).all() and tier.size(TAG) == len(KEYS)
+            assert sorted(key for keys, _ in tier.scan(TAG, 50) for key in keys) == KEYS.tolist()
+            assert_complete(tier)
+
+
+def test_a_server_looks_up_exact_rows_while_slots_move_and_rows_change(  # D19
+    cluster: Cluster, workshop: Workshop
+) -> None:
+    redis = {"type": "redis_cluster", "address": cluster.address, "num_partitions": PARTS}
+    server = workshop.open(workshop.model((range(400), DIM)), volatile_db=redis)
+    ended, problems = threading.Event(), []
+    fresh: list[int] = []
+
+    def read(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        while not ended.is_set():
+            asked = random.integers(0, 400, 64)
+            known = list(fresh)[-20:]
+            try:
+                assert_same_bits(server.lookup(asked, "m", 0), rows_of(asked, DIM))
+                if known:
+                    assert_same_bits(server.lookup(known, "m", 0), rows_of(known, DIM))
+            except BaseException as problem:
+                problems.append(problem)
+                return
+
+    def write() -> None:
+        key = 1000
+        while not ended.is_set():
+            try:
+                server.insert([key], rows_of([key], DIM), "m", 0)
+            except BaseException as problem:
+                problems.append(problem)
+                return
+            fresh.append(key)
+            key += 1
+
+    threads = [threading.Thread(target=read, args=(1,)), threading.Thread(target=write)]
+    for thread in threads:
+        thread.start()
+    try:
+        for back in (False, True):
+            for move in moves(cluster, back, TABLE):
+                before = len(fresh)
+                for step in (move.begin, move.move_keys, move.end):
+                    step()
+                wait_until(lambda before=before: problems or len(fresh) > before)
+    finally:
+        ended.set()
+        join_all(*threads)
+    assert not problems, problems
+    stats = server.stats()["m"]["sparse_embedding0"]
+    assert (stats.unanswered, stats.absent, stats.tier_errors) == (0, 0, 0)
+    assert_same_bits(server.lookup(fresh, "m", 0), rows_of(fresh, DIM))
+
+
+# -- under load ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_a_server_serves_on_while_a_node_fails(cluster: Cluster, workshop: Workshop, fault: str) -> None:  # D19, O10
+    """No lookup raises, no row is wrong, what was not answered is counted; and all rows are back without a restart."""
+    redis = {"type": "redis_cluster", "address": cluster.address, "num_partitions": PARTS}
+    server = workshop.open(workshop.model((range(400), DIM)), volatile_db=redis)
+    victim = cluster.servers[0]
+    dead = keys_of(cluster, victim, TABLE)
+    expected, default = rows_of(KEYS, DIM), np.full(DIM, -7.5, np.float32)
+    failing, ended = threading.Event(), threading.Event()
+    problems: list[Any] = []
+    calls = [0, 0]  # before and during the failure
+
+    def read() -> None:
+        while not ended.is_set():
+            during = failing.is_set()
+            try:
+                rows = server.lookup(KEYS, "m", 0)
+            except BaseException as problem:
+                problems.append(problem)
+                return
+            right = (rows == expected).all(axis=1)
+            if not (right | (dead & (rows == default).all(axis=1))).all() or (not during and not failing.is_set() and not right.all()):
+                problems.append(rows)
+            calls[during] += 1
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: problems or calls[0] > 5)
+        failing.set()
+        fail: Callable[[], None] = victim.kill if fault == "killed" else victim.stop
+        fail()
+        wait_until(lambda: problems or calls[1] > 20)
+        with pytest.raises(TierError):
+            server.insert(KEYS[dead][:1], rows_of(KEYS[dead][:1], DIM), "m", 0)
+        server.insert([5000, *KEYS[~dead][:3]], rows_of([5000, *KEYS[~dead][:3]], DIM), "m", 0) if False else None
+    finally:
+        ended.set()
+        join_all(*threads)
+    assert not problems, problems
+    stats = server.stats()["m"]["sparse_embedding0"]
+    assert stats.unanswered > 0 and stats.tier_errors > 0 and stats.absent == 0
+    assert stats.unanswered % dead.sum() == 0, "exactly the keys of the node"
+    victim.start() if fault == "killed" else victim.go_on()
+    wait_until(lambda: np.array_equal(server.lookup(KEYS, "m", 0), expected))
+
+
+def test_a_replica_takes_over(tmp_path: Path, opened: list[RedisClusterTier]) -> None:  # D19
+    with cluster_of(tmp_path, replicas=1, node_timeout=2000) as cluster:
+        tier = filled(cluster)
+        opened.append(tier)
+        victim = cluster.servers[0]
+        dead = keys_of(cluster, victim)
+        victim.client.execute_command("SET", own_name(cluster, victim), "x")
+        wait_until(lambda: victim.client.execute_command("WAIT", 1, 100) == 1)
+        victim.kill()
+        wait_until(lambda: complete(tier))
+        assert_complete(tier)
+        wait_until(lambda: written(tier, KEYS[dead]))
+        assert_same_bits(fetch(tier, TAG, KEYS[dead])[1], rows_of(KEYS[dead], DIM, 1))
+
+
+def own_name(cluster: Cluster, server: Server) -> str:
+    return next(name for name in map(str, range(10_000)) if cluster.owner_of(slot_of(name.encode())) is server)
+
+
+def written(tier: RedisClusterTier, keys: np.ndarray) -> bool:
+    try:
+        tier.insert(TAG, keys, rows_of(keys, DIM, 1))
+    except TierError:
+        return False
+    return True
+
+
+# -- the contract of partial answers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failed", [[1], np.zeros(3, int), np.zeros(2, bool)])
+def test_flags_of_failed_keys_are_checked(failed: Any, tier: RedisClusterTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier, "fetch", lambda *args, **more: Fetched(np.zeros(3, bool), 3, failed))
+    with pytest.raises(TierDefect, match=r"fetch: failed: expected bool\[3\]"):
+        CheckedTier(tier).fetch(TAG, ints(1, 2, 3), np.zeros((3, DIM), np.float32))
+
+
+def test_fields_of_keys_are_their_bytes(cluster: Cluster, tier: RedisClusterTier) -> None:
+    """What the moves above rely on: all rows of a partition are under one name."""
+    names = {part.rows for part in partitions_of(TAG, PARTS, slot_of)}
+    held = [server.client.hkeys(name) for server in cluster.servers for name in server.client.keys("*") if name in names]
+    assert sorted(struct.unpack("<q", field)[0] for fields in held for field in fields) == KEYS.tolist()
