@@ -88,3 +88,17 @@ def murmur3_32_of_bytes(data: Sequence[int], seed: int = 0) -> int:
     h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
     h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
     return h ^ h >> 16
+
+
+def partition_of(key: int, count: int) -> int:
+    """The partition of a key in HugeCTR's databases (rrxmrrxmsx_0, Pelle Evensen), in plain integers."""
+
+    def ror(x: int, n: int) -> int:
+        return ((x >> n) | (x << (64 - n))) & (2**64 - 1)
+
+    x = key & (2**64 - 1)
+    x ^= ror(x, 25) ^ ror(x, 50)
+    x = x * 0xA24BAED4963EE407 & (2**64 - 1)
+    x ^= ror(x, 24) ^ ror(x, 49)
+    x = x * 0x9FB21C651E98DF25 & (2**64 - 1)
+    return (x ^ (x >> 28)) % count

@@ -154,14 +154,20 @@ def one_server(folder: Path, *options: str, tls: dict[str, str] | None = None, *
 
 @contextlib.contextmanager
 def cluster_of(
-    folder: Path, primaries: int = 3, replicas: int = 0, *, coverage: str = "no", node_timeout: int = NODE_TIMEOUT
+    folder: Path,
+    primaries: int = 3,
+    replicas: int = 0,
+    *,
+    coverage: str = "no",
+    node_timeout: int = NODE_TIMEOUT,
+    options: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """A cluster of ``primaries`` nodes and replicas of the first ``replicas`` of them."""
     servers: list[Server] = []
     try:
         for i in range(primaries + replicas):
             more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())]
-            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(node_timeout)]
+            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(node_timeout), *options]
             servers.append(Server(folder / f"node{i}", *more))
         yield Cluster(servers, primaries)
     finally:

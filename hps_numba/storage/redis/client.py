@@ -55,7 +55,7 @@ class RedisClient:
 
     def pool(self, host: str, port: int) -> Any:
         """Connections to a node, a redis-py ``ConnectionPool``."""
-        options = {**self._options, "socket_timeout": self._limits.connect}
+        options = {**self._options, "socket_timeout": self._limits.reply}
         return self._redis.ConnectionPool(connection_class=self._kind, host=host, port=port, **options)
 
     def probe(self, host: str, port: int) -> bool:

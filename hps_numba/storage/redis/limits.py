@@ -12,8 +12,7 @@ class Limits:
     """Times in seconds. A tier has those of its class attribute ``limits``: a subclass may set others.
 
     Attributes:
-        connect: to connect to a node and log in, and for its answer to a single command.
-        reply: without any progress, after which a node counts as dead; also how long a call waits for a free connection.
+        connect: to connect to a node.   reply: without any progress, after which a node counts as dead; also how long a call waits for a free connection.
         probe: to connect to a dead node and get its answer to a PING, the only price of asking again.
         first_pause: after which a dead node is probed.   longest_pause: each failure doubles the pause up to this.
         refresh: at least between two looks at the slots of a cluster because of nodes that fail.
