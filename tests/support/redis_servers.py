@@ -159,7 +159,7 @@ def cluster_of(
     replicas: int = 0,
     *,
     coverage: str = "no",
-    node_timeout: int = NODE_TIMEOUT,
+    dead_after_ms: int = NODE_TIMEOUT,
     options: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """A cluster of ``primaries`` nodes and replicas of the first ``replicas`` of them."""
@@ -167,7 +167,7 @@ def cluster_of(
     try:
         for i in range(primaries + replicas):
             more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())]
-            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(node_timeout), *options]
+            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(dead_after_ms), *options]
             servers.append(Server(folder / f"node{i}", *more))
         yield Cluster(servers, primaries)
     finally:

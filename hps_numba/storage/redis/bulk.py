@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.errors import TierError
 from hps_numba.kernels.host import resp
 from hps_numba.storage.redis.client import RedisClient
 from hps_numba.storage.redis.layout import Partition
@@ -23,7 +24,7 @@ from hps_numba.storage.redis.node import Node, NodeFailure
 from hps_numba.storage.redis.plain import NOT_READY
 from hps_numba.storage.redis.requests import PERMISSION, Request, with_asking
 from hps_numba.storage.redis.topology import Topology
-from hps_numba.storage.redis.transport import Exchange, compile_kernels, exchange
+from hps_numba.storage.redis.transport import Exchange, compile_kernels, exchange, now_ns
 
 __all__ = ["Batch", "BulkRunner", "Share", "Write"]
 
@@ -73,10 +74,17 @@ class Batch:
     def __init__(
         self, keys: np.ndarray, partitions: Sequence[Partition], *, wide: bool, rows: np.ndarray | None = None
     ) -> None:
-        """``keys``: int64 ``[n]``.   ``rows``: float32 ``[n, dim]``, contiguous, for what is fetched."""
+        """``keys``: int64 ``[n]``.   ``rows``: float32 ``[n, dim]``, contiguous, for what is fetched.
+
+        Raises:
+            TierError: a key has more than 32 bits, and the tier's have not.
+        """
         self.keys = np.ascontiguousarray(keys, np.int64)
         self.key_bytes = 8 if wide else 4
         n = len(self.keys)
+        if not wide and (self.keys >> 32).any():
+            key = self.keys[np.flatnonzero(self.keys >> 32)[0]]
+            raise TierError(f"{partitions[0].table}: keys: expected 0 to {2**32 - 1} (supportlonglong: false), got {key}")
         self.order = np.empty(n, np.int64)
         ends = np.zeros(len(partitions), np.int64)
         resp.group_by_partition(self.keys.ctypes.data, n, len(partitions), self.order, ends)
@@ -112,21 +120,31 @@ class BulkRunner:
         self._client, self._topology, self._limits = client, topology, limits
         compile_kernels()
 
-    def run(self, batch: Batch, write: Write, *, deadline: float | None = None, patient: bool = False) -> list[Share]:
+    def run(
+        self,
+        batch: Batch,
+        write: Write,
+        *,
+        shares: Sequence[Share] | None = None,
+        deadline: float | None = None,
+        patient: bool = False,
+    ) -> list[Share]:
         """Send ``write(share)`` for every share; returns the shares that failed.
 
         Args:
+            shares: all of the batch by default.
             deadline: ``time.monotonic()`` at which nothing is waited for any more.
             patient: wait a little for nodes that say they are not ready yet, as writes do.
         """
-        left = batch.shares
+        asked = list(batch.shares if shares is None else shares)
+        left = asked
         for attempt in range(self._limits.attempts):
             self._attempt(batch, left, write, deadline)
             left = [share for share in left if share.again]
             if not left or (deadline is not None and time.monotonic() >= deadline):
                 break
             left = self._prepare(left, attempt, patient)
-        return [share for share in batch.shares if share.failure or share.width is not None]
+        return [share for share in asked if share.failure or share.width is not None]
 
     def _prepare(self, shares: list[Share], attempt: int, patient: bool) -> list[Share]:
         """The shares that are worth another attempt, after a look at what has changed."""
@@ -154,36 +172,35 @@ class BulkRunner:
                 share.failure = f"no node has slot {share.partition.slot}"
             else:
                 by_node[node].append(share)
+        parcels: list[_Parcel] = []
+        unreachable: list[_Parcel] = []
         with ExitStack() as open_connections:
-            parcels = []
             for node in sorted(by_node, key=lambda node: node.name):  # in one order: no two calls wait for each other
                 parcel = _Parcel(node, by_node[node])
-                if self._connect(parcel, open_connections, deadline):
-                    parcels.append(parcel)
+                reached = self._connect(parcel, open_connections, deadline)
+                (parcels if reached else unreachable).append(parcel)
+            asked = self._written(batch, parcels, write)
             if parcels:
-                self._send(batch, parcels, write, deadline)
+                exchange(asked, self._limits.reply, deadline)
+            for state, parcel in zip(asked.states, parcels, strict=True):
+                self._judge(state, parcel)
+        # no connection is held from here on: whoever looks for changes of the cluster needs one, and may wait for it
+        for state, parcel in zip(asked.states, parcels, strict=True):
+            self._take(asked, parcel, int(state[resp.PROBLEM]))
+        if unreachable:
+            self._topology.refresh()
+            for share in (share for parcel in unreachable for share in parcel.shares):
+                share.again = self._has_moved(share)
 
-    def _connect(self, parcel: _Parcel, open_connections: ExitStack, deadline: float | None) -> bool:
+    @staticmethod
+    def _connect(parcel: _Parcel, open_connections: ExitStack, deadline: float | None) -> bool:
         try:
             parcel.connection = open_connections.enter_context(parcel.node.connection(deadline))
         except NodeFailure as problem:
-            self._topology.refresh()
             for share in parcel.shares:
-                share.asking = False
-                share.failure = str(problem)
-                share.again = self._has_moved(share)
+                share.asking, share.failure = False, str(problem)
             return False
         return True
-
-    def _send(self, batch: Batch, parcels: list[_Parcel], write: Write, deadline: float | None) -> None:
-        asked = self._written(batch, parcels, write)
-        began = time.monotonic()
-        exchange(asked, self._limits.reply, deadline)
-        for state, parcel in zip(asked.states, parcels, strict=True):
-            self._judge(int(state[resp.PROBLEM]), parcel, time.monotonic() - began)
-            for share in parcel.shares:
-                share.asking = False
-            self._take(asked, parcel, int(state[resp.PROBLEM]))
 
     def _written(self, batch: Batch, parcels: list[_Parcel], write: Write) -> Exchange:
         """The text of all requests, and the arrays for the replies."""
@@ -216,20 +233,23 @@ class BulkRunner:
             found=batch.found,
         )
 
-    def _judge(self, problem: int, parcel: _Parcel, seconds: float) -> None:
+    def _judge(self, state: np.ndarray, parcel: _Parcel) -> None:
         """Whether a node is alive; the connection of one with a problem is of no more use."""
+        problem = state[resp.PROBLEM]
         if problem == resp.OPEN:
             parcel.node.breaker.answered()
             return
         parcel.connection.disconnect()
         if problem == resp.EXPIRED:
-            if seconds >= self._limits.reply:
+            if now_ns() - state[resp.PROGRESS] >= 1e9 * self._limits.reply:
                 parcel.node.breaker.failed()
             else:
                 parcel.node.breaker.late()
 
     def _take(self, asked: Exchange, parcel: _Parcel, problem: int) -> None:
         """What became of each share."""
+        for share in parcel.shares:
+            share.asking = False
         seen: dict[int, int] = defaultdict(int)
         for number, (share, request) in enumerate(parcel.requests, parcel.first):
             command = asked.commands[number]

@@ -12,7 +12,9 @@ class Limits:
     """Times in seconds. A tier has those of its class attribute ``limits``: a subclass may set others.
 
     Attributes:
-        connect: to connect to a node.   reply: without any progress, after which a node counts as dead; also how long a call waits for a free connection.
+        connect: to connect to a node.
+        reply: without any progress, after which a node counts as dead.
+        queue: that a call waits for a free connection to a node that answers others.
         probe: to connect to a dead node and get its answer to a PING, the only price of asking again.
         first_pause: after which a dead node is probed.   longest_pause: each failure doubles the pause up to this.
         refresh: at least between two looks at the slots of a cluster because of nodes that fail.
@@ -23,6 +25,7 @@ class Limits:
 
     connect: float = 1.0
     reply: float = 2.0
+    queue: float = 30.0
     probe: float = 0.25
     first_pause: float = 0.5
     longest_pause: float = 4.0

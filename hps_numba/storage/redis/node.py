@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 from hps_numba.errors import TierError
 from hps_numba.runtime.fork import register_fork_reset
@@ -19,6 +20,14 @@ __all__ = ["Node", "NodeFailure"]
 
 class NodeFailure(TierError):
     """A node did not answer, or answered with an error line."""
+
+
+#: how long a call that waits for a connection sleeps at most before it looks again
+_NAP_SECONDS = 0.01
+
+
+class _Lease:
+    """The right of one call to one connection."""
 
 
 class Node:
@@ -40,7 +49,8 @@ class Node:
 
     def reset_after_fork(self) -> None:
         """No connection is in use; redis-py's pool sees by itself that the process is another one."""
-        self._free = threading.BoundedSemaphore(self._connections)
+        self._leases: WeakSet[_Lease] = WeakSet()
+        self._returned: SimpleQueue[None] = SimpleQueue()
 
     @contextmanager
     def connection(self, deadline: float | None = None) -> Iterator[Any]:
@@ -50,13 +60,7 @@ class Node:
             NodeFailure: the node is known to be dead, cannot be reached, or has no free connection in time.
         """
         self._ask_breaker()
-        patience = self._limits.reply
-        if deadline is not None:
-            patience = max(0.0, min(patience, deadline - time.monotonic()))
-        if not self._free.acquire(timeout=patience):
-            raise NodeFailure(
-                f"{self.name}: expected a free connection within {patience:.3g} s, got none of {self._connections}"
-            )
+        lease = self._lease(deadline)
         try:
             connection = self._open()
             try:
@@ -67,7 +71,28 @@ class Node:
             finally:
                 self._pool.release(connection)
         finally:
-            self._free.release()
+            self._leases.discard(lease)
+            if self._returned.empty():
+                self._returned.put(None)
+
+    def _lease(self, deadline: float | None) -> _Lease:
+        """The right to one connection.
+
+        Not a semaphore: an interrupt right after it was taken would leave one connection fewer for ever. A lease ends with the
+        call that holds it, whatever becomes of that.
+        """
+        lease, until = _Lease(), time.monotonic() + self._limits.queue
+        if deadline is not None:
+            until = min(until, deadline)
+        while True:
+            self._leases.add(lease)
+            if len(self._leases) <= self._connections:
+                return lease
+            self._leases.discard(lease)
+            if self.breaker.is_open or time.monotonic() >= until:
+                raise NodeFailure(f"{self.name}: expected one of {self._connections} connections to become free, got none")
+            with suppress(Empty):
+                self._returned.get(timeout=_NAP_SECONDS)
 
     def _ask_breaker(self) -> None:
         verdict = self.breaker.verdict()

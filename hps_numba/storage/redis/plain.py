@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hps_numba.errors import TierError
@@ -81,6 +82,32 @@ class PlainCommands:
             else:
                 break
         raise TierError(f"{part}: {problem}")
+
+    def run_each(self, parts: Sequence[Partition], command: Callable[[Partition], Sequence[Any]]) -> list[Any]:
+        """The answer to one command about each partition, pipelined to each node.
+
+        Raises:
+            TierError: as ``run``.
+        """
+        by_node: dict[Node | None, list[int]] = defaultdict(list)
+        for i, part in enumerate(parts):
+            by_node[self._topology.node_of(part.slot)].append(i)
+        answers: list[Any] = [None] * len(parts)
+        for node, numbers in by_node.items():
+            given = self._pipelined(node, [command(parts[i]) for i in numbers])
+            for i, answer in zip(numbers, given, strict=True):
+                answers[i] = self.run(parts[i], command(parts[i])) if isinstance(answer, Exception) else answer
+        return answers
+
+    @staticmethod
+    def _pipelined(node: Node | None, commands: list[Sequence[Any]]) -> list[Any]:
+        """Answers, or exceptions."""
+        try:
+            if node is None:
+                raise NodeFailure("no node")
+            return node.commands([tuple(words) for words in commands])
+        except NodeFailure as failure:
+            return [failure] * len(commands)
 
     def scan_hash(self, part: Partition, name: bytes, count: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
         """Fields and values of a hash, about ``count`` at a time; some may come twice."""

@@ -75,8 +75,9 @@ class Tables:
     def _sample(self, table: str) -> int | None:
         """Bytes of a row; None if there is none. Checks where its key is."""
         width = None
-        for part in self.partitions(table):
-            flat = _flat(self._plain.run(part, ("HRANDFIELD", part.rows, 1, "WITHVALUES")))
+        parts = self.partitions(table)
+        samples = self._plain.run_each(parts, lambda part: ("HRANDFIELD", part.rows, 1, "WITHVALUES"))
+        for part, flat in zip(parts, map(_flat, samples), strict=True):
             if flat:
                 self._check_place(part, flat[0])
                 width = len(flat[1])

@@ -20,7 +20,7 @@ from hps_numba.kernels.host import resp
 from hps_numba.runtime.threads import run_ranges
 from hps_numba.storage.redis.client import error_line
 
-__all__ = ["Exchange", "compile_kernels", "exchange"]
+__all__ = ["Exchange", "compile_kernels", "exchange", "now_ns"]
 
 _FOR_EVER = 2**62
 _LEAST, _MOST = 1 << 12, 1 << 18  # bytes of a buffer for replies
@@ -78,6 +78,7 @@ def exchange(batch: Exchange, patience: float, deadline: float | None) -> None:
         deadline: ``time.monotonic()`` at which all are given up.
     """
     sockets = [socket_of(connection) for connection in batch.connections]
+    batch.states[:, resp.PROGRESS] = now_ns()
     plain = [i for i, sock in enumerate(sockets) if type(sock) is socket.socket and _CAN_POLL]
     others = [i for i in range(len(sockets)) if i not in plain]
     if plain:
@@ -101,6 +102,11 @@ def socket_of(connection: Any) -> Any:
     return getattr(connection, "_sock", None)
 
 
+def now_ns() -> int:
+    """The clock of ``PROGRESS``, in nanoseconds."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) if _CAN_POLL else time.monotonic_ns()
+
+
 def compile_kernels() -> None:
     """Compile the kernels of a batch, or load them, so that no time-out passes meanwhile."""
     arrays = [np.zeros((1, width), np.int64) for width in (resp.CONNECTION_FIELDS, resp.COMMAND_FIELDS)]
@@ -112,11 +118,10 @@ def compile_kernels() -> None:
 
 
 def _in_kernel(batch: Exchange, plain: list[int], sockets: list[Any], patience: float, deadline: float | None) -> None:
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    now = now_ns()
     until = _FOR_EVER if deadline is None else now + int(1e9 * (deadline - time.monotonic()))
     states = np.ascontiguousarray(batch.states[plain])
     states[:, resp.SOCKET] = [sockets[i].fileno() for i in plain]
-    states[:, resp.PROGRESS] = now
     buffers = batch.buffers if len(plain) == len(sockets) else batch.buffers[: len(plain)].copy()
     try:
         result = resp.INTERRUPTED
@@ -154,6 +159,7 @@ def _encrypted(batch: Exchange, number: int, sock: ssl.SSLSocket, patience: floa
                 state[resp.PROBLEM] = resp.CLOSED
                 return
             state[resp.FILLED] += got
+            state[resp.PROGRESS] = now_ns()
             batch.parse(number)
         sock.settimeout(before)
     except TimeoutError:

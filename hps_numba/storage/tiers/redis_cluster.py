@@ -32,6 +32,8 @@ from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 __all__ = ["PLUGIN", "RedisClusterTier"]
 
 log = logging.getLogger(__name__)
+#: what Redis says if a time is to be counted up
+_NOT_A_COUNT = "hash value is not an integer"
 
 
 class RedisClusterTier(Tier):
@@ -170,6 +172,10 @@ class RedisClusterTier(Tier):
 
     def _run_all(self, batch: Batch, write: Write) -> None:
         failures = self._bulk.run(batch, write, patient=True)
+        if foreign := [share for share in failures if _NOT_A_COUNT in share.failure]:
+            self._forget_uses(foreign)
+            failures = [share for share in failures if share not in foreign]
+            failures += self._bulk.run(batch, write, shares=foreign, patient=True)
         if failures:
             more = f" (and {len(failures) - 1} more partitions)" if len(failures) > 1 else ""
             raise TierError(f"{failures[0].partition}: {failures[0].failure}{more}")
@@ -189,6 +195,11 @@ class RedisClusterTier(Tier):
             return []
 
         return note
+
+    def _forget_uses(self, shares: Sequence[Share]) -> None:
+        """Remove what another policy has noted for partitions: its times cannot be counted up."""
+        for share in shares:
+            self._plain.run(share.partition, ("UNLINK", share.partition.uses))
 
     def _note_uses(self, partitions: Sequence[Partition], keys: np.ndarray) -> None:
         """Note uses of keys that were fetched, in the background; some are lost if too many wait."""
@@ -214,7 +225,7 @@ class RedisClusterTier(Tier):
 
     def size(self, table: str) -> int:
         self._check_open()
-        return sum(self._plain.run(part, ("HLEN", part.rows)) for part in self._tables.partitions(table))
+        return sum(self._plain.run_each(self._tables.partitions(table), lambda part: ("HLEN", part.rows)))
 
     def capacity(self, table: str) -> int:
         return min(NO_LIMIT, self.section.overflow_margin * self.section.num_partitions)

@@ -120,7 +120,7 @@ class Parser:
 def test_replies_in_pieces_of_any_size(seed: int, version: int) -> None:
     random = np.random.default_rng(seed)
     replies = Replies(random, 4 * int(random.integers(1, 40)), version)
-    for _ in range(150):
+    for _ in range(60):
         replies.add()
     parser = Parser(replies, max(512, 2 * (replies.row_bytes + 16)))
     text, most = replies.text, int(random.choice([1, 7, 100, 10_000]))

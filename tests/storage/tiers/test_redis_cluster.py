@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import struct
 import threading
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 from support.factories import Workshop
 from support.internals import slower_tier, wait_for_background
 from support.oracles import assert_same_bits, partition_of, rows_of
+from support.processes import ROOT
 from support.redis_servers import Cluster, Server, authority, cluster_of, one_server, signed
 from support.servers import free_port
 from support.tiers import DIM, TAG, content_of, fetch, ints
@@ -164,6 +167,23 @@ def test_rows_of_another_number_of_partitions_are_an_error_and_not_absent(node: 
     assert other.erase(TAG) == 50 and other.tables() == []
 
 
+@pytest.mark.parametrize("key", [2**32, -1])
+def test_keys_that_are_too_wide_are_refused(node: Server, tier_at: Opener, key: int) -> None:
+    tier = tier_at(node.address, wide_keys=False)
+    for call in (lambda: fetch(tier, TAG, ints(1, key)), lambda: tier.insert(TAG, ints(key), rows_of([key], DIM))):
+        with pytest.raises(TierError, match=rf"{TAG}: keys: expected 0 to 4294967295 \(supportlonglong: false\), got {key}"):
+            call()
+
+
+def test_a_table_may_have_more_partitions_than_rows(cluster: Cluster, tier_at: Opener) -> None:
+    tier = tier_at(cluster.address, num_partitions=3000)
+    tier.insert(TAG, ints(5), rows_of([5], DIM))
+    assert fetch(tier, TAG, ints(5, 6))[0].found.tolist() == [True, False]
+    with pytest.raises(TierError, match=f"expected rows of width {DIM}, got 9"):
+        tier_at(cluster.address, num_partitions=3000).insert(TAG, ints(7), rows_of([7], 9))
+    assert (tier.size(TAG), tier.erase(TAG), tier.size(TAG)) == (1, 1, 0)
+
+
 def test_rows_of_another_width_are_an_error(node: Server, tier_at: Opener) -> None:
     tier = tier_at(node.address)
     tier.insert(TAG, ints(1, 2), rows_of([1, 2], DIM))
@@ -281,17 +301,28 @@ def test_without_the_socket_of_the_client_rows_come_by_hiredis(
 
 def test_users_and_passwords(tmp_path: Path, tier_at: Opener) -> None:  # D16
     with one_server(tmp_path, "--requirepass", "root", password="root") as server:
-        server.client.acl_setuser("reader", enabled=True, passwords=["+secret"], commands=["+@all"], keys=["hps_et*"])
+        page = (ROOT / "docs" / "tiers" / "redis.md").read_text()
+        granted = re.search(r"ACL SETUSER hps on '>secret' (.*?)```", page, re.DOTALL)
+        assert granted is not None
+        rights = shlex.split(granted[1].replace("\\\n", " "))
+        server.client.execute_command("ACL", "SETUSER", "reader", "on", ">secret", *rights)
         server.client.acl_setuser("other", enabled=True, passwords=["+secret"], commands=["+@all"], keys=["x*"])
-        tier = tier_at(server.address, user_name="reader", password="secret")
+        for policy in ("evict_random", "evict_oldest", "evict_least_used"):
+            login = {"user_name": "reader", "password": "secret"}
+            tier = tier_at(server.address, **login, overflow_policy=policy, overflow_margin=10, num_partitions=1)
+            tier.insert(TAG, ints(*range(9)), rows_of(range(9), DIM))
+            tier.insert(TAG, ints(10, 11), rows_of([10, 11], DIM))
+            assert fetch(tier, TAG, ints(*range(12)))[0].found.sum() == 8
+            assert tier.erase(TAG, ints(*range(12))) == 8
+            tier.insert(TAG, ints(1), rows_of([1], DIM))
+            assert tier.contains(TAG, ints(1)).all() and content_of(tier, TAG) and tier.erase(TAG) == 1
         tier.insert(TAG, ints(1), rows_of([1], DIM))
-        assert fetch(tier, TAG, ints(1))[0].found.all()
         assert tier_at(server.address, password="root").tables() == [TAG]
         for wrong in ({}, {"password": "guess"}, {"user_name": "nobody", "password": "secret"}):
             with pytest.raises(TierUnavailable, match=rf"{server.address}.*(Authentication|username|password)"):
                 tier_at(server.address, **wrong)
         forbidden = tier_at(server.address, user_name="other", password="secret")
-        with pytest.raises(TierError, match=r"partition 3: .*NOPERM"):
+        with pytest.raises(TierError, match=r"partition 3: NOPERM"):
             fetch(forbidden, TAG, ints(1))
         with pytest.raises(TierError, match=r"partition \d: .*NOPERM"):
             forbidden.insert(TAG, ints(1), rows_of([1], DIM))
@@ -399,6 +430,22 @@ def test_the_oldest_are_evicted(node: Server, tier_at: Opener, monkeypatch: pyte
     expected = {0, 1, 2, 1000, *range(MARGIN - TARGET + 4, MARGIN)}
     assert content_of(tier, TAG).keys() == expected
     assert len(node.client.hgetall(uses)) == TARGET
+
+
+@pytest.mark.parametrize("then", ["evict_least_used", "evict_oldest", "evict_random"])
+@pytest.mark.parametrize("first", ["evict_least_used", "evict_oldest"])
+def test_the_policy_may_change(node: Server, tier_at: Opener, first: str, then: str) -> None:
+    """What the former one noted is of another form."""
+    keys = ints(*range(MARGIN))
+    tier_at(node.address, overflow_policy=first, **BOUND).insert(TAG, keys, rows_of(keys, DIM))
+    tier = tier_at(node.address, overflow_policy=then, **BOUND)
+    assert tier.insert(TAG, keys[:50], rows_of(keys[:50], DIM, 1)) == 0
+    assert tier.insert(TAG, ints(1000), rows_of([1000], DIM)) == 1
+    assert tier.size(TAG) == TARGET
+    answer, rows = fetch(tier, TAG, keys)
+    stamps = np.where(keys < 50, 1, 0)[answer.found]
+    expected = [rows_of([key], DIM, int(stamp))[0] for key, stamp in zip(keys[answer.found], stamps, strict=True)]
+    assert_same_bits(rows[answer.found], np.array(expected))
 
 
 @pytest.mark.parametrize("policy", ["evict_least_used", "evict_oldest"])

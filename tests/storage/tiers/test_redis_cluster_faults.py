@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 import threading
 import time
@@ -18,7 +19,7 @@ from support.tiers import DIM, TAG, fetch, ints
 from support.waiting import join_all, wait_until
 
 from hps_numba.errors import TierError
-from hps_numba.storage.redis.layout import partitions_of
+from hps_numba.storage.redis.layout import Partition, partitions_of
 from hps_numba.storage.redis.limits import Limits
 from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
 from hps_numba.storage.tiers._tier import Fetched
@@ -358,8 +359,63 @@ def test_a_server_serves_on_while_a_node_fails(cluster: Cluster, workshop: Works
     wait_until(lambda: np.array_equal(server.lookup(KEYS, "m", 0), expected))
 
 
+def test_the_next_tier_answers_for_a_dead_node(cluster: Cluster, workshop: Workshop) -> None:  # D19
+    server = workshop.open(
+        workshop.model((range(400), DIM)),
+        volatile_db={"type": "redis_cluster", "address": cluster.address, "num_partitions": PARTS},
+        persistent_db={"type": "support.fakes:DictTier"},
+    )
+    cluster.servers[0].kill()
+    for _ in range(3):
+        assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+    assert (server.lookup([4000 + key for key in range(400)], "m", 0) == -7.5).all()
+    stats = server.stats()["m"]["sparse_embedding0"]
+    unsure = sum(cluster.owner_of(part.slot) is cluster.servers[0] for part in placed(range(4000, 4400)))
+    assert (stats.tier_hits, stats.unanswered, stats.absent) == (1200, unsure, 400 - unsure)
+    assert stats.tier_errors == 4, "one a call"
+
+
+def placed(keys: range) -> list[Partition]:
+    parts = partitions_of(TABLE, PARTS, slot_of)
+    return [parts[partition_of(key, PARTS)] for key in keys]
+
+
+def test_ctrl_c_ends_the_wait_for_a_node_that_hangs(cluster: Cluster, opened: list[RedisClusterTier]) -> None:
+    class Patient(RedisClusterTier):
+        limits = Limits(reply=1e6)
+
+    opened.append(Patient.from_options(address=cluster.address, num_partitions=PARTS))
+    tier = opened[-1]
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    victim = cluster.servers[0]
+    victim.stop()
+    main = threading.get_ident()
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        while not ended.wait(0.3):
+            signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            fetch(tier, TAG, KEYS)
+            raise AssertionError("expected an interrupt")
+    finally:
+        while True:
+            try:
+                ended.set()
+                join_all(thread)
+                break
+            except KeyboardInterrupt:
+                continue
+    victim.go_on()
+    assert_complete(tier)
+
+
 def test_a_replica_takes_over(tmp_path: Path, opened: list[RedisClusterTier]) -> None:  # D19
-    with cluster_of(tmp_path, replicas=1, node_timeout=2000) as cluster:
+    with cluster_of(tmp_path, replicas=1, dead_after_ms=1500) as cluster:
         tier = filled(cluster)
         opened.append(tier)
         victim = cluster.servers[0]
@@ -400,3 +456,21 @@ def test_fields_of_keys_are_their_bytes(cluster: Cluster, tier: RedisClusterTier
     names = {part.rows for part in partitions_of(TAG, PARTS, slot_of)}
     held = [server.client.hkeys(name) for server in cluster.servers for name in server.client.keys("*") if name in names]
     assert sorted(struct.unpack("<q", field)[0] for fields in held for field in fields) == KEYS.tolist()
+
+
+def test_one_connection_a_node_is_enough_when_a_node_is_dead(cluster: Cluster, opened: list[RedisClusterTier]) -> None:
+    """The look for changes needs a connection too: none may be held meanwhile."""
+    opened.append(RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS, num_node_connections=1))
+    tier = opened[-1]
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    victim = cluster.servers[2]  # the last one that a call connects to, or not: names are in the order of ports
+    dead = keys_of(cluster, victim)
+    victim.kill()
+    began = time.monotonic()
+    threads = [threading.Thread(target=assert_degraded, args=(tier, dead)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        assert_degraded(tier, dead)
+    join_all(*threads)
+    assert time.monotonic() - began < tier.limits.queue
