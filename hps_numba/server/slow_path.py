@@ -1,7 +1,8 @@
 """Lookups of a table with slower tiers: host memory or a cache first, then the tiers for the keys that both lack.
 
 What a lookup fetches also enters the cache it came from and, with ``cache_missed_embeddings``, host memory; both only if the
-table was not written since the lookup began (``TableWrites.unwritten_since``).
+table was not written since the lookup began (``TableWrites.unwritten_since``). Concurrent lookups share what they fetch
+(``SharedFetches``). ``prefetch`` does the same without a lookup.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_UNANSWERED,
 )
 from hps_numba.server.miss_list import MissList
-from hps_numba.server.stats import Counters
+from hps_numba.server.shared_fetches import SharedAnswer, SharedFetches
+from hps_numba.server.stats import COUNTER_JOINED, COUNTER_PREFETCHED, Counters
 from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.host.pooling import Bags, Missing
 from hps_numba.storage.host.store import HostStore
@@ -69,13 +71,23 @@ class FetchedRows(NamedTuple):
 
     Attributes:
         keys: int64 ``[m]``, the distinct keys.   rows: float32 ``[m, dim]``, the default value where there is none.
-        found: bool ``[m]``.   inverse: ``[n]``, the row of each key of the batch.
+        found: bool ``[m]``.   inverse: ``[n]``, the row of each key of the batch; None: row ``i`` is that of key ``i``.
     """
 
     keys: np.ndarray
     rows: np.ndarray
     found: np.ndarray
-    inverse: np.ndarray
+    inverse: np.ndarray | None
+
+    def of_batch(self) -> np.ndarray:
+        """float32 ``[n, dim]``: the row of each key of the batch."""
+        return self.rows if self.inverse is None else self.rows[self.inverse]
+
+    def present(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct keys that were found, and their rows."""
+        if self.found.all():
+            return self.keys, self.rows
+        return self.keys[self.found], self.rows[self.found]
 
 
 class SlowPath:
@@ -104,7 +116,7 @@ class SlowPath:
         self.background = background
         self._spec = spec
         self._store = store
-        self._tiers = tiers
+        self._fetches = SharedFetches(spec, tiers, writes.settled_count)
         self._writes = writes
         self._counters = counters
         self._threshold = options.hit_rate_threshold
@@ -117,17 +129,20 @@ class SlowPath:
         """Write the row of each key to ``out``; arguments as for ``ServedTable.lookup``, at least one key."""
         write_count = self._writes.count
         if self._store is None:
-            out[:] = self._spec.default_value
             self._counters.add_missed_call(len(keys))
-            positions = np.arange(len(keys))
+            missing = len(keys)
         else:
             misses = np.empty(len(keys), np.int64)
             missing = self._store.lookup(keys, out, self._spec.default_value, misses, counters=self._counters.address)
             if not missing:
                 return
+        if missing == len(keys):
+            fetched = self._fetch(keys.copy(), write_count)  # others may read it when the caller has it back
+            out[:] = fetched.of_batch()
+        else:
             positions = misses[:missing]
-        fetched = self._fetch(keys[positions])
-        out[positions] = fetched.rows[fetched.inverse]
+            fetched = self._fetch(keys[positions], write_count)
+            out[positions] = fetched.of_batch()
         self._keep_later(fetched, write_count)
 
     def lookup_pooled(self, pool: Pool, bags: Bags, out: np.ndarray) -> None:
@@ -136,8 +151,9 @@ class SlowPath:
         missing = Missing(len(bags.keys))
         if not pool(bags, out, self._spec.default_value, counters=self._counters.address, missing=missing):
             return
-        fetched = self._fetch(bags.keys[missing.positions])
-        missing.answer(fetched.rows, fetched.inverse)
+        fetched = self._fetch(bags.keys[missing.positions], write_count)
+        inverse = np.arange(len(fetched.keys)) if fetched.inverse is None else fetched.inverse
+        missing.answer(fetched.rows, inverse)
         pool(bags, out, self._spec.default_value, missing=missing)
         self._keep_later(fetched, write_count)
 
@@ -170,9 +186,9 @@ class SlowPath:
                 handed_over = self._fetch_later(cache, misses, missing, write_count)
                 return
             positions, absent_keys = misses.read(missing)
-            fetched = self._fetch(absent_keys)
-            cache.scatter(positions, fetched.rows[fetched.inverse], out, stream, out_type)
-            self._insert_in_cache(cache, fetched.keys[fetched.found], fetched.rows[fetched.found], write_count)
+            fetched = self._fetch(absent_keys, write_count)
+            cache.scatter(positions, fetched.of_batch(), out, stream, out_type)
+            self._insert_in_cache(cache, *fetched.present(), write_count)
             self._keep_later(fetched, write_count)
         finally:
             if not handed_over:
@@ -201,30 +217,36 @@ class SlowPath:
                 self._counters.add(COUNTER_UNANSWERED, missing)
             if missing:
                 keys = np.unique(misses.read(missing)[1])
-                rows = np.empty((len(keys), self._spec.dim), np.float32)
-                answer = self._tiers.fetch(self._spec.tag, keys, rows)
-                self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
-                found, rows = keys[answer.found], rows[answer.found]
-                self._insert_in_cache(cache, found, rows, write_count)
+                fetched = self._bring_up(keys, write_count)
+                self._insert_in_cache(cache, *fetched.present(), write_count)
                 if self._keeps_missed:
-                    self._keep(found, rows, write_count)
+                    self._keep(*fetched.present(), write_count)
         finally:
             misses.release()
 
     # -- fetching and keeping ---------------------------------------------------------------------
 
-    def _fetch(self, keys: np.ndarray) -> FetchedRows:
+    def _fetch(self, keys: np.ndarray, write_count: int) -> FetchedRows:
         """Fetch int64 keys ``[n]`` from the slower tiers, each distinct one once, within the time budget, and count them."""
         deadline = None if self._time_budget is None else time.monotonic() + self._time_budget
-        distinct, inverse = np.unique(keys, return_inverse=True)
-        rows = np.full((len(distinct), self._spec.dim), self._spec.default_value, np.float32)
-        answer = self._tiers.fetch(self._spec.tag, distinct, rows, deadline=deadline)
-        hits, unsure = int(answer.found[inverse].sum()), int(answer.unsure[inverse].sum())
+        distinct, inverse = _distinct(keys)
+        answer = self._fetches.fetch(distinct, write_count, deadline)
+        hits, unsure = _counted(answer.found, inverse), _counted(answer.unsure, inverse)
         self._counters.add(COUNTER_TIER_HITS, hits)
         self._counters.add(COUNTER_UNANSWERED, unsure)
         self._counters.add(COUNTER_ABSENT, len(keys) - hits - unsure)
+        self._count_calls(answer)
+        return FetchedRows(distinct, answer.rows, answer.found, inverse)
+
+    def _bring_up(self, keys: np.ndarray, write_count: int) -> FetchedRows:
+        """Fetch distinct keys that no lookup waits for, however long that takes."""
+        answer = self._fetches.fetch(keys, write_count)
+        self._count_calls(answer)
+        return FetchedRows(keys, answer.rows, answer.found, None)
+
+    def _count_calls(self, answer: SharedAnswer) -> None:
         self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
-        return FetchedRows(distinct, rows, answer.found, inverse)
+        self._counters.add(COUNTER_JOINED, answer.joined)
 
     def _insert_in_cache(self, cache: EmbeddingCache, keys: np.ndarray, rows: np.ndarray, write_count: int) -> None:
         if not cache.fixed and len(keys):
@@ -235,12 +257,31 @@ class SlowPath:
     def _keep_later(self, fetched: FetchedRows, write_count: int) -> None:
         """Insert the rows that were found in host memory, in the background, if the config asks for it."""
         if self._keeps_missed and fetched.found.any():
-            self.background(partial(self._keep, fetched.keys[fetched.found], fetched.rows[fetched.found], write_count))
+            self.background(partial(self._keep, *fetched.present(), write_count))
 
     def _keep(self, keys: np.ndarray, rows: np.ndarray, write_count: int) -> None:
+        """Insert rows in host memory, unless others that looked them up too have done so."""
         with self._writes.unwritten_since(write_count) as unwritten:
             if unwritten and self._store is not None:
-                self._store.upsert(keys, rows)
+                lacking = ~self._store.contains(keys)
+                if lacking.all():
+                    self._store.upsert(keys, rows)
+                elif lacking.any():
+                    self._store.upsert(keys[lacking], rows[lacking])
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The distinct keys, and which of them each key is; None if they are the keys themselves."""
+    ascending = np.sort(keys)
+    if not (ascending[1:] == ascending[:-1]).any():
+        return keys, None
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    return distinct, inverse
+
+
+def _counted(flags: np.ndarray, inverse: np.ndarray | None) -> int:
+    """How many keys of a batch have the flag of their distinct key."""
+    return int(np.count_nonzero(flags if inverse is None else flags[inverse]))
 
 
 def _batch_from(keys: DeviceKeys, start: int) -> DeviceKeys:

@@ -18,7 +18,11 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_UNANSWERED,
 )
 
-__all__ = ["CacheStats", "Counters", "TableStats"]
+__all__ = ["COUNTER_JOINED", "COUNTER_PREFETCHED", "CacheStats", "Counters", "TableStats"]
+
+# words of ``Counters`` behind those that kernels add to
+COUNTER_JOINED, COUNTER_PREFETCHED = COUNTER_BYTES, COUNTER_BYTES + 8
+_WORDS = COUNTER_BYTES // 8 + 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ class TableStats:
         unanswered: keys answered with the default value because a slower tier was late or failed: they may exist.
         tier_errors: failed calls of slower tiers.
         evicted: rows that host memory evicted to keep its bound.
+        joined: keys that no slower tier was asked for, as another lookup was just asking for them.
+        prefetched: rows that ``prefetch`` found in slower tiers.
         version: number of the model's content, 1 at first and one more with each replacement.
         caches: what each cache did, one a device; ``keys``, ``calls`` and hits above count their lookups too.
     """
@@ -104,6 +110,8 @@ class TableStats:
     tier_errors: int
     evicted: int
     version: int
+    joined: int = 0
+    prefetched: int = 0
     caches: tuple[CacheStats, ...] = ()
 
     @property
@@ -144,7 +152,8 @@ class TableStats:
 
 
 class Counters:
-    """The counters of one table, words at the offsets ``kernels.layouts.host_store.COUNTER_*``, which kernels also add to.
+    """The counters of one table, words at the offsets ``kernels.layouts.host_store.COUNTER_*``, which kernels also add to,
+    and at those of this module.
 
     Attributes:
         address: of the first word.
@@ -153,7 +162,7 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._words = np.zeros(COUNTER_BYTES // 8, np.int64)
+        self._words = np.zeros(_WORDS, np.int64)
         self.address: int = self._words.__array_interface__["data"][0]
 
     def add(self, counter: int, amount: int) -> None:
@@ -204,5 +213,7 @@ class Counters:
             tier_errors=self._get(COUNTER_TIER_ERRORS),
             evicted=evicted,
             version=version,
+            joined=self._get(COUNTER_JOINED),
+            prefetched=self._get(COUNTER_PREFETCHED),
             caches=caches,
         )

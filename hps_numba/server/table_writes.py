@@ -56,8 +56,9 @@ class TableWrites:
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
-        """A new lock: in a forked child, nobody releases one that another thread held."""
+        """A new lock: in a forked child, nobody releases one that another thread held, or ends the writes in progress."""
         self._insertion_lock = threading.RLock()
+        self._in_progress: dict[object, None] = {}
 
     # -- order ---------------------------------------------------------------------
 
@@ -80,13 +81,24 @@ class TableWrites:
     def paused(self, keys: np.ndarray | None = None) -> Iterator[None]:
         """``changing`` in which this thread may begin another write."""
         with self._lock.mutex:
-            self.count += 1
+            write = object()
             try:
+                self._in_progress[write] = None  # before the count, see ``settled_count``
+                self.count += 1
                 yield
             finally:
                 self.count += 1
+                self._in_progress.pop(write, None)
                 if keys is not None and self.caches is not None:
                     self.caches.reload(keys)
+
+    def settled_count(self) -> int | None:
+        """``count``, or None if a write is in progress: rows that are read next may then be older or newer than the count says.
+
+        A row that is read after this returned a count is at least as new as what a lookup may see that begins at that count.
+        """
+        count = self.count  # first: a write that begins in between is then noticed here, or has another count
+        return None if self._in_progress else count
 
     @contextmanager
     def unwritten_since(self, count: int) -> Iterator[bool]:

@@ -123,7 +123,7 @@ class TierStack:
         return bool(self.tiers)
 
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> StackAnswer:
-        """Copy the rows of those keys that some tier has to ``rows``; the others stay as they are.
+        """Copy the rows of those keys that some tier has to ``rows``; what is in the others is undefined.
 
         A tier that fails is skipped: its keys are looked for in the next one and, if no tier has them, reported as unsure.
 
@@ -140,25 +140,27 @@ class TierStack:
         unsure = np.zeros(len(keys), bool)
         errors = 0
         for tier in self.checked:
-            open_positions = np.flatnonzero(~found)
-            if not len(open_positions):
+            first = not found.any()
+            places = np.arange(len(keys)) if first else np.flatnonzero(~found)
+            if not len(places):
                 break
-            some = np.ascontiguousarray(rows[open_positions])
+            some = rows if first else np.empty((len(places), rows.shape[1]), np.float32)
             try:
-                answer = tier.fetch(table, keys[open_positions], some, deadline=deadline)
+                answer = tier.fetch(table, keys if first else keys[places], some, deadline=deadline)
             except TierDefect:
                 raise
             except TierError as problem:
                 log.debug("%s: %s: fetch failed: %s", table, tier.name, problem)
                 errors += 1
-                unsure[open_positions] = True
+                unsure[places] = True
                 continue
-            rows[open_positions[answer.found]] = some[answer.found]
-            found[open_positions[answer.found]] = True
-            unsure[open_positions[answer.asked :]] = True
+            if not first:
+                rows[places[answer.found]] = some[answer.found]
+            found[places[answer.found]] = True
+            unsure[places[answer.asked :]] = True
             if answer.failed is not None and answer.failed.any():
                 errors += 1
-                unsure[open_positions[answer.failed]] = True
+                unsure[places[answer.failed]] = True
         return StackAnswer(found, unsure & ~found, errors)
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
