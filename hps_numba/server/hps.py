@@ -213,6 +213,29 @@ class HPS:
         """
         self._lookups.lookup_fromdlpack(keys, out_tensor, model_name, table_id, device_id)
 
+    def prefetch(
+        self, keys: Any, model_name: str, table_id: int | str, device_id: int | None = None, *, wait: bool = False
+    ) -> bool:
+        """Bring the rows of some keys up ahead of lookups: from slower tiers into host memory, and from both into caches.
+
+        It is done in the background, after the prefetches asked for before. Lookups never fail for it, and those that miss the
+        same keys meanwhile wait for it instead of asking a slower tier themselves. Rows that are written meanwhile may be left
+        out. Host memory with a bound evicts rows for new ones as usual.
+
+        Args:
+            keys: as for ``lookup``; they are copied.
+            device_id: whose cache to fill; None: those of all devices.
+            wait: return when it is done; failures of slower tiers only count in ``stats``.
+
+        Returns:
+            False if it was dropped, as too much waits: 64 calls, or 16 million keys.
+
+        Raises:
+            KeyDtypeError, UnknownModelError, DeviceError, ClosedError as ``lookup``.
+            With ``wait``: TierError if a slower tier broke its contract; CapacityError if there is no memory for the rows.
+        """
+        return self._lookups.prefetch(keys, model_name, table_id, device_id, wait=as_flag(wait, "wait"))
+
     def record_trace(
         self,
         path: str | Path,
@@ -306,6 +329,23 @@ class HPS:
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """Remove the rows of the keys from every tier; returns how many distinct keys had one."""
         return self._writes.erase(keys, model_name, table_id)
+
+    def on_evict(self, callback: Callable[[np.ndarray], object], model_name: str, table_id: int | str) -> Callable[[], None]:
+        """Call a function with the keys whose rows host memory has evicted to keep its bound (``overflow_margin``).
+
+        It is called inside the write that evicts them, on any thread, and the next write to the table waits for it. It may look
+        up rows; changes of the server raise ReentryError in it. What it raises is logged as an error, and changes nothing.
+
+        Args:
+            callback: a function of int64 keys ``[n]``.
+
+        Returns:
+            A function that ends the calls.
+
+        Raises:
+            UnknownModelError: no such model or table.   ConfigError: ``callback`` cannot be called.
+        """
+        return self._writes.on_evict(as_function(callback, "callback"), model_name, table_id)
 
     def contains(self, keys: Any, model_name: str, table_id: int | str) -> np.ndarray:
         """Which keys have a row in some tier: a bool array of the shape of ``keys``."""

@@ -138,6 +138,25 @@ class Lookups:
         check_rows(out, (*shape, dim))
         self._fill(model, table, flat, out if out.ndim == 2 else out.reshape(-1, dim))
 
+    def prefetch(self, keys: Any, model_name: str, table_id: int | str, device_id: int | None, *, wait: bool) -> bool:
+        """As ``HPS.prefetch``."""
+        model = self._catalog.model(model_name, device_id)
+        table = model.table(table_id)
+        flat = as_keys(keys, key_bits=self._key_bits).flat
+        caches: list[EmbeddingCache] = []
+        if table.caches is not None:
+            chosen = [table.cache_on(device_id) or table.cache_on(None)] if device_id is not None else table.caches
+            caches = [cache for cache in chosen if cache is not None]
+        if not len(flat):
+            return True
+        if not wait:
+            return model.prefetches.request(table, flat.copy(), caches)
+        try:
+            model.prefetches.run(table, flat, caches)
+        except ClosedError as problem:
+            self._catalog.explain(model, problem)
+        return True
+
     # -- bags ---------------------------------------------------------------------
 
     def lookup_pooled(

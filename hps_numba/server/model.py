@@ -19,6 +19,7 @@ from hps_numba.server.cache_shape import cache_shape
 from hps_numba.server.fused_tables import FusedTables
 from hps_numba.server.model_jobs import Check, go_on
 from hps_numba.server.plan import Plan, plan_of, plan_table
+from hps_numba.server.prefetches import Prefetches
 from hps_numba.server.replacement import Replacement, new_version
 from hps_numba.server.slow_path import SlowPathOptions
 from hps_numba.server.table import ServedTable
@@ -85,6 +86,7 @@ class ServedModel:
         tables: in table order.
         groups: selections of tables that are looked up together on a device.
         switch: of the versions of all tables.
+        prefetches: rows of slower tiers that are brought up ahead of lookups.
 
     Thread safety: lookups from any thread; ``load``, ``replace`` and ``close`` by one thread at a time.
     """
@@ -110,6 +112,7 @@ class ServedModel:
         self._slower = slower
         self._loading = TableLoading(config)
         self._jobs = BackgroundJobs(model.thread_pool_size)
+        self.prefetches = Prefetches()
         with ExitStack() as undo:
             self.tables = tuple(self._open_table(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
@@ -125,7 +128,9 @@ class ServedModel:
             keep_missed=self.config.volatile_db.cache_missed_embeddings,
             hit_rate_threshold=self.model.hit_rate_threshold,
         )
-        return ServedTable(spec, store, self._slower, self._jobs.submit, options, output_type=self.model.output_dtype)
+        table = ServedTable(spec, store, self._slower, self._jobs.submit, options, output_type=self.model.output_dtype)
+        table.writes.evictions.demotes = self._fills_host() and self._slower.may_lack_rows
+        return table
 
     @property
     def version(self) -> int:
@@ -302,7 +307,7 @@ class ServedModel:
     @property
     def works_here(self) -> bool:
         """Whether this thread fetches rows for the model in the background; ``release`` waits for it."""
-        return self._jobs.works_here
+        return self._jobs.works_here or self.prefetches.works_here
 
     def release(self) -> None:
         """Wait for background jobs and free the memory of the caches; host memory and tiers stay."""
@@ -312,6 +317,7 @@ class ServedModel:
                     closing.callback(table.caches.close)
             closing.callback(self.groups.close)
             closing.callback(self._jobs.close)
+            closing.callback(self.prefetches.close)
 
     def close(self, *, erase: bool = False) -> None:
         """Free the host memory of all tables; then, with ``erase``, also drop their rows from slower tiers.

@@ -6,15 +6,20 @@ common with it, and waits for those. For the others it begins a fetch; while ``L
 the next thread that begins one asks for all that is queued, each key once.
 
 *No old rows.* A row that an acknowledged write replaced must not be the answer of a lookup that began after it. So a fetch
-under way is joined only if the table was at rest when it began, and no write has begun since (``TableWrites.count``). What waits
-in the queue is fetched after its lookup began, whatever is written.
+under way is joined only if the table was at rest when it began, and no write had begun since when the lookup did
+(``TableWrites.count``). What waits in the queue is fetched after its lookup began, whatever is written. What other processes
+write to a shared tier may reach a lookup that joins as much later as the fetch began before it.
 
 *Nobody waits for ever.* A lookup waits for others only after its own fetch, never for a fetch of its own thread (it would come
 from a signal handler or a callback inside of it), and no longer than its own time budget. If the thread that asked gets an
 error or an interrupt, the others ask for themselves; one that vanished is found by its frame, which runs no more.
 
-Turned down: one fetch for each key, in a dict (a microsecond for each key of each lookup); handing the turn to a waiting thread,
-which may be in a signal handler that waits itself; joining fetches of many more keys than the own ones, which take longer.
+``LIMIT``: measured with a tier that takes 1 ms a call and 16 threads that miss 64 keys each, on two cores: 4 fetches at a time
+answer 1.7 times as many lookups as any number, and 2.4 times if the tier answers one call after the other.
+
+Turned down: one fetch for each key, in a dict (a microsecond for each key of each lookup); handing the turn to a waiting
+thread, which may be in a signal handler that waits itself; joining fetches of many more keys than the own ones, which take
+longer.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class SlowPath:
             positions, absent_keys = misses.read(missing)
             fetched = self._fetch(absent_keys, write_count)
             cache.scatter(positions, fetched.of_batch(), out, stream, out_type)
-            self._insert_in_cache(cache, *fetched.present(), write_count)
+            self._writes.keep_in_cache(cache, *fetched.present(), write_count)
             self._keep_later(fetched, write_count)
         finally:
             if not handed_over:
@@ -218,9 +218,9 @@ class SlowPath:
             if missing:
                 keys = np.unique(misses.read(missing)[1])
                 fetched = self._bring_up(keys, write_count)
-                self._insert_in_cache(cache, *fetched.present(), write_count)
+                self._writes.keep_in_cache(cache, *fetched.present(), write_count)
                 if self._keeps_missed:
-                    self._keep(*fetched.present(), write_count)
+                    self._writes.keep(*fetched.present(), write_count)
         finally:
             misses.release()
 
@@ -244,30 +244,24 @@ class SlowPath:
         self._count_calls(answer)
         return FetchedRows(keys, answer.rows, answer.found, None)
 
+    def prefetch(self, keys: np.ndarray, write_count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those of some distinct keys that slower tiers have, and their rows.
+
+        Args:
+            write_count: of the table, read before it was decided which keys to fetch.
+        """
+        found, rows = self._bring_up(keys, write_count).present()
+        self._counters.add(COUNTER_PREFETCHED, len(found))
+        return found, rows
+
     def _count_calls(self, answer: SharedAnswer) -> None:
         self._counters.add(COUNTER_TIER_ERRORS, answer.errors)
         self._counters.add(COUNTER_JOINED, answer.joined)
 
-    def _insert_in_cache(self, cache: EmbeddingCache, keys: np.ndarray, rows: np.ndarray, write_count: int) -> None:
-        if not cache.fixed and len(keys):
-            with self._writes.unwritten_since(write_count) as unwritten:
-                if unwritten:
-                    cache.insert(keys, rows)
-
     def _keep_later(self, fetched: FetchedRows, write_count: int) -> None:
         """Insert the rows that were found in host memory, in the background, if the config asks for it."""
         if self._keeps_missed and fetched.found.any():
-            self.background(partial(self._keep, *fetched.present(), write_count))
-
-    def _keep(self, keys: np.ndarray, rows: np.ndarray, write_count: int) -> None:
-        """Insert rows in host memory, unless others that looked them up too have done so."""
-        with self._writes.unwritten_since(write_count) as unwritten:
-            if unwritten and self._store is not None:
-                lacking = ~self._store.contains(keys)
-                if lacking.all():
-                    self._store.upsert(keys, rows)
-                elif lacking.any():
-                    self._store.upsert(keys[lacking], rows[lacking])
+            self.background(partial(self._writes.keep, *fetched.present(), write_count))
 
 
 def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

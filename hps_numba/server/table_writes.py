@@ -15,10 +15,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
 from hps_numba.errors import TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
+from hps_numba.server.evictions import Evictions
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
@@ -40,6 +42,7 @@ class TableWrites:
     Attributes:
         caches: the caches of the table, or None; set once the table is loaded.
         count: goes up when a write begins and again when it ends.
+        evictions: what becomes of rows that host memory evicts.
 
     Thread safety: every method. Writes to one table take turns; lookups never wait for them. A write from inside another one of
     the same thread (by a signal handler, ``__del__`` or a callback) raises ReentryError.
@@ -52,6 +55,9 @@ class TableWrites:
         self._store = store
         self._tiers = tiers
         self._lock = ExclusiveLock(spec.tag)
+        self.evictions = Evictions(spec, tiers)
+        if store is not None:
+            store.bound.watcher = self.evictions
         self.reset_after_fork()
         register_fork_reset(self)
 
@@ -106,6 +112,28 @@ class TableWrites:
         # whoever holds the lock is then a writer and not another insertion
         with self._insertion_lock, self._lock.held_if_free() as free:
             yield free and self.count == count
+
+    # -- rows that were fetched ---------------------------------------------------------------------
+
+    def keep(self, keys: np.ndarray, rows: np.ndarray, since: int) -> None:
+        """Insert fetched rows of distinct keys in host memory, those that it lacks, unless there was a write ``since``."""
+        if self._store is None or not len(keys):
+            return
+        with self.unwritten_since(since) as unwritten:
+            if not unwritten:
+                return
+            lacking = ~self._store.contains(keys)  # other lookups may have fetched them too
+            if lacking.all():
+                self._store.upsert(keys, rows)
+            elif lacking.any():
+                self._store.upsert(keys[lacking], rows[lacking])
+
+    def keep_in_cache(self, cache: EmbeddingCache, keys: np.ndarray, rows: np.ndarray, since: int) -> None:
+        """Insert fetched rows of distinct keys in a cache that evicts, unless there was a write ``since``."""
+        if not cache.fixed and len(keys):
+            with self.unwritten_since(since) as unwritten:
+                if unwritten:
+                    cache.insert(keys, rows)
 
     # -- writing ---------------------------------------------------------------------
 

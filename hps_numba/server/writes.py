@@ -18,6 +18,7 @@ from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.errors import ModelFileError
 from hps_numba.runtime.shielded import Ask, refuse_inside_work, shielded
 from hps_numba.server.catalog import Catalog
+from hps_numba.server.evictions import OnEvict
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_writes import Change
 from hps_numba.storage.tiers._tier import Tier
@@ -89,6 +90,10 @@ class Writes:
         table = self._catalog.table(model_name, table_id)
         flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
         return self._shielded(table, lambda ask: table.writes.erase(flat))
+
+    def on_evict(self, callback: OnEvict, model_name: str, table_id: int | str) -> Callable[[], None]:
+        """As ``HPS.on_evict``."""
+        return self._catalog.table(model_name, table_id).writes.evictions.add(callback)
 
     def refresh(self, model_name: str, table_id: int | str | None, *, drop: bool) -> None:
         """As ``HPS.refresh``."""

@@ -119,6 +119,14 @@ class TierStack:
         """The tiers that can be written, fastest first, with their answers checked."""
         return [tier for tier in self.checked if not tier.read_only]
 
+    @property
+    def may_lack_rows(self) -> bool:
+        """Some rows of a sparse model may be in no tier that can be written though there is one: it was not filled with all."""
+        sections = [tier.section for tier in self.writable]
+        return bool(sections) and not any(
+            section.initialize_after_startup and getattr(section, "initial_cache_rate", 1.0) >= 1 for section in sections
+        )
+
     def __bool__(self) -> bool:
         return bool(self.tiers)
 

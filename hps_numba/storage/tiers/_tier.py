@@ -43,8 +43,8 @@ class Fetched:
     Attributes:
         found: bool ``[n]``, which keys had a row; the rows of the others were left as they were.
         asked: how many keys, from the first on, were looked for before time ran out; ``n`` if it did not.
-        failed: bool ``[n]``, keys that could not be looked for as a part of the tier is out of order (a node of a cluster): they
-            may exist. None: there are none.
+        failed: bool ``[n]``, keys that could not be looked for, as a part of the tier is out of order (a node of a cluster);
+            they may exist. None: there are none.
     """
 
     found: np.ndarray
@@ -111,9 +111,8 @@ class Tier(abc.ABC):
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
         """Copy the rows of those keys (int64 ``[n]``) that the tier has to ``rows`` (float32 ``[n, dim]``).
 
-        Rows of absent keys stay as they are; an unknown table has no keys. Nothing is written to ``rows`` once the call has ended,
-        whether it returned or raised. ``deadline`` is a ``time.monotonic()`` after which
-        no further batch is begun (``batches`` observes it).
+        Rows of absent keys stay as they are; an unknown table has no keys. ``deadline`` is a ``time.monotonic()`` after which
+        no further batch is begun (``batches`` observes it). Once the call has ended, nothing writes to ``rows`` any more.
         """
 
     @abc.abstractmethod
