@@ -189,6 +189,53 @@ class CrowdTier(DictTier):
         return super().fetch(*args, **options)
 
 
+class GateTier(CountingTier):
+    """Counts calls, and lets a fetch return only while the gate is open, or one for each ``let_one_go``.
+
+    Attributes:
+        inside: fetches that have read their rows and wait.   asked: the keys of each fetch, sorted, in order.
+        problem: raised by the next fetch that returns, once.
+    """
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(DictTier(section, wide_keys=wide_keys))
+        self._changed = threading.Condition()
+        self._open, self._passes = True, 0
+        self.inside = 0
+        self.asked: list[list[int]] = []
+        self.problem: BaseException | None = None
+
+    def shut(self) -> None:
+        """Hold the fetches that come."""
+        self._open = False
+
+    def open(self) -> None:
+        """Let all go."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def let_one_go(self) -> None:
+        """Let one fetch return, whichever."""
+        with self._changed:
+            self._passes += 1
+            self._changed.notify()
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        answer = super().fetch(table, keys, rows, deadline=deadline)
+        self.asked.append(sorted(keys.tolist()))
+        with self._changed:
+            self.inside += 1
+            assert self._changed.wait_for(lambda: self._open or self._passes > 0, HANG_SECONDS)
+            self.inside -= 1
+            if not self._open:
+                self._passes -= 1
+            problem, self.problem = self.problem, None
+        if problem is not None:
+            raise problem
+        return answer
+
+
 class NoisyTier(FlakyTier):
     """Opens, and takes no rows. Remembers every tier that was opened."""
 
