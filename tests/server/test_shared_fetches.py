@@ -196,11 +196,12 @@ def test_a_lookup_that_began_before_the_write_may_join_a_fetch_from_before_it(ri
 
 def test_a_fetch_that_began_during_a_write_is_not_joined(rig: Rig) -> None:
     with rig.writes.changing():
-        rig.lead("during", [1])
-        rig.lead("another", [1])
+        assert rig.writes.settled_count() is None
         with rig.writes.paused():  # one inside the other: still a write
             assert rig.writes.settled_count() is None
         assert rig.writes.settled_count() is None
+        rig.lead("during", [1])
+        rig.lead("another", [1])
     assert rig.writes.settled_count() == rig.writes.count
     rig.lead("after", [1])
     rig.join("joins the last", [1])
@@ -430,13 +431,13 @@ def test_no_lookup_gets_a_row_older_than_a_write_acknowledged_before_it_began(  
     """Nor one older than what any lookup had seen that ended before it began."""
     model = workshop.model((range(9), DIM), **entry)
     server = workshop.open(
-        model, cache_on_cpu=bool(entry), volatile_db=volatile, persistent_db={"type": "support.fakes:SlowDictTier"}
+        model, cache_on_cpu=bool(entry), volatile_db=volatile, persistent_db={"type": "support.fakes:LateTier"}
     )
     keys = np.arange(9)
     acknowledged, seen, lookups = [0], np.zeros(len(keys)), [0]
     stop, problems = threading.Event(), []
     server.insert(keys, with_versions(keys, 0), "m", 0)
-    slower_tier(server).seconds = 5e-4
+    slower_tier(server).seconds = 2e-3
 
     def read(number: int) -> None:
         rng = np.random.default_rng(number)

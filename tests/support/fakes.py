@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -233,6 +234,17 @@ class GateTier(CountingTier):
             problem, self.problem = self.problem, None
         if problem is not None:
             raise problem
+        return answer
+
+
+class LateTier(DictTier):
+    """Reads at once, and returns ``seconds`` later: what it returns may have been overwritten meanwhile."""
+
+    seconds = 0.0
+
+    def fetch(self, *args: Any, **options: Any) -> Any:
+        answer = super().fetch(*args, **options)
+        time.sleep(self.seconds)
         return answer
 
 
