@@ -15,7 +15,6 @@ import numpy as np
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.runtime.fork import register_fork_reset
-from hps_numba.runtime.shielded import Ask, shielded
 from hps_numba.server.table import ServedTable
 
 __all__ = ["Prefetches"]
@@ -65,14 +64,14 @@ class Prefetches:
             self._waiting.pop(ticket, None)
 
     def run(self, table: ServedTable, keys: np.ndarray, caches: Iterable[EmbeddingCache]) -> None:
-        """Bring up the rows of int64 ``keys`` now; an interrupt is raised between two steps.
+        """Bring up the rows of int64 ``keys`` now, on this thread: another one might wait for a lookup that this call is in.
 
         Raises:
             TierError: a slower tier broke its contract.   CapacityError: no memory for the rows.
         """
         some = tuple(caches)
         for step in self._steps(keys):
-            shielded(partial(_bring_up_whole, table, step, some), owner=step, place=table.spec.tag)
+            _bring_up_whole(table, step, some)
 
     def _steps(self, keys: np.ndarray) -> Iterator[np.ndarray]:
         distinct = np.unique(keys)
@@ -87,7 +86,7 @@ class Prefetches:
         self._jobs.close()
 
 
-def _bring_up_whole(table: ServedTable, keys: np.ndarray, caches: tuple[EmbeddingCache, ...], ask: Ask | None = None) -> None:
+def _bring_up_whole(table: ServedTable, keys: np.ndarray, caches: tuple[EmbeddingCache, ...]) -> None:
     """Bring up rows of distinct keys; again if the table was written meanwhile, as fetched rows are then left out."""
     for _ in range(_ATTEMPTS):
         since = table.writes.count

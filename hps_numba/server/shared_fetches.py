@@ -11,8 +11,9 @@ under way is joined only if the table was at rest when it began, and no write ha
 write to a shared tier may reach a lookup that joins as much later as the fetch began before it.
 
 *Nobody waits for ever.* A lookup waits for others only after its own fetch, never for a fetch of its own thread (it would come
-from a signal handler or a callback inside of it), and no longer than its own time budget. If the thread that asked gets an
-error or an interrupt, the others ask for themselves; one that vanished is found by its frame, which runs no more.
+from a signal handler or a callback inside of it), and no longer than its own time budget or ``PATIENCE_SECONDS``: a tier
+may need a lock that the waiting thread holds. If the thread that asked gets an error or an interrupt, the others ask for
+themselves; one that vanished is found by its frame, which runs no more.
 
 ``LIMIT``: measured with a tier that takes 1 ms a call and 16 threads that miss 64 keys each, on two cores: 4 fetches at a time
 answer 1.7 times as many lookups as any number, and 2.4 times if the tier answers one call after the other.
@@ -145,6 +146,8 @@ class SharedFetches:
 
     #: fetches under way from which on further keys are queued and asked for together
     LIMIT = 4
+    #: after so long, who waits for others asks a second time
+    PATIENCE_SECONDS = 5.0
 
     def __init__(self, spec: TableSpec, tiers: TierStack, settled: Callable[[], int | None]) -> None:
         self._spec = spec
@@ -224,8 +227,8 @@ class SharedFetches:
         request = _Request(keys)
         try:
             self._queue[request] = None
-            lost = False
-            while request.flight is None and not lost:
+            lost, end = False, time.monotonic() + self.PATIENCE_SECONDS
+            while request.flight is None and not lost and not _is_over(end):
                 if len(self._flights) < self.LIMIT and self._claim(request):
                     return self._lead_queue(request, deadline)
                 woken = self._sleep(request.inbox, deadline)
@@ -239,7 +242,7 @@ class SharedFetches:
             return self._joined(request.flight, keys, request.places, request.inbox, deadline)
         if _is_over(deadline):
             return self._unanswered(len(keys))
-        return self._lead(keys, deadline)  # whoever took the request was interrupted
+        return self._lead(keys, deadline)  # whoever took the request was interrupted, or it takes too long
 
     def _claim(self, request: _Request) -> bool:
         """Take a request out of the queue; true for one thread only."""
@@ -271,9 +274,10 @@ class SharedFetches:
     ) -> SharedAnswer:
         """The answer of another thread for ``keys``, which are at ``places`` in it; what it does not say is asked for again."""
         flight.wake_at_end(inbox)
-        while not flight.ended and not _is_over(deadline):
+        end = time.monotonic() + self.PATIENCE_SECONDS
+        while not flight.ended and not _is_over(deadline) and not _is_over(end):
             self._sleep(inbox, deadline)
-        if not flight.ended:
+        if not flight.ended and _is_over(deadline):
             return self._unanswered(len(keys))
         if flight.answer is None:
             return self._lead(keys, deadline)

@@ -103,7 +103,8 @@ class Rig:
 
 
 @pytest.fixture
-def rig(workshop: Workshop) -> Iterator[Rig]:
+def rig(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(SharedFetches, "PATIENCE_SECONDS", HANG_SECONDS)
     made = Rig(workshop)
     yield made
     made.end()
@@ -376,6 +377,18 @@ def test_calls_inside_a_lookup_while_others_share(workshop: Workshop) -> None:
     finally:
         stop.set()
         join_all(*threads)
+
+
+def test_patience_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedFetches, "PATIENCE_SECONDS", SOON)
+    for i in range(SharedFetches.LIMIT):
+        rig.lead(f"busy {i}", [90 + i])
+    rig.ask("joins", [90])
+    rig.ask("queues", [1])
+    wait_until(lambda: rig.tier.inside == SharedFetches.LIMIT + 2)  # asks for itself
+    rig.tier.open()
+    rig.check("joins", [90], joined=0)
+    rig.check("queues", [1], joined=0)
 
 
 def test_a_forked_child_forgets_the_fetches_of_other_threads(rig: Rig) -> None:

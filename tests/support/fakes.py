@@ -12,7 +12,7 @@ from support.waiting import HANG_SECONDS
 
 from hps_numba.errors import TierError
 from hps_numba.storage import Fetched, Tier
-from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier
+from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier, WrapperTier
 
 
 class NaiveStore:
@@ -234,6 +234,39 @@ class GateTier(CountingTier):
             problem, self.problem = self.problem, None
         if problem is not None:
             raise problem
+        return answer
+
+
+class FaultyTier(WrapperTier):
+    """A dict that fails, is late, or is out of order in part, as ``mode`` says; and a journal that several tiers share.
+
+    Attributes:
+        mode: ``""``, ``raises`` (TierError), ``late`` (time is over behind the first half), ``partial`` (keys of one parity
+            fail). Writes fail with ``raises`` only.
+        journal: (name, call) of each write.   name: of this tier there.
+    """
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(DictTier(section, wide_keys=wide_keys))
+        self.mode = ""
+        self.journal: list[tuple[str, str]] = []
+        self.name = ""
+
+    def before(self, call: str, keys: int) -> None:
+        if self.mode == "raises":
+            raise TierError(f"{call}: failed on purpose")
+        if call in ("insert", "erase"):
+            self.journal.append((self.name, call))
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        answer = super().fetch(table, keys, rows, deadline=deadline)
+        if self.mode == "late":
+            asked = len(keys) // 2
+            answer.found[asked:] = False
+            return Fetched(answer.found, asked)
+        if self.mode == "partial":
+            failed = keys % 2 == 1
+            return Fetched(answer.found & ~failed, len(keys), failed)
         return answer
 
 
