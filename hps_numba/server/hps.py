@@ -334,7 +334,8 @@ class HPS:
         """Call a function with the keys whose rows host memory has evicted to keep its bound (``overflow_margin``).
 
         It is called inside the write that evicts them, on any thread, and the next write to the table waits for it. It may look
-        up rows; changes of the server raise ReentryError in it. What it raises is logged as an error, and changes nothing.
+        up rows; changes of the server raise ReentryError in it. What it raises is logged as an error, and changes nothing. Rows
+        of a sparse model that do not fit while it is loaded are not told.
 
         Args:
             callback: a function of int64 keys ``[n]``.
