@@ -72,7 +72,8 @@ class CacheParts:
         # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
         # themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
-        mirrors = store is not None and may_mirror(geometry.kind, geometry.whole, miss_path)
+        own = store is not None and not store.memory.shared  # a mirror has to know of every write before it happens
+        mirrors = own and may_mirror(geometry.kind, geometry.whole, miss_path)
         lists_from = listing_from(device, mirrors)
         self.kernels = KernelSet(self.backend, geometry, policy)
         with self.backend.current():

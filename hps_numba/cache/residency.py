@@ -88,7 +88,9 @@ class Residency:
     def check(self) -> int:
         """Read the index to see whether all rows of the store are here; returns how many are."""
         seen = self._see()
-        rows = -1 if self._store is None or self._store.max_rows is not None else len(self._store)
+        rows = -1  # not known
+        if self._store is not None and self._store.max_rows is None and not self._store.memory.shared:
+            rows = len(self._store)
         lines = self._state.read_lines()
         resident = resident_rows(lines)
         complete = resident == rows

@@ -22,7 +22,8 @@ from hps_numba.storage.model_files import open_model
 
 __all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
 
-_IN_HOST_MEMORY = ("hash_map", "parallel_hash_map")
+_SHARED = "multi_process_hash_map"
+_IN_HOST_MEMORY = ("hash_map", "parallel_hash_map", _SHARED)
 #: bytes of keys that are in flight while a table is loaded
 LOADING_BYTES = 16 << 20
 

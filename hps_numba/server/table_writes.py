@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -41,7 +41,6 @@ class TableWrites:
 
     Attributes:
         caches: the caches of the table, or None; set once the table is loaded.
-        count: goes up when a write begins and again when it ends.
         evictions: what becomes of rows that host memory evicts.
 
     Thread safety: every method. Writes to one table take turns; lookups never wait for them. A write from inside another one of
@@ -50,7 +49,7 @@ class TableWrites:
 
     def __init__(self, spec: TableSpec, store: HostStore | None, tiers: TierStack) -> None:
         self.caches: TableCaches | None = None
-        self.count = 0
+        self._count = 0
         self._spec = spec
         self._store = store
         self._tiers = tiers
@@ -67,6 +66,11 @@ class TableWrites:
         self._in_progress: dict[object, None] = {}
 
     # -- order ---------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """A number that changes when a write begins and again when it ends, of this process or another one."""
+        return self._count + (0 if self._store is None else self._store.memory.foreign_writes)
 
     @property
     def held_here(self) -> bool:
@@ -90,10 +94,10 @@ class TableWrites:
             write = object()
             try:
                 self._in_progress[write] = None  # before the count, see ``settled_count``
-                self.count += 1
+                self._count += 1
                 yield
             finally:
-                self.count += 1
+                self._count += 1
                 self._in_progress.pop(write, None)
                 if keys is not None and self.caches is not None:
                     self.caches.reload(keys)
@@ -110,7 +114,8 @@ class TableWrites:
     def unwritten_since(self, count: int) -> Iterator[bool]:
         """Whether no write is in progress and none has begun since ``count`` was read; writes wait until the block ends."""
         # whoever holds the lock is then a writer and not another insertion
-        with self._insertion_lock, self._lock.held_if_free() as free:
+        still = nullcontext() if self._store is None else self._store.memory.still()
+        with self._insertion_lock, self._lock.held_if_free() as free, still:
             yield free and self.count == count
 
     # -- rows that were fetched ---------------------------------------------------------------------

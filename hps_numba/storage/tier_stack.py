@@ -32,7 +32,7 @@ _TIERS = "hps_numba.storage.tiers"
 
 
 def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HashMapTier | None, TierStack]:
-    """The first tier, if it keeps rows in the memory of this process, and all other tiers of a config.
+    """The first tier, if it keeps rows where this process reads them as they are, and all other tiers of a config.
 
     Raises:
         TierUnavailable: a tier does not exist, is not installed, cannot be reached, or raises another error when it is opened.
@@ -44,14 +44,17 @@ def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bo
         for place, given in config.tier_sections():
             kind = _tier_class(dotted(place), given.type, config.folder, allow_code)
             section = checked_options(given, kind.Options, place, strict=config.strict)
-            if kind is HashMapTier and given is config.volatile_db:
-                assert isinstance(section, VolatileDatabaseConfig)
-                host = HashMapTier(section, wide_keys=config.supportlonglong, allocator=allocator)
-            else:
-                with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
+            with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
+                if issubclass(kind, HashMapTier) and given is config.volatile_db:
+                    assert isinstance(section, VolatileDatabaseConfig)
+                    tier: Tier = kind(section, wide_keys=config.supportlonglong, allocator=allocator)
+                else:
                     tier = kind(section, wide_keys=config.supportlonglong)
+            undo.callback(CheckedTier(tier).close)
+            if isinstance(tier, HashMapTier) and given is config.volatile_db:
+                host = tier
+            else:
                 slower.append(tier)
-                undo.callback(CheckedTier(tier).close)
         undo.pop_all()
     return host, TierStack(slower)
 

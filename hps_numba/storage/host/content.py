@@ -211,8 +211,16 @@ class TableContent:
         """Rows that can be written without more memory."""
         return int(self.state[STATE_FREE] + self.state[STATE_SLOT_LIMIT] - self.state[STATE_NEXT_SLOT])
 
-    def build_index(self) -> tuple[HostRegion, int]:
-        """A larger index without the erased entries, and its number of rows; nothing else changes yet."""
+    @property
+    def is_packed(self) -> bool:
+        """More slots need another index, from ``build_index``."""
+        return False
+
+    def build_index(self, more: int = 0) -> tuple[HostRegion, int]:
+        """A larger index without the erased entries, and its number of rows; nothing else changes yet.
+
+        ``more``: slots that it has to come with, where the content ``is_packed``.
+        """
         new = self._new_index(lines_for(self.live * 3 // 2 + 16))
         return new, host_reindex(self.index.address, new.address)
 

@@ -11,7 +11,7 @@ starve them), and a reader-writer lock as in HugeCTR HPS (one insertion stops al
 
 A store is made of parts: ``header`` (the word that readers start from), ``epochs``, ``versions`` (each a
 ``content.TableContent``), ``reading``, ``writing``, ``write_lock`` (one writer at a time, repair after an interrupt), ``bound``
-(eviction).
+(eviction). ``memory`` makes those that depend on whether other processes use them too.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.content import TableContent, entries_of
 from hps_numba.storage.host.epochs import Epochs
-from hps_numba.storage.host.header import StoreHeader
+from hps_numba.storage.host.memory import PrivateMemory, StoreMemory
 from hps_numba.storage.host.pooling import Bags, Missing
 from hps_numba.storage.host.reading import StoreReader
-from hps_numba.storage.host.versions import Versions
-from hps_numba.storage.host.write_lock import WriteLock
 from hps_numba.storage.host.writing import StoreWriter
 
 __all__ = ["HostStore"]
@@ -50,7 +48,7 @@ class HostStore:
     Args:
         dim: row width in float32 elements.
         rows: rows to take memory for at once; the store grows beyond.
-        allocator: where memory comes from.
+        allocator: where memory comes from.   memory: what makes the parts instead, for a store that is not this process's own.
         growth_bytes: bytes of rows added when slots run out (``allocation_rate``).
         max_rows: bound; a batch that passes it is followed by an eviction down to ``round(max_rows * target)``.
         policy: what is evicted: ``evict_random``, ``evict_least_used`` (fewest lookups), ``evict_oldest`` (written or looked
@@ -61,7 +59,8 @@ class HostStore:
     Attributes:
         header: address of the header, fixed for the life of the store.
         epochs: the epochs of this store's readers.
-        added: keys that were new when they were written, so far; a key that was erased or evicted counts again.
+        added: keys that were new when this process wrote them, so far; a key that was erased or evicted counts again.
+        memory: where it is.
 
     Raises:
         CapacityError: ``growth_bytes`` does not hold a row, or there is no memory for ``rows``.
@@ -78,6 +77,7 @@ class HostStore:
         rows: int = 0,
         allocator: HostAllocator | None = None,
         epochs: Epochs | None = None,
+        memory: StoreMemory | None = None,
         growth_bytes: int = 256 << 20,
         max_rows: int | None = None,
         policy: str = "evict_random",
@@ -91,15 +91,17 @@ class HostStore:
         self.dim = dim
         self.max_rows = max_rows
         self.added = 0
-        self._allocator: HostAllocator = allocator if allocator is not None else PlainHostAllocator()
+        if memory is None:
+            memory = PrivateMemory(allocator if allocator is not None else PlainHostAllocator(), epochs)
+        self.memory: StoreMemory = memory
         self._growth_bytes, self._policy, self._target, self._batch_rows = growth_bytes, policy, target, batch_rows
-        self.epochs = epochs if epochs is not None else Epochs()
+        self.epochs = memory.epochs
         self.bound = RowBound(max_rows, policy, target, seed)
-        header = StoreHeader(self._allocator, name)
+        header = memory.header(name)
         self.header: int = header.address
         self._header = header
-        self.versions = Versions(header, self.epochs, self.new_content(rows))
-        self.write_lock = WriteLock(name, header, self.versions)
+        self.versions = memory.versions(header, partial(self.new_content, rows))
+        self.write_lock = memory.write_lock(name, header, self.versions)
         self._reader = StoreReader(name, dim, header, self.epochs)
         self._writer = StoreWriter(
             name,
@@ -292,7 +294,7 @@ class HostStore:
 
     def new_content(self, rows: int) -> TableContent:
         """An empty version of this table with memory for ``rows``, to be filled and then given to ``replace``."""
-        return TableContent(self.dim, rows, allocator=self._allocator, recency=self.bound.recency, purpose=self.name)
+        return self.memory.content(self.dim, rows, self.bound.recency, self.name)
 
     def sibling(self, rows: int = 0) -> HostStore:
         """An empty store with the same options and memory for ``rows``, to fill aside and then ``adopt``.
@@ -303,7 +305,7 @@ class HostStore:
             self.dim,
             name=self.name,
             rows=rows if self.max_rows is None else min(rows, self.max_rows + self._batch_rows),
-            allocator=self._allocator,
+            memory=self.memory.aside(),
             growth_bytes=self._growth_bytes,
             max_rows=self.max_rows,
             policy=self._policy,
@@ -379,8 +381,7 @@ class HostStore:
         with self.write_lock.closing() as first:
             if not first:
                 return
-            self.versions.invalidate()
-            self.versions.retire(self.versions.current, _CLOSE_SECONDS)
+            self.versions.end(_CLOSE_SECONDS)
             if self.versions.retired:
                 log.warning("%s: closed during lookups, which took over %g s: memory is kept", self.name, _CLOSE_SECONDS)
 

@@ -68,6 +68,11 @@ class Versions:
         self._epochs.wait(tag, seconds)
         self.collect()
 
+    def end(self, seconds: float) -> None:
+        """Publish that the store is closed, and release its rows after waiting up to ``seconds`` for readers."""
+        self.invalidate()
+        self.retire(self.current, seconds)
+
     def collect(self) -> None:
         """Release the versions that no reader can hold any more."""
         if not self._retired:

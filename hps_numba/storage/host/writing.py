@@ -131,12 +131,15 @@ class StoreWriter:
         return changed
 
     def _grow_index(self, content: TableContent) -> None:
-        old = content.index
         try:
-            new, live = content.build_index()
+            self._renew_index(content)
         except CapacityError:
             self._lock.settle()
             raise
+
+    def _renew_index(self, content: TableContent, more_slots: int = 0) -> None:
+        old = content.index
+        new, live = content.build_index(more_slots)
         self._header.publish(new.address)
         content.use_index(new, live)
         content.retire_index(old, self._epochs.advance())
@@ -158,7 +161,10 @@ class StoreWriter:
             return can_grow
         step = max(1, self._growth_bytes // content.row_bytes)
         try:
-            content.grow_slots(-(-missing // step) * step)
+            if content.is_packed:
+                self._renew_index(content, missing)
+            else:
+                content.grow_slots(-(-missing // step) * step)
         except CapacityError:
             if not content.has_slots:
                 self._lock.settle()

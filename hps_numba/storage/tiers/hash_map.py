@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import TierError
 from hps_numba.runtime.reentry import ExclusiveLock
+from hps_numba.storage.host.memory import StoreMemory
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 
@@ -49,24 +51,42 @@ class HashMapTier(Tier):
         self.check_width(table, store.dim, dim)
         return store
 
-    def _new_store(self, table: str, dim: int) -> HostStore:
+    def _new_store(self, table: str, dim: int, memory: StoreMemory | None = None) -> HostStore:
         section = self.section
-        bound = min(NO_LIMIT, section.overflow_margin * section.num_partitions)
         return HostStore(
             dim,
             name=table,
             allocator=self.allocator,
+            memory=memory,
             growth_bytes=section.allocation_rate,
-            max_rows=None if bound == NO_LIMIT else bound,
+            max_rows=self._max_rows,
             policy=section.overflow_policy,
             target=section.overflow_resolution_target,
             batch_rows=section.max_batch_size,
         )
 
+    @property
+    def _max_rows(self) -> int | None:
+        """The bound of a table, or None."""
+        bound = self.section.overflow_margin * self.section.num_partitions
+        return None if bound >= NO_LIMIT else bound
+
+    def known(self, table: str) -> HostStore | None:
+        """The store of a table, or None."""
+        return self._stores.get(table)
+
+    def leave(self, table: str) -> None:
+        """The server needs a table no more: its rows go, unless other processes share them."""
+        self.erase(table)
+
+    def loading(self, check: Callable[[], object]) -> AbstractContextManager[None]:
+        """A block in which tables are loaded: other processes that share them wait. ``check`` is called meanwhile."""
+        return nullcontext()
+
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
         if self._closed:
             raise self.closed_error()
-        store = self._stores.get(table)
+        store = self.known(table)
         found = np.zeros(len(keys), bool)
         if store is None:
             return Fetched(found, len(keys))
@@ -90,8 +110,11 @@ class HashMapTier(Tier):
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:
         if keys is not None:
-            store = self._stores.get(table)
+            store = self.known(table)
             return 0 if store is None else store.erase(keys)
+        return self._erase_table(table)
+
+    def _erase_table(self, table: str) -> int:
         with self._lock.held():
             store = self._stores.pop(table, None)
         if store is None:
@@ -101,21 +124,21 @@ class HashMapTier(Tier):
         return rows
 
     def size(self, table: str) -> int:
-        store = self._stores.get(table)
+        store = self.known(table)
         return 0 if store is None else len(store)
 
     def capacity(self, table: str) -> int:
-        return min(NO_LIMIT, self.section.overflow_margin * self.section.num_partitions)
+        return NO_LIMIT if self._max_rows is None else self._max_rows
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
-        store = self._stores.get(table)
+        store = self.known(table)
         return np.zeros(len(keys), bool) if store is None else store.contains(np.ascontiguousarray(keys, np.int64))
 
     def tables(self) -> list[str]:
         return sorted(self._stores)
 
     def scan(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        store = self._stores.get(table)
+        store = self.known(table)
         if store is not None:
             yield from store.scan(chunk_rows)
 

@@ -1,0 +1,1 @@
+"""The host store in a named segment of shared memory, for all processes of a host."""

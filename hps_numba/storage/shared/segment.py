@@ -1,0 +1,282 @@
+"""A segment that this process uses: its memory, the turn of its writers, and the blocks of reader records of its processes.
+
+*Who is alive.* Every process locks a byte of the file for each block of records it uses. Whether a process lives is whether the
+byte is locked: that also tells a zombie, and works across PID namespaces of containers. Pids and start times are noted beside
+it for people. Turned down: to conclude it from the pid, which is reused, and unknown in another namespace.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from hps_numba.errors import CapacityError, ClosedError, TierUnavailable
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.storage.shared.file_locks import lock_within, try_lock, unlock
+from hps_numba.storage.shared.layout import (
+    BLOCK_LOCKS,
+    BLOCKS,
+    LOADING_LOCK,
+    PAGE,
+    PIDS,
+    RECORD_AREA,
+    RECORD_WORDS,
+    RECORDS,
+    SPACE,
+    STARTS,
+    W_AUTO_REMOVE,
+    W_SERIAL,
+    W_WRITER,
+    W_WRITER_START,
+    WRITE_LOCK,
+)
+from hps_numba.storage.shared.segment_file import LOCK_SECONDS, cover, fill_file, open_segment, start_of, word_view
+
+__all__ = ["FOLDER", "Segment", "attach"]
+
+log = logging.getLogger(__name__)
+#: where segments are
+FOLDER = Path("/dev/shm")
+_CLAIM_SECONDS = 10.0
+
+
+class Segment:
+    """A named segment.
+
+    Attributes:
+        path: of its file.   address: where it is mapped, in every process.   size: bytes, all told.
+        words: int64, the words of its first page.   pids: int64 ``[BLOCKS]``, who uses a block of records; 0: nobody.
+        records: int64 ``[BLOCKS, RECORDS, 8]``; the first word of each is an epoch, 0 if no reader is in it.
+        blocks: numbers of the blocks of this process.
+        writing: addresses of the entries of tables that this process is writing to.
+        after_fork: is called in a forked child, once it has a block.   leaving: before this process leaves.
+
+    Thread safety: every method.
+    """
+
+    def __init__(self, path: Path, size: int, *, auto_remove: bool) -> None:
+        """Open the segment or make it; raises as ``open_segment``."""
+        self.path = path
+        self._file, self.address, self.size = open_segment(path, size, auto_remove=auto_remove)
+        self.words = word_view(self.address, PAGE // 8)
+        self.pids = word_view(self.address + PIDS, BLOCKS)
+        self._starts = word_view(self.address + STARTS, BLOCKS)
+        records = word_view(self.address + RECORD_AREA, BLOCKS * RECORDS * RECORD_WORDS)
+        self.records = records.reshape(BLOCKS, RECORDS, RECORD_WORDS)
+        self.users = 0
+        self.after_fork: list[Callable[[], object]] = []
+        self.leaving: list[Callable[[], object]] = []
+        self._pinned: Callable[[int], object] | None = None
+        self._new_locks()
+        try:
+            self.claim_block()
+        except BaseException:
+            self._let_go()
+            raise
+        finally:
+            if self._file >= 0:
+                unlock(self._file, WRITE_LOCK)
+        if self.size - SPACE != size and size > self.size - SPACE:
+            log.warning("%s: shared_memory_size: its creator gave %d bytes, not %d", path, self.size - SPACE, size)
+        register_fork_reset(self)
+
+    def _new_locks(self) -> None:
+        self._mutex, self._depth = threading.RLock(), 0
+        self._block_mutex = threading.RLock()
+        self._loading = threading.Lock()
+        self.writing: set[int] = set()
+        self.blocks: list[int] = []
+
+    def reset_after_fork(self) -> None:
+        """In a forked child: it holds no lock of the file, and its records are not those of the parent."""
+        self._new_locks()
+        self._pinned = None
+        if self._file >= 0:
+            try:
+                self.claim_block()
+            except CapacityError as problem:  # said again to whoever reads
+                log.error("%s", problem)
+            for renew in self.after_fork:
+                renew()
+
+    # -- the writer's turn ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the turn of this segment's writers; a thread may begin it again inside.
+
+        Raises:
+            TierUnavailable: another process has kept it for a minute.   ClosedError: this process has left the segment.
+        """
+        with self._mutex:
+            before = self._depth
+            try:
+                if before == 0:
+                    self._take_turn()
+                self._depth = before + 1
+                yield
+            finally:
+                self._depth = before
+                if before == 0 and self._file >= 0:
+                    unlock(self._file, WRITE_LOCK)
+
+    def _take_turn(self) -> None:
+        if self._file < 0:
+            raise ClosedError(f"{self.path}: this process has left the segment")
+        if not lock_within(self._file, WRITE_LOCK, LOCK_SECONDS):
+            raise TierUnavailable(
+                f"{self.path}: process {self.words[W_WRITER]} has kept the turn of the writers for {LOCK_SECONDS:g} s"
+            )
+        self.words[W_WRITER], self.words[W_WRITER_START] = os.getpid(), self._starts[self.blocks[0]] if self.blocks else 0
+
+    @contextmanager
+    def loading(self, check: Callable[[], object]) -> Iterator[None]:
+        """Hold the turn of the processes that load tables; ``check`` is called while another one loads, and may raise."""
+        while not self._loading.acquire(timeout=0.05):
+            check()
+        try:
+            lock_within(self._file, LOADING_LOCK, None, check)
+            yield
+        finally:
+            if self._file >= 0:
+                unlock(self._file, LOADING_LOCK)
+            self._loading.release()
+
+    def next_serial(self) -> int:
+        """A number that no other version of a table of this segment has; in the writer's turn."""
+        self.words[W_SERIAL] += 1
+        return int(self.words[W_SERIAL])
+
+    # -- processes ----------------------------------------------------------------------------------------------------------
+
+    def claim_block(self) -> int:
+        """A block of reader records for this process: its number.
+
+        Raises:
+            CapacityError: all are in use.
+        """
+        end = time.monotonic() + _CLAIM_SECONDS
+        while True:
+            with self._block_mutex:
+                for number in range(BLOCKS):
+                    if number not in self.blocks and try_lock(self._file, BLOCK_LOCKS + number):
+                        self.records[number] = 0
+                        self._starts[number], self.pids[number] = start_of(os.getpid()), os.getpid()
+                        self.blocks.append(number)
+                        return number
+            if time.monotonic() > end:  # a process that leaves holds all of them for a moment
+                raise CapacityError(f"{self.path}: all {BLOCKS} blocks of reader records are in use by other processes")
+            time.sleep(1e-3)
+
+    def is_dead(self, block: int) -> bool:
+        """Whether the process that used a block has ended; then its readers are forgotten."""
+        with self._block_mutex:
+            if block in self.blocks or not try_lock(self._file, BLOCK_LOCKS + block):
+                return False
+            self.records[block], self.pids[block] = 0, 0
+            unlock(self._file, BLOCK_LOCKS + block)
+            return True
+
+    # -- memory -------------------------------------------------------------------------------------------------------------
+
+    def fill(self, offset: int, size: int) -> None:
+        """Take memory for bytes of the segment; raises CapacityError if the file system is full."""
+        fill_file(self._file, self.path, offset, size)
+
+    def pin(self, register: Callable[[int, int], object], unregister: Callable[[int], object]) -> None:
+        """Let every device read the segment at the same address; again does nothing.
+
+        Raises:
+            CapacityError: it cannot be pinned, or the file system has too little memory for all of it.
+            DeviceError: there is no device.
+        """
+        with self.turn():
+            if self._pinned is None:
+                self.fill(0, self.size)
+                register(self.address, self.size)
+                self._pinned = unregister
+
+    # -- the end ------------------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """One user less; after the last one this process leaves, and the last process removes the file if that is wanted."""
+        with _attaching:
+            self.users -= 1
+            if self.users or self._file < 0:
+                return
+            _attached.pop(self.path, None)
+            for end in self.leaving:
+                end()
+            with self._mutex:
+                if lock_within(self._file, WRITE_LOCK, LOCK_SECONDS) and self.words[W_AUTO_REMOVE]:
+                    self._remove_if_last()
+                self._let_go()
+
+    def _remove_if_last(self) -> None:
+        with self._block_mutex:
+            if try_lock(self._file, BLOCK_LOCKS, BLOCKS) and self._is_named():
+                self.path.unlink()
+
+    def _is_named(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _let_go(self) -> None:
+        with self._block_mutex:
+            if self._pinned is not None:
+                self._pinned(self.address)
+                self._pinned = None
+            for block in self.blocks:
+                self.records[block], self.pids[block] = 0, 0
+            self.blocks = []
+            file, self._file = self._file, -1
+            cover(self.address, self.size)
+            os.close(file)  # and with it every lock
+
+
+_attaching = threading.RLock()
+_attached: dict[Path, Segment] = {}
+
+
+class _Attaching:
+    def reset_after_fork(self) -> None:
+        """A new lock: another thread of the parent may have held it."""
+        global _attaching
+        _attaching = threading.RLock()
+
+
+_reset = _Attaching()
+register_fork_reset(_reset)
+
+
+@atexit.register
+def _leave_all() -> None:
+    """At the end of the process, for servers that nobody closed."""
+    for segment in list(_attached.values()):
+        segment.users = 1
+        segment.leave()
+
+
+def attach(name: str, size: int, *, auto_remove: bool) -> Segment:
+    """The segment of a name, one for all its users in this process; each of them calls ``leave`` once.
+
+    Raises:
+        As ``open_segment``.
+    """
+    path = FOLDER / name
+    with _attaching:
+        segment = _attached.get(path)
+        if segment is None:
+            segment = _attached[path] = Segment(path, size, auto_remove=auto_remove)
+        segment.users += 1
+        return segment
