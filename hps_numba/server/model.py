@@ -122,7 +122,7 @@ class ServedModel:
         store = None
         if self._host is not None:
             store = self._host.store(spec.tag, spec.dim)
-            undo.callback(self._host.erase, spec.tag)
+            undo.callback(self._host.leave, spec.tag)
         options = SlowPathOptions(
             time_budget=self.model.time_budget_ms / 1000 or None,
             keep_missed=self.config.volatile_db.cache_missed_embeddings,
@@ -177,15 +177,28 @@ class ServedModel:
             if tier.section.initialize_after_startup:
                 for table in self.tables:
                     self._loading.insert(tier, table.spec, table.spec.source, on_rows)
-        if self._fills_host():
-            for table in self.tables:
-                table.writes.adopt(new_version(table, self._loading, table.spec.source, on_rows, fill=True))
+        if self._host is not None and self._fills_host():
+            with self._host.loading(check):
+                for table in self.tables:
+                    self._load_host(table, on_rows)
         if self._devices:
             self._open_caches()
         for table in self.tables:
             log.info("%s: %d rows in host memory", table.spec.tag, table.stats(self.version).rows)
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
+
+    def _load_host(self, table: ServedTable, on_rows: Progress) -> None:
+        """Bring the rows of the sparse model of one table into host memory, unless another process has done so."""
+        store, path = table.store, table.spec.source
+        assert store is not None
+        source = self._loading.source_of(store, path)
+        if source and store.memory.source == source:
+            log.info("%s: another process has loaded %s", table.spec.tag, path)
+            on_rows(table.spec.tag, self._loading.rows(table.spec))
+            return
+        table.writes.adopt(new_version(table, self._loading, path, on_rows, fill=True))
+        store.memory.source = source
 
     def _open_caches(self) -> None:
         """Open a cache of each table on each device; memory for all of them is taken before the first is filled."""
@@ -320,7 +333,10 @@ class ServedModel:
             closing.callback(self.prefetches.close)
 
     def close(self, *, erase: bool = False) -> None:
-        """Free the host memory of all tables; then, with ``erase``, also drop their rows from slower tiers.
+        """Free the host memory of all tables, unless other processes share it; then drop their rows from slower tiers.
+
+        Args:
+            erase: drop them, and shared rows for all processes.
 
         Raises:
             TierError: a slower tier failed; everything else was freed and dropped.
@@ -330,7 +346,7 @@ class ServedModel:
                 closing.callback(self._slower.erase, table.spec.tag)
             if self._host is not None:
                 for table in self.tables:
-                    closing.callback(self._host.erase, table.spec.tag)
+                    closing.callback(self._host.erase if erase else self._host.leave, table.spec.tag)
             closing.callback(self.release)
 
 

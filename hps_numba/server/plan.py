@@ -19,6 +19,8 @@ from hps_numba.storage.host.bound import RECENCY_OF_POLICY
 from hps_numba.storage.host.content import content_bytes
 from hps_numba.storage.loading import rows_to_load
 from hps_numba.storage.model_files import open_model
+from hps_numba.storage.shared.content import shared_bytes
+from hps_numba.storage.shared.segment import present_bytes
 
 __all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
 
@@ -39,6 +41,7 @@ class TablePlan:
         rows: rows in the file, duplicates included.
         host_rows: rows that host memory will hold at the start.
         host_bytes: bytes they take, index included.
+        shared_bytes: of those, the ones that are in shared memory, once for all processes.
         persistent_bytes: bytes of keys and rows in the persistent database, or 0.
         reading_bytes: what reading its file takes for a while beside its rows, such as large compressed chunks.
         cache_rows: rows that each cache has room for, or 0.
@@ -54,6 +57,7 @@ class TablePlan:
     host_rows: int
     host_bytes: int
     persistent_bytes: int
+    shared_bytes: int = 0
     reading_bytes: int = 0
     cache_rows: int = 0
     cache_bytes: int = 0
@@ -70,11 +74,13 @@ class Plan:
         loading_bytes: what loading takes beyond the tables, for as long as it lasts.
         available_bytes: memory that this process could take when the plan was made: free on the machine, and within the limits
             of its control groups, ``ulimit -v`` and ``ulimit -d``.
+        present_bytes: shared memory that the segment of the config has taken already.
     """
 
     tables: tuple[TablePlan, ...]
     loading_bytes: int
     available_bytes: int
+    present_bytes: int = 0
 
     @property
     def host_bytes(self) -> int:
@@ -98,7 +104,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the machine has that much host memory free."""
-        return self.host_bytes + self.loading_bytes <= self.available_bytes
+        return self._missing_bytes <= self.available_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of ``host_bytes``, those that are in shared memory."""
+        return sum(table.shared_bytes for table in self.tables)
+
+    @property
+    def _missing_bytes(self) -> int:
+        """Host memory that this process would take beyond what is there."""
+        return self.host_bytes - min(self.shared_bytes, self.present_bytes) + self.loading_bytes
 
     def check(self) -> None:
         """Compare the plan with the free memory of the machine and its devices.
@@ -117,7 +133,7 @@ class Plan:
             return
         largest = max(self.tables, key=lambda table: table.host_bytes)
         raise CapacityError(
-            f"the plan takes {human_bytes(self.host_bytes + self.loading_bytes)} of host memory, "
+            f"the plan takes {human_bytes(self._missing_bytes)} of host memory, "
             f"{human_bytes(self.available_bytes)} are free; the largest table is {largest.model}/{largest.table} "
             f"with {human_bytes(largest.host_bytes)}"
         )
@@ -126,7 +142,13 @@ class Plan:
         """For JSON."""
         sizes = {"device_bytes": self.device_bytes, "index_mirror_bytes": self.index_mirror_bytes}
         by_device = {name: {str(device): size for device, size in of.items()} for name, of in sizes.items()}
-        return {**asdict(self), "host_bytes": self.host_bytes, **by_device, "fits": self.fits}
+        return {
+            **asdict(self),
+            "host_bytes": self.host_bytes,
+            "shared_bytes": self.shared_bytes,
+            **by_device,
+            "fits": self.fits,
+        }
 
 
 def make_plan(config: ServerConfig) -> Plan:
@@ -137,16 +159,18 @@ def make_plan(config: ServerConfig) -> Plan:
     """
     if not isinstance(config, ServerConfig):
         raise ConfigError(f"config: expected what read_config returns, got {type(config).__name__}")
-    return plan_of(plan_table(config, spec) for spec in config.tables())
+    host = config.volatile_db
+    present = present_bytes(host.shared_memory_name) if host.type == _SHARED else 0
+    return plan_of((plan_table(config, spec) for spec in config.tables()), present)
 
 
-def plan_of(tables: Iterable[TablePlan]) -> Plan:
-    """A plan of some tables on this machine as it is now."""
+def plan_of(tables: Iterable[TablePlan], present: int = 0) -> Plan:
+    """A plan of some tables on this machine as it is now; ``present``: bytes of shared memory that are there for them."""
     planned = tuple(tables)
     loading = LOADING_BYTES + max((table.reading_bytes for table in planned), default=0)  # they are read one after the other
     left = address_space_left()
     free = available_bytes() if left is None else min(available_bytes(), left)
-    return Plan(tables=planned, loading_bytes=loading, available_bytes=free)
+    return Plan(tables=planned, loading_bytes=loading, available_bytes=free, present_bytes=present)
 
 
 def plan_table(
@@ -170,13 +194,16 @@ def plan_table(
     recency = RECENCY_OF_POLICY[host.overflow_policy] if _bound(host) else 0
     slower = [section for _, section in config.tier_sections() if section is not host]
     persistent = any(section.initialize_after_startup for section in slower)
+    shared = shared_bytes(host_rows, spec.dim, recency) if host.type == _SHARED else 0
+    private = content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0
     plan = TablePlan(
         model=spec.model,
         table=spec.name,
         dim=spec.dim,
         rows=rows,
         host_rows=host_rows,
-        host_bytes=content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0,
+        host_bytes=shared or private,
+        shared_bytes=shared,
         persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
         reading_bytes=reading_bytes,
     )

@@ -95,7 +95,14 @@ class Replacement:
             for tier in reversed(self._tiers):
                 for table, path in zip(self._tables, paths, strict=True):
                     self._loading.insert(tier, table.spec, path, on_rows)
+            sources = [
+                b"" if table.store is None or not self._fill else self._loading.source_of(table.store, path)
+                for table, path in zip(self._tables, paths, strict=True)
+            ]
             self._settle(self._turn())
+            for table, source in zip(self._tables, sources, strict=True):
+                if table.store is not None and source:
+                    table.store.memory.source = source
             for table, path in zip(self._tables, paths, strict=True):
                 self._loading.drop_stale(self._tiers, table.spec, path)
 

@@ -11,6 +11,7 @@ from hps_numba.server.model_jobs import Check
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
+from hps_numba.storage.shared.source import source_digest
 from hps_numba.storage.tiers._tier import Tier
 
 __all__ = ["Progress", "TableLoading", "no_progress", "stoppable"]
@@ -73,6 +74,10 @@ class TableLoading:
                 rate=self._host_rate,
                 on_rows=lambda rows: on_rows(spec.tag, rows),
             )
+
+    def source_of(self, store: HostStore, path: str) -> bytes:
+        """What tells other processes that ``store`` has the rows of a sparse model; empty if none can see them."""
+        return source_digest(path, self._key_bits, self._host_rate) if store.memory.shared else b""
 
     def insert(self, tier: Tier, spec: TableSpec, path: str, on_rows: Progress = no_progress) -> None:
         """Insert the rows of a sparse model in a slower tier.

@@ -21,19 +21,21 @@ class StoreMemory(Protocol):
 
     Attributes:
         shared: other processes read and write the same rows.
-        epochs: of the readers.
         source: what the rows were loaded from, if others must know; else empty.
-        foreign_writes: writes of other processes so far, counted from any number.
 
     Thread safety: every method.
     """
 
     shared: bool
-    epochs: Epochs
     source: bytes
 
     @property
-    def foreign_writes(self) -> int: ...  # noqa: D102
+    def epochs(self) -> Epochs:
+        """Of the readers."""
+
+    @property
+    def foreign_writes(self) -> int:
+        """Writes of other processes so far, counted from any number."""
 
     def header(self, name: str) -> StoreHeader:
         """The word that readers start from."""

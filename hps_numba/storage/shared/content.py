@@ -112,7 +112,7 @@ class SharedContent(TableContent):
 
     def __init__(self, segment: Segment, regions: Regions, purpose: str) -> None:
         """Use ``create`` or ``find``."""
-        self._segment, self._regions, self.purpose = segment, regions, purpose
+        self._segment, self._space, self.purpose = segment, regions, purpose
         self.retired = np.empty(64, np.int64)
 
     @classmethod
@@ -154,7 +154,7 @@ class SharedContent(TableContent):
 
     def _new_table(self, dim: int, limit: int, recency: int, rows: int) -> SharedIndex:
         """A table region without entries for rows in the region ``rows``, owned by this process."""
-        regions, size = self._regions, _table_bytes(limit, recency)
+        regions, size = self._space, _table_bytes(limit, recency)
         region = regions.allocate(size, f"{self.purpose}: index")
         try:
             regions.commit(region, size)
@@ -176,7 +176,7 @@ class SharedContent(TableContent):
 
     def _bind(self, index: SharedIndex) -> None:
         """Be the version in a table region."""
-        start = self._regions.address(index.region)
+        start = self._space.address(index.region)
         record = word_view(start, C_WORDS)
         self._record, self._serial = record, int(record[C_SERIAL])
         self.state = record[:STATE_WORDS]
@@ -190,7 +190,7 @@ class SharedContent(TableContent):
         return self.index.address == block and int(self._record[C_SERIAL]) == self._serial
 
     @property
-    def regions(self) -> tuple[int, int]:
+    def places(self) -> tuple[int, int]:
         """Numbers of the regions it is in."""
         return self._index.region, self._index.rows
 
@@ -209,12 +209,12 @@ class SharedContent(TableContent):
     # -- slots --------------------------------------------------------------------------------------------------------------
 
     def rows_view(self, start: int, stop: int) -> np.ndarray:
-        address = self._regions.address(self._index.rows) + start * self.row_bytes
+        address = self._space.address(self._index.rows) + start * self.row_bytes
         return _floats(address, (stop - start) * self.dim).reshape(-1, self.dim)
 
     def commit_slots(self, slots: int) -> None:
         with self._segment.turn():
-            self._regions.commit(self._index.rows, slots * self.row_bytes)
+            self._space.commit(self._index.rows, slots * self.row_bytes)
             self.state[STATE_SLOT_LIMIT] = max(int(self.state[STATE_SLOT_LIMIT]), slots)
 
     @property
@@ -248,7 +248,7 @@ class SharedContent(TableContent):
                     raise
 
     def _moved(self, limit: int) -> tuple[SharedIndex, int]:
-        regions, rows = self._regions, self._index.rows
+        regions, rows = self._space, self._index.rows
         size = limit * self.row_bytes
         if size > regions.size(rows) and not regions.extend(rows, size):
             rows = regions.allocate(size, f"{self.purpose}: rows")
@@ -266,7 +266,7 @@ class SharedContent(TableContent):
 
     def _copied_to(self, new: SharedIndex, limit: int) -> int:
         """Copy record, list of slots, recency words and index entries to an empty table region; returns the number of rows."""
-        start = self._regions.address(new.region)
+        start = self._space.address(new.region)
         record, free = word_view(start, C_WORDS), word_view(start + PAGE, limit)
         queued, spare = int(self._record[C_QUEUED]), int(self.state[STATE_FREE])
         record[:STATE_WORDS] = self.state
@@ -277,23 +277,23 @@ class SharedContent(TableContent):
         free[:spare] = self.free[:spare]
         free[limit - queued :] = self.free[self._limit - queued :]
         if self._recency_mode != RECENCY_NONE:
-            old = word_view(self._regions.address(self._index.region) + PAGE + 8 * self._limit, self._limit)
+            old = word_view(self._space.address(self._index.region) + PAGE + 8 * self._limit, self._limit)
             word_view(start + PAGE + 8 * limit, limit)[: self._limit] = old[:limit]
         word_view(new.address, META_BYTES // 8)[META_GENERATION // 8] = record[C_GENERATION]
         return int(host_reindex(self.index.address, new.address))
 
     def use_index(self, index: SharedIndex, live: int) -> None:  # type: ignore[override]
-        owned = self._regions.is_owned(self._index.region)
+        owned = self._space.is_owned(self._index.region)
         self._bind(index)
         self.state[STATE_LIVE] = self.state[STATE_USED] = live
         self._limit_load()
         if not owned:
-            self._regions.disown(index.region, index.rows)
+            self._space.disown(index.region, index.rows)
 
     def retire_index(self, index: SharedIndex, tag: int) -> None:  # type: ignore[override]
-        self._regions.retire(index.region, tag)
+        self._space.retire(index.region, tag)
         if index.rows != self._index.rows:
-            self._regions.retire(index.rows, tag)
+            self._space.retire(index.rows, tag)
 
     def _limit_load(self) -> None:
         self.state[STATE_MAX_USED] = int(entries_of(self.block) * MAX_LOAD)
@@ -366,23 +366,24 @@ class SharedContent(TableContent):
 
     def own(self) -> None:
         """This process needs the version though no header leads to it."""
-        self._regions.own(*self.regions)
+        self._space.own(*self.places)
 
     def disown(self) -> None:
         """A header leads to it."""
-        self._regions.disown(*self.regions)
+        self._space.disown(*self.places)
 
     def retire(self, tag: int) -> None:
         """Free the version after the epoch ``tag``."""
-        for region in self.regions:
-            self._regions.retire(region, tag)
+        for region in self.places:
+            self._space.retire(region, tag)
 
     def release(self) -> None:
         with self._segment.turn():
-            for region in self.regions:
-                self._regions.free(region)
+            for region in self.places:
+                self._space.free(region)
 
 
 def _floats(address: int, count: int) -> np.ndarray:
     """float32 ``[count]`` at an address."""
-    return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32)
+    view: np.ndarray = np.frombuffer((ctypes.c_float * count).from_address(address), np.float32)  # type: ignore[call-overload]
+    return view

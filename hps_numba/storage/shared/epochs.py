@@ -3,10 +3,11 @@
 *Readers that died.* A record of a process that ended would keep memory for ever. A writer that meets an old one looks whether
 its process lives, and clears it if not.
 
-*Whoever follows a header.* Caches keep the address of an index block, and kernels on a device keep no record here. Such a process
-has a guard record: the epoch up to which its caches were told and its kernels have left. A thread of its own moves it on: it
-looks at the headers, tells the caches of another index, waits for the readers of this process that may have begun before, and
-asks the devices. So memory that another process replaced stays as long as any cache may lead to it, and nobody waits.
+*Whoever follows a header.* Caches keep the address of an index block, and kernels on a device keep no record here. So such a
+process has a guard record: the epoch up to which its caches were told and its kernels have left. A thread of its own moves it
+on: it looks at the headers, tells the caches of another index, waits for the readers of this process that may have begun
+before, and asks the devices. So memory that another process replaced stays as long as any cache may lead to it, and nobody
+waits.
 """
 
 from __future__ import annotations

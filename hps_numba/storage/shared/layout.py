@@ -9,8 +9,8 @@
     tables     TABLES x 512 bytes                                    tag, width, header word, marks (``T_*``)
     space      page-aligned regions: the rows of a table, or its record with free list, recency and index (``C_*``)
 
-A process locks byte ``BLOCK_LOCKS + i`` of the file as long as it uses block ``i``, and byte ``WRITE_LOCK`` while it writes: the
-kernel drops such a lock when the process ends, however it ends.
+A process locks byte ``BLOCK_LOCKS + i`` of the file as long as it uses block ``i``, and byte ``WRITE_LOCK`` while it writes:
+the kernel drops such a lock when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RECORD_AREA = STARTS + 8 * BLOCKS
 
 REGIONS, REGION_WORDS = 2048, 8
 REGION_AREA = RECORD_AREA + BLOCKS * RECORDS * RECORD_WORDS * 8
-# offset in the segment, bytes (0: not in use), bytes with memory, block of the process that builds it + 1, epoch it was retired in
+# offset in the segment, bytes (0: not in use), bytes with memory, process that builds it (``regions``), epoch it was retired in
 R_OFFSET, R_SIZE, R_COMMITTED, R_OWNER, R_TAG = range(5)
 
 TABLES, TABLE_BYTES, TAG_BYTES = 512, 512, 256

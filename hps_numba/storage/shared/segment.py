@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from hps_numba.errors import CapacityError, ClosedError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.shared.file_locks import lock_within, try_lock, unlock
@@ -40,7 +38,7 @@ from hps_numba.storage.shared.layout import (
 )
 from hps_numba.storage.shared.segment_file import LOCK_SECONDS, cover, fill_file, open_segment, start_of, word_view
 
-__all__ = ["FOLDER", "Segment", "attach"]
+__all__ = ["FOLDER", "Segment", "attach", "present_bytes"]
 
 log = logging.getLogger(__name__)
 #: where segments are
@@ -227,7 +225,7 @@ class Segment:
 
     def _is_named(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
         except FileNotFoundError:
             return False
 
@@ -280,3 +278,11 @@ def attach(name: str, size: int, *, auto_remove: bool) -> Segment:
             segment = _attached[path] = Segment(path, size, auto_remove=auto_remove)
         segment.users += 1
         return segment
+
+
+def present_bytes(name: str) -> int:
+    """Bytes of memory that the segment of a name has; 0 if there is none."""
+    try:
+        return 512 * (FOLDER / name).stat().st_blocks
+    except OSError:
+        return 0

@@ -2,8 +2,8 @@
 
 *One address for all.* Index blocks and headers hold addresses (``kernels.layouts.host_store``). So a segment is mapped at the
 same address in every process: then the kernels of all of them, and those of their GPUs, read it as it is. Its creator takes an
-address from a range that loaders and drivers leave alone, by a hash of the name, and notes it in the segment. A process in which
-that is taken gets a typed error. Turned down: offsets instead of addresses, which every probe of every kernel would pay for.
+address from a range that loaders and drivers leave alone, by a hash of the name, and notes it in the segment. A process in
+which that is taken gets a typed error. Turned down: offsets instead of addresses, which every probe of every kernel would pay.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _open(path: Path) -> int:
 
 def _is_current(file: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
+        return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
 
@@ -180,16 +180,17 @@ def fill_file(file: int, path: Path, start: int, size: int) -> None:
             os.posix_fallocate(file, offset, min(_FILL_STEP, start + size - offset))
         except OSError as problem:
             system = os.statvfs(path.parent)
+            free, of = (human_bytes(blocks * system.f_frsize) for blocks in (system.f_bavail, system.f_blocks))
             raise CapacityError(
-                f"{path}: expected {human_bytes(size)} more of shared memory, {human_bytes(system.f_bavail * system.f_frsize)} of "
-                f"{human_bytes(system.f_blocks * system.f_frsize)} are free in {path.parent}: {problem.strerror} "
-                "(Docker: --shm-size)"
+                f"{path}: expected {human_bytes(size)} more of shared memory, got {problem.strerror}: {free} of {of} are free "
+                f"in {path.parent} (Docker: --shm-size)"
             ) from problem
 
 
 def word_view(address: int, count: int) -> np.ndarray:
     """int64 ``[count]`` at an address of the segment."""
-    return np.frombuffer((ctypes.c_int64 * count).from_address(address), np.int64)
+    view: np.ndarray = np.frombuffer((ctypes.c_int64 * count).from_address(address), np.int64)  # type: ignore[call-overload]
+    return view
 
 
 def start_of(pid: int) -> int:

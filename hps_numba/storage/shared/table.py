@@ -227,9 +227,7 @@ class SharedWriteLock(WriteLock):
         others: writes that other processes have begun; any number at first.
     """
 
-    def __init__(
-        self, name: str, header: SharedHeader, versions: SharedVersions, segment: Segment, entry: TableEntry
-    ) -> None:
+    def __init__(self, name: str, header: SharedHeader, versions: SharedVersions, segment: Segment, entry: TableEntry) -> None:
         super().__init__(name, header, versions)
         self._shared_header, self._segment, self._entry = header, segment, entry
 

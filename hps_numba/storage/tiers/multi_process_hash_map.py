@@ -1,7 +1,7 @@
-"""``multi_process_hash_map``: the host store in a named segment of shared memory, one copy of the rows for all processes of a host.
+"""``multi_process_hash_map``: host stores in a named segment of shared memory, one copy of rows for all processes of a host.
 
 * A segment is mapped at the same address in every process, so kernels, lookups and GPUs read it as they read private memory.
-* Readers take no lock. Their epochs are in the segment, and a reader that died is forgotten by the next writer that it holds up.
+* Readers take no lock. Their epochs are in the segment; a reader that died is forgotten by the next writer that it holds up.
 * Writers of all processes take turns by a lock on the file, which the kernel drops when its holder dies. The next writer of the
   table repairs what was left half-written; a row is acknowledged once readers can find it, and then no death takes it away.
 * The next writer goes on where the last one stopped: free slots, counts and marks are in the segment.

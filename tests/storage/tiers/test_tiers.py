@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from hps_numba.testing.tiers import MakeTier
 def section_for(kind: type[Tier], folder: Path, **options: Any) -> Any:
     if kind.persistent:
         return PersistentDatabaseConfig(path=tempfile.mkdtemp(dir=folder), **options)
+    if kind.shared:  # a segment of its own each
+        options = {"shared_memory_name": f"hps_test_{uuid.uuid4().hex}", "shared_memory_size": 16 << 20, **options}
     return VolatileDatabaseConfig(**options)
 
 
