@@ -62,17 +62,23 @@ class OnServer:
         self.server.close()
 
 
+def say(status: str, answer: Any) -> None:
+    sys.stdout.write(json.dumps([status, answer]) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     given = json.loads(sys.argv[1])
     served: Any = OnServer(given["config"]) if "config" in given else OnTier(**given)
-    print(json.dumps(["ok", None]), flush=True)
+    say("ok", None)
     for line in sys.stdin:
         what, options = json.loads(line)
         try:
-            answer = ["ok", getattr(served, what)(**options)]
+            answer = getattr(served, what)(**options)
         except Exception as problem:  # whatever it is, the test wants to see it
-            answer = ["error", f"{type(problem).__name__}: {problem}"]
-        print(json.dumps(answer), flush=True)
+            say("error", f"{type(problem).__name__}: {problem}")
+        else:
+            say("ok", answer)
     served.end()
 
 

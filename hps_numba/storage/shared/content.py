@@ -306,8 +306,9 @@ class SharedContent(TableContent):
     def renew_generation(self) -> None:
         with self._segment.turn():
             self._record[C_GENERATION] = self._segment.next_serial()
-        self._record[C_RENEWED_AT] = self.state[STATE_WRITES]
-        self._index_meta()[META_GENERATION // 8] = self._record[C_GENERATION]
+            self._record[C_RENEWED_AT] = self.state[STATE_WRITES]
+            self._index_meta()[META_GENERATION // 8] = self._record[C_GENERATION]
+            self._segment.note_published()
 
     # -- slots that readers may hold ------------------------------------------------------------------------------------------
 
@@ -379,8 +380,9 @@ class SharedContent(TableContent):
 
     def release(self) -> None:
         with self._segment.turn():
-            for region in self.places:
-                self._space.free(region)
+            if int(self._record[C_SERIAL]) == self._serial:  # else another process had it already and moved on
+                for region in self.places:
+                    self._space.free(region)
 
 
 def _floats(address: int, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.host.epoch import epoch_enter
 from hps_numba.storage.host.epochs import Epochs, Guard
-from hps_numba.storage.shared.layout import GUARD_RECORD, RECORD_WORDS, RECORDS, W_EPOCH
+from hps_numba.storage.shared.layout import GUARD_RECORD, RECORD_WORDS, RECORDS, W_EPOCH, W_PUBLISHED
 from hps_numba.storage.shared.segment import Segment
 
 __all__ = ["Followed", "SharedEpochs"]
@@ -44,11 +44,15 @@ class Followed(Protocol):
 
 
 class SharedEpochs(Epochs):
-    """The epochs of a segment for the readers of this process.   Thread safety: every method."""
+    """The epochs of a segment for the readers of this process.   Thread safety: every method.
+
+    Attributes:
+        segment: whose they are.
+    """
 
     def __init__(self, segment: Segment) -> None:
         super().__init__()
-        self._segment = segment
+        self.segment = segment
         self._now = segment.words[W_EPOCH : W_EPOCH + RECORD_WORDS]
         self.address = segment.address + 8 * W_EPOCH
         self._followed: tuple[Followed, ...] = ()
@@ -65,11 +69,11 @@ class SharedEpochs(Epochs):
         self._following = threading.RLock()
         self._claiming = threading.RLock()  # a signal handler may look up too
         self._stop = threading.Event()
-        self._pending = 0
+        self._pending, self._published = 0, -1
         self._probed = 0.0
         self._idle = deque()
-        if self._segment.blocks:
-            self._offer(self._segment.blocks[0], RECORDS - 1)  # the last one is the guard
+        if self.segment.blocks:
+            self._offer(self.segment.blocks[0], RECORDS - 1)  # the last one is the guard
 
     def _begin_in_child(self) -> None:
         self._guards, self._readings, self._thread = (), {}, None
@@ -87,7 +91,7 @@ class SharedEpochs(Epochs):
     # -- records ------------------------------------------------------------------------------------------------------------
 
     def _record(self, block: int, number: int) -> int:
-        return int(self._segment.records[block, number].__array_interface__["data"][0])
+        return int(self.segment.records[block, number].__array_interface__["data"][0])
 
     def _offer(self, block: int, count: int) -> None:
         self._idle.extend(self._record(block, number) for number in range(count))
@@ -99,8 +103,8 @@ class SharedEpochs(Epochs):
             except IndexError:
                 with self._claiming:
                     if not self._idle:
-                        block = self._segment.claim_block()
-                        self._offer(block, RECORDS if len(self._segment.blocks) > 1 else RECORDS - 1)
+                        block = self.segment.claim_block()
+                        self._offer(block, RECORDS if len(self.segment.blocks) > 1 else RECORDS - 1)
 
     def oldest(self) -> int:
         now = int(self._now[0])
@@ -116,20 +120,20 @@ class SharedEpochs(Epochs):
 
     def _oldest_record(self, now: int) -> int:
         """The oldest epoch with a reader of any process, or one that a process has yet to follow."""
-        epochs = self._segment.records[np.flatnonzero(self._segment.pids), :, 0]
+        epochs = self.segment.records[np.flatnonzero(self.segment.pids), :, 0]
         active = epochs[epochs > 0]
         return min(now, int(active.min())) if active.size else now
 
     def _forget_dead(self, now: int) -> None:
-        for block in np.flatnonzero(self._segment.pids).tolist():
-            epochs = self._segment.records[block, :, 0]
+        for block in np.flatnonzero(self.segment.pids).tolist():
+            epochs = self.segment.records[block, :, 0]
             if ((epochs > 0) & (epochs < now)).any():
-                self._segment.is_dead(block)
+                self.segment.is_dead(block)
 
     def _oldest_here(self) -> int:
         """The oldest epoch of a reader of this process, but its guard; a large number if there is none."""
-        own = list(self._segment.blocks)
-        epochs = self._segment.records[own, :, 0]
+        own = list(self.segment.blocks)
+        epochs = self.segment.records[own, :, 0]
         if own:
             epochs[0, GUARD_RECORD] = 0
         active = epochs[epochs > 0]
@@ -152,20 +156,20 @@ class SharedEpochs(Epochs):
         with self._following:
             if not self._followed:
                 self._enter_guard()
-            self._followed = (*self._followed, header)
+            self._followed, self._published = (*self._followed, header), -1
             self._start()
 
     def unfollow(self, header: Followed) -> None:
         """Undo ``follow``."""
         with self._following:
             self._followed = tuple(other for other in self._followed if other is not header)
-            if not self._followed and self._segment.blocks:
-                self._segment.records[self._segment.blocks[0], GUARD_RECORD, 0] = 0
+            if not self._followed and self.segment.blocks:
+                self.segment.records[self.segment.blocks[0], GUARD_RECORD, 0] = 0
 
     def _enter_guard(self) -> None:
-        if not self._segment.blocks:
-            raise ClosedError(f"{self._segment.path}: this process has left the segment")
-        epoch_enter(self.address, self._record(self._segment.blocks[0], GUARD_RECORD))
+        if not self.segment.blocks:
+            raise ClosedError(f"{self.segment.path}: this process has left the segment")
+        epoch_enter(self.address, self._record(self.segment.blocks[0], GUARD_RECORD))
 
     def _start(self) -> None:
         if self._thread is None or not self._thread.is_alive():
@@ -178,17 +182,22 @@ class SharedEpochs(Epochs):
     def step(self) -> None:
         """Tell the watchers what is new, and move the guard on."""
         with self._following:
-            if not self._followed or not self._segment.blocks:
+            if not self._followed or not self.segment.blocks:
                 return
-            epoch = int(self._now[0])  # before the headers are read
-            changed = [header.follow() for header in self._followed]
-            if any(changed):
-                self._pending = self.advance()
+            guard = self.segment.records[self.segment.blocks[0], GUARD_RECORD]
+            epoch = int(self._now[0])  # before anything else is read
+            published = int(self.segment.words[W_PUBLISHED])
+            if published == self._published and not self._pending and guard[0] == epoch:
+                return  # as always, where nobody writes
+            if published != self._published:
+                changed = [header.follow() for header in self._followed]
+                self._published = published
+                if any(changed):
+                    self._pending = self.advance()
             if self._pending and self._oldest_here() <= self._pending:
                 return
             self._pending = 0
-            kept = min([epoch, *(guard.oldest(epoch) for guard in self._guards)])
-            self._segment.records[self._segment.blocks[0], GUARD_RECORD, 0] = max(1, kept)
+            guard[0] = max(1, min([epoch, *(guard.oldest(epoch) for guard in self._guards)]))
 
     def stop(self) -> None:
         """Follow no header any more."""

@@ -124,6 +124,8 @@ class Regions:
     @property
     def _owner(self) -> int:
         """This process, with its pid, as blocks are used again."""
+        if not self._segment.blocks:  # a forked child that found none free
+            self._segment.claim_block()
         return os.getpid() << 16 | self._segment.blocks[0] + 1
 
     def _is_gone(self, owner: int) -> bool:

@@ -31,12 +31,21 @@ from hps_numba.storage.shared.layout import (
     SPACE,
     STARTS,
     W_AUTO_REMOVE,
+    W_PUBLISHED,
     W_SERIAL,
     W_WRITER,
     W_WRITER_START,
     WRITE_LOCK,
 )
-from hps_numba.storage.shared.segment_file import LOCK_SECONDS, cover, fill_file, open_segment, start_of, word_view
+from hps_numba.storage.shared.segment_file import (
+    LOCK_SECONDS,
+    cover,
+    fill_file,
+    open_segment,
+    start_of,
+    take_huge_pages,
+    word_view,
+)
 
 __all__ = ["FOLDER", "Segment", "attach", "present_bytes"]
 
@@ -153,6 +162,10 @@ class Segment:
         self.words[W_SERIAL] += 1
         return int(self.words[W_SERIAL])
 
+    def note_published(self) -> None:
+        """A header leads elsewhere, or a generation is another one: whoever follows has to look. In the writer's turn."""
+        self.words[W_PUBLISHED] += 1
+
     # -- processes ----------------------------------------------------------------------------------------------------------
 
     def claim_block(self) -> int:
@@ -188,6 +201,7 @@ class Segment:
     def fill(self, offset: int, size: int) -> None:
         """Take memory for bytes of the segment; raises CapacityError if the file system is full."""
         fill_file(self._file, self.path, offset, size)
+        take_huge_pages(self.address + offset, size)
 
     def pin(self, register: Callable[[int, int], object], unregister: Callable[[int], object]) -> None:
         """Let every device read the segment at the same address; again does nothing.

@@ -39,7 +39,7 @@ from hps_numba.storage.shared.layout import (
     WRITE_LOCK,
 )
 
-__all__ = ["LOCK_SECONDS", "cover", "fill_file", "open_segment", "start_of", "word_view"]
+__all__ = ["LOCK_SECONDS", "cover", "fill_file", "open_segment", "start_of", "take_huge_pages", "word_view"]
 
 #: how long a process waits for its turn before it says who keeps it
 LOCK_SECONDS = 60.0
@@ -48,6 +48,7 @@ _CANDIDATES = 16
 _ATTEMPTS = 100
 _MAP_FIXED, _MAP_FIXED_NOREPLACE, _MAP_NORESERVE = 0x10, 0x100000, 0x4000
 _FILL_STEP = 64 << 20
+_HUGE, _MADV_COLLAPSE = 2 << 20, 25
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -185,6 +186,17 @@ def fill_file(file: int, path: Path, start: int, size: int) -> None:
                 f"{path}: expected {human_bytes(size)} more of shared memory, got {problem.strerror}: {free} of {of} are free "
                 f"in {path.parent} (Docker: --shm-size)"
             ) from problem
+
+
+def take_huge_pages(address: int, size: int) -> None:
+    """Let a filled part of a segment be in 2 MB pages where the system can: else random reads wait for address translation.
+
+    Private memory asks for them before it is written; shared memory gets them only so unless the administrator changed
+    ``shmem_enabled``. It is advice: a system that cannot (before Linux 6.1) serves as well.
+    """
+    start, end = -(-address // _HUGE) * _HUGE, (address + size) // _HUGE * _HUGE
+    if end - start >= 2 * _HUGE:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_MADV_COLLAPSE))
 
 
 def word_view(address: int, count: int) -> np.ndarray:

@@ -93,6 +93,7 @@ class SharedHeader(StoreHeader):
 
     def publish(self, block: int) -> None:
         publish(self._entry.address + 8 * T_HEADER, block)
+        self._epochs.segment.note_published()
         self.notify(block)
 
     def notify(self, block: int) -> None:
@@ -191,9 +192,7 @@ class SharedVersions(Versions):
 
     def retire(self, old: TableContent, seconds: float) -> None:
         assert isinstance(old, SharedContent)
-        tag = self._epochs.advance()
-        old.retire(tag)
-        self._epochs.wait(tag, seconds)
+        old.retire(self._epochs.advance())  # whoever needs the space frees it; nobody has to wait for its readers
         self._regions.collect()
 
     def end(self, seconds: float) -> None:
@@ -217,6 +216,7 @@ class SharedVersions(Versions):
         block = self._header.block
         self.current.repair(block, self._epochs)
         self._regions.sweep()
+        self._segment.note_published()  # the writer may have died before it said so
         self._header.follow()
 
 

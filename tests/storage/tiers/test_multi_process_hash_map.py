@@ -19,12 +19,14 @@ from support.tiers import DIM, TAG, content_of, fetch, ints
 from support.waiting import wait_until
 
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, TierError, TierUnavailable
-from hps_numba.storage.shared import segment, segment_file as files
+from hps_numba.storage.shared import segment
+from hps_numba.storage.shared import segment_file as files
 from hps_numba.storage.shared.content import SharedContent
 from hps_numba.storage.shared.layout import PAGE, W_LAYOUT
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 OTHER = "hps_et.m.b"
+Open = Callable[..., MultiProcessHashMapTier]
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def name() -> Iterator[str]:
 
 
 @pytest.fixture
-def opened(name: str) -> Iterator[Callable[..., MultiProcessHashMapTier]]:
+def opened(name: str) -> Iterator[Open]:
     made: list[MultiProcessHashMapTier] = []
 
     def one(size: int = 16 * MIB, **options: Any) -> MultiProcessHashMapTier:
@@ -57,7 +59,7 @@ def served_rows(tier: MultiProcessHashMapTier, keys: np.ndarray, table: str = TA
 
 
 def test_processes_read_and_write_the_same_rows_and_the_last_one_removes_the_segment(  # D14
-    name: str, opened: Callable[..., MultiProcessHashMapTier]
+    name: str, opened: Open
 ) -> None:
     first, keys = opened(), ints(*range(50))
     first.insert(TAG, keys, rows_of(keys, DIM))
@@ -81,9 +83,7 @@ def test_processes_read_and_write_the_same_rows_and_the_last_one_removes_the_seg
     assert not segment_file(name).exists()
 
 
-def test_a_table_that_another_process_erases_is_unknown_and_may_come_back_with_another_width(
-    name: str, opened: Callable[..., MultiProcessHashMapTier]
-) -> None:
+def test_a_table_that_another_process_erases_is_unknown_and_may_come_back_with_another_width(name: str, opened: Open) -> None:
     tier = opened()
     tier.insert(TAG, ints(1), rows_of([1], DIM))
     store = tier.store(TAG, DIM)
@@ -97,7 +97,7 @@ def test_a_table_that_another_process_erases_is_unknown_and_may_come_back_with_a
         tier.insert(TAG, ints(1), rows_of([1], DIM))
 
 
-def test_tables_grow_in_turns_of_two_processes(opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_tables_grow_in_turns_of_two_processes(opened: Open) -> None:
     """Each growth of one table finds the other one behind it, so rows move; each writer goes on with the slots of the other."""
     tier, step = opened(), 700
 
@@ -121,7 +121,7 @@ def test_tables_grow_in_turns_of_two_processes(opened: Callable[..., MultiProces
         assert tier.size(table) == len(kept)
 
 
-def test_rows_are_evicted_by_one_bound_whoever_writes(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_rows_are_evicted_by_one_bound_whoever_writes(name: str, opened: Open) -> None:
     bound = {"overflow_margin": 100, "num_partitions": 1, "overflow_policy": "evict_oldest", "max_batch_size": 20}
     tier = opened(**bound)
     assert in_child(lambda: tier.insert(TAG, np.arange(90), rows_of(np.arange(90), DIM)) == 90) == 0
@@ -136,7 +136,7 @@ def test_rows_are_evicted_by_one_bound_whoever_writes(name: str, opened: Callabl
 # -- forks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_reads_and_writes_and_leaves_by_ending(opened: Callable[..., MultiProcessHashMapTier], name: str) -> None:
+def test_a_forked_child_reads_and_writes_and_leaves_by_ending(opened: Open, name: str) -> None:
     tier, keys = opened(), np.arange(20)
     tier.insert(TAG, keys, rows_of(keys, DIM))
 
@@ -164,7 +164,7 @@ def killed(work: Callable[[], object]) -> None:
 
 
 def test_a_writer_that_is_killed_in_the_middle_of_a_write_blocks_nobody(  # D14
-    opened: Callable[..., MultiProcessHashMapTier], monkeypatch: pytest.MonkeyPatch
+    opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier, keys = opened(), np.arange(1000)
     tier.insert(TAG, keys, rows_of(keys, DIM))
@@ -185,7 +185,9 @@ def test_a_writer_that_is_killed_in_the_middle_of_a_write_blocks_nobody(  # D14
     assert_same_bits(served_rows(tier, keys[:30]), rows_of(keys[:30], DIM, 11))
 
 
-def test_a_writer_that_is_killed_while_a_table_grows_leaves_no_space_behind(opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_writer_that_is_killed_while_a_table_grows_leaves_no_space_behind(
+    opened: Open,
+) -> None:
     tier, keys = opened(1 * MIB), np.arange(8000)
     tier.insert(TAG, keys, rows_of(keys, DIM))
     for _ in range(12):  # each leaves a part of the segment that only it knew
@@ -202,7 +204,7 @@ def test_a_writer_that_is_killed_while_a_table_grows_leaves_no_space_behind(open
     assert_same_bits(served_rows(tier, np.arange(9000)), rows_of(np.arange(9000), DIM))
 
 
-def test_a_reader_that_is_killed_keeps_no_memory(opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_reader_that_is_killed_keeps_no_memory(opened: Open) -> None:
     tier, keys = opened(), np.arange(100)
     tier.insert(TAG, keys, rows_of(keys, DIM))
     store = tier.store(TAG, DIM)
@@ -216,7 +218,7 @@ def test_a_reader_that_is_killed_keeps_no_memory(opened: Callable[..., MultiProc
     wait_until(lambda: store.epochs.oldest() > tag)
 
 
-def test_a_segment_whose_processes_were_all_killed_is_made_anew(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_segment_whose_processes_were_all_killed_is_made_anew(name: str, opened: Open) -> None:
     peer = Peer(name=name)
     peer.do("insert", table=TAG, keys=[1], rows=[[1, 2, 3]])
     peer.kill()
@@ -224,11 +226,11 @@ def test_a_segment_whose_processes_were_all_killed_is_made_anew(name: str, opene
     assert opened().tables() == []
 
 
-def test_without_auto_remove_rows_outlive_the_processes(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_without_auto_remove_rows_outlive_the_processes(name: str, opened: Open) -> None:
     peer = Peer(name=name, auto_remove=False)
     peer.do("insert", table=TAG, keys=[1], rows=[[1, 2, 3]])
     peer.kill()
-    with pytest.raises(ConfigError, match="shared_memory_auto_remove: expected false, as the creator of .* gave, got true"):
+    with pytest.raises(ConfigError, match=r"shared_memory_auto_remove: expected false, as the creator of .* gave, got true"):
         opened()
     tier = opened(auto_remove=False)
     assert served_rows(tier, ints(1)).tolist() == [[1, 2, 3]]
@@ -245,7 +247,7 @@ def left_behind(name: str) -> Path:
     return segment_file(name)
 
 
-def test_a_segment_of_another_layout_is_refused(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_segment_of_another_layout_is_refused(name: str, opened: Open) -> None:
     with left_behind(name).open("r+b") as file:
         file.seek(8 * W_LAYOUT)
         file.write((77).to_bytes(8, "little"))
@@ -253,7 +255,7 @@ def test_a_segment_of_another_layout_is_refused(name: str, opened: Callable[...,
         opened(auto_remove=False)
 
 
-def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Open) -> None:
     segment_file(name).write_bytes(b"x" * 2 * PAGE)
     segment_file(name).chmod(0o600)
     with pytest.raises(TierUnavailable, match="expected a segment of hps_numba, got a file that begins with b'xxxxxxxx'"):
@@ -261,11 +263,13 @@ def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Callab
     assert segment_file(name).read_bytes() == b"x" * 2 * PAGE
 
 
-def test_a_segment_that_others_may_read_or_own_is_refused(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_a_segment_that_others_may_read_or_own_is_refused(name: str, opened: Open) -> None:
     file = left_behind(name)
     assert file.stat().st_mode & 0o777 == 0o600
     file.chmod(0o644)
-    with pytest.raises(TierUnavailable, match=r"expected a file of user \d+ with mode 0600, got one of user \d+ with mode 0644"):
+    with pytest.raises(
+        TierUnavailable, match=r"expected a file of user \d+ with mode 0600, got one of user \d+ with mode 0644"
+    ):
         opened(auto_remove=False)
     file.chmod(0o600)
     if os.geteuid() == 0:
@@ -278,7 +282,7 @@ def test_a_segment_that_others_may_read_or_own_is_refused(name: str, opened: Cal
         opened(auto_remove=False)
 
 
-def test_an_address_that_is_taken_is_named(name: str, opened: Callable[..., MultiProcessHashMapTier]) -> None:
+def test_an_address_that_is_taken_is_named(name: str, opened: Open) -> None:
     peer = Peer(name=name)
     words = np.fromfile(segment_file(name), np.int64, 4)
     address, size = int(words[2]), int(words[3])
@@ -329,7 +333,7 @@ def test_a_file_system_without_room_for_a_segment_is_left_as_it_was(small_folder
     assert not list(folder.iterdir())
 
 
-def test_a_full_segment_names_the_table_and_keeps_what_it_has(opened: Callable[..., MultiProcessHashMapTier], name: str) -> None:
+def test_a_full_segment_names_the_table_and_keeps_what_it_has(opened: Open, name: str) -> None:
     tier, keys = opened(256 << 10), np.arange(500)
     tier.insert(TAG, keys, rows_of(keys, DIM))
     with pytest.raises(CapacityError, match=rf"{TAG}: .*: expected .* in one piece of .*{name}.*a larger shared_memory_size"):
