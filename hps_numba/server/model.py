@@ -26,7 +26,7 @@ from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.server.table_loading import Progress, TableLoading, no_progress, stoppable
 from hps_numba.storage.tier_stack import TierStack
-from hps_numba.storage.tiers.hash_map import HashMapTier
+from hps_numba.storage.tiers._host_tables import HostTablesTier
 
 __all__ = ["Policies", "ServedModel", "config_of_model", "load_policies"]
 
@@ -95,7 +95,7 @@ class ServedModel:
         self,
         config: ServerConfig,
         model: ModelConfig,
-        host: HashMapTier | None,
+        host: HostTablesTier | None,
         slower: TierStack,
         *,
         devices: tuple[int | None, ...] = (),

@@ -23,6 +23,7 @@ from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import make_plan
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.tier_stack import TierStack, open_tiers
+from hps_numba.storage.tiers._host_tables import HostTablesTier
 from hps_numba.storage.tiers._tier import Tier
 from hps_numba.storage.tiers.hash_map import HashMapTier
 
@@ -54,7 +55,7 @@ class ModelLoader:
         self._strict, self._allow_code, self._progress = strict, allow_code, progress
         self.jobs = ModelJobs()
         self.timer = Timer("refresh")
-        self.host: HashMapTier | None = None
+        self.host: HostTablesTier | None = None
         self.slower = TierStack([])
         self._host_of_fixed: HashMapTier | None = None
         self.allocator: HostAllocator
@@ -106,7 +107,7 @@ class ModelLoader:
             return model.deployed_device_list
         return (None,) if self._config.cache_on_cpu else ()
 
-    def _host_for(self, model: ModelConfig) -> HashMapTier | None:
+    def _host_for(self, model: ModelConfig) -> HostTablesTier | None:
         """The rows in host memory; static and uvm tables keep theirs there even if the config has no volatile database."""
         if self.host is None and model.embedding_cache_type != "dynamic" and self._cache_devices(model):
             self._host_of_fixed = self._host_of_fixed or HashMapTier(

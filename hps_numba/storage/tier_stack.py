@@ -22,8 +22,8 @@ from hps_numba.errors import ClosedError, ConfigError, HpsError, TierError, Tier
 from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
+from hps_numba.storage.tiers._host_tables import HostTablesTier
 from hps_numba.storage.tiers._tier import Tier
-from hps_numba.storage.tiers.hash_map import HashMapTier
 
 __all__ = ["StackAnswer", "TierStack", "open_tiers"]
 
@@ -31,27 +31,27 @@ log = logging.getLogger(__name__)
 _TIERS = "hps_numba.storage.tiers"
 
 
-def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HashMapTier | None, TierStack]:
+def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HostTablesTier | None, TierStack]:
     """The first tier, if it keeps rows where this process reads them as they are, and all other tiers of a config.
 
     Raises:
         TierUnavailable: a tier does not exist, is not installed, cannot be reached, or raises another error when it is opened.
         ConfigError: what the config names is not a tier, or an option of it is not valid. In any case, no tier stays open.
     """
-    host: HashMapTier | None = None
+    host: HostTablesTier | None = None
     slower: list[Tier] = []
     with ExitStack() as undo:
         for place, given in config.tier_sections():
             kind = _tier_class(dotted(place), given.type, config.folder, allow_code)
             section = checked_options(given, kind.Options, place, strict=config.strict)
             with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
-                if issubclass(kind, HashMapTier) and given is config.volatile_db:
+                if issubclass(kind, HostTablesTier) and given is config.volatile_db:
                     assert isinstance(section, VolatileDatabaseConfig)
                     tier: Tier = kind(section, wide_keys=config.supportlonglong, allocator=allocator)
                 else:
                     tier = kind(section, wide_keys=config.supportlonglong)
             undo.callback(CheckedTier(tier).close)
-            if isinstance(tier, HashMapTier) and given is config.volatile_db:
+            if isinstance(tier, HostTablesTier) and given is config.volatile_db:
                 host = tier
             else:
                 slower.append(tier)

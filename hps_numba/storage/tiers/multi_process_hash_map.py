@@ -27,12 +27,12 @@ from hps_numba.storage.host.memory import StoreMemory
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.shared.table import SharedVersions
 from hps_numba.storage.shared.tables import Bounds, SharedMemory, attach_tables
-from hps_numba.storage.tiers.hash_map import HashMapTier
+from hps_numba.storage.tiers._host_tables import HostTablesTier
 
 __all__ = ["PLUGIN", "MultiProcessHashMapTier"]
 
 
-class MultiProcessHashMapTier(HashMapTier):
+class MultiProcessHashMapTier(HostTablesTier):
     """One host store per table, in the segment ``shared_memory_name``.
 
     The first process gives the segment its size, and each table its bound. ``allocation_rate`` has no effect: a table that is
