@@ -39,6 +39,7 @@ from hps_numba.storage.shared.layout import (
 )
 from hps_numba.storage.shared.segment_file import (
     LOCK_SECONDS,
+    check_auto_remove,
     cover,
     fill_file,
     open_segment,
@@ -290,6 +291,7 @@ def attach(name: str, size: int, *, auto_remove: bool) -> Segment:
         segment = _attached.get(path)
         if segment is None:
             segment = _attached[path] = Segment(path, size, auto_remove=auto_remove)
+        check_auto_remove(segment.words, path, auto_remove)
         segment.users += 1
         return segment
 

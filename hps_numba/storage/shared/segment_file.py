@@ -39,7 +39,16 @@ from hps_numba.storage.shared.layout import (
     WRITE_LOCK,
 )
 
-__all__ = ["LOCK_SECONDS", "cover", "fill_file", "open_segment", "start_of", "take_huge_pages", "word_view"]
+__all__ = [
+    "LOCK_SECONDS",
+    "check_auto_remove",
+    "cover",
+    "fill_file",
+    "open_segment",
+    "start_of",
+    "take_huge_pages",
+    "word_view",
+]
 
 #: how long a process waits for its turn before it says who keeps it
 LOCK_SECONDS = 60.0
@@ -141,10 +150,15 @@ def _checked_words(file: int, path: Path, auto_remove: bool) -> np.ndarray:
         )
     if words[W_SIZE] != size or words[W_ADDRESS] % PAGE or words[W_ADDRESS] <= 0:
         raise TierUnavailable(f"{path}: expected a segment of {words[W_SIZE]} bytes, got {size}: the file is damaged")
+    check_auto_remove(words, path, auto_remove)
+    return words
+
+
+def check_auto_remove(words: np.ndarray, path: Path, auto_remove: bool) -> None:
+    """Raise ConfigError unless the creator of a segment gave the same."""
     if bool(words[W_AUTO_REMOVE]) != auto_remove:
         expected, got = (str(bool(value)).lower() for value in (words[W_AUTO_REMOVE], auto_remove))
         raise ConfigError(f"shared_memory_auto_remove: expected {expected}, as the creator of {path} gave, got {got}")
-    return words
 
 
 def _make(file: int, path: Path, size: int, auto_remove: bool) -> int:

@@ -124,7 +124,8 @@ def test_tables_grow_in_turns_of_two_processes(opened: Open) -> None:
 def test_rows_are_evicted_by_one_bound_whoever_writes(name: str, opened: Open) -> None:
     bound = {"overflow_margin": 100, "num_partitions": 1, "overflow_policy": "evict_oldest", "max_batch_size": 20}
     tier = opened(**bound)
-    assert in_child(lambda: tier.insert(TAG, np.arange(90), rows_of(np.arange(90), DIM)) == 90) == 0
+    tier.insert(TAG, np.arange(30), rows_of(np.arange(30), DIM))
+    assert in_child(lambda: tier.insert(TAG, np.arange(30, 90), rows_of(np.arange(30, 90), DIM)) == 60) == 0
     tier.insert(TAG, np.arange(90, 110), rows_of(np.arange(90, 110), DIM))
     assert (tier.size(TAG), tier.capacity(TAG)) == (80, 100)
     assert sorted(content_of(tier, TAG)) == list(range(30, 110))
@@ -185,23 +186,21 @@ def test_a_writer_that_is_killed_in_the_middle_of_a_write_blocks_nobody(  # D14
     assert_same_bits(served_rows(tier, keys[:30]), rows_of(keys[:30], DIM, 11))
 
 
-def test_a_writer_that_is_killed_while_a_table_grows_leaves_no_space_behind(
-    opened: Open,
-) -> None:
-    tier, keys = opened(1 * MIB), np.arange(8000)
+def test_a_writer_that_is_killed_while_a_table_grows_leaves_no_space_behind(opened: Open) -> None:
+    tier, keys, more = opened(2 * MIB), np.arange(8000), np.arange(8000, 16000)
     tier.insert(TAG, keys, rows_of(keys, DIM))
-    for _ in range(12):  # each leaves a part of the segment that only it knew
 
-        def grow() -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(SharedContent, "use_index", lambda *given: kill_self())
-                more = np.arange(8000, 16000)
-                tier.insert(TAG, more, rows_of(more, DIM))
+    def grow(step: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SharedContent, step, lambda *given: kill_self())
+            tier.insert(TAG, more, rows_of(more, DIM))
 
-        killed(grow)
-    more = np.arange(8000, 9000)
+    for _ in range(6):  # each leaves a part of the segment that only it knew
+        killed(partial(grow, "_copied_to"))
+    killed(partial(grow, "use_index"))  # readers of others have the new index already
     tier.insert(TAG, more, rows_of(more, DIM))
-    assert_same_bits(served_rows(tier, np.arange(9000)), rows_of(np.arange(9000), DIM))
+    assert_same_bits(served_rows(tier, np.arange(16000)), rows_of(np.arange(16000), DIM))
+    assert tier.size(TAG) == 16000
 
 
 def test_a_reader_that_is_killed_keeps_no_memory(opened: Open) -> None:
@@ -411,12 +410,13 @@ def test_a_cache_follows_what_another_process_publishes(workshop: Workshop, name
     server = workshop.open(model, volatile_db=in_segment(name), cache_on_cpu=True)
     more = np.arange(200, 5000)
 
+    (table,) = server._catalog.models["m"].tables
+
     def grow() -> bool:
         host = server._loader.host
         assert host is not None
-        return host.insert("hps_et.m.sparse_embedding0", more, rows_of(more, 4)) == len(more)
+        return host.insert(table.spec.tag, more, rows_of(more, 4)) == len(more)
 
-    (table,) = server._catalog.models["m"].tables
     assert table.store is not None and table.caches is not None
     (cache,) = table.caches
     link, before = cache.parts.link, table.store.block
