@@ -172,7 +172,7 @@ class SharedContent(TableContent):
         meta[META_LINES // 8], meta[META_ROWS // 8], meta[META_ROW_BYTES // 8] = lines, regions.address(rows), 4 * dim
         meta[META_RECENCY // 8] = 0 if recency == RECENCY_NONE else start + PAGE + 8 * limit
         meta[META_RECENCY_MODE // 8] = recency
-        return SharedIndex(region, rows, start + offset, size)
+        return SharedIndex(region, rows, start + offset, regions.size(region))
 
     def _bind(self, index: SharedIndex) -> None:
         """Be the version in a table region."""

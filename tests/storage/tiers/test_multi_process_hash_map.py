@@ -19,6 +19,7 @@ from support.tiers import DIM, TAG, content_of, fetch, ints
 from support.waiting import wait_until
 
 from hps_numba.errors import CapacityError, ClosedError, ConfigError, TierError, TierUnavailable
+from hps_numba.kernels.host.write import STATE_RETIRED
 from hps_numba.storage.shared import segment
 from hps_numba.storage.shared import segment_file as files
 from hps_numba.storage.shared.content import SharedContent
@@ -170,9 +171,13 @@ def test_a_writer_that_is_killed_in_the_middle_of_a_write_blocks_nobody(  # D14
     tier, keys = opened(), np.arange(1000)
     tier.insert(TAG, keys, rows_of(keys, DIM))
 
+    def end_here(content: SharedContent, epochs: object) -> None:
+        if content.state[STATE_RETIRED]:  # rows have been changed
+            kill_self()
+
     def write_half() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SharedContent, "retire_slots", lambda content, epochs: kill_self())
+            patch.setattr(SharedContent, "retire_slots", end_here)
             tier.insert(TAG, keys[:300], rows_of(keys[:300], DIM, 1))
 
     killed(write_half)
