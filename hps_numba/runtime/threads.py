@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["SPLIT_BYTES", "Ahead", "available_cores", "is_pool_thread", "ranges_of", "run_ranges", "start_thread"]
+__all__ = ["SPLIT_BYTES", "Ahead", "Pool", "available_cores", "is_pool_thread", "ranges_of", "run_ranges", "start_thread"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,16 +98,19 @@ class Ahead(Generic[T]):
 _workers: set[int] = set()  # idents of the threads of the pool, which never end
 
 
-class _Pool:
-    """The idle threads of this process, started on first use, and again in a forked child.
+class Pool:
+    """Idle threads, started on first use, and again in a forked child. They never end.
+
+    Args:
+        threads: at most one less are started, as the caller works too; by default as many as there are cores.
 
     Not an executor of the standard library: those lock in Python code, and an interrupt (Ctrl-C) between two of its lines
     leaves a lock taken forever, for which the exiting process then waits. A ``SimpleQueue`` and a bare thread have no
     such line.
     """
 
-    def __init__(self) -> None:
-        self.threads = available_cores()
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = available_cores() if threads is None else threads
         self.reset_after_fork()
         register_fork_reset(self)
 
@@ -135,7 +138,7 @@ def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
         jobs.get()()
 
 
-_pool = _Pool()
+_pool = Pool()
 
 
 def is_pool_thread() -> bool:
@@ -161,8 +164,12 @@ def _taken(waiting: deque[int]) -> int | None:
         return None
 
 
-def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, int]], threads: int | None = None) -> list[int]:
+def run_ranges(
+    function: Callable[[int, int], int], ranges: Sequence[tuple[int, int]], threads: int | None = None, pool: Pool | None = None
+) -> list[int]:
     """``function(start, stop)`` for every range, on the caller's thread and idle ones; the results in order.
+
+    ``pool``: whose threads; by default those of the process, one a core, which is too few for work that waits for a disk.
 
     Raises what ``function`` raises. Returns or raises only when no thread works on a range any more, even if the caller is
     interrupted: the ranges write to memory that is the caller's.
@@ -185,14 +192,15 @@ def run_ranges(function: Callable[[int, int], int], ranges: Sequence[tuple[int, 
         finally:
             busy.discard(me)
 
-    threads = _pool.threads if threads is None else threads
+    pool = _pool if pool is None else pool
+    threads = pool.threads if threads is None else threads
     asked = done = False
     while not done:
         try:
             if not asked:
                 asked = True
                 for _ in range(min(threads, len(ranges)) - 1):
-                    _pool.submit(work)  # one that starts too late finds nothing to do
+                    pool.submit(work)  # one that starts too late finds nothing to do
                 work()
             if failures:
                 waiting.clear()
