@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections import deque
@@ -15,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hps_numba.errors import ClosedError, TierError, TierUnavailable
+from hps_numba.errors import ClosedError, TierError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.storage.row_log.compaction import Compaction, delete_files
+from hps_numba.storage.row_log.folders import check_folder, delete_orphans
 from hps_numba.storage.row_log.lock import WriterLock
 from hps_numba.storage.row_log.manifest import (
     MANIFEST,
@@ -27,6 +27,7 @@ from hps_numba.storage.row_log.manifest import (
     TableEntry,
     read_manifest,
     signature_of,
+    sync_folder,
     write_manifest,
 )
 from hps_numba.storage.row_log.methods import ReadMethods
@@ -37,8 +38,6 @@ from hps_numba.storage.row_log.writing import Bound, TableWriter
 __all__ = ["RowLog"]
 
 log = logging.getLogger(__name__)
-_OUR_FOLDER = re.compile(r"table-\d{6,}")
-_OUR_FILE = re.compile(r"\d{8,}\.(rows|keys)")
 _MAX_SEGMENT = (1 << 22) - 1
 _PART_ROWS_SHARE = 2  # a part of an insert into a bounded table is at most this share of a segment
 _FOLLOW_ATTEMPTS = 100
@@ -85,28 +84,17 @@ class RowLog:
         self._signature: Signature = None
         self._closed = self._changing = False
         self._pid = os.getpid()
-        self._make_folder(writable)
+        check_folder(folder, make=writable)
         self._writer_lock = WriterLock(folder) if writable else None
         register_fork_reset(self)
         try:
             self._manifest = read_manifest(folder)
             if writable:
-                self._delete_orphans()
+                delete_orphans(folder, self._manifest)
             self._follow()
         except BaseException:
             self.close()
             raise
-
-    def _make_folder(self, writable: bool) -> None:
-        try:
-            if writable:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            elif not self.folder.is_dir():
-                raise TierUnavailable(f"{self.folder}: expected the folder of a row_log, got nothing that can be read")
-        except OSError as problem:
-            if isinstance(problem, TierError):
-                raise
-            raise TierUnavailable(f"{self.folder}: cannot be made: {problem.strerror}") from problem
 
     def reset_after_fork(self) -> None:
         """In the child: read like any other process; from the start if another thread was changing something."""
@@ -301,7 +289,7 @@ class RowLog:
             folder.mkdir(exist_ok=True)
             for path in segment_paths(folder, 1):
                 path.write_bytes(b"")
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as problem:
             raise TierError(f"{folder}: cannot be made: {problem.strerror}") from problem
         self._save(self._manifest.with_table(tag, entry))
@@ -324,7 +312,7 @@ class RowLog:
                 f"{table.folder}: expected at most {_MAX_SEGMENT} segments, got one more: copy the table to a new one"
             )
         segment = table.open_segment(number, create=True)
-        _sync_folder(table.folder)
+        sync_folder(table.folder)
         entry = table.entry.with_segments(*table.entry.segments, number)
         self._save(self._manifest.with_table(table.tag, entry))
         table.segments = {**table.segments, number: segment}
@@ -344,21 +332,6 @@ class RowLog:
     def _save(self, manifest: Manifest) -> None:
         write_manifest(self.folder, manifest)
         self._manifest = manifest
-
-    def _delete_orphans(self) -> None:
-        """Delete files of ours that the manifest does not name: a crash left them."""
-        known = {entry.folder: entry for entry in self._manifest.tables.values()}
-        for folder in self.folder.iterdir():
-            if not _OUR_FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-                continue
-            entry = known.get(folder.name)
-            if entry is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            keep = {path.name for number in entry.segments for path in segment_paths(folder, number)}
-            for path in folder.iterdir():
-                if _OUR_FILE.fullmatch(path.name) and path.name not in keep:
-                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -393,11 +366,3 @@ class RowLog:
             while self._tables:
                 self._tables.popitem()[1].close()
         self.reads.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

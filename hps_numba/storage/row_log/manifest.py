@@ -12,7 +12,7 @@ from typing import Any
 from hps_numba.errors import TierError
 from hps_numba.runtime.replacing import file_judge, replace_file
 
-__all__ = ["MANIFEST", "Manifest", "Signature", "TableEntry", "read_manifest", "signature_of", "write_manifest"]
+__all__ = ["MANIFEST", "Manifest", "Signature", "TableEntry", "read_manifest", "signature_of", "sync_folder", "write_manifest"]
 
 MANIFEST = "manifest.json"
 _FORMAT = "hps_numba row_log 1"
@@ -114,6 +114,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({**given, "sha256": _digest(given)})
     judge = file_judge("the manifest of a row_log", lambda start: start.startswith(_START))
     replace_file(folder / MANIFEST, text.encode(), judge, error=TierError)
+    try:
+        sync_folder(folder)
+    except OSError as problem:
+        raise TierError(f"{folder}: cannot be synced: {problem.strerror}") from problem
+
+
+def sync_folder(folder: Path) -> None:
+    """See that new files of a folder are found after a loss of power.
+
+    Raises:
+        OSError: the disk fails.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -83,7 +83,8 @@ def read_records(segment: Segment, slot_size: int, *, is_sealed: bool) -> list[R
             records.append(_lost_record(segment, slot_size, number, unit if kind == PUT else None, base + 8 * position))
             _commit(segment, records[-1], slot_size)
         keys = words[found + RECORD_WORDS : after].copy() if whole else None
-        if keys is None and (kind == ERASURE or (after >= len(words) and not is_sealed)):
+        is_cut = after > len(words) or (after == len(words) and not is_sealed)
+        if keys is None and (kind == ERASURE or is_cut):
             search = found + 1
             continue
         if keys is None:

@@ -84,7 +84,9 @@ class RowTable:
         """Whether another process has written since the last ``refresh``."""
         if entry != self.entry:
             return True
-        last = self.segments[entry.segments[-1]]
+        last = self.segments.get(entry.segments[-1])
+        if last is None:  # another thread is just following
+            return True
         return os.fstat(last.keys_fd).st_size != last.ends.keys
 
     def refresh(self, entry: TableEntry) -> None:

@@ -106,9 +106,10 @@ class TableWriter:
             TierError: they cannot be written; nothing of them is there.
         """
         new = [0] * len(groups)
-        for piece in self._write(groups):
-            new[piece.group] += self.table.index.put(piece.keys, self._locations(piece))
-        self._end()
+        pieces = self._write(groups)
+        with self._ending():
+            for piece in pieces:
+                new[piece.group] += self.table.index.put(piece.keys, self._locations(piece))
         return new
 
     def move(self, keys: np.ndarray, rows: np.ndarray, old: np.ndarray) -> None:
@@ -118,11 +119,12 @@ class TableWriter:
             TierError: they cannot be written.
         """
         start = 0
-        for piece in self._write([(keys, rows)]):
-            stop = start + len(piece.keys)
-            self.table.index.move(piece.keys, old[start:stop], self._locations(piece))
-            start = stop
-        self._end()
+        pieces = self._write([(keys, rows)])
+        with self._ending():
+            for piece in pieces:
+                stop = start + len(piece.keys)
+                self.table.index.move(piece.keys, old[start:stop], self._locations(piece))
+                start = stop
 
     def _locations(self, piece: _Piece) -> np.ndarray:
         return piece.segment.locations(piece.unit, len(piece.keys), self.table.slot_size)
@@ -173,7 +175,8 @@ class TableWriter:
             if len(keys):
                 self._write_erasure(keys)
             self._sync("keys_fd")
-        self._end()
+        with self._ending():
+            pass
 
     def evict(self) -> None:
         """Evict by the policy if there are more rows than the bound allows; recorded with the next commit."""
@@ -246,11 +249,19 @@ class TableWriter:
                 log.warning("%s", self._broken)
         self._drafts = {}
 
-    def _end(self) -> None:
-        for number, draft in self._drafts.items():
-            self.table.segments[number].ends = draft
-        self._drafts = {}
-        self._unrecorded.clear()
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Change the index: the commit is on the disk. If there is no memory for it, what is there shows at the next start."""
+        try:
+            yield
+        except BaseException as problem:
+            self._broken = f"the index lacks what is on the disk: {problem}"
+            raise
+        finally:
+            for number, draft in self._drafts.items():
+                self.table.segments[number].ends = draft
+            self._drafts = {}
+            self._unrecorded.clear()
         if self.table.bytes - self._viewed_bytes >= 1 << 20:
             self.renew_view()
 
