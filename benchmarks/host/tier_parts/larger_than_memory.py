@@ -60,11 +60,12 @@ def write_table(folder: Path, rows: int, dim: int) -> float:
 def limit_memory(limit: int, name: str) -> str:
     """Limit this process; says how."""
     for home, file in _CGROUPS:
-        group = home / name
+        if not (home / "cgroup.procs").exists():
+            continue
         try:
-            group.mkdir()
-            (group / file).write_text(str(limit))
-            (group / "cgroup.procs").write_text(str(os.getpid()))
+            (home / name).mkdir()
+            (home / name / file).write_text(str(limit))
+            (home / name / "cgroup.procs").write_text(str(os.getpid()))
         except OSError:
             continue
         return "control group"

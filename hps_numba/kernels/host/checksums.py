@@ -1,7 +1,8 @@
 """Checksums of 64-bit words in memory: fast, and sure to notice a change of one word.
 
 Four chains, each of steps that are one to one in the word and in what came before, are folded by a step that is one to one in
-each of them. So two blocks that differ in a single word never have the same sum; others do with a chance of 2**-64.
+each of them. So two blocks that differ in a single word never have the same sum; others do with a chance of 2**-64. A word is
+multiplied before it is added, so that no change of few bits is undone by one of few bits in the next word of its chain.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _29, _35, _17, _47 = np.uint64(29), np.uint64(35), np.uint64(17), np.uint64(47)
 
 @host_function
 def _mixed(chain, word):
-    chain = (chain ^ word) * _M1
-    return (chain << _29) | (chain >> _35)
+    chain += word * _M2
+    return ((chain << _29) | (chain >> _35)) * _M1
 
 
 @host_function

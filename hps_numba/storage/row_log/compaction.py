@@ -25,6 +25,7 @@ _COPY_BYTES = 4 << 20
 _SCAN_KEYS = 1 << 18
 _SMALL_BYTES = 64 << 20  # garbage that is not worth a compaction in a table without a bound
 _KEY_BYTES = 8
+_LITTLE = 8  # a compaction that frees less than this share of the garbage met erasures that it had to keep
 
 
 class Compaction:
@@ -59,16 +60,17 @@ class Compaction:
         self._writer.evict()
         if bound.max_bytes is None:
             garbage = self._table.bytes - self._live_bytes
-            if garbage > max(_SMALL_BYTES, self._live_bytes):
-                self.run(garbage // 2)
+            if garbage > max(_SMALL_BYTES, self._live_bytes) and self.run(garbage // 2) < garbage // _LITTLE:
+                self.run_all()
             return
-        allowed = bound.max_bytes - bound.segment_bytes - more
-        while (excess := self._table.bytes - allowed) > 0:
-            if not self.run(excess):
-                raise TierError(
-                    f"{self._table.folder}: max_bytes: expected room for {more} bytes more, "
-                    f"got {self._table.bytes} of {bound.max_bytes} in use"
-                )
+        excess = self._table.bytes - (bound.max_bytes - bound.segment_bytes - more)
+        if excess > 0 and self.run(excess) < excess:
+            self.run_all()
+        if self._table.bytes + more + bound.segment_bytes > bound.max_bytes:
+            raise TierError(
+                f"{self._table.folder}: max_bytes: expected room for {more} bytes more, "
+                f"got {self._table.bytes} of {bound.max_bytes} in use"
+            )
 
     def run(self, wanted: int) -> int:
         """Compact the segments with the largest share of garbage until ``wanted`` bytes are freed; returns how many were."""
@@ -78,6 +80,14 @@ class Compaction:
                 self._add_segment()
             self._compact(self._table.segments[number])
         return before - self._table.bytes
+
+    def run_all(self) -> None:
+        """Compact all segments, the oldest first, so that no erasure has to be kept."""
+        numbers = self._table.entry.segments
+        self._add_segment()
+        for number in numbers:
+            if not self._table.segments[number].damaged:
+                self._compact(self._table.segments[number])
 
     def _victims(self, wanted: int) -> list[int]:
         """Segments with garbage, worst first, until they make up for ``wanted`` bytes."""
@@ -89,12 +99,13 @@ class Compaction:
         garbage = {
             number: segment.bytes - int(live[number - first]) * size
             for number, segment in self._table.segments.items()
-            if not segment.damaged and segment.bytes
+            if not segment.damaged
         }
+        garbage = {number: size_of for number, size_of in garbage.items() if size_of > size}
         ranked = sorted(garbage, key=lambda number: garbage[number] / self._table.segments[number].bytes, reverse=True)
         chosen: list[int] = []
         for number in ranked:
-            if wanted <= 0 or garbage[number] <= size:
+            if wanted <= 0:
                 break
             chosen.append(number)
             wanted -= garbage[number]

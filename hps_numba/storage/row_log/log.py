@@ -160,7 +160,8 @@ class RowLog:
 
     def _follow_table(self, tag: str, entry: TableEntry) -> None:
         table = self._tables.get(tag)
-        if table is not None and table.entry.number != entry.number:  # dropped, and made again
+        replaced = table is not None and table.entry.number != entry.number  # dropped, and made again
+        if table is not None and (replaced or (not self.writes and table.was_cut())):
             self._tables.pop(tag).close()
             table = None
         if table is not None:

@@ -89,6 +89,10 @@ class RowTable:
             return True
         return os.fstat(last.keys_fd).st_size != last.ends.keys
 
+    def was_cut(self) -> bool:
+        """Whether records that are in the index are on the disk no more, as their commit failed."""
+        return any(os.fstat(segment.keys_fd).st_size < segment.ends.keys for segment in self.segments.values())
+
     def refresh(self, entry: TableEntry) -> None:
         """Follow the manifest and the key files: what was committed before this call is in the index afterwards."""
         gone = self.segments.keys() - set(entry.segments)

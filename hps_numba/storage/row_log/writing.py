@@ -75,6 +75,7 @@ class TableWriter:
         self._drafts: dict[int, Ends] = {}  # of a commit that is being written, by segment
         self._unrecorded: list[np.ndarray] = []  # evicted keys that have no record yet
         self._broken: str | None = None
+        self._rolls = False  # the next commit goes to a new segment
         self._viewed_bytes = table.bytes
 
     @property
@@ -205,8 +206,9 @@ class TableWriter:
     def _segment_with_room(self) -> Segment:
         draft = self._draft(self.active)
         full = aligned(draft.rows) + self.table.slot_size > self.bound.segment_bytes and draft.rows > 0
-        if full or draft.keys > self.bound.segment_bytes:
+        if full or draft.keys > self.bound.segment_bytes or self._rolls:
             self._add_segment()
+            self._rolls = False
         return self.active
 
     def _draft(self, segment: Segment) -> Ends:
@@ -238,9 +240,14 @@ class TableWriter:
                 _sync_data(getattr(self.table.segments[number], which))
 
     def _undo(self) -> None:
-        """Cut the files to what was committed before."""
-        for number in self._drafts:
+        """Cut the files to what was committed before.
+
+        Another process may have read records that are cut: it sees that the file became shorter, as that one is not written to
+        again.
+        """
+        for number, draft in self._drafts.items():
             segment = self.table.segments[number]
+            self._rolls = self._rolls or draft.keys > segment.ends.keys
             try:
                 _cut(segment.keys_fd, segment.ends.keys)
                 _cut(segment.rows_fd, segment.ends.rows)

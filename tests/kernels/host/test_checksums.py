@@ -34,7 +34,7 @@ def naive(words: np.ndarray, seed: int) -> int:
     whole = len(words) // 4 * 4
     for i, word in enumerate(words.view(np.uint64).tolist()):
         chain = i % 4 if i < whole else 0
-        chains[chain] = rotated((chains[chain] ^ word) * M1 & MASK, 29)
+        chains[chain] = rotated(chains[chain] + word * M2 & MASK, 29) * M1 & MASK
     a, b, c, d = chains
     found = hashed(a * M2 + rotated(b, 17)) ^ (hashed(c ^ rotated(d, 17)) * M1 & MASK)
     return found - 2**64 if found >= 2**63 else found

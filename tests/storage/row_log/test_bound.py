@@ -31,7 +31,7 @@ def size_of(folder: Path) -> int:
 def test_files_stay_within_the_bound_and_rows_are_exact(tmp_path: Path, policy: str, batch: int) -> None:
     tier = open_log(tmp_path, policy)
     last = 0
-    for start in range(0, {1: 700, 40: 4000, 900: 9000}[batch], batch):
+    for start in range(0, {1: 250, 40: 2400, 900: 4500}[batch], batch):
         keys = np.arange(start, start + batch) % 2500
         tier.insert(TAG, keys, rows_of(keys, DIM))
         assert size_of(tmp_path) <= MAX

@@ -21,29 +21,43 @@ CRASHES = int(os.environ.get("HPS_NUMBA_CRASHES", "4"))
 KEYS = 200
 ERASED = -1
 
-#: says what it begins and what is acknowledged; each row has the stamp of its insert
-WRITER = """
-import random, sys
+#: forks a writer for each line that it reads. The writer says its pid, what it begins and what is acknowledged; each row has the
+#: stamp of its insert
+WRITERS = """
+import os, random, sys
 import numpy as np
 from support.oracles import rows_of
 from support.tiers import DIM, TAG
 from hps_numba.storage.tiers.row_log import RowLogTier
-path, stamp, seed, sync, bound = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-choose = random.Random(seed)
-tier = RowLogTier.from_options(path=path, segment_bytes=8192, sync=sync, reads="threads", max_bytes=bound or None)
-while True:
-    keys = [choose.randrange(200) for _ in range(choose.choice([1, 5, 40]))]
-    action = choose.random()
-    stamp += 1
-    kind = "erase" if action < 0.2 else "insert"
-    print(kind, stamp, *keys, flush=True)
-    if kind == "erase":
-        tier.erase(TAG, np.array(keys))
-    else:
-        tier.insert(TAG, np.array(keys), rows_of(keys, DIM, stamp))
-    if action > 0.95:
-        tier.compact(TAG)
-    print("done", flush=True)
+
+def write(path, stamp, seed, sync, bound, most):
+    choose = random.Random(seed)
+    tier = RowLogTier.from_options(path=path, segment_bytes=8192, sync=sync, reads="threads", max_bytes=bound or None)
+    for _ in range(most):
+        keys = [choose.randrange(200) for _ in range(choose.choice([1, 5, 40]))]
+        action = choose.random()
+        stamp += 1
+        kind = "erase" if action < 0.2 else "insert"
+        print(kind, stamp, *keys, flush=True)
+        if kind == "erase":
+            tier.erase(TAG, np.array(keys))
+        else:
+            tier.insert(TAG, np.array(keys), rows_of(keys, DIM, stamp % 64))
+        if action > 0.95:
+            tier.compact(TAG)
+        print("done", flush=True)
+    tier.close()
+
+write(sys.argv[1], 0, 0, "never", 0, 30)  # kernels are loaded before the forks
+print("ready", flush=True)
+for line in sys.stdin:
+    path, *numbers, sync = line.split()
+    stamp, seed, bound = map(int, numbers)
+    child = os.fork()
+    if child == 0:
+        print(os.getpid(), flush=True)
+        write(path, stamp, seed, sync, bound, 10**9)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -72,7 +86,7 @@ class Expected:
         """Compare; what is there is certain from now on."""
         for key in range(KEYS):
             allowed = {self.certain[key], self.begun.get(key, self.certain[key])} | ({ERASED} if evicting else set())
-            states = {ERASED: None} | {stamp: rows_of([key], DIM, stamp)[0].tobytes() for stamp in allowed - {ERASED}}
+            states = {ERASED: None} | {stamp: rows_of([key], DIM, stamp % 64)[0].tobytes() for stamp in allowed - {ERASED}}
             found = [stamp for stamp in allowed if states[stamp] == content.get(key)]
             assert found, f"key {key}: expected the row of one of {allowed}"
             self.certain[key] = found[0]
@@ -83,29 +97,31 @@ class Expected:
 def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path: Path, sync: str, bound: int) -> None:
     choose = random.Random(7)
     expected = Expected()
-    read_only = {"path": str(tmp_path), "read_only": True, "segment_bytes": 8192, "max_bytes": bound or None}
-    kills = max(1, CRASHES // 3) if bound or sync == "always" else CRASHES - 2 * max(1, CRASHES // 3)
-    for number in range(max(1, kills)):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(expected.stamp), str(number), sync, str(bound)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-        assert child.stdout is not None
-        lines = [child.stdout.readline()]  # it works
-        for _ in range(choose.randrange(60)):
-            lines.append(child.stdout.readline())
-        spins = choose.randrange(30_000)
-        while spins:
-            spins -= 1
-        child.send_signal(signal.SIGKILL)
-        rest, _ = child.communicate(timeout=HANG_SECONDS)
-        assert child.returncode == -signal.SIGKILL, rest
-        lines += rest.splitlines()
-        expected.read([line for line in lines if line.strip()])
-        reader = RowLogTier.from_options(**read_only)
-        content_of(reader, TAG, 64)  # opens beside nobody
+    folder = tmp_path / "log"
+    command = [sys.executable, "-c", WRITERS, str(tmp_path / "warm")]
+    writers = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    assert writers.stdin is not None and writers.stdout is not None
+    while writers.stdout.readline() != "ready\n":
+        assert writers.poll() is None
+    for number in range(max(1, CRASHES // 3)):
+        print(folder, expected.stamp, number, bound, sync, file=writers.stdin, flush=True)
+        pid = int(writers.stdout.readline())
+        lines = [writers.stdout.readline() for _ in range(choose.randrange(1, 80))]
+        for _ in range(choose.randrange(20_000)):  # some moment within the next steps
+            pass
+        os.kill(pid, signal.SIGKILL)
+        while not lines[-1].startswith("ended"):
+            lines.append(writers.stdout.readline())
+        assert lines.pop() == f"ended {-signal.SIGKILL}\n"
+        expected.read(lines)
+        options = {"path": str(folder), "segment_bytes": 8192, "max_bytes": bound or None, "sync": sync}
+        reader = RowLogTier.from_options(**options, read_only=True)
+        content_of(reader, TAG, 64)  # no row that it finds is damaged
         reader.close()
-        tier = RowLogTier.from_options(**{**read_only, "read_only": False, "sync": sync})
+        tier = RowLogTier.from_options(**options)
         expected.check(content_of(tier, TAG, 64), evicting=bool(bound))
         assert not bound or tier.disk_bytes(TAG) <= bound
         tier.close()
+    writers.communicate(timeout=HANG_SECONDS)
     assert expected.acknowledged > 0
-    print(f"{kills} kills, {expected.acknowledged} acknowledged writes")  # noqa: T201
+    print(f"{number + 1} kills, {expected.acknowledged} acknowledged writes")  # noqa: T201

@@ -213,3 +213,28 @@ def test_closing_beside_reads_is_safe(tmp_path: Path) -> None:
         tier.close()
         join_all(thread)
         assert isinstance(problems[0], ClosedError), problems[0]
+
+
+def test_a_reader_forgets_rows_of_a_commit_that_failed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saw the records before they were synced."""
+    from hps_numba.storage.row_log import writing
+
+    writer, reader = open_log(tmp_path, sync="always", segment_bytes=1 << 20), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    before = content_of(reader, TAG, 100)
+    synced = []
+
+    def fail_at_last(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            assert reader.size(TAG) == 350
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "_sync_data", fail_at_last)
+        with pytest.raises(TierError, match="Input/output error"):
+            writer.insert(TAG, KEYS + 50, rows_of(KEYS + 50, DIM, 1))
+    writer.insert(TAG, ints(1000), rows_of([1000], DIM))
+    for tier in (writer, reader):
+        assert content_of(tier, TAG, 100) == {**before, 1000: rows_of([1000], DIM)[0].tobytes()}
+        tier.close()
