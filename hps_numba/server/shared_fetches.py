@@ -31,11 +31,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from types import FrameType
 
 import numpy as np
 
 from hps_numba.config import TableSpec
-from hps_numba.runtime.blocks import running_frames
+from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.tier_stack import TierStack
 
@@ -89,7 +90,7 @@ class _Flight:
         self.count = count
         self.deadline = deadline
         self.thread = threading.get_ident()
-        self.frame = 0
+        self.frame: FrameType | None = None
         self.answer: SharedAnswer | None = None
         self.ended = False
         self._waiting: list[SimpleQueue[None]] = []
@@ -171,7 +172,7 @@ class SharedFetches:
         Raises:
             As ``TierStack.fetch``.
         """
-        flights = tuple(self._flights)
+        flights = tuple(flight for flight in self._flights if not flight.ended)
         if not flights or self._leads_here(flights):
             return self._lead(keys, deadline)
         rest, joins = _common_keys(flights, keys, count)
@@ -200,7 +201,7 @@ class SharedFetches:
     def _lead(self, keys: np.ndarray, deadline: float | None, others: tuple[_Request, ...] = ()) -> SharedAnswer:
         """Ask the tiers, for whoever wants to join too."""
         flight = _Flight(keys, self._settled(), deadline)
-        flight.frame = id(sys._getframe())
+        flight.frame = sys._getframe()
         try:
             self._flights[flight] = None
             for other in others:
@@ -209,9 +210,10 @@ class SharedFetches:
             flight.answer = self._ask_tiers(keys, deadline)
             return flight.answer
         finally:
+            flight.end()  # first: those that wait are woken, whatever interrupts the rest
             self._flights.pop(flight, None)
-            flight.end()
             self._wake_next()
+            flight.frame = None  # no cycle of the frame and its variable
 
     def _ask_tiers(self, keys: np.ndarray, deadline: float | None) -> SharedAnswer:
         rows = np.empty((len(keys), self._spec.dim), np.float32)
@@ -301,10 +303,8 @@ class SharedFetches:
 
     def _end_lost(self) -> None:
         """End fetches whose thread was interrupted before it could end them."""
-        flights = tuple(self._flights)  # before the frames: one that begins now is not looked at
-        running = running_frames()
-        for flight in flights:
-            if flight.frame not in running:
+        for flight in tuple(self._flights):
+            if has_ended(flight.frame):
                 self._flights.pop(flight, None)
                 flight.end()
 

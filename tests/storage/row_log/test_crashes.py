@@ -21,7 +21,7 @@ CRASHES = int(os.environ.get("HPS_NUMBA_CRASHES", "4"))
 KEYS = 200
 ERASED = -1
 
-#: forks a writer for each line that it reads. The writer says its pid, what it begins and what is acknowledged; each row has the
+#: forks a writer for each line that it reads. The writer says its pid, what it begins and what is acknowledged; a row has the
 #: stamp of its insert
 WRITERS = """
 import os, random, sys
