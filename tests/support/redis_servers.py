@@ -21,21 +21,31 @@ SLOTS = 16384
 NODE_TIMEOUT = 60_000
 
 
+class ServerEnded(Exception):
+    """A server ended by itself; what it logged."""
+
+
 class Server:
     """A redis-server, or a valkey-server, as the variable HPS_NUMBA_REDIS_SERVER says.
 
     Attributes:
-        port: of loopback.   client: redis-py's, with the rights of an administrator.
+        port: of loopback.   bus: port of the bus of a cluster.   client: redis-py's, with the rights of an administrator.
     """
 
     def __init__(self, folder: Path, *options: str, tls: dict[str, str] | None = None, **login: str) -> None:
         self.folder, self.options, self.tls, self.login = folder, options, tls, login
         folder.mkdir(parents=True, exist_ok=True)
         self.command = program(os.environ.get("HPS_NUMBA_REDIS_SERVER", "redis-server"), "redis-server")
-        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Any = None
-        self.start()
+        for attempt in range(10):  # a port that was free may be taken meanwhile
+            self.port, self.bus = free_port(), free_port()
+            try:
+                self.start()
+                return
+            except ServerEnded:
+                if attempt == 9:
+                    raise
 
     @property
     def address(self) -> str:
@@ -44,20 +54,22 @@ class Server:
     def start(self) -> None:
         """Start it, and wait until it answers; again on the same port after it was ended."""
         redis = pytest.importorskip("redis")
-        # a free port may be taken meanwhile; the port of a cluster's bus is this plus 10000, unless it is given
         port = ("--port", "0", "--tls-port", str(self.port)) if self.tls else ("--port", str(self.port))
         every = ("--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder), "--logfile", "log", "--daemonize", "no")
-        self.process = subprocess.Popen([self.command, *port, *every, *self.options])
+        bus = ("--cluster-port", str(self.bus)) if "--cluster-enabled" in self.options else ()
+        self.process = subprocess.Popen([self.command, *port, *every, *bus, *self.options])
         secure = {"ssl": True, **self.tls} if self.tls else {}
         limit = {"socket_timeout": HANG_SECONDS, "socket_connect_timeout": HANG_SECONDS}
         self.client = redis.Redis("127.0.0.1", self.port, **secure, **self.login, **limit)
         wait_until(self.answers)
 
     def answers(self) -> bool:
-        """Whether it answers a PING."""
-        assert self.process is not None and self.process.poll() is None, (self.folder / "log").read_text()
+        """Whether it answers, and not another one on its port."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise ServerEnded((self.folder / "log").read_text())
         try:
-            return bool(self.client.ping())
+            return bool(self.client.info("server")["process_id"] == self.process.pid)
         except Exception:
             return False
 
@@ -92,7 +104,7 @@ class Cluster:
         self.servers, self.primaries = list(servers), primaries
         first = servers[0]
         for other in servers[1:]:
-            first.client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port, self.bus(other))
+            first.client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port, other.bus)
         for i, server in enumerate(servers[:primaries]):
             bounds = SLOTS * i // primaries, SLOTS * (i + 1) // primaries - 1
             server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", *bounds)
@@ -100,11 +112,6 @@ class Cluster:
         for i, server in enumerate(servers[primaries:]):
             server.client.execute_command("CLUSTER", "REPLICATE", self.id_of(servers[i]))
         wait_until(self.settled)
-
-    @staticmethod
-    def bus(server: Server) -> int:
-        """The port of its bus."""
-        return int(server.options[server.options.index("--cluster-port") + 1])
 
     @staticmethod
     def id_of(server: Server) -> str:
@@ -166,7 +173,7 @@ def cluster_of(
     servers: list[Server] = []
     try:
         for i in range(primaries + replicas):
-            more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(free_port())]
+            more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"]
             more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(dead_after_ms), *options]
             servers.append(Server(folder / f"node{i}", *more))
         yield Cluster(servers, primaries)
