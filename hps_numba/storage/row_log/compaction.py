@@ -25,6 +25,7 @@ _COPY_BYTES = 4 << 20
 _SCAN_KEYS = 1 << 18
 _SMALL_BYTES = 64 << 20  # garbage that is not worth a compaction in a table without a bound
 _KEY_BYTES = 8
+_PASSES, _PASSES_WITHOUT_LOSS = 16, 3
 _LITTLE = 8  # a compaction that frees less than this share of the garbage met erasures that it had to keep
 
 
@@ -63,10 +64,17 @@ class Compaction:
             if garbage > max(_SMALL_BYTES, self._live_bytes) and self.run(garbage // 2) < garbage // _LITTLE:
                 self.run_all()
             return
-        excess = self._table.bytes - (bound.max_bytes - bound.segment_bytes - more)
-        if excess > 0 and self.run(excess) < excess:
+        more += self._writer.unrecorded_bytes
+        allowed = bound.max_bytes - bound.segment_bytes - more
+        if self._table.bytes > allowed:
+            self.run(self._table.bytes - allowed)
+        for number in range(_PASSES):  # each makes groups larger, so that less is lost between them
+            if self._table.bytes <= allowed:
+                return
+            if number >= _PASSES_WITHOUT_LOSS:
+                self._writer.evict(len(self._table.index) - 1)
             self.run_all()
-        if self._table.bytes + more + bound.segment_bytes > bound.max_bytes:
+        if self._table.bytes > allowed:
             raise TierError(
                 f"{self._table.folder}: max_bytes: expected room for {more} bytes more, "
                 f"got {self._table.bytes} of {bound.max_bytes} in use"

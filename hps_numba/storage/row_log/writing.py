@@ -16,6 +16,7 @@ import numpy as np
 
 from hps_numba.errors import TierError
 from hps_numba.kernels.host.row_log import row_log_encode
+from hps_numba.kernels.layouts.row_log import RECORD_WORDS
 from hps_numba.storage.row_log.records import record_bytes
 from hps_numba.storage.row_log.segment import Ends, Segment, aligned
 from hps_numba.storage.row_log.table import RowTable
@@ -82,6 +83,11 @@ class TableWriter:
     def active(self) -> Segment:
         """The segment that is written to."""
         return self.table.segments[self.table.entry.segments[-1]]
+
+    @property
+    def unrecorded_bytes(self) -> int:
+        """Bytes of the records of evictions that the next commit writes."""
+        return sum(2 * _KEY_BYTES * (RECORD_WORDS + len(keys)) for keys in self._unrecorded)
 
     def repair(self) -> None:
         """Cut torn tails, and add the records that were recovered."""
@@ -179,10 +185,13 @@ class TableWriter:
         with self._ending():
             pass
 
-    def evict(self) -> None:
-        """Evict by the policy if there are more rows than the bound allows; recorded with the next commit."""
-        most = self.bound.max_rows(self.table.slot_size)
-        if most is not None and len(self.table.index) > most:
+    def evict(self, most: int | None = None) -> None:
+        """Evict by the policy if there are more rows than ``most``, by default what the bound allows.
+
+        That is recorded with the next commit.
+        """
+        most = self.bound.max_rows(self.table.slot_size) if most is None else most
+        if most is not None and len(self.table.index) > max(most, 0):
             self._unrecorded.append(self.table.index.evict(most, self.bound.target))
 
     def _write_rows(self, group: int, keys: np.ndarray, rows: np.ndarray, pieces: list[_Piece]) -> None:
