@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,10 +176,8 @@ class ReadMethods:
 
     def _ring(self, size: int, block: int) -> Ring | None:
         """An idle ring with buffers of ``size`` bytes; None if the system gives no more."""
-        try:
+        with suppress(IndexError):
             return self._idle.setdefault((size, block), []).pop()
-        except IndexError:
-            pass
         try:
             return Ring(self._depth, size, block)
         except OSError as problem:
