@@ -78,10 +78,13 @@ def write(name: str, rows: int, stop: multiprocessing.synchronize.Event, pipe: A
     """A process that writes until told to stop, and says how many rows a second."""
     tier, store = open_store(name, rows)
     keys = np.random.default_rng(1).integers(0, rows, (64, BATCH))
+    rows_of_one = np.ones((1, DIM), np.float32)
+    store.upsert(keys[0, :1], keys[0, :1, None] * rows_of_one)
+    pipe.send("ready")
     done, started = 0, time.perf_counter()
     while not stop.is_set():
         some = keys[done % len(keys)]
-        store.upsert(some, np.repeat(some.astype(np.float32)[:, None], DIM, axis=1))
+        store.upsert(some, some[:, None] * rows_of_one)
         done += 1
     pipe.send(done * BATCH / (time.perf_counter() - started))
     tier.close()
@@ -129,6 +132,7 @@ def measure(processes: int, rows: int, rounds: int, seconds: float) -> dict[str,
     stop, (ours, theirs) = CONTEXT.Event(), CONTEXT.Pipe()
     writer = CONTEXT.Process(target=write, args=(name, rows, stop, theirs))
     writer.start()
+    ours.recv()
     beside = statistics.median(readers.rate("shared", seconds) for _ in range(max(3, rounds // 3)))
     stop.set()
     written = float(ours.recv())
