@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -19,7 +20,7 @@ from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.storage.shared import segment
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
-__all__ = ["MIB", "Peer", "new_name", "open_tier", "segment_file", "started_child"]
+__all__ = ["MIB", "Peer", "kill_self", "killed", "new_name", "open_tier", "segment_file", "started_child"]
 
 MIB = 1 << 20
 
@@ -58,6 +59,17 @@ def started_child(work: Callable[[], object]) -> int:
         finally:
             os._exit(status)
     return child
+
+
+def kill_self() -> None:
+    """End this process as ``kill -9`` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Let a forked child do ``work``, in which it is killed."""
+    child = started_child(work)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 class Peer:

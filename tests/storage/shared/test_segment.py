@@ -1,0 +1,91 @@
+"""A segment in one process: pinned for devices, waited for, left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from support.children import in_child
+from support.oracles import rows_of
+from support.pinned import Registrar
+from support.shared_memory import MIB, new_name, open_tier, segment_file, started_child
+from support.waiting import wait_until
+
+from hps_numba.errors import CapacityError, ConfigError, TierUnavailable
+from hps_numba.storage.shared import segment as segments
+from hps_numba.storage.shared.layout import W_WRITER
+
+TAG = "hps_et.m.a"
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    given = new_name()
+    yield given
+    segment_file(given).unlink(missing_ok=True)
+
+
+def test_a_segment_is_pinned_whole_and_once_and_by_its_process_only(name: str) -> None:
+    tier, registrar = open_tier(name, MIB), Registrar()
+    segment = tier._tables.segment
+    for _ in range(2):
+        segment.pin(registrar.register, registrar.unregister)
+    pinned = {segment.address: segment.size}
+    assert registrar.ranges == pinned
+    assert segments.present_bytes(name) == segment.size
+
+    def leave() -> bool:
+        tier.close()
+        return registrar.ranges == pinned  # they are the parent's
+
+    assert in_child(leave) == 0
+    tier.insert(TAG, np.arange(9), rows_of(range(9), 4))
+    tier.close()
+    assert registrar.ranges == {}
+
+
+def test_a_segment_that_cannot_be_pinned_is_an_error(name: str) -> None:
+    tier = open_tier(name, MIB)
+    with pytest.raises(CapacityError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        tier._tables.segment.pin(Registrar(limit=4096).register, Registrar().unregister)
+    tier.insert(TAG, np.arange(9), rows_of(range(9), 4))
+    tier.close()
+
+
+def test_a_writer_that_is_stopped_is_named_to_those_who_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = open_tier(name, MIB)
+    tier.insert(TAG, np.arange(9), rows_of(range(9), 4))
+    segment = tier._tables.segment
+
+    def hold() -> None:
+        with segment.turn():
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    child = started_child(hold)
+    os.waitpid(child, os.WUNTRACED)
+    wait_until(lambda: segment.words[W_WRITER] == child)
+    monkeypatch.setattr(segments, "LOCK_SECONDS", 0.01)
+    with pytest.raises(TierUnavailable, match=f"process {child} has kept the turn of the writers"):
+        tier.insert(TAG, np.arange(9), rows_of(range(9), 4))
+    rows = np.empty((9, 4), np.float32)
+    assert tier.fetch(TAG, np.arange(9), rows).found.all()  # readers do not wait
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    monkeypatch.undo()
+    assert tier.insert(TAG, np.arange(10), rows_of(range(10), 4)) == 1
+    tier.close()
+
+
+def test_two_users_in_one_process_share_a_segment_and_agree(name: str) -> None:
+    first, second = open_tier(name, MIB), open_tier(name, MIB)
+    first.insert(TAG, np.arange(9), rows_of(range(9), 4))
+    assert second.size(TAG) == 9
+    with pytest.raises(ConfigError, match="shared_memory_auto_remove: expected true"):
+        open_tier(name, MIB, auto_remove=False)
+    first.close()
+    assert second.insert(TAG, np.arange(10), rows_of(range(10), 4)) == 1
+    second.close()
+    assert not segment_file(name).exists()
