@@ -217,7 +217,7 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     ("dtype", "value", "expected"),
     [
         ("float16", 1e5, "row 3: expected values in the range of float16, got 100000.0"),
-        ("bfloat16", 3.4e38, "row 3: expected values in the range of bfloat16, got 3.4"),
+        ("bfloat16", 3.4e38, "row 3: expected values in the range of bfloat16, got 3.39"),
         ("int8", np.nan, "row 3: expected finite values, got nan"),
         ("int8", np.inf, "row 3: expected finite values, got inf"),
     ],
