@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -277,12 +279,16 @@ def test_what_a_hasty_lookup_has_no_time_for_is_asked_for_by_those_that_have(rig
     assert tier.asked == [[1, 2, 3], [2, 3]]
 
 
+def ended_frame() -> FrameType:
+    return sys._getframe()
+
+
 def test_a_fetch_whose_thread_vanished_is_given_up(rig: Rig) -> None:
     lost = shared_fetches._Flight(np.array([1, 2]), rig.writes.count, None)
-    lost.thread, lost.frame = 0, id(object())
+    lost.thread, lost.frame = 0, ended_frame()
     for _ in range(SharedFetches.LIMIT):  # none of them ever ends
         other = shared_fetches._Flight(np.array([7]), None, None)
-        other.thread, other.frame = 0, id(object())
+        other.thread, other.frame = 0, ended_frame()
         rig.shared._flights[other] = None
     rig.shared._flights[lost] = None
     rig.tier.open()

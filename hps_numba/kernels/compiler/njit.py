@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import numba
+import numpy.ma  # numba does on the first call, before it takes its lock: a child forked meanwhile could not import it
 
 from hps_numba.kernels.compiler import disk_cache
 from hps_numba.kernels.compiler.safely import safe_dispatcher
