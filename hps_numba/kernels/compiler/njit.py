@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import numba
-import numpy.ma  # numba does on the first call, before it takes its lock: a child forked meanwhile could not import it
+import numpy.ma  # noqa: F401  # else numba does, outside its lock, and a child forked meanwhile could not
 
 from hps_numba.kernels.compiler import disk_cache
 from hps_numba.kernels.compiler.safely import safe_dispatcher
