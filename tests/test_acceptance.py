@@ -29,12 +29,13 @@ ALL = [row for letter, count in ROWS.items() for row in rows(letter, range(1, co
 #: rows that this version has to meet
 MET = [
     *rows("C", range(1, 23)),
-    *rows("F", [*range(1, 10), 11, 15]),
+    *rows("F", range(1, 16)),
     *rows("N", range(1, 7)),
-    *rows("D", range(1, 14)),
+    *rows("D", range(1, 26)),
     *rows("G", [*range(1, 31), 32, 33, 35, 36, 38, 39, 40]),
     "O01",
     "O02",
+    "O06",
 ]
 
 
