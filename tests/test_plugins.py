@@ -158,16 +158,6 @@ def test_what_is_not_a_tier_is_refused(workshop: Workshop, what: str) -> None:
         workshop.open(workshop.model((range(9), 3)), persistent_db={"type": f"support.{what}"})
 
 
-def test_a_tier_that_does_not_exist_lists_those_that_do(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [name for name in plugins.names(TIERS) if name != "redis_cluster"]
-    monkeypatch.setattr(plugins, "names", lambda folder: names)
-    with pytest.raises(
-        TierUnavailable,
-        match=rf"volatile_db\.type: 'redis_cluster' is not part of this version, which has {', '.join(names)}",
-    ):
-        workshop.open(workshop.model((range(9), 3)), volatile_db={"type": "redis_cluster"})
-
-
 def test_every_tier_of_the_folder_can_be_named_in_a_config(workshop: Workshop) -> None:
     for name in plugins.names(TIERS):
         kind = plugins.load(TIERS, name)

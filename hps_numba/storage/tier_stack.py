@@ -60,9 +60,6 @@ def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bo
 
 
 def _tier_class(place: str, name: str, folder: Path | None, allow_code: bool) -> type[Tier]:
-    known = plugins.names(_TIERS)
-    if not plugins.is_reference(name) and name not in known:
-        raise TierUnavailable(f"{place}.type: {name!r} is not part of this version, which has {', '.join(known)}")
     kind = plugins.load(_TIERS, name, allow_code=allow_code, folder=folder, error=TierUnavailable)
     if not (isinstance(kind, type) and issubclass(kind, Tier)):
         raise ConfigError(f"{place}.type: expected a subclass of Tier, got {name!r}, which is {kind!r}")
