@@ -62,12 +62,16 @@ class Writes:
 
     def _keys_and_rows(self, keys: Any, rows: Any, table: ServedTable) -> tuple[np.ndarray, np.ndarray]:
         batch = as_keys(keys, key_bits=self._catalog.key_bits)
-        return batch.flat, as_rows(rows, (*batch.shape, table.spec.dim)).reshape(-1, table.spec.dim)
+        return batch.flat.copy(), as_rows(rows, (*batch.shape, table.spec.dim)).reshape(-1, table.spec.dim)
+
+    def _keys(self, keys: Any) -> np.ndarray:
+        """A copy: tiers and caches read the keys one after the other, while another thread may change the array."""
+        return as_keys(keys, key_bits=self._catalog.key_bits).flat.copy()
 
     def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
         """As ``HPS.read_modify_write``."""
         table = self._catalog.table(model_name, table_id)
-        flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
+        flat = self._keys(keys)
         shape = (len(flat), table.spec.dim)
 
         def new_rows(ask: Ask, rows: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -88,7 +92,7 @@ class Writes:
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.erase``."""
         table = self._catalog.table(model_name, table_id)
-        flat = as_keys(keys, key_bits=self._catalog.key_bits).flat
+        flat = self._keys(keys)
         return self._shielded(table, lambda ask: table.writes.erase(flat))
 
     def on_evict(self, callback: OnEvict, model_name: str, table_id: int | str) -> Callable[[], None]:
