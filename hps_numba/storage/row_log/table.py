@@ -150,15 +150,14 @@ class RowTable:
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
-    def fetch(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Copy the rows of keys to ``rows`` (float32 ``[n, dim]``, contiguous); returns bool ``[n]``, which there are.
+    def fetch(self, keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+        """Copy the rows of keys to ``rows`` (float32 ``[n, dim]``, contiguous).
 
-        Raises:
-            TierError: a row is damaged or cannot be read; the other rows were copied.
+        Returns bool ``[n]``, which were copied, and by position what is wrong with rows that are damaged or cannot be read.
         """
         return self._fetch_at(keys, self.index.find(keys), rows)
 
-    def _fetch_at(self, keys: np.ndarray, locations: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _fetch_at(self, keys: np.ndarray, locations: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """``fetch`` for keys whose ``locations``, which change if they are not up to date, were found before."""
         left = self._reads.read(self.view, keys, locations, rows, self.slot_size)
         while len(left):  # moved by a compaction meanwhile, or in a segment that the view did not have yet
@@ -174,10 +173,9 @@ class RowTable:
             rows[left[served]] = some[served]
             left = left[missing]
         damaged = self._read_each(self.view.segments, keys, locations, rows, left)
-        if damaged:
-            more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            raise TierError(f"{self.tag}: {next(iter(damaged.values()))}{more}")
-        return locations != 0
+        found = locations != 0
+        found[list(damaged)] = False
+        return found, damaged
 
     def read_span(self, segment: Segment, keys: np.ndarray, locations: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Copy rows that lie close to each other in a segment, by one read; returns bool ``[n]``, which are whole.
@@ -231,10 +229,17 @@ class RowTable:
         return None
 
     def scan(self, chunk_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All (keys, rows) in chunks; of the keys that are there when it begins, the rows that are there when they are read."""
+        """All (keys, rows) in chunks; of the keys that are there when it begins, the rows that are there when they are read.
+
+        Raises:
+            TierError: a row is damaged or cannot be read.
+        """
         for keys, locations in self.index.scan(chunk_rows):
             rows = np.empty((len(keys), self.dim), np.float32)
-            found = self._fetch_at(keys, locations, rows)
+            found, damaged = self._fetch_at(keys, locations, rows)
+            if damaged:
+                more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                raise TierError(f"{self.tag}: {next(iter(damaged.values()))}{more}")
             if found.any():
                 yield keys[found], rows[found]
 

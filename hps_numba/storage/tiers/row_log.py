@@ -6,6 +6,7 @@ the one that writes. ``docs/tiers/row-log.md`` says how rows are stored, and wha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
 
 __all__ = ["PLUGIN", "RowLogOptions", "RowLogTier"]
 
+log = logging.getLogger(__name__)
+_MOST_REPORTED = 1000
 _SEGMENTS_A_BOUND = 16
 _LEAST_BOUND = 1 << 16
 
@@ -90,15 +93,11 @@ class RowLogTier(Tier):
         super().__init__(section, wide_keys=wide_keys)
         options: RowLogOptions = self.options
         reads = ReadMethods(options.reads, depth=options.queue_depth, threads=options.threads)
+        self._reported: set[str] = set()
         self._log = RowLog(Path(options.path), reads, options.bound, options.overflow_policy, writable=not self.read_only)
 
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
-        """``Tier.fetch``.
-
-        Raises:
-            TierError: a row is damaged or cannot be read; the message names its key, file and offset. Rows of other keys of the
-                batch were copied.
-        """
+        """``Tier.fetch``. Keys whose row is damaged or cannot be read are ``failed``; the log names file and offset."""
         found = np.zeros(len(keys), bool)
         here = self._log.table(table)
         if here is None:
@@ -107,14 +106,25 @@ class RowLogTier(Tier):
             raise TierError(f"{table}: rows: expected shape ({len(keys)}, {here.dim}), got {rows.shape}")
         keys = np.ascontiguousarray(keys, np.int64)
         straight = rows.flags.c_contiguous and rows.dtype == np.float32
-        asked = 0
+        asked, failed = 0, None
         for part in self.batches(len(keys), deadline):
             target = rows[part] if straight else np.empty((part.stop - part.start, here.dim), np.float32)
-            found[part] = here.fetch(keys[part], target)
+            found[part], damaged = here.fetch(keys[part], target)
+            if damaged:
+                failed = np.zeros(len(keys), bool) if failed is None else failed
+                failed[part.start + np.array(list(damaged))] = True
+                self._report(table, list(damaged.values()))
             if not straight:
                 rows[part][found[part]] = target[found[part]]
             asked = part.stop
-        return Fetched(found, asked)
+        return Fetched(found, asked, failed)
+
+    def _report(self, table: str, problems: list[str]) -> None:
+        """Log each damaged row once."""
+        for problem in problems:
+            if problem not in self._reported and len(self._reported) < _MOST_REPORTED:
+                self._reported.add(problem)
+                log.error("%s: %s", table, problem)
 
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
         """``Tier.insert``; with ``sync`` ``always`` the rows are on the disk when it returns.

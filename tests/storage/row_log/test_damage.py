@@ -72,12 +72,20 @@ def answers(tier: RowLogTier) -> dict[int, bytes | TierError | None]:
     """What is found for each key, asked for alone."""
     found: dict[int, bytes | TierError | None] = {}
     for key in KEYS:
-        try:
-            answer, rows = fetch(tier, TAG, ints(int(key)))
-            found[int(key)] = rows[0].tobytes() if answer.found[0] else None
-        except TierError as problem:
-            found[int(key)] = problem
+        answer, rows = fetch(tier, TAG, ints(int(key)))
+        found[int(key)] = rows[0].tobytes() if answer.found[0] else None
+        if answer.failed is not None:
+            assert answer.failed.tolist() == [True] and not answer.found[0]
+            (problem,) = here_damaged(tier, int(key))
+            found[int(key)] = TierError(problem)
     return found
+
+
+def here_damaged(tier: RowLogTier, key: int) -> list[str]:
+    """What is wrong with the row of a key, as the log says it once."""
+    table = tier._log.table(TAG)
+    assert table is not None
+    return list(table.fetch(ints(key), np.empty((1, DIM), np.float32))[1].values())
 
 
 @pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
@@ -210,6 +218,30 @@ def test_records_that_cannot_be_rebuilt_are_an_error(whole: tuple[Path, History]
     file_of(folder, "keys").write_bytes(content)
     with pytest.raises(TierError, match=r"\.keys: offset 0: expected record 0, got a damaged one"):
         open_log(folder)
+
+
+@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+def test_a_damaged_row_costs_its_own_key_only(
+    whole: tuple[Path, History], reads: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, history = whole
+    path = file_of(folder, "rows")
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1  # key 0
+    path.write_bytes(content)
+    tier = open_log(folder, reads=reads, max_batch_size=3)
+    keys = np.concatenate([KEYS, ints(10**6, 0)])
+    for _ in range(2):
+        answer, rows = fetch(tier, TAG, keys)
+        assert answer.failed is not None and np.array_equal(answer.failed, keys == 0)
+        expected = [history[int(key)][-1] if key in KEYS and key != 0 else None for key in keys]
+        assert [row.tobytes() if found else None for row, found in zip(rows, answer.found, strict=True)] == expected
+        assert np.isnan(rows[~answer.found]).all()
+    assert caplog.text.count("the row of key 0 is damaged: its checksum does not match") == 1  # said once
+    assert f"{TAG}: {path}: offset 0" in caplog.text
+    with pytest.raises(TierError, match="the row of key 0 is damaged"):
+        list(tier.scan(TAG))
+    tier.close()
 
 
 def test_a_compaction_keeps_a_segment_with_a_damaged_row(whole: tuple[Path, History], caplog: pytest.LogCaptureFixture) -> None:
