@@ -27,7 +27,7 @@ DEFAULT = -7.5
 TAG = "hps_et.m.sparse_embedding0"
 MODES = ["", "raises", "late", "partial"]
 FAULTY = {"type": "support.fakes:FaultyTier"}
-EXAMPLES = int(os.environ.get("HPS_NUMBA_LONG_TESTS", "0")) * 20 or 25
+EXAMPLES = int(os.environ.get("HPS_NUMBA_EXAMPLES", "25"))
 keys_of = st.lists(st.integers(0, 29), min_size=1, max_size=8)
 
 
