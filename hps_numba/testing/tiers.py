@@ -111,6 +111,18 @@ class TierContract:
         assert np.isnan(target[1::2]).all()
         assert np.isnan(target[:, ::2]).all()
 
+    def test_one_row_of_a_wider_array(self, make_tier: MakeTier) -> None:
+        """NumPy calls such a view contiguous, though its stride is not the width of its row."""
+        tier = make_tier()
+        wide = rows_of([1, 2], 4 * DIM)
+        assert tier.insert(TAG, ints(7), wide[:1, :DIM]) == 1
+        assert tier.insert(TAG, ints(8), wide[1:, DIM : 2 * DIM]) == 1
+        assert content_of(tier, TAG) == {7: wide[0, :DIM].tobytes(), 8: wide[1, DIM : 2 * DIM].tobytes()}
+        target = np.full((2, 4 * DIM), np.nan, np.float32)
+        assert tier.fetch(TAG, ints(7), target[1:, DIM : 2 * DIM]).found.tolist() == [True]
+        assert_same_bits(target[1, DIM : 2 * DIM], wide[0, :DIM])
+        assert np.isnan(target).sum() == 7 * DIM, "nothing else was written"
+
     def test_rows_are_opaque_bits(self, make_tier: MakeTier) -> None:
         tier = make_tier()
         patterns = np.array([[0x7FC00001, 0xFFC12345, 0x7F800001], [0x80000000, 1, 0xFFFFFFFF]], np.uint32).view(np.float32)

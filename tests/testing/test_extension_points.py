@@ -135,7 +135,7 @@ class Own(UpdateSource):
 """
 
 SUITES = {
-    "tier": (TIER, "from hps_numba.testing import TierContract\nclass TestOwn(TierContract):\n    tier = own.Own\n", 18),
+    "tier": (TIER, "from hps_numba.testing import TierContract\nclass TestOwn(TierContract):\n    tier = own.Own\n", 19),
     "policy": (
         POLICY,
         "from hps_numba.testing import PolicyContract\nclass TestOwn(PolicyContract):\n    policy = own.MostRecent\n",

@@ -92,7 +92,7 @@ class Batch:
         self.shares = [Share(p, starts[i], starts[i + 1]) for i, p in enumerate(partitions) if starts[i] < starts[i + 1]]
         self.found = np.zeros(n, np.uint8)
         self.target = rows
-        self.rows, self.row_bytes = (0, 0) if rows is None else (rows.ctypes.data, rows.strides[0])
+        self.rows, self.row_bytes = (0, 0) if rows is None else (rows.ctypes.data, 4 * rows.shape[1])
 
     def positions(self, share: Share) -> np.ndarray:
         """Positions of the keys of a share."""

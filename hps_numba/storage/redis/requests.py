@@ -37,8 +37,11 @@ class Values:
 
     @classmethod
     def of(cls, rows: np.ndarray) -> Values:
-        """Rows of a contiguous array, which has to stay alive."""
-        return cls(rows.ctypes.data, rows.strides[0], rows.strides[0])
+        """Rows of a contiguous float32 array, which has to stay alive.
+
+        Not by its strides: those of a single row may be anything.
+        """
+        return cls(rows.ctypes.data, 4 * rows.shape[1], 4 * rows.shape[1])
 
 
 @dataclass(frozen=True)
