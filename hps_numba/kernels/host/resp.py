@@ -79,7 +79,8 @@ ALL_ANSWERED, INTERRUPTED = 0, 1
 
 _POLLIN, _POLLOUT = 1, 4
 _STAR, _DOLLAR, _COLON, _PLUS, _MINUS, _UNDERSCORE, _BANG = 42, 36, 58, 43, 45, 95, 33
-_CR, _LF, _ZERO = 13, 10, 48
+_CR, _LF, _ZERO, _NINE = 13, 10, 48, 57
+_LARGEST, _NO_NUMBER = 1 << 40, -(1 << 62)
 
 _poll = types.ExternalFunction("poll", types.int32(types.uintp, types.uint64, types.int32))
 _send = types.ExternalFunction("send", types.int64(types.int32, types.uintp, types.uintp, types.int32))
@@ -155,15 +156,15 @@ def _end_of_line(buffer, at, end):
 
 @host_function
 def _number(buffer, at, end):
-    """The decimal number at ``at``."""
-    sign = 1
-    if at < end and buffer[at] == _MINUS:
-        sign = -1
-        at += 1
-    value = np.int64(0)
+    """The decimal number at ``at``; _NO_NUMBER if it is not one, or one so large that no server means it."""
+    negative = at < end and buffer[at] == _MINUS
+    at += 1 if negative else 0
+    value = np.int64(0 if at < end else _NO_NUMBER)
     for i in range(at, end):
+        if not _ZERO <= buffer[i] <= _NINE or value > _LARGEST:
+            return np.int64(_NO_NUMBER)
         value = value * 10 + (np.int64(buffer[i]) - _ZERO)
-    return sign * value
+    return -value if negative and value > 0 else value
 
 
 @host_function
@@ -188,8 +189,11 @@ def _count_element(connection, command):
 
 @host_function
 def _take_row(connection, command, buffer, at, line_end, end, order, rows, row_bytes, found):
-    """Take the row whose header ``$<length>`` is at ``at``; returns where it ends, or ``at`` if it is not complete."""
+    """Take the row whose header ``$<length>`` is at ``at``; returns where it ends, or ``at`` if it is not complete, or none."""
     length = _number(buffer, at + 1, line_end)
+    if length < -1:
+        connection[PROBLEM] = FOREIGN
+        return at
     after = line_end + 2
     if length == row_bytes and command[KIND] == ROWS:
         if after + length + 2 > end:
@@ -212,10 +216,12 @@ def _take_row(connection, command, buffer, at, line_end, end, order, rows, row_b
 
 @host_function
 def _take_error_text(connection, command, error, buffer, at, line_end, end):
-    """Take an error, ``-<text>`` or ``!<length>`` and the text; returns where it ends, or ``at`` if it is not complete."""
+    """Take an error, ``-<text>`` or ``!<length>`` and the text; returns where it ends, or ``at`` as ``_take_row``."""
     after = line_end + 2
     if buffer[at] == _BANG:
         length = _number(buffer, at + 1, line_end)
+        if length < 0:
+            connection[PROBLEM] = FOREIGN
         if length < 0 or after + length + 2 > end:
             return at
         _note_error(command, error, buffer, after, after + length)
@@ -233,8 +239,11 @@ def _take_error_text(connection, command, error, buffer, at, line_end, end):
 
 @host_function
 def _take_integer(connection, command, buffer, at, line_end):
-    """Take ``:<number>``, or ``+<text>`` as 0; returns where it ends."""
+    """Take ``:<number>``, or ``+<text>`` as 0; returns where it ends, or ``at`` if it is none."""
     value = _number(buffer, at + 1, line_end) if buffer[at] == _COLON else 0
+    if value == _NO_NUMBER:
+        connection[PROBLEM] = FOREIGN
+        return at
     if connection[ELEMENT] < 0:
         connection[ELEMENT] = 0
     command[TOTAL] += value

@@ -181,6 +181,34 @@ def test_what_makes_no_sense_never_ends_in_a_row(text: bytes) -> None:
     assert not parser.found.any() and not parser.rows.any()
 
 
+@pytest.mark.parametrize(
+    "length",
+    [
+        *(b"%d" % number for number in (-2, -8, 2**44, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 8, 2**64 - 2**34)),
+        *(b"9" * 40, b"", b"-", b"--1", b"1-", b"8x", b"+8", b" 8"),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"$", b"!"])
+def test_lengths_that_cannot_be_end_the_connection_at_once(mark: bytes, length: bytes) -> None:
+    """Not as a null, a row, or text to be waited for."""
+    replies = Replies(np.random.default_rng(0), 8, 2)
+    replies.commands = [[resp.ROWS, 0, 2, 0, 0, 0]]
+    parser = Parser(replies, 512)
+    parser.feed(b"*2\r\n" + mark + length + b"\r\n" + b"8 bytes.\r\n")
+    assert parser.state[resp.PROBLEM] == resp.FOREIGN
+    assert (parser.commands[0, resp.ANSWERED], parser.commands[0, resp.STATUS]) == (0, resp.OK)
+    assert not parser.found.any() and not parser.rows.any() and not parser.errors.any()
+
+
+@pytest.mark.parametrize("number", [b"%d" % (2**64 + 3), b"-%d" % 2**63, b"", b"-", b"3x"])
+def test_counts_that_are_no_numbers_end_the_connection(number: bytes) -> None:
+    replies = Replies(np.random.default_rng(0), 8, 2)
+    replies.commands = [[resp.COUNTS, 0, 1, 0, 0, 0]]
+    parser = Parser(replies, 512)
+    parser.feed(b":" + number + b"\r\n")
+    assert (parser.state[resp.PROBLEM], parser.commands[0, resp.ANSWERED]) == (resp.FOREIGN, 0)
+
+
 @pytest.mark.parametrize("partitions", [1, 3, 16])
 @pytest.mark.parametrize("n", [0, 1, 500])
 def test_keys_are_ordered_by_partition(n: int, partitions: int) -> None:
