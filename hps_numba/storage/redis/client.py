@@ -53,9 +53,9 @@ class RedisClient:
             "protocol": limits.protocol,
         }
 
-    def pool(self, host: str, port: int) -> Any:
-        """Connections to a node, a redis-py ``ConnectionPool``."""
-        options = {**self._options, "socket_timeout": self._limits.reply}
+    def pool(self, host: str, port: int, connections: int) -> Any:
+        """At most so many connections to a node, a redis-py ``ConnectionPool``: its own bound is 100."""
+        options = {**self._options, "socket_timeout": self._limits.reply, "max_connections": connections + 1}
         return self._redis.ConnectionPool(connection_class=self._kind, host=host, port=port, **options)
 
     def probe(self, host: str, port: int) -> bool:

@@ -42,7 +42,7 @@ class Node:
     def __init__(self, client: RedisClient, host: str, port: int, connections: int, limits: Limits) -> None:
         self.host, self.port, self.name = host, port, f"{host}:{port}"
         self._client, self._limits, self._connections = client, limits, connections
-        self._pool: Any = client.pool(host, port)
+        self._pool: Any = client.pool(host, port, connections)
         self.breaker = CircuitBreaker(limits.first_pause, limits.longest_pause)
         self.reset_after_fork()
         register_fork_reset(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from support.redis_servers import Server, one_server
@@ -43,6 +44,16 @@ def test_a_call_waits_until_a_connection_is_free(node: Node) -> None:
         assert not got
     join_all(thread)
     assert got == [b"PONG"]
+
+
+def test_more_connections_than_redis_py_keeps_by_default(server: Server) -> None:
+    many = 120
+    node = Node(RedisClient(VolatileDatabaseConfig(), Limits()), "127.0.0.1", server.port, many, Limits())
+    with ExitStack() as held:
+        for _ in range(many):
+            held.enter_context(node.connection(time.monotonic() + HANG_SECONDS))
+        assert not node.breaker.is_open
+    node.close()
 
 
 def test_no_call_waits_for_a_node_that_failed(node: Node) -> None:
