@@ -92,7 +92,8 @@ class Batch:
         self.shares = [Share(p, starts[i], starts[i + 1]) for i, p in enumerate(partitions) if starts[i] < starts[i + 1]]
         self.found = np.zeros(n, np.uint8)
         self.target = rows
-        self.rows, self.row_bytes = (0, 0) if rows is None else (rows.ctypes.data, 4 * rows.shape[1])
+        self.rows: int = 0 if rows is None else rows.ctypes.data
+        self.row_bytes: int = 0 if rows is None else 4 * rows.shape[1]  # the stride of a single row may be anything
 
     def positions(self, share: Share) -> np.ndarray:
         """Positions of the keys of a share."""
