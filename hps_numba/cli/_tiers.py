@@ -209,10 +209,7 @@ def fetch_all(tier: CheckedTier, table: str, keys: np.ndarray, rows: np.ndarray)
         TierError: also if only a part of the tier is out of order.
     """
     answer = tier.fetch(table, keys, rows)
-    failed: Any = getattr(answer, "failed", None)
-    lost = len(keys) - answer.asked + (0 if failed is None else int(failed.sum()))
-    if lost:
-        raise TierError(f"{table}: {lost:,} of {len(keys):,} keys could not be looked for: a part of the tier is out of order")
+    answer.check_complete(table)
     return answer.found
 
 

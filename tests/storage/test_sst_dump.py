@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,39 @@ from support.fakes import DictTier
 from support.oracles import rows_of
 from support.tiers import DIM, TAG, content_of, fetch, ints
 
+from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.errors import KeyDtypeError, ModelFileError, TierError, TierUnavailable
+from hps_numba.storage import Fetched
 from hps_numba.storage.sst_dump import SstDump, read_sst, write_sst
 from hps_numba.storage.tiers.hash_map import HashMapTier
 from hps_numba.storage.tiers.rocks_db import RocksTier
 
 rocksdict = pytest.importorskip("rocksdict")
+
+
+class PartlyLostTier(DictTier):
+    """Of some keys a part cannot be looked for."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.lost: set[int] = set()
+        self.asked: int | None = None
+
+    def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
+        answer = super().fetch(table, keys, rows, deadline=deadline)
+        failed = np.isin(keys, list(self.lost))
+        return Fetched(answer.found & ~failed, answer.asked if self.asked is None else self.asked, failed)
+
+
+@pytest.mark.parametrize(("lost", "asked", "count"), [({3, 5}, None, 2), (set(), 7, 2), ({3}, 7, 3)])
+def test_rows_that_could_not_be_looked_for_are_no_dump(tmp_path: Path, lost: set[int], asked: int | None, count: int) -> None:
+    tier = PartlyLostTier(VolatileDatabaseConfig())
+    tier.insert(TAG, ints(*range(9)), rows_of(range(9), DIM))
+    assert tier.dump(TAG, tmp_path / "whole.sst") == 9
+    tier.lost, tier.asked = lost, asked
+    with pytest.raises(TierError, match=f"^{TAG}: {count} of 9 keys could not be looked for"):
+        tier.dump(TAG, tmp_path / "x.sst")
+    assert not (tmp_path / "x.sst").exists()
 
 
 def by_bytes(keys: list[int], key_bytes: int = 8) -> list[int]:

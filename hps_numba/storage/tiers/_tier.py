@@ -51,6 +51,17 @@ class Fetched:
     asked: int
     failed: np.ndarray | None = None
 
+    def check_complete(self, table: str) -> None:
+        """Check that all keys were looked for.
+
+        Raises:
+            TierError: some were not; how many.
+        """
+        n = len(self.found)
+        lost = n - self.asked + (0 if self.failed is None else int(self.failed[: self.asked].sum()))
+        if lost:
+            raise TierError(f"{table}: {lost:,} of {n:,} keys could not be looked for: a part of the tier is out of order")
+
 
 class Tier(abc.ABC):
     """One storage tier, shared by all models of a server.
@@ -158,6 +169,9 @@ class Tier(abc.ABC):
 
         The keys are sorted in memory, 24 bytes a row at most, and rows are fetched by them, 8 MiB at a time. Rows that are
         erased meanwhile are left out. A tier that has rows in this order overrides it.
+
+        Raises:
+            TierError: also if only a part of the tier is out of order.
         """
         parts = [(keys, rows.shape[1]) for keys, rows in self.scan(table)]
         if not parts:
@@ -170,8 +184,9 @@ class Tier(abc.ABC):
         for start in range(0, len(keys), step):
             some = keys[start : start + step]
             rows = np.empty((len(some), dim), np.float32)
-            found = self.fetch(table, some, rows).found
-            yield some[found], rows[found]
+            answer = self.fetch(table, some, rows)
+            answer.check_complete(table)
+            yield some[answer.found], rows[answer.found]
 
     def dump(self, table: str, path: str | Path) -> int:
         """Write a table to a ``.bin`` file (``storage.bin_dump``) or an ``.sst`` file (``storage.sst_dump``).
