@@ -1,6 +1,7 @@
 """Which node has which slot; a single plain node has all of them.
 
-A cluster is asked through any node that answers: first those known to be alive, then the seeds of the config.
+A cluster is asked through any node that answers: first those known to be alive, then the seeds of the config. A node that came
+back without its memory knows of no slots: one that does not know of all is believed only if no other knows of more.
 """
 
 from __future__ import annotations
@@ -62,20 +63,16 @@ class Topology:
         self.slot_of = client.slot_of
         self._nodes: dict[tuple[str, int], Node] = {}
         self._slots: list[Node | None] = []
+        self.in_cluster = True
         self._seeds = [self._node(*seed) for seed in seeds_of(address)]
         self._lock = ExclusiveLock("the nodes of a Redis cluster")
         self._looked = time.monotonic()
-        problems = []
-        for seed in self._seeds:
-            try:
-                self._read_from(seed)
-                return
-            except NodeFailure as problem:
-                problems.append(str(problem))
-        self.close()
-        raise TierUnavailable(
-            f"redis_cluster: address: expected a node that answers, got {'; '.join(problems) or repr(address)}"
-        )
+        problems = self._read_from(self._seeds)
+        if not self._slots:
+            self.close()
+            raise TierUnavailable(
+                f"redis_cluster: address: expected a node that answers, got {'; '.join(problems) or repr(address)}"
+            )
 
     def _node(self, host: str, port: int) -> Node:
         known = self._nodes.get((host, port))
@@ -102,7 +99,7 @@ class Topology:
         return None not in self._slots
 
     def refresh(self, *, at_once: bool = False) -> None:
-        """Look for changes of the cluster, through the first node that answers; if none does, all stays as it is.
+        """Look for changes of the cluster, through the first node that knows of all slots; if none answers, all stays as it is.
 
         Args:
             at_once: a node said that slots have moved; else this is done only once in a while.
@@ -113,31 +110,51 @@ class Topology:
         with self._lock.held():
             if self._looked > asked_at:  # by another thread, meanwhile
                 return
-            for node in self._alive():
-                try:
-                    self._read_from(node)
-                    return
-                except TierError as problem:
-                    log.debug("%s: cannot read the slots of the cluster: %s", node.name, problem)
-                finally:
-                    self._looked = time.monotonic()
+            try:
+                for problem in self._read_from(self._alive()):
+                    log.debug("cannot read the slots of the cluster: %s", problem)
+            finally:
+                self._looked = time.monotonic()
 
     def _alive(self) -> list[Node]:
         candidates = dict.fromkeys([*self.primaries(), *self._seeds, *self._nodes.values()])
         return sorted(candidates, key=lambda node: node.breaker.is_open)
 
-    def _read_from(self, node: Node) -> None:
+    def _read_from(self, nodes: Iterable[Node]) -> list[str]:
+        """Ask nodes until one knows of all slots, else take what the one says that knows of most; returns what went wrong."""
+        best: list[Node | None] = []
+        problems = []
+        for node in nodes:
+            try:
+                slots = self._answer_of(node)
+            except TierError as problem:
+                problems.append(str(problem))
+                continue
+            if slots is None:
+                if not (best or self._slots):
+                    self.in_cluster, self._slots = False, [node]
+                    return problems
+                problems.append(f"{node.name}: expected a node of the cluster, got a server that has none")
+            elif None not in slots:
+                self._slots = slots
+                self._forget({*self.primaries(), *self._seeds})
+                return problems
+            elif not best or slots.count(None) < best.count(None):
+                best = slots
+        self._slots = best or self._slots
+        return problems
+
+    def _answer_of(self, node: Node) -> list[Node | None] | None:
+        """Which node has which slot, as a node says; None: it has no cluster."""
         (answer,) = node.commands([("CLUSTER", "SLOTS")])
         if isinstance(answer, Exception):
-            if not any(text in str(answer).lower() for text in _PLAIN):
-                raise NodeFailure(f"{node.name}: CLUSTER SLOTS: {answer}")
-            self.in_cluster, self._slots = False, [node]
-            return
+            if any(text in str(answer).lower() for text in _PLAIN):
+                return None
+            raise NodeFailure(f"{node.name}: CLUSTER SLOTS: {answer}")
         slots: list[Node | None] = [None] * SLOTS
         for first, last, primary, *_ in answer:
             slots[first : last + 1] = [self._node(*_address(primary, node))] * (last + 1 - first)
-        self.in_cluster, self._slots = True, slots
-        self._forget({*self.primaries(), *self._seeds})
+        return slots
 
     def _forget(self, needed: Iterable[Node]) -> None:
         """Keep only nodes that are needed; calls that use another one go on with it."""
