@@ -133,6 +133,23 @@ def test_a_killed_node_costs_its_own_keys_until_it_is_back(cluster: Cluster, tie
     assert tier.contains(TAG, KEYS[~dead]).sum() in (0, (~dead).sum()), "erasing the table stopped at the first failure"
 
 
+def test_a_node_that_came_back_without_its_slots_costs_its_own_keys(  # D19
+    tmp_path: Path, opened: list[RedisClusterTier]
+) -> None:
+    """The only seed of the config."""
+    with cluster_of(tmp_path) as cluster:
+        bare = cluster.servers[0]
+        opened.append(RedisClusterTier.from_options(address=bare.address, num_partitions=PARTS))
+        opened[-1].insert(TAG, KEYS, rows_of(KEYS, DIM))
+        bare.kill()
+        (bare.folder / "nodes.conf").unlink()
+        bare.start()
+        lost = keys_of(cluster, bare)
+        for _ in range(3):
+            opened[-1]._topology.refresh(at_once=True)
+            assert_degraded(opened[-1], lost)
+
+
 def test_a_node_that_hangs_costs_one_time_out(cluster: Cluster, tier: RedisClusterTier) -> None:  # D19
     victim = cluster.servers[2]
     dead = keys_of(cluster, victim)
