@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,10 @@ from hps_numba.storage.redis.topology import Topology
 __all__ = ["Tables"]
 
 log = logging.getLogger(__name__)
+#: keys of a partition whose place is looked at
+_SAMPLES = 8
+#: seconds between two looks at a table that is empty, or of which a node does not answer
+_PAUSE = 0.5
 
 
 class Tables:
@@ -28,6 +33,7 @@ class Tables:
         self._count, self._key_bytes, self._plain, self._topology = count, 8 if wide_keys else 4, plain, topology
         self._partitions: dict[str, list[Partition]] = {}
         self._checked: set[str] = set()
+        self._pauses: dict[str, tuple[float, bool]] = {}
         self._widths: dict[str, int] = {}
 
     def partitions(self, table: str) -> list[Partition]:
@@ -37,22 +43,32 @@ class Tables:
             known = self._partitions[table] = partitions_of(table, self._count, self._topology.slot_of)
         return known
 
-    def check(self, table: str) -> None:
-        """Check once a table that rows written by others are where this process looks for them.
+    def check(self, table: str, *, rows_seen: bool = False, strict: bool = False) -> None:
+        """Check that rows written by others are where this process looks for them: until rows of the table have proven it.
 
-        A node that does not answer is passed over.
+        Args:
+            rows_seen: the table has rows: look at once if it had none.
+            strict: look at once, and raise if a node does not answer, which is passed over otherwise.
 
         Raises:
             TierError: they were written with another ``num_partitions`` or key width, so that keys would seem to be absent.
         """
-        if table not in self._checked:
-            try:
-                self._sample(table)
-            except Misplaced:
+        if table in self._checked:
+            return
+        until, was_empty = self._pauses.get(table, (0.0, False))
+        if time.monotonic() < until and not (strict or (rows_seen and was_empty)):
+            return
+        answered = False
+        try:
+            self._look(table)
+            answered = True
+        except Misplaced:
+            raise
+        except TierError as problem:
+            if strict:
                 raise
-            except TierError as problem:
-                log.debug("%s: not checked: %s", table, problem)
-            self._checked.add(table)
+            log.debug("%s: not checked: %s", table, problem)
+        self._pauses[table] = time.monotonic() + _PAUSE, answered
 
     def check_width(self, table: str, dim: int) -> None:
         """Check that rows of width ``dim`` fit a table.
@@ -62,24 +78,43 @@ class Tables:
         """
         if self._widths.get(table) == dim:
             return
-        width = self._sample(table)  # also if another one is known: the table may have been erased meanwhile
-        self._checked.add(table)
+        width = self._look(table)  # also if another one is known: the table may have been erased meanwhile
         if width not in (None, 4 * dim):
             raise TierError(f"{table}: expected rows of width {width // 4}, got {dim}")
-        self._widths[table] = dim
+        if width is not None:
+            self._widths[table] = dim
 
     def forget(self, table: str) -> None:
         """The table was erased."""
         self._widths.pop(table, None)
+        self._checked.discard(table)
+
+    def _look(self, table: str) -> int | None:
+        """As ``_sample``; the table counts as checked if it has rows, and none in further partitions.
+
+        The place of a key does not tell a multiple of ``num_partitions``: half of the keys are in place.
+        """
+        width = self._sample(table)
+        if table not in self._checked:
+            for part in self._plain.partitions(table):
+                if part.number >= self._count:
+                    raise Misplaced(
+                        f"{part}: expected {self._count} partitions at most, got rows in this one: "
+                        "they were written with another num_partitions"
+                    )
+            if width is not None:
+                self._checked.add(table)
+        return width
 
     def _sample(self, table: str) -> int | None:
-        """Bytes of a row; None if there is none. Checks where its key is."""
+        """Bytes of a row; None if there is none. Checks where some keys of each partition are."""
         width = None
         parts = self.partitions(table)
-        samples = self._plain.run_each(parts, lambda part: ("HRANDFIELD", part.rows, 1, "WITHVALUES"))
+        samples = self._plain.run_each(parts, lambda part: ("HRANDFIELD", part.rows, _SAMPLES, "WITHVALUES"))
         for part, flat in zip(parts, map(_flat, samples), strict=True):
             if flat:
-                self._check_place(part, flat[0])
+                for field in flat[::2]:
+                    self._check_place(part, field)
                 width = len(flat[1])
         return width
 
@@ -104,8 +139,9 @@ class Tables:
         """All (keys, rows), each key once, also while other clients write: then some may come or not.
 
         Raises:
-            TierError: a node failed, or rows have different widths.
+            TierError: a node failed, or rows have different widths; or as ``check``.
         """
+        self.check(table, strict=True)
         for part in self.partitions(table):
             seen: set[bytes] = set()
             for fields, values in self._plain.scan_hash(part, part.rows, chunk_rows):
@@ -128,5 +164,6 @@ class Misplaced(TierError):
 
 
 def _flat(answer: list[object]) -> list[bytes]:
-    """A field and its value, which RESP3 nests."""
-    return answer[0] if answer and isinstance(answer[0], list) else answer  # type: ignore[return-value]
+    """Fields and values, which RESP3 nests."""
+    nested = bool(answer) and isinstance(answer[0], list)
+    return [one for pair in answer for one in pair] if nested else answer  # type: ignore[attr-defined, return-value]

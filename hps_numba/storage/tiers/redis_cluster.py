@@ -81,6 +81,8 @@ class RedisClusterTier(Tier):
             batch = self._fetched(partitions, keys[part], rows[part], deadline, failed[part], texts)
             found[part] = batch.found.view(bool)
             asked = part.stop
+            if batch.found.any():
+                self._tables.check(table, rows_seen=True)
         if asked and failed[:asked].all():
             raise TierError(texts[0])
         self._note_uses(partitions, keys[found])
@@ -144,6 +146,7 @@ class RedisClusterTier(Tier):
         if keys is None:
             return self._erase_table(table)
         partitions = self._tables.partitions(table)
+        self._tables.check(table)
         erased = 0
         for part in self.batches(len(keys), None):
             batch = Batch(keys[part], partitions, wide=self.wide_keys)
@@ -159,6 +162,7 @@ class RedisClusterTier(Tier):
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
         self._check_open()
         partitions = self._tables.partitions(table)
+        self._tables.check(table)
         found = np.zeros(len(keys), bool)
         for part in self.batches(len(keys), None):
             batch = Batch(keys[part], partitions, wide=self.wide_keys)
@@ -225,6 +229,7 @@ class RedisClusterTier(Tier):
 
     def size(self, table: str) -> int:
         self._check_open()
+        self._tables.check(table, strict=True)
         return sum(self._plain.run_each(self._tables.partitions(table), lambda part: ("HLEN", part.rows)))
 
     def capacity(self, table: str) -> int:

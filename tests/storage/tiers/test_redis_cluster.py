@@ -6,7 +6,7 @@ import re
 import shlex
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,86 @@ def test_rows_of_another_number_of_partitions_are_an_error_and_not_absent(node: 
     with pytest.raises(TierError, match=r"expected keys of 4 bytes \(supportlonglong\), got 8"):
         fetch(tier_at(node.address, num_partitions=3, wide_keys=False), TAG, keys)
     assert other.erase(TAG) == 50 and other.tables() == []
+
+
+OTHER_NUMBER = "another num_partitions"
+
+
+@pytest.mark.parametrize(("written", "read"), [(16, 8), (24, 8), (64, 1), (8, 16), (2, 6)])
+def test_a_multiple_of_the_number_of_partitions_is_an_error_in_every_call(  # a key in place does not prove that all are
+    node: Server, tier_at: Opener, tmp_path: Path, written: int, read: int
+) -> None:
+    keys = ints(*range(100))
+    tier_at(node.address, num_partitions=written).insert(TAG, keys, rows_of(keys, DIM))
+    calls: list[Callable[[RedisClusterTier], Any]] = [
+        lambda tier: fetch(tier, TAG, keys),
+        lambda tier: tier.insert(TAG, keys, rows_of(keys, DIM)),
+        lambda tier: tier.contains(TAG, keys),
+        lambda tier: tier.erase(TAG, keys),
+        lambda tier: tier.size(TAG),
+        lambda tier: list(tier.scan(TAG)),
+        lambda tier: tier.dump(TAG, tmp_path / "x.bin"),
+    ]
+    other = tier_at(node.address, num_partitions=read)
+    for call in calls:
+        for _ in range(2):
+            with pytest.raises(TierError, match=OTHER_NUMBER):
+                call(other)
+    assert not (tmp_path / "x.bin").exists()
+    assert other.erase(TAG) == 100 and other.tables() == []
+
+
+@pytest.mark.parametrize("number", [8, 15])
+def test_a_single_row_beyond_the_partitions_is_found(cluster: Cluster, tier_at: Opener, number: int) -> None:
+    key = next(key for key in range(1000) if partition_of(key, 16) == number)
+    tier_at(cluster.address, num_partitions=16).insert(TAG, ints(key), rows_of([key], DIM))
+    with pytest.raises(TierError, match=rf"{TAG}: partition {number}: expected 8 partitions .*{OTHER_NUMBER}"):
+        fetch(tier_at(cluster.address, num_partitions=8), TAG, ints(key))
+
+
+def test_a_table_that_was_empty_is_looked_at_again(node: Server, tier_at: Opener) -> None:
+    """A server that starts before its rows are loaded."""
+    keys = ints(*range(100))
+    first, second = tier_at(node.address, num_partitions=8), tier_at(node.address, num_partitions=8)
+    assert not fetch(first, TAG, keys)[0].found.any() and first.size(TAG) == 0
+    second.insert(TAG, ints(1), rows_of([1], DIM))
+    second.erase(TAG)
+    tier_at(node.address, num_partitions=16).insert(TAG, keys, rows_of(keys, DIM))
+    with pytest.raises(TierError, match=OTHER_NUMBER):
+        fetch(first, TAG, keys)
+    with pytest.raises(TierError, match=OTHER_NUMBER):
+        second.insert(TAG, keys, rows_of(keys, DIM))
+
+
+def test_rows_that_nobody_finds_are_noticed_before_long(node: Server, tier_at: Opener) -> None:
+    """Where no key that is asked for is in place."""
+    key = next(key for key in range(1000) if partition_of(key, 16) == 9)
+    tier = tier_at(node.address, num_partitions=8)
+    assert not fetch(tier, TAG, ints(key))[0].found.any()
+    tier_at(node.address, num_partitions=16).insert(TAG, ints(key), rows_of([key], DIM))
+
+    def noticed() -> bool:
+        try:
+            return bool(fetch(tier, TAG, ints(key))[0].found.any())
+        except TierError as problem:
+            return OTHER_NUMBER in str(problem)
+
+    wait_until(noticed)
+
+
+def test_a_proven_table_is_not_looked_at_again(node: Server, tier_at: Opener) -> None:
+    keys = ints(*range(100))
+    tier_at(node.address).insert(TAG, keys, rows_of(keys, DIM))
+    tier = tier_at(node.address)
+    for _ in range(3):
+        assert fetch(tier, TAG, keys)[0].found.all() and tier.size(TAG) == 100
+        tier.insert(TAG, keys, rows_of(keys, DIM))
+    stats = node.client.info("commandstats")
+    before = stats["cmdstat_scan"]["calls"], stats["cmdstat_hrandfield"]["calls"]
+    assert fetch(tier, TAG, keys)[0].found.all() and tier.size(TAG) == len(list(tier.scan(TAG, 1))) == 100
+    tier.insert(TAG, keys, rows_of(keys, DIM))
+    stats = node.client.info("commandstats")
+    assert (stats["cmdstat_scan"]["calls"], stats["cmdstat_hrandfield"]["calls"]) == before
 
 
 @pytest.mark.parametrize("key", [2**32, -1])

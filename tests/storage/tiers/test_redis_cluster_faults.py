@@ -133,6 +133,28 @@ def test_a_killed_node_costs_its_own_keys_until_it_is_back(cluster: Cluster, tie
     assert tier.contains(TAG, KEYS[~dead]).sum() in (0, (~dead).sum()), "erasing the table stopped at the first failure"
 
 
+def test_a_table_that_could_not_be_looked_at_is_looked_at_again(cluster: Cluster, opened: list[RedisClusterTier]) -> None:
+    writer = RedisClusterTier.from_options(address=cluster.address, num_partitions=2 * PARTS)
+    tier = RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS)
+    opened += [writer, tier]
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    cluster.servers[2].kill()
+    fetch(tier, TAG, KEYS)
+    for call in (lambda: tier.size(TAG), lambda: next(tier.scan(TAG))):
+        with pytest.raises(TierError, match=cluster.servers[2].address):
+            call()
+    cluster.servers[2].start()
+
+    def noticed() -> bool:
+        try:
+            fetch(tier, TAG, KEYS)
+        except TierError as problem:
+            return "another num_partitions" in str(problem)
+        return False
+
+    wait_until(noticed)
+
+
 def test_a_node_that_came_back_without_its_slots_costs_its_own_keys(  # D19
     tmp_path: Path, opened: list[RedisClusterTier]
 ) -> None:
