@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
 import shutil
 from pathlib import Path
 
-from hps_numba.errors import TierUnavailable
-from hps_numba.storage.row_log.manifest import Manifest
+from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.storage.row_log.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from hps_numba.storage.row_log.segment import segment_paths
 
-__all__ = ["check_folder", "delete_orphans"]
+__all__ = ["check_folder", "clear_orphans", "manifest_of"]
+
+log = logging.getLogger(__name__)
 
 _OUR_FOLDER = re.compile(r"table-\d{6,}")
 _OUR_FILE = re.compile(r"\d{8,}\.(rows|keys)")
@@ -32,17 +36,83 @@ def check_folder(folder: Path, *, make: bool) -> None:
         raise TierUnavailable(f"{folder}: expected the folder of a row_log, got nothing that can be read")
 
 
-def delete_orphans(folder: Path, manifest: Manifest) -> None:
-    """Delete files and folders of tables that the manifest does not name: a crash left them."""
+def manifest_of(folder: Path) -> Manifest:
+    """The manifest of a folder; an empty one if there is none, and no table either.
+
+    Raises:
+        TierError: it is damaged, or missing beside a table that holds something.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        found = next((home for home in _table_folders(folder) if _holds_something(home)), None)
+        manifest = read_manifest(folder)  # a writer may have begun in between
+        if manifest is None and found is not None:
+            raise TierError(
+                f"{folder / MANIFEST}: expected the manifest of {found.name} and the other tables here, got no file: "
+                f"restore it from a copy, or remove the folders of the tables"
+            )
+    return manifest or Manifest()
+
+
+def clear_orphans(folder: Path, manifest: Manifest) -> None:
+    """Delete files and folders of tables that a crash left: those that the manifest once named, and empty ones.
+
+    Others are there if the manifest was replaced by an older one. They are renamed, so that nothing is written over them.
+
+    Raises:
+        TierError: one cannot be renamed.
+    """
     known = {entry.folder: entry for entry in manifest.tables.values()}
-    for home in folder.iterdir():
-        if not _OUR_FOLDER.fullmatch(home.name) or home.is_symlink() or not home.is_dir():
-            continue
+    for home in _table_folders(folder):
         entry = known.get(home.name)
-        if entry is None:
+        if entry is not None:
+            _clear_segments(home, entry)
+        elif _number_of(home) < manifest.next_number or not _holds_something(home):
             shutil.rmtree(home, ignore_errors=True)
+        else:
+            _set_aside(home, f"the manifest knows tables up to {manifest.next_number - 1}")
+
+
+def _clear_segments(home: Path, entry: TableEntry) -> None:
+    keep = {path.name for number in entry.segments for path in segment_paths(home, number)}
+    last = entry.segments[-1]
+    for path in list(home.iterdir()):
+        if not _OUR_FILE.fullmatch(path.name) or path.name in keep:
             continue
-        keep = {path.name for number in entry.segments for path in segment_paths(home, number)}
-        for path in home.iterdir():
-            if _OUR_FILE.fullmatch(path.name) and path.name not in keep:
-                path.unlink(missing_ok=True)
+        if _number_of(path) < last or not path.stat().st_size:
+            path.unlink(missing_ok=True)
+        else:
+            _set_aside(path, f"the manifest knows segments up to {last}")
+
+
+def _set_aside(path: Path, why: str) -> None:
+    names = (path.with_name(f"{path.name}.unknown-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    try:
+        path.rename(aside)
+    except OSError as problem:
+        raise TierError(f"{path}: {why}, and it cannot be renamed: {problem.strerror}") from problem
+    log.warning("%s: %s: an older one than the files? It is %s from now on", path, why, aside.name)
+
+
+def _table_folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(
+            home for home in folder.iterdir() if _OUR_FOLDER.fullmatch(home.name) and home.is_dir() and not home.is_symlink()
+        )
+    except OSError as problem:
+        raise TierError(f"{folder}: cannot be listed: {problem.strerror}") from problem
+
+
+def _holds_something(home: Path) -> bool:
+    """Whether there is anything but empty files, which is all that a table has before the manifest names it."""
+    try:
+        return any(not path.is_file() or path.stat().st_size for path in home.iterdir())
+    except FileNotFoundError:  # dropped meanwhile
+        return False
+    except OSError as problem:
+        raise TierError(f"{home}: cannot be looked at: {problem.strerror}") from problem
+
+
+def _number_of(path: Path) -> int:
+    return int(path.name.removeprefix("table-").partition(".")[0])

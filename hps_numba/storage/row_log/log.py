@@ -18,14 +18,13 @@ from hps_numba.errors import ClosedError, TierError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.storage.row_log.compaction import Compaction, delete_files
-from hps_numba.storage.row_log.folders import check_folder, delete_orphans
+from hps_numba.storage.row_log.folders import check_folder, clear_orphans, manifest_of
 from hps_numba.storage.row_log.lock import WriterLock
 from hps_numba.storage.row_log.manifest import (
     MANIFEST,
     Manifest,
     Signature,
     TableEntry,
-    read_manifest,
     signature_of,
     sync_folder,
     write_manifest,
@@ -88,9 +87,9 @@ class RowLog:
         self._writer_lock = WriterLock(folder) if writable else None
         register_fork_reset(self)
         try:
-            self._manifest = read_manifest(folder)
+            self._manifest = manifest_of(folder)
             if writable:
-                delete_orphans(folder, self._manifest)
+                clear_orphans(folder, self._manifest)
             self._follow()
         except BaseException:
             self.close()
@@ -146,7 +145,7 @@ class RowLog:
         for attempt in range(_FOLLOW_ATTEMPTS):
             signature = signature_of(self.folder / MANIFEST)
             if not self.writes and (signature != self._signature or signature is None):
-                self._manifest = read_manifest(self.folder)
+                self._manifest = manifest_of(self.folder)
             try:
                 for tag, entry in self._manifest.tables.items():
                     self._follow_table(tag, entry)

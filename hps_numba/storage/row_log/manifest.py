@@ -77,8 +77,8 @@ def signature_of(path: Path) -> Signature:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; an empty one if it has none.
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder; None if it has none.
 
     Raises:
         TierError: it is damaged or of another version, or cannot be read.
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return Manifest()
+        return None
     except OSError as problem:
         raise TierError(f"{path}: cannot be read: {problem.strerror}") from problem
     try:

@@ -202,6 +202,71 @@ def test_a_damaged_manifest_is_named(whole: tuple[Path, History], copies: Path) 
     open_log(copies).close()
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_missing_manifest_is_an_error_and_deletes_nothing(whole: tuple[Path, History], read_only: bool) -> None:
+    folder, history = whole
+    path = file_of(folder, "json")
+    content = path.read_bytes()
+    reader = open_log(folder, read_only=True)
+    path.unlink()
+    for call in (lambda: open_log(folder, read_only=read_only), lambda: reader.contains(TAG, ints(1)), reader.tables):
+        with pytest.raises(TierError, match=r"manifest\.json: expected the manifest of table-000001 .* got no file"):
+            call()
+    path.write_bytes(content)
+    assert answers(reader) == {key: states[-1] for key, states in history.items()}
+    reader.close()
+    tier = open_log(folder, read_only=read_only)
+    assert answers(tier) == {key: states[-1] for key, states in history.items()}
+    tier.close()
+
+
+def test_an_older_manifest_deletes_nothing_that_it_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tier = open_log(tmp_path)
+    tier.insert(TAG, ints(1), rows_of([1], DIM))
+    older = file_of(tmp_path, "json").read_bytes()
+    many = np.arange(300)
+    tier.insert(TAG, many, rows_of(many, DIM, 1))
+    tier.insert("another", ints(1), rows_of([1], DIM, 2))
+    expected = {name: content_of(tier, name) for name in (TAG, "another")}
+    tier.close()
+    newest = file_of(tmp_path, "json").read_bytes()
+    unknown = [path for path in tmp_path.glob("table-000001/*") if int(path.stem) > 1]
+    contents = {path: path.read_bytes() for path in [*unknown, *tmp_path.glob("table-000002/*")]}
+    assert len(unknown) > 2
+    file_of(tmp_path, "json").write_bytes(older)
+    for stamp in (3, 4):  # it is usable, and goes on with the same numbers
+        tier = open_log(tmp_path)
+        tier.insert("a third", many, rows_of(many, DIM, stamp))
+        tier.insert(TAG, many, rows_of(many, DIM, stamp))
+        tier.close()
+    assert str(unknown[0]) in caplog.text and "table-000002" in caplog.text
+    for path, content in contents.items():
+        parts = [f"{part}.unknown-1" if part == "table-000002" or part == path.name else part for part in path.parts]
+        aside = Path(*parts) if path in unknown else Path(*parts).with_name(path.name)
+        assert aside.read_bytes() == content
+    shutil.rmtree(tmp_path / "table-000002")  # and may be put back
+    (tmp_path / "table-000002.unknown-1").rename(tmp_path / "table-000002")
+    for path in tmp_path.glob("table-000001/*.unknown-1"):
+        path.rename(path.with_name(path.name.removesuffix(".unknown-1")))
+    file_of(tmp_path, "json").write_bytes(newest)
+    tier = open_log(tmp_path)
+    assert content_of(tier, "another") == expected["another"] and tier.size(TAG) == len(expected[TAG])
+    tier.close()
+
+
+def test_what_a_drop_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
+    tier = open_log(tmp_path)
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    shutil.copytree(tmp_path / "table-000001", tmp_path / "kept")
+    tier.erase(TAG)
+    tier.close()
+    (tmp_path / "kept").rename(tmp_path / "table-000001")
+    (tmp_path / "table-000002").mkdir()
+    (tmp_path / "table-000002" / "00000001.rows").touch()  # made, and the manifest never said so
+    open_log(tmp_path).close()
+    assert not list(tmp_path.glob("table-*"))
+
+
 @pytest.mark.parametrize("ending", ["rows", "keys"])
 def test_a_missing_file_is_named(whole: tuple[Path, History], ending: str) -> None:
     folder, _ = whole
