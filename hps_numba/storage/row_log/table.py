@@ -103,12 +103,22 @@ class RowTable:
                 before = segment.ends.keys
                 self._replay(segment, is_last=number == entry.segments[-1])
                 advance(self.tag, (segment.ends.keys - before) // 8)
-        self.segments, self.entry = known, entry
         if gone:  # their live rows were copied before, so what still points to them was erased or evicted meanwhile
             self.index.erase(self.index.outside(set(known)))
+        self.segments, self.entry = known, entry
         self.view = self._new_view()
 
     def _replay(self, segment: Segment, *, is_last: bool) -> None:
+        """Bring the index up to what is in a key file; if that fails, the next call does it again from the same place."""
+        before = segment.ends
+        try:
+            self._index(self._new_records(segment, is_last=is_last), segment)
+        except BaseException:
+            segment.ends = before
+            self.recovered.pop(segment.number, None)
+            raise
+
+    def _new_records(self, segment: Segment, *, is_last: bool) -> list[Record]:
         is_sealed = self.writable or not is_last
         records = read_records(segment, self.slot_size, is_sealed=is_sealed)
         if is_sealed and (more := recover_tail(segment, self.slot_size)):
@@ -118,6 +128,9 @@ class RowTable:
             )
             self.recovered[segment.number] = more
             records += more
+        return records
+
+    def _index(self, records: list[Record], segment: Segment) -> None:
         keys: list[np.ndarray] = []
         locations: list[np.ndarray] = []
         waiting = 0

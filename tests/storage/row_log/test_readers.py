@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -11,15 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 from support.children import in_child
+from support.interrupts import interrupted_everywhere
 from support.oracles import rows_of
 from support.processes import environment
 from support.tiers import DIM, TAG, content_of, fetch, ints
 from support.waiting import HANG_SECONDS, Span, join_all
 
-from hps_numba.errors import ClosedError, TierError, TierUnavailable
+from hps_numba.errors import CapacityError, ClosedError, TierError, TierUnavailable
+from hps_numba.storage.row_log import records
+from hps_numba.storage.row_log.index import RowIndex
 from hps_numba.storage.tiers.row_log import RowLogTier
 
 KEYS = np.arange(300)
+#: bytecodes between two that are interrupted
+INTERRUPT_STEP = 1 if "HPS_NUMBA_EVERY_BYTE" in os.environ else 97
 
 
 def open_log(folder: Path, **keys: Any) -> RowLogTier:
@@ -237,4 +244,62 @@ def test_a_reader_forgets_rows_of_a_commit_that_failed_later(tmp_path: Path, mon
     writer.insert(TAG, ints(1000), rows_of([1000], DIM))
     for tier in (writer, reader):
         assert content_of(tier, TAG, 100) == {**before, 1000: rows_of([1000], DIM)[0].tobytes()}
+        tier.close()
+
+
+@pytest.mark.parametrize("problem", [MemoryError("no memory"), CapacityError("full"), OSError(errno.EIO, "broken")])
+def test_a_reader_that_fails_to_follow_finds_the_rows_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    writer, reader = open_log(tmp_path), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    assert reader.size(TAG) == len(KEYS)
+    for erases in (False, True):
+        if erases:
+            writer.erase(TAG, KEYS[::2])
+        writer.insert(TAG, KEYS[1::2] + 50, rows_of(KEYS[1::2] + 50, DIM, 1))  # into several segments
+        with monkeypatch.context() as patched:
+            if isinstance(problem, OSError):
+                patched.setattr(records.os, "pread", _raise(problem, after=1))
+            else:
+                patched.setattr(RowIndex, "erase" if erases else "put", _raise(problem))
+            with pytest.raises((type(problem), TierError)):
+                reader.size(TAG)
+        assert content_of(reader, TAG, 100) == content_of(writer, TAG, 100)
+    for tier in (writer, reader):
+        tier.close()
+
+
+def _raise(problem: Exception, after: int = 0) -> Any:
+    calls = iter(range(after))
+    real = os.pread
+
+    def call(*given: Any) -> Any:
+        if next(calls, None) is None:
+            raise problem
+        return real(*given)
+
+    return call
+
+
+def test_a_reader_that_is_interrupted_anywhere_finds_the_rows_later(tmp_path: Path) -> None:
+    """By Ctrl-C, while it follows inserts, erasures and compactions."""
+    writer, reader = open_log(tmp_path), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    fetch(reader, TAG, KEYS)
+    interrupted = 0
+    files = [f"row_log/{name}.py" for name in ("table", "records", "log")]
+    for number, problem in enumerate(interrupted_everywhere(lambda: reader.size(TAG), *files, step=INTERRUPT_STEP)):
+        interrupted += problem is not None
+        answer, rows = fetch(reader, TAG, KEYS)
+        expected, wanted = fetch(writer, TAG, KEYS)
+        assert answer.failed is None and np.array_equal(answer.found, expected.found)
+        assert np.array_equal(rows[answer.found], wanted[expected.found])
+        some = KEYS[number % 7 :: 7]
+        writer.insert(TAG, some, rows_of(some, DIM, number % 60))
+        writer.erase(TAG, ints(number % 300))
+        if number % 2:
+            writer.compact(TAG)
+    assert interrupted > 10
+    for tier in (writer, reader):
         tier.close()
