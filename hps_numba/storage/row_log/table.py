@@ -97,6 +97,9 @@ class RowTable:
         """Follow the manifest and the key files: what was committed before this call is in the index afterwards."""
         gone = self.segments.keys() - set(entry.segments)
         known = {number: self.segments.get(number) or self.open_segment(number) for number in entry.segments}
+        if known.keys() - self.segments.keys():  # the index never knows a segment that the view does not have
+            self.segments = {**self.segments, **known}
+            self.view = self._new_view()
         total = sum(os.fstat(segment.keys_fd).st_size - segment.ends.keys for segment in known.values()) // 8
         with rows_progress(total, doing=f"{self.tag}: index") as advance:
             for number, segment in known.items():

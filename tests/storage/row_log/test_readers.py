@@ -303,3 +303,32 @@ def test_a_reader_that_is_interrupted_anywhere_finds_the_rows_later(tmp_path: Pa
     assert interrupted > 10
     for tier in (writer, reader):
         tier.close()
+
+
+@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+def test_keys_are_served_while_another_thread_of_a_reader_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    """Once their new places are in the index, also in segments that were opened just now."""
+    writer, reader = open_log(tmp_path), open_log(tmp_path, read_only=True, reads=reads)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    assert reader.size(TAG) == len(KEYS)
+    table = reader._log.table(TAG)
+    assert table is not None
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM, 1))
+    put, seen = RowIndex.put, []
+
+    def put_and_look(index: RowIndex, keys: np.ndarray, locations: np.ndarray) -> int:
+        new = put(index, keys, locations)
+        rows = np.empty((len(KEYS), DIM), np.float32)
+        seen.append(table.fetch(KEYS, rows))  # as a thread that has the table already
+        changed = rows[:, 0] != rows_of(KEYS, DIM)[:, 0]
+        assert np.array_equal(rows, np.where(changed[:, None], rows_of(KEYS, DIM, 1), rows_of(KEYS, DIM)))
+        assert changed[np.isin(KEYS, keys)].all()
+        return new
+
+    monkeypatch.setattr(RowIndex, "put", put_and_look)
+    reader.size(TAG)
+    assert len(seen) > 1 and all(found.all() and not failed for found, failed in seen)
+    for tier in (writer, reader):
+        tier.close()
