@@ -135,8 +135,11 @@ class RowLog:
             same = signature_of(self.folder / MANIFEST) == self._signature and self._signature is not None
         except OSError as problem:
             raise TierError(f"{self.folder / MANIFEST}: cannot be looked at: {problem.strerror}") from problem
-        if same and (table is None or not table.has_news(table.entry)):
-            return
+        if same:
+            if table is not None and not table.has_news(table.entry):
+                return
+            if table is None and (tag is None or tag not in self._manifest.tables):
+                return
         with self._change():
             self._follow()
 
@@ -154,16 +157,18 @@ class RowLog:
                 if signature_of(self.folder / MANIFEST) == signature or attempt == _FOLLOW_ATTEMPTS - 1:
                     raise
         for tag in self._tables.keys() - self._manifest.tables.keys():
-            self._tables.pop(tag).close()
+            del self._tables[tag]
         self._signature = signature
 
     def _follow_table(self, tag: str, entry: TableEntry) -> None:
+        """Follow the files of a table, or open it.
+
+        One that is replaced is used until the new one is complete. It is not closed, but left to those who read from it: it
+        ends with the last of them.
+        """
         table = self._tables.get(tag)
         replaced = table is not None and table.entry.number != entry.number  # dropped, and made again
-        if table is not None and (replaced or (not self.writes and table.was_cut())):
-            self._tables.pop(tag).close()
-            table = None
-        if table is not None:
+        if table is not None and not replaced and (self.writes or not table.was_cut()):
             if table.has_news(entry):
                 table.refresh(entry)
             return
@@ -268,7 +273,6 @@ class RowLog:
             self._save(self._manifest.with_table(tag, None))
             del self._tables[tag], self._writers[tag]
             shutil.rmtree(table.folder, ignore_errors=True)
-            table.close()
             return rows
 
     def compact(self, tag: str) -> int:

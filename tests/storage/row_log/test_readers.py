@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from support.tiers import DIM, TAG, content_of, fetch, ints
 from support.waiting import HANG_SECONDS, Span, join_all
 
 from hps_numba.errors import CapacityError, ClosedError, TierError, TierUnavailable
-from hps_numba.storage.row_log import records
+from hps_numba.storage.row_log import records, writing
 from hps_numba.storage.row_log.index import RowIndex
 from hps_numba.storage.tiers.row_log import RowLogTier
 
@@ -153,8 +155,6 @@ def test_lookups_beside_writes_and_compactions_are_exact(tmp_path: Path, reads: 
 
 
 def test_concurrent_inserts_share_commits_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hps_numba.storage.row_log import writing
-
     synced = []
     monkeypatch.setattr(writing, "_sync_data", lambda descriptor: synced.append(descriptor))
     tier = open_log(tmp_path, sync="always", segment_bytes=1 << 20)
@@ -224,8 +224,6 @@ def test_closing_beside_reads_is_safe(tmp_path: Path) -> None:
 
 def test_a_reader_forgets_rows_of_a_commit_that_failed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It saw the records before they were synced."""
-    from hps_numba.storage.row_log import writing
-
     writer, reader = open_log(tmp_path, sync="always", segment_bytes=1 << 20), open_log(tmp_path, read_only=True)
     writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
     before = content_of(reader, TAG, 100)
@@ -330,5 +328,71 @@ def test_keys_are_served_while_another_thread_of_a_reader_follows(
     monkeypatch.setattr(RowIndex, "put", put_and_look)
     reader.size(TAG)
     assert len(seen) > 1 and all(found.all() and not failed for found, failed in seen)
+    for tier in (writer, reader):
+        tier.close()
+
+
+def test_a_reader_that_opens_a_table_anew_serves_other_threads_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As records that it had read were cut, whose commit failed; and nothing of the old table is left behind."""
+    writer, reader = open_log(tmp_path, sync="always", segment_bytes=1 << 20), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+
+    def fail(descriptor: int) -> None:
+        if reader.size(TAG) == 350:
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "_sync_data", fail)
+        with pytest.raises(TierError, match="Input/output error"):
+            writer.insert(TAG, KEYS + 50, rows_of(KEYS + 50, DIM, 1))
+    old = reader._log._tables[TAG]
+    put, seen = RowIndex.put, []
+
+    def put_and_look(index: RowIndex, keys: np.ndarray, locations: np.ndarray) -> int:
+        monkeypatch.undo()
+        thread = threading.Thread(target=lambda: seen.append(reader._log._tables.get(TAG)))
+        thread.start()
+        join_all(thread)
+        return put(index, keys, locations)
+
+    monkeypatch.setattr(RowIndex, "put", put_and_look)
+    assert content_of(reader, TAG, 100) == content_of(writer, TAG, 100)
+    assert seen == [old] and reader._log._tables[TAG] is not old
+    rows = np.empty((len(KEYS), DIM), np.float32)
+    assert old.fetch(KEYS[:50], rows[:50])[0].all()  # a thread in the middle of a fetch
+    assert np.array_equal(rows[:50], rows_of(KEYS[:50], DIM))
+    gone = weakref.ref(old.index._store)
+    seen.clear()
+    del old
+    gc.collect()
+    assert gone() is None
+    for tier in (writer, reader):
+        tier.close()
+
+
+def test_a_table_of_a_reader_that_is_not_open_yet_is_not_taken_for_none(tmp_path: Path) -> None:
+    writer, reader = open_log(tmp_path), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    assert reader.size(TAG) == len(KEYS)
+    del reader._log._tables[TAG]  # the manifest, which is known, names it
+    assert reader.size(TAG) == len(KEYS)
+    assert reader.size("another") == 0
+    for tier in (writer, reader):
+        tier.close()
+
+
+def test_a_table_that_is_dropped_ends_no_fetch_of_another_thread(tmp_path: Path) -> None:
+    writer, reader = open_log(tmp_path), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    for tier in (writer, reader):
+        table = tier._log.table(TAG)
+        assert table is not None
+        writer.erase(TAG)
+        assert tier.tables() == [] and not fetch(tier, TAG, KEYS)[0].found.any()
+        rows = np.empty((len(KEYS), DIM), np.float32)
+        assert table.fetch(KEYS, rows)[0].all() and np.array_equal(rows, rows_of(KEYS, DIM))  # begun before
+        writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
     for tier in (writer, reader):
         tier.close()
