@@ -6,7 +6,7 @@ Rows are on the disk before their record is written, and a record is there befor
 * An erasure has a second copy right behind it.
 * The end of a file that is no whole record is a *torn tail*: nobody was told that it is there. The writer looks behind the last
   committed row: rows that are whole there are kept (their record may have been whole before it was damaged), the rest is cut. A
-  read-only opener leaves the tail of the last segment alone, as a writer may be at work there.
+  read-only opener leaves tails alone, as a writer may be at work there: a commit may extend over several segments.
 * Anything else is an error that names the file and the offset.
 """
 
@@ -103,7 +103,7 @@ def read_records(segment: Segment, slot_size: int, *, is_sealed: bool) -> list[R
 
 
 def recover_tail(segment: Segment, slot_size: int) -> list[Record]:
-    """Rows behind the last committed one that are whole, a record for each group; for a segment that nobody writes to.
+    """Rows behind the last committed one that are whole, a record for each group; for the writer, when it opens.
 
     The ``ends`` of the segment move on, but for that of its records.
     """

@@ -51,6 +51,7 @@ class RowTable:
         self.slot_size = slot_bytes(entry.dim)
         self.recovered: dict[int, list[Record]] = {}
         self.segments: dict[int, Segment] = {}
+        self._short: dict[int, int] = {}  # sizes of files of rows that are damaged: too short for their records
         self._reads = reads
         self.writable = writable
         self._block: int | None = None
@@ -84,14 +85,23 @@ class RowTable:
         """Whether another process has written since the last ``refresh``."""
         if entry != self.entry:
             return True
-        last = self.segments.get(entry.segments[-1])
-        if last is None:  # another thread is just following
-            return True
-        return os.fstat(last.keys_fd).st_size != last.ends.keys
+        for number in reversed(entry.segments):
+            segment = self.segments.get(number)
+            if segment is None:  # another thread is just following
+                return True
+            if os.fstat(segment.keys_fd).st_size != segment.ends.keys:
+                return True
+            if segment.ends.keys:  # a commit that fails cuts this one, or none before it
+                return False
+        return False
 
     def was_cut(self) -> bool:
-        """Whether records that are in the index are on the disk no more, as their commit failed."""
-        return any(os.fstat(segment.keys_fd).st_size < segment.ends.keys for segment in self.segments.values())
+        """Whether records or rows that are in the index are on the disk no more, as their commit failed."""
+        return any(
+            os.fstat(segment.keys_fd).st_size < segment.ends.keys
+            or os.fstat(segment.rows_fd).st_size < self._short.get(segment.number, segment.ends.rows)
+            for segment in self.segments.values()
+        )
 
     def refresh(self, entry: TableEntry) -> None:
         """Follow the manifest and the key files: what was committed before this call is in the index afterwards."""
@@ -105,11 +115,19 @@ class RowTable:
             for number, segment in known.items():
                 before = segment.ends.keys
                 self._replay(segment, is_last=number == entry.segments[-1])
+                self._note_size(segment)
                 advance(self.tag, (segment.ends.keys - before) // 8)
         if gone:  # their live rows were copied before, so what still points to them was erased or evicted meanwhile
             self.index.erase(self.index.outside(set(known)))
         self.segments, self.entry = known, entry
         self.view = self._new_view()
+
+    def _note_size(self, segment: Segment) -> None:
+        size = os.fstat(segment.rows_fd).st_size
+        if size < segment.ends.rows:
+            self._short[segment.number] = size
+        else:
+            self._short.pop(segment.number, None)
 
     def _replay(self, segment: Segment, *, is_last: bool) -> None:
         """Bring the index up to what is in a key file; if that fails, the next call does it again from the same place."""
@@ -122,9 +140,8 @@ class RowTable:
             raise
 
     def _new_records(self, segment: Segment, *, is_last: bool) -> list[Record]:
-        is_sealed = self.writable or not is_last
-        records = read_records(segment, self.slot_size, is_sealed=is_sealed)
-        if is_sealed and (more := recover_tail(segment, self.slot_size)):
+        records = read_records(segment, self.slot_size, is_sealed=self.writable or not is_last)
+        if self.writable and (more := recover_tail(segment, self.slot_size)):
             rows = sum(len(record.keys) for record in more)
             log.warning(
                 "%s: its end was damaged: %d rows were recovered from %s", segment.keys_path, rows, segment.rows_path.name

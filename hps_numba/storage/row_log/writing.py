@@ -252,9 +252,9 @@ class TableWriter:
         """Cut the files to what was committed before.
 
         Another process may have read records that are cut: it sees that the file became shorter, as that one is not written to
-        again.
+        again. It looks at the last one that it read from first, so that one is cut first.
         """
-        for number, draft in self._drafts.items():
+        for number, draft in reversed(self._drafts.items()):
             segment = self.table.segments[number]
             self._rolls = self._rolls or draft.keys > segment.ends.keys
             try:

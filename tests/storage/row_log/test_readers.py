@@ -396,3 +396,53 @@ def test_a_table_that_is_dropped_ends_no_fetch_of_another_thread(tmp_path: Path)
         writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
     for tier in (writer, reader):
         tier.close()
+
+
+@pytest.mark.parametrize("step", ["_sync_data", "_write_all"])
+def test_a_reader_takes_no_row_of_a_commit_over_several_segments_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    """It looks when the rows are there, or the record in the first of the segments, and again after the failure."""
+    writer, reader = open_log(tmp_path, sync="always"), open_log(tmp_path, read_only=True)
+    writer.insert(TAG, KEYS[:100], rows_of(KEYS[:100], DIM))
+    before = content_of(reader, TAG, 100)
+    table = writer._log.table(TAG)
+    assert table is not None
+    count, real, looked = len(table.segments), getattr(writing, step), []
+    keys = np.roll(KEYS, 20)  # new ones first, then some that were there
+
+    def fail(descriptor: int, *given: Any) -> None:
+        first = table.segments[count]
+        in_second = len(table.segments) > count and descriptor == table.segments[count + 1].keys_fd
+        if step == "_sync_data" or in_second:
+            assert len(table.segments) > count + 1
+            assert (os.fstat(first.keys_fd).st_size == first.ends.keys) == (step == "_sync_data")
+            looked.append(reader.size(TAG))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, step, fail)
+        with pytest.raises(TierError, match="No space left on device"):
+            writer.insert(TAG, keys, rows_of(keys, DIM, 1))
+    assert (looked[0] == 100) == (step == "_sync_data")
+    assert content_of(reader, TAG, 100) == before == content_of(writer, TAG, 100)
+    assert not caplog.messages
+    for tier in (writer, reader):
+        tier.close()
+
+
+def test_a_file_of_rows_that_was_cut_opens_a_table_anew_once(tmp_path: Path) -> None:
+    writer, reader = open_log(tmp_path, segment_bytes=1 << 20), open_log(tmp_path, read_only=True, reads="threads")
+    writer.insert(TAG, KEYS, rows_of(KEYS, DIM))
+    first = reader._log.table(TAG)
+    assert first is not None and not first.was_cut()
+    os.truncate(tmp_path / "table-000001" / "00000001.rows", 512)
+    assert first.was_cut()
+    for stamp in range(2):
+        writer.erase(TAG, ints(stamp))
+        table = reader._log.table(TAG)
+        assert table is not None and table is not first and not table.was_cut()
+    assert table is reader._log.table(TAG)
+    for tier in (writer, reader):
+        tier.close()
