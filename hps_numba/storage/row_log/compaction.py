@@ -124,6 +124,7 @@ class Compaction:
         if victim.damaged:
             return
         self._carry_erasures(victim)
+        self._writer.settle()
         self._drop_segments([victim.number])
         self._writer.renew_view()
 

@@ -78,6 +78,7 @@ class TableWriter:
         self._broken: str | None = None
         self._rolls = False  # the next commit goes to a new segment
         self._viewed_bytes = table.bytes
+        self._unsynced = set(table.segments)  # an earlier writer may have synced nothing
 
     @property
     def active(self) -> Segment:
@@ -244,9 +245,29 @@ class TableWriter:
         self._drafts[segment.number] = draft._replace(keys=draft.keys + len(content), records=draft.records + 1)
 
     def _sync(self, which: str) -> None:
-        if self.bound.always_sync:
-            for number in self._drafts:
-                _sync_data(getattr(self.table.segments[number], which))
+        if not self.bound.always_sync:
+            self._unsynced.update(self._drafts)
+            return
+        for number in self._drafts:
+            _sync_data(getattr(self.table.segments[number], which))
+
+    def settle(self) -> None:
+        """See that all that was committed is on the disk, with either ``sync``: what it replaces is deleted next.
+
+        Raises:
+            TierError: it cannot be synced; nothing may be deleted.
+        """
+        if self._broken:
+            raise TierError(f"{self.table.folder}: {self._broken}")
+        for number in sorted(self._unsynced & self.table.segments.keys()):
+            segment = self.table.segments[number]
+            try:
+                _sync_data(segment.rows_fd)
+                _sync_data(segment.keys_fd)
+            except OSError as problem:  # a second attempt could succeed without what is lost
+                self._broken = f"{segment.rows_path}: cannot be synced: {problem.strerror}"
+                raise TierError(self._broken) from problem
+        self._unsynced.clear()
 
     def _undo(self) -> None:
         """Cut the files to what was committed before.
