@@ -64,17 +64,20 @@ class Compaction:
             if garbage > max(_SMALL_BYTES, self._live_bytes) and self.run(garbage // 2) < garbage // _LITTLE:
                 self.run_all()
             return
-        more += self._writer.unrecorded_bytes
         allowed = bound.max_bytes - bound.segment_bytes - more
-        if self._table.bytes > allowed:
-            self.run(self._table.bytes - allowed)
+
+        def excess() -> int:
+            return self._table.bytes + self._writer.unrecorded_bytes - allowed
+
+        if excess() > 0:
+            self.run(excess())
         for number in range(_PASSES):  # each makes groups larger, so that less is lost between them
-            if self._table.bytes <= allowed:
+            if excess() <= 0:
                 return
             if number >= _PASSES_WITHOUT_LOSS:
                 self._writer.evict(len(self._table.index) - 1)
             self.run_all()
-        if self._table.bytes > allowed:
+        if excess() > 0:
             raise TierError(
                 f"{self._table.folder}: max_bytes: expected room for {more} bytes more, "
                 f"got {self._table.bytes} of {bound.max_bytes} in use"

@@ -252,11 +252,15 @@ class TableWriter:
             _sync_data(getattr(self.table.segments[number], which))
 
     def settle(self) -> None:
-        """See that all that was committed is on the disk, with either ``sync``: what it replaces is deleted next.
+        """See that all that was committed and evicted is on the disk, with either ``sync``: what it replaces is deleted next.
+
+        An eviction without a record would leave an older row of its key to be found after a crash.
 
         Raises:
-            TierError: it cannot be synced; nothing may be deleted.
+            TierError: it cannot be written or synced; nothing may be deleted.
         """
+        if self._unrecorded:
+            self.record_erasure(np.empty(0, np.int64))
         if self._broken:
             raise TierError(f"{self.table.folder}: {self._broken}")
         for number in sorted(self._unsynced & self.table.segments.keys()):

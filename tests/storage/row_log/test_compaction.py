@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from support.oracles import rows_of
 from support.tiers import DIM, TAG, content_of
 
 from hps_numba.errors import TierError
-from hps_numba.storage.row_log import compaction, writing
+from hps_numba.storage.row_log import compaction, log, writing
+from hps_numba.storage.row_log.index import RowIndex
+from hps_numba.storage.row_log.segment import Segment
 from hps_numba.storage.tiers.row_log import RowLogTier
 
 KEYS = np.arange(300)
@@ -29,22 +32,22 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.synced: dict[int, int] = {}  # sizes by inode
         self.deleted: list[str] = []
-        delete = compaction.delete_files
         monkeypatch.setattr(writing, "_sync_data", self._sync)
-        monkeypatch.setattr(
-            "hps_numba.storage.row_log.log.delete_files", lambda segment: (self._check(segment), delete(segment))
-        )
+        monkeypatch.setattr(log, "delete_files", self._delete)
 
     def _sync(self, descriptor: int) -> None:
         found = os.fstat(descriptor)
         self.synced[found.st_ino] = found.st_size
 
-    def _check(self, segment: Any) -> None:
-        """Before a segment is deleted: all that is in the later ones is synced."""
+    def _delete(self, segment: Segment) -> None:
+        """All that is in later segments is synced by now."""
         for path in segment.rows_path.parent.iterdir():
             if int(path.stem) > segment.number:
                 assert self.synced.get(path.stat().st_ino, 0) == path.stat().st_size, path
+        for descriptor in (segment.rows_fd, segment.keys_fd):  # the inode may soon be that of another file
+            self.synced.pop(os.fstat(descriptor).st_ino, None)
         self.deleted.append(segment.rows_path.name)
+        compaction.delete_files(segment)
 
 
 @pytest.mark.parametrize("sync", ["never", "always"])
@@ -84,4 +87,28 @@ def test_nothing_is_deleted_if_its_copies_cannot_be_synced(tmp_path: Path, monke
     tier.close()
     tier = open_log(tmp_path)
     assert tier.compact(TAG) > 0 and content_of(tier, TAG, 100) == before
+    tier.close()
+
+
+def test_an_evicted_row_is_not_followed_by_an_older_one_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segment of its last row is deleted before its eviction would have been recorded; an older row is elsewhere."""
+    tier = open_log(tmp_path / "log", max_bytes=1 << 16)
+    tier.insert(TAG, KEYS[:100], rows_of(KEYS[:100], DIM))  # one segment
+    tier.insert(TAG, KEYS[:1], rows_of(KEYS[:1], DIM, 1))
+    table = tier._log.table(TAG)
+    assert table is not None and len(table.segments) == 2
+    writer, compactor = tier._log._writers[TAG]
+
+    def evict(index: RowIndex, *_: Any) -> np.ndarray:
+        index.erase(KEYS[:1])
+        return KEYS[:1]
+
+    monkeypatch.setattr(RowIndex, "evict", evict)
+    writer.evict(0)
+    compactor.run(1)
+    assert 1 in table.segments and 2 not in table.segments
+    shutil.copytree(tmp_path / "log", tmp_path / "crashed")
+    tier.close()
+    tier = open_log(tmp_path / "crashed", max_bytes=1 << 16)
+    assert tier.contains(TAG, KEYS[:100]).tolist() == [False] + 99 * [True]
     tier.close()
