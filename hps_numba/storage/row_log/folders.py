@@ -55,9 +55,10 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def clear_orphans(folder: Path, manifest: Manifest) -> None:
-    """Delete files and folders of tables that a crash left: those that the manifest once named, and empty ones.
+    """Delete files and folders of tables that the manifest once named: a crash left them.
 
-    Others are there if the manifest was replaced by an older one. They are renamed, so that nothing is written over them.
+    Newer ones are there if a crash came before the manifest named them; then they are empty, and are left to be used. Or the
+    manifest was replaced by an older one: they are renamed, so that nothing is written over them.
 
     Raises:
         TierError: one cannot be renamed.
@@ -67,21 +68,22 @@ def clear_orphans(folder: Path, manifest: Manifest) -> None:
         entry = known.get(home.name)
         if entry is not None:
             _clear_segments(home, entry)
-        elif _number_of(home) < manifest.next_number or not _holds_something(home):
+        elif _number_of(home) < manifest.next_number:
             shutil.rmtree(home, ignore_errors=True)
-        else:
+        elif _holds_something(home):
             _set_aside(home, f"the manifest knows tables up to {manifest.next_number - 1}")
 
 
 def _clear_segments(home: Path, entry: TableEntry) -> None:
     keep = {path.name for number in entry.segments for path in segment_paths(home, number)}
     last = entry.segments[-1]
-    for path in list(home.iterdir()):
-        if not _OUR_FILE.fullmatch(path.name) or path.name in keep:
-            continue
-        if _number_of(path) < last or not path.stat().st_size:
+    others = sorted(path for path in home.iterdir() if _OUR_FILE.fullmatch(path.name) and path.name not in keep)
+    newer = [path for path in others if _number_of(path) > last]
+    for path in others:
+        if path not in newer:
             path.unlink(missing_ok=True)
-        else:
+    if any(path.stat().st_size for path in newer):
+        for path in newer:  # also empty ones: they belong together
             _set_aside(path, f"the manifest knows segments up to {last}")
 
 

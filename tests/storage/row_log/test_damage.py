@@ -227,6 +227,8 @@ def test_an_older_manifest_deletes_nothing_that_it_does_not_know(tmp_path: Path,
     many = np.arange(300)
     tier.insert(TAG, many, rows_of(many, DIM, 1))
     tier.insert("another", ints(1), rows_of([1], DIM, 2))
+    with tier._log._change():
+        tier._log._add_segment(tier._log._tables[TAG])  # with no row yet
     expected = {name: content_of(tier, name) for name in (TAG, "another")}
     tier.close()
     newest = file_of(tmp_path, "json").read_bytes()
@@ -263,8 +265,18 @@ def test_what_a_drop_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "kept").rename(tmp_path / "table-000001")
     (tmp_path / "table-000002").mkdir()
     (tmp_path / "table-000002" / "00000001.rows").touch()  # made, and the manifest never said so
-    open_log(tmp_path).close()
-    assert not list(tmp_path.glob("table-*"))
+    tier = open_log(tmp_path)
+    assert not (tmp_path / "table-000001").exists()
+    tier.insert(TAG, KEYS, rows_of(KEYS, DIM, 1))
+    assert [path.name for path in tmp_path.glob("table-*")] == ["table-000002"]
+    (tmp_path / "table-000002" / "00000002.keys").touch()  # a crash again
+    tier.close()
+    tier = open_log(tmp_path)
+    many = np.arange(300)
+    tier.insert(TAG, many, rows_of(many, DIM))
+    assert len(content_of(tier, TAG, 100)) == 300
+    assert not list(tmp_path.glob("**/*.unknown-*"))
+    tier.close()
 
 
 @pytest.mark.parametrize("ending", ["rows", "keys"])
