@@ -182,7 +182,11 @@ class Regions:
                 self._table[number, R_SIZE] = 0
 
     def sweep(self) -> None:
-        """Retire what processes that died have left."""
+        """Retire what processes that died have left.
+
+        One of them may have put another index in force and died before it said so: then caches still read what is lost, and
+        whoever follows has to look at the headers before the epoch ends for it.
+        """
         reachable = self._reachable()
         gone: dict[int, bool] = {}
         lost = []
@@ -193,6 +197,7 @@ class Regions:
             if number not in reachable and gone[owner]:
                 lost.append(number)
         if lost:
+            self._segment.note_published()
             self._table[lost, R_TAG] = self._epochs.advance()
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from support.children import in_child
 from support.oracles import assert_same_bits, rows_of
-from support.shared_memory import new_name, open_tier
+from support.shared_memory import kill_self, killed, new_name, open_tier
 from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.storage.shared import epochs as epochs_module
+from hps_numba.storage.shared.layout import R_TAG
 from hps_numba.storage.shared.segment_file import word_view
+from hps_numba.storage.shared.table import SharedHeader
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 TAG, DIM = "hps_et.m.a", 4
@@ -62,6 +64,40 @@ def test_memory_stays_until_the_caches_of_every_process_were_told(
     epochs.step()
     wait_until(lambda: epochs.oldest() > first)  # the children have ended, too
     assert_same_bits(np.stack([store_row(tier, key) for key in range(9)]), rows_of(np.arange(9), DIM, 1))
+    store.unwatch(told.append)
+
+
+def test_a_cache_leaves_an_index_whose_writer_was_killed_before_it_said_so(
+    tier: MultiProcessHashMapTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epochs_module, "_FOLLOW_SECONDS", HANG_SECONDS)  # the test takes the steps
+    store, told = tier.store(TAG, DIM), []
+    store.watch(told.append)
+    epochs, regions = store.epochs, tier._tables.regions
+    assert isinstance(epochs, epochs_module.SharedEpochs)
+    epochs.step()
+    region, publish = regions.at(store.block), SharedHeader.publish
+
+    def killed_when_published() -> None:
+        def published(header: SharedHeader, block: int) -> None:
+            header._epochs.segment.note_published = kill_self  # type: ignore[method-assign]
+            publish(header, block)
+
+        SharedHeader.publish = published  # type: ignore[method-assign]
+        keys = np.arange(10, 3000)
+        tier.insert(TAG, keys, rows_of(keys, DIM))
+
+    killed(killed_when_published)
+    assert told == [told[0]] and told[0] != store.block
+    with tier._tables.segment.turn():  # any other writer that needs space
+        regions.sweep()
+        epochs.advance()
+    tag = int(regions._table[region, R_TAG])
+    assert 0 < tag
+    assert epochs.oldest() <= tag
+    while epochs.oldest() <= tag:
+        epochs.step()
+    assert told[-1] == store.block
     store.unwatch(told.append)
 
 
