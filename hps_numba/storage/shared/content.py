@@ -249,8 +249,8 @@ class SharedContent(TableContent):
 
     def _moved(self, limit: int) -> tuple[SharedIndex, int]:
         regions, rows = self._space, self._index.rows
-        size = limit * self.row_bytes
-        if size > regions.size(rows) and not regions.extend(rows, size):
+        size, before = limit * self.row_bytes, regions.size(rows)
+        if size > before and not regions.extend(rows, size):
             rows = regions.allocate(size, f"{self.purpose}: rows")
         try:
             regions.commit(rows, size)
@@ -261,6 +261,8 @@ class SharedContent(TableContent):
         except BaseException:
             if rows != self._index.rows:
                 regions.free(rows)
+            else:  # a smaller growth may have use for it
+                regions.shrink(rows, before)
             raise
         return new, self._copied_to(new, limit)
 

@@ -109,6 +109,12 @@ class Regions:
         row[R_SIZE] = max(size, int(row[R_SIZE]))
         return True
 
+    def shrink(self, number: int, size: int) -> None:
+        """Undo ``extend``: a region that had ``size`` bytes before, and in which nobody uses more."""
+        row = self._table[number]
+        row[R_COMMITTED] = min(int(row[R_COMMITTED]), size)
+        row[R_SIZE] = size
+
     def commit(self, number: int, size: int) -> None:
         """Take memory for the first ``size`` bytes of a region.
 

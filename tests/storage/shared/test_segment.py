@@ -16,9 +16,10 @@ from support.waiting import wait_until
 
 from hps_numba.errors import CapacityError, ConfigError, TierUnavailable
 from hps_numba.storage.shared import segment as segments
-from hps_numba.storage.shared.layout import W_WRITER
+from hps_numba.storage.shared.content import SharedContent
+from hps_numba.storage.shared.layout import PAGE, SPACE, W_WRITER
 
-TAG = "hps_et.m.a"
+TAG, DIM = "hps_et.m.a", 16
 
 
 @pytest.fixture
@@ -89,3 +90,26 @@ def test_two_users_in_one_process_share_a_segment_and_agree(name: str) -> None:
     assert second.insert(TAG, np.arange(10), rows_of(range(10), 4)) == 1
     second.close()
     assert not segment_file(name).exists()
+
+
+def test_a_growth_that_fails_gives_back_the_space_behind_the_rows(name: str) -> None:
+    tier = open_tier(name, MIB)
+    segment, regions = tier._tables.segment, tier._tables.regions
+    rows_bytes = PAGE  # of 64 slots
+    with segment.turn():
+        gap = regions.allocate(2 * rows_bytes, "gap")
+        barrier = regions.allocate(1, "barrier")
+        regions.free(gap)
+        content = SharedContent.create(segment, regions, DIM, 0)
+        table, rows = content.places
+        assert regions.address(rows) < regions.address(barrier) < regions.address(table)
+        rest = regions.allocate(MIB - (regions.address(table) + regions.size(table) - segment.address - SPACE), "rest")
+        sizes = regions.size(rows), regions.committed(rows)
+        with pytest.raises(CapacityError, match="table: index"):
+            content.build_index(32)
+        assert (regions.size(rows), regions.committed(rows)) == sizes
+        regions.free(rest)
+        index, live = content.build_index(32)
+        content.use_index(index, live)
+        assert content.places[1] == rows and regions.size(rows) > sizes[0]
+    tier.close()
