@@ -75,8 +75,9 @@ class StoreLink:
         store.watch(self.follow)
 
     def reset_after_fork(self) -> None:
-        """Use a new lock: in the parent another thread may have held it. Devices are the parent's."""
+        """Use new locks: in the parent another thread may have held it. Devices are the parent's."""
         self._polling = threading.Lock()
+        self._following = threading.RLock()
         if self.held and self._backend.ordinal is None:  # the thread that would release it is the parent's
             self.held = False
             self.point_to(self._store.block)
@@ -88,14 +89,16 @@ class StoreLink:
 
         While the cache is held, ``release`` catches up.
         """
-        if not self.held:
-            self.point_to(block)
+        with self._following:
+            if not self.held:
+                self.point_to(block)
 
     def hold(self) -> None:
         """Keep the cache at the index in force now, whatever the store does, and keep the store from freeing any memory."""
         if self._backend.ordinal is None:
             self._store.epochs.add_guard(self)
-        self.held = True
+        with self._following:
+            self.held = True
 
     def in_force(self, block: int) -> int:
         """The index that the cache reads, for a ``block`` that was just read from the header of the store."""
@@ -105,8 +108,9 @@ class StoreLink:
         """Undo ``hold``: let the cache read the index that the store has in force; False: the device could not be told."""
         if not self.held:
             return self.problem is None
-        told = self.point_to(self._store.block)
-        self.held = False
+        with self._following:  # what is published from here on is followed when the cache is held no more
+            told = self.point_to(self._store.block)
+            self.held = False
         if self._backend.ordinal is None:
             self._store.epochs.remove_guard(self)
         return told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from support.cache_bench import DEFAULT, DIM, Bench, ints
 from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, primary_in
 from support.internals import renew_generation, set_writes
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
-from support.waiting import Span, join_all
+from support.waiting import Span, join_all, wait_until
 
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
@@ -603,6 +604,29 @@ def test_state_points_to_the_index_in_force(cpu_bench: Bench) -> None:
     assert block() == store.block != first
     store.close()
     assert block() == 0
+
+
+def test_an_index_that_is_published_while_a_hold_ends_is_followed(cpu_bench: Bench) -> None:
+    store = cpu_bench.store(range(4))
+    link = Linked(store).link
+    link.hold()
+    keys = np.arange(500)
+    writer = threading.Thread(target=lambda: store.upsert(keys, rows_of(keys, DIM)))
+    point_to = link.point_to
+
+    def slow_to_point(block: int) -> bool:
+        link.point_to = point_to  # type: ignore[method-assign]
+        told = point_to(block)
+        writer.start()
+        enough = time.perf_counter() + 0.1
+        wait_until(lambda: store.block != block and (not writer.is_alive() or time.perf_counter() > enough))
+        return told
+
+    link.point_to = slow_to_point  # type: ignore[assignment, method-assign]
+    assert link.release()
+    join_all(writer)
+    assert link.block == store.block
+    link.close()
 
 
 # -- where keys are that do not fit into their primary set ----------------------------------------------------------------
