@@ -16,7 +16,7 @@ the kernel drops such a lock when the process ends, however it ends.
 from __future__ import annotations
 
 __all__ = [
-    "BATCHES", "BLOCKS", "BLOCK_LOCKS", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION", "C_LIMIT", "C_QUEUED",
+    "BATCHES", "BLOCKS", "BLOCK_LOCKS", "CLAIM", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION", "C_LIMIT", "C_QUEUED",
     "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD", "LAYOUT_VERSION",
     "LOADING_LOCK", "MAGIC", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA", "REGION_WORDS",
     "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA", "TABLE_BYTES",
@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAGIC = int.from_bytes(b"hpsnumba", "little")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PAGE = 4096
 
 # words of page 0; the epoch has a cache line of its own
@@ -36,13 +36,14 @@ W_SERIAL, W_WRITER, W_WRITER_START, W_PUBLISHED = range(16, 20)
 
 BLOCKS, RECORDS, RECORD_WORDS = 512, 16, 8
 GUARD_RECORD = RECORDS - 1
+CLAIM = 1  # word of a guard record: a number that no other use of the block has
 PIDS = PAGE
 STARTS = PIDS + 8 * BLOCKS
 RECORD_AREA = STARTS + 8 * BLOCKS
 
 REGIONS, REGION_WORDS = 2048, 8
 REGION_AREA = RECORD_AREA + BLOCKS * RECORDS * RECORD_WORDS * 8
-# offset in the segment, bytes (0: not in use), bytes with memory, process that builds it (``regions``), epoch it was retired in
+# offset in the segment, bytes (0: not in use), bytes with memory, use of a block that builds it (``regions``), epoch it was retired in
 R_OFFSET, R_SIZE, R_COMMITTED, R_OWNER, R_TAG = range(5)
 
 TABLES, TABLE_BYTES, TAG_BYTES = 512, 512, 256

@@ -8,7 +8,6 @@ a process is killed. The pages of a region that is free stay in the segment, for
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -129,14 +128,15 @@ class Regions:
 
     @property
     def _owner(self) -> int:
-        """This process, with its pid, as blocks are used again."""
+        """This process, by its use of a block: blocks are used again, and pids too, as that of a container's only process."""
         if not self._segment.blocks:  # a forked child that found none free
             self._segment.claim_block()
-        return os.getpid() << 16 | self._segment.blocks[0] + 1
+        block = self._segment.blocks[0]
+        return self._segment.claim_of(block) << 16 | block + 1
 
     def _is_gone(self, owner: int) -> bool:
         block = (owner & 0xFFFF) - 1
-        return owner == 0 or int(self._segment.pids[block]) != owner >> 16 or self._segment.is_dead(block)
+        return owner == 0 or self._segment.claim_of(block) != owner >> 16 or self._segment.is_dead(block)
 
     def _gap(self, size: int) -> int | None:
         """The first free place for ``size`` bytes."""

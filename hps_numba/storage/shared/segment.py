@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from hps_numba.storage.shared.file_locks import lock_within, try_lock, unlock
 from hps_numba.storage.shared.layout import (
     BLOCK_LOCKS,
     BLOCKS,
+    CLAIM,
+    GUARD_RECORD,
     LOADING_LOCK,
     PAGE,
     PIDS,
@@ -54,6 +57,7 @@ log = logging.getLogger(__name__)
 #: where segments are
 FOLDER = Path("/dev/shm")
 _CLAIM_SECONDS = 10.0
+_CLAIM_BITS = 47  # with the number of a block, one word
 
 
 class Segment:
@@ -181,12 +185,17 @@ class Segment:
                 for number in range(BLOCKS):
                     if number not in self.blocks and try_lock(self._file, BLOCK_LOCKS + number):
                         self.records[number] = 0
+                        self.records[number, GUARD_RECORD, CLAIM] = secrets.randbits(_CLAIM_BITS)
                         self._starts[number], self.pids[number] = start_of(os.getpid()), os.getpid()
                         self.blocks.append(number)
                         return number
             if time.monotonic() > end:  # a process that leaves holds all of them for a moment
                 raise CapacityError(f"{self.path}: all {BLOCKS} blocks of reader records are in use by other processes")
             time.sleep(1e-3)
+
+    def claim_of(self, block: int) -> int:
+        """A number that the present use of a block has, and no other one."""
+        return int(self.records[block, GUARD_RECORD, CLAIM])
 
     def is_dead(self, block: int) -> bool:
         """Whether the process that used a block has ended; then its readers are forgotten."""

@@ -11,13 +11,13 @@ import pytest
 from support.children import in_child
 from support.oracles import rows_of
 from support.pinned import Registrar
-from support.shared_memory import MIB, new_name, open_tier, segment_file, started_child
+from support.shared_memory import MIB, kill_self, killed, new_name, open_tier, segment_file, started_child
 from support.waiting import wait_until
 
 from hps_numba.errors import CapacityError, ConfigError, TierUnavailable
 from hps_numba.storage.shared import segment as segments
 from hps_numba.storage.shared.content import SharedContent
-from hps_numba.storage.shared.layout import PAGE, SPACE, W_WRITER
+from hps_numba.storage.shared.layout import PAGE, R_OWNER, R_SIZE, R_TAG, SPACE, W_WRITER
 
 TAG, DIM = "hps_et.m.a", 16
 
@@ -112,4 +112,29 @@ def test_a_growth_that_fails_gives_back_the_space_behind_the_rows(name: str) -> 
         index, live = content.build_index(32)
         content.use_index(index, live)
         assert content.places[1] == rows and regions.size(rows) > sizes[0]
+    tier.close()
+
+
+def test_space_of_a_killed_process_is_free_though_another_one_has_its_pid_and_block(name: str) -> None:
+    tier = open_tier(name, MIB)
+    segment, regions = tier._tables.segment, tier._tables.regions
+
+    def take() -> None:
+        with segment.turn():
+            regions.allocate(PAGE, "of the killed one")
+        kill_self()
+
+    killed(take)
+    (region,) = np.flatnonzero(regions._table[:, R_SIZE]).tolist()
+    block = (int(regions._table[region, R_OWNER]) & 0xFFFF) - 1
+    pid = int(segment.pids[block])
+
+    def sweep() -> bool:
+        assert segment.blocks == [block]
+        segment.pids[block] = pid  # as in a container that was started again
+        with segment.turn():
+            regions.sweep()
+            return bool(regions._table[region, R_TAG])
+
+    assert in_child(sweep) == 0
     tier.close()

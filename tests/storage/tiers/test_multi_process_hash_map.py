@@ -21,7 +21,7 @@ from hps_numba.kernels.host.write import STATE_RETIRED
 from hps_numba.storage.shared import segment
 from hps_numba.storage.shared import segment_file as files
 from hps_numba.storage.shared.content import SharedContent
-from hps_numba.storage.shared.layout import PAGE, W_LAYOUT
+from hps_numba.storage.shared.layout import LAYOUT_VERSION, PAGE, W_LAYOUT
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 OTHER = "hps_et.m.b"
@@ -243,7 +243,7 @@ def test_a_segment_of_another_layout_is_refused(name: str, opened: Open) -> None
     with left_behind(name).open("r+b") as file:
         file.seek(8 * W_LAYOUT)
         file.write((77).to_bytes(8, "little"))
-    with pytest.raises(TierUnavailable, match="expected layout version 1, got 77"):
+    with pytest.raises(TierUnavailable, match=f"expected layout version {LAYOUT_VERSION}, got 77"):
         opened(auto_remove=False)
 
 
