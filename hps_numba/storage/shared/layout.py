@@ -18,7 +18,7 @@ from __future__ import annotations
 __all__ = [
     "BATCHES", "BLOCKS", "BLOCK_LOCKS", "CLAIM", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION", "C_LIMIT", "C_QUEUED",
     "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD", "LAYOUT_VERSION",
-    "LOADING_LOCK", "MAGIC", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA", "REGION_WORDS",
+    "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA", "REGION_WORDS",
     "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA", "TABLE_BYTES",
     "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_POLICY", "T_SOURCE", "T_STATE", "T_TAG",
     "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED", "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR",
@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAGIC = int.from_bytes(b"hpsnumba", "little")
+MAKING = int.from_bytes(b"hpsnew\0\0", "little")  # instead of it until the segment is complete
 LAYOUT_VERSION = 2
 PAGE = 4096
 

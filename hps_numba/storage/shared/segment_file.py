@@ -25,6 +25,7 @@ from hps_numba.storage.shared.layout import (
     BLOCKS,
     LAYOUT_VERSION,
     MAGIC,
+    MAKING,
     PAGE,
     SPACE,
     W_ADDRESS,
@@ -91,7 +92,7 @@ def _opened(file: int, path: Path, size: int, auto_remove: bool) -> tuple[int, i
     if not _is_current(file, path):  # removed by the last process that used it, since it was opened
         return None
     _check_owner(file, path)
-    if os.fstat(file).st_size == 0 or not _first_words(file)[W_MAGIC]:  # new, or its maker died
+    if os.fstat(file).st_size == 0 or _first_words(file)[W_MAGIC] == MAKING:  # new, or its maker died
         return _make(file, path, size, auto_remove), SPACE + _whole_pages(size)
     words = _checked_words(file, path, auto_remove)
     if words[W_AUTO_REMOVE] and try_lock(file, BLOCK_LOCKS, BLOCKS):  # all who used it died
@@ -167,6 +168,7 @@ def _make(file: int, path: Path, size: int, auto_remove: bool) -> int:
     try:
         try:
             os.ftruncate(file, 0)
+            os.pwrite(file, MAKING.to_bytes(8, "little"), 0)
             os.ftruncate(file, total)
         except OSError as problem:
             raise CapacityError(f"{path}: no file of {human_bytes(total)} can be made: {problem.strerror}") from problem

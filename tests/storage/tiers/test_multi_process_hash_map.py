@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from hps_numba.kernels.host.write import STATE_RETIRED
 from hps_numba.storage.shared import segment
 from hps_numba.storage.shared import segment_file as files
 from hps_numba.storage.shared.content import SharedContent
-from hps_numba.storage.shared.layout import LAYOUT_VERSION, PAGE, W_LAYOUT
+from hps_numba.storage.shared.layout import LAYOUT_VERSION, PAGE, SPACE, W_LAYOUT
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 OTHER = "hps_et.m.b"
@@ -247,12 +248,35 @@ def test_a_segment_of_another_layout_is_refused(name: str, opened: Open) -> None
         opened(auto_remove=False)
 
 
-def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Open) -> None:
-    segment_file(name).write_bytes(b"x" * 2 * PAGE)
+@pytest.mark.parametrize("begin", [b"xxxxxxxx", bytes(8)])
+def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Open, begin: bytes) -> None:
+    foreign = begin + b"x" * 2 * PAGE
+    segment_file(name).write_bytes(foreign)
     segment_file(name).chmod(0o600)
-    with pytest.raises(TierUnavailable, match="expected a segment of hps_numba, got a file that begins with b'xxxxxxxx'"):
+    with pytest.raises(TierUnavailable, match=re.escape(f"expected a segment of hps_numba, got a file that begins with {begin!r}")):
         opened()
-    assert segment_file(name).read_bytes() == b"x" * 2 * PAGE
+    assert segment_file(name).read_bytes() == foreign
+
+
+def test_a_segment_whose_maker_was_killed_is_made_anew(name: str) -> None:
+    for step in ("pwrite", "ftruncate", "posix_fallocate"):
+
+        def maker_killed_after(step: str = step) -> None:
+            make = getattr(os, step)
+
+            def made(file: int, *given: object) -> None:
+                make(file, *given)
+                if os.fstat(file).st_size:
+                    kill_self()
+
+            setattr(os, step, made)
+            open_tier(name, 2 * MIB)
+
+        killed(maker_killed_after)
+        assert segment_file(name).stat().st_size == (8 if step == "pwrite" else SPACE + 2 * MIB)
+    tier = open_tier(name, MIB)
+    assert segment_file(name).stat().st_size == SPACE + MIB
+    tier.close()
 
 
 def test_a_segment_that_others_may_read_or_own_is_refused(name: str, opened: Open) -> None:
