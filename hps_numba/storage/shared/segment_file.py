@@ -250,20 +250,49 @@ _covered: dict[int, int] = {}  # address and bytes of mappings that were left
 
 
 def _map(file: int, path: Path, address: int, size: int) -> None:
-    """Map the file at an address.
+    """Map the file at an address; what this process left there takes it, of whatever size it was.
 
     Raises:
         TierUnavailable: something else is there.
     """
-    replaced = _MAP_FIXED if _covered.get(address) == size else _MAP_FIXED_NOREPLACE
+    end, replaced = address + size, _MAP_FIXED_NOREPLACE
+    if _left_within(address, end):
+        replaced = _MAP_FIXED
+        for start, stop in _gaps(address, end):  # taken first, so that nothing else is replaced
+            if not _take(start, stop - start, _MAP_FIXED_NOREPLACE):
+                raise _no_place(path, address, size)
     if _mmap(file, address, size, mmap.MAP_SHARED | replaced) is None:
-        problem = ctypes.get_errno()
-        why = os.strerror(problem) if problem else "something else is mapped there"
-        raise TierUnavailable(
-            f"{path}: expected to map {human_bytes(size)} at {address:#x}, as its other processes do: {why}; "
-            "open the server earlier, or give another shared_memory_name"
-        )
-    _covered.pop(address, None)
+        raise _no_place(path, address, size)
+    for start, length in _left_within(address, end):
+        del _covered[start]
+        if start < address:
+            _covered[start] = address - start
+        if end < start + length:
+            _covered[end] = start + length - end
+
+
+def _left_within(address: int, end: int) -> list[tuple[int, int]]:
+    """Address and bytes of what was left and overlaps a range, ascending."""
+    return [(start, length) for start, length in sorted(_covered.items()) if start < end and address < start + length]
+
+
+def _gaps(address: int, end: int) -> list[tuple[int, int]]:
+    """Beginning and end of the parts of a range that are not what was left."""
+    gaps, place = [], address
+    for start, length in [*_left_within(address, end), (end, 0)]:
+        if place < start:
+            gaps.append((place, start))
+        place = start + length
+    return gaps
+
+
+def _no_place(path: Path, address: int, size: int) -> TierUnavailable:
+    problem = ctypes.get_errno()
+    why = os.strerror(problem) if problem else "something else is mapped there"
+    return TierUnavailable(
+        f"{path}: expected to map {human_bytes(size)} at {address:#x}, as its other processes do: {why}; "
+        "open the server earlier, or give another shared_memory_name"
+    )
 
 
 def _map_anywhere(file: int, path: Path, size: int) -> int:
@@ -283,5 +312,12 @@ def _map_anywhere(file: int, path: Path, size: int) -> int:
 
 def cover(address: int, size: int) -> None:
     """Put empty private memory over a mapping: its pages are given back, and a late reader finds a closed store, no hole."""
-    if _mmap(-1, address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED) is not None:
+    _take(address, size, _MAP_FIXED)
+
+
+def _take(address: int, size: int, replaced: int) -> bool:
+    """Keep an address range with memory that is empty and costs nothing; False if it is not free."""
+    got = _mmap(-1, address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | replaced)
+    if got is not None:
         _covered[address] = size
+    return got is not None

@@ -361,3 +361,28 @@ def test_a_full_segment_names_the_table_and_keeps_what_it_has(opened: Open, name
     assert tier.erase(TAG, written[:200]) == 200
     tier.insert(TAG, written[:200], rows_of(written[:200], DIM, 1))  # and there is room again
     assert_same_bits(served_rows(tier, written[:200]), rows_of(written[:200], DIM, 1))
+
+
+def test_a_process_comes_back_to_a_segment_that_was_made_with_another_size(name: str, opened: Open) -> None:
+    for size in (2, 4, 1, 3):
+        peer = Peer(name=name, size=size * MIB)
+        tier = opened(size=7 * MIB)  # its creator's counts
+        tier.insert(TAG, np.arange(9), rows_of(range(9), DIM, size))
+        assert_same_bits(peer.rows(TAG, np.arange(9)), rows_of(range(9), DIM, size))
+        tier.close()
+        peer.end()
+    assert not segment_file(name).exists()
+
+
+def test_what_was_left_gives_no_memory_behind_it_away(name: str, opened: Open) -> None:
+    peer = Peer(name=name, size=MIB)
+    tier = opened()
+    address, size = tier._tables.segment.address, tier._tables.segment.size
+    tier.close()
+    peer.end()
+    files.cover(address + size, PAGE)  # as a library that maps memory there would
+    files._covered.pop(address + size)
+    peer = Peer(name=name, size=2 * MIB)
+    with pytest.raises(TierUnavailable, match=f"expected to map .* at {address:#x}"):
+        opened()
+    peer.end()
