@@ -104,6 +104,7 @@ class Segment:
         self._mutex, self._depth = threading.RLock(), 0
         self._block_mutex = threading.RLock()
         self._loading = threading.Lock()
+        self._pinning = threading.RLock()
         self.writing: set[int] = set()
         self.blocks: list[int] = []
 
@@ -142,7 +143,7 @@ class Segment:
 
     def _take_turn(self) -> None:
         if self._file < 0:
-            raise ClosedError(f"{self.path}: this process has left the segment")
+            raise self._left()
         if not lock_within(self._file, WRITE_LOCK, LOCK_SECONDS):
             raise TierUnavailable(
                 f"{self.path}: process {self.words[W_WRITER]} has kept the turn of the writers for {LOCK_SECONDS:g} s"
@@ -218,13 +219,18 @@ class Segment:
 
         Raises:
             CapacityError: it cannot be pinned, or the file system has too little memory for all of it.
-            DeviceError: there is no device.
+            DeviceError: there is no device.   ClosedError: this process has left the segment.
         """
-        with self.turn():
+        with self._pinning:  # not in the writer's turn, for which all processes would wait as long as it takes
             if self._pinned is None:
+                if self._file < 0:
+                    raise self._left()
                 self.fill(0, self.size)
                 register(self.address, self.size)
                 self._pinned = unregister
+
+    def _left(self) -> ClosedError:
+        return ClosedError(f"{self.path}: this process has left the segment")
 
     # -- the end ------------------------------------------------------------------------------------------------------------
 
@@ -237,7 +243,7 @@ class Segment:
             _attached.pop(self.path, None)
             for end in self.leaving:
                 end()
-            with self._mutex:
+            with self._pinning, self._mutex:
                 if lock_within(self._file, WRITE_LOCK, LOCK_SECONDS) and self.words[W_AUTO_REMOVE]:
                     self._remove_if_last()
                 self._let_go()

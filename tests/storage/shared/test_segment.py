@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -46,6 +46,26 @@ def test_a_segment_is_pinned_whole_and_once_and_by_its_process_only(name: str) -
     tier.insert(TAG, np.arange(9), rows_of(range(9), 4))
     tier.close()
     assert registrar.ranges == {}
+
+
+def test_others_write_while_a_segment_is_pinned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "LOCK_SECONDS", 0.1)
+    tier, registrar = open_tier(name, MIB), Registrar()
+    segment, steps = tier._tables.segment, []
+    tier.insert(TAG, np.arange(9), rows_of(range(9), DIM))
+
+    def beside(step: Callable[[int, int], object]) -> Callable[[int, int], None]:
+        def done(start: int, size: int) -> None:
+            steps.append(in_child(lambda: tier.insert(TAG, np.arange(9), rows_of(range(9), DIM)) == 0))
+            step(start, size)
+
+        return done
+
+    monkeypatch.setattr(segment, "fill", beside(segment.fill))
+    segment.pin(beside(registrar.register), registrar.unregister)
+    assert steps == [0, 0]
+    assert registrar.ranges == {segment.address: segment.size}
+    tier.close()
 
 
 def test_a_segment_that_cannot_be_pinned_is_an_error(name: str) -> None:
