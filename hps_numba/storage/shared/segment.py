@@ -237,16 +237,26 @@ class Segment:
     def leave(self) -> None:
         """One user less; after the last one this process leaves, and the last process removes the file if that is wanted."""
         with _attaching:
-            self.users -= 1
+            self.users = max(0, self.users - 1)
             if self.users or self._file < 0:
                 return
-            _attached.pop(self.path, None)
-            for end in self.leaving:
-                end()
-            with self._pinning, self._mutex:
-                if lock_within(self._file, WRITE_LOCK, LOCK_SECONDS) and self.words[W_AUTO_REMOVE]:
-                    self._remove_if_last()
-                self._let_go()
+            try:
+                for end in self.leaving:
+                    end()
+            finally:
+                try:
+                    with self._pinning, self._mutex:
+                        self._remove_and_let_go()
+                finally:
+                    if self._file < 0 and _attached.get(self.path) is self:  # else an interrupt came: there is another attempt
+                        del _attached[self.path]
+
+    def _remove_and_let_go(self) -> None:
+        try:
+            if lock_within(self._file, WRITE_LOCK, LOCK_SECONDS) and self.words[W_AUTO_REMOVE]:
+                self._remove_if_last()
+        finally:
+            self._let_go()
 
     def _remove_if_last(self) -> None:
         with self._block_mutex:
@@ -267,8 +277,8 @@ class Segment:
             for block in self.blocks:
                 self.records[block], self.pids[block] = 0, 0
             self.blocks = []
-            file, self._file = self._file, -1
             cover(self.address, self.size)
+            file, self._file = self._file, -1
             os.close(file)  # and with it every lock
 
 
@@ -304,6 +314,9 @@ def attach(name: str, size: int, *, auto_remove: bool) -> Segment:
     path = FOLDER / name
     with _attaching:
         segment = _attached.get(path)
+        if segment is not None and not segment.users:  # an interrupt came before it was left, or in use
+            segment.leave()
+            segment = None
         if segment is None:
             segment = _attached[path] = Segment(path, size, auto_remove=auto_remove)
         check_auto_remove(segment.words, path, auto_remove)

@@ -158,3 +158,33 @@ def test_space_of_a_killed_process_is_free_though_another_one_has_its_pid_and_bl
 
     assert in_child(sweep) == 0
     tier.close()
+
+
+def test_a_process_that_is_interrupted_while_it_waits_to_leave_keeps_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(name, MIB)
+    segment = tier._tables.segment
+
+    def interrupted(*given: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(segments, "lock_within", interrupted)
+        tier.close()
+    assert segment._file == -1 and not np.count_nonzero(segment.pids) and segment_file(name) not in segments._attached
+    again = open_tier(name, MIB)
+    assert again._tables.segment is not segment
+    again.close()
+    assert not segment_file(name).exists()
+
+
+def test_a_segment_whose_leaving_was_interrupted_before_it_began_is_left_later(name: str) -> None:
+    tier = open_tier(name, MIB)
+    segment = tier._tables.segment
+    segment.users = 0  # as of a process that is interrupted right then
+    again = open_tier(name, MIB)
+    assert segment._file == -1 and again._tables.segment.users == 1
+    again.close()
+    assert not segment_file(name).exists()
+    tier.close()
