@@ -18,10 +18,10 @@ from __future__ import annotations
 __all__ = [
     "BATCHES", "BLOCKS", "BLOCK_LOCKS", "CLAIM", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION", "C_LIMIT", "C_QUEUED",
     "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD", "LAYOUT_VERSION",
-    "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA", "REGION_WORDS",
-    "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA", "TABLE_BYTES",
-    "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_POLICY", "T_SOURCE", "T_STATE", "T_TAG",
-    "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED", "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR",
+    "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA",
+    "REGION_WORDS", "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA",
+    "TABLE_BYTES", "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_POLICY", "T_SOURCE", "T_STATE",
+    "T_TAG", "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED", "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR",
     "W_CREATOR_START", "W_EPOCH", "W_LAYOUT", "W_MAGIC", "W_PUBLISHED", "W_SERIAL", "W_SIZE", "W_WRITER", "W_WRITER_START",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ RECORD_AREA = STARTS + 8 * BLOCKS
 
 REGIONS, REGION_WORDS = 2048, 8
 REGION_AREA = RECORD_AREA + BLOCKS * RECORDS * RECORD_WORDS * 8
-# offset in the segment, bytes (0: not in use), bytes with memory, use of a block that builds it (``regions``), epoch it was retired in
+# offset in the segment, bytes (0: not in use), bytes with memory, its owner (``regions``), epoch it was retired in
 R_OFFSET, R_SIZE, R_COMMITTED, R_OWNER, R_TAG = range(5)
 
 TABLES, TABLE_BYTES, TAG_BYTES = 512, 512, 256

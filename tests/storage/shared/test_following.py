@@ -93,7 +93,7 @@ def test_a_cache_leaves_an_index_whose_writer_was_killed_before_it_said_so(
         regions.sweep()
         epochs.advance()
     tag = int(regions._table[region, R_TAG])
-    assert 0 < tag
+    assert tag > 0
     assert epochs.oldest() <= tag
     while epochs.oldest() <= tag:
         epochs.step()

@@ -253,7 +253,9 @@ def test_a_file_that_is_no_segment_is_refused_and_kept(name: str, opened: Open, 
     foreign = begin + b"x" * 2 * PAGE
     segment_file(name).write_bytes(foreign)
     segment_file(name).chmod(0o600)
-    with pytest.raises(TierUnavailable, match=re.escape(f"expected a segment of hps_numba, got a file that begins with {begin!r}")):
+    with pytest.raises(
+        TierUnavailable, match=re.escape(f"expected a segment of hps_numba, got a file that begins with {begin!r}")
+    ):
         opened()
     assert segment_file(name).read_bytes() == foreign
 
