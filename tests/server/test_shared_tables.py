@@ -103,3 +103,36 @@ def test_a_cache_follows_what_another_process_publishes(workshop: Workshop, name
     wait_until(lambda: table.store is not None and link.block == table.store.block)
     for part in np.array_split(np.arange(5000), 50):
         assert_same_bits(np.asarray(server.lookup(part, "m", 0)), rows_of(part, 4))
+
+
+# -- eviction --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["evict_random", "evict_least_used", "evict_oldest"])
+def test_callbacks_are_told_of_rows_that_leave_shared_memory(workshop: Workshop, name: str, policy: str) -> None:
+    section = in_segment(name, overflow_margin=10, num_partitions=1, overflow_policy=policy)
+    server = workshop.open(workshop.model((range(8), 4)), volatile_db=section)
+    gone: list[int] = []
+    server.on_evict(gone.extend, "m", 0)
+    for start in range(100, 160, 4):
+        assert server.insert(range(start, start + 4), rows_of(range(start, start + 4), 4), "m", 0) == 4
+    every = {*range(8), *range(100, 160)}
+    left = sorted(every - set(gone))
+    assert len(gone) == len(set(gone)) == len(every) - len(left) and 8 <= len(left) <= 10
+    assert server.contains(left, "m", 0).all() and not server.contains(gone, "m", 0).any()
+    assert_same_bits(np.asarray(server.lookup(left, "m", 0)), rows_of(left, 4))
+
+
+def test_rows_that_leave_shared_memory_are_demoted(workshop: Workshop, name: str) -> None:
+    server = workshop.open(
+        workshop.model((range(8), 4)),
+        volatile_db=in_segment(name, overflow_margin=10, num_partitions=1),
+        persistent_db={"type": "support.fakes:DictTier", "initialize_after_startup": False},
+    )
+    server.update(range(4), rows_of(range(4), 4, 1), "m", 0)
+    for start in range(100, 160, 4):
+        server.insert(range(start, start + 4), rows_of(range(start, start + 4), 4), "m", 0)
+    assert server.stats()["m"]["sparse_embedding0"].rows <= 10
+    assert_same_bits(np.asarray(server.lookup(range(4), "m", 0)), rows_of(range(4), 4, 1))
+    rest = [*range(4, 8), *range(100, 160)]
+    assert_same_bits(np.asarray(server.lookup(rest, "m", 0)), rows_of(rest, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Protocol
 
 import numpy as np
@@ -107,7 +108,7 @@ class RowBound:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Keys and slots of the rows that ``host_evict`` would evict: it works on a copy of the index."""
         size = META_BYTES // 8 + 2 * entries_of(content.block)
-        block = content.index.view(np.int64, (size,))
+        block: np.ndarray = np.frombuffer((ctypes.c_int64 * size).from_address(content.block), np.int64)  # type: ignore[call-overload]
         copy, state = block.copy(), content.state.copy()
         state[STATE_RETIRED] = 0
         host_evict(address_of(copy), excess, by_recency, self.seed, histogram, state, np.empty(excess, np.int64))
