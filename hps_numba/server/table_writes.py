@@ -3,15 +3,16 @@
 Problem: a row fetched from a slower tier enters host memory and the caches in the background. If the row is updated or erased
 between the fetch and that insertion, the old row must not come back. Choice: every write holds a lock and counts up when it
 begins and again when it ends; the insertion of fetched rows happens inside ``unwritten_since``, which tries the lock without
-waiting and compares the count with the one read before the fetch. Turned down: an insertion that waits for the lock, because
-a write may take as long as the slowest tier, and a version for each key, which costs memory for every row.
+waiting, also that of other processes, and compares the count with the one read before the fetch. Turned down: an insertion
+that waits for the lock, because a write may take as long as the slowest tier, and a version for each key, which costs memory
+for every row.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 
@@ -114,9 +115,12 @@ class TableWrites:
     def unwritten_since(self, count: int) -> Iterator[bool]:
         """Whether no write is in progress and none has begun since ``count`` was read; writes wait until the block ends."""
         # whoever holds the lock is then a writer and not another insertion
-        still = nullcontext() if self._store is None else self._store.memory.still()
-        with self._insertion_lock, self._lock.held_if_free() as free, still:
-            yield free and self.count == count
+        with self._insertion_lock, self._lock.held_if_free() as free, self._still(free) as still:
+            yield still and self.count == count
+
+    def _still(self, free: bool) -> AbstractContextManager[bool]:
+        """Keeps away writers of other processes, if those of this one are; waits for none, as a lookup waits for it."""
+        return self._store.memory.still() if free and self._store is not None else nullcontext(free)
 
     # -- rows that were fetched ---------------------------------------------------------------------
 

@@ -49,8 +49,8 @@ class StoreMemory(Protocol):
     def write_lock(self, name: str, header: StoreHeader, versions: Versions) -> WriteLock:
         """The turn of the writers."""
 
-    def still(self) -> AbstractContextManager[None]:
-        """Keep writers of other processes away."""
+    def still(self) -> AbstractContextManager[bool]:
+        """Keep writers of other processes away, without waiting: gives False, and holds nothing, if one is at work."""
 
     def aside(self) -> StoreMemory:
         """For a store that is filled aside and whose rows this one then takes over."""
@@ -79,8 +79,8 @@ class PrivateMemory:
     def write_lock(self, name: str, header: StoreHeader, versions: Versions) -> WriteLock:
         return WriteLock(name, header, versions)
 
-    def still(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def still(self) -> AbstractContextManager[bool]:
+        return nullcontext(True)
 
     def aside(self) -> StoreMemory:
         return PrivateMemory(self._allocator)

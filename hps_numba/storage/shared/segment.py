@@ -148,7 +148,30 @@ class Segment:
             raise TierUnavailable(
                 f"{self.path}: process {self.words[W_WRITER]} has kept the turn of the writers for {LOCK_SECONDS:g} s"
             )
+        self._note_writer()
+
+    def _note_writer(self) -> None:
         self.words[W_WRITER], self.words[W_WRITER_START] = os.getpid(), self._starts[self.blocks[0]] if self.blocks else 0
+
+    @contextmanager
+    def turn_if_free(self) -> Iterator[bool]:
+        """``turn`` without waiting: gives False, and holds nothing, if another thread or process has it."""
+        mutex = self._mutex
+        if not mutex.acquire(blocking=False):
+            yield False
+            return
+        before = self._depth
+        try:
+            free = before > 0 or (self._file >= 0 and try_lock(self._file, WRITE_LOCK))
+            if free:
+                self._note_writer()
+                self._depth = before + 1
+            yield free
+        finally:
+            self._depth = before
+            if before == 0 and self._file >= 0:
+                unlock(self._file, WRITE_LOCK)
+            mutex.release()
 
     @contextmanager
     def loading(self, check: Callable[[], object]) -> Iterator[None]:

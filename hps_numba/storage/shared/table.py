@@ -253,6 +253,19 @@ class SharedWriteLock(WriteLock):
                 self._segment.writing.discard(self._entry.address)
             self._entry.words[T_UNFINISHED] = 0
 
+    @contextmanager
+    def held_if_free(self) -> Iterator[bool]:
+        """Keep all writers but this thread away, without waiting: gives False, and holds nothing, if one is at work."""
+        mutex = self._lock.mutex  # first, as for a write
+        if not mutex.acquire(blocking=False):
+            yield False
+            return
+        try:
+            with self._segment.turn_if_free() as free:
+                yield free
+        finally:
+            mutex.release()
+
     def _begin(self) -> TableContent:
         if self._entry.words[T_UNFINISHED]:
             self._versions.repair()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -222,8 +222,8 @@ class SharedMemory:
         self._lock = SharedWriteLock(name, header, versions, self._tables.segment, self._entry)
         return self._lock
 
-    def still(self) -> AbstractContextManager[None]:
-        return self._tables.segment.turn()
+    def still(self) -> AbstractContextManager[bool]:
+        return nullcontext(True) if self._lock is None else self._lock.held_if_free()
 
     def aside(self) -> StoreMemory:
         return _AsideMemory(self._tables)
@@ -253,8 +253,8 @@ class _AsideMemory:
     def write_lock(self, name: str, header: StoreHeader, versions: Versions) -> WriteLock:
         return WriteLock(name, header, versions)
 
-    def still(self) -> AbstractContextManager[None]:
-        return self._tables.segment.turn()
+    def still(self) -> AbstractContextManager[bool]:
+        return nullcontext(True)  # no other process knows it
 
     def aside(self) -> StoreMemory:
         return _AsideMemory(self._tables)

@@ -1,0 +1,94 @@
+"""Writes of several processes to one table in shared memory, with slower tiers behind it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from support.factories import Workshop
+from support.internals import served_table, wait_for_background
+from support.oracles import assert_same_bits, rows_of
+from support.shared_memory import MIB, new_name, segment_file, started_child
+
+import hps_numba
+from hps_numba.storage.shared.segment import Segment
+from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
+
+DIM = 3
+KEYS = np.arange(4)
+
+
+@pytest.fixture
+def name(workshop: Workshop) -> Iterator[str]:
+    given = new_name()
+    yield given
+    for server in workshop.servers:
+        server.close()
+    segment_file(given).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def spec(workshop: Workshop) -> Any:
+    return hps_numba.read_config({"supportlonglong": True, "models": [workshop.model(([], DIM))]}).tables()[0]
+
+
+@contextmanager
+def in_other_process(held: Callable[[], Any]) -> Iterator[None]:
+    """A block in which a forked child is inside the context manager ``held()``."""
+    (ready, tell), (wait, go_on) = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        os.close(go_on)
+        with held():
+            os.write(tell, b"1")
+            os.read(wait, 1)
+
+    child = started_child(hold)
+    os.close(tell)
+    try:
+        assert os.read(ready, 1) == b"1"
+        yield
+    finally:
+        os.close(go_on)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os.close(ready)
+        os.close(wait)
+
+
+def segment_of(tier: MultiProcessHashMapTier) -> Segment:
+    return tier._tables.segment
+
+
+# -- rows that were fetched ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_lookup_does_not_wait_for_a_writer_of_another_process(workshop: Workshop, name: str, cached: bool) -> None:
+    entry: dict[str, Any] = {"deployed_device_list": [0], "gpucacheper": 0.5} if cached else {}
+    server = workshop.open(
+        workshop.model((range(8), DIM), **entry),
+        cache_on_cpu=cached,
+        volatile_db={
+            "type": "multi_process_hash_map",
+            "shared_memory_name": name,
+            "shared_memory_size": 16 * MIB,
+            "initialize_after_startup": False,
+            "cache_missed_embeddings": True,
+        },
+        persistent_db={"type": "support.fakes:DictTier"},
+    )
+    host = server._loader.host
+    assert isinstance(host, MultiProcessHashMapTier)
+    store = served_table(server).store
+    assert store is not None
+    with in_other_process(segment_of(host).turn):  # which a lookup that waits gets after a minute, or never
+        assert_same_bits(np.asarray(server.lookup(KEYS, "m", 0)), rows_of(KEYS, DIM))
+        wait_for_background(server)
+        assert not store.contains(KEYS).any()
+    assert_same_bits(np.asarray(server.lookup(KEYS, "m", 0)), rows_of(KEYS, DIM))
+    wait_for_background(server)
+    assert store.contains(KEYS).all()
