@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from support.factories import Workshop
+from support.fakes import DictTier
 from support.internals import served_table, wait_for_background
 from support.oracles import assert_same_bits, rows_of
-from support.shared_memory import MIB, new_name, segment_file, started_child
+from support.shared_memory import MIB, new_name, open_tier, segment_file, started_child
 
 import hps_numba
+from hps_numba.config import PersistentDatabaseConfig
+from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.shared.segment import Segment
+from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 DIM = 3
@@ -92,3 +96,25 @@ def test_a_lookup_does_not_wait_for_a_writer_of_another_process(workshop: Worksh
     assert_same_bits(np.asarray(server.lookup(KEYS, "m", 0)), rows_of(KEYS, DIM))
     wait_for_background(server)
     assert store.contains(KEYS).all()
+
+
+def writes_of(spec: Any, host: MultiProcessHashMapTier, slower: DictTier) -> TableWrites:
+    """Writes as another process has them: to a host store of its own in the same segment."""
+    return TableWrites(spec, host.store(spec.tag, DIM), TierStack([slower]))
+
+
+def test_rows_that_other_processes_bring_up_keep_none_out(spec: Any, name: str) -> None:
+    slower = DictTier(PersistentDatabaseConfig())
+    hosts = [open_tier(name) for _ in range(2)]
+    one, other = (writes_of(spec, host, slower) for host in hosts)
+    count = other.count
+    one.keep(KEYS, rows_of(KEYS, DIM), one.count)
+    assert one.contains(KEYS).all() and other.count == count
+    other.keep(KEYS + 4, rows_of(KEYS + 4, DIM), count)
+    assert one.contains(KEYS + 4).all()
+    one.insert(KEYS, rows_of(KEYS, DIM, 1))
+    assert other.count != count
+    other.keep(KEYS + 8, rows_of(KEYS + 8, DIM), count)
+    assert not one.contains(KEYS + 8).any()
+    for host in hosts:
+        host.close()

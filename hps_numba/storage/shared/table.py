@@ -224,17 +224,19 @@ class SharedWriteLock(WriteLock):
     """One writer at a time in all processes.
 
     Attributes:
-        others: writes that other processes have begun; any number at first.
+        others: writes that other processes have begun, but those that bring up rows; any number at first.
     """
 
     def __init__(self, name: str, header: SharedHeader, versions: SharedVersions, segment: Segment, entry: TableEntry) -> None:
         super().__init__(name, header, versions)
         self._shared_header, self._segment, self._entry = header, segment, entry
+        self._counted = 0  # writes of this process that count for others
+        self._promotes = False
 
     @property
     def others(self) -> int:
         """Writes of other processes so far, counted from any number."""
-        return int(self._entry.words[T_WRITES]) - self._writes
+        return int(self._entry.words[T_WRITES]) - self._counted
 
     @contextmanager
     def writing(self) -> Iterator[TableContent]:
@@ -243,7 +245,9 @@ class SharedWriteLock(WriteLock):
                 raise self.closed_error()
             if self._entry.address in self._segment.writing:  # by another store of the table in this process
                 raise reentry_error(self._name, "a change")
-            self._entry.words[T_WRITES] += 1
+            if not self._promotes:
+                self._entry.words[T_WRITES] += 1
+                self._counted += 1
             self._writes += 1
             self._tell_watchers()
             self._segment.writing.add(self._entry.address)
@@ -255,15 +259,20 @@ class SharedWriteLock(WriteLock):
 
     @contextmanager
     def held_if_free(self) -> Iterator[bool]:
-        """Keep all writers but this thread away, without waiting: gives False, and holds nothing, if one is at work."""
+        """Keep all writers but this thread away, without waiting: gives False, and holds nothing, if one is at work.
+
+        What this thread writes inside does not count for other processes: it brings up rows that are in other tiers too.
+        """
         mutex = self._lock.mutex  # first, as for a write
         if not mutex.acquire(blocking=False):
             yield False
             return
         try:
             with self._segment.turn_if_free() as free:
+                self._promotes = free
                 yield free
         finally:
+            self._promotes = False
             mutex.release()
 
     def _begin(self) -> TableContent:
