@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from hps_numba.cache.version_switch import VersionSwitch
@@ -179,8 +179,9 @@ class ServedModel:
                     self._loading.insert(tier, table.spec, table.spec.source, on_rows)
         if self._host is not None and self._fills_host():
             with self._host.loading(check):
+                replaced = any(table.store is not None and table.store.memory.mark.replaced for table in self.tables)
                 for table in self.tables:
-                    self._load_host(table, on_rows)
+                    self._load_host(table, on_rows, replaced)
         if self._devices:
             self._open_caches()
         for table in self.tables:
@@ -188,17 +189,29 @@ class ServedModel:
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
 
-    def _load_host(self, table: ServedTable, on_rows: Progress) -> None:
-        """Bring the rows of the sparse model of one table into host memory, unless another process has done so."""
+    def _load_host(self, table: ServedTable, on_rows: Progress, replaced: bool) -> None:
+        """Bring the rows of the sparse model of one table into host memory, unless another process has done so.
+
+        Args:
+            replaced: another process has replaced the model: its rows stay, even if they are of other files.
+        """
         store, path = table.store, table.spec.source
         assert store is not None
-        source = self._loading.source_of(store, path)
-        if source and store.memory.source == source:
+        mark, there = self._loading.mark_of(store, path), store.memory.mark
+        if mark.known and there.digest == mark.digest:
             log.info("%s: another process has loaded %s", table.spec.tag, path)
-            on_rows(table.spec.tag, self._loading.rows(table.spec))
+        elif replaced and there.known:
+            log.warning(
+                "%s: %s is not loaded: replace_model has brought %s for all processes, whose rows stay",
+                table.spec.tag,
+                path,
+                there.path,
+            )
+        else:
+            table.writes.adopt(new_version(table, self._loading, path, on_rows, fill=True))
+            store.memory.mark = mark
             return
-        table.writes.adopt(new_version(table, self._loading, path, on_rows, fill=True))
-        store.memory.source = source
+        on_rows(table.spec.tag, self._loading.rows(table.spec))
 
     def _open_caches(self) -> None:
         """Open a cache of each table on each device; memory for all of them is taken before the first is filled."""
@@ -286,8 +299,14 @@ class ServedModel:
         paths = self._paths(sources)
         fill, tiers = self.replacement_fills_host, self._slower.writable
         validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
-        replacement = Replacement(self.tables, tiers, self._loading, self.switch, self.groups, fill=fill, validate=validate)
+        replacement = Replacement(
+            self.tables, tiers, self._loading, self.switch, self.groups, self._no_loading, fill=fill, validate=validate
+        )
         replacement.run(paths, on_rows, check)
+
+    def _no_loading(self, check: Check) -> AbstractContextManager[None]:
+        """A block in which no other process loads tables that are shared with this one; ``check`` is called until it begins."""
+        return nullcontext() if self._host is None else self._host.loading(check)
 
     def _paths(self, sources: Iterable[str] | None) -> list[str]:
         paths = [table.spec.source for table in self.tables] if sources is None else list(sources)

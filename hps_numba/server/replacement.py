@@ -8,14 +8,19 @@
 4. *Settle*: wait for the lookups of the old version, fill the caches with new rows, end the stand-ins, release the old rows. A
    problem in one step is logged and does not keep the others from being done.
 5. Slower tiers lose the rows that the new version lacks.
+
+*Other processes* may share host memory. None loads tables from step 2 to the end. The turn is one turn of the segment's
+writers: inside it, tables are switched and marked with the new files, then all marks are made to say that the model was
+replaced, so that a process which starts keeps the new rows. A process that is killed between two tables leaves no mark that
+says so: the next one that starts loads all of its own files, and no mixture of versions stays.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 from hps_numba.cache.parts import CacheParts
@@ -26,6 +31,7 @@ from hps_numba.server.model_jobs import Check
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_loading import Progress, TableLoading, stoppable
 from hps_numba.storage.host.content import TableContent
+from hps_numba.storage.host.memory import Mark
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tiers._tier import Tier
 
@@ -51,6 +57,7 @@ class Replacement:
 
     Args:
         tables: of the model.   tiers: the slower tiers that can be written, fastest first.   groups: tables looked up together.
+        no_loading: gives a block in which no other process loads tables.
         fill: host memory gets the rows of the files.   validate: read the files to their ends although host memory does not.
 
     Thread safety: one thread, while no other replacement of the model is at work; lookups go on.
@@ -63,12 +70,13 @@ class Replacement:
         loading: TableLoading,
         switch: VersionSwitch,
         groups: FusedTables,
+        no_loading: Callable[[Check], AbstractContextManager[None]],
         *,
         fill: bool,
         validate: bool,
     ) -> None:
         self._tables, self._tiers, self._loading = tables, tiers, loading
-        self._switch, self._groups = switch, groups
+        self._switch, self._groups, self._no_loading = switch, groups, no_loading
         self._fill, self._validate = fill, validate
         self._stores: list[HostStore | None] = []
         self._stand_ins: list[dict[int, CacheParts]] = []
@@ -86,6 +94,7 @@ class Replacement:
         with ExitStack() as ending:
             for table, path in zip(self._tables, paths, strict=True):
                 self._prepare(table, path, stoppable(on_rows, check), ending)
+            ending.enter_context(self._no_loading(check))
             for table in self._tables:  # before the turn, which then waits for no write
                 ending.enter_context(table.writes.changing())
             ending.callback(self._release_unused)
@@ -95,14 +104,13 @@ class Replacement:
             for tier in reversed(self._tiers):
                 for table, path in zip(self._tables, paths, strict=True):
                     self._loading.insert(tier, table.spec, path, on_rows)
-            sources = [
-                b"" if table.store is None or not self._fill else self._loading.source_of(table.store, path)
+            marks = [
+                Mark() if table.store is None or not self._fill else self._loading.mark_of(table.store, path)
                 for table, path in zip(self._tables, paths, strict=True)
             ]
-            self._settle(self._turn())
-            for table, source in zip(self._tables, sources, strict=True):
-                if table.store is not None and source:
-                    table.store.memory.source = source
+            with self._alone():
+                old = self._turn(marks)
+            self._settle(old)
             for table, path in zip(self._tables, paths, strict=True):
                 self._loading.drop_stale(self._tiers, table.spec, path)
 
@@ -130,23 +138,49 @@ class Replacement:
 
     # -- the turn ---------------------------------------------------------------------
 
-    def _turn(self) -> list[TableContent | None]:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes to a table meanwhile, or sees one of them switched and another not."""
+        with ExitStack() as held:
+            for store in self._shared:
+                held.enter_context(store.write_lock.mutex)  # before the turn, as every writer
+            for store in self._shared:
+                held.enter_context(store.memory.turn())
+            yield
+
+    @property
+    def _shared(self) -> list[HostStore]:
+        """The stores whose rows other processes see."""
+        return [table.store for table in self._tables if table.store is not None and table.store.memory.shared]
+
+    def _note(self, *, replaced: bool) -> None:
+        """Let the marks of all tables say whether a process that starts keeps the rows."""
+        for store in self._shared:
+            store.memory.mark = store.memory.mark._replace(replaced=replaced)
+
+    def _turn(self, marks: Sequence[Mark]) -> list[TableContent | None]:
         """Let lookups see the new version from now on; returns the rows of the old one. All or nothing."""
         every = {address: stand_in for some in self._stand_ins for address, stand_in in some.items()}
         old: list[TableContent | None] = []
+        marks_before = [store.memory.mark for store in self._shared]
         with self._switch.turning():
             try:
+                self._note(replaced=False)
                 for table in self._tables:
                     if table.caches is not None:
                         table.caches.hold()
                 self._switch.active = every or None
-                for table, store in zip(self._tables, self._stores, strict=True):
-                    replaced = None
-                    if table.store is not None and store is not None:
-                        replaced = table.store.switch_to(store)
-                    old.append(replaced)
+                for table, store, mark in zip(self._tables, self._stores, marks, strict=True):
+                    if table.store is None or store is None:
+                        old.append(None)
+                        continue
+                    old.append(table.store.switch_to(store))
+                    table.store.memory.mark = mark
+                self._note(replaced=self._fill)
             except BaseException:
                 self._turn_back(old)
+                for shared, mark in zip(self._shared, marks_before, strict=True):
+                    shared.memory.mark = mark
                 raise
             self._turned = True
         return old

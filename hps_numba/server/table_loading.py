@@ -8,6 +8,7 @@ import numpy as np
 
 from hps_numba.config import ServerConfig, TableSpec
 from hps_numba.server.model_jobs import Check
+from hps_numba.storage.host.memory import Mark
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.loading import load_table, rows_to_load, stream_table
 from hps_numba.storage.model_files import open_model
@@ -75,9 +76,9 @@ class TableLoading:
                 on_rows=lambda rows: on_rows(spec.tag, rows),
             )
 
-    def source_of(self, store: HostStore, path: str) -> bytes:
-        """What tells other processes that ``store`` has the rows of a sparse model; empty if none can see them."""
-        return source_digest(path, self._key_bits, self._host_rate) if store.memory.shared else b""
+    def mark_of(self, store: HostStore, path: str) -> Mark:
+        """What tells other processes that ``store`` has the rows of a sparse model; it says nothing if none can see them."""
+        return Mark(source_digest(path, self._key_bits, self._host_rate), path) if store.memory.shared else Mark()
 
     def insert(self, tier: Tier, spec: TableSpec, path: str, on_rows: Progress = no_progress) -> None:
         """Insert the rows of a sparse model in a slower tier.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from support.children import in_child
 from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
-from support.shared_memory import MIB, Peer, kill_self, killed, new_name, segment_file
-from support.waiting import wait_until
+from support.shared_memory import MIB, Peer, kill_self, killed, new_name, open_tier, segment_file
+from support.waiting import join_all, wait_until
 
+from hps_numba.server.replacement import Replacement
+from hps_numba.storage.host.memory import Mark
+from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.shared import segment
 from hps_numba.storage.shared.content import SharedContent
 
@@ -103,6 +107,92 @@ def test_a_cache_follows_what_another_process_publishes(workshop: Workshop, name
     wait_until(lambda: table.store is not None and link.block == table.store.block)
     for part in np.array_split(np.arange(5000), 50):
         assert_same_bits(np.asarray(server.lookup(part, "m", 0)), rows_of(part, 4))
+
+
+# -- replacement ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_starts_during_a_replacement_waits_for_it_and_keeps_its_rows(
+    workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = np.arange(100)
+    model = workshop.model((keys, 4))
+    new = workshop.model((keys, 4), name="n", stamp=3)["sparse_files"]
+    server = workshop.open(model, volatile_db=in_segment(name))
+    starting = threading.Thread(target=lambda: workshop.open(model, volatile_db=in_segment(name)))
+    settle = Replacement._settle
+
+    def start_first(self: Replacement, old: Any) -> None:
+        starting.start()
+        starting.join(0.5)
+        settle(self, old)
+
+    monkeypatch.setattr(Replacement, "_settle", start_first)
+    server.replace_model("m", new)
+    join_all(starting)
+    monkeypatch.undo()
+    server.insert([5], rows_of([5], 4, 9), "m", 0)
+    workshop.open({**model, "sparse_files": new}, volatile_db=in_segment(name))  # loads nothing, as they are there
+    for each in workshop.servers:
+        assert_same_bits(np.asarray(each.lookup(keys[6:], "m", 0)), rows_of(keys[6:], 4, 3))
+        assert_same_bits(np.asarray(each.lookup([5], "m", 0)), rows_of([5], 4, 9))
+    assert len(workshop.servers) == 3
+    (record,) = (record for record in caplog.records if "replace_model" in record.getMessage())
+    assert record.levelname == "WARNING" and model["sparse_files"][0] in record.getMessage()
+    assert new[0][-70:] in record.getMessage()
+
+
+def test_a_process_that_is_killed_right_after_the_turn_leaves_the_new_version(
+    workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = np.arange(100)
+    model = workshop.model((keys, 4), (keys, 4))
+    new = workshop.model((keys, 4), (keys, 4), name="n", stamp=3)["sparse_files"]
+    server = workshop.open(model, volatile_db=in_segment(name))
+    monkeypatch.setattr(Replacement, "_settle", lambda *given: kill_self())
+    killed(lambda: server.replace_model("m", new))
+    server.insert([5], rows_of([5], 4, 9), "m", 0)
+    late = workshop.open(model, volatile_db=in_segment(name))
+    assert_same_bits(np.asarray(late.lookup([5], "m", 0)), rows_of([5], 4, 9))
+    for table in range(2):
+        assert_same_bits(np.asarray(late.lookup(keys[6:], "m", table)), rows_of(keys[6:], 4, 3))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_process_that_is_killed_between_two_tables_leaves_no_mixture(
+    workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    keys = np.arange(100)
+    model = workshop.model((keys, 4), (keys, 4))
+    new = workshop.model((keys, 4), (keys, 4), name="n", stamp=3)["sparse_files"]
+    server = workshop.open(model, volatile_db=in_segment(name))
+    if again:
+        server.replace_model("m", workshop.model((keys, 4), (keys, 4), name="o", stamp=2)["sparse_files"])
+    switch_to = HostStore.switch_to
+
+    def die_at_the_second(self: HostStore, sibling: HostStore) -> Any:
+        return kill_self() if self.name.endswith("1") else switch_to(self, sibling)
+
+    monkeypatch.setattr(HostStore, "switch_to", die_at_the_second)
+    killed(lambda: server.replace_model("m", new))
+    monkeypatch.undo()
+    late = workshop.open(model, volatile_db=in_segment(name))
+    for each in (server, late):
+        for table in range(2):
+            assert_same_bits(np.asarray(each.lookup(keys, "m", table)), rows_of(keys, 4))
+
+
+def test_a_long_path_is_noted_by_its_end(name: str) -> None:
+    tier = open_tier(name)
+    store = tier.store("t", 4)
+    for path in ("", "/models/new", "/m\u00f6del" * 40 + "/new"):
+        store.memory.mark = Mark(bytes(range(32)), path, True)
+        mark = store.memory.mark
+        assert (mark.digest, mark.replaced, mark.known) == (bytes(range(32)), True, True)
+        assert mark.path == path or (mark.path.startswith("...") and path.endswith(mark.path[5:]))
+    store.memory.mark = Mark()
+    assert not store.memory.mark.known and not store.memory.mark.path
+    tier.close()
 
 
 # -- eviction --------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hps_numba.device.host_memory import HostAllocator
 from hps_numba.storage.host.content import TableContent
@@ -13,7 +13,26 @@ from hps_numba.storage.host.header import StoreHeader
 from hps_numba.storage.host.versions import Versions
 from hps_numba.storage.host.write_lock import WriteLock
 
-__all__ = ["PrivateMemory", "StoreMemory"]
+__all__ = ["Mark", "PrivateMemory", "StoreMemory"]
+
+
+class Mark(NamedTuple):
+    """What the rows of a store were loaded from, for other processes.
+
+    Attributes:
+        digest: tells the files, and how they were loaded; empty or zeros if that is unknown.
+        path: of the files, for people; of a long one the end.
+        replaced: ``replace_model`` brought the rows, so they stay, whatever files a process that starts is told of.
+    """
+
+    digest: bytes = b""
+    path: str = ""
+    replaced: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what was loaded."""
+        return any(self.digest)
 
 
 class StoreMemory(Protocol):
@@ -21,13 +40,13 @@ class StoreMemory(Protocol):
 
     Attributes:
         shared: other processes read and write the same rows.
-        source: what the rows were loaded from, if others must know; else empty.
+        mark: what the rows were loaded from; nothing where no other process asks.
 
     Thread safety: every method.
     """
 
     shared: bool
-    source: bytes
+    mark: Mark
 
     @property
     def epochs(self) -> Epochs:
@@ -52,6 +71,9 @@ class StoreMemory(Protocol):
     def still(self) -> AbstractContextManager[bool]:
         """Keep writers of other processes away, without waiting: gives False, and holds nothing, if one is at work."""
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Let no other process write or look at the mark, while several tables change; inside the mutex of the write lock."""
+
     def aside(self) -> StoreMemory:
         """For a store that is filled aside and whose rows this one then takes over."""
 
@@ -65,7 +87,7 @@ class PrivateMemory:
     def __init__(self, allocator: HostAllocator, epochs: Epochs | None = None) -> None:
         self._allocator = allocator
         self.epochs = epochs if epochs is not None else Epochs()
-        self.source = b""
+        self.mark = Mark()
 
     def header(self, name: str) -> StoreHeader:
         return StoreHeader(self._allocator, name)
@@ -81,6 +103,9 @@ class PrivateMemory:
 
     def still(self) -> AbstractContextManager[bool]:
         return nullcontext(True)
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def aside(self) -> StoreMemory:
         return PrivateMemory(self._allocator)

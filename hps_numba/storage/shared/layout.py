@@ -20,7 +20,8 @@ __all__ = [
     "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD", "LAYOUT_VERSION",
     "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA",
     "REGION_WORDS", "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA",
-    "TABLE_BYTES", "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_POLICY", "T_SOURCE", "T_STATE",
+    "TABLE_BYTES", "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_PATH", "T_POLICY", "T_REPLACED",
+    "T_SOURCE", "T_STATE",
     "T_TAG", "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED", "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR",
     "W_CREATOR_START", "W_EPOCH", "W_LAYOUT", "W_MAGIC", "W_PUBLISHED", "W_SERIAL", "W_SIZE", "W_WRITER", "W_WRITER_START",
 ]  # fmt: skip
@@ -52,6 +53,8 @@ TABLE_AREA = REGION_AREA + REGIONS * REGION_WORDS * 8
 T_STATE, T_DIM, T_TAG_LENGTH, T_MAX_ROWS, T_POLICY, T_TARGET, T_UNFINISHED, T_WRITES = range(8)
 T_HEADER = 8  # a cache line of its own
 T_SOURCE = 16  # 4 words: what was loaded
+T_REPLACED = 20  # not 0: ``replace_model`` brought it
+T_PATH = 22  # up to the tag: the path it was loaded from, or the end of it
 T_TAG = 32
 T_IN_USE, T_ERASED = 1, 2
 

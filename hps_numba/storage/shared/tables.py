@@ -26,7 +26,7 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.bound import RECENCY_OF_POLICY
 from hps_numba.storage.host.content import TableContent
 from hps_numba.storage.host.header import StoreHeader
-from hps_numba.storage.host.memory import StoreMemory
+from hps_numba.storage.host.memory import Mark, StoreMemory
 from hps_numba.storage.host.versions import Versions
 from hps_numba.storage.host.write_lock import WriteLock
 from hps_numba.storage.shared.content import SharedContent
@@ -39,7 +39,10 @@ from hps_numba.storage.shared.layout import (
     T_HEADER,
     T_IN_USE,
     T_MAX_ROWS,
+    T_PATH,
     T_POLICY,
+    T_REPLACED,
+    T_SOURCE,
     T_STATE,
     T_TAG,
     T_TAG_LENGTH,
@@ -155,7 +158,7 @@ class SharedTables:
     def _made(self, entry: TableEntry, name: bytes, dim: int, bounds: Bounds) -> TableEntry:
         words = entry.words
         words[[T_HEADER, T_UNFINISHED]] = 0
-        entry.source = bytes(32)
+        words[T_SOURCE:T_TAG] = 0
         words[[T_DIM, T_TAG_LENGTH]] = dim, len(name)
         words[T_TAG:] = np.frombuffer(name.ljust(TAG_BYTES, b"\0"), np.int64)
         bounds.note(entry)
@@ -188,14 +191,22 @@ class SharedMemory:
         return self._entry.words[T_STATE] != T_IN_USE or not self._entry.block
 
     @property
-    def source(self) -> bytes:
-        """What the rows were loaded from; 32 zeros if that is unknown, as after an interrupted change of versions."""
-        return self._entry.source
+    def mark(self) -> Mark:
+        """What the rows were loaded from; its digest is zeros after an interrupted change of versions."""
+        words = self._entry.words
+        path = words[T_PATH:T_TAG].tobytes().rstrip(b"\0").decode(errors="replace")
+        return Mark(self._entry.source, path, bool(words[T_REPLACED]))
 
-    @source.setter
-    def source(self, digest: bytes) -> None:
+    @mark.setter
+    def mark(self, mark: Mark) -> None:
+        words, size = self._entry.words, 8 * (T_TAG - T_PATH)
+        path = mark.path.encode(errors="replace")
+        if len(path) > size:
+            path = b"..." + path[3 - size :]
         with self._tables.segment.turn():
-            self._entry.source = digest
+            words[T_PATH:T_TAG] = np.frombuffer(path.ljust(size, b"\0"), np.int64)
+            self._entry.source = mark.digest.ljust(32, b"\0")
+            words[T_REPLACED] = mark.replaced
 
     @property
     def foreign_writes(self) -> int:
@@ -225,6 +236,9 @@ class SharedMemory:
     def still(self) -> AbstractContextManager[bool]:
         return nullcontext(True) if self._lock is None else self._lock.held_if_free()
 
+    def turn(self) -> AbstractContextManager[None]:
+        return self._tables.segment.turn()
+
     def aside(self) -> StoreMemory:
         return _AsideMemory(self._tables)
 
@@ -238,7 +252,7 @@ class _AsideMemory:
     def __init__(self, tables: SharedTables) -> None:
         self._tables = tables
         self.epochs = tables.epochs
-        self.source = b""
+        self.mark = Mark()
 
     def header(self, name: str) -> StoreHeader:
         return StoreHeader(PlainHostAllocator(), name)
@@ -255,6 +269,9 @@ class _AsideMemory:
 
     def still(self) -> AbstractContextManager[bool]:
         return nullcontext(True)  # no other process knows it
+
+    def turn(self) -> AbstractContextManager[None]:
+        return self._tables.segment.turn()
 
     def aside(self) -> StoreMemory:
         return _AsideMemory(self._tables)
