@@ -6,6 +6,9 @@ begins and again when it ends; the insertion of fetched rows happens inside ``un
 waiting, also that of other processes, and compares the count with the one read before the fetch. Turned down: an insertion
 that waits for the lock, because a write may take as long as the slowest tier, and a version for each key, which costs memory
 for every row.
+
+Problem: where processes share host memory and slower tiers, two of them may write to the tiers in one order and to host memory
+in the other. Choice: a lock of all processes for the table, around the whole write (``StoreMemory.alone``).
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ class TableWrites:
         self._store = store
         self._tiers = tiers
         self._lock = ExclusiveLock(spec.tag)
+        #: keeps other processes away where there is more than host memory to be changed, which orders writes itself
+        self._alone = store.memory.alone if store is not None and store.memory.shared and tiers else nullcontext
         self.evictions = Evictions(spec, tiers)
         if store is not None:
             store.bound.watcher = self.evictions
@@ -84,8 +89,9 @@ class TableWrites:
 
         Raises:
             ReentryError: this thread is in such a block already.
+            TierUnavailable: another process has been in one for a minute; it shares the table in host memory.
         """
-        with self._lock.held(), self.paused(keys):
+        with self._lock.held(), self._alone(), self.paused(keys):
             yield
 
     @contextmanager
@@ -212,7 +218,7 @@ class TableWrites:
         Returns how many keys were new.   Raises as ``read`` and ``insert``.
         """
         self._check_writable()
-        with self._lock.held():
+        with self._lock.held(), self._alone():
             rows = np.ascontiguousarray(change(*self.read(keys)), np.float32)
             with self.paused(keys):
                 return self._insert(keys, rows)
@@ -238,7 +244,7 @@ class TableWrites:
             TierError: a slower tier failed, or its answer breaks its contract.
         """
         if self.caches is not None:
-            with self.changing():  # rows that lookups fetch meanwhile may be older and stay out
+            with self._lock.held(), self.paused():  # rows that lookups fetch meanwhile may be older and stay out
                 self.caches.refresh(self._fetch_exact if self._tiers else None, drop=drop)
 
     # -- exact reads ---------------------------------------------------------------------

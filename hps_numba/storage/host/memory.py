@@ -69,7 +69,10 @@ class StoreMemory(Protocol):
         """The turn of the writers."""
 
     def still(self) -> AbstractContextManager[bool]:
-        """Keep writers of other processes away, without waiting: gives False, and holds nothing, if one is at work."""
+        """Keep changes by other processes away, without waiting: gives False, and holds nothing, if one is at work."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A block in which no other process changes the table, in host memory and slower tiers; raises TierUnavailable."""
 
     def turn(self) -> AbstractContextManager[None]:
         """Let no other process write or look at the mark, while several tables change; inside the mutex of the write lock."""
@@ -103,6 +106,9 @@ class PrivateMemory:
 
     def still(self) -> AbstractContextManager[bool]:
         return nullcontext(True)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -9,21 +9,22 @@
     tables     TABLES x 512 bytes                                    tag, width, header word, marks (``T_*``)
     space      page-aligned regions: the rows of a table, or its record with free list, recency and index (``C_*``)
 
-A process locks byte ``BLOCK_LOCKS + i`` of the file as long as it uses block ``i``, and byte ``WRITE_LOCK`` while it writes:
-the kernel drops such a lock when the process ends, however it ends.
+A process locks byte ``BLOCK_LOCKS + i`` of the file as long as it uses block ``i``, byte ``WRITE_LOCK`` while it writes, and
+byte ``CHANGE_LOCKS + i`` while it changes table ``i`` in all its tiers: the kernel drops such a lock when the process ends,
+however it ends.
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "BATCHES", "BLOCKS", "BLOCK_LOCKS", "CLAIM", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION", "C_LIMIT", "C_QUEUED",
-    "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD", "LAYOUT_VERSION",
-    "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS", "REGION_AREA",
-    "REGION_WORDS", "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES", "TABLE_AREA",
-    "TABLE_BYTES", "TAG_BYTES", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS", "T_PATH", "T_POLICY", "T_REPLACED",
-    "T_SOURCE", "T_STATE",
-    "T_TAG", "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED", "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR",
-    "W_CREATOR_START", "W_EPOCH", "W_LAYOUT", "W_MAGIC", "W_PUBLISHED", "W_SERIAL", "W_SIZE", "W_WRITER", "W_WRITER_START",
+    "BATCHES", "BLOCKS", "BLOCK_LOCKS", "CHANGE_LOCKS", "CLAIM", "C_BATCHES", "C_BATCH_LIST", "C_DIM", "C_GENERATION",
+    "C_LIMIT", "C_QUEUED", "C_RECENCY_MODE", "C_RENEWED_AT", "C_ROWS", "C_SERIAL", "C_STATE", "C_WORDS", "GUARD_RECORD",
+    "LAYOUT_VERSION", "LOADING_LOCK", "MAGIC", "MAKING", "PAGE", "PIDS", "RECORDS", "RECORD_AREA", "RECORD_WORDS", "REGIONS",
+    "REGION_AREA", "REGION_WORDS", "R_COMMITTED", "R_OFFSET", "R_OWNER", "R_SIZE", "R_TAG", "SPACE", "STARTS", "TABLES",
+    "TABLE_AREA", "TABLE_BYTES", "TAG_BYTES", "T_CHANGER", "T_DIM", "T_ERASED", "T_HEADER", "T_IN_USE", "T_MAX_ROWS",
+    "T_PATH", "T_POLICY", "T_REPLACED", "T_SOURCE", "T_STATE", "T_TAG", "T_TAG_LENGTH", "T_TARGET", "T_UNFINISHED",
+    "T_WRITES", "WRITE_LOCK", "W_ADDRESS", "W_AUTO_REMOVE", "W_CREATOR", "W_CREATOR_START", "W_EPOCH", "W_LAYOUT", "W_MAGIC",
+    "W_PUBLISHED", "W_SERIAL", "W_SIZE", "W_WRITER", "W_WRITER_START",
 ]  # fmt: skip
 
 MAGIC = int.from_bytes(b"hpsnumba", "little")
@@ -54,6 +55,7 @@ T_STATE, T_DIM, T_TAG_LENGTH, T_MAX_ROWS, T_POLICY, T_TARGET, T_UNFINISHED, T_WR
 T_HEADER = 8  # a cache line of its own
 T_SOURCE = 16  # 4 words: what was loaded
 T_REPLACED = 20  # not 0: ``replace_model`` brought it
+T_CHANGER = 21  # the process that holds, or held, the lock of the table
 T_PATH = 22  # up to the tag: the path it was loaded from, or the end of it
 T_TAG = 32
 T_IN_USE, T_ERASED = 1, 2
@@ -65,4 +67,4 @@ C_STATE, C_LIMIT, C_ROWS, C_DIM, C_RECENCY_MODE, C_GENERATION, C_RENEWED_AT, C_Q
 C_BATCH_LIST, BATCHES = 32, 64  # pairs of an epoch and a number of slots, oldest first
 C_WORDS = PAGE // 8
 
-WRITE_LOCK, LOADING_LOCK, BLOCK_LOCKS = 0, 1, 1024
+WRITE_LOCK, LOADING_LOCK, CHANGE_LOCKS, BLOCK_LOCKS = 0, 1, 512, 1024

@@ -186,6 +186,21 @@ class Segment:
                 unlock(self._file, LOADING_LOCK)
             self._loading.release()
 
+    def lock_byte(self, byte: int, seconds: float) -> bool:
+        """Lock a byte of the file for this process, waiting ``seconds`` for the one that has it; False if that takes longer.
+
+        Raises:
+            ClosedError: this process has left the segment.
+        """
+        if self._file < 0:
+            raise ClosedError(f"{self.path}: this process has left the segment")
+        return lock_within(self._file, byte, seconds) if seconds else try_lock(self._file, byte)
+
+    def unlock_byte(self, byte: int) -> None:
+        """Give it back."""
+        if self._file >= 0:
+            unlock(self._file, byte)
+
     def next_serial(self) -> int:
         """A number that no other version of a table of this segment has; in the writer's turn."""
         self.words[W_SERIAL] += 1

@@ -3,6 +3,7 @@
 * ``segment``, ``segment_file``, ``file_locks``: the file, mapped at one address; the writer's turn; which processes live.
 * ``epochs``: records of the readers of all processes; how caches follow what other processes publish.
 * ``regions``: who has which part of the space.   ``content``: one version of a table.   ``table``: header, versions, turn.
+* ``change_lock``: one process at a time changes a table in all its tiers.
 * here: which tables there are, and ``SharedMemory``, from which ``HostStore`` gets its parts.
 
 *What a killed process leaves.* A lock of the file: dropped by the kernel. Reader records: cleared by the next writer that they
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ from hps_numba.storage.host.header import StoreHeader
 from hps_numba.storage.host.memory import Mark, StoreMemory
 from hps_numba.storage.host.versions import Versions
 from hps_numba.storage.host.write_lock import WriteLock
+from hps_numba.storage.shared.change_lock import ChangeLock
 from hps_numba.storage.shared.content import SharedContent
 from hps_numba.storage.shared.epochs import SharedEpochs
 from hps_numba.storage.shared.layout import (
@@ -103,6 +105,7 @@ class SharedTables:
         self.segment = segment
         self.epochs = SharedEpochs(segment)
         self.regions = Regions(segment, self.epochs, self._reachable)
+        self._change_locks: dict[int, ChangeLock] = {}
 
     def _entries(self) -> Iterator[tuple[str, TableEntry]]:
         """Tags and entries, erased ones too."""
@@ -120,6 +123,10 @@ class SharedTables:
     def find(self, tag: str) -> TableEntry | None:
         """The entry of a table; None if there is none."""
         return next((e for name, e in self._entries() if name == tag and e.words[T_STATE] == T_IN_USE and e.block), None)
+
+    def change_lock(self, entry: TableEntry, name: str) -> ChangeLock:
+        """The lock of a table, one for all its stores in this process."""
+        return self._change_locks.setdefault(entry.address, ChangeLock(self.segment, entry, name))
 
     @staticmethod
     def dim(entry: TableEntry) -> int:
@@ -183,6 +190,7 @@ class SharedMemory:
     def __init__(self, tables: SharedTables, entry: TableEntry, name: str) -> None:
         self._tables, self._entry, self._name = tables, entry, name
         self.epochs = tables.epochs
+        self._changes = tables.change_lock(entry, name)
         self._lock: SharedWriteLock | None = None
 
     @property
@@ -233,8 +241,16 @@ class SharedMemory:
         self._lock = SharedWriteLock(name, header, versions, self._tables.segment, self._entry)
         return self._lock
 
-    def still(self) -> AbstractContextManager[bool]:
-        return nullcontext(True) if self._lock is None else self._lock.held_if_free()
+    @contextmanager
+    def still(self) -> Iterator[bool]:
+        with self._changes.held_if_free() as free, self._writers_away(free) as still:
+            yield still
+
+    def _writers_away(self, free: bool) -> AbstractContextManager[bool]:
+        return self._lock.held_if_free() if free and self._lock is not None else nullcontext(free)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._changes.held()
 
     def turn(self) -> AbstractContextManager[None]:
         return self._tables.segment.turn()
@@ -269,6 +285,9 @@ class _AsideMemory:
 
     def still(self) -> AbstractContextManager[bool]:
         return nullcontext(True)  # no other process knows it
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def turn(self) -> AbstractContextManager[None]:
         return self._tables.segment.turn()
