@@ -36,6 +36,7 @@ GOOD: dict[str, Any] = {
     "offsets": [0, 2],
     "change": lambda rows, found: rows,
     "policy": "lru",
+    "callback": lambda keys: None,
     "out_tensor": np.zeros((2, DIM), np.float32),
 }
 

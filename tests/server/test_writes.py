@@ -125,10 +125,10 @@ def test_a_32_bit_dump_round_trips_and_does_not_fit_a_64_bit_server(workshop: Wo
         wide.load_dump(path, "m", 0)
 
 
-def test_a_dump_needs_the_suffix_bin(workshop: Workshop, tmp_path: Path) -> None:  # N06
+def test_a_dump_needs_a_suffix_that_says_its_form(workshop: Workshop, tmp_path: Path) -> None:  # N06
     server = workshop.open(workshop.model((KEYS, DIM)))
-    with pytest.raises(hps_numba.TierError, match=r"expected a \.bin file"):
-        server.dump(tmp_path / "table.sst", "m", 0)
+    with pytest.raises(hps_numba.TierError, match=r"table\.txt: expected a \.bin or \.sst file"):
+        server.dump(tmp_path / "table.txt", "m", 0)
 
 
 def test_writes_without_any_database_are_refused(workshop: Workshop, tmp_path: Path) -> None:
