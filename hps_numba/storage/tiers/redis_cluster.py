@@ -123,7 +123,9 @@ class RedisClusterTier(Tier):
         if not len(keys):
             return 0
         self._tables.check_width(table, rows.shape[1])
-        return sum(self._insert_batch(partitions, keys[part], rows[part]) for part in self.batches(len(keys), None))
+        new = sum(self._insert_batch(partitions, keys[part], rows[part]) for part in self.batches(len(keys), None))
+        self._tables.check(table, rows_seen=True)  # now, as the node may hang when a lookup has little time
+        return new
 
     def _insert_batch(self, partitions: Sequence[Partition], keys: np.ndarray, rows: np.ndarray) -> int:
         batch = Batch(keys, partitions, wide=self.wide_keys)
