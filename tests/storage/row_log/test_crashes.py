@@ -30,6 +30,9 @@ from support.oracles import rows_of
 from support.tiers import DIM, TAG
 from hps_numba.storage.tiers.row_log import RowLogTier
 
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: a kill does not cut a line
+
 def write(path, stamp, seed, sync, bound, most):
     choose = random.Random(seed)
     tier = RowLogTier.from_options(path=path, segment_bytes=8192, sync=sync, reads="threads", max_bytes=bound or None)
@@ -38,26 +41,26 @@ def write(path, stamp, seed, sync, bound, most):
         action = choose.random()
         stamp += 1
         kind = "erase" if action < 0.2 else "insert"
-        print(kind, stamp, *keys, flush=True)
+        say(kind, stamp, *keys)
         if kind == "erase":
             tier.erase(TAG, np.array(keys))
         else:
             tier.insert(TAG, np.array(keys), rows_of(keys, DIM, stamp % 64))
         if action > 0.95:
             tier.compact(TAG)
-        print("done", flush=True)
+        say("done")
     tier.close()
 
 write(sys.argv[1], 0, 0, "never", 0, 30)  # kernels are loaded before the forks
-print("ready", flush=True)
+say("ready")
 for line in sys.stdin:
     path, *numbers, sync = line.split()
     stamp, seed, bound = map(int, numbers)
     child = os.fork()
     if child == 0:
-        print(os.getpid(), flush=True)
+        say(os.getpid())
         write(path, stamp, seed, sync, bound, 10**9)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -112,6 +115,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path: Path, 
         os.kill(pid, signal.SIGKILL)
         while not lines[-1].startswith("ended"):
             lines.append(writers.stdout.readline())
+            assert lines[-1], "the writers have ended"
         assert lines.pop() == f"ended {-signal.SIGKILL}\n"
         expected.read(lines)
         options = {"path": str(folder), "segment_bytes": 8192, "max_bytes": bound or None, "sync": sync}
