@@ -39,6 +39,7 @@ from hps_numba.storage.urls import Place, UrlPath, place_of
 __all__ = [
     "CHUNK_BYTES",
     "Chunk",
+    "FormatOfTables",
     "Keys",
     "PathLike",
     "Progress",
@@ -300,3 +301,14 @@ class SparseModelFormat(abc.ABC):
         have meta or none; a chunk is consumed before the next one is asked for.
         """
         raise ModelFileError(f"{path}: format {self.name} is read only")
+
+
+class FormatOfTables(SparseModelFormat):
+    """A format whose files or folders hold several tables."""
+
+    def _open(self, path: Any, dim: int | None) -> SparseModelReader:
+        return self._open_table(path, dim, None)
+
+    @abc.abstractmethod
+    def _open_table(self, path: Any, dim: int | None, table: str | None) -> SparseModelReader:
+        """:meth:`_open` for one of the tables; None: the only one."""

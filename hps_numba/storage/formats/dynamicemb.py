@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._format import FormatOfTables
 from hps_numba.storage.formats._pairs import open_shards
 from hps_numba.storage.formats._raw import RawArrayReader, names_in
 from hps_numba.storage.formats._shards import check_complete
@@ -30,7 +30,7 @@ _KEYS = re.compile(r"(?P<table>.+)_emb_keys\.rank_(?P<rank>\d+)\.world_size_(?P<
 _DTYPES = np.dtype("<i8"), np.dtype("<f4")
 
 
-class DynamicembFormat(SparseModelFormat):
+class DynamicembFormat(FormatOfTables):
     """A folder of raw files, two or three a rank."""
 
     name = "dynamicemb"
@@ -40,13 +40,7 @@ class DynamicembFormat(SparseModelFormat):
     def detect(self, path: Place) -> bool:
         return path.is_dir() and any(_KEYS.fullmatch(name) for name in names_in(path))
 
-    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
-        return self._open_one(path, dim, None)
-
-    def _open_table(self, path: Place, dim: int | None, table: str) -> RawArrayReader:
-        return self._open_one(path, dim, table)
-
-    def _open_one(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
+    def _open_table(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
         if not path.is_dir():
             raise ModelFileError(f"{path}: expected a directory holding <table>_emb_keys.rank_0.world_size_1, got a file")
         names = names_in(path)

@@ -19,7 +19,7 @@ import numpy as np
 
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._arrays import BFLOAT16
-from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._format import FormatOfTables
 from hps_numba.storage.formats._raw import RawArray, RawArrayReader, RawFile, RowNumbers, file_size, open_file, read_exactly
 from hps_numba.storage.formats._tables import pick_table
 from hps_numba.storage.urls import Place
@@ -42,7 +42,7 @@ class _Matrix(NamedTuple):
     offset: int
 
 
-class NveFormat(SparseModelFormat):
+class NveFormat(FormatOfTables):
     """One file of matrices."""
 
     name = "nve"
@@ -55,13 +55,7 @@ class NveFormat(SparseModelFormat):
         with open_file(path) as file:
             return file.read(4) == _MAGIC.to_bytes(4, "little")
 
-    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
-        return self._open_one(path, dim, None)
-
-    def _open_table(self, path: Place, dim: int | None, table: str) -> RawArrayReader:
-        return self._open_one(path, dim, table)
-
-    def _open_one(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
+    def _open_table(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
         with ExitStack() as handles:
             file = handles.enter_context(open_file(path))
             matrix = pick_table(path, _matrices(file, path), table)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._format import FormatOfTables
 from hps_numba.storage.formats._pairs import open_pair
 from hps_numba.storage.formats._raw import RawArrayReader, RawFile, file_size, names_in, open_file, read_exactly
 from hps_numba.storage.formats._tables import pick_table
@@ -31,7 +31,7 @@ _DTYPES = tuple(np.dtype(code) for code in ("<i4", "<i8", "<u4", "<u8", "<f2", "
 _KINDS = ("keys", "rows", "optimizer state")
 
 
-class SokFormat(SparseModelFormat):
+class SokFormat(FormatOfTables):
     """A folder of files with headers, two a table."""
 
     name = "sok"
@@ -46,13 +46,7 @@ class SokFormat(SparseModelFormat):
                 return _looks_like_header(file)
         return False
 
-    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
-        return self._open_one(path, dim, None)
-
-    def _open_table(self, path: Place, dim: int | None, table: str) -> RawArrayReader:
-        return self._open_one(path, dim, table)
-
-    def _open_one(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
+    def _open_table(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
         if not path.is_dir():
             raise ModelFileError(f"{path}: expected a directory holding <table>{_KEY} and <table>{_WEIGHT}, got a file")
         name = pick_table(path, _tables(path), table)

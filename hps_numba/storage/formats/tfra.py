@@ -20,7 +20,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from hps_numba.errors import ModelFileError
-from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._format import FormatOfTables
 from hps_numba.storage.formats._pairs import open_shards
 from hps_numba.storage.formats._raw import RawArrayReader, names_in
 from hps_numba.storage.formats._shards import check_complete
@@ -34,7 +34,7 @@ _SHARD = re.compile(r"(?P<table>.+)_mht_(?P<device>\d+)of(?P<devices>\d+)(?:_ran
 _DTYPES = np.dtype("<i8"), np.dtype("<f4")
 
 
-class TfraFormat(SparseModelFormat):
+class TfraFormat(FormatOfTables):
     """A folder of raw files, two a shard."""
 
     name = "tfra"
@@ -44,13 +44,7 @@ class TfraFormat(SparseModelFormat):
     def detect(self, path: Place) -> bool:
         return path.is_dir() and any(name != _KEYS and name.endswith(_KEYS) for name in names_in(path))
 
-    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
-        return self._open_one(path, dim, None)
-
-    def _open_table(self, path: Place, dim: int | None, table: str) -> RawArrayReader:
-        return self._open_one(path, dim, table)
-
-    def _open_one(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
+    def _open_table(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
         if not path.is_dir():
             raise ModelFileError(f"{path}: expected a directory holding <name>{_KEYS} and <name>{_VALUES}, got a file")
         name, shards = pick_table(path, _tables(names_in(path)), table)

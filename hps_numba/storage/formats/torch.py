@@ -30,7 +30,7 @@ import numpy as np
 
 from hps_numba.errors import ModelFileError
 from hps_numba.storage.formats._arrays import BFLOAT16
-from hps_numba.storage.formats._format import SparseModelFormat
+from hps_numba.storage.formats._format import FormatOfTables
 from hps_numba.storage.formats._raw import RawArray, RawArrayReader, RawFile, RowNumbers, file_size, open_file, read_exactly
 from hps_numba.storage.formats._tables import pick_table
 from hps_numba.storage.urls import Place
@@ -67,7 +67,7 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class TorchFormat(SparseModelFormat):
+class TorchFormat(FormatOfTables):
     """A zip archive that ``torch.save`` has written."""
 
     name = "torch"
@@ -82,13 +82,7 @@ class TorchFormat(SparseModelFormat):
         name = head[_NAME_AT : _NAME_AT + int.from_bytes(head[26:28], "little")]
         return head.startswith(_MEMBER) and name.endswith(f"/{_PICKLE}".encode())
 
-    def _open(self, path: Place, dim: int | None) -> RawArrayReader:
-        return self._open_one(path, dim, None)
-
-    def _open_table(self, path: Place, dim: int | None, table: str) -> RawArrayReader:
-        return self._open_one(path, dim, table)
-
-    def _open_one(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
+    def _open_table(self, path: Place, dim: int | None, table: str | None) -> RawArrayReader:
         with ExitStack() as handles:
             file = handles.enter_context(open_file(path))
             archive = handles.enter_context(zipfile.ZipFile(cast(IO[bytes], file)))

@@ -65,7 +65,7 @@ _FAILED = ctypes.c_void_p(-1).value
 def open_segment(path: Path, size: int, *, auto_remove: bool) -> tuple[int, int, int]:
     """Open a segment, or make it with ``size`` bytes for tables; returns (file, address, bytes). Holds the ``WRITE_LOCK``.
 
-    A segment that nobody uses and whose creator wanted it removed is made anew.
+    A segment that nobody uses and whose creator set auto-remove is created again.
 
     Raises:
         TierUnavailable: it belongs to another user, is open to others, is no segment or one of another layout, or cannot be
