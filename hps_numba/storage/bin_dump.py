@@ -10,6 +10,7 @@ reads as empty. HugeCTR aborts the process on a wrong header and does not check 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from hps_numba.storage.formats._raw import file_size, open_file, read_exactly
 from hps_numba.storage.replacing import head_judge, replacing
 from hps_numba.storage.urls import Place, UrlPath, place_of
 
-__all__ = ["BinDump", "read_bin", "write_bin"]
+__all__ = ["BinDump", "Dump", "read_bin", "write_bin"]
 
 _MAGIC = b"bin\0"
 _VERSION = 1
@@ -42,8 +43,8 @@ _JUDGE, _URL_JUDGE = file_judge(_WHAT, _is_dump), head_judge(_WHAT, _is_dump)
 
 
 @dataclass(frozen=True)
-class BinDump:
-    """A checked dump.
+class Dump(abc.ABC):
+    """A checked dump of a table, in whichever form.
 
     Attributes:
         key_bytes: 4 or 8.
@@ -67,11 +68,22 @@ class BinDump:
         Keys of 4 bytes are zero-extended. Each step gives new arrays; each call reads from the start.
 
         Raises:
-            ModelFileError: the file was cut short or removed since :func:`read_bin`.
+            ModelFileError: the file was changed or removed since it was checked.
         """
         step = rows_per_chunk(self.dim) if chunk_pairs is None else chunk_pairs
         if step < 1:
             raise ValueError(f"chunk_pairs: expected at least 1, got {step}")
+        yield from self._chunks(step)
+
+    @abc.abstractmethod
+    def _chunks(self, step: int) -> Iterator[tuple[Keys, Rows]]:
+        """``chunks`` of ``step`` pairs."""
+
+
+class BinDump(Dump):
+    """A dump as a ``.bin`` file."""
+
+    def _chunks(self, step: int) -> Iterator[tuple[Keys, Rows]]:
         pair = _pair(self.key_bytes, self.dim)
         with open_file(self.path) as file:
             for start in range(0, self.pairs, step):

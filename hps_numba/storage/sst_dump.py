@@ -16,7 +16,6 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 from hps_numba.errors import ModelFileError, TierError
 from hps_numba.runtime.paths import checked_path
 from hps_numba.runtime.replacing import replacing
+from hps_numba.storage.bin_dump import Dump
 from hps_numba.storage.formats._chunks import checked_chunks, writing
 from hps_numba.storage.formats._format import Chunk, Keys, PathLike, Rows, rows_per_chunk, translated
 from hps_numba.storage.formats._raw import open_file, read_exactly
@@ -40,37 +40,12 @@ _COLUMN = "dump"
 _CHECKED_PAIRS = 1 << 16
 
 
-@dataclass(frozen=True)
-class SstDump:
-    """A checked dump.
-
-    Attributes:
-        key_bytes: 4 or 8.
-        value_bytes: bytes of a row, ``4 * dim``.
-        pairs: number of key-value pairs.
-    """
+class SstDump(Dump):
+    """A dump as a ``.sst`` file. ``path`` is a local one."""
 
     path: Path
-    key_bytes: int
-    value_bytes: int
-    pairs: int
 
-    @property
-    def dim(self) -> int:
-        """Floats in a row."""
-        return self.value_bytes // 4
-
-    def chunks(self, chunk_pairs: int | None = None) -> Iterator[tuple[Keys, Rows]]:
-        """All pairs in the order of the file as ``(keys int64[m], rows float32[m, dim])``, by default about 8 MiB at a time.
-
-        Keys of 4 bytes are zero-extended. Each step gives new arrays; each call reads from the start.
-
-        Raises:
-            ModelFileError: the file was changed or removed since :func:`read_sst`.
-        """
-        step = rows_per_chunk(self.dim) if chunk_pairs is None else chunk_pairs
-        if step < 1:
-            raise ValueError(f"chunk_pairs: expected at least 1, got {step}")
+    def _chunks(self, step: int) -> Iterator[tuple[Keys, Rows]]:
         for keys, rows in _raw_chunks(self.path, step):
             _check(self.path, keys, rows, self.key_bytes, self.value_bytes)
             yield keys_of(keys, self.key_bytes), rows_of(rows, self.dim)

@@ -273,7 +273,7 @@ class Segment:
     # -- the end ------------------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """One user less; after the last one this process leaves, and the last process removes the file if auto-remove is set."""
+        """One user less; after the last, this process leaves, and the last process removes the file if auto-remove is set."""
         with _attaching:
             self.users = max(0, self.users - 1)
             if self.users or self._file < 0:

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hps_numba.errors import HpsError, TierError
-from hps_numba.storage.bin_dump import BinDump
-from hps_numba.storage.sst_dump import SstDump
+from hps_numba.storage.bin_dump import Dump
 from hps_numba.storage.tiers._tier import Fetched, Tier
 
 __all__ = ["CheckedTier", "TierDefect"]
@@ -119,7 +118,7 @@ class CheckedTier(Tier):
     def load_dump(self, table: str, path: str | Path) -> int:
         return self._call("load_dump", lambda: self.inner.load_dump(table, path))
 
-    def open_dump(self, path: str | Path) -> BinDump | SstDump:
+    def open_dump(self, path: str | Path) -> Dump:
         return self._call("open_dump", lambda: self.inner.open_dump(path))
 
     def close(self) -> None:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from hps_numba.errors import ClosedError, TierError
-from hps_numba.storage.bin_dump import BinDump, read_bin, write_bin
+from hps_numba.storage.bin_dump import Dump, read_bin, write_bin
 from hps_numba.storage.formats._format import rows_per_chunk
 from hps_numba.storage.rocksdb.keys import KEY_BYTES, sorted_by_bytes
-from hps_numba.storage.sst_dump import SstDump, read_sst, write_sst
+from hps_numba.storage.sst_dump import read_sst, write_sst
 
 if TYPE_CHECKING:
     from hps_numba.config import PersistentDatabaseConfig, TierConfig, VolatileDatabaseConfig
@@ -217,7 +217,7 @@ class Tier(abc.ABC):
             self.insert(table, keys, rows)
         return dump.pairs
 
-    def open_dump(self, path: str | Path) -> BinDump | SstDump:
+    def open_dump(self, path: str | Path) -> Dump:
         """Open a ``.bin`` or ``.sst`` file whose keys are as wide as the tier's; raises as ``load_dump``."""
         dump = read_sst(path) if self._is_sst(path) else read_bin(path)
         expected = KEY_BYTES[self.wide_keys]
