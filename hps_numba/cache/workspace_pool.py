@@ -154,8 +154,7 @@ class WorkspacePool(Generic[W]):
         finally:
             self._leave(ticket)
             if ticket.extra:
-                ticket.workspace.end(stream, user)
-                ticket.workspace.release(stream)
+                self._end_extra(ticket, stream, user)
             elif ticket.claimed:
                 ticket.claimed = False  # before it is put back: it must not be put back twice
                 try:
@@ -172,6 +171,16 @@ class WorkspacePool(Generic[W]):
                 workspace.invalidate()
         finally:
             self._put(workspace)
+
+    def _end_extra(self, ticket: _Ticket, stream: int, user: StreamUser) -> None:
+        """Free a workspace that was beside those of the pool."""
+        try:
+            ticket.workspace.end(stream, user)
+            ticket.workspace.release(stream)
+        finally:
+            self._all.remove(ticket.workspace)
+            ticket.leave(ticket.workspace)
+            self._wake()
 
     def _put(self, workspace: W) -> None:
         self._idle.append(workspace)
@@ -194,8 +203,9 @@ class WorkspacePool(Generic[W]):
                     raise ReentryError(
                         f"{self._name}: lookup inside a change of the same cache, which the thread has interrupted"
                     )
-                ticket.workspace, ticket.extra = self.make(), True
-                break
+                ticket.extra = self._add(ticket, sys.maxsize)
+                if ticket.extra:
+                    break
             if not self._sleep(ticket, pause):
                 self._recover_lost()
                 pause = min(2 * pause, _LAST_LOOK)
@@ -236,7 +246,8 @@ class WorkspacePool(Generic[W]):
         for workspace in [workspace for workspace in reversed(self._idle) if workspace.user == user]:
             if self._take(ticket, workspace):
                 return True
-        if len(self._all) < self._limit and self._add(ticket):
+        if len(self._all) < self._limit and self._add(ticket, self._limit):
+            ticket.claimed = True
             return True
         return any(self._take(ticket, workspace) for workspace in tuple(self._idle))
 
@@ -252,15 +263,19 @@ class WorkspacePool(Generic[W]):
         ticket.claimed = True
         return True
 
-    def _add(self, ticket: _Ticket) -> bool:
-        """Make a workspace and claim it; False if other threads made the last ones meanwhile."""
+    def _add(self, ticket: _Ticket, limit: int) -> bool:
+        """Make a workspace and claim it; False if other threads made the last ones meanwhile, or one empties the pool.
+
+        Whoever empties the pool first says so and then looks at ``_all``; here it is the other way round, so one sees the other.
+        """
         ticket.workspace = workspace = self.make()
         ticket.claim(workspace)
         self._all.append(workspace)
-        if self._all.index(workspace) >= self._limit:
+        if self._emptying is not None or self._closed or self._all.index(workspace) >= limit:
             self._all.remove(workspace)
+            ticket.leave(workspace)
+            self._wake()
             return False
-        ticket.claimed = True
         return True
 
     # -- what interrupts leave behind ---------------------------------------------------------------------------------------

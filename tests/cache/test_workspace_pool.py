@@ -208,6 +208,47 @@ def test_a_close_inside_a_lookup_of_its_thread_is_refused() -> None:
         pool.lend(0, print)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lookup_that_makes_a_workspace_while_the_pool_is_closed_does_not_get_it(nested: bool) -> None:
+    """Otherwise it would work with memory of a cache that has been freed."""
+    pool, made = pool_of(1)
+    make, closing = pool.make, threading.Thread(target=pool.close, args=(0,), daemon=True)
+    late: list[Plain] = []
+
+    def make_while_closing() -> Plain:
+        closing.start()
+        wait_until(lambda: pool._closed and pool._emptying is not None or not closing.is_alive())
+        return make()
+
+    def look_up(_: Plain | None = None) -> None:
+        pool.make = make_while_closing
+        with pytest.raises(ClosedError, match="pool: the cache is closed"):
+            pool.lend(0, late.append)
+
+    if nested:
+        pool.lend(0, look_up)
+    else:
+        look_up()
+    join_all(closing)
+    assert not late and not pool.workspaces
+    assert [workspace.released for workspace in made[:-1]] == [1] * nested and made[-1].released == 0
+
+
+def test_a_nested_lookup_is_waited_for_by_a_close() -> None:
+    pool, _ = pool_of(1)
+    closing = threading.Thread(target=pool.close, args=(0,), daemon=True)
+    seen: list[bool] = []
+
+    def inner(workspace: Plain) -> None:
+        closing.start()
+        wait_until(lambda: pool._closed)
+        seen.append(workspace.released == 0 and closing.is_alive())
+
+    pool.lend(0, lambda _: pool.lend(0, inner))
+    join_all(closing)
+    assert seen == [True] and not pool.workspaces
+
+
 def test_many_threads_interrupts_and_changes_share_few_workspaces() -> None:
     """No workspace is ever with two calls, and none is lost, while some calls are cut off without giving back."""
     pool, made = pool_of(3)
