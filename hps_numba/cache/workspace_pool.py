@@ -266,7 +266,7 @@ class WorkspacePool(Generic[W]):
     def _add(self, ticket: _Ticket, limit: int) -> bool:
         """Make a workspace and claim it; False if other threads made the last ones meanwhile, or one empties the pool.
 
-        Whoever empties the pool first says so and then looks at ``_all``; here it is the other way round, so one sees the other.
+        Whoever empties the pool says so and then looks at ``_all``, here it is the other way round: one sees the other.
         """
         ticket.workspace = workspace = self.make()
         ticket.claim(workspace)

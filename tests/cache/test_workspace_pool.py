@@ -217,7 +217,7 @@ def test_a_lookup_that_makes_a_workspace_while_the_pool_is_closed_does_not_get_i
 
     def make_while_closing() -> Plain:
         closing.start()
-        wait_until(lambda: pool._closed and pool._emptying is not None or not closing.is_alive())
+        wait_until(lambda: (pool._closed and pool._emptying is not None) or not closing.is_alive())
         return make()
 
     def look_up(_: Plain | None = None) -> None:
