@@ -12,12 +12,15 @@ the rate of the plain gather for that table.
 
 Both caches have an index mirror on the device (``miss_path: auto``), as caches of a server have by default.
 
+``--at-size`` measures what users have instead (``at_size.py``).
+
 ``--paths`` measures similar batches with each value of ``miss_path`` instead: ``direct``, ``auto`` (with the mirror) and
 ``staged``, with tables of 1 and (without ``--quick``) 8 GiB.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from at_size import AtSize, measure_at_size
 from gather import PlainGather
 from measure import WARMUPS, Call, host_copy_rate
 from run import Run, compact, median, parser_of, print_table, verdict
@@ -318,12 +322,28 @@ def measure_table_by_paths(run: Run, dim: int, size: int, sizes: Sizes) -> list[
         table.close()
 
 
+def at_size(options: argparse.Namespace) -> int:
+    """The tables of ``--at-size``, of the widths that were asked for."""
+    sizes = AtSize(repetitions=7, of_user=2, batches=(16_384, 131_072, 1_048_576)) if options.quick else AtSize()
+    if options.on_cpu:
+        sizes = AtSize(((32, 1 << 18), (128, 1 << 19)), (64, 512), 3, 2, 2)
+    run = Run("Device lookups at the size that users have (P3): medians, ratios within one run", options)
+    for dim, size in sizes.tables:
+        if dim in options.dims:
+            size = options.gib << 30 if options.gib else size
+            run.section(f"D={dim}", lambda dim=dim, size=size: measure_at_size(run, dim, size, sizes))
+    return run.end()
+
+
 def main() -> int:
     parser = parser_of("Lookups with misses, whose rows cross the bus from the host store (P3).", DIMS)
     parser.add_argument("--large", action="store_true", help="also tables of 4 and 16 GiB (needs as much pinned memory)")
     parser.add_argument("--gib", type=int, metavar="N", help="one table of N GiB only")
     parser.add_argument("--paths", action="store_true", help="measure each value of miss_path instead")
+    parser.add_argument("--at-size", action="store_true", help="tables of 8 and 16 GiB, a tenth of them cached, skewed keys")
     options = parser.parse_args()
+    if options.at_size:
+        return at_size(options)
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     measured = measure_table_by_paths if options.paths else measure_table
     if options.paths:

@@ -6,6 +6,7 @@ On the CPU there are no streams: work is done when a call returns, and streams a
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
 from hps_numba.kernels.compiler.host_kernels import HostKernel, for_host
 from hps_numba.kernels.compiler.spec import KernelSpec
-from hps_numba.kernels.host.epoch import publish
+from hps_numba.kernels.host.epoch import load, publish
 from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
 if TYPE_CHECKING:
@@ -167,6 +168,17 @@ class CudaBackend:
             insert_at=insert_at,
             numbers=numbers,
         )
+
+    def copy_when_marked(
+        self, stream: int, mark: int, value: int, groups: int, dst: int, src: int, size: int, total: int
+    ) -> None:
+        """Copy ``total`` bytes in stream order, ``size`` at a time: copy i when int64 i at ``mark`` is ``value`` or more.
+
+        No thread waits. Marks and ``src`` are in pinned memory of the host, which its threads write.
+        """
+        from hps_numba.kernels.compiler.launch import copy_when_marked
+
+        copy_when_marked(stream, mark, value, groups, dst, src, size, total)
 
     def launch_chain(self, kernels: Sequence[Kernel | None]) -> LaunchChain:
         """Kernels of this device, to be started in one step, one after the other."""
@@ -358,6 +370,15 @@ class CpuBackend:
         """Work is done already."""
 
     wait = record
+
+    def copy_when_marked(
+        self, stream: int, mark: int, value: int, groups: int, dst: int, src: int, size: int, total: int
+    ) -> None:
+        """As ``CudaBackend.copy_when_marked``, but waits."""
+        for group in range(groups):
+            while load(mark + 8 * group) < value:
+                time.sleep(0)
+        ctypes.memmove(dst, src, total)
 
     def event_done(self, event: int) -> bool:
         """Work is done already."""

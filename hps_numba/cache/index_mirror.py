@@ -135,6 +135,11 @@ class IndexMirror:
         """There is a copy, and rows that it names are better read in the order of their addresses."""
         return self._lent and self._scattered
 
+    @property
+    def translated(self) -> bool:
+        """There is a copy, and a device has to translate the addresses of most rows that it names."""
+        return self._lent and self._store.slots * 4 * self._store.dim > _REMEMBERED_BYTES
+
     def invalidate(self) -> None:
         """Point the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""
         if self._lent and self._link.point_to(self._store.block):

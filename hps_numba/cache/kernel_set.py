@@ -24,12 +24,14 @@ __all__ = ["BY_POLICY", "FINISHING", "FINISHING_TABLES", "LISTED_LOOKUP", "LOOKU
 KernelKey = tuple[Any, ...]
 
 LOOKUP, LISTED_LOOKUP = "lookup_kernel", "list_by_region_kernel"
-_LOOKUPS = (LOOKUP, LISTED_LOOKUP, "list_kernel", "lookup_tables_kernel")
+_LOOKUPS = (LOOKUP, LISTED_LOOKUP, "list_kernel", "list_resolved_kernel", "lookup_tables_kernel")
 #: what follows the answer of a batch: first what only a policy that counts hits needs
 FINISHING = ("touch_kernel", "insert_kernel")
 FINISHING_TABLES = ("touch_tables_kernel", "insert_tables_kernel")  # of several tables
 #: kernels that call functions of the policy, besides those that score hits while they answer
 BY_POLICY = (*FINISHING, *FINISHING_TABLES, "rescore_kernel")
+_SERVING = ("serve_missed_kernel", "serve_rest_kernel", "place_gathered_kernel", "answer_missed_kernel")
+_LANES_OF_INSERTION = 4
 _BY_ROW = ("insert_kernel", "insert_tables_kernel", "update_kernel", "refresh_kernel")
 # from here on each lane of a warp searches for a key, below a tile does: by bytes of a row, at most 128 or more
 _LARGE_BATCH, _LARGE_BATCH_OF_WIDE = 24_576, 32_768
@@ -96,6 +98,20 @@ class KernelSet:
         if key[0] != LISTED_LOOKUP:
             return (kernel,), group
         return (kernel, self.built(("sort_missed_kernel",))[0], self.built(("serve_missed_kernel", *key[2:4]))[0]), group
+
+    def gathering(self, form: KernelKey) -> tuple[tuple[Kernel, ...], int]:
+        """The kernels of a batch whose missed rows the host helps to bring: up to the copies, at their end, and after them.
+
+        Args:
+            form: as the key of ``answering`` without its name.
+
+        Returns:
+            Them, and how many keys a warp of the first takes.
+        """
+        first, group = self.built(("list_resolved_kernel", *form))
+        names = ("share_missed_kernel",), ("ask_host_kernel",), ("serve_rest_kernel", *form[1:3])
+        after = ("time_copies_kernel",), ("place_gathered_kernel", *form[1:3])
+        return (first, *(self.built(key)[0] for key in (*names, *after))), group
 
     def finishing(self) -> tuple[Kernel, ...]:
         """The kernels that follow an answer: they touch what was hit, if the policy counts hits, and insert."""
@@ -166,7 +182,7 @@ class KernelSet:
             return self._lookup_spec(policy, name, *form)
         if name == "pool_kernel":
             return self._pool_spec(policy, *form)
-        if name in ("serve_missed_kernel", "answer_missed_kernel"):
+        if name in _SERVING:
             return self._missed_spec(policy, name, *form)
         if name == "sketch_kernel":
             return KernelSpec(name=name, dim=1, policy=load_policy("fifo"), key_form=form[0], group=32)
@@ -184,6 +200,8 @@ class KernelSet:
             policy=policy if name in BY_POLICY else load_policy("fifo"),
             fixed=self._geometry.fixed and by_row,
             row_type=self._geometry.row_type if by_row else "float32",
+            lanes=_LANES_OF_INSERTION if name == "insert_kernel" else 8,
+            registers=64 if name == "insert_kernel" else 0,
         )
 
     def _answer_spec(self, policy: Policy, name: str, key_form: str, out_type: str, aligned: bool) -> KernelSpec:
@@ -237,4 +255,4 @@ class KernelSet:
         """A kernel for listed keys: rows come from the host store, so of the policy only matters whether it counts hits."""
         counted = load_policy("lfu" if policy.needs_count and not self._geometry.fixed else "fifo")
         spec = self._answer_spec(policy, name, "int64", out_type, aligned)
-        return replace(spec, policy=counted, row_type="float32" if name == "answer_missed_kernel" else spec.row_type)
+        return replace(spec, policy=counted, row_type=spec.row_type if name.startswith("serve") else "float32")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, CpuPreparedLookup, Kernel
+from hps_numba.cache.gathering import LEAST_ROWS, Gathering
 from hps_numba.cache.index_mirror import IndexMirror
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.residency import Residency
@@ -76,6 +77,11 @@ class LaunchPlan:
         """Missed rows, if they are many, are better read in the order of their addresses."""
         return self._mirror is not None and self._mirror.scattered
 
+    @property
+    def needs_host(self) -> bool:
+        """Missed rows, if they are many, are better brought with the help of the host (``cache.gathering``)."""
+        return self._mirror is not None and self._mirror.translated
+
     def answer(self, name: str, group: int, keys: int, n: int, out: int, workspace: int) -> list[Launch]:
         """The launches of the kernels that answer ``n`` keys (``KernelSet.answering``).
 
@@ -94,6 +100,22 @@ class LaunchPlan:
         """Write the answer of a batch and list what is to be inserted."""
         kernels, group = self._kernels.answering((name, *form, n < self._kernels.large_batch))
         start(kernels, self.answer(name, group, keys, n, out, workspace), stream)
+
+    def start_gathered(
+        self, form: AnswerForm, keys: int, n: int, out: int, workspace: int, gathering: Gathering, share: int, stream: int
+    ) -> None:
+        """``start_answer`` with the help of the host, which gathers so much of what is missing, in 1/65,536."""
+        (lister, sharer, asker, server, timer, placer), group = self._kernels.gathering((*form, n < self._kernels.large_batch))
+        asked = gathering.begin(n, share)
+        listing, (blocks, rows, threads, _), serving = self.answer(LISTED_LOOKUP, group, keys, n, out, workspace)
+        sharing = blocks, rows, threads, (workspace, share, LEAST_ROWS, asked.most)
+        start((lister, sharer), (listing, sharing), stream)
+        gathering.ask(asked, asker, stream)
+        start((server,), (serving,), stream)
+        gathering.copy(asked, timer, stream)
+        lines, _, sets, state = self._kernel_args
+        args = lines, sets, state, self._default, workspace, asked.batch
+        start((placer,), ((self._backend.blocks_after(n, max(1, asked.most)), rows, threads, args),), stream)
 
     def start_query(self, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
         """``start_answer`` of int64 keys as if there were no host store; the default is 0."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hps_numba.cache.gathering import GatheredMisses
 from hps_numba.cache.host_arrays import contiguous_keys, float32_output
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.launch_plan import AnswerForm, LaunchPlan
@@ -28,7 +29,10 @@ from hps_numba.errors import CapacityError
 from hps_numba.kernels.dtypes import ELEMENT_BYTES, KEY_BYTES
 from hps_numba.kernels.layouts.cache import MAX_BATCH, WORKSPACE_ABSENT
 
-__all__ = ["Lookups"]
+__all__ = ["GATHERED_FROM", "Lookups"]
+
+
+GATHERED_FROM = 65_536  # keys of a batch: of a smaller one the device reads the missed rows before the host is asked
 
 
 class Lookups:
@@ -36,10 +40,12 @@ class Lookups:
 
     Args:
         misses: for batches whose missed rows host threads gather, if there are such.
+        gathered: for batches of which they gather a part.
         reading: gives a block in which the host store frees nothing that this thread reads.
 
     Attributes:
         staged_from: keys of the smallest batch that may be staged.
+        gathered_from: keys of the smallest batch whose missed rows the host may help to bring.
 
     Thread safety: all methods.
     """
@@ -54,15 +60,18 @@ class Lookups:
         plan: LaunchPlan,
         workspaces: WorkspaceSet,
         misses: StagedMisses | None,
+        gathered: GatheredMisses | None,
         switch: VersionSwitch,
         reading: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces, self._misses = residency, plan, workspaces, misses
+        self._gathered = gathered
         self._switch, self._reading = switch, reading
         self._backend, self._pool, self._large_batch = kernels.backend, workspaces.pool, kernels.large_batch
         self._on_device = kernels.backend.ordinal is not None
         self.staged_from = NEVER if misses is None else 1
+        self.gathered_from = NEVER if gathered is None else GATHERED_FROM
 
     def lookup(
         self,
@@ -82,6 +91,7 @@ class Lookups:
                 f"{self._geometry.name}: lookup with a list of absent keys: expected at most {MAX_BATCH} keys, got {n}"
             )
         staged = n >= self.staged_from and self._can_stage(stream, capturing)
+        staged = staged or (n >= self.gathered_from and self._plan.needs_host and self._can_stage(stream, capturing))
         if self._kernels.one_step and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             listed = n >= self._residency.lists_missed_from and self._plan.reads_in_order
             shape = (LISTED_LOOKUP if listed else LOOKUP, key_form, out_type, out % 16 == 0, n < self._large_batch)
@@ -170,7 +180,7 @@ class Lookups:
         staged: bool = False,
     ) -> None:
         form = (key_form, out_type, out % 16 == 0)
-        work = self._staged_batch if staged else self.batch
+        work = self.batch if not staged else self._staged_batch if self._gathered is None else self._gathered_batch
         if n <= MAX_BATCH and not absent_list and not workspace.lists_absent:  # nearly every lookup
             if n > workspace.limit:
                 workspace.reserve(n, False, self._state.stream)
@@ -205,6 +215,15 @@ class Lookups:
         finally:  # also after a failure: hits that are listed for the policy would stay untouched for ever
             self.end_batch(workspace, keys, n, stream, form[0])
             self._misses.end(workspace, stream)
+
+    def _gathered_batch(self, workspace: Workspace, keys: int, n: int, out: int, stream: int, form: AnswerForm) -> None:
+        assert self._gathered is not None
+        share = 0 if self._residency.complete or not workspace.own_list else self._gathered.begin(workspace, n, stream)
+        if not share:
+            self.batch(workspace, keys, n, out, stream, form)
+            return
+        self._plan.start_gathered(form, keys, n, out, workspace.address, workspace.gathering, share, stream)
+        self.end_batch(workspace, keys, n, stream, form[0])
 
     def end_batch(self, workspace: Workspace, keys: int, n: int, stream: int, key_form: str) -> None:
         """What follows the answer of a batch."""

@@ -16,12 +16,13 @@ from contextlib import nullcontext
 
 from hps_numba.cache.backends import backend_for
 from hps_numba.cache.changes import Changes
+from hps_numba.cache.gathering import GatheredMisses
 from hps_numba.cache.index_mirror import IndexMirror, may_mirror
 from hps_numba.cache.inspect import CacheCounters, Inspection
 from hps_numba.cache.kernel_set import KernelSet
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.lifecycle import Lifecycle
-from hps_numba.cache.lookup import Lookups
+from hps_numba.cache.lookup import GATHERED_FROM, Lookups
 from hps_numba.cache.policy_memory import PolicyMemory
 from hps_numba.cache.policy_switch import PolicySwitch
 from hps_numba.cache.pooling import Pooling
@@ -88,7 +89,8 @@ class CacheParts:
         self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
         self.mirror = self._mirror_of(self.link, store) if mirrors else None
         inserts = inserts and not geometry.fixed
-        shape = WorkspaceShape(geometry.dim, geometry.sets, inserts, inserts and self.kernels.counted, lists_from)
+        listed_from = min(lists_from, GATHERED_FROM) if mirrors else lists_from
+        shape = WorkspaceShape(geometry.dim, geometry.sets, inserts, inserts and self.kernels.counted, listed_from)
         self.workspaces = WorkspaceSet(
             self.backend,
             self.lifecycle,
@@ -103,6 +105,9 @@ class CacheParts:
         if store is not None and miss_path == "staged":
             assert self.link is not None
             self.misses = StagedMisses(geometry, self.state, self.kernels, store, self.link.in_force)
+        self.gathered: GatheredMisses | None = None
+        if self.mirror is not None and store is not None:
+            self.gathered = GatheredMisses(self.backend, geometry.dim, store.epochs, geometry.name)
         self._closed = False
         self._last_counters: CacheCounters | None = None
         self.reset_after_fork()
@@ -131,8 +136,9 @@ class CacheParts:
         geometry, state, lifecycle, kernels = self.geometry, self.state, self.lifecycle, self.kernels
         residency, workspaces = self.residency, self.workspaces
         self.plan = plan = LaunchPlan(geometry, state, kernels, residency, self.mirror)
+        misses = self.misses, self.gathered
         self.lookups = Lookups(
-            geometry, state, lifecycle, kernels, residency, plan, workspaces, self.misses, self.switch, self.reading
+            geometry, state, lifecycle, kernels, residency, plan, workspaces, *misses, self.switch, self.reading
         )
         self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.switch)
         self.without_store = WithoutStore(geometry, state, lifecycle, residency, plan, workspaces, self.backend)

@@ -138,8 +138,10 @@ class Workspace(StreamMemory):
         super().__init__(backend)
         self._shape, self._name = shape, name
         self._memory: Memory | None = None
-        self._outgrown: list[tuple[int, Memory]] = []  # each until its event has passed
+        self._outgrown: list[tuple[int, list[Memory]]] = []  # each until its event has passed
         self.stage = self.absent_list = self.own_list = 0
+        self.gathering: Any = None  # ``cache.gathering.Gathering``, made when first needed
+        self.gathered = 0  # keys of its last batch
 
     def reserve(self, n: int, absent: bool, stream: int) -> None:
         """Have room for ``n`` keys, and for a list of absent keys if ``absent``; ``stream`` may be waited for.
@@ -168,6 +170,11 @@ class Workspace(StreamMemory):
         self.address, self.stage = memory.address, int(header[WORKSPACE_STAGE // 8])
         self.absent_list, self.own_list = int(header[WORKSPACE_ABSENT_LIST // 8]), own_list
 
+    def adopt_gathering(self, gathering: Any) -> None:
+        """Keep the memory of a gathering as long as that of the workspace."""
+        self.gathering, self.gathered = gathering, 0
+        self.bytes += gathering.bytes
+
     def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
         header = np.zeros(WORKSPACE_BYTES // 8, np.int64)
         header[WORKSPACE_BATCH // 8] = FIRST_BATCH
@@ -187,8 +194,8 @@ class Workspace(StreamMemory):
         """Use other memory from the next ``reserve`` on: what is there is too small, or a batch failed halfway."""
         if self._memory is not None:
             event, self.event = self.event, 0
-            self._outgrown.append((event, self._memory))
-        self._memory, self.limit, self.bytes = None, 0, 0
+            self._outgrown.append((event, [memory for memory in (self.gathering, self._memory) if memory is not None]))
+        self._memory, self.gathering, self.limit, self.bytes = None, None, 0, 0
         self.prepared.clear()
 
     def _free_outgrown(self) -> None:
@@ -196,7 +203,8 @@ class Workspace(StreamMemory):
             self._outgrown.remove(entry)
             if entry[0]:
                 self.backend.destroy_event(entry[0])
-            entry[1].release()
+            for memory in entry[1]:
+                memory.release()
 
     def release(self, stream: int) -> None:
         """Free the memory after all work with it; ``stream`` is used for the wait."""

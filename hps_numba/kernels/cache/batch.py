@@ -14,6 +14,7 @@ from hps_numba.kernels.layouts.cache import (
     SCORES_AT,
     SET_BYTES,
     STATE_CAPACITY,
+    STATE_CHANGES,
     STATE_INSERTED,
     STATE_NOW,
     STATE_PENDING,
@@ -23,6 +24,7 @@ from hps_numba.kernels.layouts.cache import (
     WAYS_PER_LINE,
     WORKSPACE_BATCH,
     WORKSPACE_BUCKETS,
+    WORKSPACE_CHANGES,
     WORKSPACE_COUNTS,
     WORKSPACE_COUNTS_MASK,
     WORKSPACE_KEYS,
@@ -183,6 +185,7 @@ def finish_batch(state, workspace, batch, listed, advance):
         st64(workspace + WORKSPACE_LISTED, 0)
         st64(workspace + WORKSPACE_TOUCHED, 0)
         st64(workspace + WORKSPACE_BATCH, batch + 1)
+        st64(workspace + WORKSPACE_CHANGES, ld64(state + STATE_CHANGES))  # before any row of the next batch is read
         move_clock(state, advance)
         fence()
 

@@ -190,8 +190,6 @@ def still_current(state, workspace, key, word, generation):
         changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
         if changes == before:
             return True
-        if changes >> 32 != before >> 32:  # CLEARED
-            return False
     descriptor = ld64(state + STATE_HOST)
     if descriptor == 0 or find_in_host_by_tile(descriptor, key) != word:
         return False

@@ -27,7 +27,7 @@ from hps_numba.kernels.simt.reference import (
     warp_number,
 )
 
-__all__ = ["answer_batch", "list_by_region_kernel", "list_kernel", "lookup_kernel"]
+__all__ = ["answer_batch", "list_by_region_kernel", "list_kernel", "list_resolved_kernel", "lookup_kernel"]
 
 # bound when specialized
 OUT_STRIDE = 4
@@ -69,6 +69,12 @@ def list_by_region_kernel(lines, rows, sets, state, keys, n, out, default, works
 
     **Writes:** as ``list_kernel``, guard.
     """
+    grid_dependency_sync()
+    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
+
+
+def list_resolved_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
+    """``list_by_region_kernel`` that also records where the row of each key is (RESOLVES).   **Writes:** as it does."""
     grid_dependency_sync()
     answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
 

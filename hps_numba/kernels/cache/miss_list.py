@@ -11,10 +11,13 @@ from hps_numba.kernels.cache.probe import find_in_host, guard_enter, guard_leave
 from hps_numba.kernels.cache.rows import copy_from_host, fill_answer
 from hps_numba.kernels.cache.serve import count_misses
 from hps_numba.kernels.layouts.cache import (
+    DESC_GENERATION,
+    DESC_ROWS,
     DESC_SHIFT,
     MISSED_BYTES,
     MISSED_COUNT,
     MISSED_COUNTS,
+    MISSED_GATHERING,
     MISSED_KEYS,
     PLACE_RANK,
     PLACE_REGION,
@@ -29,6 +32,7 @@ from hps_numba.kernels.layouts.cache import (
     WORKSPACE_STAGE,
     WORKSPACE_STAGE_STRIDE,
 )
+from hps_numba.kernels.layouts.gathering import RESOLVED, UNRESOLVED
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.simt.reference import (
     add64,
@@ -55,6 +59,7 @@ __all__ = ["answer_missed_kernel", "list_group", "list_missed"]
 FIXED = False
 OUT_STRIDE = HOST_STRIDE = 4
 BY_REGION = False  # keys are listed with the region of the host store's rows where their row is
+RESOLVES = False  # and with its address
 
 
 def list_group(state, keys, base, out, default, workspace, missing):
@@ -103,6 +108,8 @@ def list_missed(missed, position, key, active):
 def record_regions(state, missed, position, key, entry, listed):
     """Record for the keys that a warp listed (bits) the regions of their rows, and their ranks among the keys of a region.
 
+    RESOLVES: also the addresses of their rows, and under which words of the index they were found.
+
     Only if the index is in the memory of the device: elsewhere it would be read over the bus once more. Otherwise, as for keys
     without a row, all are of the first region.   **Writes:** list, guard.
     """
@@ -112,6 +119,11 @@ def record_regions(state, missed, position, key, entry, listed):
     sync_warp()
     descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane reads it for the whole warp
     shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
+    resolved = np.int64(0)
+    if RESOLVES:
+        resolved = ld64(ld64(missed + MISSED_GATHERING) + RESOLVED)
+        if shift < 0 and is_warp_leader():
+            add64(ld64(missed + MISSED_GATHERING) + UNRESOLVED, 1)
     if shift < 0:
         rank = number_voters(missed + MISSED_COUNTS, listed)
         if (listed >> lane_in_warp()) & 1 != 0:
@@ -121,12 +133,20 @@ def record_regions(state, missed, position, key, entry, listed):
         active, lane = lane_for_tile(listed)
         tile_key, at, to = shfl(key, lane), shfl(position, lane), shfl(entry, lane)
         region = np.int64(0)
-        slot = (find_in_host(descriptor, tile_key, active) & SLOT_MASK) - FIRST_SLOT
+        generation = ld64(descriptor + DESC_GENERATION) if RESOLVES else np.int64(0)  # before the word
+        word = find_in_host(descriptor, tile_key, active)
+        slot = (word & SLOT_MASK) - FIRST_SLOT
         if slot >= 0:
             region = min(slot >> shift, np.int64(REGIONS - 1))
         if is_first_lane() and active:
             rank = add64(missed + MISSED_COUNTS + 8 * region, 1)
             st64(to, at | region << PLACE_REGION | rank << PLACE_RANK)
+            if RESOLVES:
+                row = ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE if slot >= 0 else np.int64(0)
+                number = (to - missed - MISSED_BYTES) >> 4
+                st64(resolved + 24 * number, row)
+                st64(resolved + 24 * number + 8, word)
+                st64(resolved + 24 * number + 16, generation)
         listed = clear_lowest(listed, tiles_in_warp())
     if is_warp_leader():
         guard_leave(state, stripe)

@@ -17,6 +17,7 @@ from hps_numba.kernels.layouts.cache import (
     MISSED_BYTES,
     MISSED_COUNT,
     MISSED_COUNTS,
+    MISSED_GATHERING,
     MISSED_OUT,
     MISSED_SORTED,
     MISSED_TICKET,
@@ -26,6 +27,7 @@ from hps_numba.kernels.layouts.cache import (
     STATE_HOST,
     WORKSPACE_OWN_LIST,
 )
+from hps_numba.kernels.layouts.gathering import FOUND, LISTED, RESOLVED
 from hps_numba.kernels.simt.reference import (
     add64,
     block_number,
@@ -48,10 +50,11 @@ from hps_numba.kernels.simt.reference import (
     warp_number,
 )
 
-__all__ = ["serve_missed_kernel", "sort_missed_kernel"]
+__all__ = ["serve_missed_kernel", "serve_sorted", "sort_listed", "sort_missed_kernel"]
 
 # bound when specialized
 LANES = 1
+RESOLVES = False  # keys are listed with the addresses of their rows, and the first of them go to threads of the host
 OUT_STRIDE = 4
 
 
@@ -59,7 +62,14 @@ def sort_missed_kernel(workspace):
     """Sort what ``list_by_region_kernel`` listed in the workspace by regions.   **Writes:** list."""
     grid_dependency_sync()
     missed = ld64(workspace + WORKSPACE_OWN_LIST)
-    count = ld64(missed + MISSED_COUNT)
+    sort_listed(missed, ld64(missed + MISSED_COUNT), 0)
+
+
+def sort_listed(missed, count, gathered):
+    """Sort a list of ``count`` keys by regions. The first ``gathered`` of them are for threads of the host (RESOLVES).
+
+    **Writes:** list, words of the gathering.
+    """
     lanes = tiles_in_warp() * LANES
     base = warp_number() * lanes
     if base >= count:
@@ -77,7 +87,18 @@ def sort_missed_kernel(workspace):
         if active:
             st64(target + 16 * number, place & ((1 << PLACE_REGION) - 1))
             st64(target + 16 * number + 8, key)
+            if RESOLVES and number < gathered:
+                sort_resolved(missed, base + lane_in_warp(), number)
         base += grid_warps() * lanes
+
+
+def sort_resolved(missed, listed, number):
+    """Keep what is known of a key that was listed, as that of ``number``.   **Writes:** words of the gathering."""
+    gathering = ld64(missed + MISSED_GATHERING)
+    resolved, found = ld64(gathering + RESOLVED) + 24 * listed, ld64(gathering + FOUND) + 16 * number
+    st64(ld64(gathering + LISTED) + 8 * number, ld64(resolved))
+    st64(found, ld64(resolved + 8))
+    st64(found + 8, ld64(resolved + 16))
 
 
 def scan_counts(missed):
@@ -120,7 +141,8 @@ def serve_missed_kernel(lines, rows, sets, state, default, workspace):
     count = ld64(missed + MISSED_COUNT)
     if block_number() * block_tiles() >= count:
         return
-    serve_sorted(lines, rows, sets, state, default, workspace, missed, count)
+    step = grid_warps() * tiles_in_warp()
+    serve_sorted(lines, rows, sets, state, default, workspace, missed, warp_number() * tiles_in_warp(), count, step)
     sync_block()
     if is_block_leader():
         fence()
@@ -133,10 +155,12 @@ def serve_missed_kernel(lines, rows, sets, state, default, workspace):
             fence()
 
 
-def serve_sorted(lines, rows, sets, state, default, workspace, missed, count):
-    """The share of a warp in the ``count`` keys that were sorted.   **Writes:** as ``serve``, counters, guard."""
+def serve_sorted(lines, rows, sets, state, default, workspace, missed, base, count, step):
+    """The share of a warp in the ``count`` keys that were sorted: those of a tile each from ``base`` on, in steps.
+
+    **Writes:** as ``serve``, counters, guard.
+    """
     out, entries = ld64(missed + MISSED_OUT), ld64(missed + MISSED_SORTED)
-    base = warp_number() * tiles_in_warp()
     if base >= count:
         return
     stripe = warp_number()
@@ -153,7 +177,7 @@ def serve_sorted(lines, rows, sets, state, default, workspace, missed, count):
             active = not wait_and_copy(lines, rows, sets, key, target)
         present = serve(lines, sets, state, key, position, target, default, workspace, active)
         absent += count_in_warp(active & (not present))
-        base += grid_warps() * tiles_in_warp()
+        base += step
     if is_warp_leader():
         guard_leave(state, stripe)
         if absent > 0:

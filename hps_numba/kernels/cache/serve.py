@@ -41,7 +41,16 @@ from hps_numba.kernels.simt.reference import (
     warp_number,
 )
 
-__all__ = ["count_misses", "find_in_store", "lists_candidates", "serve", "serve_group", "stage_of", "wait_and_copy"]
+__all__ = [
+    "count_misses",
+    "find_in_store",
+    "list_served",
+    "lists_candidates",
+    "serve",
+    "serve_group",
+    "stage_of",
+    "wait_and_copy",
+]
 
 # bound when specialized
 FIXED = False
@@ -91,14 +100,19 @@ def serve(lines, sets, state, key, i, target, default, workspace, active):
     elif active and target != 0:
         fill_answer(target, default)
     if is_first_lane() and active:
-        if lists_candidates(workspace) and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
-            list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, generation)
-        elif not present:
-            absent_list = ld64(workspace + WORKSPACE_ABSENT_LIST)
-            if absent_list != 0:
-                st64(absent_list + 8 * add64(workspace + WORKSPACE_ABSENT, 1), i)
+        list_served(lines, sets, workspace, key, i, word, generation, present)
     sync_warp()
     return present
+
+
+def list_served(lines, sets, workspace, key, i, word, generation, present):
+    """List a key that was answered for the insertion, or as one that no tier has; by one lane.   **Writes:** workspace."""
+    if lists_candidates(workspace) and (present or ld64(workspace + WORKSPACE_ASSUME) != 0):
+        list_candidate(workspace, set_of(lines, sets, key), lines, key, i, word, generation)
+    elif not present:
+        absent_list = ld64(workspace + WORKSPACE_ABSENT_LIST)
+        if absent_list != 0:
+            st64(absent_list + 8 * add64(workspace + WORKSPACE_ABSENT, 1), i)
 
 
 def serve_group(lines, rows, sets, state, keys, base, out, default, workspace, missing):

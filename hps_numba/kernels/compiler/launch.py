@@ -27,9 +27,11 @@ from hps_numba.errors import DeviceError
 from hps_numba.kernels.compiler import disk_cache
 from hps_numba.kernels.compiler.launch_native import (
     CAPTURED,
+    COPY_FUNCTIONS,
     DRIVER_FUNCTIONS,
     LOOKUP_WORDS,
     WORK_WORDS,
+    start_copies,
     start_kernels,
     start_lookup,
 )
@@ -241,6 +243,17 @@ class LaunchChain:
         return ctypes.addressof(memory)
 
 
+def copy_when_marked(stream: int, mark: int, value: int, groups: int, dst: int, src: int, size: int, total: int) -> None:
+    """``launch_native.start_copies``, with the device's context current.
+
+    Raises:
+        DeviceError: the driver refused, or has no such function; some of the copies may have been started.
+    """
+    status = start_copies(int(_copy_table().ctypes.data), stream, mark, value, groups, dst, src, size, total)
+    if status:
+        raise DeviceError(f"copies of {total} bytes that wait for the host: error {status} of the driver")
+
+
 def _offsets(before: str, arg_types: str) -> list[int]:
     """The offset of each value in memory packed by ``struct``, which aligns as C does."""
     return [struct.calcsize(before + arg_types[: i + 1]) - struct.calcsize(letter) for i, letter in enumerate(arg_types)]
@@ -249,6 +262,11 @@ def _offsets(before: str, arg_types: str) -> list[int]:
 @cache
 def _driver_table() -> np.ndarray:
     return driver_addresses(DRIVER_FUNCTIONS)
+
+
+@cache
+def _copy_table() -> np.ndarray:
+    return driver_addresses(COPY_FUNCTIONS)
 
 
 @cache

@@ -17,15 +17,18 @@ from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
 __all__ = [
     "CAPTURED",
+    "COPY_FUNCTIONS",
     "DRIVER_FUNCTIONS",
     "LOOKUP_WORDS",
     "NO_EVENT",
     "WORK_WORDS",
+    "start_copies",
     "start_kernels",
     "start_lookup",
 ]
 
 #: functions in the table of addresses, in this order
+COPY_FUNCTIONS = ("cuStreamWaitValue64_v2", "cuMemcpyAsync")
 DRIVER_FUNCTIONS = ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamIsCapturing", "cuLaunchKernelEx", "cuEventRecord")
 _GET, _SET, _CAPTURING, _LAUNCH, _RECORD = (8 * i for i in range(len(DRIVER_FUNCTIONS)))
 
@@ -135,6 +138,29 @@ def _start(driver, work, stream, event, count):
     if event != NO_EVENT:
         return _call(load_word(driver + _RECORD), event, stream, 0, 0)
     return status
+
+
+@host_kernel
+def start_copies(driver, stream, mark, value, groups, dst, src, size, total):
+    """Put copies on a stream, each after a wait for a word of host memory; the device's context is current.
+
+    Args (int64):
+        driver: address of the addresses of ``COPY_FUNCTIONS``.
+        mark: address of int64 ``[groups]`` in pinned memory; copy i waits until word i is ``value`` or more.
+        dst, src: addresses.   size: bytes of a copy; ``total``: of all of them.
+
+    Returns the driver's status for the first call that failed, nothing after it was done; or 0.
+    """
+    for group in range(groups):
+        status = _call(load_word(driver), stream, mark + 8 * group, value, 0)
+        if status != 0:
+            return status
+        start = group * size
+        if start < total:
+            status = _call(load_word(driver + 8), dst + start, src + start, min(size, total - start), stream)
+            if status != 0:
+                return status
+    return 0
 
 
 @host_kernel

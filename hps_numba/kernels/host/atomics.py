@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 __all__ = [
     "add_word",
     "array_address",
+    "compare_word",
     "copy_row",
     "exchange_word",
     "fill_row",
@@ -119,6 +120,17 @@ def add_word(typingctx, address, value):
         return builder.atomic_rmw("add", _pointer(builder, args[0], _WORD), args[1], "seq_cst")
 
     return _INT(_INT, _INT), codegen
+
+
+@intrinsic
+def compare_word(typingctx, address, expected, value):
+    """Store an int64 if ``expected`` is there and return what was there, sequentially consistent."""
+
+    def codegen(context, builder, signature, args):
+        pair = builder.cmpxchg(_pointer(builder, args[0], _WORD), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return _INT(_INT, _INT, _INT), codegen
 
 
 @intrinsic

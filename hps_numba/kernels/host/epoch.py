@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hps_numba.kernels.compiler.njit import host_kernel
-from hps_numba.kernels.host.atomics import add_word, full_fence, store_word_release
+from hps_numba.kernels.host.atomics import add_word, full_fence, load_word_acquire, store_word_release
 from hps_numba.kernels.host.probe import enter_epoch, leave_epoch
 
-__all__ = ["count", "epoch_advance", "epoch_enter", "epoch_leave", "publish"]
+__all__ = ["count", "epoch_advance", "epoch_enter", "epoch_leave", "load", "publish"]
 
 
 @host_kernel
@@ -33,6 +33,12 @@ def epoch_advance(epoch):
 def count(counter, amount):
     """Add to a counter that many threads share.   **Writes:** counter."""
     add_word(counter, amount)
+
+
+@host_kernel
+def load(place):
+    """The int64 that another thread published, with all that it wrote before."""
+    return load_word_acquire(place)
 
 
 @host_kernel

@@ -99,7 +99,8 @@ WORKSPACE_BYTES = STATE_BYTES - NO_LISTS
     MISSED_KEYS,  # address of int64 [n] in pinned host memory: the keys again; or 0
     MISSED_SELF,  # address of these words
     MISSED_SORTED,  # address of int64 [n, 2]: position and key in the order of regions
-) = (8 * i for i in range(6))
+    MISSED_GATHERING,  # address of the words of the gathering by threads of the host (``layouts.gathering``), or 0
+) = (8 * i for i in range(7))
 # int64: how many are listed of each region of the host store's rows; two regions for each lane of a warp (``miss_sorted``)
 MISSED_COUNTS, REGIONS = 256, 64
 MISSED_BYTES = MISSED_COUNTS + 8 * REGIONS

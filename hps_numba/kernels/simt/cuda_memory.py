@@ -145,11 +145,20 @@ def _bits_float(typingctx, bits):
     return types.float32(_INT), codegen
 
 
+@intrinsic
+def _clock_ns(typingctx):
+    def codegen(context, builder, signature, args):
+        return asm(builder, _64, "mov.u64 $0, %globaltimer;", "=l,~{memory}", [])
+
+    return _INT(), codegen
+
+
 def memory_names() -> dict[str, Any]:
     """Loads, stores, atomic operations and fences by their names in ``simt.reference``."""
     return {
         "ld64": _load("ld.relaxed.gpu.global.b64"),
         "ld64_host": _load("ld.relaxed.sys.global.b64"),
+        "st64_host": _store("st.relaxed.sys.global.b64"),
         "ld32": _load("ld.relaxed.gpu.global.b32", "r"),
         "ld16": _load("ld.relaxed.gpu.global.u16", "h"),
         "ld8": _load("ld.relaxed.gpu.global.u8", "h"),
@@ -164,6 +173,9 @@ def memory_names() -> dict[str, Any]:
         "min64": _atomic("atom.relaxed.gpu.global.min.s64"),
         "max64": _atomic("atom.relaxed.gpu.global.max.s64"),
         "fence": instruction("fence.acq_rel.gpu;"),
+        "fence_host": instruction("fence.acq_rel.sys;"),
+        "pause": instruction("nanosleep.u32 500;"),
+        "clock_ns": _clock_ns,
         # that of a block keeps the order in which this thread's loads are done, which is all a reader needs of it; one for the
         # device also waits for the answers that were written: lookups take 7 to 11 % longer on an H200
         "read_fence": instruction("fence.acq_rel.cta;"),

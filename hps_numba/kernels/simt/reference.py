@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 
 import numpy as np
 
@@ -30,9 +31,11 @@ __all__ = [
     "block_tiles",
     "cas32",
     "cas64",
+    "clock_ns",
     "count_in_warp",
     "ctz",
     "fence",
+    "fence_host",
     "float_bits",
     "from_first_lane",
     "grid_blocks",
@@ -57,6 +60,7 @@ __all__ = [
     "max_in_tile",
     "min64",
     "noinline",
+    "pause",
     "popcount",
     "probe_host_line",
     "probe_line",
@@ -68,6 +72,7 @@ __all__ = [
     "st16",
     "st32",
     "st64",
+    "st64_host",
     "sync_block",
     "sync_tile",
     "sync_warp",
@@ -92,6 +97,11 @@ def ld64(address):
 def ld64_host(address):
     """The int64 at ``address`` of host memory that the CPU may be writing."""
     return ctypes.c_int64.from_address(int(address)).value
+
+
+def st64_host(address, value):
+    """Store an int64 in host memory that the CPU reads."""
+    ctypes.c_int64.from_address(int(address)).value = int(value)
 
 
 def ld32(address):
@@ -141,6 +151,20 @@ def bits_float(bits):
 
 def fence():
     """Orders what comes before it before what comes after it: loads and stores, as other threads of the device see them."""
+
+
+def fence_host():
+    """``fence``, as the CPU sees them too."""
+
+
+def pause():
+    """Let a moment pass, in a loop that waits for the CPU."""
+    time.sleep(0)
+
+
+def clock_ns():
+    """Nanoseconds of a clock of the whole device; 0 where there is none."""
+    return 0
 
 
 def read_fence():

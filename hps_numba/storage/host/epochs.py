@@ -102,6 +102,11 @@ class Epochs:
         """Undo ``add_guard``: its readers have finished."""
         self._guards = tuple(other for other in self._guards if other is not guard)
 
+    @property
+    def now(self) -> int:
+        """The current epoch."""
+        return int(self._now[0])
+
     def advance(self) -> int:
         """End the current epoch and return it: the tag of what was made unreachable before the call."""
         return epoch_advance(self.address)

@@ -1,0 +1,254 @@
+"""Missed rows that threads of the host help to bring: the same answers and the same cache as by direct reads, bit for bit.
+
+On the CPU, where the kernels wait for the same threads, and (marker gpu) on a device; every batch counts as large.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from support.cache_bench import DIM, Bench, Versions, ints
+from support.cache_pairs import OPERATIONS, Pair
+from support.factories import ON_BOTH
+from support.oracles import EXTREME_64, assert_same_bits, rows_of
+from support.staging import TYPES, ask_both, assert_same_content
+from support.waiting import HANG_SECONDS, join_all
+
+from hps_numba.cache import gathering, index_mirror, launch_plan
+from hps_numba.cache import lookup as cache_lookup
+from hps_numba.cache import parts as cache_parts
+from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.gathering import FULL_SHARE, Shares
+from hps_numba.cache.host_threads import host_threads
+from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.storage.host.store import HostStore
+
+FORCED = 2 / 3
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_lookup, "GATHERED_FROM", 1)
+    monkeypatch.setattr(cache_parts, "GATHERED_FROM", 1)
+    monkeypatch.setattr(launch_plan, "LEAST_ROWS", 1)
+    monkeypatch.setattr(gathering, "CHUNK_BYTES", 3 * 128)
+    monkeypatch.setattr(gathering, "GROUP_BYTES", 2 * 3 * 128)  # so that there are several
+    monkeypatch.setattr(gathering, "ROOM_BYTES", 500 * 128)  # and some batches want more
+    monkeypatch.setattr(LaunchPlan, "needs_host", property(lambda plan: True))
+    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)  # an index is copied when a test says so
+
+
+def gathering_cache(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> EmbeddingCache:
+    cache = bench.cache(store, rows, miss_path="auto", **options)
+    gathered = cache.parts.gathered
+    assert gathered is not None
+    gathered.shares = Shares(FORCED)
+    cache.mirror_index()
+    return cache
+
+
+def both(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> tuple[EmbeddingCache, EmbeddingCache]:
+    """A cache whose rows are gathered, and its like that reads them itself."""
+    return gathering_cache(bench, store, rows, **options), bench.cache(store, rows, miss_path="direct", **options)
+
+
+def batches(cache: EmbeddingCache) -> int:
+    assert cache.parts.gathered is not None
+    return cache.parts.gathered.batches
+
+
+def assert_alike(gathered: EmbeddingCache, direct: EmbeddingCache) -> None:
+    assert_same_content(gathered, direct)
+    assert gathered.counters() == direct.counters()
+    assert batches(gathered) > 0
+    for workspace in gathered.parts.workspaces.pool.workspaces:
+        if workspace.gathering is not None:
+            assert workspace.gathering.started == workspace.gathering.done
+
+
+class GatheringBench(Bench):
+    def cache(self, store: HostStore | None, rows: int = 0, **options: Any) -> EmbeddingCache:
+        cache = super().cache(store, rows, **{"miss_path": "auto"} | options)
+        if cache.parts.gathered is not None:
+            cache.parts.gathered.shares = Shares(FORCED)
+        return cache
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+@pytest.mark.parametrize(("policy", "dim"), [("lru", 17), ("lfu", 32)])
+def test_any_sequence_of_operations_equals_the_oracle(device: int | None, policy: str, dim: int) -> None:
+    bench = GatheringBench(device)
+    pair = Pair(bench, policy, dim, seed=dim)
+    for _ in range(120):
+        getattr(pair, pair.rng.choice(OPERATIONS))()
+        pair.cache.mirror_index()
+        pair.check()
+    assert batches(pair.cache) > 10
+    bench.close()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "tinylfu"])
+def test_gathered_and_direct_batches_are_alike(bench: Bench, policy: str) -> None:
+    rng = np.random.default_rng(3)
+    caches = both(bench, bench.store(range(800)), 120, policy=policy)
+    for n in (1, 3, 40, 700, 700, 20, 2500, 1):
+        keys = rng.zipf(1.2, n) % 1000  # many duplicates, some in no tier
+        assert ask_both(caches, keys) == np.flatnonzero(keys >= 800).tolist()
+        assert_alike(*caches)
+    assert caches[0].counters().evicted > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_every_share_gives_the_same_rows(bench: Bench, share: float) -> None:
+    caches = both(bench, bench.store(range(2000)), 120)
+    assert caches[0].parts.gathered is not None
+    caches[0].parts.gathered.shares = Shares(share)
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        ask_both(caches, rng.integers(0, 2100, 1500))
+    assert_same_content(*caches)
+    assert caches[0].counters() == caches[1].counters()
+    assert batches(caches[0]) == (5 if share else 0)
+    for workspace in caches[0].parts.workspaces.pool.workspaces:
+        assert workspace.gathering is None or workspace.gathering.started == workspace.gathering.done
+
+
+def test_fixed_caches_gather_what_they_miss(bench: Bench) -> None:
+    store = bench.store(range(100))
+    caches = bench.cache(store, 100, kind="uvm", miss_path="auto"), bench.cache(store, 100, kind="uvm", miss_path="direct")
+    for cache in caches:
+        cache.warm()
+    store.upsert(np.arange(100, 400), rows_of(np.arange(100, 400), DIM))
+    for cache in caches:
+        cache.check_fully_resident()
+    caches[0].mirror_index()
+    keys = np.random.default_rng(1).integers(0, 450, 900)
+    for _ in range(2):
+        assert ask_both(caches, keys) == np.flatnonzero(keys >= 400).tolist()
+    assert_alike(*caches)
+    assert bench.cache(store, 100, kind="static", miss_path="auto").parts.gathered is None
+
+
+@pytest.mark.parametrize(("device", "row_type", "form", "out_type", "shift"), TYPES)
+def test_every_type_of_rows_keys_and_answers_is_served(
+    device: int | None, row_type: str, form: str, out_type: str, shift: int
+) -> None:
+    bench = Bench(device)
+    rng = np.random.default_rng(5)
+    keys = {"int32": [-1, -(2**31)], "uint32": [2**32 - 1, 2**31], "checked32_in_int64": [2**32 - 1], "int64": EXTREME_64}[form]
+    caches = both(bench, bench.store([*keys, *range(300)]), 60, row_type=row_type)
+    known = np.array([*keys, *range(330), *([-1, 2**32, -(2**63)] if form == "checked32_in_int64" else [])])
+    for n in (4, 300, 300):
+        ask_both(caches, rng.choice(known, n), form, out_type, shift=shift)
+        assert_alike(*caches)
+    bench.close()
+
+
+@pytest.mark.parametrize("dim", [1, 16, 130, 1100])
+def test_rows_of_any_width_are_gathered(bench: Bench, dim: int) -> None:
+    cache = gathering_cache(bench, bench.store(range(300), dim), 40)
+    for seed in range(3):
+        keys = np.random.default_rng(seed).integers(0, 300, 500)
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, dim))
+    assert batches(cache) == 3
+
+
+def test_rows_are_read_in_place_while_there_is_no_copy_of_the_index(bench: Bench) -> None:
+    store = bench.store(range(300))
+    cache = gathering_cache(bench, store, 40)
+    cache.lookup_arrays(np.arange(300))
+    store.upsert(ints([5]), rows_of([5], DIM, 1))
+    cache.update(ints([5]))
+    assert_same_bits(cache.lookup_arrays(ints([5, 6, 200])), np.concatenate([rows_of([5], DIM, 1), rows_of([6, 200], DIM)]))
+    (workspace,) = (w for w in cache.parts.workspaces.pool.workspaces if w.gathering is not None)
+    assert workspace.gathering.started == workspace.gathering.done == 2
+    assert workspace.gathering.last[0] == 0
+
+
+def test_a_larger_batch_gets_larger_memory_and_close_frees_all_of_it(bench: Bench) -> None:
+    cache = gathering_cache(bench, bench.store(range(3000)), 40)
+    for n in (100, 3000, 200):
+        keys = np.arange(n)
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    users = np.count_nonzero(host_threads._control)
+    cache.close()
+    assert np.count_nonzero(host_threads._control) < users
+
+
+def test_memory_that_is_not_there_leaves_direct_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = gathering_cache(bench, bench.store(range(300)), 40)
+    monkeypatch.setattr(host_threads, "add", lambda shared: False)
+    keys = np.arange(300)
+    for _ in range(2):
+        assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+    assert cache.parts.gathered is not None
+    assert (cache.parts.gathered.batches, cache.parts.gathered.declined) == (0, 2)
+
+
+def test_the_share_follows_the_rates_of_both_ways() -> None:
+    shares = Shares(None)
+    assert shares.of(100_000) == FULL_SHARE // 2
+    for _ in range(20):
+        shares.learn(100_000, (30_000, 100_000, 10_000, 100_000))
+    assert shares.of(100_000) == pytest.approx(0.75 * FULL_SHARE, abs=2)
+    assert shares.of(10) == FULL_SHARE // 2
+    shares.learn(100_000, (0, 1, 40_000, 1))  # nothing was gathered: nothing is learned
+    assert shares.of(100_000) == pytest.approx(0.75 * FULL_SHARE, abs=2)
+    assert shares.rates[(100_000).bit_length()] == pytest.approx((3e8, 1e8))
+
+
+@pytest.mark.parametrize("readers", [4])
+def test_no_torn_and_no_old_row_beside_writers(bench: Bench, readers: int) -> None:
+    versions = Versions(bench)
+    cache = gathering_cache(bench, versions.store, 100)
+    versions.race(cache, readers=readers, after_write=lambda rng: cache.mirror_index(), enough=lambda: batches(cache) > 50)
+
+
+def test_a_store_keeps_the_rows_that_a_batch_may_read(bench: Bench) -> None:
+    store = bench.store(range(300))
+    cache = gathering_cache(bench, store, 40)
+    cache.lookup_arrays(np.arange(300))
+    (workspace,) = (w for w in cache.parts.workspaces.pool.workspaces if w.gathering is not None)
+    before = store.epochs.now
+    assert workspace.gathering.oldest(before) == before
+    workspace.gathering.begin(300, FULL_SHARE)  # as if a device had not ended it
+    assert workspace.gathering.oldest(before + 5) == before
+    store.upsert(np.arange(300), rows_of(np.arange(300), DIM, 1))
+    assert store.epochs.oldest() == before
+    workspace.gathering._words[8] += 1  # BATCHES_DONE
+    assert store.epochs.oldest() > before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_looks_up_without_threads(cpu_bench: Bench) -> None:
+    cache = gathering_cache(cpu_bench, cpu_bench.store(range(300)), 40)
+    cache.lookup_arrays(np.arange(300))
+    child = os.fork()
+    if not child:
+        good = np.array_equal(cache.lookup_arrays(np.arange(300)), rows_of(np.arange(300), DIM))
+        os._exit(0 if good and not host_threads._started else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert_same_bits(cache.lookup_arrays(np.arange(300)), rows_of(np.arange(300), DIM))
+
+
+def test_many_caches_share_the_threads(bench: Bench) -> None:
+    store = bench.store(range(2000))
+    caches = [gathering_cache(bench, store, 40) for _ in range(4)]
+    problems: list[object] = []
+
+    def read(number: int) -> None:
+        rng = np.random.default_rng(number)
+        for _ in range(20):
+            keys = rng.integers(0, 2000, 700)
+            if not np.array_equal(caches[number].lookup_arrays(keys), rows_of(keys, DIM)):
+                problems.append(keys)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    join_all(*threads)
+    assert not problems and min(map(batches, caches)) >= 20
