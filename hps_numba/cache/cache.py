@@ -290,15 +290,20 @@ class EmbeddingCache:
         """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
         self.parts.workspaces.drain()
 
-    def take_new_version(self, *, fill: bool) -> int:
-        """Undo ``hold``: drop all rows and follow the store again; with ``fill`` also ``warm``. Returns how many rows it has.
+    def take_new_version(self) -> None:
+        """Undo ``hold``: drop all rows and follow the store again.
 
-        Nobody looks up meanwhile, except graphs.
+        Nobody looks up meanwhile, except replays of graphs that were not announced.
 
         Raises:
-            As ``warm``; the cache is empty then, and answers from the store.   DeviceError: the device refused.
+            DeviceError: the device refused.
         """
-        return self.parts.warming.take_new_version(fill=fill)
+        self.parts.warming.take_new_version()
+
+    @property
+    def has_graphs(self) -> bool:
+        """A graph has captured a lookup, and may be replayed at any time."""
+        return self.parts.workspaces.has_graphs
 
     # -- the policy -----------------------------------------------------------------------------------------------------------
 

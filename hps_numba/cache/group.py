@@ -156,7 +156,8 @@ class CacheGroup:
             kept = self._new_workspace()
             self._captured.append(kept)
             for cache in self._caches:
-                cache.parts.workspaces.in_graphs = True
+                with cache.parts.lifecycle.lock:  # not while it is filled as if there were no graphs
+                    cache.parts.workspaces.in_graphs = True
             kernels, group = self._kernels_of(shape)
             self._batch(kept, kernels, group, longest, words, stream)
 

@@ -66,7 +66,8 @@ class Warming:
                     f"{len(keys)}"
                 )
             self._changes.clear()
-            if self._lifecycle.in_use and not geometry.fixed and (self._switch.active is None or self._workspaces.has_graphs):
+            looked_up = self._lifecycle.in_use and self._switch.active is None
+            if not geometry.fixed and (looked_up or self._workspaces.has_graphs):
                 self._by_lookup(keys)
             else:
                 self._at_once(self._store, keys[: geometry.capacity] if geometry.overflows else keys)
@@ -75,7 +76,7 @@ class Warming:
                 self._mirror.make()
             return resident
 
-    def take_new_version(self, *, fill: bool) -> int:
+    def take_new_version(self) -> None:
         """``EmbeddingCache.take_new_version``: no row may be seen beside the other version of the store, so they go first."""
         with self._lifecycle.controlled():
             self._changes.clear()
@@ -83,7 +84,6 @@ class Warming:
                 assert self._link.problem is not None
                 raise self._link.problem
             self._changes.clear()  # what a graph inserted meanwhile
-            return self.warm() if fill else 0
 
     def _at_once(self, store: HostStore, keys: np.ndarray) -> None:
         """Place the keys in lines that no reader looks into, then show each line when its rows are there.

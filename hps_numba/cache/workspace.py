@@ -6,6 +6,7 @@ of that stream's work, so that the next stream waits on the device and the host 
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,12 +39,18 @@ from hps_numba.kernels.layouts.cache import (
     WORKSPACE_WORDS,
 )
 
-__all__ = ["StreamMemory", "StreamUser", "Workspace", "WorkspaceShape"]
+__all__ = ["PER_THREAD", "StreamMemory", "StreamUser", "Workspace", "WorkspaceShape", "user_of"]
 
 _ALIGNMENT = 256
 _MIN_BATCH = 256
 #: a stream, and the thread if the handle means another stream in each thread
 StreamUser = tuple[int, int]
+PER_THREAD = 2  # the handle of a stream that is another one in each thread
+
+
+def user_of(stream: int) -> StreamUser:
+    """Who this thread is when it works on a stream."""
+    return stream, threading.get_ident() if stream == PER_THREAD else 0
 
 
 @dataclass(frozen=True)

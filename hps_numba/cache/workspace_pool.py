@@ -26,7 +26,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from hps_numba.cache.workspace import StreamMemory, StreamUser
+from hps_numba.cache.workspace import PER_THREAD, StreamMemory, StreamUser, user_of
 from hps_numba.errors import ClosedError, HpsError, ReentryError
 from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
@@ -34,7 +34,6 @@ from hps_numba.runtime.fork import register_fork_reset
 __all__ = ["WorkspacePool"]
 
 log = logging.getLogger(__name__)
-_PER_THREAD = 2  # the handle of a stream that is another one in each thread
 #: seconds after which the head of the queue looks for what interrupts left behind, doubled each time up to those of the others
 _FIRST_LOOK, _LAST_LOOK = 0.01, 0.5
 _LAST_DRAIN_LOOK = 0.01
@@ -102,7 +101,7 @@ class WorkspacePool(Generic[W]):
         ``start(workspace, *args)`` also records the event of the workspace, or returns False: nothing was started, as the
         stream is being captured. False if it did, or if the stream has no idle workspace with room for ``n`` keys.
         """
-        user = stream, threading.get_ident() if stream == _PER_THREAD else 0
+        user = stream, threading.get_ident() if stream == PER_THREAD else 0
         idle = self._idle
         for workspace in reversed(idle):
             if workspace.user == user and n <= workspace.limit and not workspace.lists_absent:
@@ -142,7 +141,7 @@ class WorkspacePool(Generic[W]):
         Raises:
             ClosedError: the pool was closed.   Otherwise as ``work``; the workspace then gets other memory.
         """
-        ticket, user, done = _Ticket(), _user_of(stream), False
+        ticket, user, done = _Ticket(), user_of(stream), False
         try:
             self._wait_for_turn(ticket, user)
             workspace = ticket.workspace
@@ -166,7 +165,7 @@ class WorkspacePool(Generic[W]):
     def _end(self, workspace: W, stream: int, *, invalid: bool) -> None:
         """Take a workspace back; ``invalid``: only a part of the work with it is on the stream."""
         try:
-            workspace.end(stream, _user_of(stream))
+            workspace.end(stream, user_of(stream))
             if invalid:
                 workspace.invalidate()
         finally:
@@ -317,7 +316,7 @@ class WorkspacePool(Generic[W]):
         user = workspace.lent_to or workspace.user
         try:
             if user is not None:
-                if user != _user_of(user[0]):
+                if user != user_of(user[0]):
                     raise HpsError("its stream is another thread's own")
                 workspace.end(user[0], user)
             workspace.invalidate()
@@ -411,7 +410,3 @@ class WorkspacePool(Generic[W]):
 _OUTER_CALLS = frozenset(
     function.__code__ for function in (WorkspacePool.reuse, WorkspacePool.lend, WorkspacePool.while_empty, WorkspacePool.close)
 )
-
-
-def _user_of(stream: int) -> StreamUser:
-    return stream, threading.get_ident() if stream == _PER_THREAD else 0

@@ -11,14 +11,15 @@ two steps of the walk, and CPython 3.11 then reads memory that it has freed.
 
 from __future__ import annotations
 
+import dis
 import gc
 import inspect
 import sys
 import time
 from contextlib import ExitStack
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
-__all__ = ["Blocks", "frame_of_block", "has_ended"]
+__all__ = ["Blocks", "EnteredAt", "frame_of_block", "has_ended"]
 
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _STACKED = ExitStack.enter_context.__code__
@@ -42,6 +43,38 @@ def has_ended(frame: FrameType | None) -> bool:
 
 
 _IS_TOLD = (lambda: not gc.is_tracked(sys._getframe()))()
+
+
+class EnteredAt:
+    """Where a block of foreign code was entered, which may enter it by other means than a ``with`` statement.
+
+    Attributes:
+        frame: it was entered in.
+    """
+
+    __slots__ = ("_at", "frame")
+
+    def __init__(self, frame: FrameType) -> None:
+        self.frame, self._at = frame, frame.f_lasti
+
+    @property
+    def is_over(self) -> bool:
+        """The block was that of a ``with`` statement of a function that has ended; false if that is not certain."""
+        code = self.frame.f_code
+        return has_ended(self.frame) and not code.co_flags & _SUSPENDED and _is_with(code, self._at)
+
+    def is_left_for(self, other: EnteredAt) -> bool:
+        """``other`` is the same ``with`` statement of the same call, which has left this block before."""
+        return self.frame is other.frame and self._at == other._at and _is_with(self.frame.f_code, self._at)
+
+    def __str__(self) -> str:
+        return f"{self.frame.f_code.co_filename}, in {self.frame.f_code.co_qualname}"
+
+
+def _is_with(code: CodeType, at: int) -> bool:
+    """Whether the instruction at this offset is the entry of a ``with`` statement, and no call of ``__enter__``."""
+    names = [dis.opname[code.co_code[i]] for i in (at, at - 2) if i >= 0]
+    return names[0] == "BEFORE_WITH" or names == ["CALL", "LOAD_SPECIAL"]  # the second since Python 3.14
 
 
 class Blocks:

@@ -213,6 +213,29 @@ class HPS:
         """
         self._lookups.lookup_fromdlpack(keys, out_tensor, model_name, table_id, device_id)
 
+    def replaying(self, model_name: str, device_id: int = 0, *, stream: Any = None) -> AbstractContextManager[None]:
+        """A context manager for replays of CUDA graphs that captured lookups of a model, so that each sees one version of it.
+
+        ``with server.replaying("m"): graph.replay()``. A replay reads the caches, and no code of the host runs in it. So
+        ``replace_model`` has to be told: before it switches versions it waits until such blocks are left and their work on the
+        GPU is done, and a block that is to be entered meanwhile waits until the caches have the new version (milliseconds,
+        or as long as other replays take; they are filled later). All replays in a block see the same version. It costs some
+        microseconds on the host, and the GPU nothing.
+
+        Keep the block to the replays: calls that may wait for a replacement (writes, ``refresh``, changes of models, ``close``)
+        raise ReentryError in it. Blocks may be nested, and the object may be entered again and by several threads.
+
+        Args:
+            device_id: where the graphs are replayed, one of the model's ``deployed_device_list``.
+            stream: on which they are replayed, as for ``lookup``; by default the one that is current for Torch, else for CuPy,
+                when the block is entered. On a machine without a GPU it is ignored.
+
+        Raises:
+            UnknownModelError, ClosedError: as ``lookup``.
+            DeviceError: the model is not deployed on ``device_id``, no stream of it, or one that is being captured.
+        """
+        return self._lookups.replaying(model_name, device_id, stream)
+
     def prefetch(
         self, keys: Any, model_name: str, table_id: int | str, device_id: int | None = None, *, wait: bool = False
     ) -> bool:
@@ -428,10 +451,10 @@ class HPS:
         """Replace all rows of a model by a new version, in one step, while lookups continue.
 
         The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones and
-        never both, ``lookup_many`` one version of all tables; no lookup waits. A replay of a captured CUDA graph that runs just
-        when the caches take the new rows may see both; the next one sees the new ones. An interrupt (Ctrl-C) undoes the
-        replacement, or lets it end if slower tiers or lookups have the new version already. Rows written by ``insert`` and
-        ``update`` are lost with the old version.
+        never both, ``lookup_many`` one version of all tables; no lookup waits. So does a replay of a captured CUDA graph inside
+        ``replaying``; any other replay may see both while the caches take the new rows, and the next one sees the new ones (a
+        WARNING says so once). An interrupt (Ctrl-C) undoes the replacement, or lets it end if slower tiers or lookups have the
+        new version already. Rows written by ``insert`` and ``update`` are lost with the old version.
         Slower tiers get the new rows before the switch and lose the stale ones after it, so keys that only they hold change
         a little earlier than the rest.
 
@@ -443,6 +466,8 @@ class HPS:
             TierError: a slower tier failed; slower tiers may hold rows of both versions until the model is replaced again. Host
                 memory has one version or the other.
             ConfigError: not paths, or their number is not the number of tables.
+            DeviceError: a ``replaying`` block, or its work on the GPU, has not ended within a minute; as TierError.
+            ReentryError: called inside a ``replaying`` block, for whose end it would wait.
             ClosedError: the server was closed meanwhile; nothing is left of the new version.
         """
         self._loader.replace(model_name, None if sparse_files is None else as_paths(sparse_files, "sparse_files"))
@@ -486,8 +511,9 @@ class HPS:
     def close(self) -> None:
         """Wait for running lookups, then free everything; later calls raise ClosedError. Closing twice is fine.
 
-        Lookups that wait for a slower tier get up to 30 s; a WARNING is logged if that is too short. It does not wait for
-        writes. A model that is being loaded or replaced stops loading, or ends if lookups have it already; others are refused.
+        Lookups that wait for a slower tier get up to 30 s, and so do ``replaying`` blocks; a WARNING is logged if that is too
+        short. It does not wait for writes. A model that is being loaded or replaced stops loading, or ends if lookups have it
+        already; others are refused.
         It is done whatever interrupts the call.
 
         Raises:

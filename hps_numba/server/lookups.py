@@ -23,12 +23,13 @@ from hps_numba.arrays.dlpack_moves import MovedBatch, keys_on_host, settle, writ
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.config.arguments import as_flag, as_max_norm, as_padding, as_word
+from hps_numba.config.arguments import as_device, as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
 from hps_numba.server.recordings import Recordings
+from hps_numba.server.replays import Replaying
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.host.content import apart
 from hps_numba.storage.host.pooling import Bags, without_padding
@@ -156,6 +157,13 @@ class Lookups:
         except ClosedError as problem:
             self._catalog.explain(model, problem)
         return True
+
+    def replaying(self, model_name: str, device_id: int, stream: Any) -> Replaying:
+        """As ``HPS.replaying``."""
+        device = as_device(device_id)
+        model = self._catalog.model(model_name, device)
+        work = model.replays.work_on(device, model.tables)
+        return Replaying(model.replays, work, stream, partial(self._catalog.explain, model))
 
     # -- bags ---------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from hps_numba.server.model_jobs import Check, go_on
 from hps_numba.server.plan import Plan, plan_of, plan_table
 from hps_numba.server.prefetches import Prefetches
 from hps_numba.server.replacement import Replacement, new_version
+from hps_numba.server.replays import Replays
 from hps_numba.server.slow_path import SlowPathOptions
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
@@ -87,6 +88,7 @@ class ServedModel:
         groups: selections of tables that are looked up together on a device.
         switch: of the versions of all tables.
         prefetches: rows of slower tiers that are brought up ahead of lookups.
+        replays: of graphs that captured lookups, as far as they are announced.
 
     Thread safety: lookups from any thread; ``load``, ``replace`` and ``close`` by one thread at a time.
     """
@@ -111,6 +113,7 @@ class ServedModel:
         self._host = host
         self._slower = slower
         self._loading = TableLoading(config)
+        self.replays = Replays(self.name)
         self._jobs = BackgroundJobs(model.thread_pool_size)
         self.prefetches = Prefetches()
         with ExitStack() as undo:
@@ -295,12 +298,21 @@ class ServedModel:
             TierError: a slower tier failed. Before the switch: host memory keeps the old version, slower tiers may hold rows
                 of both. After it: the new version is in force, slower tiers may still hold rows that it lacks. A second
                 ``replace`` mends either.
+            DeviceError: a block of ``replays`` stays open. As ``TierError`` before the switch.
         """
         paths = self._paths(sources)
         fill, tiers = self.replacement_fills_host, self._slower.writable
         validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
         replacement = Replacement(
-            self.tables, tiers, self._loading, self.switch, self.groups, self._no_loading, fill=fill, validate=validate
+            self.tables,
+            tiers,
+            self._loading,
+            self.switch,
+            self.groups,
+            self.replays,
+            self._no_loading,
+            fill=fill,
+            validate=validate,
         )
         replacement.run(paths, on_rows, check)
 
@@ -342,7 +354,7 @@ class ServedModel:
         return self._jobs.works_here or self.prefetches.works_here
 
     def release(self) -> None:
-        """Wait for background jobs and free the memory of the caches; host memory and tiers stay."""
+        """Wait for background jobs and replays, and free the memory of the caches; host memory and tiers stay."""
         with ExitStack() as closing:
             for table in self.tables:
                 if table.caches is not None:
@@ -350,6 +362,7 @@ class ServedModel:
             closing.callback(self.groups.close)
             closing.callback(self._jobs.close)
             closing.callback(self.prefetches.close)
+            closing.callback(self.replays.close)
 
     def close(self, *, erase: bool = False) -> None:
         """Free the host memory of all tables, unless other processes share it; then drop their rows from slower tiers.

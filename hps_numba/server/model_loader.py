@@ -202,7 +202,7 @@ class ModelLoader:
             unlocked: this thread must not be in a ``locked_table`` block of the model, for which another thread would wait.
 
         Raises:
-            ReentryError: this thread is inside a lookup or a write, or is one that a closing server waits for.
+            ReentryError: this thread is inside a lookup, a write or a ``replaying`` block, or a closing server waits for it.
         """
         for model in self._catalog.models.values():
             place = f"model {model.name}"
@@ -212,6 +212,7 @@ class ModelLoader:
                 raise reentry_error(place, "locked_table")
             if model.works_here:
                 raise reentry_error(place, "its work in the background")
+            model.replays.refuse_here(place)
         if self.timer.works_here:
             raise reentry_error("the server", "a refresh by its timer")
 

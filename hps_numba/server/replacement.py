@@ -5,9 +5,12 @@
 2. *Slower tiers* get the new rows. From here on the replacement goes on to its end, unless a tier fails.
 3. *The turn*, some microseconds a table: lookups that begin after it see the new version, those before it the old one. Nothing
    in it waits for a lookup.
-4. *Settle*: wait for the lookups of the old version, fill the caches with new rows, end the stand-ins, release the old rows. A
-   problem in one step is logged and does not keep the others from being done.
+4. *Settle*: wait for the lookups of the old version, let the caches follow and fill them with new rows, end the stand-ins,
+   release the old rows. A problem in one step is logged and does not keep the others from being done.
 5. Slower tiers lose the rows that the new version lacks.
+
+Replays of captured graphs read the caches themselves. Those that are announced (``server.replays``) are held back from before
+the turn until the caches follow.
 
 *Other processes* may share host memory. None loads tables from step 2 to the end. The turn is one turn of the segment's
 writers: inside it, tables are switched and marked with the new files, then all marks are made to say that the model was
@@ -27,7 +30,8 @@ from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.errors import HpsError
 from hps_numba.server.fused_tables import FusedTables
-from hps_numba.server.model_jobs import Check
+from hps_numba.server.model_jobs import Check, go_on
+from hps_numba.server.replays import Replays
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_loading import Progress, TableLoading, stoppable
 from hps_numba.storage.host.content import TableContent
@@ -70,13 +74,14 @@ class Replacement:
         loading: TableLoading,
         switch: VersionSwitch,
         groups: FusedTables,
+        replays: Replays,
         no_loading: Callable[[Check], AbstractContextManager[None]],
         *,
         fill: bool,
         validate: bool,
     ) -> None:
         self._tables, self._tiers, self._loading = tables, tiers, loading
-        self._switch, self._groups, self._no_loading = switch, groups, no_loading
+        self._switch, self._groups, self._replays, self._no_loading = switch, groups, replays, no_loading
         self._fill, self._validate = fill, validate
         self._stores: list[HostStore | None] = []
         self._stand_ins: list[dict[int, CacheParts]] = []
@@ -100,6 +105,10 @@ class Replacement:
             ending.callback(self._release_unused)
             for table, store in zip(self._tables, self._stores, strict=True):
                 self._stand_ins.append({} if table.caches is None else table.caches.stand_ins(store))
+            ending.callback(self._replays.let_in)
+            if self._tiers:  # a block that stays open is to stop this before a tier changes
+                self._replays.hold_back(check)
+                self._replays.let_in()
             check()
             for tier in reversed(self._tiers):
                 for table, path in zip(self._tables, paths, strict=True):
@@ -108,11 +117,25 @@ class Replacement:
                 Mark() if table.store is None or not self._fill else self._loading.mark_of(table.store, path)
                 for table, path in zip(self._tables, paths, strict=True)
             ]
+            self._announce_graphs()
+            self._replays.hold_back(go_on if self._tiers else check)
             with self._alone():
                 old = self._turn(marks)
             self._settle(old)
             for table, path in zip(self._tables, paths, strict=True):
                 self._loading.drop_stale(self._tiers, table.spec, path)
+
+    def _announce_graphs(self) -> None:
+        """Say once that replays may see both versions, if there are graphs and no replay was ever announced."""
+        if not self._replays.announced and any(table.caches is not None and table.caches.has_graphs for table in self._tables):
+            self._replays.announced = True
+            name = self._tables[0].spec.model
+            log.warning(
+                "model %s: a CUDA graph has captured lookups: a replay during replace_model may see rows of both versions, "
+                "unless it is inside `with server.replaying(%r):`",
+                name,
+                name,
+            )
 
     def _prepare(self, table: ServedTable, path: str, on_rows: Progress, ending: ExitStack) -> None:
         store = new_version(table, self._loading, path, on_rows, fill=self._fill)
@@ -208,8 +231,12 @@ class Replacement:
         self._do(self._groups.drain)
         for caches, _ in cached:
             self._do(caches.drain)
+        self._do(partial(self._replays.hold_back, stop=True))  # again: during a long wait they are let in
         for caches, _ in cached:
-            self._do(caches.take_new_version)
+            self._do(caches.follow)
+        self._replays.let_in()
+        for caches, _ in cached:
+            self._do(caches.fill)
         self._switch.active = None
         for caches, stand_ins in cached:
             self._do(partial(caches.end_stand_ins, stand_ins))

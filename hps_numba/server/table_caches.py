@@ -132,7 +132,7 @@ class TableCaches:
         return made
 
     def hold(self) -> None:
-        """Let the caches stay at the present version of the store, whatever happens to it, until ``take_new_version``."""
+        """Let the caches stay at the present version of the store, whatever happens to it, until ``follow``."""
         for cache in self:
             cache.hold()
 
@@ -146,17 +146,33 @@ class TableCaches:
         for cache in self:
             cache.drain()
 
-    def take_new_version(self) -> None:
-        """Drop all rows, follow the store again, and fill the caches with what it has. A cache that fails serves no more."""
+    @property
+    def has_graphs(self) -> bool:
+        """Some graph has captured a lookup."""
+        return any(cache.has_graphs for cache in self)
+
+    def follow(self) -> None:
+        """Drop all rows, and answer from what the store has now. A cache that fails serves no more."""
         for device, cache in self._caches.items():
             self._resident[device] = 0
             try:
-                self._resident[device] = cache.take_new_version(fill=self._fills_at_start)
+                cache.take_new_version()
+            except HpsError as problem:
+                self._fail(cache, problem)
+
+    def fill(self) -> None:
+        """Fill the caches with what the store has, unless ``init_ec`` is off. A cache that fails serves no more."""
+        for device, cache in self._caches.items() if self._fills_at_start else ():
+            try:
+                self._resident[device] = cache.warm()
             except CapacityError as problem:  # a static cache, and more rows than it was opened for
                 log.warning("%s: host memory serves the new version: %s", self.spec.tag, problem)
             except HpsError as problem:
-                log.error("%s: the cache could not be filled with the new version: %s", self.spec.tag, problem)
-                cache.fail(problem)
+                self._fail(cache, problem)
+
+    def _fail(self, cache: EmbeddingCache, problem: HpsError) -> None:
+        log.error("%s: the cache could not take the new version: %s", self.spec.tag, problem)
+        cache.fail(problem)
 
     def end_stand_ins(self, stand_ins: Mapping[int, CacheParts]) -> None:
         """Close ``stand_ins``, after the lookups in progress; what they counted is counted for the caches."""
@@ -167,7 +183,8 @@ class TableCaches:
 
     def reload_all(self) -> None:
         """Drop all rows and fill the caches again, as the table has other content; nobody looks up yet."""
-        self.take_new_version()
+        self.follow()
+        self.fill()
 
     def refresh(self, fetch: Fetch | None, *, drop: bool) -> None:
         """Read the rows of all caches again, some sets at a time, from the host store and, if given, by ``fetch``.

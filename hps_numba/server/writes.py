@@ -44,15 +44,21 @@ class Writes:
 
     def insert(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.insert``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         given = self._keys_and_rows(keys, rows, table)
         return self._shielded(table, lambda ask: table.writes.insert(*given))
 
     def update(self, keys: Any, rows: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.update``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         given = self._keys_and_rows(keys, rows, table)
         return self._shielded(table, lambda ask: table.writes.update(*given))
+
+    def _table(self, model_name: str, table_id: int | str) -> ServedTable:
+        """A table to be written; a replacement of its model may have to end before."""
+        model = self._catalog.model(model_name)
+        model.replays.refuse_here(f"model {model.name}")
+        return model.table(table_id)
 
     def _shielded(self, table: ServedTable, change: Callable[[Ask], int]) -> int:
         """Do a change of a table whole, whatever interrupts this thread, unless this thread has locked the table itself."""
@@ -70,7 +76,7 @@ class Writes:
 
     def read_modify_write(self, keys: Any, change: Change, model_name: str, table_id: int | str) -> int:
         """As ``HPS.read_modify_write``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         flat = self._keys(keys)
         shape = (len(flat), table.spec.dim)
 
@@ -85,13 +91,13 @@ class Writes:
         self, model_name: str, table_id: int | str
     ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
         """As ``HPS.locked_table``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         with table.writes.paused():
             yield table.writes.keys(), lambda some: table.writes.read(some)[0]
 
     def erase(self, keys: Any, model_name: str, table_id: int | str) -> int:
         """As ``HPS.erase``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         flat = self._keys(keys)
         return self._shielded(table, lambda ask: table.writes.erase(flat))
 
@@ -103,6 +109,7 @@ class Writes:
         """As ``HPS.refresh``."""
         model = self._catalog.model(model_name)
         place, every = f"model {model_name}", [table.writes for table in model.tables]
+        model.replays.refuse_here(place)
         if any(writes.held_here for writes in every):
             model.refresh(table_id, drop=drop)
             return
@@ -122,7 +129,7 @@ class Writes:
 
     def load_dump(self, path: str | Path, model_name: str, table_id: int | str) -> int:
         """As ``HPS.load_dump``."""
-        table = self._catalog.table(model_name, table_id)
+        table = self._table(model_name, table_id)
         dump = self._fastest(table).open_dump(path)
         if dump.pairs and dump.dim != table.spec.dim:
             raise ModelFileError(f"{path}: expected rows of width {table.spec.dim} for table {table.spec.tag}, got {dump.dim}")
