@@ -171,7 +171,7 @@ class StagedMisses:
     @property
     def bytes(self) -> int:
         """Bytes that it takes where the cache lives."""
-        return sum(staging.bytes for staging in tuple(self._all))
+        return sum(staging.bytes for staging in list(self._all))
 
     def answer(
         self,

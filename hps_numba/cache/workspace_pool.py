@@ -11,6 +11,10 @@ and only a running call may hold one. Whoever would have to wait looks at the st
 idle and that no running call of this pool refers to was lost, and is put back. Turned down: leases that return by ``__del__``,
 which a kept traceback keeps; the owner's thread as a mark, since a handler may look up inside an interrupted lookup.
 
+*Lists that change meanwhile* are copied by ``list`` and otherwise read at one index. CPython 3.11 may collect garbage, and run
+other threads, after it has looked up the length and the memory of a list for a slice or a ``tuple`` and before it copies them:
+if one of those shortens the list, it reads what has been freed.
+
 *Fair.* Who finds no workspace queues. While there is a queue, only its head may claim, and nobody takes the fast path.
 """
 
@@ -194,7 +198,7 @@ class WorkspacePool(Generic[W]):
         while True:
             if self._closed:
                 raise ClosedError(f"{self._name}: the cache is closed")
-            first = self._waiting[:1] == [ticket]
+            first = self._first_waiting() is ticket
             if first and self._emptying is None and self._claim(ticket, user):
                 break
             if pause == _FIRST_LOOK and self._is_nested():
@@ -224,9 +228,16 @@ class WorkspacePool(Generic[W]):
             self._waiting.remove(ticket)
             self._wake()
 
+    def _first_waiting(self) -> _Ticket | None:
+        try:
+            return self._waiting[0]
+        except IndexError:
+            return None
+
     def _wake(self) -> None:
-        for ticket in self._waiting[:1]:
-            ticket.wakes.put(None)
+        first = self._first_waiting()
+        if first is not None:
+            first.wakes.put(None)
         emptying = self._emptying
         if emptying is not None:
             emptying.wakes.put(None)
@@ -248,7 +259,7 @@ class WorkspacePool(Generic[W]):
         if len(self._all) < self._limit and self._add(ticket, self._limit):
             ticket.claimed = True
             return True
-        return any(self._take(ticket, workspace) for workspace in tuple(self._idle))
+        return any(self._take(ticket, workspace) for workspace in list(self._idle))
 
     def _take(self, ticket: _Ticket, workspace: W) -> bool:
         """Claim an idle workspace; False if another thread was faster."""
@@ -284,8 +295,8 @@ class WorkspacePool(Generic[W]):
 
         A workspace may be put back and claimed again while this looks: ``claims`` tells.
         """
-        waiting, emptying, lent = tuple(self._waiting), self._emptying, []
-        for workspace in tuple(self._all):
+        waiting, emptying, lent = list(self._waiting), self._emptying, []
+        for workspace in list(self._all):
             claims = workspace.claims
             if workspace not in self._idle:
                 lent.append((workspace, claims))
@@ -295,7 +306,7 @@ class WorkspacePool(Generic[W]):
         if emptying is not None and has_ended(emptying.frame) and self._emptying is emptying:
             self._emptying = None
         for workspace, claims in lent:
-            for frame in filter(has_ended, tuple(workspace.claimants)):
+            for frame in filter(has_ended, list(workspace.claimants)):
                 with suppress(ValueError):  # another thread was faster
                     workspace.claimants.remove(frame)
             if not workspace.claimants and workspace not in self._idle and workspace.claims == claims:
@@ -353,7 +364,7 @@ class WorkspacePool(Generic[W]):
         """Free every workspace as soon as it is idle. One that is being freed when an interrupt hits is recovered later."""
         pause = _FIRST_LOOK
         while self._all:
-            for workspace in tuple(self._idle):
+            for workspace in list(self._idle):
                 if self._take(ticket, workspace):
                     workspace.release(stream)
                     self._all.remove(workspace)
@@ -374,15 +385,15 @@ class WorkspacePool(Generic[W]):
             if pause == _LAST_DRAIN_LOOK:
                 self._recover_lost()
             pause = min(2 * pause, _LAST_DRAIN_LOOK)
-        for workspace in tuple(self._all):
+        for workspace in list(self._all):
             if workspace.event:
                 workspace.backend.wait(stream, workspace.event)
                 workspace.backend.synchronize(stream)
 
     @property
-    def workspaces(self) -> tuple[W, ...]:
+    def workspaces(self) -> list[W]:
         """All workspaces, lent or idle."""
-        return tuple(self._all)
+        return list(self._all)
 
     @property
     def bytes(self) -> int:
@@ -396,7 +407,7 @@ class WorkspacePool(Generic[W]):
         """
         ticket = _Ticket()
         self._closed = True
-        for waiting in tuple(self._waiting):
+        for waiting in list(self._waiting):
             waiting.wakes.put(None)
         self._emptying = ticket
         self._free_all(ticket, stream)

@@ -76,7 +76,7 @@ class BackgroundJobs:
                 self._jobs.get_nowait()
         except Empty:
             self._end()
-        for thread in tuple(self._threads):
+        for thread in list(self._threads):
             if thread is not threading.current_thread():
                 thread.join()
         self._unfinished.clear()

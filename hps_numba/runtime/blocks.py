@@ -103,8 +103,8 @@ class Blocks:
         return True
 
     def _drop_lost(self) -> None:
-        for block, frame in list(self._open.items()):
-            if has_ended(frame):
+        for block in list(self._open):
+            if has_ended(self._open.get(block)):
                 self._open.pop(block, None)
 
 

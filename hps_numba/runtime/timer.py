@@ -94,7 +94,7 @@ class Timer:
 
     def sleep_seconds(self) -> float:
         """Seconds until the next call is due, at most a minute."""
-        first = min((call.at for call in tuple(self._due.values())), default=math.inf)
+        first = min((call.at for call in list(self._due.values())), default=math.inf)
         return min(max(0.0, first - time.monotonic()), _LONGEST_SLEEP)
 
     def call_due(self) -> bool:
@@ -102,7 +102,8 @@ class Timer:
         if self._thread not in (None, threading.current_thread()):  # two were started at a time
             return False
         now = time.monotonic()
-        due = [(entry.at, name, entry) for name, entry in tuple(self._due.items()) if entry.at <= now]
+        entries = [(name, self._due.get(name)) for name in list(self._due)]  # others may be added and removed meanwhile
+        due = [(entry.at, name, entry) for name, entry in entries if entry is not None and entry.at <= now]
         if due and not self._closed:
             _, name, entry = min(due, key=lambda item: item[0])
             entry.at = max(entry.at + entry.interval, now) if entry.interval > 0 else math.inf

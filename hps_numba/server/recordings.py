@@ -29,8 +29,12 @@ class Recordings:
 
     def _publish(self) -> None:
         """Set ``active``; no lock, as a signal handler may start or end a recording here too: whoever sets it looks again."""
-        while self.active != (now := tuple((table, recording) for recording, table in tuple(self._tables.items()))):
+        while self.active != (now := self._under_way()):
             self.active = now
+
+    def _under_way(self) -> tuple[tuple[ServedTable, TraceRecording], ...]:
+        recordings = list(self._tables)  # others may be added and removed meanwhile
+        return tuple((table, recording) for recording in recordings if (table := self._tables.get(recording)) is not None)
 
     def start(self, path: str | Path, table: ServedTable, *, name: str, rate: float, every: int, limit: int) -> TraceRecording:
         """As ``HPS.record_trace``; ``name`` is what the trace says of the table."""

@@ -99,7 +99,7 @@ class _Flight:
     def end(self) -> None:
         """Wake all that wait."""
         self.ended = True
-        for inbox in tuple(self._waiting):
+        for inbox in list(self._waiting):
             inbox.put(None)
 
     def wake_at_end(self, inbox: SimpleQueue[None]) -> None:
@@ -172,7 +172,7 @@ class SharedFetches:
         Raises:
             As ``TierStack.fetch``.
         """
-        flights = tuple(flight for flight in self._flights if not flight.ended)
+        flights = tuple(flight for flight in list(self._flights) if not flight.ended)
         if not flights or self._leads_here(flights):
             return self._lead(keys, deadline)
         rest, joins = _common_keys(flights, keys, count)
@@ -254,7 +254,7 @@ class SharedFetches:
         """Ask for the keys of a claimed request and of those in the queue, up to a limit."""
         taken, total = [request], len(request.keys)
         limit = min(_SMALL, min(int(tier.section.max_batch_size) for tier in self._tiers.tiers))
-        for other in tuple(self._queue):
+        for other in list(self._queue):
             if total + len(other.keys) <= limit and self._claim(other):
                 taken.append(other)
                 total += len(other.keys)
@@ -303,14 +303,14 @@ class SharedFetches:
 
     def _end_lost(self) -> None:
         """End fetches whose thread was interrupted before it could end them."""
-        for flight in tuple(self._flights):
+        for flight in list(self._flights):
             if has_ended(flight.frame):
                 self._flights.pop(flight, None)
                 flight.end()
 
     def _wake_next(self) -> None:
         """Let a thread that waits in the queue look whether it can ask."""
-        for request in tuple(self._queue)[:1]:
+        for request in list(self._queue)[:1]:
             request.inbox.put(None)
 
 

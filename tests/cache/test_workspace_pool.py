@@ -195,7 +195,7 @@ def test_a_lookup_inside_an_interrupted_lookup_of_its_thread_is_answered() -> No
 
     pool.lend(0, work)
     assert inner[0] is not made[0] and inner[0].released == 1
-    assert pool.workspaces == (made[0],)
+    assert pool.workspaces == [made[0]]
 
 
 def test_a_close_inside_a_lookup_of_its_thread_is_refused() -> None:

@@ -89,7 +89,8 @@ class Epochs:
 
     def _end_lost(self) -> None:
         """End the blocks that an interrupt kept from being left."""
-        for reading, (record, frame) in list(self._readings.items()):
+        for reading in list(self._readings):
+            record, frame = self._readings.get(reading, (0, None))
             if has_ended(frame) and self._readings.pop(reading, None) is not None:
                 epoch_leave(record)
                 self.release(record)
