@@ -30,7 +30,7 @@ TENSORFLOW = """SGD Adagrad Adam Init LookupCollection LookupLayer SparseLookupL
 embedding_lookup_many embedding_lookup_sparse load load_checkpoint save_checkpoint server_of split"""
 HPS_METHODS = """close closed config contains direct dump erase host_bytes insert load_dump load_model locked_table lookup
 lookup_fromdlpack lookup_many lookup_pooled models on_evict plan prefetch read_modify_write record_trace refresh replace_model
-set_policy stats unload_model update"""
+replaying set_policy stats unload_model update"""
 OPERATORS = {
     "lookup": "(Tensor keys, str request, int dim) -> Tensor",
     "lookup_many": "(Tensor[] keys, str request, int[] dims) -> Tensor[]",

@@ -13,6 +13,9 @@ nobody waits, and the usual path is as long as before: it looks at one attribute
 *Why the order is safe.* A call first claims a workspace, then looks at ``active``; the switch first sets ``active``, then looks
 for claimed workspaces. One of the two sees the other (``Lookups``, ``Pooling``, ``CacheGroup``).
 
+*Graphs.* A replay of a captured graph looks at nothing here and reads the cache. ``server.replays`` keeps those that are
+announced from running while the cache is changed.
+
 Turned down: a pause of lookups (it lasts as long as the largest of them), a second full cache (memory of the device), and a
 generation in every line of the cache (larger lines, and a kernel would still need the rows of two versions).
 """
