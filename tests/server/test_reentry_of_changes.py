@@ -142,17 +142,17 @@ def test_recordings_of_a_signal_handler_inside_the_start_or_end_of_another(serve
     first = server.record_trace(workshop.folder / "first.npy", "m", 0)
 
     class Interrupted(dict[Any, Any]):
-        """Its ``items`` is where a handler comes: the list of recordings was read and not yet published."""
+        """A handler comes when it has been iterated: the list of recordings was read and not yet published."""
 
         armed = True
 
-        def items(self) -> Any:
-            now = list(super().items())
+        def __iter__(self) -> Any:
+            now = list(super().__iter__())
             if self.armed:
                 self.armed = False
                 self["inner"] = server.record_trace(workshop.folder / "inner.npy", "m", 0)
                 del self["inner"]
-            return now
+            return iter(now)
 
     recordings._tables = Interrupted(recordings._tables)
     second = server.record_trace(workshop.folder / "second.npy", "m", 0)
