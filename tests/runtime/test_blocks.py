@@ -15,7 +15,7 @@ from support.interrupts import interrupted_everywhere
 from support.oracles import rows_of
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
-from hps_numba.runtime.blocks import Blocks, has_ended
+from hps_numba.runtime.blocks import Blocks, EnteredAt, has_ended
 from hps_numba.storage.host import store as module
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.store import HostStore
@@ -210,3 +210,47 @@ def test_a_frame_that_raised_has_ended_while_its_traceback_is_kept() -> None:
     with pytest.raises(ValueError) as caught:
         fail()
     assert has_ended(caught.tb.tb_next.tb_frame) and not has_ended(caught.tb.tb_frame)  # type: ignore[union-attr]
+
+
+class Entered:
+    """Notes where it is entered."""
+
+    def __init__(self) -> None:
+        self.at: list[EnteredAt] = []
+
+    def __enter__(self) -> None:
+        self.at.append(EnteredAt(sys._getframe(1)))
+
+    def __exit__(self, *problem: Any) -> None:
+        return
+
+
+def test_where_a_block_was_entered_tells_that_it_is_over_only_if_that_is_certain() -> None:
+    block = Entered()
+
+    def by_statement() -> None:
+        for _ in range(2):
+            with block:
+                assert not block.at[-1].is_over
+        with block:
+            pass
+
+    def by_call() -> None:
+        block.__enter__()
+
+    def by_stack() -> None:
+        ExitStack().enter_context(block)
+
+    def by_generator() -> Iterator[None]:
+        with block:
+            yield
+
+    by_statement()
+    first, again, other = block.at
+    assert again.is_over and first.is_left_for(again) and not again.is_left_for(other)
+    assert "test_blocks.py, in " in str(first) and "by_statement" in str(first)
+    block.at.clear()
+    by_call()
+    by_stack()
+    list(by_generator())
+    assert len(block.at) == 3 and not any(at.is_over for at in block.at)

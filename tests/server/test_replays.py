@@ -668,8 +668,10 @@ def test_a_closing_server_ends_a_replacement_that_waits_for_a_block(on_cpu: Serv
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["dynamic", "whole", "static", "uvm", "counting", "many"])
-def test_gpu_replays_during_200_replacements_are_of_one_version(workshop: Workshop, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "replacements"), [("dynamic", 200), ("many", 40), ("whole", 20), ("static", 20), ("uvm", 20), ("counting", 20)]
+)
+def test_gpu_replays_during_replacements_are_of_one_version(workshop: Workshop, kind: str, replacements: int) -> None:
     torch = pytest.importorskip("torch")
     service, tables = Service(workshop, 0), 3 if kind == "many" else 1
     server = opened(service, tables, **KINDS.get(kind, KINDS["dynamic"]))
@@ -682,7 +684,7 @@ def test_gpu_replays_during_200_replacements_are_of_one_version(workshop: Worksh
         given = torch.from_numpy(random.integers(0, ROWS, (tables, 1500))).cuda()
         with torch.cuda.stream(stream):
             keys = [given[table].clone() for table in range(tables)]
-            outs = [server.lookup(some, "m", table) for table, some in enumerate(keys)]
+            outs = server.lookup_many(keys, "m") if tables > 1 else [server.lookup(keys[0], "m", 0)]  # compiles
             stream.synchronize()
             with capturing:
                 graph = torch.cuda.CUDAGraph()
@@ -710,7 +712,7 @@ def test_gpu_replays_during_200_replacements_are_of_one_version(workshop: Worksh
     with thread_of(lambda: replay(0)) as first, thread_of(lambda: replay(1)) as second:
         try:
             wait_until(lambda: (min(answers) > 0) or first.is_set() or second.is_set())
-            for number in range(1, 201):
+            for number in range(1, 1 + replacements):
                 before = min(answers)
                 server.replace_model("m", files[number % 2])
                 wait_until(lambda before=before: min(answers) > before or first.is_set() or second.is_set())
@@ -719,12 +721,12 @@ def test_gpu_replays_during_200_replacements_are_of_one_version(workshop: Worksh
         finally:
             stop.set()
     logging.getLogger(__name__).info("%s: %d replays, %.1f s", kind, sum(answers), time.monotonic() - began)
-    assert not mixed and min(answers) > 200
+    assert not mixed and min(answers) >= replacements
     server.close()
 
 
 @pytest.mark.gpu
-def test_gpu_a_block_costs_microseconds_and_waits_for_work_on_its_stream(workshop: Workshop) -> None:
+def test_gpu_the_work_of_a_block_is_waited_for(workshop: Workshop) -> None:
     torch = pytest.importorskip("torch")
     server = opened(Service(workshop, 0), **KINDS["dynamic"])
     stream, replays = torch.cuda.Stream(), served_model(server).replays
