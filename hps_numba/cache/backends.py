@@ -9,7 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -73,6 +73,7 @@ class CudaBackend:
         self._max_blocks_after = 4 * info.multiprocessors
         self.serving_blocks = self._max_blocks
         self._setup = streams.new_stream(ordinal)
+        self._pinned = PinnedHostAllocator()
         self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
         self.new_stream = partial(streams.new_stream, ordinal)
         self.new_event = partial(streams.new_event, ordinal)
@@ -112,9 +113,14 @@ class CudaBackend:
 
     def allocate_pinned(self, size: int, purpose: str) -> Memory:
         """Pinned memory of the host."""
-        region: HostRegion = PinnedHostAllocator().reserve(size, purpose)
+        region: HostRegion = self._pinned.reserve(size, purpose)
         region.commit(size)
         return region
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of ``allocate_pinned`` that are not released."""
+        return self._pinned.in_use
 
     def kernel(self, spec: KernelSpec) -> Kernel:
         """A loaded kernel: from this process, from the cache folder, or compiled."""
@@ -224,6 +230,19 @@ class _CpuMemory:
         self.address = 0
 
 
+class _CpuPinned(_CpuMemory):
+    """Memory like any other, which ``sizes`` of the backend lists while it is there."""
+
+    def __init__(self, size: int, sizes: dict[int, int]) -> None:
+        super().__init__(size)
+        self._sizes = sizes
+        sizes[id(self)] = size
+
+    def release(self) -> None:
+        super().release()
+        self._sizes.pop(id(self), None)
+
+
 class _Borrowed:
     def __init__(self, array: np.ndarray) -> None:
         self._array: np.ndarray | None = np.ascontiguousarray(array)
@@ -276,6 +295,10 @@ class CpuBackend:
     serving_blocks = 1
     copies = True
 
+    @cached_property
+    def _pinned_sizes(self) -> dict[int, int]:
+        return {}
+
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
         """The array itself."""
         return _Borrowed(array)
@@ -288,7 +311,14 @@ class CpuBackend:
         """Zeroed memory; the system provides pages as they are written."""
         return _CpuMemory(size)
 
-    allocate_pinned = allocate
+    def allocate_pinned(self, size: int, purpose: str) -> Memory:
+        """``allocate``: there is no device that it would have to be pinned for."""
+        return _CpuPinned(size, self._pinned_sizes)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of ``allocate_pinned`` that are not released."""
+        return sum(self._pinned_sizes.copy().values())
 
     def kernel(self, spec: KernelSpec) -> Kernel:
         """A kernel that is loaded or compiled on its first call."""

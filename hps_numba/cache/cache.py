@@ -21,6 +21,7 @@ import numpy as np
 from hps_numba.cache.backends import Backend
 from hps_numba.cache.host_arrays import contiguous_keys
 from hps_numba.cache.inspect import CacheCounters, CacheEntry
+from hps_numba.cache.memory_use import CacheMemory
 from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.policy_switch import PolicyChange
 from hps_numba.cache.sizing import CacheGeometry
@@ -54,6 +55,8 @@ class EmbeddingCache:
         miss_path: how missed rows come from the store: ``direct``, ``staged`` (``cache.staging``), or ``auto``: direct with a
             copy of the store's index on the device, where there is room (``cache.index_mirror``).
         switch: of the versions of its model, shared by the caches of the model; by default one of its own.
+        keys: of the largest usual batch: a workspace has room for so many from its first batch on. Larger batches make it grow,
+            which waits for the work with it.
 
     Attributes:
         name, dim, kind, row_type, sets: as given or derived.   fixed: not ``dynamic``.   capacity: rows that it has room for.
@@ -85,12 +88,15 @@ class EmbeddingCache:
         set_count: int | None = None,
         miss_path: str = "direct",
         switch: VersionSwitch | None = None,
+        keys: int = 0,
     ) -> None:
         _check(name, dim, buffers, store, miss_path)
         geometry = CacheGeometry(name, dim, rows, kind, whole, row_type, np.float32(default), set_count)
         limit = _FIXED_WORKSPACES if geometry.fixed else buffers
         pinned, switch = pagelock and geometry.fixed, switch or VersionSwitch()
-        parts = CacheParts(geometry, device, policy, store, pinned=pinned, limit=limit, miss_path=miss_path, switch=switch)
+        parts = CacheParts(
+            geometry, device, policy, store, pinned=pinned, limit=limit, miss_path=miss_path, switch=switch, keys=keys
+        )
         self.name, self.dim, self.kind, self.row_type = name, dim, kind, row_type
         self.fixed, self.sets, self.capacity = geometry.fixed, geometry.sets, geometry.capacity
         self.parts, self._lookups, self._pooling = parts, parts.lookups, parts.pooling
@@ -355,9 +361,14 @@ class EmbeddingCache:
         return self.parts.backend.ordinal
 
     @property
+    def memory(self) -> CacheMemory:
+        """Bytes that it takes now, by what they are for; those of groups of caches are not its own."""
+        return self.parts.memory
+
+    @property
     def bytes(self) -> int:
-        """Bytes of memory: index, rows, state, the buffers of batches so far, and the copy of the store's index."""
-        return self.parts.bytes
+        """Bytes where it lives: all of ``memory`` but what is in pinned host memory."""
+        return self.parts.memory.bytes
 
     @property
     def index_mirror_bytes(self) -> int:

@@ -83,7 +83,15 @@ class CacheGroup:
     @property
     def bytes(self) -> int:
         """Bytes of the buffers of batches so far."""
-        return self._pool.bytes + sum(workspace.bytes for workspace in self._captured)
+        return self._pool.bytes + sum(workspace.bytes for workspace in tuple(self._captured))
+
+    def bytes_for(self, cache: EmbeddingCache) -> tuple[int, int]:
+        """Of the bytes of buffers, those for one of the caches: of lookups, and of those that graphs captured."""
+        i = self._caches.index(cache)
+        of_lookups, of_graphs = (
+            sum(kept.bytes_of(i) for kept in some) for some in (self._pool.workspaces, tuple(self._captured))
+        )
+        return of_lookups, of_graphs
 
     def lookup(
         self,
@@ -153,7 +161,7 @@ class CacheGroup:
         """Start the kernels with a workspace for the graph that captures the stream."""
         with self._backend.relaxed(), self._capturing:  # a change of a policy waits for the capture in ``retire``
             self._check_open()
-            kept = self._new_workspace()
+            kept = self._new_workspace(captured=True)
             self._captured.append(kept)
             for cache in self._caches:
                 with cache.parts.lifecycle.lock:  # not while it is filled as if there were no graphs
@@ -287,11 +295,13 @@ class _GroupWorkspace(StreamMemory):
     Thread safety: one thread at a time.
     """
 
-    def __init__(self, backend: Backend, caches: Sequence[EmbeddingCache], name: str) -> None:
+    def __init__(self, backend: Backend, caches: Sequence[EmbeddingCache], name: str, *, captured: bool = False) -> None:
         super().__init__(backend)
         self._caches, self._name = caches, name
         # launches of several tables do not list the keys they miss
         shapes = [replace(cache.parts.workspaces.shape, lists_missed_from=NEVER) for cache in caches]
+        if captured:
+            shapes = [shape.captured() for shape in shapes]
         self._workspaces = [Workspace(backend, shape, cache.name) for cache, shape in zip(caches, shapes)]
         self._tables: Memory | None = None
         self.without_lists = 0
@@ -316,6 +326,10 @@ class _GroupWorkspace(StreamMemory):
         self.address, self.limit = self._tables.address, min(workspace.limit for workspace in self._workspaces)
         self.without_lists = self.address + TABLE_BYTES * len(self._workspaces)
         self.bytes = size + sum(workspace.bytes for workspace in self._workspaces)
+
+    def bytes_of(self, i: int) -> int:
+        """Of ``bytes``, those for the cache of a number."""
+        return (2 * TABLE_BYTES if self._tables is not None else 0) + self._workspaces[i].bytes
 
     def _settle(self, stream: int) -> None:
         """Wait for the work that was done with it: growing is rare, and what it had is freed at once."""

@@ -15,7 +15,7 @@ faster in the order of their addresses (``kernels.cache.miss_sorted``), unless t
 copy tells where each row is, and ``scattered`` says when the order pays.
 
 *What it costs.* As many bytes of the device as the index has, 21 to 32 a row of the table: for all caches together at most 1/16
-of the device, and only while as much again stays free.
+of the device, and only while as much again stays free beside what the plan promises to caches (``cache.promised``).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from hps_numba.cache.backends import Backend, Memory
+from hps_numba.cache.promised import promised_bytes
 from hps_numba.cache.store_link import StoreLink
 from hps_numba.device import driver
 from hps_numba.device import memory as device_memory
@@ -42,7 +43,7 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["IndexMirror", "is_scattered", "max_bytes", "may_mirror"]
+__all__ = ["IndexMirror", "is_scattered", "max_bytes", "may_mirror", "with_room"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # copies take at most one part in so many of a device's memory, and leave one free
@@ -71,6 +72,15 @@ def may_mirror(kind: str, whole: bool, miss_path: str) -> bool:
 def max_bytes(total: int) -> int:
     """Bytes that copies of indexes take at most on a device with so many."""
     return total // _SHARE
+
+
+def with_room(sizes: Iterable[int], total: int, free: int) -> int:
+    """Bytes of those copies, of such sizes, that a device with so many bytes has room for; they are made in this order."""
+    limit, taken = max_bytes(total), 0
+    for size in sizes:
+        if taken + size <= limit and free - taken - size >= limit:
+            taken += size
+    return taken
 
 
 def is_scattered(slots: int, row_bytes: int) -> bool:
@@ -217,7 +227,7 @@ class IndexMirror:
         if self._backend.ordinal is not None:
             limit, free = (
                 max_bytes(driver.device_info(self._backend.ordinal).total_bytes),
-                device_memory.free_bytes(self._backend.ordinal),
+                device_memory.free_bytes(self._backend.ordinal) - promised_bytes(self._backend.ordinal),
             )
             with _taking:
                 taken = _taken.get(self._backend.ordinal, 0)

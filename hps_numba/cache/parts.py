@@ -23,9 +23,11 @@ from hps_numba.cache.kernel_set import KernelSet
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.lifecycle import Lifecycle
 from hps_numba.cache.lookup import GATHERED_FROM, Lookups
+from hps_numba.cache.memory_use import CacheMemory, with_pinned
 from hps_numba.cache.policy_memory import PolicyMemory
 from hps_numba.cache.policy_switch import PolicySwitch
 from hps_numba.cache.pooling import Pooling
+from hps_numba.cache.promised import withdraw
 from hps_numba.cache.residency import Residency, listing_from
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.staging import StagedMisses
@@ -50,6 +52,7 @@ class CacheParts:
         device: CUDA ordinal, None for the CPU.   store: whose rows are cached.
         pinned: rows are in pinned host memory.   limit: most batches at a time.   miss_path: one of ``staging.MISS_PATHS``.
         switch: of the versions of its model.   inserts: false: it never gets a row, and its batches need no memory.
+        keys: as for ``EmbeddingCache``.
 
     Raises:
         As ``EmbeddingCache``.
@@ -67,6 +70,7 @@ class CacheParts:
         miss_path: str,
         switch: VersionSwitch,
         inserts: bool = True,
+        keys: int = 0,
     ) -> None:
         self.geometry, self.store, self.backend, self.switch = geometry, store, backend_for(device), switch
         self._limit = limit
@@ -88,9 +92,8 @@ class CacheParts:
         self.lifecycle = Lifecycle(self.backend, self.link, switch, geometry.name)
         self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
         self.mirror = self._mirror_of(self.link, store) if mirrors else None
-        inserts = inserts and not geometry.fixed
         listed_from = min(lists_from, GATHERED_FROM) if mirrors else lists_from
-        shape = WorkspaceShape(geometry.dim, geometry.sets, inserts, inserts and self.kernels.counted, listed_from)
+        shape = WorkspaceShape.of(geometry, listed_from, inserts=inserts, counts=self.kernels.counted, keys=keys)
         self.workspaces = WorkspaceSet(
             self.backend,
             self.lifecycle,
@@ -181,11 +184,26 @@ class CacheParts:
         return parts
 
     @property
-    def bytes(self) -> int:
-        """Bytes of memory where the cache lives."""
-        misses = 0 if self.misses is None else self.misses.bytes
-        mirror = 0 if self.mirror is None else self.mirror.bytes
-        return self.state.bytes + self.workspaces.bytes + misses + mirror
+    def memory(self) -> CacheMemory:
+        """What the cache takes now, without lookups of several tables in one launch, whose memory is the group's."""
+        state, workspaces, rows = self.state, self.workspaces, self.geometry.row_bytes
+        memory = CacheMemory(
+            index=state.bytes - rows - state.hits_bytes,
+            rows=0 if state.pinned_bytes else rows,
+            policy=state.hits_bytes + workspaces.policy_memory.bytes,
+            index_mirror=0 if self.mirror is None else self.mirror.bytes,
+            workspaces=workspaces.bytes,
+            graphs=workspaces.captured_bytes,
+            staging=0 if self.misses is None else self.misses.bytes,
+            pinned_rows=state.pinned_bytes,
+            pinned_staging=self.backend.pinned_bytes - state.pinned_bytes,
+        )
+        return with_pinned(memory, on_device=self.backend.ordinal is not None)
+
+    @property
+    def needed_bytes(self) -> int:
+        """``CacheMemory.needed_bytes`` of ``memory``."""
+        return self.memory.needed_bytes
 
     def close(self) -> CacheCounters | None:
         """Wait for the lookups at work and free all memory; returns the last counts, once.
@@ -193,6 +211,7 @@ class CacheParts:
         Again finishes what an interrupted call left, or does nothing.
         """
         self.lifecycle.close()
+        withdraw(self)
         with self._closing:
             if self._closed:
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,10 +11,10 @@ from hps_numba import plugins
 from hps_numba.cache.policy_memory import policy_bytes
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.dtypes import ELEMENT_BYTES, row_stride
-from hps_numba.kernels.layouts.cache import SET_BYTES, STATE_BYTES, WAYS
+from hps_numba.kernels.layouts.cache import MISSED_BYTES, SET_BYTES, STATE_BYTES, WAYS
 from hps_numba.kernels.policies._load import load_policy
 
-__all__ = ["KINDS", "CacheGeometry", "CacheShape", "index_sets"]
+__all__ = ["KINDS", "CacheGeometry", "CacheShape", "StagingBytes", "index_sets", "staging_bytes"]
 
 KINDS = ("dynamic", "static", "uvm")
 _WHOLE_LOAD, _FIXED_LOAD = 0.8, 0.6  # shares of ways in use where every row has to find one
@@ -23,6 +24,21 @@ def index_sets(rows: int, *, fixed: bool, whole: bool) -> int:
     """Number of sets of a cache for so many rows."""
     load = _FIXED_LOAD if fixed else _WHOLE_LOAD if whole else 1.0
     return max(2, int(-(-rows // (load * WAYS))))
+
+
+class StagingBytes(NamedTuple):
+    """What one batch at a time takes to be staged (``cache.staging``): where the cache lives, and in pinned host memory."""
+
+    device: int
+    pinned: int
+
+
+def staging_bytes(dim: int, keys: int) -> StagingBytes:
+    """Bytes that staging takes for batches of up to so many keys, for each batch at a time; as ``cache.staging`` takes them."""
+    limit = max(256, 1 << (keys - 1).bit_length())
+    rows = max(1, min(limit, (16 << 20) // (4 * dim)))  # of a buffer
+    buffer = -(-4 * dim * rows // 64) * 64 + 8 * rows
+    return StagingBytes(MISSED_BYTES + 16 * limit, 8 * limit + 3 * buffer)
 
 
 @dataclass(frozen=True)

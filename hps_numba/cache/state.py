@@ -37,6 +37,7 @@ class CacheState:
         geometry: of the cache.   pinned: rows are in pinned host memory.
 
     Attributes:
+        pinned_bytes: of the rows, if they are in pinned host memory.
         address: of the state words.   no_lists: of the workspace header of a batch that lists nothing.
         kernel_args: what most kernels take first: addresses of lines and rows, number of sets, address of the state.
         query_args: the same with the state that has no host store.
@@ -55,6 +56,7 @@ class CacheState:
         try:
             self.lines = self._allocate(geometry.sets * SET_BYTES, "index")
             self.rows = self._allocate(geometry.row_bytes, "rows", pinned=pinned)
+            self.pinned_bytes = backend.pinned_bytes
             self.address = self._allocate(STATE_BYTES, "state")
             self.set_word(STATE_CHANGES, 1)
             self._query_address = self._allocate(STATE_BYTES, "state of queries")

@@ -9,16 +9,18 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from hps_numba.cache.backends import Backend, Memory
+from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.kernels.layouts.cache import (
     BUCKET_BYTES,
     FIRST_BATCH,
+    MAX_BATCH,
     MISSED_BYTES,
     MISSED_SORTED,
     UNUSED_BUCKET,
@@ -62,7 +64,32 @@ class WorkspaceShape:
         lists: batches list rows to insert (not in fixed caches).   counts: they count hits for the policy.
         lists_missed_from: keys of the smallest batch that lists the keys it misses.
         words: further words of the header, which lead to the memory of the policy.
+        keys: that a workspace has room for from its first batch on, so that it does not grow afterwards.
     """
+
+    @classmethod
+    def of(
+        cls, geometry: CacheGeometry, lists_missed_from: int, *, inserts: bool, counts: bool, keys: int = 0
+    ) -> WorkspaceShape:
+        """The shape of the workspaces of a cache.
+
+        Args:
+            inserts: the cache may insert rows.   counts: its policy counts hits.
+        """
+        lists = inserts and not geometry.fixed
+        return cls(geometry.dim, geometry.sets, lists, lists and counts, lists_missed_from, keys=min(keys, MAX_BATCH))
+
+    def limit(self, n: int) -> int:
+        """Keys that a new workspace for a batch of ``n`` has room for."""
+        return _up(self.keys) if n <= self.keys else _power_of_two(max(n, _MIN_BATCH))
+
+    def captured(self) -> WorkspaceShape:
+        """The shape of a workspace that a graph keeps: it never has another batch, and has room for that one only."""
+        return replace(self, keys=0)
+
+    def bytes(self, n: int, absent: bool) -> int:
+        """Bytes of a workspace with room for batches of ``n`` keys and, if ``absent``, a list of absent ones."""
+        return _up(WORKSPACE_BYTES) + sum(map(_up, self.parts(n, absent).values()))
 
     dim: int
     sets: int
@@ -70,6 +97,7 @@ class WorkspaceShape:
     counts: bool
     lists_missed_from: int
     words: Mapping[int, int] = field(default_factory=dict)
+    keys: int = 0
 
     def parts(self, n: int, absent: bool) -> dict[int, int]:
         """Bytes of each part for batches of ``n`` keys, by the word of the header that holds its address."""
@@ -145,7 +173,9 @@ class Workspace(StreamMemory):
         super().__init__(backend)
         self._shape, self._name = shape, name
         self._memory: Memory | None = None
-        self._outgrown: list[tuple[int, list[Memory]]] = []  # each until its event has passed
+        self._size = 0  # of the memory, with that of a gathering
+        #: memories that go together, and their size, until their event has passed
+        self._outgrown: list[tuple[int, list[Memory], int]] = []
         self.stage = self.absent_list = self.own_list = 0
         self.gathering: Any = None  # ``cache.gathering.Gathering``, made when first needed
         self.gathered = 0  # keys of its last batch
@@ -159,10 +189,9 @@ class Workspace(StreamMemory):
         if n <= self.limit and (self.lists_absent or not absent):
             return
         self._free_outgrown()
-        limit = max(self.limit, _power_of_two(max(n, _MIN_BATCH)))
+        limit = max(self.limit, self._shape.limit(n))
         absent = absent or self.lists_absent
-        parts = self._shape.parts(limit, absent)
-        size = _up(WORKSPACE_BYTES) + sum(_up(part) for part in parts.values())
+        parts, size = self._shape.parts(limit, absent), self._shape.bytes(limit, absent)
         memory = self.backend.allocate(size, f"{self._name}: buffers of a batch of {limit}")
         header = self._header(memory.address, parts)
         if WORKSPACE_BUCKETS in parts:
@@ -173,14 +202,17 @@ class Workspace(StreamMemory):
             self.backend.store_word(own_list + MISSED_SORTED, own_list + MISSED_BYTES + 16 * limit, stream)
         self.backend.from_host(memory.address, header, stream)  # waits for the filling too
         self.invalidate()
-        self._memory, self.limit, self.lists_absent, self.bytes = memory, limit, absent, size
+        self._memory, self._size, self.limit, self.lists_absent = memory, size, limit, absent
         self.address, self.stage = memory.address, int(header[WORKSPACE_STAGE // 8])
         self.absent_list, self.own_list = int(header[WORKSPACE_ABSENT_LIST // 8]), own_list
+        self._count()
+        self._free_outgrown(wait=True)  # growing is rare, and memory for two workspaces is not in the plan
 
     def adopt_gathering(self, gathering: Any) -> None:
         """Keep the memory of a gathering as long as that of the workspace."""
         self.gathering, self.gathered = gathering, 0
-        self.bytes += gathering.bytes
+        self._size += gathering.bytes
+        self._count()
 
     def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
         header = np.zeros(WORKSPACE_BYTES // 8, np.int64)
@@ -201,21 +233,33 @@ class Workspace(StreamMemory):
         """Use other memory from the next ``reserve`` on: what is there is too small, or a batch failed halfway."""
         if self._memory is not None:
             event, self.event = self.event, 0
-            self._outgrown.append((event, [memory for memory in (self.gathering, self._memory) if memory is not None]))
-        self._memory, self.gathering, self.limit, self.bytes = None, None, 0, 0
+            memories = [memory for memory in (self.gathering, self._memory) if memory is not None]
+            self._outgrown.append((event, memories, self._size))
+        self._memory, self.gathering, self._size, self.limit = None, None, 0, 0
         self.prepared.clear()
+        self._count()
 
-    def _free_outgrown(self) -> None:
-        for entry in [entry for entry in self._outgrown if entry[0] == 0 or self.backend.event_done(entry[0])]:
+    def _count(self) -> None:
+        self.bytes = self._size + sum(size for _, _, size in self._outgrown)
+
+    def _free_outgrown(self, *, wait: bool = False) -> None:
+        """Free the memory that no work is left with; all that there is, if it may ``wait`` for the work."""
+        for entry in tuple(self._outgrown):
+            event, memories, _ = entry
+            if event and wait:
+                self.backend.wait_for(event)
+            if event and not self.backend.event_done(event):
+                continue
             self._outgrown.remove(entry)
-            if entry[0]:
-                self.backend.destroy_event(entry[0])
-            for memory in entry[1]:
+            if event:
+                self.backend.destroy_event(event)
+            for memory in memories:
                 memory.release()
+        self._count()
 
     def release(self, stream: int) -> None:
         """Free the memory after all work with it; ``stream`` is used for the wait."""
-        for event in [self.event, *(event for event, _ in self._outgrown)]:
+        for event in [self.event, *(event for event, _, _ in self._outgrown)]:
             if event:
                 self.backend.wait(stream, event)
         self.backend.synchronize(stream)

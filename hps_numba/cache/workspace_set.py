@@ -63,6 +63,7 @@ class WorkspaceSet:
     def _use_shape(self, shape: WorkspaceShape, memory: PolicyMemory) -> None:
         self.shape, self.policy_memory = replace(shape, words=memory.words), memory
         self.new = partial(Workspace, self._backend, self.shape, self._name)
+        self._new_captured = partial(Workspace, self._backend, self.shape.captured(), self._name)
 
     def reset_after_fork(self) -> None:
         """In a forked child, start the memory of the policy and the own workspace again: another thread may have used them."""
@@ -94,7 +95,7 @@ class WorkspaceSet:
         if capturing:
             with self._lifecycle.lock, self._backend.relaxed():  # not during a change of the policy
                 self._lifecycle.check_open()
-                workspace = self.new()
+                workspace = self._new_captured()
                 self.captured.append(workspace)
                 work(workspace, *args)
             return
@@ -115,9 +116,14 @@ class WorkspaceSet:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all workspaces and of the policy in force."""
-        lent = self.pool.bytes + self.own.bytes
-        return lent + sum(workspace.bytes for workspace in self.captured) + self.policy_memory.bytes
+        """Bytes of all workspaces but those of graphs."""
+        return self.pool.bytes + self.own.bytes
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of what graphs keep: their workspaces, and the memory of policies that were in force before."""
+        workspaces = sum(workspace.bytes for workspace in tuple(self.captured))
+        return workspaces + sum(memory.bytes for memory in tuple(self.of_graphs))
 
     def close(self) -> None:
         """Wait for lookups at work, and free the workspaces."""

@@ -41,6 +41,7 @@ __all__ = [
     "PinnedHostAllocator",
     "PlainHostAllocator",
     "human_bytes",
+    "pinned_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -330,6 +331,14 @@ def _advise(memory: mmap.mmap, advice: int, start: int, size: int) -> None:
         memory.madvise(advice, start, size)
     except OSError:  # advice only: a kernel built without it serves as well
         return
+
+
+def pinned_size(size: int, limit: int | None = None) -> int:
+    """Bytes that the first commit of ``size`` bytes takes in a pinned region of ``limit`` bytes, by default a large one."""
+    if not size:
+        return 0
+    step = max(size, _PINNED_STEP)
+    return _page_up(step if limit is None else min(step, max(size, limit)))
 
 
 def human_bytes(size: float) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from hps_numba.cache.sizing import CacheShape
+import numpy as np
+
+from hps_numba.cache.sizing import CacheGeometry, CacheShape
 from hps_numba.config import ModelConfig, TableSpec
 
-__all__ = ["cache_shape", "shape_bytes"]
+__all__ = ["cache_shape", "geometry_of", "shape_bytes"]
 
 _CAPACITY_STEP = 64  # rows: a set of HugeCTR HPS, in whose multiples its capacities come (checklist G09)
 
@@ -52,6 +54,13 @@ def _max_rows(spec: TableSpec, limit: int, *, fixed: bool, whole: bool) -> int:
         else:
             high = middle - 1
     return low
+
+
+def geometry_of(spec: TableSpec, shape: CacheShape) -> CacheGeometry:
+    """The geometry of the caches of a table in this shape."""
+    whole = shape.whole and shape.kind == "dynamic"
+    default = np.float32(spec.default_value)
+    return CacheGeometry(spec.tag, spec.dim, shape.rows, shape.kind, whole, spec.cache_row_dtype, default, None)
 
 
 def shape_bytes(spec: TableSpec, shape: CacheShape) -> int:

@@ -80,7 +80,7 @@ class Catalog:
         counts = {}
         for name, model in self.models.items():
             try:
-                counts[name] = {table.spec.name: table.stats(model.version) for table in model.tables}
+                counts[name] = {table.spec.name: table.stats(model.version, model.groups.bytes_for) for table in model.tables}
             except ClosedError:
                 self.check_open()
                 if self.models.get(name) is model:

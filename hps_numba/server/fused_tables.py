@@ -89,6 +89,11 @@ class FusedLookup:
     def _groups(self) -> list[CacheGroup]:
         return [target for target, _ in self._launches if isinstance(target, CacheGroup)]
 
+    def bytes_for(self, cache: EmbeddingCache) -> tuple[int, int]:
+        """``CacheGroup.bytes_for`` of a cache, 0 if it is not among those that are looked up together."""
+        sizes = [group.bytes_for(cache) for group in self._groups() if cache in group.caches]
+        return sum(of_lookups for of_lookups, _ in sizes), sum(of_graphs for _, of_graphs in sizes)
+
     def drain(self) -> None:
         """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
         for group in self._groups():
@@ -191,18 +196,25 @@ class FusedTables:
             finally:
                 self._changing = before
 
+    def bytes_for(self, cache: EmbeddingCache) -> tuple[int, int]:
+        """Bytes that lookups of several tables take for one cache, and those that graphs keep of such lookups."""
+        sizes = [fused.bytes_for(cache) for fused in self._every()]
+        return sum(of_lookups for of_lookups, _ in sizes), sum(of_graphs for _, of_graphs in sizes)
+
+    def _every(self) -> list[FusedLookup]:
+        with self._lock:
+            return [*self._fused.values(), *self._retired]
+
     def drain(self) -> None:
         """Wait for all lookups of several tables that have begun, and for their work; no other lookup waits meanwhile."""
-        with self._lock:
-            every = [*self._fused.values(), *self._retired]
-        for fused in every:
+        for fused in self._every():
             fused.drain()
 
     def close(self) -> None:
         """Free all workspaces, after the lookups in progress; no graph that captured one may run any more."""
         with self._lock:
             self._closed = True
-            every = [*self._fused.values(), *self._retired]
+            every = self._every()
             self._fused.clear()
             self._retired.clear()
         for fused in every:

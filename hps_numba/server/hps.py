@@ -10,6 +10,7 @@ subclasses would be silently ignored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -492,9 +493,17 @@ class HPS:
         return self._catalog.stats()
 
     def plan(self) -> Plan:
-        """Bytes that the deployed models take in each tier, computed from the sizes of their sparse models."""
+        """Bytes that the deployed models take in each tier and on each device, computed from the sizes of their sparse models.
+
+        ``stats`` says how many bytes they take now, by the same names: ``CacheStats.memory`` is what ``TablePlan.cache`` plans,
+        ``TableStats.memory`` what ``TablePlan.host`` plans.
+        """
         self._catalog.check_open()
-        return plan_of(table for model in self._catalog.models.values() for table in model.plan().tables)
+        models = tuple(self._catalog.models.values())
+        taken = Counter[int]()
+        for model in models:
+            taken.update(model.device_bytes)
+        return plan_of((table for model in models for table in model.table_plans()), taken=taken)
 
     @property
     def host_bytes(self) -> int:

@@ -18,7 +18,7 @@ from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.server.cache_shape import cache_shape
 from hps_numba.server.fused_tables import FusedTables
 from hps_numba.server.model_jobs import Check, go_on
-from hps_numba.server.plan import Plan, plan_of, plan_table
+from hps_numba.server.plan import Plan, TablePlan, plan_of
 from hps_numba.server.prefetches import Prefetches
 from hps_numba.server.replacement import Replacement, new_version
 from hps_numba.server.replays import Replays
@@ -26,6 +26,7 @@ from hps_numba.server.slow_path import SlowPathOptions
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.server.table_loading import Progress, TableLoading, no_progress, stoppable
+from hps_numba.server.table_plan import plan_caches, plan_table, plan_tables
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._host_tables import HostTablesTier
 
@@ -188,7 +189,7 @@ class ServedModel:
         if self._devices:
             self._open_caches()
         for table in self.tables:
-            log.info("%s: %d rows in host memory", table.spec.tag, table.stats(self.version).rows)
+            log.info("%s: %d rows in host memory", table.spec.tag, 0 if table.store is None else len(table.store))
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
 
@@ -221,8 +222,13 @@ class ServedModel:
         for table, policy in zip(self.tables, self._policies, strict=True):
             rows = self._loading.rows(table.spec)  # host memory may have fewer, as it is filled by and by
             shape = cache_shape(self.model, table.spec, rows)
-            if shape is not None:
-                table.attach_caches(TableCaches(table.spec, self.model, shape, self._devices, policy, table.store, self.switch))
+            if shape is None:
+                continue
+            host_rows = 0 if table.store is None else len(table.store)
+            planned = plan_caches(self.config, table.spec, shape, host_rows, policy).memory
+            of_cache = planned.needed_bytes - planned.group_workspaces  # those are memory of the groups
+            caches = TableCaches(table.spec, self.model, shape, self._devices, policy, table.store, self.switch, of_cache)
+            table.attach_caches(caches)
         for table in self.tables:
             if table.caches is not None:
                 table.caches.warm()
@@ -332,17 +338,37 @@ class ServedModel:
 
     def plan(self) -> Plan:
         """Bytes that the tables take, from the sizes of their sparse models."""
-        return plan_of(plan_table(self.config, table.spec) for table in self.tables)
+        return plan_of(self.table_plans(), taken=self.device_bytes)
+
+    def table_plans(self) -> list[TablePlan]:
+        """The plan of each table, with the policies that are in force."""
+        return plan_tables(self.config, [table.spec for table in self.tables], self._policies_in_force())
+
+    def _policies_in_force(self) -> list[Policy | None]:
+        cached = [None if table.caches is None else next(iter(table.caches), None) for table in self.tables]
+        known = self._policies or (None,) * len(self.tables)
+        return [policy if cache is None else cache.policy for cache, policy in zip(cached, known, strict=True)]
+
+    @property
+    def device_bytes(self) -> dict[int, int]:
+        """Bytes that the caches take on each device now, with all that lookups and graphs made them take."""
+        taken: dict[int, int] = {}
+        for table in self.tables:
+            for cache in table.caches or ():
+                if cache.device is not None:
+                    of_groups = sum(self.groups.bytes_for(cache))
+                    taken[cache.device] = taken.get(cache.device, 0) + cache.bytes + of_groups
+        return taken
 
     def plan_of_replacement(self, sources: Iterable[str] | None = None) -> Plan:
-        """Bytes that ``replace(sources)`` takes.
+        """Bytes that ``replace(sources)`` takes beside what there is; caches take none.
 
         Raises:
             ConfigError: not one source a table.   ModelFileError: a sparse model is missing or does not fit its table.
         """
         fills = self.replacement_fills_host
         return plan_of(
-            plan_table(self.config, table.spec, path, fills_host=fills)
+            plan_table(self.config, table.spec, path, fills_host=fills, caches=False)
             for table, path in zip(self.tables, self._paths(sources), strict=True)
         )
 

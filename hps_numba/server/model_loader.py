@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class ModelLoader:
         on_devices = self._check_devices(models)
         policies = [self._policies(self._config, model) for model in models]
         self.allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
-        make_plan(self._config).check()
+        known = [own or (None,) * len(model.sparse_files) for model, own in zip(models, policies, strict=True)]
+        make_plan(self._config, chain.from_iterable(known)).check()
         self.host, self.slower = open_tiers(self._config, self.allocator, allow_code=self._allow_code)
         for model, own in zip(models, policies, strict=True):
             self._deploy(self._config, model, own, check)
@@ -126,7 +128,7 @@ class ModelLoader:
         devices = self._cache_devices(model)
         served = ServedModel(config, model, self._host_for(model), self.slower, devices=devices, policies=policies)
         try:
-            with rows_progress(sum(table.rows for table in served.plan().tables), self._progress) as on_rows:
+            with rows_progress(sum(table.rows for table in served.table_plans()), self._progress) as on_rows:
                 served.load(on_rows, check)
             check()
             if served.has_caches and model.num_of_refresher_buffer_in_pool:
@@ -149,7 +151,7 @@ class ModelLoader:
             raise ConfigError(f"model: {added.model!r} is deployed already, give another name or call replace_model")
         self._check_devices([added])
         policies = self._policies(config, added)
-        make_plan(config).check()
+        make_plan(config, policies).check()
         self._deploy(config, added, policies, check)
 
     def replace(self, model_name: str, files: Sequence[str | Path] | None) -> None:

@@ -1,68 +1,94 @@
-"""How many bytes a config will take, computed before anything is allocated."""
+"""How many bytes a config will take, computed before anything is allocated.
+
+What is not in a plan: the context of the CUDA driver, which is on a device before its free bytes are asked for, the code of
+kernels (some MiB a device), answers and whatever else belongs to callers, memory of slower tiers, and the interpreter. Devices
+hand out memory in blocks of 2 MiB, so that many small tables may take a little more than is planned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
 
-from hps_numba.cache.index_mirror import may_mirror
-from hps_numba.config import ServerConfig, TableSpec, VolatileDatabaseConfig
+from hps_numba.cache.index_mirror import with_room
+from hps_numba.cache.memory_use import CacheMemory
+from hps_numba.cache.promised import promised_bytes
+from hps_numba.config import ServerConfig
 from hps_numba.device import driver
 from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import human_bytes
 from hps_numba.device.machine_memory import address_space_left, available_bytes
 from hps_numba.errors import CapacityError, ConfigError
-from hps_numba.kernels.layouts.host_store import index_bytes, lines_for
-from hps_numba.server.cache_shape import cache_shape, shape_bytes
-from hps_numba.storage.host.bound import RECENCY_OF_POLICY
-from hps_numba.storage.host.content import content_bytes
-from hps_numba.storage.loading import rows_to_load
-from hps_numba.storage.model_files import open_model
-from hps_numba.storage.shared.content import shared_bytes
+from hps_numba.kernels.policies._policy import Policy
+from hps_numba.server.table_plan import SHARED, TablePlan, plan_table, plan_tables
 from hps_numba.storage.shared.segment import present_bytes
 
-__all__ = ["Plan", "TablePlan", "make_plan", "plan_table"]
+__all__ = ["DevicePlan", "Plan", "TablePlan", "make_plan", "plan_of", "plan_table", "room_on"]
 
-_SHARED = "multi_process_hash_map"
-_IN_HOST_MEMORY = ("hash_map", "parallel_hash_map", _SHARED)
 #: bytes of keys that are in flight while a table is loaded
 LOADING_BYTES = 16 << 20
 
 
+class DeviceRoom(NamedTuple):
+    """Bytes of a device: all, and those that are free and not promised to caches that are open."""
+
+    total: int
+    free: int
+
+
+def room_on(device: int) -> DeviceRoom | None:
+    """The room on a device now, or None: this machine has no such device."""
+    if device >= driver.device_count():
+        return None
+    free = device_memory.free_bytes(device) - promised_bytes(device)
+    return DeviceRoom(driver.device_info(device).total_bytes, max(0, free))
+
+
 @dataclass(frozen=True, kw_only=True)
-class TablePlan:
-    """Bytes of one table.
+class DevicePlan:
+    """Bytes of one device.
 
     Attributes:
-        model: name of the model.
-        table: name of the table.
-        dim: elements of a row.
-        rows: rows in the file, duplicates included.
-        host_rows: rows that host memory will hold at the start.
-        host_bytes: bytes they take, index included.
-        shared_bytes: of those, the ones that are in shared memory, once for all processes.
-        persistent_bytes: bytes of keys and rows in the persistent database, or 0.
-        reading_bytes: what reading its file takes for a while beside its rows, such as large compressed chunks.
-        cache_rows: rows that each cache has room for, or 0.
-        cache_bytes: bytes that each cache takes, without the workspaces of lookups.
-        index_mirror_bytes: bytes that the mirror of host memory's index takes beside each cache on a device, if there is room.
-        devices: CUDA ordinals that have a cache of the table; if empty, ``cache_bytes`` are of host memory.
+        device: CUDA ordinal.
+        memory: of all caches, by what they are for, with those index mirrors for which there is room.
+        free_bytes: bytes that are free for it: on the device when the plan was made, less what open caches will still take; of
+            a server that is open, with what it has taken. None: this machine has no such device.
+        total_bytes: bytes of the device, or None.
     """
 
-    model: str
-    table: str
-    dim: int
-    rows: int
-    host_rows: int
-    host_bytes: int
-    persistent_bytes: int
-    shared_bytes: int = 0
-    reading_bytes: int = 0
-    cache_rows: int = 0
-    cache_bytes: int = 0
-    index_mirror_bytes: int = 0
-    devices: tuple[int, ...] = ()
+    device: int
+    memory: CacheMemory
+    free_bytes: int | None
+    total_bytes: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are planned."""
+        return self.memory.bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Those without which the server does not work: index mirrors only make it faster."""
+        return self.memory.needed_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is free, as far as it is known."""
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+
+    def check(self) -> None:
+        """Raise CapacityError unless it fits."""
+        if self.free_bytes is None or self.fits:
+            return
+        sizes = {field.name.replace("_", " "): getattr(self.memory, field.name) for field in fields(self.memory)}
+        largest = sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name])
+        parts = ", ".join(f"{name} {human_bytes(sizes[name])}" for name in largest if name != "index mirror")
+        raise CapacityError(
+            f"the plan takes {human_bytes(self.needed_bytes)} ({self.needed_bytes} bytes) of device {self.device}, "
+            f"{human_bytes(self.free_bytes)} ({self.free_bytes} bytes) are free; it is {parts}; gpucacheper or "
+            "cache_size_bytes makes caches smaller, max_batch_size or num_of_worker_buffer_in_pool workspaces"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +97,7 @@ class Plan:
 
     Attributes:
         tables: one plan a table.
+        devices: one plan a device that has caches.
         loading_bytes: what loading takes beyond the tables, for as long as it lasts.
         available_bytes: memory that this process could take when the plan was made: free on the machine, and within the limits
             of its control groups, ``ulimit -v`` and ``ulimit -d``.
@@ -78,31 +105,38 @@ class Plan:
     """
 
     tables: tuple[TablePlan, ...]
+    devices: tuple[DevicePlan, ...] = ()
     loading_bytes: int
     available_bytes: int
     present_bytes: int = 0
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of all tables, and of caches in host memory."""
-        return sum(table.host_bytes + (0 if table.devices else table.cache_bytes) for table in self.tables)
+        """Host memory of all tables, of caches in host memory, and what caches of devices have pinned."""
+        return sum(table.all_host_bytes for table in self.tables)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of ``host_bytes``, those that caches of devices have pinned."""
+        return sum(table.pinned_bytes for table in self.tables)
 
     @property
     def device_bytes(self) -> dict[int, int]:
-        """Bytes of the caches on each device."""
-        return self._on_devices(lambda table: table.cache_bytes)
+        """Bytes on each device: of caches, workspaces, and those index mirrors for which there is room."""
+        return {device.device: device.bytes for device in self.devices}
 
     @property
     def index_mirror_bytes(self) -> dict[int, int]:
-        """Bytes of the index mirrors on each device, if there is room for all of them (``cache.index_mirror``)."""
-        return self._on_devices(lambda table: table.index_mirror_bytes)
-
-    def _on_devices(self, size_of: Callable[[TablePlan], int]) -> dict[int, int]:
-        devices = sorted({device for table in self.tables for device in table.devices})
-        return {device: sum(size_of(table) for table in self.tables if device in table.devices) for device in devices}
+        """Of ``device_bytes``, those of the index mirrors (``miss_path`` auto)."""
+        return {device.device: device.memory.index_mirror for device in self.devices}
 
     @property
     def fits(self) -> bool:
+        """Whether the machine has that much host memory free, and each device that much of its own."""
+        return self.fits_host and all(device.fits for device in self.devices)
+
+    @property
+    def fits_host(self) -> bool:
         """Whether the machine has that much host memory free."""
         return self._missing_bytes <= self.available_bytes
 
@@ -120,128 +154,83 @@ class Plan:
         """Compare the plan with the free memory of the machine and its devices.
 
         Raises:
-            CapacityError: the plan does not fit; the message names the largest table.
+            CapacityError: the plan does not fit; the message names the device, or the largest table in host memory.
         """
-        for device, size in self.device_bytes.items():
-            free = device_memory.free_bytes(device)
-            if size > free:
-                raise CapacityError(
-                    f"the plan takes {human_bytes(size)} of device {device}, {human_bytes(free)} are free; "
-                    "gpucacheper or cache_size_bytes makes caches smaller"
-                )
-        if self.fits:
+        for device in self.devices:
+            device.check()
+        if self.fits_host:
             return
-        largest = max(self.tables, key=lambda table: table.host_bytes)
+        largest = max(self.tables, key=lambda table: table.all_host_bytes)
         raise CapacityError(
             f"the plan takes {human_bytes(self._missing_bytes)} of host memory, "
             f"{human_bytes(self.available_bytes)} are free; the largest table is {largest.model}/{largest.table} "
-            f"with {human_bytes(largest.host_bytes)}"
+            f"with {human_bytes(largest.all_host_bytes)}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         sizes = {"device_bytes": self.device_bytes, "index_mirror_bytes": self.index_mirror_bytes}
         by_device = {name: {str(device): size for device, size in of.items()} for name, of in sizes.items()}
+        tables = [
+            {**asdict(table), "index_mirror_bytes": table.index_mirror_bytes, "pinned_bytes": table.pinned_bytes}
+            for table in self.tables
+        ]
         return {
             **asdict(self),
+            "tables": tables,
             "host_bytes": self.host_bytes,
+            "pinned_bytes": self.pinned_bytes,
             "shared_bytes": self.shared_bytes,
             **by_device,
             "fits": self.fits,
         }
 
 
-def make_plan(config: ServerConfig) -> Plan:
+def make_plan(config: ServerConfig, policies: Iterable[Policy | None] = ()) -> Plan:
     """Plan all tables of a config; opens the sparse models and reads their sizes only.
+
+    Args:
+        policies: of the caches, one a table. By default those that are built in: what the config names by a reference is code,
+            which is not run to find out a size, and its memory does not count.
 
     Raises:
         ConfigError: not a config.   ModelFileError: a sparse model is missing or does not fit its table.
+        DeviceError: a device of the config does not answer.
     """
     if not isinstance(config, ServerConfig):
         raise ConfigError(f"config: expected what read_config returns, got {type(config).__name__}")
     host = config.volatile_db
-    present = present_bytes(host.shared_memory_name) if host.type == _SHARED else 0
-    return plan_of((plan_table(config, spec) for spec in config.tables()), present)
+    present = present_bytes(host.shared_memory_name) if host.type == SHARED else 0
+    return plan_of(plan_tables(config, config.tables(), policies), present)
 
 
-def plan_of(tables: Iterable[TablePlan], present: int = 0) -> Plan:
-    """A plan of some tables on this machine as it is now; ``present``: bytes of shared memory that are there for them."""
+def plan_of(tables: Iterable[TablePlan], present: int = 0, taken: Mapping[int, int] | None = None) -> Plan:
+    """A plan of some tables on this machine as it is now.
+
+    Args:
+        present: bytes of shared memory that are there for them.   taken: bytes that they have taken of each device already.
+    """
     planned = tuple(tables)
+    devices = sorted({device for table in planned for device in table.devices})
     loading = LOADING_BYTES + max((table.reading_bytes for table in planned), default=0)  # they are read one after the other
     left = address_space_left()
     free = available_bytes() if left is None else min(available_bytes(), left)
-    return Plan(tables=planned, loading_bytes=loading, available_bytes=free, present_bytes=present)
-
-
-def plan_table(
-    config: ServerConfig, spec: TableSpec, source: str | None = None, *, fills_host: bool | None = None
-) -> TablePlan:
-    """Plan one table.
-
-    Args:
-        source: sparse model to load instead of the table's own.
-        fills_host: rows are loaded into host memory; by default as the config says for the start.
-
-    Raises:
-        ModelFileError: the sparse model is missing or does not fit the table.
-    """
-    with open_model(source or spec.source, spec.dim) as reader:
-        rows, reading_bytes = reader.rows, reader.working_bytes
-    host = config.volatile_db
-    keeps_rows = host.type in _IN_HOST_MEMORY
-    fills_host = keeps_rows and (host.initialize_after_startup if fills_host is None else fills_host)
-    host_rows = _host_rows(host, rows) if fills_host else 0
-    recency = RECENCY_OF_POLICY[host.overflow_policy] if _bound(host) else 0
-    slower = [section for _, section in config.tier_sections() if section is not host]
-    persistent = any(section.initialize_after_startup for section in slower)
-    shared = shared_bytes(host_rows, spec.dim, recency) if host.type == _SHARED else 0
-    private = content_bytes(host_rows, spec.dim, recency) if keeps_rows else 0
-    plan = TablePlan(
-        model=spec.model,
-        table=spec.name,
-        dim=spec.dim,
-        rows=rows,
-        host_rows=host_rows,
-        host_bytes=shared or private,
-        shared_bytes=shared,
-        persistent_bytes=rows * (8 + 4 * spec.dim) if persistent else 0,
-        reading_bytes=reading_bytes,
-    )
-    return _with_caches(plan, config, spec, host_rows if fills_host else rows, keeps_rows=keeps_rows)
-
-
-def _with_caches(plan: TablePlan, config: ServerConfig, spec: TableSpec, rows: int, *, keeps_rows: bool) -> TablePlan:
-    """The plan of a table with that of its caches, which are opened for so many rows."""
-    model = next(model for model in config.models if model.model == spec.model)
-    devices = _cache_devices(config, model.deployed_device_list)
-    shape = None if devices is None else cache_shape(model, spec, rows)
-    if devices is None or shape is None:
-        return plan
-    mirrors = devices and keeps_rows and may_mirror(shape.kind, shape.whole, model.miss_path)
-    return replace(
-        plan,
-        cache_rows=shape.rows,
-        cache_bytes=shape_bytes(spec, shape),
-        index_mirror_bytes=index_bytes(lines_for(plan.host_rows)) if mirrors else 0,
-        devices=devices,
+    return Plan(
+        tables=planned,
+        devices=tuple(_plan_device(device, planned, (taken or {}).get(device, 0)) for device in devices),
+        loading_bytes=loading,
+        available_bytes=free,
+        present_bytes=present,
     )
 
 
-def _cache_devices(config: ServerConfig, listed: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The devices with a cache of a table; empty if the cache is in host memory, None if there is none."""
-    if listed and driver.device_count():
-        return listed
-    return () if config.cache_on_cpu and not driver.device_count() else None
-
-
-def _bound(section: VolatileDatabaseConfig) -> int | None:
-    """The most rows that host memory keeps of a table, or None: any number."""
-    bound = section.overflow_margin * section.num_partitions
-    return None if bound >= 2**64 - 1 else bound
-
-
-def _host_rows(section: VolatileDatabaseConfig, rows: int) -> int:
-    """Rows that host memory has room for once a file of so many is loaded."""
-    loaded = rows_to_load(rows, section.initial_cache_rate)
-    bound = _bound(section)
-    return loaded if bound is None else min(loaded, bound + section.max_batch_size)
+def _plan_device(device: int, tables: Iterable[TablePlan], taken: int) -> DevicePlan:
+    caches = [table.cache for table in tables if device in table.devices]
+    sizes = {field.name: sum(getattr(cache, field.name) for cache in caches) for field in fields(CacheMemory)}
+    room = room_on(device)
+    if room is None:
+        return DevicePlan(device=device, memory=CacheMemory(**sizes), free_bytes=None, total_bytes=None)
+    free = room.free + taken
+    left = free - CacheMemory(**sizes).needed_bytes
+    sizes["index_mirror"] = with_room([cache.index_mirror for cache in caches], room.total, left)
+    return DevicePlan(device=device, memory=CacheMemory(**sizes), free_bytes=free, total_bytes=room.total)

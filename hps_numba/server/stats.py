@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hps_numba.cache.memory_use import CacheMemory
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.host_store import (
     COUNTER_ABSENT,
@@ -17,12 +18,14 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_TIER_HITS,
     COUNTER_UNANSWERED,
 )
+from hps_numba.storage.host.store_bytes import StoreBytes
 
 __all__ = ["COUNTER_JOINED", "COUNTER_PREFETCHED", "CacheStats", "Counters", "TableStats"]
 
 # words of ``Counters`` behind those that kernels add to
 COUNTER_JOINED, COUNTER_PREFETCHED = COUNTER_BYTES, COUNTER_BYTES + 8
 _WORDS = COUNTER_BYTES // 8 + 2
+_NO_BYTES = StoreBytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class CacheStats:
         device: CUDA ordinal, or None for a cache in host memory.
         capacity: rows that the cache has room for.
         resident: rows that it held when it was last filled or refreshed.
-        bytes: bytes of memory that it takes, with the workspaces of lookups so far.
+        bytes: bytes that it takes where it is, with the workspaces of lookups so far.
         calls: lookups.
         keys: keys that lookups asked for.
         misses: keys that were not in the cache.
@@ -46,6 +49,7 @@ class CacheStats:
         refused: insertion candidates that the policy did not admit.
         staged: lookups whose missed rows were gathered by host threads (``miss_path``).
         index_mirror_bytes: of ``bytes``, those of the index mirror that misses are looked up in now, or 0.
+        memory: bytes that it takes, by what they are for; ``TablePlan.cache`` is the plan of the same.
         policy: name of the cache policy.
     """
 
@@ -63,6 +67,7 @@ class CacheStats:
     refused: int
     staged: int
     index_mirror_bytes: int
+    memory: CacheMemory
     policy: str
 
     @property
@@ -94,6 +99,8 @@ class TableStats:
         joined: keys that no slower tier was asked for, as another lookup was just asking for them.
         prefetched: rows that ``prefetch`` found in slower tiers.
         version: number of the model's content, 1 at first and one more with each replacement.
+        memory: bytes of host memory that the rows take, by what they are for, with memory for more rows; ``TablePlan.host``
+            is the plan of the same.
         caches: what each cache did, one a device; ``keys``, ``calls`` and hits above count their lookups too.
     """
 
@@ -112,6 +119,7 @@ class TableStats:
     version: int
     joined: int = 0
     prefetched: int = 0
+    memory: StoreBytes = _NO_BYTES
     caches: tuple[CacheStats, ...] = ()
 
     @property
@@ -188,6 +196,7 @@ class Counters:
         size: int,
         evicted: int,
         version: int,
+        memory: StoreBytes = _NO_BYTES,
         caches: tuple[CacheStats, ...] = (),
         has_slower_tiers: bool = False,
     ) -> TableStats:
@@ -215,5 +224,6 @@ class Counters:
             version=version,
             joined=self._get(COUNTER_JOINED),
             prefetched=self._get(COUNTER_PREFETCHED),
+            memory=memory,
             caches=caches,
         )

@@ -20,11 +20,12 @@ from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import COUNTER_ABSENT
 from hps_numba.server.slow_path import Background, SlowPath, SlowPathOptions
 from hps_numba.server.stats import Counters, TableStats
-from hps_numba.server.table_caches import TableCaches
+from hps_numba.server.table_caches import GroupBytes, TableCaches
 from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.host.content import address_of, apart
 from hps_numba.storage.host.pooling import Bags, pool_bags
 from hps_numba.storage.host.store import HostStore
+from hps_numba.storage.host.store_bytes import StoreBytes
 from hps_numba.storage.tier_stack import TierStack
 
 __all__ = ["ServedTable"]
@@ -165,16 +166,20 @@ class ServedTable:
             out_type="float32" if cache.device is None else self.output_type,
         )
 
-    def stats(self, version: int) -> TableStats:
-        """Counts since the server started; ``version`` is that of the model's content."""
+    def stats(self, version: int, group_bytes: GroupBytes) -> TableStats:
+        """Counts since the server started; ``version`` is that of the model's content.
+
+        ``group_bytes``: what its lookups of several tables take for a cache.
+        """
         store = self.store
         return self._counters.read(
             model=self.spec.model,
             table=self.spec.name,
             rows=0 if store is None else len(store),
             size=0 if store is None else store.bytes,
+            memory=StoreBytes() if store is None else store.sizes,
             evicted=0 if store is None else store.evicted,
             version=version,
-            caches=() if self.caches is None else self.caches.stats(),
+            caches=() if self.caches is None else self.caches.stats(group_bytes),
             has_slower_tiers=self.slow_path is not None,
         )

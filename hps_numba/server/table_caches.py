@@ -11,12 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
 from hps_numba import plugins
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.parts import CacheParts
+from hps_numba.cache.promised import promise
 from hps_numba.cache.sizing import CacheShape
 from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.config import ModelConfig, TableSpec
@@ -31,6 +33,8 @@ _POLICIES = "hps_numba.kernels.policies"
 log = logging.getLogger(__name__)
 Fetch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From int64 keys ``[n]`` to (bool ``[n]`` found, float32 rows ``[n, dim]``), from the slower tiers."""
+GroupBytes = Callable[[EmbeddingCache], tuple[int, int]]
+"""Bytes of lookups of several tables for a cache: of workspaces, and of those that graphs keep."""
 
 
 class TableCaches:
@@ -40,7 +44,7 @@ class TableCaches:
         spec: the table.   model: config of its model.   shape: of each cache.
         devices: CUDA ordinals, or ``(None,)`` for a cache in host memory.
         policy: decides which entry a dynamic cache evicts.   store: the rows in host memory, if they are kept there.
-        switch: of the versions of the model.
+        switch: of the versions of the model.   planned_bytes: that each cache will take (``cache.promised``).
 
     Raises:
         CapacityError: no memory for a cache.   PolicyError: the policy does not compile.
@@ -57,6 +61,7 @@ class TableCaches:
         policy: Policy,
         store: HostStore | None,
         switch: VersionSwitch,
+        planned_bytes: int = 0,
     ) -> None:
         self.spec = spec
         self._fills_at_start = model.init_ec or shape.kind != "dynamic"
@@ -68,6 +73,8 @@ class TableCaches:
             for device in devices:
                 cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store, switch)
                 undo.callback(cache.close)
+                if device is not None:
+                    promise(device, cache.parts, planned_bytes)
                 if not plugins.is_built_in(_POLICIES, policy.name):  # compiled, or refused, at the start
                     cache.compile_policy()
             undo.pop_all()
@@ -216,9 +223,9 @@ class TableCaches:
         if drop and not found.all():
             cache.erase(absent[~found])
 
-    def stats(self) -> tuple[CacheStats, ...]:
+    def stats(self, group_bytes: GroupBytes) -> tuple[CacheStats, ...]:
         """A snapshot of each cache."""
-        return tuple(_stats_of(cache, self._resident.get(device, 0)) for device, cache in self._caches.items())
+        return tuple(_stats_of(cache, self._resident.get(device, 0), group_bytes) for device, cache in self._caches.items())
 
     def close(self) -> None:
         """Free all memory, after the lookups in progress."""
@@ -250,16 +257,19 @@ def _open_cache(
         pagelock=model.enable_pagelock and shape.kind == "static",
         miss_path=model.miss_path,
         switch=switch,
+        keys=spec.max_keys,
     )
 
 
-def _stats_of(cache: EmbeddingCache, resident: int) -> CacheStats:
-    counts = cache.counters()
+def _stats_of(cache: EmbeddingCache, resident: int, group_bytes: GroupBytes) -> CacheStats:
+    counts, memory = cache.counters(), cache.memory
+    of_groups, of_graphs = group_bytes(cache)
+    memory = replace(memory, group_workspaces=of_groups, graphs=memory.graphs + of_graphs)
     return CacheStats(
         device=cache.device,
         capacity=cache.capacity,
         resident=resident,
-        bytes=cache.bytes,
+        bytes=memory.bytes,
         calls=counts.calls,
         keys=counts.keys,
         misses=counts.misses,
@@ -270,5 +280,6 @@ def _stats_of(cache: EmbeddingCache, resident: int) -> CacheStats:
         refused=counts.refused,
         staged=counts.staged,
         index_mirror_bytes=cache.index_mirror_bytes,
+        memory=memory,
         policy=cache.policy.name,
     )

@@ -33,7 +33,7 @@ from hps_numba.errors import CapacityError, ClosedError, DeviceError
 from hps_numba.kernels.layouts.cache import DESC_BLOCK, GUARD_ENTERED, GUARD_LEFT, STATE_BYTES, STATE_HOST
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes, lines_for
 from hps_numba.kernels.policies._policy import Policy
-from hps_numba.server.plan import make_plan
+from hps_numba.server.plan import DeviceRoom, make_plan
 from hps_numba.storage.host import store as host_store
 from hps_numba.storage.host import writing
 from hps_numba.storage.host.epochs import Epochs
@@ -598,6 +598,7 @@ def test_plan_shows_bytes_of_mirrors(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: dict[str, Any], copies: bool
 ) -> None:
     monkeypatch.setattr(driver, "device_count", lambda: 2)
+    monkeypatch.setattr("hps_numba.server.plan.room_on", lambda device: DeviceRoom(total=16 << 30, free=15 << 30))
     model = workshop.model((range(1000), 4), (range(500), 4), **{"deployed_device_list": [1], "gpucacheper": 0.2} | entry)
     planned = make_plan(read_config({"supportlonglong": True, "models": [model]}))
     expected = [index_bytes(lines_for(rows)) if copies else 0 for rows in (1000, 500)]

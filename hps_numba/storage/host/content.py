@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from hps_numba.kernels.layouts.host_store import (
     lines_for,
 )
 from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.store_bytes import StoreBytes, plan_store
 
 __all__ = ["TableContent", "address_of", "apart", "content_bytes", "entries_of"]
 
@@ -62,7 +64,7 @@ def apart(array: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 def content_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
     """Bytes that a table of ``rows`` distinct keys takes: rows, index and, if kept, recency words."""
-    return rows * 4 * dim + index_bytes(lines_for(rows)) + (8 * rows if recency != RECENCY_NONE else 0)
+    return plan_store(rows, dim, recency).bytes
 
 
 def entries_of(block: int) -> int:
@@ -136,6 +138,17 @@ class TableContent:
         """Bytes in use: slots ever written, index, recency words."""
         per_slot = self.row_bytes + (8 if self._recency is not None else 0)
         return int(self.state[STATE_NEXT_SLOT]) * per_slot + self.index.committed
+
+    @property
+    def sizes(self) -> StoreBytes:
+        """All bytes that it takes, by what they are for."""
+        recency = 0 if self._recency is None else self._recency.committed
+        used = StoreBytes(
+            rows=min(self.slots * self.row_bytes, self._rows.committed),
+            index=sum(index.committed for index in tuple(self._indexes)),
+            recency=min(8 * self.slots, recency),
+        )
+        return replace(used, spare=self._rows.committed - used.rows + recency - used.recency)
 
     @property
     def slots(self) -> int:

@@ -33,6 +33,7 @@ from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.memory import PrivateMemory, StoreMemory
 from hps_numba.storage.host.pooling import Bags, Missing
 from hps_numba.storage.host.reading import StoreReader
+from hps_numba.storage.host.store_bytes import StoreBytes
 from hps_numba.storage.host.writing import StoreWriter
 
 __all__ = ["HostStore"]
@@ -213,6 +214,11 @@ class HostStore:
     def bytes(self) -> int:
         """Bytes of host memory in use."""
         return self.versions.current.bytes
+
+    @property
+    def sizes(self) -> StoreBytes:
+        """All bytes of host memory that it takes, by what they are for; also those of versions that readers still hold."""
+        return self.versions.sizes
 
     @property
     def slots(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hps_numba.storage.host.content import TableContent
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.header import StoreHeader
+from hps_numba.storage.host.store_bytes import StoreBytes
 
 __all__ = ["Versions"]
 
@@ -38,6 +39,11 @@ class Versions:
     def retired(self) -> int:
         """Number of versions whose memory waits for readers."""
         return len(self._retired)
+
+    @property
+    def sizes(self) -> StoreBytes:
+        """Bytes of all versions, by what they are for."""
+        return sum((version.sizes for _, version in tuple(self._retired)), self.current.sizes)
 
     def swap(self, new: TableContent) -> None:
         """Use ``new`` from now on, at once for all readers; ``retire`` the old one next."""

@@ -46,6 +46,7 @@ from hps_numba.kernels.layouts.host_store import (
 )
 from hps_numba.storage.host.content import TableContent, entries_of
 from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.store_bytes import StoreBytes
 from hps_numba.storage.shared.layout import (
     BATCHES,
     C_BATCH_LIST,
@@ -65,7 +66,7 @@ from hps_numba.storage.shared.regions import Regions
 from hps_numba.storage.shared.segment import Segment
 from hps_numba.storage.shared.segment_file import word_view
 
-__all__ = ["SharedContent", "SharedIndex", "index_offset", "shared_bytes"]
+__all__ = ["SharedContent", "SharedIndex", "index_offset", "plan_shared", "shared_bytes"]
 
 _MIN_SLACK, _MAX_SLACK = 64, 65536
 
@@ -87,9 +88,15 @@ def _limit_for(rows: int) -> int:
 
 def shared_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
     """Bytes of the segment that a table takes when so many distinct rows are loaded."""
+    return plan_shared(rows, dim, recency).bytes
+
+
+def plan_shared(rows: int, dim: int, recency: int = RECENCY_NONE) -> StoreBytes:
+    """``shared_bytes``, by what they are for."""
     limit = _limit_for(rows)
-    pages = -(-_table_bytes(limit, recency) // PAGE) + -(-4 * dim * limit // PAGE)
-    return pages * PAGE
+    row_bytes = -(-4 * dim * limit // PAGE) * PAGE
+    index = -(-_table_bytes(limit, recency) // PAGE) * PAGE
+    return StoreBytes(rows=4 * dim * rows, index=index, spare=row_bytes - 4 * dim * rows)
 
 
 class SharedIndex:
@@ -205,6 +212,11 @@ class SharedContent(TableContent):
     def bytes(self) -> int:
         """Bytes in use: slots ever written, and the table region."""
         return int(self.state[STATE_NEXT_SLOT]) * self.row_bytes + self.index.committed
+
+    @property
+    def sizes(self) -> StoreBytes:
+        rows = int(self.state[STATE_NEXT_SLOT]) * self.row_bytes
+        return StoreBytes(rows=rows, index=self.index.committed, spare=self._space.size(self._index.rows) - rows)
 
     # -- slots --------------------------------------------------------------------------------------------------------------
 

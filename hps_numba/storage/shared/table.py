@@ -19,6 +19,7 @@ from hps_numba.kernels.layouts.host_store import META_GENERATION
 from hps_numba.runtime.reentry import reentry_error
 from hps_numba.storage.host.content import TableContent, address_of
 from hps_numba.storage.host.header import StoreHeader
+from hps_numba.storage.host.store_bytes import StoreBytes
 from hps_numba.storage.host.versions import Versions
 from hps_numba.storage.host.write_lock import WriteLock
 from hps_numba.storage.shared.content import SharedContent
@@ -160,6 +161,10 @@ class SharedVersions(Versions):
             with self._epochs.reading():
                 seen = self._seen = SharedContent.find(self._segment, self._regions, self._header.block, self._name)
         return seen
+
+    @property
+    def sizes(self) -> StoreBytes:
+        return self.current.sizes
 
     @property
     def retired(self) -> int:
