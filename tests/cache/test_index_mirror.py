@@ -569,6 +569,14 @@ def test_mirror_leaves_as_much_memory_free(monkeypatch: pytest.MonkeyPatch, capl
     copy.close()
 
 
+def test_mirror_leaves_what_caches_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = limited(monkeypatch, total=16_000, free=1600)
+    monkeypatch.setattr(index_mirror, "promised_bytes", lambda ordinal: 100)
+    assert not copy._has_room(501)  # 1000 are left free
+    assert copy._has_room(500)
+    copy.close()
+
+
 def test_lookups_work_without_memory_for_a_mirror(bench: CopyBench, monkeypatch: pytest.MonkeyPatch) -> None:
     store = bench.store(range(100))
     cache = bench.cache(store, 20)
