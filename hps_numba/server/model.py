@@ -336,12 +336,8 @@ class ServedModel:
 
     # -- sizes ---------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """Bytes that the tables take, from the sizes of their sparse models."""
-        return plan_of(self.table_plans(), taken=self.device_bytes)
-
     def table_plans(self) -> list[TablePlan]:
-        """The plan of each table, with the policies that are in force."""
+        """Bytes that each table takes, from the size of its sparse model, with the policy that is in force."""
         return plan_tables(self.config, [table.spec for table in self.tables], self._policies_in_force())
 
     def _policies_in_force(self) -> list[Policy | None]:

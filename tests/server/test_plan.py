@@ -151,7 +151,7 @@ def test_plan_is_exactly_what_is_allocated(on_cpu: Service, monkeypatch: pytest.
     assert planned == taken == before
     assert counted.bytes == planned.bytes == cache_of(server).bytes
     assert planned.pinned_bytes == 0  # in host memory it is memory like any other
-    of_rows = server.plan().tables[0]
+    (of_rows,) = server.plan().tables
     assert of_rows.host == stats_of(server).memory
     assert server.plan().host_bytes == of_rows.host_bytes + planned.bytes
 
@@ -376,6 +376,7 @@ def test_gpu_plan_is_what_a_device_gives(workshop: Workshop, blocks: list[int], 
     pinned = taken.pinned_staging - planned.pinned_staging  # in whole pages
     assert asdict(taken) == {**asdict(planned), "pinned_staging": planned.pinned_staging + pinned} and 0 <= pinned <= 4 * 4096
     assert at_start.device_bytes == {0: planned.bytes}
+    assert at_start.tables[0].host == stats_of(server).memory
     assert abs(measured - planned.bytes) <= 0.05 * planned.bytes + BLOCK * (len(blocks) - taken_blocks)
     assert promised_bytes(0) == 0
 

@@ -46,6 +46,7 @@ def test_two_servers_serve_from_one_copy(workshop: Workshop, name: str) -> None:
     peer = Peer(config=config)
     assert segment.present_bytes(name) == taken
     (stats,) = first.stats()["m"].values()
+    assert stats.memory == planned.host
     assert peer.do("stats", table="m") == [stats.rows, stats.bytes] == [30_000, stats.bytes]
     assert_same_bits(peer.rows("m", keys[:9]), rows_of(keys[:9], 16))
     newer = rows_of(keys[:9], 16, 1)

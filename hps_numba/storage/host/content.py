@@ -43,9 +43,9 @@ from hps_numba.kernels.layouts.host_store import (
     lines_for,
 )
 from hps_numba.storage.host.epochs import Epochs
-from hps_numba.storage.host.store_bytes import StoreBytes, plan_store
+from hps_numba.storage.host.store_bytes import StoreBytes
 
-__all__ = ["TableContent", "address_of", "apart", "content_bytes", "entries_of"]
+__all__ = ["TableContent", "address_of", "apart", "entries_of"]
 
 
 _generations = itertools.count(1)
@@ -60,11 +60,6 @@ def address_of(array: np.ndarray) -> int:
 def apart(array: np.ndarray, out: np.ndarray) -> np.ndarray:
     """``array``, or a copy if it has memory in common with an array that is written while it is read; both contiguous."""
     return array.copy() if np.may_share_memory(array, out) else array
-
-
-def content_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
-    """Bytes that a table of ``rows`` distinct keys takes: rows, index and, if kept, recency words."""
-    return plan_store(rows, dim, recency).bytes
 
 
 def entries_of(block: int) -> int:

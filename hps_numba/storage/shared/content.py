@@ -66,7 +66,7 @@ from hps_numba.storage.shared.regions import Regions
 from hps_numba.storage.shared.segment import Segment
 from hps_numba.storage.shared.segment_file import word_view
 
-__all__ = ["SharedContent", "SharedIndex", "index_offset", "plan_shared", "shared_bytes"]
+__all__ = ["SharedContent", "SharedIndex", "index_offset", "plan_shared"]
 
 _MIN_SLACK, _MAX_SLACK = 64, 65536
 
@@ -86,13 +86,8 @@ def _limit_for(rows: int) -> int:
     return rows + min(_MAX_SLACK, max(_MIN_SLACK, rows // 8))
 
 
-def shared_bytes(rows: int, dim: int, recency: int = RECENCY_NONE) -> int:
-    """Bytes of the segment that a table takes when so many distinct rows are loaded."""
-    return plan_shared(rows, dim, recency).bytes
-
-
 def plan_shared(rows: int, dim: int, recency: int = RECENCY_NONE) -> StoreBytes:
-    """``shared_bytes``, by what they are for."""
+    """What a table takes of the segment when so many distinct rows are loaded."""
     limit = _limit_for(rows)
     row_bytes = -(-4 * dim * limit // PAGE) * PAGE
     index = -(-_table_bytes(limit, recency) // PAGE) * PAGE

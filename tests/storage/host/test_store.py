@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hps_numba.device.host_memory import PlainHostAllocator
 from hps_numba.errors import CapacityError, ClosedError, HpsError
 from hps_numba.kernels.layouts.host_store import DEFAULT_LOAD, MAX_LOAD
-from hps_numba.storage.host.content import content_bytes
 from hps_numba.storage.host.store import HostStore
+from hps_numba.storage.host.store_bytes import plan_store
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32 - 1, 2**32, 2**31]
 keys_strategy = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(0, 40), st.sampled_from(EXTREMES))
@@ -165,7 +165,7 @@ def test_growth_keeps_load_and_frees_old_indexes():
     out = np.empty((100_000, 4), np.float32)
     assert store.lookup(np.arange(100_000), out) == 0
     assert np.array_equal(out, rows_for(range(100_000), 4))
-    assert allocator.in_use < content_bytes(100_000, 4) * 1.5 + (2 << 20)
+    assert allocator.in_use < plan_store(100_000, 4).bytes * 1.5 + (2 << 20)
 
 
 def test_updating_one_key_repeatedly_takes_no_more_memory():
@@ -200,8 +200,8 @@ def test_a_filled_version_takes_the_planned_memory():
     content.rows_view(0, 10_000)[:] = rows_for(range(10_000), 16)
     content.fill(np.arange(10_000), 1)
     store.replace(content)
-    assert store.bytes == content_bytes(10_000, 16)
-    assert allocator.in_use == pytest.approx(content_bytes(10_000, 16), abs=empty)
+    assert store.bytes == plan_store(10_000, 16).bytes
+    assert allocator.in_use == pytest.approx(plan_store(10_000, 16).bytes, abs=empty)
     assert store.index_load == pytest.approx(DEFAULT_LOAD, rel=0.01)
     store.clear()
     assert len(store) == 0 and allocator.in_use <= empty
