@@ -34,7 +34,8 @@ class CacheMemory:
         policy: counts of hits, states of sets and the frequency sketch of the policy. Counts of hits stay if another policy
             comes that has no use for them.
         index_mirror: the copy of the host store's index (``miss_path`` auto).
-        workspaces: buffers of lookups, as many as there are worker buffers.
+        workspaces: buffers of lookups, as many as there are worker buffers. Each stream of a static or uvm cache may have one
+            beyond that, up to 64; they are small unless batches have 131,072 keys or there are slower tiers.
         group_workspaces: buffers of lookups of several tables in one launch (``lookup_many``).
         graphs: buffers that captured CUDA graphs keep.
         staging: lists of missed keys that host threads gather (``miss_path`` staged).

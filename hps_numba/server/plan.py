@@ -1,8 +1,9 @@
 """How many bytes a config will take, computed before anything is allocated.
 
 What is not in a plan: the context of the CUDA driver, which is on a device before its free bytes are asked for, the code of
-kernels (some MiB a device), answers and whatever else belongs to callers, memory of slower tiers, and the interpreter. Devices
-hand out memory in blocks of 2 MiB, so that many small tables may take a little more than is planned.
+kernels (some MiB a device), answers and whatever else belongs to callers, arguments of a write while it runs, memory of slower
+tiers, and the interpreter. Devices hand out memory in blocks of 2 MiB, so that many small tables may take a little more than is
+planned.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from hps_numba.cache.workspace import Workspace
 from hps_numba.cli.plan import _show
 from hps_numba.device import driver
 from hps_numba.device import memory as device_memory
+from hps_numba.device.host_memory import PinnedHostAllocator
 from hps_numba.errors import CapacityError
 from hps_numba.server.plan import DeviceRoom, make_plan
 
@@ -216,6 +218,26 @@ def played_devices(monkeypatch: pytest.MonkeyPatch, room: DeviceRoom) -> None:
     monkeypatch.setattr("hps_numba.server.plan.room_on", lambda device: room if device < 2 else None)
 
 
+def on_played_device(monkeypatch: pytest.MonkeyPatch, room: DeviceRoom) -> None:
+    """Let caches of device 0 live in memory of the process, which nothing pins."""
+
+    def backend_for(device: int | None) -> CpuBackend:
+        backend = CpuBackend()
+        backend.ordinal = device
+        return backend
+
+    monkeypatch.setattr(driver, "device_count", lambda: 1)
+    monkeypatch.setattr("hps_numba.cache.parts.backend_for", backend_for)
+    monkeypatch.setattr(CpuBackend, "kernel", lambda backend, spec: IdleKernel())
+    monkeypatch.setattr(driver, "check_device", lambda device: None)
+    monkeypatch.setattr(driver, "device_info", lambda device: SimpleNamespace(total_bytes=room.total))
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: room.free)
+    monkeypatch.setattr(
+        "hps_numba.server.model_loader.PinnedHostAllocator",
+        lambda: PinnedHostAllocator(lambda address, size: None, lambda address: None),
+    )
+
+
 def device_plan(workshop: Workshop, *tables: tuple[Any, int], top: Any = None, **entry: Any) -> hps_numba.Plan:
     model = workshop.model(*tables, **{"deployed_device_list": [0, 1], "max_batch_size": 1024, **entry})
     return make_plan(read_config({"supportlonglong": True, "models": [model], **(top or {})}))
@@ -242,6 +264,54 @@ def test_pinned_memory_of_devices_counts_as_host_memory(workshop: Workshop, monk
     assert plan.host_bytes == table.host_bytes + plan.pinned_bytes
     staged = device_plan(workshop, (range(1000), 16), miss_path="staged").tables[0].cache
     assert staged.pinned_staging > 3 * 2048 * 64 and staged.staging > 16 * 2048 and staged.index_mirror == 0
+
+
+@each_case
+def test_plan_of_a_device_is_exactly_what_is_allocated(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:  # P7
+    """On a device that there is not: its memory is that of the process, and its kernels do nothing."""
+    case, counted = CASES[name], Counted(monkeypatch)
+    on_played_device(monkeypatch, DeviceRoom(64 << 30, 60 << 30))
+    server = case.open(Service(workshop, 0), case.rows)
+    before, _ = planned_and_taken(server)
+    cache = served_table(server).cache_on(0)
+    assert cache is not None
+    keys, out = np.arange(case.keys) % case.rows, np.empty((case.keys, case.dim), np.float32)
+    absent = np.empty(1 + case.keys, np.int64)
+    at = [array.__array_interface__["data"][0] for array in (keys, out, absent)]
+    at_once(monkeypatch, case.buffers, lambda: cache.lookup(at[0], len(keys), at[1], 0, absent_list=at[2] if case.cold else 0))
+    if case.cold:
+        cache.insert(keys, out)
+    wait_for_mirror(server)
+    planned, taken = planned_and_taken(server)
+    assert planned == taken == before
+    assert counted.bytes == planned.bytes + planned.pinned_bytes
+    assert (planned.index_mirror > 0) == (
+        name in ("lru", "two_buffers", "counts", "sketch", "sets", "by_bytes", "slower_tiers")
+    )
+    assert promised_bytes(0) == 0
+    assert server.plan().device_bytes == {0: planned.bytes}
+    assert server.plan().tables[0].host == stats_of(server).memory
+    server.close()
+
+
+def test_promised_memory_is_not_free_for_one_more_model(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_played_device(monkeypatch, DeviceRoom(64 << 30, 60 << 30))
+    server = Service(workshop, 0).open((range(1000), 16), max_batch_size=1 << 16)
+    promised = promised_bytes(0)
+    assert promised == server.plan().tables[0].cache.workspaces > MIB
+    more = workshop.model((range(1000), 16), name="n", deployed_device_list=[0], max_batch_size=1 << 16)
+    needed = make_plan(read_config({"supportlonglong": True, "models": [more]})).devices[0].needed_bytes
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: promised + needed - 1)
+    with pytest.raises(CapacityError, match="of device 0"):
+        server.load_model(more)
+    assert server.models == ("m",) and promised_bytes(0) == promised
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: promised + needed)
+    server.load_model(more)
+    assert promised_bytes(0) == 2 * promised
+    server.close()
+    assert promised_bytes(0) == 0
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------
@@ -411,20 +481,3 @@ def test_gpu_lookups_of_several_tables_and_graphs_take_what_is_planned(workshop:
     assert [cache.memory.workspaces for cache in caches] == [plan.cache.workspaces for plan in plans]
     assert [cache.memory.group_workspaces for cache in caches] == [plan.group_bytes for plan in plans]
     assert [cache.memory.graphs for cache in caches] == [plans[0].graph_bytes, 0]
-
-
-@pytest.mark.gpu
-def test_gpu_a_model_that_does_not_fit_beside_promised_memory_is_refused(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service = Service(workshop, 0)
-    server = service.open((range(1000), 16), max_batch_size=1 << 16)
-    promised = promised_bytes(0)
-    assert promised == server.plan().tables[0].cache.workspaces > MIB
-    more = workshop.model((range(1000), 16), name="n", deployed_device_list=[0], max_batch_size=1 << 16)
-    needed = make_plan(read_config({"supportlonglong": True, "models": [more]})).devices[0].needed_bytes
-    monkeypatch.setattr(device_memory, "free_bytes", lambda device: promised + needed - 1)
-    with pytest.raises(CapacityError, match="of device 0"):
-        server.load_model(more)
-    monkeypatch.setattr(device_memory, "free_bytes", lambda device: promised + needed)
-    server.load_model(more)
