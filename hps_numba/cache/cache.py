@@ -235,6 +235,14 @@ class EmbeddingCache:
         """
         self.parts.changes.update(keys, rows)
 
+    def take_written(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """``update`` with the rows that the store was just given, and no other write since.
+
+        Args:
+            keys: distinct, int64 ``[n]``.   rows: float32 ``[n, dim]``, contiguous; read until this returns.
+        """
+        self.parts.changes.take_written(keys, rows)
+
     def erase(self, keys: np.ndarray) -> int:
         """Drop those keys that the cache has; returns how many. Done when this returns."""
         return self.parts.changes.erase(keys)

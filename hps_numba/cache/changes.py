@@ -18,6 +18,8 @@ from hps_numba.kernels.layouts.cache import CLEARED, STATE_CHANGES, STATE_COUNT
 
 __all__ = ["Changes", "range_of_sets"]
 
+_PART_BYTES = 64 << 20  # of rows that are sent to a device at a time
+
 
 def range_of_sets(geometry: CacheGeometry, first: int, stop: int | None) -> tuple[int, int]:
     """A range of sets of a cache; ``stop`` None: to the last.
@@ -65,6 +67,19 @@ class Changes:
         last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
         with self._lifecycle.controlled(), self._state.copies(keys[last], rows[last]) as (address, source):
             self._update(address, len(last), source)
+
+    def take_written(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """``EmbeddingCache.take_written``: a part at a time, so that a device needs little memory for it."""
+        name, dim = self._geometry.name, self._geometry.dim
+        keys = contiguous_keys(name, keys)
+        rows = contiguous_rows(name, rows, len(keys), dim)
+        step = max(1, _PART_BYTES // (4 * dim))
+        with self._lifecycle.controlled():
+            for start in range(0, len(keys), step):
+                part = slice(start, start + step)
+                with self._state.copies(keys[part], rows[part]) as (address, source):
+                    self._update(address, len(keys[part]), source)
+            self._residency.store_changed()
 
     def _update(self, keys: int, n: int, source: int) -> None:
         self._run("update_kernel", n, *self._state.kernel_args, keys, n, source, 4 * self._geometry.dim, 1)

@@ -17,6 +17,8 @@ from hps_numba.server.catalog import Catalog
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.lookups import Lookups
 from hps_numba.server.recordings import Recordings
+from hps_numba.server.table_writes import RowsChange
+from hps_numba.server.writes import Writes
 
 __all__ = ["DirectAccess"]
 
@@ -30,12 +32,12 @@ class DirectAccess:
         key_bits: of the server's keys: 64 or 32 (``supportlonglong``).
         recordings: while ``recordings.active`` is not empty, keys are being recorded (``record_trace``): whoever keeps a cache
             asks the server instead.
-        lookup_into: see below.
+        lookup_into, rewrite: see below.
 
     Thread safety: every method.
     """
 
-    def __init__(self, catalog: Catalog, lookups: Lookups, recordings: Recordings) -> None:
+    def __init__(self, catalog: Catalog, lookups: Lookups, recordings: Recordings, writes: Writes) -> None:
         self._catalog = catalog
         self.key_bits = catalog.key_bits
         self.recordings = recordings
@@ -43,6 +45,10 @@ class DirectAccess:
         #: ``out``, float32 ``S + (dim,)``, contiguous, whatever the model's ``output_dtype``. Raises as ``HPS.lookup``, and
         #: ArrayError for ``out``.
         self.lookup_into: Callable[[np.ndarray, str, int | str, np.ndarray], None] = lookups.lookup_into
+        #: ``rewrite(keys, change, model_name, table_id)``: as ``HPS.read_modify_write`` of int64 keys ``[n]``, which nobody
+        #: changes meanwhile, but the change gets the addresses of rows (``server.table_writes.RowsChange``), and if host memory
+        #: is the only tier, all new rows are seen or none.
+        self.rewrite: Callable[[np.ndarray, RowsChange, str, int | str], int] = writes.rewrite
 
     def table_spec(self, model_name: str, table_id: int | str) -> TableSpec:
         """Name, width and default value of a table.

@@ -75,7 +75,7 @@ class HPS:
         self._lookups = Lookups(catalog, self._recordings)
         self._loader = ModelLoader(self.config, catalog, strict=strict, allow_code=allow_code, progress=progress)
         self._writes = Writes(catalog, self._loader.fastest_tier, self.config.volatile_db.max_batch_size)
-        self.direct = DirectAccess(catalog, self._lookups, self._recordings)
+        self.direct = DirectAccess(catalog, self._lookups, self._recordings, self._writes)
         try:
             self._loader.load_all()
         except BaseException:

@@ -2,7 +2,8 @@
 
 A write to the table reaches every cache before the call that made it returns (``reload``). A cache reads the new row from the
 host store, under the lock of its set, and does not take it from the caller: two writes of one key may reach a device in either
-order, and in the end the cache holds what the host store has.
+order, and in the end the cache holds what the host store has. A caller that keeps other writes away until the caches are done,
+and has the rows in one array, may hand them over: reads over the bus row by row are limited by the translation of addresses.
 """
 
 from __future__ import annotations
@@ -116,13 +117,19 @@ class TableCaches:
         for cache, change in changes:
             cache.adopt_policy(change)
 
-    def reload(self, keys: np.ndarray) -> None:
-        """Read the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand."""
+    def reload(self, keys: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Read the rows of int64 ``keys`` from the host store again; those it lacks are dropped, and fetched on demand.
+
+        ``rows``: what the store has for ``keys``, which are distinct, if the caller knows that no other write can come before
+        this returns: then a cache needs not read it row by row.
+        """
         for cache in self:
             if self._store is None:
                 cache.erase(keys)
-            else:
+            elif rows is None:
                 cache.update(keys)
+            else:
+                cache.take_written(keys, rows)
 
     def stand_ins(self, store: HostStore | None) -> dict[int, CacheParts]:
         """What answers instead of each cache, from another store, while the rows of the caches are replaced; to be closed.

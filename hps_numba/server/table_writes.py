@@ -14,25 +14,33 @@ in the other. Choice: a lock of all processes for the table, around the whole wr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
 
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
-from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.errors import CapacityError, TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.server.evictions import Evictions
 from hps_numba.server.table_caches import TableCaches
+from hps_numba.storage.host.bulk import Rewrite
+from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
 
-__all__ = ["Change", "TableWrites"]
+__all__ = ["Change", "RowsChange", "TableWrites"]
 
 Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From float32 rows ``[n, dim]``, a copy that it may change, and bool ``[n]``, which of them exist, to new rows."""
+
+RowsChange = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
+"""Of int64 ``[n]``, the addresses of rows (the table's default value, or 0, where there is none), int64 ``[n]``, the
+addresses where it writes new ones, which may be the same, and bool ``[n]``, which rows exist. All are its own to change. It may
+return the new rows, float32 ``[n, dim]``, if it has them in one array anyway: caches then need not read them again.
+"""
 
 
 class TableWrites:
@@ -95,8 +103,11 @@ class TableWrites:
             yield
 
     @contextmanager
-    def paused(self, keys: np.ndarray | None = None) -> Iterator[None]:
-        """``changing`` in which this thread may begin another write."""
+    def paused(self, keys: np.ndarray | None = None, written: Sequence[np.ndarray] = ()) -> Iterator[None]:
+        """``changing`` in which this thread may begin another write.
+
+        ``written``: where the block appends the rows that host memory has now for ``keys``, which are distinct; or nothing.
+        """
         with self._lock.mutex:
             write = object()
             try:
@@ -107,7 +118,7 @@ class TableWrites:
                 self._count += 1
                 self._in_progress.pop(write, None)
                 if keys is not None and self.caches is not None:
-                    self.caches.reload(keys)
+                    self.caches.reload(keys, *written)
 
     def settled_count(self) -> int | None:
         """``count``, or None if a write is in progress: rows that are read next may then be older or newer than the count says.
@@ -222,6 +233,41 @@ class TableWrites:
             rows = np.ascontiguousarray(change(*self.read(keys)), np.float32)
             with self.paused(keys):
                 return self._insert(keys, rows)
+
+    def rewrite(self, keys: np.ndarray, change: RowsChange) -> int:
+        """``read_modify_write`` without copies: rows are made where they will be, if host memory is the only tier.
+
+        Then all of the new rows are seen or none. Returns how many keys were new.   Raises as ``read_modify_write``.
+        """
+        self._check_writable()
+        with self._lock.held(), self._alone(), ExitStack() as block:
+            place = self._place_for(keys, block)
+            if place is not None:
+                rows = change(place.sources, place.targets, place.found)
+                written: list[np.ndarray] = []
+                with self.paused(keys, written):
+                    new = place.publish()
+                    written += [] if rows is None else [rows]
+                return new
+            copies, found = self.read(keys)
+            places = address_of(copies) + 4 * self._spec.dim * np.arange(len(keys))
+            change(places, places.copy(), found)
+            with self.paused(keys):
+                return self._insert(keys, copies)
+
+    def _place_for(self, keys: np.ndarray, block: ExitStack) -> Rewrite | None:
+        """Space in host memory for new rows, until the block ends; None if other tiers have rows too, or if there is no space.
+
+        A table with a bound may evict a row between the write of one part of the keys and that of the next; while it is made,
+        a table that processes share would keep the others waiting.
+        """
+        store = self._store
+        if store is None or self._tiers or self._may_evict or store.memory.shared:
+            return None
+        try:
+            return block.enter_context(store.rewriting(keys))
+        except CapacityError:  # a few slots are enough to write row by row
+            return None
 
     def adopt(self, content: HostStore | None) -> None:
         """Replace the rows in host memory by those of another store (None: there are none to replace) and reload the caches.

@@ -20,7 +20,7 @@ from hps_numba.runtime.shielded import Ask, refuse_inside_work, shielded
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.evictions import OnEvict
 from hps_numba.server.table import ServedTable
-from hps_numba.server.table_writes import Change
+from hps_numba.server.table_writes import Change, RowsChange
 from hps_numba.storage.tiers._tier import Tier
 
 __all__ = ["Writes"]
@@ -85,6 +85,16 @@ class Writes:
             return made
 
         return self._shielded(table, lambda ask: table.writes.read_modify_write(flat, partial(new_rows, ask)))
+
+    def rewrite(self, keys: np.ndarray, change: RowsChange, model_name: str, table_id: int | str) -> int:
+        """As ``DirectAccess.rewrite``."""
+        table = self._catalog.table(model_name, table_id)
+
+        def new_rows(ask: Ask, *places: np.ndarray) -> np.ndarray | None:
+            made: np.ndarray | None = ask(lambda: change(*places))
+            return made
+
+        return self._shielded(table, lambda ask: table.writes.rewrite(keys, partial(new_rows, ask)))
 
     @contextmanager
     def locked_table(

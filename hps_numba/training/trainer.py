@@ -1,35 +1,48 @@
 """Optimizer steps on rows of a table, whatever framework the gradients are from.
 
-A step is a write like any other: ``HPS.read_modify_write`` reads the rows past the caches and writes them to every tier and
-every cache before it returns. The optimizer state of a row is kept under the same key in a host store of its own. A row that
-does not exist at its first gradient starts from the initializer, with a fresh state.
+A step is a write like any other: it reads rows past the caches and writes them to every tier and every cache before it
+returns. The optimizer state of a row is kept under the same key in a host store of its own. A row that does not exist at its
+first gradient starts from the initializer, with a fresh state.
+
+One pass makes row and state: it reads them where they are in host memory and writes the new ones, on all threads, to slots
+that no reader knows of; then the rows become visible and after them the states, all or none (``HostStore.rewriting``). Slower
+tiers need the rows in an array, so with those a step reads and writes copies of the rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
 from hps_numba.config.messages import show
-from hps_numba.errors import ConfigError
-from hps_numba.kernels.host.optimizers import adagrad_rows, adam_rows, sgd_rows, sum_rows
+from hps_numba.errors import ArrayError, ConfigError
+from hps_numba.kernels.host.optimizers import BLOCK, adagrad_rows, adam_rows, sgd_rows, sum_rows
 from hps_numba.runtime.interrupts import interrupts_held
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.server.hps import HPS
+from hps_numba.storage.host.bulk import Rewrite
+from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.store import HostStore
 from hps_numba.training.initializers import Initializer, initial_rows
 
-__all__ = ["Adagrad", "Adam", "RowTrainer", "Rule", "Sgd", "create_rows", "summed_rows"]
+__all__ = ["BLOCK", "Adagrad", "Adam", "Places", "RowTrainer", "Rule", "Sgd", "create_rows", "summed_rows"]
 
 _MIN_SWEEP = 4096  # states that are kept without asking whether their rows still exist
+
+
+class Places(NamedTuple):
+    """Where rows are before and after a step: int64 ``[n]`` addresses; a place may be the same before and after."""
+
+    before: np.ndarray
+    after: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -70,16 +83,25 @@ class Rule:
         """The kernel, and its arguments after the range of rows, for step 1, 2, ...."""
         raise NotImplementedError
 
-    def apply(self, rows: np.ndarray, gradients: np.ndarray, state: np.ndarray, step: int) -> None:
-        """Change float32 rows ``[n, dim]`` and their state ``[n, width]`` in place."""
+    def apply(self, rows: Places, states: Places | None, gradients: np.ndarray, step: int, *, keep: bool) -> None:
+        """Make the rows and states after step 1, 2, ... from those before.
+
+        Args:
+            states: None if there are none.   gradients: float32 ``[n, dim]``, contiguous.
+            keep: write the new rows over the gradients too.
+        """
         kernel, settings = self.kernel(step)
+        dim = gradients.shape[1]
+        states = rows if states is None else states  # which the kernel then leaves alone
+        gradient_address = address_of(gradients)
+        row_places, state_places = ([address_of(some) for some in places] for places in (rows, states))
 
         def apply_range(start: int, stop: int) -> int:
-            kernel(rows, gradients, state, start, stop, *settings)
+            kernel(*row_places, gradient_address, dim, *state_places, start, stop, keep, *settings)
             return stop - start
 
-        if len(rows):
-            run_ranges(apply_range, ranges_of(len(rows), 8 * rows.shape[1] + 4 * state.shape[1]))
+        if len(gradients):
+            run_ranges(apply_range, ranges_of(len(gradients), 12 * dim + 8 * self.width(dim)))
 
 
 @dataclass(frozen=True)
@@ -157,6 +179,7 @@ class RowTrainer:
         self.initializer = initializer
         self.steps = 0
         self._states = self._new_states()
+        self._fresh_state = np.full(rule.width(self.spec.dim), rule.fresh, np.float32)
         self._sweep_at = _MIN_SWEEP
         self._lock = ExclusiveLock(f"{self.spec.tag}: {rule.name}")
         self._states_lock = ExclusiveLock(f"{self.spec.tag}: {rule.name}")  # inside the other; changes while steps are paused
@@ -165,15 +188,16 @@ class RowTrainer:
         width = self.rule.width(self.spec.dim)
         return HostStore(width, name=f"{self.spec.tag}: {self.rule.name}") if width else None
 
-    def step(self, keys: np.ndarray, gradients: np.ndarray, rule: Rule | None = None) -> None:
+    def step(self, keys: np.ndarray, gradients: np.ndarray, rule: Rule | None = None, *, overwrite: bool = False) -> None:
         """Change the rows of some keys by their gradients.
 
         Args:
             keys: distinct, int64 ``[n]``.   gradients: float32 ``[n, dim]``.
             rule: the trainer's with other settings, or None: the trainer's.
+            overwrite: ``gradients``, if contiguous, may be overwritten; new rows are then sent to devices from there.
 
         Raises:
-            ConfigError: ``rule`` is of another class.
+            ConfigError: ``rule`` is of another class.   ArrayError: gradients of another shape.
             ReentryError: from inside another step of this thread.
             Otherwise as ``HPS.read_modify_write``; states are as before, and rows as its errors say.
             KeyboardInterrupt: the step was taken. A second one ends it at once.
@@ -181,23 +205,48 @@ class RowTrainer:
         rule = rule or self.rule
         if type(rule) is not type(self.rule):
             raise ConfigError(f"rule: expected {self.rule.name}, by which this table is trained, got {rule.name}")
+        given = gradients
         gradients = np.ascontiguousarray(gradients, np.float32)
-        keys = np.ascontiguousarray(keys, np.int64)
+        keys = np.array(keys, np.int64)  # a copy: tiers and caches read it one after the other
+        if keys.ndim != 1 or gradients.shape != (len(keys), self.spec.dim):
+            expected, got = f"keys [n] and gradients [n, {self.spec.dim}]", f"{list(keys.shape)} and {list(gradients.shape)}"
+            raise ArrayError(f"{self.spec.tag}: step: expected {expected}, got {got}")
+        keep = overwrite and (gradients is not given or gradients.flags.writeable)
         with self._lock.held(), self._states_lock.held(), interrupts_held():  # rows and states are written both, or neither
-            states = np.empty((len(keys), 0), np.float32)
+            with self._rewriting(keys) as states:
 
-            def change(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
-                nonlocal states
-                _first_rows(self.spec, keys, rows, found, self.initializer)
-                states = self._states_of(keys, found)
-                rule.apply(rows, gradients, states, self.steps + 1)
-                return rows
+                def change(before: np.ndarray, after: np.ndarray, found: np.ndarray) -> np.ndarray | None:
+                    initial = self._point_to_first_rows(keys, before, found)
+                    places = None if states is None else self._places_of(states, found)
+                    rule.apply(Places(before, after), places, gradients, self.steps + 1, keep=keep)
+                    del initial  # which rows were made from
+                    return gradients if keep else None
 
-            self.server.read_modify_write(keys, change, self.spec.model, self.spec.name)
-            self.steps += 1
+                self.server.direct.rewrite(keys, change, self.spec.model, self.spec.name)
+                self.steps += 1
+                if states is not None:
+                    states.publish()
             if self._states is not None:
-                self._states.upsert(keys, states)
                 self._forget_erased()
+
+    def _rewriting(self, keys: np.ndarray) -> AbstractContextManager[Rewrite | None]:
+        return nullcontext() if self._states is None else self._states.rewriting(keys)
+
+    def _point_to_first_rows(self, keys: np.ndarray, places: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Let the places of rows that were not found be those of their first values; returns these, which must be kept."""
+        new = ~found
+        rows = np.empty((0, self.spec.dim), np.float32)
+        if new.any():
+            dim, default = self.spec.dim, self.spec.default_value
+            made = initial_rows(self.initializer, keys[new], dim, table=self.spec.tag, default=default)
+            rows = np.ascontiguousarray(made, np.float32)
+            places[new] = address_of(rows) + 4 * dim * np.arange(len(rows))
+        return rows
+
+    def _places_of(self, states: Rewrite, found: np.ndarray) -> Places:
+        """Where states are; those of rows that were not found, or that have none, are fresh."""
+        fresh = self._fresh_state
+        return Places(np.where(found & states.found, states.sources, address_of(fresh)), states.targets)
 
     def _states_of(self, keys: np.ndarray, found: np.ndarray) -> np.ndarray:
         if self._states is None:
@@ -276,18 +325,23 @@ class RowTrainer:
 def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Sums of rows in groups: float32 ``[m, dim]``, bit for bit the same with any number of threads.
 
+    A group is summed in blocks of ``kernels.host.optimizers.BLOCK``, as gradients on a device are.
+
     Args:
         rows: float32 ``[n, dim]``, of any strides.   order: int64 ``[n]``: the rows by group.
         starts: int64 ``[m + 1]``: where in ``order`` each group begins, and the end of the last.
     """
-    out = aligned_empty((len(starts) - 1, rows.shape[1]))
+    dim = rows.shape[1]
+    rows = rows if rows.strides[1] == 4 and rows.dtype == np.float32 else np.ascontiguousarray(rows, np.float32)
+    out = aligned_empty((len(starts) - 1, dim))
+    source, target = address_of(rows), address_of(out)
 
     def sum_range(start: int, stop: int) -> int:
-        sum_rows(rows, order, starts, out, start, stop)
+        sum_rows(source, rows.strides[0], dim, order, starts, target, start, stop)
         return stop - start
 
     if len(out):
-        run_ranges(sum_range, ranges_of(len(out), 8 * rows.shape[1] + 16))
+        run_ranges(sum_range, ranges_of(len(out), 8 * dim + 16))
     return out
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.internals import slower_tier
+from support.training import apply
 
 from hps_numba import CapacityError, TierError
 from hps_numba.training import replacement
@@ -203,5 +204,5 @@ def test_an_interrupted_step_is_taken_whole(bench: Bench, moment: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.step(keys, np.ones((90, DIM), np.float32))
     after = bench.server.lookup(keys, "m", 0)
-    trainer.rule.apply(rows, np.ones((90, DIM), np.float32), states, expected + 1)
+    apply(trainer.rule, rows, states, np.ones((90, DIM), np.float32), expected + 1)
     assert np.array_equal(after, rows) and np.array_equal(trainer.read_states(keys), states) and trainer.steps == expected + 1

@@ -28,7 +28,7 @@ import torch
 from hps_numba.config.arguments import as_number
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
-from hps_numba.frontends.torch.row_gradients import Rows
+from hps_numba.frontends.torch.row_gradients import Rows, on_host
 from hps_numba.frontends.torch.training import trained_rows
 from hps_numba.training import trainer as row_training
 
@@ -99,7 +99,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 if gradient is not None:
                     trainer = self._trainers[id(rows)]
                     trainer.initializer = rows.initializer
-                    trainer.step(keys.cpu().numpy(), gradient.detach().to("cpu", torch.float32).numpy(), rule)
+                    touched, gradients, copied = on_host(keys, gradient)
+                    trainer.step(touched, gradients, rule, overwrite=copied)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -15,6 +15,7 @@ import threading
 import weakref
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hps_numba.errors import ArrayError, ClosedError, ConfigError
@@ -22,9 +23,9 @@ from hps_numba.frontends._queries import tables_of
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.hps import HPS
 from hps_numba.training.initializers import Initializer
-from hps_numba.training.trainer import summed_rows
+from hps_numba.training.trainer import BLOCK, summed_rows
 
-__all__ = ["Rows", "parameter_of"]
+__all__ = ["Rows", "on_host", "parameter_of"]
 
 log = logging.getLogger(__name__)
 
@@ -200,17 +201,41 @@ def _summed(parts: list[_Part]) -> _Part:
     if device.type == "cpu":
         starts = torch.cat([begins.nonzero().flatten(), torch.tensor([len(keys)])])
         return _Part(distinct, torch.from_numpy(summed_rows(gradients.numpy(), order.numpy(), starts.numpy())))
-    sums = _sums_in_order(gradients[order], begins)
+    sums = _sums_in_order(gradients[order], begins, len(distinct))
     return _Part(distinct, sums, torch.cuda.current_stream(device).record_event())
 
 
-def _sums_in_order(rows: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
-    """Sums of the groups of rows that begin where ``begins`` is true, added one after the other: the same bits every time.
+def _sums_in_order(rows: torch.Tensor, begins: torch.Tensor, groups: int) -> torch.Tensor:
+    """Sums of the groups of rows that begin where ``begins`` is true, in blocks as ``summed_rows``: the same bits every time.
 
-    On a GPU a thread goes through a group. Torch's sums by index add atomically there, or sort without keeping the order.
+    On a GPU a thread goes through a block of a column. Torch's sums by index add atomically there, or sort without keeping the
+    order; and a thread for a group would go through all of a key that is in a tenth of the batch.
     """
-    ends = torch.cat([begins.nonzero().flatten(), begins.new_full((1,), len(rows), dtype=torch.int64)])
-    return torch.segment_reduce(rows, "sum", lengths=ends.diff(), axis=0, unsafe=True)
+    while True:
+        positions = torch.arange(len(rows), device=rows.device)
+        group_begins = torch.where(begins, positions, 0).cummax(0).values
+        starts = ((positions - group_begins) % BLOCK == 0).nonzero().flatten()
+        ends = torch.cat([starts, starts.new_full((1,), len(rows))])
+        rows = torch.segment_reduce(rows, "sum", lengths=ends.diff(), axis=0, unsafe=True)
+        if len(rows) == groups:
+            return rows
+        begins = begins[starts]
+
+
+def on_host(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Keys int64 ``[m]`` and gradients float32 ``[m, dim]`` as arrays, and whether the gradients are a copy.
+
+    From a GPU both go to pinned memory, which Torch keeps for the next time, and the CPU waits for them once.
+    """
+    gradients = gradients.detach().to(torch.float32).contiguous()
+    if not gradients.is_cuda:
+        return keys.cpu().numpy(), gradients.cpu().numpy(), False
+    with torch.cuda.device(gradients.device):
+        copies = [torch.empty(some.shape, dtype=some.dtype, pin_memory=True) for some in (keys, gradients)]
+        for copy, some in zip(copies, (keys, gradients), strict=True):
+            copy.copy_(some, non_blocking=True)
+        torch.cuda.current_stream().record_event().synchronize()
+    return copies[0].numpy(), copies[1].numpy(), True
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

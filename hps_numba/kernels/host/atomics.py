@@ -20,11 +20,15 @@ __all__ = [
     "fill_row",
     "float_pointer",
     "full_fence",
+    "load_float",
     "load_word",
     "load_word_acquire",
+    "pieces",
+    "pointer",
     "prefetch",
     "prefetch_row",
     "read_fence",
+    "store_float",
     "store_word",
     "store_word_release",
     "stream_row",
@@ -35,7 +39,8 @@ _FLOAT = ir.FloatType()
 _INT = types.int64
 
 
-def _pointer(builder, address, kind):
+def pointer(builder, address, kind):
+    """For intrinsics: an address as a pointer to values of an LLVM type."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
@@ -55,9 +60,30 @@ def float_pointer(typingctx, address):
     """``address`` as a pointer to float32, for ``numba.carray``."""
 
     def codegen(context, builder, signature, args):
-        return _pointer(builder, args[0], _FLOAT)
+        return pointer(builder, args[0], _FLOAT)
 
     return types.CPointer(types.float32)(_INT), codegen
+
+
+@intrinsic
+def load_float(typingctx, address):
+    """The float32 at ``address``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(pointer(builder, args[0], _FLOAT))
+
+    return types.float32(_INT), codegen
+
+
+@intrinsic
+def store_float(typingctx, address, value):
+    """Store a float32."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], pointer(builder, args[0], _FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(_INT, types.float32), codegen
 
 
 @intrinsic
@@ -65,7 +91,7 @@ def load_word(typingctx, address):
     """The int64 at ``address``, unordered but never torn."""
 
     def codegen(context, builder, signature, args):
-        return builder.load_atomic(_pointer(builder, args[0], _WORD), "monotonic", 8)
+        return builder.load_atomic(pointer(builder, args[0], _WORD), "monotonic", 8)
 
     return _INT(_INT), codegen
 
@@ -75,7 +101,7 @@ def load_word_acquire(typingctx, address):
     """The int64 at ``address``; what was written before its release is visible after."""
 
     def codegen(context, builder, signature, args):
-        return builder.load_atomic(_pointer(builder, args[0], _WORD), "acquire", 8)
+        return builder.load_atomic(pointer(builder, args[0], _WORD), "acquire", 8)
 
     return _INT(_INT), codegen
 
@@ -85,7 +111,7 @@ def store_word(typingctx, address, value):
     """Store an int64, unordered but never torn."""
 
     def codegen(context, builder, signature, args):
-        builder.store_atomic(args[1], _pointer(builder, args[0], _WORD), "monotonic", 8)
+        builder.store_atomic(args[1], pointer(builder, args[0], _WORD), "monotonic", 8)
         return context.get_dummy_value()
 
     return types.void(_INT, _INT), codegen
@@ -96,7 +122,7 @@ def store_word_release(typingctx, address, value):
     """Store an int64 after everything written before it."""
 
     def codegen(context, builder, signature, args):
-        builder.store_atomic(args[1], _pointer(builder, args[0], _WORD), "release", 8)
+        builder.store_atomic(args[1], pointer(builder, args[0], _WORD), "release", 8)
         return context.get_dummy_value()
 
     return types.void(_INT, _INT), codegen
@@ -107,7 +133,7 @@ def exchange_word(typingctx, address, value):
     """Store an int64 and return what was there, sequentially consistent."""
 
     def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("xchg", _pointer(builder, args[0], _WORD), args[1], "seq_cst")
+        return builder.atomic_rmw("xchg", pointer(builder, args[0], _WORD), args[1], "seq_cst")
 
     return _INT(_INT, _INT), codegen
 
@@ -117,7 +143,7 @@ def add_word(typingctx, address, value):
     """Add to an int64 and return what was there, sequentially consistent."""
 
     def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0], _WORD), args[1], "seq_cst")
+        return builder.atomic_rmw("add", pointer(builder, args[0], _WORD), args[1], "seq_cst")
 
     return _INT(_INT, _INT), codegen
 
@@ -175,9 +201,10 @@ def prefetch(typingctx, address):
     return types.void(_INT), codegen
 
 
-def _pieces(builder, size, piece, smallest=4):
-    """Cut ``size`` bytes, a multiple of 4: ``piece(offset, floats)`` builds the code for vectors of 16, 8, 4, 2 and 1 floats.
+def pieces(builder, size, piece, smallest=4):
+    """For intrinsics: cut ``size`` bytes, a multiple of 4, into vectors of 16, 8, 4, 2 and 1 floats.
 
+    ``piece(offset, floats)`` builds the code for one of them.
     One loop over 512 bytes and a ladder of halves below: rows of one width take the same few branches every time.
     """
     with cgutils.for_range(builder, builder.lshr(size, ir.Constant(_WORD, 9)), intp=_WORD) as loop:
@@ -204,10 +231,10 @@ def copy_row(typingctx, target, source, size):
 
         def piece(offset, floats):
             vector = ir.VectorType(_FLOAT, floats)
-            value = builder.load(_pointer(builder, builder.add(source, offset), vector), align=4)
-            builder.store(value, _pointer(builder, builder.add(target, offset), vector), align=4)
+            value = builder.load(pointer(builder, builder.add(source, offset), vector), align=4)
+            builder.store(value, pointer(builder, builder.add(target, offset), vector), align=4)
 
-        _pieces(builder, size, piece)
+        pieces(builder, size, piece)
         return context.get_dummy_value()
 
     return types.void(_INT, _INT, _INT), codegen
@@ -223,11 +250,11 @@ def stream_row(typingctx, target, source, size):
 
         def piece(offset, floats):
             vector = ir.VectorType(_FLOAT, floats)
-            value = builder.load(_pointer(builder, builder.add(source, offset), vector), align=4)
-            store = builder.store(value, _pointer(builder, builder.add(target, offset), vector), align=4 * floats)
+            value = builder.load(pointer(builder, builder.add(source, offset), vector), align=4)
+            store = builder.store(value, pointer(builder, builder.add(target, offset), vector), align=4 * floats)
             store.set_metadata("nontemporal", past_caches)
 
-        _pieces(builder, size, piece, 64)
+        pieces(builder, size, piece, 64)
         return context.get_dummy_value()
 
     return types.void(_INT, _INT, _INT), codegen
@@ -245,9 +272,9 @@ def fill_row(typingctx, target, value, size):
             one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
             mask = ir.Constant(ir.VectorType(ir.IntType(32), floats), [0] * floats)
             splat = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
-            builder.store(splat, _pointer(builder, builder.add(target, offset), vector), align=4)
+            builder.store(splat, pointer(builder, builder.add(target, offset), vector), align=4)
 
-        _pieces(builder, size, piece)
+        pieces(builder, size, piece)
         return context.get_dummy_value()
 
     return types.void(_INT, types.float32, _INT), codegen

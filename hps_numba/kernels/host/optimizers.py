@@ -9,71 +9,131 @@ import numpy as np
 
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
+from hps_numba.kernels.host.atomics import array_address, copy_row, fill_row, load_float, load_word, prefetch_row, store_float
+from hps_numba.kernels.host.row_math import adam_row, add_to_row, step_row, sum_of_squares
 
-__all__ = ["adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
+__all__ = ["BLOCK", "adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _11 = np.uint64(11)
 _UNIT = 1.0 / (1 << 53)
+_AHEAD = 8  # rows between the prefetch of a row and its use
+
+#: Sums are taken in blocks: so many rows, one after the other; then the sums of blocks likewise, until there is one. So a
+#: device has many threads for a key that is in a tenth of a batch, and rounding errors grow with the logarithm of the rows.
+BLOCK = 64
+_LEVELS = 11  # 64 ** 11 rows
 
 
 @host_kernel
-def sum_rows(rows, order, starts, out, start, stop):
-    """``out[i]`` is the sum of ``rows[order[j]]`` for j from ``starts[i]`` to ``starts[i + 1]``, in that order.
+def sum_rows(rows, stride, dim, order, starts, out, start, stop):
+    """``out[i]`` is the sum of the rows of ``order[j]`` for j from ``starts[i]`` to ``starts[i + 1]``, in blocks (``BLOCK``).
 
     Args:
-        rows: float32 ``[n, dim]``.   order: int64 ``[n]``.   starts: int64 ``[m + 1]``.   start, stop: of the ``m`` sums.
+        rows: address of float32 rows, ``stride`` bytes apart.   order: int64 ``[n]``.   starts: int64 ``[m + 1]``.
+        start, stop: of the ``m`` sums.
 
-    **Writes:** out, float32 ``[m, dim]``.
+    **Writes:** out, address of float32 ``[m, dim]``.
     """
+    size = 4 * dim
+    sums = np.empty((_LEVELS, dim), np.float32)
+    at = array_address(sums)
+    counts = np.zeros(_LEVELS, np.int64)
     for i in range(start, stop):
-        for j in range(rows.shape[1]):
-            out[i, j] = rows[order[starts[i]], j]
-        for number in range(starts[i] + 1, starts[i + 1]):
-            row = order[number]
-            for j in range(rows.shape[1]):
-                out[i, j] += rows[row, j]
+        counts[:] = 0
+        for number in range(starts[i], starts[i + 1]):
+            if number + _AHEAD < starts[stop]:
+                prefetch_row(rows + stride * order[number + _AHEAD], size)
+            source, level = rows + stride * order[number], 0
+            while True:  # a full block becomes a row of the next level
+                if counts[level] == 0:
+                    copy_row(at + size * level, source, size)
+                else:
+                    add_to_row(at + size * level, source, size)
+                counts[level] += 1
+                if counts[level] < BLOCK:
+                    break
+                counts[level] = 0
+                source = at + size * level
+                level += 1
+        total, level = np.int64(0), 0
+        for level in range(_LEVELS):  # the blocks that are not full, the lowest level first
+            if counts[level] > 0:
+                if total != 0:
+                    add_to_row(at + size * level, total, size)
+                total = at + size * level
+        if total != 0:
+            copy_row(out + size * i, total, size)
+        else:
+            fill_row(out + size * i, np.float32(0.0), size)
+
+
+@host_function
+def _prefetch_later(places, i, stop, size):
+    """Ask for the row, of ``size`` bytes, of a later position; ``places`` is the address of the addresses of rows."""
+    if i + _AHEAD < stop:
+        prefetch_row(load_word(places + 8 * (i + _AHEAD)), size)
 
 
 @host_kernel
-def sgd_rows(rows, gradients, state, start, stop, rate):
-    """``row -= rate * gradient`` for rows ``start`` to ``stop``; float32 ``[n, dim]``, no state.   **Writes:** rows."""
-    for i in range(start, stop):
-        for j in range(rows.shape[1]):
-            rows[i, j] -= rate * gradients[i, j]
+def sgd_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, rate):
+    """``row - rate * gradient`` for rows ``start`` to ``stop``. All optimizers have these arguments, but for their settings.
 
+    Args:
+        rows, to: addresses of the int64 addresses of rows before and after; they may be the same rows.
+        gradients: address of float32 ``[n, dim]``.
+        states, states_to: as ``rows`` and ``to``, of the states; not read where there is none.
+        keep: whether the new row takes the place of the gradient too.
 
-@host_kernel
-def adagrad_rows(rows, gradients, state, start, stop, rate, epsilon):
-    """Row-wise Adagrad: ``state`` float32 ``[n, 1]`` sums the mean square of a row's gradient.   **Writes:** rows, state."""
-    dim = rows.shape[1]
-    for i in range(start, stop):
-        squares = np.float32(0.0)
-        for j in range(dim):
-            squares += gradients[i, j] * gradients[i, j]
-        state[i, 0] += squares / np.float32(dim)
-        factor = rate / (np.sqrt(state[i, 0]) + epsilon)
-        for j in range(dim):
-            rows[i, j] -= factor * gradients[i, j]
-
-
-@host_kernel
-def adam_rows(rows, gradients, state, start, stop, rate, epsilon, forget, forget_squares):
-    """Adam on the rows that have a gradient: ``state`` float32 ``[n, 2 * dim]``, the means of gradients and of their squares.
-
-    ``rate`` includes the bias corrections; ``forget`` and ``forget_squares`` are 1 - beta1 and 1 - beta2.
-
-    **Writes:** rows, state.
+    **Writes:** rows, states, and with ``keep`` gradients.
     """
-    dim = rows.shape[1]
+    size = 4 * dim
     for i in range(start, stop):
-        for j in range(dim):
-            gradient = gradients[i, j]
-            mean = state[i, j] + (gradient - state[i, j]) * forget
-            square = state[i, dim + j] + (gradient * gradient - state[i, dim + j]) * forget_squares
-            state[i, j] = mean
-            state[i, dim + j] = square
-            rows[i, j] -= rate * mean / (np.sqrt(square) + epsilon)
+        _prefetch_later(rows, i, stop, size)
+        _prefetch_later(to, i, stop, size)
+        new, gradient = load_word(to + 8 * i), gradients + size * i
+        step_row(new, load_word(rows + 8 * i), gradient, rate, size)
+        if keep:
+            copy_row(gradient, new, size)
+
+
+@host_kernel
+def adagrad_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, rate, epsilon):
+    """Row-wise Adagrad: the state, one float32, sums the mean square of a row's gradient.
+
+    As ``sgd_rows``; squares are added as ``row_math.sum_of_squares`` does.   **Writes:** rows, states, with ``keep`` gradients.
+    """
+    size = 4 * dim
+    for i in range(start, stop):
+        _prefetch_later(rows, i, stop, size)
+        _prefetch_later(states, i, stop, 4)
+        _prefetch_later(to, i, stop, size)
+        new, gradient = load_word(to + 8 * i), gradients + size * i
+        total = load_float(load_word(states + 8 * i)) + sum_of_squares(gradient, size) / np.float32(dim)
+        store_float(load_word(states_to + 8 * i), total)
+        step_row(new, load_word(rows + 8 * i), gradient, rate / (np.sqrt(total) + epsilon), size)
+        if keep:
+            copy_row(gradient, new, size)
+
+
+@host_kernel
+def adam_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, rate, epsilon, forget, forget_squares):
+    """Adam on the rows that have a gradient: a state is ``2 * dim`` float32, the means of gradients and of their squares.
+
+    As ``sgd_rows``; ``rate`` includes the bias corrections; ``forget`` and ``forget_squares`` are 1 - beta1 and 1 - beta2.
+
+    **Writes:** rows, states, and with ``keep`` gradients.
+    """
+    size = 4 * dim
+    for i in range(start, stop):
+        _prefetch_later(rows, i, stop, size)
+        _prefetch_later(states, i, stop, 2 * size)
+        _prefetch_later(to, i, stop, size)
+        new, gradient = load_word(to + 8 * i), gradients + size * i
+        state, old_state = load_word(states_to + 8 * i), load_word(states + 8 * i)
+        adam_row(new, load_word(rows + 8 * i), gradient, state, old_state, rate, epsilon, forget, forget_squares, size)
+        if keep:
+            copy_row(gradient, new, size)
 
 
 @host_function

@@ -41,6 +41,8 @@ __all__ = [
     "host_fill",
     "host_reindex",
     "host_upsert",
+    "next_use",
+    "start_recency",
 ]
 
 # The writer's own words, one array a table: live rows, entries in use (live or erased), entries that may be in use,
@@ -63,21 +65,14 @@ _USE_MASK = (1 << (63 - SLOT_BITS)) - 1  # keeps an index word positive
 
 
 @host_function
-def _take_slot(state, free):
-    """A new index word for a slot that no reader can hold, or -1."""
-    if state[STATE_FREE] > 0:
-        state[STATE_FREE] -= 1
-        word = free[state[STATE_FREE]]
-        use = ((word >> SLOT_BITS) + 1) & _USE_MASK
-        return (use << SLOT_BITS) | (word & SLOT_MASK)
-    if state[STATE_NEXT_SLOT] < state[STATE_SLOT_LIMIT]:
-        state[STATE_NEXT_SLOT] += 1
-        return state[STATE_NEXT_SLOT] - 1 + FIRST_SLOT
-    return -1
+def next_use(word):
+    """The index word for the next use of the slot that ``word`` led to."""
+    use = ((word >> SLOT_BITS) + 1) & _USE_MASK
+    return (use << SLOT_BITS) | (word & SLOT_MASK)
 
 
 @host_function
-def _start_recency(block, slot, old_slot, now):
+def start_recency(block, slot, old_slot, now):
     """Recency of a row that was just written: a count moves along with an updated row, a time is now."""
     mode = load_word(block + META_RECENCY_MODE)
     if mode == RECENCY_NONE:
@@ -112,32 +107,43 @@ def host_upsert(block, keys, rows, n, only_present, state, free, retired, now):
     row_bytes = load_word(block + META_ROW_BYTES)
     target = load_word(block + META_ROWS)
     end = end_of(block)
-    changed = 0
-    for i in range(n):
-        key, entry, word = _entry_of(block, lines, end, keys, i, n)
+    spare, next_slot = state[STATE_FREE], state[STATE_NEXT_SLOT]  # in registers: an array that goes to a function costs 10 ns
+    used, replaced = state[STATE_USED], state[STATE_RETIRED]
+    done = written = added = 0
+    while done < n:
+        key, entry, word = _entry_of(block, lines, end, keys, done, n)
         old_slot = slot_of(word)
         if old_slot < 0 and only_present:
+            done += 1
             continue
-        if word == EMPTY and state[STATE_USED] >= state[STATE_MAX_USED]:
-            return i, changed
-        new_word = _take_slot(state, free)
-        if new_word < 0:
-            return i, changed
+        if word == EMPTY and used >= state[STATE_MAX_USED]:
+            break
+        if spare > 0:
+            spare -= 1
+            new_word = next_use(free[spare])
+        elif next_slot < state[STATE_SLOT_LIMIT]:
+            new_word = next_slot + FIRST_SLOT
+            next_slot += 1
+        else:
+            break
         slot = slot_of(new_word)
-        copy_row(target + slot * row_bytes, rows + i * row_bytes, row_bytes)
-        _start_recency(block, slot, old_slot, now)
+        copy_row(target + slot * row_bytes, rows + done * row_bytes, row_bytes)
+        start_recency(block, slot, old_slot, now)
         if word == EMPTY:
             store_word(entry, key)
-            state[STATE_USED] += 1
+            used += 1
         store_word_release(entry + 8, new_word)
-        state[STATE_WRITES] += 1
         if old_slot >= 0:
-            retired[state[STATE_RETIRED]] = word
-            state[STATE_RETIRED] += 1
+            retired[replaced] = word
+            replaced += 1
         else:
-            state[STATE_LIVE] += 1
-        changed += 1 if only_present or old_slot < 0 else 0
-    return n, changed
+            added += 1
+        written += 1
+        done += 1
+    state[STATE_FREE], state[STATE_NEXT_SLOT], state[STATE_USED], state[STATE_RETIRED] = spare, next_slot, used, replaced
+    state[STATE_LIVE] += added
+    state[STATE_WRITES] += written
+    return done, written if only_present else added
 
 
 @host_kernel
@@ -175,7 +181,7 @@ def host_fill(block, keys, n, first_slot, state, free, now):
             store_word(entry, key)
             state[STATE_USED] += 1
             state[STATE_LIVE] += 1
-        _start_recency(block, first_slot + i, -1, now)
+        start_recency(block, first_slot + i, -1, now)
         store_word(entry + 8, first_slot + i + FIRST_SLOT)
 
 

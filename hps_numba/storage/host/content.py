@@ -205,6 +205,11 @@ class TableContent:
         self.index.view(np.int64, (META_BYTES // 8,))[META_GENERATION // 8] = self._generation
 
     @property
+    def spare_entries(self) -> int:
+        """New keys that the index can take before it is rebuilt."""
+        return int(self.state[STATE_MAX_USED] - self.state[STATE_USED])
+
+    @property
     def index_is_full(self) -> bool:
         """No further entry may be used before the index is rebuilt."""
         return bool(self.state[STATE_USED] >= self.state[STATE_MAX_USED])
@@ -224,12 +229,12 @@ class TableContent:
         """More slots need another index, from ``build_index``."""
         return False
 
-    def build_index(self, more: int = 0) -> tuple[HostRegion, int]:
+    def build_index(self, more: int = 0, keys: int = 0) -> tuple[HostRegion, int]:
         """A larger index without the erased entries, and its number of rows; nothing else changes yet.
 
-        ``more``: slots that it has to come with, where the content ``is_packed``.
+        ``more``: slots that it has to come with, where the content ``is_packed``.   ``keys``: new keys that it must hold.
         """
-        new = self._new_index(lines_for(self.live * 3 // 2 + 16))
+        new = self._new_index(lines_for((self.live + keys) * 3 // 2 + 16))
         return new, host_reindex(self.index.address, new.address)
 
     def use_index(self, index: HostRegion, live: int) -> None:
@@ -279,17 +284,20 @@ class TableContent:
             slots, self.state[STATE_RETIRED] = self.retired[:count].copy(), 0
             self._retired_slots.append((epochs.advance(), slots))
 
+    def give_back(self, words: np.ndarray) -> None:
+        """Add the slots of index words, which no reader can hold, to the free list."""
+        self._reserve_free(len(words))
+        end = int(self.state[STATE_FREE])
+        self.free[end : end + len(words)] = words
+        self.state[STATE_FREE] = end + len(words)
+
     def collect(self, epochs: Epochs) -> None:
         """Move slots that no reader can hold any more to the free list, and release such indexes."""
         if not self._retired_slots and not self._old_indexes:
             return
         oldest = epochs.oldest()
         while self._retired_slots and self._retired_slots[0][0] < oldest:
-            slots = self._retired_slots.popleft()[1]
-            self._reserve_free(len(slots))
-            end = int(self.state[STATE_FREE])
-            self.free[end : end + len(slots)] = slots
-            self.state[STATE_FREE] = end + len(slots)
+            self.give_back(self._retired_slots.popleft()[1])
         while self._old_indexes and self._old_indexes[0][0] < oldest:
             index = self._old_indexes.popleft()[1]
             self._indexes.remove(index)

@@ -28,6 +28,7 @@ from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.storage.host.bound import RowBound
+from hps_numba.storage.host.bulk import Rewrite
 from hps_numba.storage.host.content import TableContent, entries_of
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.memory import PrivateMemory, StoreMemory
@@ -291,6 +292,16 @@ class HostStore:
     def update(self, keys: np.ndarray, rows: np.ndarray) -> int:
         """Write the rows of those keys that have one; returns how many."""
         return self._writer.write(keys, rows, only_present=True)
+
+    def rewriting(self, keys: np.ndarray) -> AbstractContextManager[Rewrite]:
+        """A block to make new rows for distinct keys (int64 ``[n]``) from those that they have, and publish all or none.
+
+        Other writers wait; readers see the rows of before until ``Rewrite.publish``. A block that ends without changes nothing.
+
+        Raises:
+            CapacityError: no memory for so many rows beside those that they replace; nothing changed.
+        """
+        return self._writer.rewriting(keys)
 
     def erase(self, keys: np.ndarray) -> int:
         """Erase the rows of the keys; returns how many there were."""

@@ -8,7 +8,8 @@ with one free slot would otherwise be written a row at a time, as each row gives
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from hps_numba.errors import ArrayError, CapacityError
 from hps_numba.kernels.host.write import host_erase, host_upsert
 from hps_numba.kernels.layouts.host_store import GENERATION_WRITES
 from hps_numba.storage.host.bound import RowBound
+from hps_numba.storage.host.bulk import BulkWrite, Rewrite, pays_off
 from hps_numba.storage.host.content import TableContent, address_of
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.header import StoreHeader
@@ -98,15 +100,71 @@ class StoreWriter:
                 content.retire_slots(self._epochs)
         return erased
 
+    @contextmanager
+    def rewriting(self, keys: np.ndarray) -> Iterator[Rewrite]:
+        """``HostStore.rewriting``."""
+        keys = np.ascontiguousarray(keys, np.int64)
+        with self._lock.writing() as content:
+            bulk = self._prepared(content, keys, only_present=False)
+            if bulk is None:
+                self._lock.settle()
+                raise CapacityError(f"{self._name}: no memory for {len(keys)} rows beside those that they replace")
+            rewrite = Rewrite(bulk, self._epochs, self._on_added)
+            try:
+                yield rewrite
+            except BaseException:
+                if rewrite.abandon():
+                    self._lock.settle()
+                raise
+            rewrite.abandon()
+            self._bound.trim(content, self._epochs)
+
+    def _prepared(self, content: TableContent, keys: np.ndarray, *, only_present: bool) -> BulkWrite | None:
+        """A write of many rows, with slots and index entries for all of them; None if there is no memory for those.
+
+        Raises:
+            CapacityError: there is no slot at all.
+        """
+        content.collect(self._epochs)
+        self._renew_generation(content, len(keys))
+        bulk = BulkWrite(content, keys)
+        bulk.locate()
+        wanted = int(np.count_nonzero(bulk.found)) if only_present else len(keys)
+        self._make_slots(content, wanted, True)
+        if content.spare_slots < wanted:
+            return None
+        if not only_present and bulk.new_keys > content.spare_entries:
+            try:
+                self._renew_index(content, new_keys=bulk.new_keys)
+            except CapacityError:
+                return None
+        bulk.locate()
+        bulk.take(only_present=only_present)
+        return bulk
+
+    def _renew_generation(self, content: TableContent, rows: int) -> None:
+        if content.is_due(rows):
+            content.renew_generation()
+            self._header.notify(content.block)
+
     def _write_batch(self, content: TableContent, keys: np.ndarray, rows: np.ndarray, only_present: bool, now: int) -> int:
+        many = pays_off(len(keys), content.row_bytes)
+        bulk = self._prepared(content, keys, only_present=only_present) if many else None
+        if bulk is None:
+            return self._write_each(content, keys, rows, only_present, now)
+        bulk.place(rows)
+        added, written = bulk.publish(self._epochs)
+        self._on_added(added)
+        return written if only_present else added
+
+    def _write_each(self, content: TableContent, keys: np.ndarray, rows: np.ndarray, only_present: bool, now: int) -> int:
+        """Go from key to key, as far as there is memory."""
         done = changed = 0
         can_grow = True
         while done < len(keys):
             content.collect(self._epochs)
             rows_of_call = min(len(keys) - done, _MAX_CALL_ROWS)
-            if content.is_due(rows_of_call):
-                content.renew_generation()
-                self._header.notify(content.block)
+            self._renew_generation(content, rows_of_call)
             retired = content.reserve_retired(rows_of_call)
             step, more = host_upsert(
                 content.block,
@@ -137,9 +195,9 @@ class StoreWriter:
             self._lock.settle()
             raise
 
-    def _renew_index(self, content: TableContent, more_slots: int = 0) -> None:
+    def _renew_index(self, content: TableContent, more_slots: int = 0, new_keys: int = 0) -> None:
         old = content.index
-        new, live = content.build_index(more_slots)
+        new, live = content.build_index(more_slots, new_keys)
         self._header.publish(new.address)
         content.use_index(new, live)
         content.retire_index(old, self._epochs.advance())

@@ -233,7 +233,7 @@ class SharedContent(TableContent):
 
     # -- another table region -------------------------------------------------------------------------------------------------
 
-    def build_index(self, more: int = 0) -> tuple[SharedIndex, int]:  # type: ignore[override]
+    def build_index(self, more: int = 0, keys: int = 0) -> tuple[SharedIndex, int]:  # type: ignore[override]
         """A table region beside this one, without erased entries and with ``more`` slots or half as many again; else as it was.
 
         Raises:

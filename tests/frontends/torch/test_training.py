@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import ROWS, Rig, rig_of
+from support.training import sum_in_blocks
 from support.waiting import join_all
 
 from hps_numba import ArrayError, ClosedError, ConfigError, KeyDtypeError
@@ -154,17 +156,12 @@ def test_gradients_that_nobody_applies_are_told_once(rig: Rig, caplog: pytest.Lo
     ]
 
 
-def test_sums_in_order_add_the_rows_of_a_group_one_after_the_other() -> None:
-    rows = torch.randn(500, 3)
-    begins = torch.zeros(500, dtype=torch.bool)
-    begins[[0, 1, 40, 499]] = True
-    wanted = []
-    for start, stop in ((0, 1), (1, 40), (40, 499), (499, 500)):
-        total = rows[start]
-        for row in rows[start + 1 : stop]:
-            total = total + row
-        wanted.append(total)
-    assert torch.equal(_sums_in_order(rows, begins), torch.stack(wanted))
+def test_sums_in_order_add_the_rows_of_a_group_in_blocks() -> None:
+    starts = [0, 1, 40, 168, 233, 4900, 4999, 5000]
+    rows, begins = torch.randn(5000, 3), torch.zeros(5000, dtype=torch.bool)
+    begins[starts[:-1]] = True
+    wanted = [sum_in_blocks(rows.numpy()[start:stop]) for start, stop in itertools.pairwise(starts)]
+    assert np.array_equal(_sums_in_order(rows, begins, len(starts) - 1).numpy(), wanted)
 
 
 def test_a_layer_trains_unless_torch_exports(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
