@@ -57,6 +57,15 @@ def test_lookup_measures_every_candidate(tmp_path: Path) -> None:
         assert list(width["small_us"]) == ["1", "64", "1024"]
 
 
+def test_training_measures_every_candidate(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    printed, report = run("training", tmp_path, "--dims", "16")
+    check(printed, report)
+    (width,) = report["widths"]
+    names = [row["name"] for row in width["batches"][0]["candidates"]]
+    assert names == ["sgd", "adagrad", "adam", "HPS.insert", "summed", "torch.optim.SGD", "torch.optim.SparseAdam"]
+
+
 @linux_only
 def test_loading_measures_every_kind_and_removes_the_model(tmp_path: Path) -> None:
     printed, report = run("loading", tmp_path, "--folder", str(tmp_path))

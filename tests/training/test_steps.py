@@ -50,7 +50,7 @@ def test_sums_are_taken_in_blocks(threads: int) -> None:
         ):
             expected = [sum_in_blocks(view[order[start:stop]]) for start, stop in itertools.pairwise(starts)]
             assert np.array_equal(summed_rows(view, order, starts), expected)
-    assert np.array_equal(summed_rows(rows, order, np.array([0, 0, 1]))[0], np.zeros(150, np.float32))
+    assert np.array_equal(summed_rows(rows, order, np.array([0, 0, 1]))[0], np.zeros(300, np.float32))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

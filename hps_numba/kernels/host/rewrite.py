@@ -78,7 +78,7 @@ def host_take(words, only_present, state, free, fresh):
 
 @host_kernel
 def host_addresses_of(block, words, start, stop, addresses):
-    """Addresses of the rows that ``words[start:stop]`` lead to, 0 where there is none.   **Writes:** addresses, int64 ``[n]``."""
+    """Addresses of the rows that ``words[start:stop]`` lead to, or 0.   **Writes:** addresses, int64 ``[n]``."""
     rows = load_word(block + META_ROWS)
     row_bytes = load_word(block + META_ROW_BYTES)
     for i in range(start, stop):
