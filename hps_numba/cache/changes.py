@@ -18,7 +18,7 @@ from hps_numba.kernels.layouts.cache import CLEARED, STATE_CHANGES, STATE_COUNT
 
 __all__ = ["Changes", "range_of_sets"]
 
-_PART_BYTES = 64 << 20  # of rows that are sent to a device at a time
+_PART_BYTES = 128 << 20  # of rows that are sent to a device at a time
 
 
 def range_of_sets(geometry: CacheGeometry, first: int, stop: int | None) -> tuple[int, int]:

@@ -246,7 +246,8 @@ class TableWrites:
                 rows = change(place.sources, place.targets, place.found)
                 written: list[np.ndarray] = []
                 with self.paused(keys, written):
-                    new = place.publish()
+                    with block.pop_all():  # ends before caches are reloaded: whoever changes a cache may wait for the store
+                        new = place.publish()
                     written += [] if rows is None else [rows]
                 return new
             copies, found = self.read(keys)

@@ -150,6 +150,7 @@ class Rewrite:
     def __init__(self, bulk: BulkWrite, epochs: Epochs, on_added: Callable[[int], object]) -> None:
         self._bulk: BulkWrite | None = bulk
         self._epochs, self._on_added = epochs, on_added
+        self._done = False
         self.found = bulk.found
         self.sources, self.targets = bulk.sources(), bulk.targets()
 
@@ -159,11 +160,12 @@ class Rewrite:
         bulk, self._bulk = self._bulk, None
         added, _ = bulk.publish(self._epochs)
         self._on_added(added)
+        self._done = True
         return added
 
     def abandon(self) -> bool:
-        """Give up what was not published; False if the rows were published, or are being published."""
+        """Give up what was not published; False if the publication was interrupted, so that the table has to be repaired."""
         bulk, self._bulk = self._bulk, None
         if bulk is not None:
             bulk.abandon()
-        return bulk is not None
+        return bulk is not None or self._done

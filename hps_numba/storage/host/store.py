@@ -297,6 +297,7 @@ class HostStore:
         """A block to make new rows for distinct keys (int64 ``[n]``) from those that they have, and publish all or none.
 
         Other writers wait; readers see the rows of before until ``Rewrite.publish``. A block that ends without changes nothing.
+        It must not wait for other threads that may change the table, or a cache of it.
 
         Raises:
             CapacityError: no memory for so many rows beside those that they replace; nothing changed.

@@ -138,6 +138,8 @@ class StoreWriter:
                 self._renew_index(content, new_keys=bulk.new_keys)
             except CapacityError:
                 return None
+            if bulk.new_keys > content.spare_entries:  # a table that is shared grows by as much as there is memory for
+                return None
         bulk.locate()
         bulk.take(only_present=only_present)
         return bulk

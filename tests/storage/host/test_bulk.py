@@ -168,6 +168,32 @@ def test_a_rewrite_that_is_not_published_changes_nothing(threads: int) -> None:
     assert content_of(store) == before and len(store) == 200 and slots[-1] == slots[0]
 
 
+def test_a_publication_that_was_interrupted_is_repaired(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key has its old row or its new one; what fails after the publication needs no repair."""
+    store = HostStore(DIM, growth_bytes=4 * DIM * 10)
+    keys = np.arange(300)
+    store.upsert(keys, rows_of(keys, 0))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for moment in ("host_publish", "host_retire", None):
+        with monkeypatch.context() as patch:
+            if moment is not None:
+                patch.setattr(bulk, moment, interrupted)
+            with pytest.raises((KeyboardInterrupt, ZeroDivisionError)), store.rewriting(keys) as rewrite:
+                for place, row in zip(rewrite.targets, rows_of(keys, 1), strict=True):
+                    row_at(place)[:] = row
+                rewrite.publish()
+                raise ZeroDivisionError
+        with store.at_rest() as (_, block):
+            assert (block == store.block) == (moment is None)
+        stamp = 0 if moment == "host_publish" else 1
+        assert content_of(store) == dict(zip(range(300), map(np.ndarray.tobytes, rows_of(keys, stamp)), strict=True))
+        store.upsert(keys, rows_of(keys, 0))
+        assert len(store) == 300 and store.slots <= 1300
+
+
 def test_no_memory_for_a_rewrite_changes_nothing(threads: int) -> None:
     allocator = Limited()
     store = HostStore(DIM, rows=100, allocator=allocator, growth_bytes=4 * DIM)
