@@ -38,7 +38,7 @@ TORCH = {"torch.optim.SGD": torch.optim.SGD, "torch.optim.SparseAdam": torch.opt
 class Sizes:
     """How much is measured."""
 
-    table_bytes: int = 1 << 30
+    table_bytes: int = 1 << 29
     batches: tuple[tuple[int, int], ...] = tuple(BATCHES.items())
     repetitions: int = 7
     warmups: int = 3  # the first steps also take memory for states and for the rows that are written beside the old ones

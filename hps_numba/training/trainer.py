@@ -23,7 +23,7 @@ from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.config import TableSpec
 from hps_numba.config.messages import show
 from hps_numba.errors import ArrayError, ConfigError
-from hps_numba.kernels.host.optimizers import BLOCK, adagrad_rows, adam_rows, sgd_rows, sum_rows
+from hps_numba.kernels.host.optimizers import BLOCK, LEVELS, adagrad_rows, adam_rows, sgd_rows, sum_rows
 from hps_numba.runtime.interrupts import interrupts_held
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.runtime.threads import ranges_of, run_ranges
@@ -337,7 +337,8 @@ def summed_rows(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.n
     source, target = address_of(rows), address_of(out)
 
     def sum_range(start: int, stop: int) -> int:
-        sum_rows(source, rows.strides[0], dim, order, starts, target, start, stop)
+        sums = aligned_empty((LEVELS, dim))  # of Python: a kernel frees its own arrays after their last use by name
+        sum_rows(source, rows.strides[0], dim, order, starts, target, address_of(sums), start, stop)
         return stop - start
 
     if len(out):

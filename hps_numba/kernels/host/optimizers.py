@@ -9,10 +9,10 @@ import numpy as np
 
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
-from hps_numba.kernels.host.atomics import array_address, copy_row, fill_row, load_float, load_word, prefetch_row, store_float
+from hps_numba.kernels.host.atomics import copy_row, fill_row, load_float, load_word, prefetch_row, store_float
 from hps_numba.kernels.host.row_math import adam_row, add_to_row, step_row, sum_of_squares
 
-__all__ = ["BLOCK", "adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
+__all__ = ["BLOCK", "LEVELS", "adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _11 = np.uint64(11)
@@ -22,23 +22,21 @@ _AHEAD = 8  # rows between the prefetch of a row and its use
 #: Sums are taken in blocks: so many rows, one after the other; then the sums of blocks likewise, until there is one. So a
 #: device has many threads for a key that is in a tenth of a batch, and rounding errors grow with the logarithm of the rows.
 BLOCK = 64
-_LEVELS = 11  # 64 ** 11 rows
+LEVELS = 11  # of blocks of blocks: 64 ** 10 rows of a key
 
 
 @host_kernel
-def sum_rows(rows, stride, dim, order, starts, out, start, stop):
+def sum_rows(rows, stride, dim, order, starts, out, sums, start, stop):
     """``out[i]`` is the sum of the rows of ``order[j]`` for j from ``starts[i]`` to ``starts[i + 1]``, in blocks (``BLOCK``).
 
     Args:
         rows: address of float32 rows, ``stride`` bytes apart.   order: int64 ``[n]``.   starts: int64 ``[m + 1]``.
-        start, stop: of the ``m`` sums.
+        sums: address of float32 ``[LEVELS, dim]``, for what is not summed up yet.   start, stop: of the ``m`` sums.
 
-    **Writes:** out, address of float32 ``[m, dim]``.
+    **Writes:** sums; out, address of float32 ``[m, dim]``.
     """
     size = 4 * dim
-    sums = np.empty((_LEVELS, dim), np.float32)
-    at = array_address(sums)
-    counts = np.zeros(_LEVELS, np.int64)
+    counts = np.zeros(LEVELS, np.int64)
     for i in range(start, stop):
         counts[:] = 0
         for number in range(starts[i], starts[i + 1]):
@@ -47,21 +45,21 @@ def sum_rows(rows, stride, dim, order, starts, out, start, stop):
             source, level = rows + stride * order[number], 0
             while True:  # a full block becomes a row of the next level
                 if counts[level] == 0:
-                    copy_row(at + size * level, source, size)
+                    copy_row(sums + size * level, source, size)
                 else:
-                    add_to_row(at + size * level, source, size)
+                    add_to_row(sums + size * level, source, size)
                 counts[level] += 1
                 if counts[level] < BLOCK:
                     break
                 counts[level] = 0
-                source = at + size * level
+                source = sums + size * level
                 level += 1
         total, level = np.int64(0), 0
-        for level in range(_LEVELS):  # the blocks that are not full, the lowest level first
+        for level in range(LEVELS):  # the blocks that are not full, the lowest level first
             if counts[level] > 0:
                 if total != 0:
-                    add_to_row(at + size * level, total, size)
-                total = at + size * level
+                    add_to_row(sums + size * level, total, size)
+                total = sums + size * level
         if total != 0:
             copy_row(out + size * i, total, size)
         else:
