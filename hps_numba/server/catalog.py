@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
 
 from hps_numba.config.arguments import as_device
 from hps_numba.config.messages import show
@@ -11,7 +14,23 @@ from hps_numba.server.model import ServedModel
 from hps_numba.server.stats import TableStats
 from hps_numba.server.table import ServedTable
 
-__all__ = ["Catalog"]
+__all__ = ["Catalog", "Models", "PlainLookup"]
+
+PlainLookup = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
+"""As ``storage.host.plain.PlainLookups``."""
+
+
+class Models(dict[str, "ServedModel"]):
+    """Deployed models by name.
+
+    Attributes:
+        plain: lookups of their tables with plain arrays, by what named the table in a lookup before: model, table and its
+            type, device and its type, as 1 is equal to True.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel] | None = None) -> None:
+        super().__init__(models or {})
+        self.plain: dict[tuple[Any, ...], PlainLookup] = {}
 
 
 class Catalog:
@@ -29,8 +48,8 @@ class Catalog:
 
     def __init__(self, key_bits: int) -> None:
         self.key_bits = key_bits
-        self.models: dict[str, ServedModel] = {}
         self.closed = False
+        self.models = Models()
 
     def check_open(self) -> None:
         """

@@ -1,9 +1,10 @@
 """How a parameter server answers: keys of any kind, where they are, one table or several, rows or bags.
 
 Keys in host memory: ``HPS.lookup`` (server/hps.py) -> ``Lookups.lookup`` (here) -> ``ServedTable.lookup`` (server/table.py) ->
-``HostStore.lookup`` (storage/host/store.py) -> ``host_lookup`` (kernels/host/lookup.py). Keys on a GPU: ``Lookups.lookup`` ->
-``ServedTable.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache/cache.py) -> ``lookup_kernel`` (kernels/cache/lookup.py). The
-caller's arrays are opened and the answer is handed over by ``arrays.batch``.
+``HostStore.lookup`` (storage/host/store.py) -> ``host_lookup`` (kernels/host/lookup.py). A small batch in arrays as kernels
+take them: ``Lookups.lookup`` -> ``PlainLookups`` (storage/host/plain.py) -> ``host_lookup_plain``. Keys on a GPU:
+``Lookups.lookup`` -> ``ServedTable.lookup_cached`` -> ``EmbeddingCache.lookup`` (cache/cache.py) -> ``lookup_kernel``
+(kernels/cache/lookup.py). The caller's arrays are opened and the answer is handed over by ``arrays.batch``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config.arguments import as_device, as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
-from hps_numba.server.catalog import Catalog
+from hps_numba.server.catalog import Catalog, PlainLookup
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
 from hps_numba.server.recordings import Recordings
@@ -61,9 +62,28 @@ class Lookups:
         stream: Any = None,
     ) -> Any:
         """As ``HPS.lookup``."""
+        if type(keys) is np.ndarray and not self._recordings.active:
+            try:
+                plain = self._catalog.models.plain.get((model_name, table_id, type(table_id), device_id, type(device_id)))
+            except TypeError:  # the name of no table
+                plain = None
+            rows = (plain or self._find_plain(model_name, table_id, device_id))(keys, out)
+            if rows is not None:
+                return rows
         device = None if type(keys) is np.ndarray else device_of_array(keys)
         model = self._catalog.model(model_name, device_id if device is None else device)
         return self._answer(model, model.table(table_id), keys, device, out, stream)
+
+    def _find_plain(self, model_name: str, table_id: int | str, device_id: int | None) -> PlainLookup:
+        """The plain lookup of a table, which is known from now on."""
+        models = self._catalog.models
+        model = self._catalog.model(model_name, device_id)
+        found = model.table(table_id).plain
+        plain = _not_plain if found is None or self._key_bits == 32 else found
+        named = type(table_id) in (int, str) and type(device_id) in (int, type(None))  # other names may change
+        if named and models.get(model_name) is model:
+            models.plain[model_name, table_id, type(table_id), device_id, type(device_id)] = plain
+        return plain
 
     def _answer(
         self,
@@ -132,6 +152,13 @@ class Lookups:
 
     def lookup_into(self, keys: np.ndarray, model_name: str, table_id: int | str, out: np.ndarray) -> None:
         """As ``DirectAccess.lookup_into``."""
+        if not self._recordings.active:
+            plain = self._catalog.models.plain.get((model_name, table_id, type(table_id), None, type(None)))
+            some, rows = keys, out
+            if keys.ndim != 1 and out.flags.c_contiguous and out.shape[:-1] == keys.shape:
+                some, rows = keys.reshape(-1), out.reshape(-1, out.shape[-1])
+            if (plain or self._find_plain(model_name, table_id, None))(some, rows) is not None:
+                return
         model = self._catalog.model(model_name)
         table = model.table(table_id)
         flat, shape, _ = as_keys(keys, key_bits=self._key_bits)
@@ -288,6 +315,10 @@ def _launch_fused(fused: FusedLookup, batches: Sequence[DeviceBatch], output_typ
     except ClosedError:
         return False
     return True
+
+
+def _not_plain(keys: np.ndarray, out: np.ndarray | None) -> None:
+    """Where every lookup takes more than ``PlainLookups``."""
 
 
 def _on_host(rows: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from hps_numba.runtime.progress import rows_progress
 from hps_numba.runtime.reentry import reentry_error, refuse_inside
 from hps_numba.runtime.shielded import refuse_inside_work
 from hps_numba.runtime.timer import Timer
-from hps_numba.server.catalog import Catalog
+from hps_numba.server.catalog import Catalog, Models
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
 from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import make_plan
@@ -136,7 +136,7 @@ class ModelLoader:
         except BaseException:
             served.close()
             raise
-        self._catalog.models = {**self._catalog.models, model.model: served}
+        self._catalog.models = Models({**self._catalog.models, model.model: served})
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """As ``HPS.load_model``."""
@@ -176,7 +176,8 @@ class ModelLoader:
     def _unload(self, model_name: str, *, erase: bool) -> None:
         model = self._catalog.model(model_name)
         self.timer.remove(model_name)
-        self._catalog.models = {name: other for name, other in self._catalog.models.items() if name != model_name}
+        others = {name: other for name, other in self._catalog.models.items() if name != model_name}
+        self._catalog.models = Models(others)
         model.close(erase=erase)
 
     def set_policy(self, policy: Any, model_name: str, table_id: int | str | None) -> None:
@@ -208,7 +209,8 @@ class ModelLoader:
         """
         for model in self._catalog.models.values():
             place = f"model {model.name}"
-            refuse_inside(place, [part for table in model.tables for part in (table, table.writes, table.slow_path)])
+            parts = [(table, table.plain, table.writes, table.slow_path) for table in model.tables]
+            refuse_inside(place, [part for some in parts for part in some])
             refuse_inside_work(place, [model, *(table.writes for table in model.tables)])
             if model is unlocked and any(table.writes.held_here for table in model.tables):
                 raise reentry_error(place, "locked_table")
@@ -229,7 +231,7 @@ class ModelLoader:
         if self._catalog.closed:
             return
         self._catalog.closed = True
-        models, self._catalog.models = self._catalog.models, {}
+        models, self._catalog.models = self._catalog.models, Models()
         with ExitStack() as closing:  # each of them, whatever the others raise; the last callback comes first
             closing.callback(self.slower.close)
             for host in (self._host_of_fixed, self.host):

@@ -23,6 +23,7 @@ from hps_numba.server.stats import Counters, TableStats
 from hps_numba.server.table_caches import GroupBytes, TableCaches
 from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.host.content import address_of, apart
+from hps_numba.storage.host.plain import PlainLookups
 from hps_numba.storage.host.pooling import Bags, pool_bags
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.host.store_bytes import StoreBytes
@@ -46,6 +47,7 @@ class ServedTable:
         writes: what changes the rows.
         slow_path: lookups that may go on to slower tiers, or None if there are none.
         caches: the caches of the table, or None.
+        plain: ``lookup`` for small batches of plain arrays, in one step; None if it takes more than the rows in host memory.
 
     Thread safety: every method.
     """
@@ -69,10 +71,15 @@ class ServedTable:
         self.slow_path: SlowPath | None = None
         if tiers:
             self.slow_path = SlowPath(spec, store, tiers, self.writes, self._counters, background, options)
+        self.plain: PlainLookups | None = None
+        if store is not None and not tiers and output_type == "float32":
+            self.plain = store.plain_lookups(spec.default_value, self._counters.address)
 
     def attach_caches(self, caches: TableCaches) -> None:
         """Serve lookups from these caches, and bring every write to them."""
         self.caches = self.writes.caches = caches
+        if caches.on(None) is not None:
+            self.plain = None
 
     # -- keys in host memory ---------------------------------------------------------------------
 

@@ -206,7 +206,8 @@ def test_calls_inside_a_write(verb: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["host", "cache", "tier"])
 @pytest.mark.parametrize("verb", ["lookup", "large lookup"])
 def test_calls_inside_a_lookup(verb: str, kind: str, tmp_path: Path) -> None:
-    counts = counted(tmp_path, kind, 29, verb, "close", "insert", "lookup", "replace")
+    step = 3 if (verb, kind) == ("lookup", "host") else 29  # which takes some twenty lines
+    counts = counted(tmp_path, kind, step, verb, "close", "insert", "lookup", "replace")
     assert counts["lookup"][1] == 0, "a lookup was refused"
     assert counts["close"][1] > 0 and counts["insert"][0] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
@@ -10,6 +11,7 @@ from hps_numba.kernels.host.atomics import (
     array_address,
     copy_row,
     fill_row,
+    float_pointer,
     full_fence,
     load_word,
     load_word_acquire,
@@ -30,6 +32,7 @@ from hps_numba.kernels.host.probe import (
     slot_of,
 )
 from hps_numba.kernels.layouts.host_store import (
+    COUNTER_ABSENT,
     COUNTER_CALLS,
     COUNTER_KEYS,
     COUNTER_MISSES,
@@ -43,12 +46,15 @@ from hps_numba.kernels.layouts.host_store import (
 )
 
 __all__ = [
+    "NOT_PLAIN",
+    "PLAIN_WORDS",
     "copy_rows_of",
     "count_lookup",
     "find_words",
     "host_addresses",
     "host_contains",
     "host_lookup",
+    "host_lookup_plain",
     "touch_recency",
 ]
 
@@ -56,6 +62,12 @@ __all__ = [
 _AHEAD = 16
 # keys whose index words are found before their rows are copied: the words stay in the first-level cache
 _BATCH = 1024
+#: words of a table for ``host_lookup_plain``, int64 each: addresses as for ``host_lookup``, elements of a row, keys of the
+#: largest batch, and the bits of the default, float32
+PLAIN_WORDS = ("header", "epoch", "counters", "dim", "limit", "default")
+_HEADER, _EPOCH, _COUNTERS, _DIM, _LIMIT, _DEFAULT = (8 * i for i in range(len(PLAIN_WORDS)))
+#: instead of a number of keys: nothing was done
+NOT_PLAIN = -2
 
 
 @host_function
@@ -176,6 +188,15 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
 
     Returns the number of keys without a row, or -1 if the store is closed.   **Writes:** out, misses, recency words, counters.
     """
+    missing = _look_up(header, keys, start, stop, out, default, misses, epoch, record, now, streamed)
+    if missing >= 0:
+        count_lookup(counters, stop - start, missing, start == 0)
+    return missing
+
+
+@host_function
+def _look_up(header, keys, start, stop, out, default, misses, epoch, record, now, streamed):
+    """``host_lookup`` without counting.   **Writes:** out, misses, recency words."""
     enter_epoch(epoch, record)
     block = load_word_acquire(header)
     if block == 0:
@@ -183,15 +204,46 @@ def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, 
         return -1
     missing = copy_rows_of(block, keys, start, stop, out, default, misses, 0, now, streamed)
     leave_epoch(record)
-    count_lookup(counters, stop - start, missing, start == 0)
     return missing
+
+
+@host_kernel
+def host_lookup_plain(keys, out, words, record, now):
+    """``host_lookup`` of a small batch as it comes, for a table that no slower tier follows: one call out of Python does all.
+
+    Args:
+        keys: int64 ``[n]``, contiguous.   out: float32 of two dimensions, contiguous.
+        words: address of ``PLAIN_WORDS``.   record, now: as for ``host_lookup``.
+
+    Returns as ``host_lookup``; NOT_PLAIN, with nothing done, if there is no key, or more than the limit, or if ``out`` is not
+    ``[n, dim]`` or shares memory with the keys.   **Writes:** out, recency words, counters.
+    """
+    n, dim = keys.size, load_word(words + _DIM)
+    if n == 0 or n > load_word(words + _LIMIT) or out.shape[0] != n or out.shape[1] != dim:
+        return NOT_PLAIN
+    at, to, shared = _addresses(keys, out)
+    if shared:
+        return NOT_PLAIN
+    header, epoch, counters = load_word(words + _HEADER), load_word(words + _EPOCH), load_word(words + _COUNTERS)
+    default = numba.carray(float_pointer(words + _DEFAULT), 1)[0]
+    missing = _look_up(header, at, 0, n, to, default, 0, epoch, record, now, False)
+    if missing >= 0:
+        count_lookup(counters, n, missing, True)
+    if missing > 0 and counters != 0:
+        add_word(counters + COUNTER_ABSENT, missing)
+    return missing
+
+
+@host_function
+def _addresses(keys, out):
+    at, to = array_address(keys), array_address(out)
+    return at, to, at < to + out.size * out.itemsize and to < at + keys.size * keys.itemsize
 
 
 @host_kernel
 def host_addresses(keys, out):
     """Addresses of two contiguous arrays, and whether they share memory; Python takes ten times as long to get them."""
-    at, to = array_address(keys), array_address(out)
-    return at, to, at < to + out.size * out.itemsize and to < at + keys.size * keys.itemsize
+    return _addresses(keys, out)
 
 
 @host_kernel

@@ -26,12 +26,14 @@ import numpy as np
 
 from hps_numba.device.host_memory import HostAllocator, PlainHostAllocator
 from hps_numba.errors import CapacityError
+from hps_numba.kernels.layouts.host_store import RECENCY_TIME
 from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.bulk import Rewrite
 from hps_numba.storage.host.content import TableContent, entries_of
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.memory import PrivateMemory, StoreMemory
+from hps_numba.storage.host.plain import PlainLookups
 from hps_numba.storage.host.pooling import Bags, Missing
 from hps_numba.storage.host.reading import StoreReader
 from hps_numba.storage.host.store_bytes import StoreBytes
@@ -105,6 +107,7 @@ class HostStore:
         self.versions = memory.versions(header, partial(self.new_content, rows))
         self.write_lock = memory.write_lock(name, header, self.versions)
         self._reader = StoreReader(name, dim, header, self.epochs)
+        self._readers: list[object] = [self._reader]
         self._writer = StoreWriter(
             name,
             dim,
@@ -144,6 +147,13 @@ class HostStore:
             KeyDtypeError, ArrayError: an array is not as above.   ClosedError: the store is closed.
         """
         return self._reader.lookup(keys, out, default, misses, counters, threads)
+
+    def plain_lookups(self, default: float, counters: int) -> PlainLookups:
+        """Small lookups of plain arrays, for a table that no slower tier follows; arguments as for ``lookup``."""
+        timed = self.bound.recency == RECENCY_TIME
+        plain = PlainLookups(self._header, self.epochs, self.dim, timed=timed, default=default, counters=counters)
+        self._readers.append(plain)
+        return plain
 
     def pool(
         self, bags: Bags, out: np.ndarray, default: float = 0.0, *, counters: int = 0, missing: Missing | None = None
@@ -395,7 +405,7 @@ class HostStore:
         Raises:
             ReentryError: this thread is inside a lookup or a write of the store.
         """
-        refuse_inside(self.name, (self._reader,))
+        refuse_inside(self.name, self._readers)
         with self.write_lock.closing() as first:
             if not first:
                 return
