@@ -16,7 +16,7 @@ from typing import Any
 from hps_numba.arrays.kinds import ArrayKind, one_line
 from hps_numba.errors import DeviceError, HpsError
 
-__all__ = ["LEGACY_STREAM", "ambient_stream", "cupy_order", "stream_handle", "torch_order"]
+__all__ = ["LEGACY_STREAM", "ambient_stream", "cupy_order", "stream_handle", "torch_order", "torch_streams"]
 
 LEGACY_STREAM = 1  # cudaStreamLegacy; 0 means the same
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread
@@ -67,12 +67,19 @@ def _handle_of(stream: Any, device: int) -> int:
     raise TypeError("it has no stream handle")
 
 
+def torch_streams() -> Callable[[int], int]:
+    """The function that gives the handle of Torch's current stream on a GPU, by CUDA ordinal."""
+    function: Callable[[int], int]  # 20 times cheaper than the object; not promised by Torch
+    function = getattr(sys.modules["torch"]._C, "_cuda_getCurrentRawStream", _stream_of_object)
+    return function
+
+
+def _stream_of_object(device: int) -> int:
+    return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+
+
 def _torch_current(device: int) -> int:
-    torch = sys.modules["torch"]
-    try:
-        return torch._C._cuda_getCurrentRawStream(device)  # 20 times cheaper; not promised by Torch
-    except AttributeError:
-        return torch.cuda.current_stream(device).cuda_stream
+    return torch_streams()(device)
 
 
 def _cupy_current(device: int) -> int:

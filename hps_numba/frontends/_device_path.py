@@ -67,7 +67,7 @@ class Binding(Generic[Cache]):
     Thread safety: every method.
     """
 
-    __slots__ = ("_at", "_cache", "_known", "_recordings", "dim", "encodings")
+    __slots__ = ("_at", "_cache", "_known", "_look_up", "_recordings", "dim", "encodings")
 
     def __init__(
         self, known: dict[At, Binding[Cache]], at: At, direct: DirectAccess, dim: int, cache: Cache, encodings: Encodings
@@ -75,6 +75,7 @@ class Binding(Generic[Cache]):
         self._known: dict[At, Binding[Cache]] = known
         self._at, self._recordings = at, direct.recordings
         self._cache: Cache = cache
+        self._look_up: Callable[..., object] = cache.lookup
         self.dim = dim
         self.encodings = encodings[direct.key_bits]
 
@@ -88,7 +89,7 @@ class Binding(Generic[Cache]):
         if self._recordings.active:
             return False
         try:
-            self._cache.lookup(keys, n, out, stream, key_form=form)
+            self._look_up(keys, n, out, stream, key_form=form)
         except ClosedError:
             self._unbind()
             return False

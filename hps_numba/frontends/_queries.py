@@ -167,6 +167,7 @@ class _Ready:
             self._row_bytes.append(4 * table.dim)
             at += table.inputs
         self.tables = list(zip(self.servers, query.tables, strict=True))
+        self._different = list(dict.fromkeys(self.servers))
 
     def answer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The rows, table by table; if there are many, by all threads."""
@@ -185,7 +186,7 @@ class _Ready:
 
     @property
     def stale(self) -> bool:
-        return True in [server.closed for server in self.servers]  # a small lookup would notice any()
+        return True in [server.closed for server in self._different]  # a small lookup would notice any()
 
 
 _ready: dict[str | bytes, _Ready] = {}

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
-
-import numpy as np
 
 from hps_numba.config.arguments import as_device
 from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, DeviceError, UnknownModelError
 from hps_numba.server.model import ServedModel
 from hps_numba.server.stats import TableStats
-from hps_numba.server.table import ServedTable
+from hps_numba.server.table import PlainLookup, ServedTable
 
-__all__ = ["Catalog", "Models", "PlainLookup"]
-
-PlainLookup = Callable[[np.ndarray, np.ndarray | None], np.ndarray | None]
-"""As ``storage.host.plain.PlainLookups``."""
+__all__ = ["Catalog", "Models"]
 
 
 class Models(dict[str, "ServedModel"]):
     """Deployed models by name.
 
     Attributes:
-        plain: lookups of their tables with plain arrays, by what named the table in a lookup before: model, table and its
-            type, device and its type, as 1 is equal to True.
+        plain: lookups of their tables with plain arrays, by how a lookup before named the table: model, table and its type,
+            device and its type, as 1 is equal to True; and by the GPU that has the keys, or None, and their type.
     """
 
     def __init__(self, models: Mapping[str, ServedModel] | None = None) -> None:

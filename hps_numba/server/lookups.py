@@ -26,16 +26,18 @@ from hps_numba.arrays.host import as_keys, as_rows
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config.arguments import as_device, as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
-from hps_numba.server.catalog import Catalog, PlainLookup
+from hps_numba.server.catalog import Catalog
 from hps_numba.server.fused_tables import FusedLookup
 from hps_numba.server.model import ServedModel
 from hps_numba.server.recordings import Recordings
 from hps_numba.server.replays import Replaying
-from hps_numba.server.table import ServedTable
+from hps_numba.server.table import PlainLookup, ServedTable
 from hps_numba.storage.host.content import apart
 from hps_numba.storage.host.pooling import Bags, without_padding
 
 __all__ = ["Lookups"]
+
+_MAX_PLAIN = 10_000  # names of tables and classes of keys: a program may make classes without end
 
 
 class Lookups:
@@ -62,27 +64,29 @@ class Lookups:
         stream: Any = None,
     ) -> Any:
         """As ``HPS.lookup``."""
-        if type(keys) is np.ndarray and not self._recordings.active:
+        kind = type(keys)
+        device = None if kind is np.ndarray else device_of_array(keys)
+        if not self._recordings.active:
+            named = model_name, table_id, type(table_id), device_id, type(device_id), device, kind
             try:
-                plain = self._catalog.models.plain.get((model_name, table_id, type(table_id), device_id, type(device_id)))
+                plain = self._catalog.models.plain.get(named)
             except TypeError:  # the name of no table
                 plain = None
-            rows = (plain or self._find_plain(model_name, table_id, device_id))(keys, out)
+            rows = (plain or self._find_plain(named))(keys, out, stream)
             if rows is not None:
                 return rows
-        device = None if type(keys) is np.ndarray else device_of_array(keys)
         model = self._catalog.model(model_name, device_id if device is None else device)
         return self._answer(model, model.table(table_id), keys, device, out, stream)
 
-    def _find_plain(self, model_name: str, table_id: int | str, device_id: int | None) -> PlainLookup:
-        """The plain lookup of a table, which is known from now on."""
+    def _find_plain(self, named: tuple[Any, ...]) -> PlainLookup:
+        """The plain lookup for keys of a kind on a device, which is known from now on."""
+        model_name, table_id, _, device_id, _, device, kind = named
         models = self._catalog.models
-        model = self._catalog.model(model_name, device_id)
-        found = model.table(table_id).plain
-        plain = _not_plain if found is None or self._key_bits == 32 else found
-        named = type(table_id) in (int, str) and type(device_id) in (int, type(None))  # other names may change
-        if named and models.get(model_name) is model:
-            models.plain[model_name, table_id, type(table_id), device_id, type(device_id)] = plain
+        model = self._catalog.model(model_name, device_id if device is None else device)
+        plain = model.table(table_id).plain_lookup(kind, device, self._key_bits) or _not_plain
+        lasting = type(table_id) in (int, str) and type(device_id) in (int, type(None))  # of others the value may change
+        if lasting and models.get(model_name) is model and len(models.plain) < _MAX_PLAIN:
+            models.plain[named] = plain
         return plain
 
     def _answer(
@@ -153,11 +157,12 @@ class Lookups:
     def lookup_into(self, keys: np.ndarray, model_name: str, table_id: int | str, out: np.ndarray) -> None:
         """As ``DirectAccess.lookup_into``."""
         if not self._recordings.active:
-            plain = self._catalog.models.plain.get((model_name, table_id, type(table_id), None, type(None)))
+            named = model_name, table_id, type(table_id), None, type(None), None, np.ndarray
+            plain = self._catalog.models.plain.get(named) or self._find_plain(named)
             some, rows = keys, out
             if keys.ndim != 1 and out.flags.c_contiguous and out.shape[:-1] == keys.shape:
                 some, rows = keys.reshape(-1), out.reshape(-1, out.shape[-1])
-            if (plain or self._find_plain(model_name, table_id, None))(some, rows) is not None:
+            if plain(some, rows, None) is not None:
                 return
         model = self._catalog.model(model_name)
         table = model.table(table_id)
@@ -317,8 +322,8 @@ def _launch_fused(fused: FusedLookup, batches: Sequence[DeviceBatch], output_typ
     return True
 
 
-def _not_plain(keys: np.ndarray, out: np.ndarray | None) -> None:
-    """Where every lookup takes more than ``PlainLookups``."""
+def _not_plain(keys: Any, out: Any, stream: Any) -> None:
+    """Where no call is plain."""
 
 
 def _on_host(rows: Any) -> np.ndarray:

@@ -209,8 +209,7 @@ class ModelLoader:
         """
         for model in self._catalog.models.values():
             place = f"model {model.name}"
-            parts = [(table, table.plain, table.writes, table.slow_path) for table in model.tables]
-            refuse_inside(place, [part for some in parts for part in some])
+            refuse_inside(place, [part for table in model.tables for part in table.parts])
             refuse_inside_work(place, [model, *(table.writes for table in model.tables)])
             if model is unlocked and any(table.writes.held_here for table in model.tables):
                 raise reentry_error(place, "locked_table")

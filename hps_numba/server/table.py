@@ -7,13 +7,16 @@ A lookup with keys in host memory: ``HPS.lookup`` (lookups.py) -> ``ServedTable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from hps_numba.arrays.bags import DeviceBags
 from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.arrays.host import NUMPY
+from hps_numba.arrays.plain_tensors import PlainTensors, is_tensor
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
 from hps_numba.kernels.layouts.cache import MAX_BATCH
@@ -29,7 +32,10 @@ from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.host.store_bytes import StoreBytes
 from hps_numba.storage.tier_stack import TierStack
 
-__all__ = ["ServedTable"]
+__all__ = ["PlainLookup", "ServedTable"]
+
+PlainLookup = Callable[[Any, Any, Any], Any]
+"""From keys, ``out`` and stream to the answer, or to None, with nothing done, if the call is not plain."""
 
 
 class ServedTable:
@@ -47,7 +53,6 @@ class ServedTable:
         writes: what changes the rows.
         slow_path: lookups that may go on to slower tiers, or None if there are none.
         caches: the caches of the table, or None.
-        plain: ``lookup`` for small batches of plain arrays, in one step; None if it takes more than the rows in host memory.
 
     Thread safety: every method.
     """
@@ -71,15 +76,37 @@ class ServedTable:
         self.slow_path: SlowPath | None = None
         if tiers:
             self.slow_path = SlowPath(spec, store, tiers, self.writes, self._counters, background, options)
-        self.plain: PlainLookups | None = None
+        self._in_host_memory: PlainLookups | None = None
         if store is not None and not tiers and output_type == "float32":
-            self.plain = store.plain_lookups(spec.default_value, self._counters.address)
+            self._in_host_memory = store.plain_lookups(spec.default_value, self._counters.address)
+        self._on_gpus: dict[int, PlainTensors] = {}
 
     def attach_caches(self, caches: TableCaches) -> None:
         """Serve lookups from these caches, and bring every write to them."""
         self.caches = self.writes.caches = caches
         if caches.on(None) is not None:
-            self.plain = None
+            self._in_host_memory = None
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """The objects in whose methods a thread is while it looks up or writes."""
+        return self, self.writes, self.slow_path, self._in_host_memory, *self._on_gpus.values()
+
+    def plain_lookup(self, kind: type, device: int | None, key_bits: int) -> PlainLookup | None:
+        """What looks up batches of plain arrays in one step; None if a lookup takes more than host memory or one cache.
+
+        Args:
+            kind: the class of the keys.   device: the GPU that has them, or None.   key_bits: 64 or 32.
+        """
+        if device is None:
+            return self._in_host_memory if kind is np.ndarray and key_bits == 64 else None
+        cache = self.cache_on(device)
+        if cache is None or self.slow_path is not None or not is_tensor(kind):
+            return None
+        if device not in self._on_gpus:
+            look_up = cache.parts.lookups.lookup
+            self._on_gpus[device] = PlainTensors(look_up, self.spec.dim, self.output_type, key_bits, device)
+        return self._on_gpus[device]
 
     # -- keys in host memory ---------------------------------------------------------------------
 

@@ -18,12 +18,13 @@ import torch
 
 __all__ = ["note_thread"]
 
+_main = threading.main_thread().ident  # of the process that imported this; in a forked child it may be another thread
 _processes: set[int] = set()  # those in which another thread than the main one ran an operator
 
 
 def note_thread() -> None:
     """An operator runs in this thread."""
-    if threading.get_ident() != threading.main_thread().ident:
+    if threading.get_ident() != _main and threading.get_ident() != threading.main_thread().ident:
         _processes.add(os.getpid())
 
 

@@ -11,7 +11,7 @@ import torch
 from hps_numba.config.arguments import as_flag
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
-from hps_numba.frontends.torch.operator import rows_of
+from hps_numba.frontends.torch.operator import lookup, rows_of
 from hps_numba.frontends.torch.training import OneTableLayer
 from hps_numba.server.registry import server_of
 from hps_numba.training.initializers import Initializer
@@ -108,6 +108,8 @@ class LookupLayer(OneTableLayer):
             rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
         elif self.trainable and self._trains():
             rows = self._trained(keys)
+        elif torch.compiler.is_compiling():  # here: a compiled graph checks in Python that two modules have one ``torch``
+            rows = lookup(keys, self.request, self.emb_vec_size)
         else:
             rows = rows_of(keys, self.request, self.emb_vec_size)
         if self.max_norm is not None:

@@ -47,6 +47,7 @@ KEY_TYPES = (torch.int64, torch.int32, torch.uint32, torch.uint64)
 library = torch.library.Library("hps_numba", "DEF")
 library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
 
+_empty, _FLOAT32 = torch.empty, torch.float32
 _SMALL = 1 << 14  # elements: memory of that size comes from the heap, and Torch allocates it faster than our pool
 
 
@@ -76,7 +77,7 @@ def rows_on_cpu(keys: torch.Tensor, server: HPS, query: TableQuery) -> torch.Ten
     check_keys(keys)
     shape = (*keys.shape, query.dim)
     if keys.numel() * query.dim <= _SMALL:
-        rows = torch.empty(shape, dtype=torch.float32)
+        rows = _empty(*shape, dtype=_FLOAT32)
         server.direct.lookup_into(keys.numpy(), query.model, query.table, rows.numpy())
         return rows
     memory = aligned_empty(shape)
@@ -98,12 +99,15 @@ def _shape_of_lookup(keys: torch.Tensor, request: str, dim: int) -> Any:
 
 
 def rows_of(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
-    """What the operator gives; eager calls with plain tensors skip the dispatcher."""
-    if torch.compiler.is_compiling() or not is_plain(keys):
-        if not isinstance(keys, torch.Tensor):
-            raise KeyDtypeError(f"keys: expected a tensor of integers, got {type(keys).__name__}")
-        return lookup(keys, request, dim)
-    return _lookup_on_cuda(keys, request, dim) if keys.is_cuda else _lookup_on_cpu(keys, request, dim)
+    """What the operator gives in an eager call; with plain tensors it skips the dispatcher."""
+    if type(keys) is torch.Tensor and not (_modes() or _overrides() or _transform() is not None or _tracer() is not None):
+        if keys.is_cuda:  # as ``is_plain`` says
+            return _lookup_on_cuda(keys, request, dim)
+        if keys.is_cpu:
+            return _lookup_on_cpu(keys, request, dim)
+    if not isinstance(keys, torch.Tensor):
+        raise KeyDtypeError(f"keys: expected a tensor of integers, got {type(keys).__name__}")
+    return lookup(keys, request, dim)
 
 
 #: key encoding by the server's key bits, then by dtype
@@ -117,11 +121,12 @@ table_bindings: Bindings[TableCache] = Bindings(find_cache, KEY_ENCODINGS_OF)
 def _lookup_on_cuda(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor:
     device = keys.get_device()
     binding = table_bindings[request, device]
-    form = None if binding is None else binding.encodings.get(keys.dtype)
-    if binding is not None and form is not None and keys.is_contiguous() and binding.dim == dim:
-        rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
-        if binding.lookup(keys.data_ptr(), keys.numel(), rows.data_ptr(), current_stream(device), form):
-            return rows
+    if binding is not None and binding.dim == dim and keys.is_contiguous():
+        form = binding.encodings.get(keys.dtype)
+        if form is not None:
+            rows = _empty(*keys.shape, dim, dtype=_FLOAT32, device=keys.device)  # a tuple takes longer
+            if binding.lookup(keys.data_ptr(), keys.numel(), rows.data_ptr(), current_stream(device), form):
+                return rows
     return rows_on_cuda(keys, *_table_of(request, dim))
 
 

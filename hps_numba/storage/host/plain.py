@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -44,11 +45,11 @@ class PlainLookups:
         self._header, self._epochs, self._dim = header, epochs, dim
         self._clock: Callable[[], int] = time.monotonic_ns if timed else int
 
-    def __call__(self, keys: np.ndarray, out: np.ndarray | None) -> np.ndarray | None:
+    def __call__(self, keys: np.ndarray, out: Any, stream: Any = None) -> np.ndarray | None:
         """Write the row of each key to ``out``, or to a new array, and return it; count the lookup.
 
         Args:
-            keys: integers.   out: to write to, of any kind.
+            keys: of no subclass.   out: to write to, of any kind, or None.   stream: does not count for host memory.
 
         Returns:
             None, with nothing done: keys are not a writable, contiguous int64 ``[n]`` of NumPy, ``out`` is not such a float32
