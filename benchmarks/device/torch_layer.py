@@ -1,5 +1,8 @@
 """P2, P4, P5 in the Torch layer: ``LookupLayer`` and ``HPSEmbeddingBag`` compared with the embeddings of Torch, in one run.
 
+``--quick --only small --dims 32`` takes under a minute: host times of small calls, through ``HPS.lookup`` and the layer, eager,
+compiled and compiled for CUDA graphs (``mode="reduce-overhead"``), and 26 tables in one call, with the targets.
+
 One model has several tables of one width, with all rows in the cache; keys are uniform and hashed by the layer, and batches are
 new. Torch looks up row numbers in a tensor of the same rows, without a hash. Times are medians: by the clock of the host for an
 eager call (the device may continue), by CUDA events around a call, and per call for 20 calls in a CUDA graph. Compiled calls
@@ -9,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import BATCHES, Call
-from run import Run, median, parser_of, ratio_cells
+from run import Run, median, parser_of, ratio_cells, verdict
 from table import check, keys_of, rows_of
 
 from hps_numba.frontends import torch as hps
@@ -27,6 +31,19 @@ from hps_numba.server.registry import SERVERS
 EMBEDDING, MODULE, LAYER = "F.embedding", "nn.Embedding", "LookupLayer"
 COMPILED = THEIRS, NOTHING, OURS = "F.embedding, compiled", "an operator without work, compiled", "LookupLayer, compiled"
 BAG, ONE = "F.embedding_bag", "one table"
+REDUCED = THEIRS_REDUCED, OURS_REDUCED = "F.embedding, reduce-overhead", "LookupLayer, reduce-overhead"
+DIRECT, DIRECT_OUT, THEIR_MODULE = "HPS.lookup", "HPS.lookup(out=)", "nn.Embedding, compiled"
+TENSOR, DICT = "tables, a tensor", "tables, a dict"
+SECTIONS = ("small", "lookups", "bags", "tables")
+#: P2 and P5: at most so many times the call in the second place, by host time
+SMALL_TARGETS = {
+    LAYER: (EMBEDDING, 1.3),
+    DIRECT_OUT: (EMBEDDING, 1.0),
+    OURS: (THEIRS, 1.3),
+    OURS_REDUCED: (THEIRS_REDUCED, 1.05),
+    TENSOR: (ONE, 1.3),
+    DICT: (ONE, 2.0),
+}
 Figures = dict[str, dict[int, float]]
 
 library = torch.library.Library("hps_numba_benchmark", "DEF")
@@ -49,13 +66,16 @@ class Sizes:
     tables: int = 26
     table_rows: int = 1 << 16
     batches: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536, 262_144)
+    small: tuple[int, ...] = (256, 1024, 4096, 16_384)
     bags: tuple[int, ...] = (1024, 16_384)
     keys_of_bag: int = 20
     repetitions: int = 41
 
 
-QUICK = Sizes(batches=(1024, 16_384, 262_144), bags=(4096,), repetitions=15)
-TINY = replace(QUICK, rows=2000, tables=3, table_rows=200, batches=(64, 256), bags=(32,), keys_of_bag=4, repetitions=3)
+QUICK = Sizes(batches=(1024, 16_384, 262_144), small=(1024, 16_384), bags=(4096,), repetitions=15)
+TINY = replace(
+    QUICK, rows=2000, tables=3, table_rows=200, batches=(64, 256), small=(64,), bags=(32,), keys_of_bag=4, repetitions=3
+)
 
 
 class Served:
@@ -149,6 +169,64 @@ class Served:
                     ratio_cells(f"D={self.dim}, {titles[how].replace('eager', 'compiled')}", compiled, THEIRS)
         return figures
 
+    def small(self, n: int) -> dict[str, Call]:
+        """By name: a small call, of one table or of many with ``n`` keys in all; checked if it looks up rows."""
+        numbers, keys = self.batches(n, self.sizes.rows)
+        weight, layer, embedding = self.tensors[0], self.layer(), torch.nn.functional.embedding
+        module, server = torch.nn.Embedding.from_pretrained(weight), SERVERS.opened[0]
+        out = torch.empty(n, self.dim, device=self.machine.device)
+        on_gpu = self.machine.ordinal is not None
+        request, dim, nothing = layer.request, self.dim, torch.ops.hps_numba_benchmark.nothing.default
+        torch.compiler.reset()
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": "inductor" if on_gpu else "aot_eager"}
+        functions = {THEIRS: lambda rows: embedding(rows, weight), THEIR_MODULE: module}
+        functions |= {NOTHING: lambda some: nothing(some, request, dim), OURS: layer}
+        compiled = {name: torch.compile(function, **how) for name, function in functions.items()}
+        if on_gpu:
+            reduced = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
+            compiled |= {THEIRS_REDUCED: torch.compile(lambda rows: embedding(rows, weight), **reduced)}
+            compiled |= {OURS_REDUCED: torch.compile(self.layer(), **reduced)}
+        calls: dict[str, Call] = {
+            EMBEDDING: lambda turn, stream: embedding(numbers[turn], weight),
+            MODULE: lambda turn, stream: module(numbers[turn]),
+            LAYER: lambda turn, stream: layer(keys[turn]),
+            DIRECT: lambda turn, stream: server.lookup(keys[turn], "m", 0, None),
+            DIRECT_OUT: lambda turn, stream: server.lookup(keys[turn], "m", 0, None, out=out),
+        }
+        for name, call in compiled.items():
+            given = keys if name in (NOTHING, OURS, OURS_REDUCED) else numbers
+            calls[name] = lambda turn, stream, call=call, given=given: call(given[turn])
+        for name, call in calls.items():
+            for _ in range(3 if name in REDUCED else 1):  # it records at the second call
+                rows = call(0, self.machine.stream())
+            self.machine.wait()
+            if name != NOTHING:
+                check(name, rows, numbers[0], self.dim)
+        for name, call in self.tables(n).items():
+            calls[name.removeprefix(f"{self.sizes.tables} ")] = call
+        return calls
+
+    def measure_small(self) -> dict[str, Figures]:
+        """P2, P5: host times, and times by events, of small calls."""
+        figures: dict[str, Figures] = {"wall": {}, "events": {}}
+        for n in self.sizes.small:
+            self.run.say(f"D={self.dim}: small calls, {n:,} keys")
+            for name, call in self.small(n).items():
+                figures["wall"].setdefault(name, {})[n] = median(self.machine.wall_times(call, 7))
+                figures["events"].setdefault(name, {})[n] = median(self.machine.times(call, self.sizes.repetitions))
+        for how, title in (("wall", "host clock"), ("events", "events")):
+            ratio_cells(f"D={self.dim}: small calls, {title}", figures[how], EMBEDDING)
+        for name, (base, most) in SMALL_TARGETS.items():
+            for n, time in figures["wall"].get(name, {}).items():
+                ratios = {how: some[name][n] / some[base][n] for how, some in figures.items()}
+                judged = ratios["events" if base == ONE else "wall"]
+                print(
+                    f"{name} over {base}, {n:,} keys: {time:.1f} us, host {ratios['wall']:.2f}, events {ratios['events']:.2f} "
+                    f"{verdict(judged, at_most=most)}"
+                )
+        print()
+        return figures
+
     def bags(self, mode: str, count: int) -> dict[str, Call]:
         """By name: a call that pools ``count`` bags; checked to give equal rows."""
         each, weight, theirs = self.sizes.keys_of_bag, self.tensors[0], torch.nn.functional.embedding_bag
@@ -183,15 +261,16 @@ class Served:
         stacked = [torch.stack(list(some.values())) for some in features]
         calls: dict[str, Call] = {
             ONE: lambda turn, stream: one(all_keys[turn]),
-            f"{tables} tables, a dict": lambda turn, stream: list(collection(features[turn]).values()),
-            f"{tables} tables, a tensor": lambda turn, stream: list(collection(stacked[turn])),
+            f"{tables} {DICT}": lambda turn, stream: list(collection(features[turn]).values()),
+            f"{tables} {TENSOR}": lambda turn, stream: list(collection(stacked[turn])),
             f"{tables} x F.embedding": lambda turn, stream: [embedding(numbers[turn], some) for some in self.tensors[1:]],
         }
         for name in list(calls)[1:]:
             for rows in calls[name](0, self.machine.stream()):
                 self.machine.wait()
                 check(name, rows, numbers[0], self.dim)
-        calls[f"{tables} tables, a tensor"] = lambda turn, stream: collection(stacked[turn])
+        calls[f"{tables} {DICT}"] = lambda turn, stream: collection(features[turn])
+        calls[f"{tables} {TENSOR}"] = lambda turn, stream: collection(stacked[turn])
         return calls
 
     def measure_tables(self) -> Figures:
@@ -209,22 +288,32 @@ class Served:
         return figures
 
 
-def measure(run: Run, dim: int, sizes: Sizes) -> dict[str, Any]:
+def measure(run: Run, dim: int, sizes: Sizes, sections: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hps_torch_layer_") as folder:
         served = Served(run, dim, sizes, Path(folder))
     try:
-        return {"lookups": served.measure_lookups(), "bags": served.measure_bags(), "tables": served.measure_tables()}
+        return {name: getattr(served, f"measure_{name}")() for name in sections}
     finally:
         served.machine.wait()
         SERVERS.close()
 
 
+def sections_option(text: str) -> list[str]:
+    """Parse ``small,tables`` into names of sections."""
+    names = text.split(",")
+    if not set(names) <= set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"expected names of {', '.join(SECTIONS)}, got {text!r}")
+    return names
+
+
 def main() -> int:
-    options = parser_of("The Torch layers compared with the embeddings of Torch.", (32, 128)).parse_args()
+    parser = parser_of("The Torch layers compared with the embeddings of Torch.", (32, 128))
+    parser.add_argument("--only", type=sections_option, default=list(SECTIONS), metavar="NAME,NAME", help=", ".join(SECTIONS))
+    options = parser.parse_args()
     run = Run("LookupLayer and HPSEmbeddingBag", options)
     sizes = TINY if options.on_cpu else QUICK if options.quick else Sizes()
     for dim in options.dims:
-        run.section(f"D={dim}", lambda dim=dim: measure(run, dim, sizes))
+        run.section(f"D={dim}", lambda dim=dim: measure(run, dim, sizes, options.only))
     return run.end()
 
 

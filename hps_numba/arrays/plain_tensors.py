@@ -1,4 +1,4 @@
-"""Keys and answers that are tensors of Torch on a GPU as kernels take them: looked up with a few questions to each.
+"""Keys and answers that are tensors of Torch as kernels take them: looked up with a few questions to each.
 
 What ``arrays.batch`` opens may be anything, and it says what is wrong with it; for a small batch that takes longer than the
 lookup. Here a call that is not plain is left to it.
@@ -14,7 +14,7 @@ from hps_numba.arrays.encodings import ELEMENT_BYTES, KEY_ALIGNMENT, KEY_ENCODIN
 from hps_numba.arrays.streams import torch_streams
 from hps_numba.errors import ClosedError
 
-__all__ = ["PlainTensors", "is_tensor"]
+__all__ = ["PlainHostTensors", "PlainTensors", "is_tensor"]
 
 
 def is_tensor(kind: type) -> bool:
@@ -104,3 +104,36 @@ class PlainTensors:
         if to & 3 or (at < to + n * self._row_bytes and to < at + n * size):
             return None
         return out, n, at, to, form
+
+
+class PlainHostTensors:
+    """Lookups of one table in host memory.
+
+    Args:
+        look_up: of arrays of NumPy: from int64 keys ``[n]``, and rows ``[n, dim]`` or None to write to, to the rows; or to None
+            if that takes more.
+
+    Thread safety: call it from any thread.
+    """
+
+    def __init__(self, look_up: Callable[[Any, Any, Any], Any]) -> None:
+        self._look_up, self._torch = look_up, sys.modules["torch"]
+
+    def __call__(self, keys: Any, out: Any, stream: Any) -> Any:
+        """The rows of the keys, in ``out`` or a new tensor; None as from ``look_up``, or for an ``out`` of another kind."""
+        torch = self._torch
+        try:
+            some, to = keys.numpy().reshape(-1), None  # shares memory, or raises
+            if out is not None:
+                if type(out) is not torch.Tensor or out.requires_grad or out.shape[:-1] != keys.shape:
+                    return None
+                if not out.is_contiguous():
+                    return None
+                to = out.numpy().reshape(len(some), -1)
+        except Exception:  # foreign code may raise anything; who takes the call next says what
+            return None
+        rows = self._look_up(some, to, None)
+        if rows is None or out is not None:
+            return None if rows is None else out
+        answer = torch.from_numpy(rows)
+        return answer if keys.dim() == 1 else answer.view(*keys.shape, -1)

@@ -23,7 +23,7 @@ from hps_numba.kernels.host.epoch import load, publish
 from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
 
 if TYPE_CHECKING:
-    from hps_numba.kernels.compiler.launch import LaunchChain, LoadedKernel, PreparedLookup
+    from hps_numba.kernels.compiler.launch import LaunchChain, LoadedKernel, PreparedLookup, PreparedTables
 
 __all__ = [
     "LOOKUP_THREADS",
@@ -41,6 +41,7 @@ _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
 LOOKUP_THREADS, OTHER_THREADS = 128, 256
 _KEYS_ARGUMENT, _ADVANCE_ARGUMENT = 4, 6  # of the lookup, of the insertion
+_WORDS_ARGUMENT = 2  # of lookup and insertion of several tables
 
 
 class Memory(Protocol):
@@ -153,17 +154,8 @@ class CudaBackend:
         """
         from hps_numba.kernels.compiler.launch import PreparedLookup
 
-        numbers = {
-            "keys_of_block": group * (LOOKUP_THREADS // 32),
-            "tiles_of_block": OTHER_THREADS // _LANES,
-            "max_blocks": self._max_blocks_after,
-            "min_blocks": self._min_blocks_after,
-            "sets": sets,
-            "capacity": capacity,
-        }
-        loaded = cast("Sequence[LoadedKernel]", kernels)
         return PreparedLookup(
-            loaded,
+            cast("Sequence[LoadedKernel]", kernels),
             launches,
             self.context,
             stream,
@@ -172,7 +164,45 @@ class CudaBackend:
             advance_at=_ADVANCE_ARGUMENT,
             touch_at=touch_at,
             insert_at=insert_at,
-            numbers=numbers,
+            numbers=self._sizes(group, sets) | {"capacity": capacity},
+        )
+
+    def _sizes(self, group: int, sets: int) -> dict[str, int]:
+        """What the numbers of blocks depend on, for lookups in one step."""
+        return {
+            "keys_of_block": group * (LOOKUP_THREADS // 32),
+            "tiles_of_block": OTHER_THREADS // _LANES,
+            "max_blocks": self._max_blocks_after,
+            "min_blocks": self._min_blocks_after,
+            "sets": sets,
+        }
+
+    def prepared_tables(
+        self,
+        kernels: Sequence[Kernel],
+        launches: Sequence[tuple[Any, ...]],
+        stream: int,
+        event: int,
+        *,
+        group: int,
+        tables: int,
+        sets: int,
+        touch_at: int,
+        insert_at: int,
+    ) -> PreparedTables:
+        """``prepared_lookup`` for so many tables in one launch; ``sets`` of the largest."""
+        from hps_numba.kernels.compiler.launch import PreparedTables
+
+        return PreparedTables(
+            cast("Sequence[LoadedKernel]", kernels),
+            launches,
+            self.context,
+            stream,
+            event,
+            words_at=_WORDS_ARGUMENT,
+            touch_at=touch_at,
+            insert_at=insert_at,
+            numbers=self._sizes(group, sets) | {"tables": tables},
         )
 
     def copy_when_marked(

@@ -8,6 +8,7 @@ keys are arguments of the kernels (``kernels/cache/multi_table.py``).
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,9 +30,12 @@ from hps_numba.kernels.layouts.cache import MAX_BATCH, MAX_TABLES, TABLE_BYTES, 
 
 if TYPE_CHECKING:
     from hps_numba.cache.backends import CudaBackend
-    from hps_numba.kernels.compiler.launch import LaunchChain
+    from hps_numba.kernels.compiler.launch import PreparedTables
 
 __all__ = ["CacheGroup"]
+
+Shape = tuple[str, str, bool, bool]
+"""Form of the keys, type of the answers, whether these are 16-byte aligned, and whether the batch is small."""
 
 
 class CacheGroup:
@@ -67,7 +71,7 @@ class CacheGroup:
         self._fixed, self._counted = first.fixed, first.parts.kernels.counted
         self._sets = max(cache.sets for cache in caches)
         self._captured: list[_GroupWorkspace] = []
-        self._chains: dict[tuple[str, str, bool, bool], tuple[LaunchChain, LaunchChain, int]] = {}
+        self._built: dict[Shape, tuple[list[Kernel], int]] = {}  # the kernels of lookups on a device that have been started
         self._capturing = threading.Lock()
         self._closed = False
         with self._backend.current():
@@ -120,14 +124,15 @@ class CacheGroup:
             raise CapacityError(f"{self.name}: lookup of several tables: expected at most {MAX_BATCH} keys each, got {longest}")
         if longest == 0:
             return
-        words: list[int] = [0] * (MAX_TABLES * TABLE_WORDS)
-        end = TABLE_WORDS * len(counts)
-        words[0:end:TABLE_WORDS], words[1:end:TABLE_WORDS], words[2:end:TABLE_WORDS] = keys, counts, outs
+        words: list[int] = [0] * (TABLE_WORDS * len(counts))
+        words[0::TABLE_WORDS], words[1::TABLE_WORDS], words[2::TABLE_WORDS] = keys, counts, outs
         aligned = not any(map((15).__and__, outs))
         shape = (key_form, out_type, aligned, sum(counts) < self._large_batch)
-        chains = self._chains.get(shape)
-        if chains is not None and self._pool.reuse(stream, longest, self._start_chain, chains, longest, words, stream):
-            return
+        if shape in self._built:
+            given = array("q", words)
+            if self._pool.reuse(stream, longest, self._start_prepared, shape, stream, given.buffer_info()[0], longest):
+                return
+        words += [0] * (TABLE_WORDS * MAX_TABLES - len(words))
         with self._backend.current():
             if self._backend.is_capturing(stream):
                 self._capture(shape, longest, words, stream)
@@ -140,24 +145,67 @@ class CacheGroup:
             while not self._switch.answer(ask) and not self._start(shape, longest, words, stream):
                 pass
 
-    def _start_chain(
+    def lookup_stacked(
         self,
-        workspace: _GroupWorkspace,
-        chains: tuple[LaunchChain, LaunchChain, int],
-        longest: int,
-        words: list[int],
+        keys: int,
+        key_step: int,
+        n: int,
+        out: int,
+        out_step: int,
         stream: int,
-    ) -> bool:
-        chain, single, group = chains
+        *,
+        key_form: str = "int64",
+        out_type: str = "float32",
+    ) -> None:
+        """``lookup`` of ``n`` keys of each cache, which are evenly spaced, as are the answers.
+
+        Args:
+            keys, out: addresses for the first cache.   key_step, out_step: bytes from one cache to the next.
+        """
+        tables = len(self._caches)
+        shape = (key_form, out_type, (out | out_step) & 15 == 0, tables * n < self._large_batch)
+        if shape in self._built and 0 < n <= MAX_BATCH:
+            self._begin()
+            how = shape, stream, 0, n, keys, key_step, out, out_step
+            if self._pool.reuse(stream, n, self._start_prepared, *how):
+                return
+        every_keys = [keys + key_step * i for i in range(tables)]
+        outs = [out + out_step * i for i in range(tables)]
+        self.lookup(every_keys, [n] * tables, outs, stream, key_form=key_form, out_type=out_type)
+
+    def _start_prepared(self, workspace: _GroupWorkspace, shape: Shape, stream: int, words: int, *others: int) -> bool:
+        """Start a lookup in one step; ``words`` and others as ``PreparedTables.start`` takes them."""
         if self._switch.active is not None:
             return False
-        if all(residency.single_kernel for residency in self._residencies):
-            chain, launches = single, [self._lookup(workspace.without_lists, group, longest, words)]
-        else:
-            launches = self._launches(workspace, group, longest, words)
-        return chain.start(self._context, stream, workspace.event, *launches)
+        single = False not in [residency.single_kernel for residency in self._residencies]
+        prepared = workspace.prepared.get((shape, single))
+        if prepared is None:
+            prepared = workspace.prepared[shape, single] = self._prepare(workspace, shape, single, stream)
+        started: bool = prepared.start(words, *others)
+        return started
 
-    def _capture(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> None:
+    def _prepare(self, workspace: _GroupWorkspace, shape: Shape, single: bool, stream: int) -> PreparedTables:
+        """Lookups of a shape with a workspace, on the stream that has it; ``single``: nothing follows the answer."""
+        kernels, group = self._built[shape]
+        nothing = [0] * (TABLE_WORDS * MAX_TABLES)
+        if single:
+            kernels, launches = kernels[:1], [self._lookup(workspace.without_lists, group, 1, nothing)]
+        else:
+            launches = self._launches(workspace, group, 1, nothing)
+        last = len(launches) - 1
+        return cast("CudaBackend", self._backend).prepared_tables(
+            kernels,
+            launches,
+            stream,
+            workspace.event,
+            group=group,
+            tables=len(self._caches),
+            sets=self._sets,
+            touch_at=1 if last == 2 else 0,
+            insert_at=last,
+        )
+
+    def _capture(self, shape: Shape, longest: int, words: list[int], stream: int) -> None:
         """Start the kernels with a workspace for the graph that captures the stream."""
         with self._backend.relaxed(), self._capturing:  # a change of a policy waits for the capture in ``retire``
             self._check_open()
@@ -169,7 +217,7 @@ class CacheGroup:
             kernels, group = self._kernels_of(shape)
             self._batch(kept, kernels, group, longest, words, stream)
 
-    def _start(self, shape: tuple[str, str, bool, bool], longest: int, words: list[int], stream: int) -> bool:
+    def _start(self, shape: Shape, longest: int, words: list[int], stream: int) -> bool:
         """Start the kernels one after the other; from now on lookups of this shape are started in one step.
 
         False: nothing was started, as a switch of versions began before the workspace was claimed.
@@ -178,17 +226,15 @@ class CacheGroup:
         self._pool.lend(stream, self._start_with, groups, shape, longest, words, stream)
         if not groups:
             return False
-        kernels, group = groups[0]
-        if self._backend.ordinal is not None and shape not in self._chains:
-            device = cast("CudaBackend", self._backend)
-            self._chains[shape] = device.launch_chain(kernels), device.launch_chain(kernels[:1]), group
+        if self._backend.ordinal is not None:
+            self._built[shape] = groups[0]
         return True
 
     def _start_with(
         self,
         workspace: _GroupWorkspace,
         groups: list[tuple[list[Kernel], int]],
-        shape: tuple[str, str, bool, bool],
+        shape: Shape,
         longest: int,
         words: list[int],
         stream: int,
@@ -202,7 +248,7 @@ class CacheGroup:
             self._batch(workspace, kernels, group, longest, words, stream)
         groups.append((kernels, group))
 
-    def _kernels_of(self, shape: tuple[str, str, bool, bool]) -> tuple[list[Kernel], int]:
+    def _kernels_of(self, shape: Shape) -> tuple[list[Kernel], int]:
         """The kernels of a lookup in their order, and how many keys a warp of the first takes."""
         kernel, group = self._kernels.built(("lookup_tables_kernel", *shape))
         names = () if self._fixed else FINISHING_TABLES if self._counted else FINISHING_TABLES[1:]
@@ -311,6 +357,7 @@ class _GroupWorkspace(StreamMemory):
         if n <= self.limit:
             return
         self._settle(stream)
+        self.prepared.clear()
         target, self.limit = max(n, self.limit), 0  # until all have it: the workspaces described may be gone by then
         for workspace in self._workspaces:
             workspace.reserve(target, absent, stream)
@@ -340,6 +387,7 @@ class _GroupWorkspace(StreamMemory):
     def invalidate(self) -> None:
         """Use other memory from the next ``reserve`` on: a batch failed halfway."""
         self.limit = self.bytes = 0
+        self.prepared.clear()
         for workspace in self._workspaces:
             workspace.invalidate()
 

@@ -51,6 +51,11 @@ class FusedCaches(Protocol):
     def lookup(self, keys: Sequence[int], counts: Sequence[int], outs: Sequence[int], stream: int, *, key_form: str) -> object:
         """``TableCache.lookup`` for every table."""
 
+    def lookup_stacked(
+        self, keys: int, key_step: int, n: int, out: int, out_step: int, stream: int, *, key_form: str
+    ) -> object:
+        """``lookup`` of ``n`` keys of every table, one table after the other, so many bytes apart."""
+
 
 Cache = TypeVar("Cache", TableCache, FusedCaches)
 Encodings = Mapping[int, Mapping[Any, str]]
@@ -90,6 +95,19 @@ class Binding(Generic[Cache]):
             return False
         try:
             self._look_up(keys, n, out, stream, key_form=form)
+        except ClosedError:
+            self._unbind()
+            return False
+        return True
+
+    def lookup_stacked(
+        self: Binding[FusedCaches], keys: int, key_step: int, n: int, out: int, out_step: int, stream: int, form: str
+    ) -> bool:
+        """Call ``lookup_stacked`` of the caches; returns as ``lookup``."""
+        if self._recordings.active:
+            return False
+        try:
+            self._cache.lookup_stacked(keys, key_step, n, out, out_step, stream, key_form=form)
         except ClosedError:
             self._unbind()
             return False

@@ -68,6 +68,30 @@ class FusedLookup:
         look_up = partial(self._lookup_all, keys, counts, outs, stream, key_form=key_form, out_type=out_type)
         self._switch.read_one_version(look_up)
 
+    def lookup_stacked(
+        self,
+        keys: int,
+        key_step: int,
+        n: int,
+        out: int,
+        out_step: int,
+        stream: int,
+        *,
+        key_form: str = "int64",
+        out_type: str = "float32",
+    ) -> None:
+        """``lookup`` of ``n`` keys of every table, which are evenly spaced, as are the answers.
+
+        Args:
+            keys, out: addresses for the first table.   key_step, out_step: bytes from one table to the next.
+        """
+        if self._single_group is not None:
+            self._single_group.lookup_stacked(keys, key_step, n, out, out_step, stream, key_form=key_form, out_type=out_type)
+            return
+        tables = sum(len(positions) for _, positions in self._launches)
+        every_keys, outs = ([first + step * i for i in range(tables)] for first, step in ((keys, key_step), (out, out_step)))
+        self.lookup(every_keys, [n] * tables, outs, stream, key_form=key_form, out_type=out_type)
+
     def _lookup_all(
         self,
         keys: Sequence[int],

@@ -16,7 +16,7 @@ import numpy as np
 from hps_numba.arrays.bags import DeviceBags
 from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.arrays.host import NUMPY
-from hps_numba.arrays.plain_tensors import PlainTensors, is_tensor
+from hps_numba.arrays.plain_tensors import PlainHostTensors, PlainTensors, is_tensor
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
 from hps_numba.kernels.layouts.cache import MAX_BATCH
@@ -99,7 +99,11 @@ class ServedTable:
             kind: the class of the keys.   device: the GPU that has them, or None.   key_bits: 64 or 32.
         """
         if device is None:
-            return self._in_host_memory if kind is np.ndarray and key_bits == 64 else None
+            if self._in_host_memory is None or key_bits == 32:
+                return None
+            if kind is np.ndarray:
+                return self._in_host_memory
+            return PlainHostTensors(self._in_host_memory) if is_tensor(kind) else None
         cache = self.cache_on(device)
         if cache is None or self.slow_path is not None or not is_tensor(kind):
             return None

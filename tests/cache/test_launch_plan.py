@@ -187,4 +187,17 @@ def test_fused_lookups_in_one_step_equal_separate_ones(monkeypatch: pytest.Monke
     for first, second in zip(together, separate):
         assert first.entries() == second.entries() and first.counters() == second.counters()
     assert backend.chained == 3
+    for n in (90, 10, 200):
+        stacked = random.zipf(1.2, (3, n)) % 1000
+        rows = np.empty((3, n, DIM), np.float32)
+        step, out_step = stacked.strides[0], rows.strides[0]
+        group.lookup_stacked(stacked.ctypes.data, step, n, rows.ctypes.data, out_step, 0)
+        for answer, cache, some in zip(rows, separate, stacked):
+            assert_same_bits(answer, cache.lookup_arrays(some))
+    for first, second in zip(together, separate):
+        assert first.entries() == second.entries() and first.counters() == second.counters()
+    assert backend.chained == (
+        5 if group._built.keys() == {("int64", "float32", aligned, True) for aligned in (True, False)} else 6
+    )
+    group.lookup_stacked(0, 0, 0, 0, 0, 0)  # no key
     group.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,8 @@ from hps_numba.training.initializers import Initializer
 
 __all__ = ["LookupCollection"]
 
+Allocate = Callable[[list[torch.Tensor], list[int], list[int]], list[torch.Tensor]]
+"""From the keys of each table, how many they are, and the widths of rows: memory for the rows."""
 #: requests for several tables, bound to their caches on a GPU
 _fused_bindings: Bindings[FusedCaches] = Bindings(find_fused, operator.KEY_ENCODINGS_OF)
 
@@ -40,21 +42,30 @@ def _lookup_many_on_cuda(
     keys: list[torch.Tensor], request: str, dims: list[int], *, in_one: bool = False
 ) -> list[torch.Tensor]:
     """``in_one``: the answers may be views of one tensor, which is allocated faster."""
-    device, dtype = keys[0].get_device(), keys[0].dtype
+    device = keys[0].get_device()
     operator.check_keys(keys[0])
-    binding = _fused_bindings[request, device]
-    form = None if binding is None else binding.encodings.get(dtype)
-    counts = [some.numel() for some in keys]
-    if binding is not None and form is not None and max(counts) <= MAX_KEYS and _are_alike(keys, dtype, device):
-        rows = (_parts_of_one if in_one else _one_by_one)(keys, counts, dims)
-        addresses, outs = [some.data_ptr() for some in keys], [some.data_ptr() for some in rows]
-        if binding.lookup(addresses, counts, outs, operator.current_stream(device), form):
-            return rows
+    rows = _lookup_alike(keys, request, dims, device, _parts_of_one if in_one else _one_by_one)
+    if rows is not None:
+        return rows
     return [operator.rows_on_cuda(some, server, query) for some, (server, query) in zip(keys, tables_of(request), strict=True)]
 
 
-def _are_alike(keys: list[torch.Tensor], dtype: torch.dtype, device: int) -> bool:
-    return all(some.dtype == dtype and some.get_device() == device and some.is_contiguous() for some in keys)
+def _lookup_alike(
+    keys: list[torch.Tensor], request: str, dims: list[int], device: int, allocate: Allocate
+) -> list[torch.Tensor] | None:
+    """Rows of keys on one GPU; None where that takes more than the kernels of caches, or keys differ in kind."""
+    binding, dtype = _fused_bindings[request, device], keys[0].dtype
+    form = None if binding is None else binding.encodings.get(dtype)
+    if binding is None or form is None:
+        return None
+    counts, tables = [some.numel() for some in keys], len(keys)  # lists, and no loop: there may be many small tables
+    if max(counts) > MAX_KEYS or [some.dtype for some in keys].count(dtype) < tables:
+        return None
+    if [some.get_device() for some in keys].count(device) < tables or False in [some.is_contiguous() for some in keys]:
+        return None
+    rows = allocate(keys, counts, dims)
+    addresses, outs = [some.data_ptr() for some in keys], [some.data_ptr() for some in rows]
+    return rows if binding.lookup(addresses, counts, outs, operator.current_stream(device), form) else None
 
 
 def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor | None:
@@ -66,12 +77,10 @@ def _lookup_stacked(keys: torch.Tensor, request: str, dim: int) -> torch.Tensor 
     n = keys.numel() // tables
     if binding is None or form is None or not keys.is_contiguous() or n > MAX_KEYS:
         return None
-    rows = torch.empty((*keys.shape, dim), dtype=torch.float32, device=keys.device)
+    rows = torch.empty(*keys.shape, dim, dtype=torch.float32, device=keys.device)
     first, to = keys.data_ptr(), rows.data_ptr()
-    step, stride = n * keys.element_size(), 4 * dim * n
-    addresses = [first + step * i for i in range(tables)]
-    outs = [to + stride * i for i in range(tables)]
-    done = binding.lookup(addresses, [n] * tables, outs, operator.current_stream(device), form)
+    stream = operator.current_stream(device)
+    done = binding.lookup_stacked(first, n * keys.element_size(), n, to, 4 * dim * n, stream, form)
     return rows if done else None
 
 
@@ -84,18 +93,28 @@ def jagged(batch: Any) -> dict[str, torch.Tensor]:
 
 def _one_by_one(keys: list[torch.Tensor], counts: list[int], dims: list[int]) -> list[torch.Tensor]:
     device = keys[0].device
-    return [torch.empty((*some.shape, dim), dtype=torch.float32, device=device) for some, dim in zip(keys, dims)]
+    return [torch.empty(*some.shape, dim, dtype=torch.float32, device=device) for some, dim in zip(keys, dims)]
 
 
 def _parts_of_one(keys: list[torch.Tensor], counts: list[int], dims: list[int]) -> list[torch.Tensor]:
+    """Rows for each table in one tensor; by one step of Torch where shapes and widths are equal, as a view takes as long as an
+    allocation."""
+    shape, dim, device = keys[0].shape, dims[0], keys[0].device
+    shapes = [some.shape for some in keys]
+    if dims.count(dim) == len(dims) and dim % _ALIGNED == 0:
+        if shapes.count(shape) == len(shapes):
+            return list(torch.empty(len(keys), *shape, dim, dtype=torch.float32, device=device).unbind(0))
+        if [len(some) for some in shapes].count(1) == len(shapes):
+            return list(torch.empty(sum(counts), dim, dtype=torch.float32, device=device).split(counts))
     sizes = [-(-n * dim // _ALIGNED) * _ALIGNED for n, dim in zip(counts, dims)]
-    parts = torch.empty(sum(sizes), dtype=torch.float32, device=keys[0].device).split(sizes)
+    parts = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
     return [
-        (part if part.shape[0] == n * dim else part[: n * dim]).view(*some.shape, dim)
-        for part, some, n, dim in zip(parts, keys, counts, dims)
+        (part if part.shape[0] == n * dim else part[: n * dim]).view(*some, dim)
+        for part, some, n, dim in zip(parts, shapes, counts, dims)
     ]
 
 
+_MAX_KNOWN = 1000  # selections of features whose requests are kept
 _ALIGNED = 4  # elements: kernels write 16 bytes at a time
 
 
@@ -141,7 +160,18 @@ class LookupCollection(TrainableLayer):
         self._head, texts, self._tail = Query(config_of(ps_config_file), tuple(self._queries.values())).pieces()
         self._texts = dict(zip(self._queries, texts, strict=True))
         self._request = self.request_of(list(self._queries))
+        self._keep_known()
         self._set_training(trainable, initializer, read_only)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_known()  # an earlier version pickled nothing of it
+
+    def _keep_known(self) -> None:
+        """What calls need each time."""
+        self._known: dict[tuple[str, ...], tuple[str, list[int]]] = {}
+        self._dims = [query.dim for query in self._queries.values()]
+        self._widths = sorted(set(self._dims))
 
     def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
         """Look up the rows of some or all features.
@@ -165,29 +195,35 @@ class LookupCollection(TrainableLayer):
             keys = {feature: values for feature, values in jagged(keys).items() if feature in self._texts}
         if not isinstance(keys, Mapping):
             raise ConfigError(f"keys: expected {{feature: keys}} or a tensor, got {type(keys).__name__}")
-        features = list(keys)
-        if not features:
+        if not keys:
             return {}
+        features, given = tuple(keys), list(keys.values())
+        if self.trainable and self._trains():
+            rows = self._trained(given, *self._asked(features))
+        elif torch.compiler.is_compiling() or not (operator.are_plain(given) and given[0].is_cuda):
+            rows = torch.ops.hps_numba.lookup_many(given, *self._asked(features))
+        else:
+            asked = self._known.get(features)
+            if asked is None:
+                asked = self._asked(features)
+                if len(self._known) < _MAX_KNOWN:
+                    self._known[features] = asked
+            rows = _lookup_many_on_cuda(given, *asked, in_one=True)
+        return dict(zip(features, rows, strict=True))
+
+    def _asked(self, features: tuple[str, ...]) -> tuple[str, list[int]]:
+        """The request for some features, and the widths of their rows."""
         unknown = [feature for feature in features if feature not in self._texts]
         if unknown:
             raise ConfigError(f"keys: expected features of {', '.join(self._texts)}, got {', '.join(map(str, unknown))}")
-        dims = [self._queries[feature].dim for feature in features]
-        given = list(keys.values())
-        request = self.request_of(features)
-        if self.trainable and self._trains():
-            rows = self._trained(given, request, dims)
-        elif not torch.compiler.is_compiling() and operator.are_plain(given) and given[0].is_cuda:
-            rows = _lookup_many_on_cuda(given, request, dims, in_one=True)
-        else:
-            rows = torch.ops.hps_numba.lookup_many(given, request, dims)
-        return dict(zip(features, rows, strict=True))
+        return self.request_of(list(features)), [self._queries[feature].dim for feature in features]
 
     def _stacked(self, keys: torch.Tensor) -> torch.Tensor:
-        dims = [query.dim for query in self._queries.values()]
+        dims, widths = self._dims, self._widths
         if keys.dim() == 0 or keys.shape[0] != len(dims):
             raise ConfigError(f"keys: expected [{len(dims)}, ...], a row for each feature, got {list(keys.shape)}")
-        if len(set(dims)) > 1:
-            raise ConfigError(f"keys: expected {{feature: keys}} for rows of {sorted(set(dims))} elements, got one tensor")
+        if len(widths) > 1:
+            raise ConfigError(f"keys: expected {{feature: keys}} for rows of {widths} elements, got one tensor")
         if self.trainable and self._trains():
             return torch.stack(self._trained(list(keys.unbind(0)), self._request, dims))
         if not torch.compiler.is_compiling() and operator.is_plain(keys) and keys.is_cuda:

@@ -30,16 +30,18 @@ from hps_numba.kernels.compiler.launch_native import (
     COPY_FUNCTIONS,
     DRIVER_FUNCTIONS,
     LOOKUP_WORDS,
+    TABLES_WORDS,
     WORK_WORDS,
     start_copies,
     start_kernels,
     start_lookup,
+    start_tables,
 )
 from hps_numba.kernels.compiler.ptx import ptx_of, uses_pdl
 from hps_numba.kernels.compiler.safely import compile_lock, run_safely
 from hps_numba.kernels.compiler.spec import KernelSpec
 
-__all__ = ["LaunchChain", "LoadedKernel", "PreparedLookup", "cubin_of", "link", "load"]
+__all__ = ["LaunchChain", "LoadedKernel", "PreparedLookup", "PreparedTables", "cubin_of", "link", "load"]
 
 THREADS = 256
 # CUlaunchConfig: blocks and threads in x, y, z, bytes of shared memory, stream, attributes, their number
@@ -137,6 +139,19 @@ class _ArgumentMemory:
         self.pointers = ctypes.addressof(self._pointers)
 
 
+def _packed_apart(
+    kernels: Sequence[LoadedKernel], launches: Sequence[tuple[Any, ...]], stream: int
+) -> tuple[list[_ArgumentMemory], np.ndarray]:
+    """Memory for the arguments of each kernel, and the ``work`` of ``start_kernels`` that leads to it."""
+    taken = [
+        kernel.pack_apart(blocks, stream, *args, threads=threads)
+        for kernel, (blocks, _, threads, args) in zip(kernels, launches, strict=True)
+    ]
+    work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
+    work[WORK_WORDS:] = [word for memory, function in taken for word in (memory.config, function, memory.pointers)]
+    return [memory for memory, _ in taken], work
+
+
 class PreparedLookup:
     """A lookup of a cache on a stream, with one workspace, that is started repeatedly.   Thread safety: one thread at a time.
 
@@ -165,13 +180,7 @@ class PreparedLookup:
     ) -> None:
         self._kernel = kernels[0]
         self._functions = int(_driver_table().ctypes.data)
-        taken = [
-            kernel.pack_apart(blocks, stream, *args, threads=threads)
-            for kernel, (blocks, _, threads, args) in zip(kernels, launches, strict=True)
-        ]
-        memories = [memory for memory, _ in taken]
-        work = np.zeros(WORK_WORDS + 3 * len(taken), np.int64)
-        work[WORK_WORDS:] = [word for memory, function in taken for word in (memory.config, function, memory.pointers)]
+        memories, work = _packed_apart(kernels, launches, stream)
         first, touch, insert = memories[0], memories[touch_at], memories[insert_at]
         words = {
             "work": int(work.ctypes.data),
@@ -198,6 +207,60 @@ class PreparedLookup:
         if status == CAPTURED:
             return False
         raise self._kernel.refused(status, f"for {n} keys")
+
+
+class PreparedTables:
+    """A lookup of several tables on a stream, with one workspace, that is started repeatedly.
+
+    Args:
+        kernels, launches, context, stream, event, touch_at, insert_at, numbers: as for ``PreparedLookup``, of
+            ``TABLES_WORDS``.   words_at: number of the argument ``words`` of lookup and insertion.
+
+    Thread safety: one thread at a time.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[LoadedKernel],
+        launches: Sequence[tuple[Any, ...]],
+        context: int,
+        stream: int,
+        event: int,
+        *,
+        words_at: int,
+        touch_at: int,
+        insert_at: int,
+        numbers: Mapping[str, int],
+    ) -> None:
+        self._kernel = kernels[0]
+        self._functions = int(_driver_table().ctypes.data)
+        memories, work = _packed_apart(kernels, launches, stream)
+        first, touch, insert = memories[0], memories[touch_at], memories[insert_at]
+        words = {
+            "work": int(work.ctypes.data),
+            "context": context,
+            "stream": stream,
+            "event": event,
+            "count": len(memories),
+            "words": first.arguments[words_at],
+            "insert_words": insert.arguments[words_at] if insert_at else 0,
+            "blocks": first.config,
+            "touch_blocks": touch.config if touch_at else 0,
+            "insert_blocks": insert.config if insert_at else 0,
+            **numbers,
+        }
+        prepared = np.array([words[name] for name in TABLES_WORDS], np.int64)
+        self._prepared = int(prepared.ctypes.data)
+        self._keep = memories, work, prepared
+
+    def start(self, words: int, n: int, keys: int = 0, key_step: int = 0, out: int = 0, out_step: int = 0) -> bool:
+        """Start it with arguments as ``start_tables`` takes them; returns and raises as ``LaunchChain.start``."""
+        status = start_tables(self._functions, self._prepared, words, n, keys, key_step, out, out_step)
+        if status == 0:
+            return True
+        if status == CAPTURED:
+            return False
+        raise self._kernel.refused(status, f"for up to {n} keys a table")
 
 
 class LaunchChain:

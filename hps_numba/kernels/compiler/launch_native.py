@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from hps_numba.kernels.compiler.njit import host_kernel
 from hps_numba.kernels.host.atomics import load_word, store_word
-from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER
+from hps_numba.kernels.layouts.cache import KEYS_OF_A_BLOCK_AFTER, TABLE_WORDS
 
 __all__ = [
     "CAPTURED",
@@ -21,10 +21,12 @@ __all__ = [
     "DRIVER_FUNCTIONS",
     "LOOKUP_WORDS",
     "NO_EVENT",
+    "TABLES_WORDS",
     "WORK_WORDS",
     "start_copies",
     "start_kernels",
     "start_lookup",
+    "start_tables",
 ]
 
 #: functions in the table of addresses, in this order
@@ -75,6 +77,32 @@ LOOKUP_WORDS = (
     _SETS,
     _CAPACITY,
 ) = (8 * i for i in range(len(LOOKUP_WORDS)))
+#: words of a prepared lookup of several tables; those of the same name as in ``LOOKUP_WORDS``
+TABLES_WORDS = (
+    "work",
+    "context",
+    "stream",
+    "event",
+    "count",
+    "tables",  # how many
+    "words",  # address of the argument ``words`` of the lookup
+    "insert_words",  # of the insertion, or 0: there is none
+    "blocks",
+    "keys_of_block",
+    "touch_blocks",
+    "insert_blocks",
+    "tiles_of_block",
+    "max_blocks",  # of all tables
+    "min_blocks",
+    "sets",  # of the largest cache
+)
+_OF_TABLES = {name: 8 * i for i, name in enumerate(TABLES_WORDS)}
+_TABLES, _WORDS, _INSERT_WORDS = _OF_TABLES["tables"], _OF_TABLES["words"], _OF_TABLES["insert_words"]
+_T_BLOCKS, _T_KEYS_OF_BLOCK, _T_SETS = _OF_TABLES["blocks"], _OF_TABLES["keys_of_block"], _OF_TABLES["sets"]
+_T_TOUCH_BLOCKS, _T_INSERT_BLOCKS = _OF_TABLES["touch_blocks"], _OF_TABLES["insert_blocks"]
+_T_TILES_OF_BLOCK, _T_MAX_BLOCKS = _OF_TABLES["tiles_of_block"], _OF_TABLES["max_blocks"]
+_T_MIN_BLOCKS = _OF_TABLES["min_blocks"]
+_TABLE_BYTES = 8 * TABLE_WORDS
 _ONE_ROW = 1 << 32  # numbers of blocks are three int32, of which the second is 1
 
 
@@ -197,4 +225,55 @@ def start_lookup(driver, lookup, keys, n, out):
         load_word(lookup + _STREAM),
         load_word(lookup + _EVENT),
         load_word(lookup + _COUNT),
+    )
+
+
+@host_kernel
+def start_tables(driver, prepared, words, n, keys, key_step, out, out_step):
+    """Start the kernels of a prepared lookup of several tables.
+
+    Args (int64):
+        driver: as for ``start_kernels``.   prepared: address of ``TABLES_WORDS``.
+        words: address of keys, n and out of each table; or 0: each table has ``n`` keys.
+        n: most keys of a table, 1 or more.
+        keys, key_step, out, out_step: if ``words`` is 0, addresses of the keys and rows of the first table, and bytes from one
+            table to the next.
+
+    Returns:
+        As ``start_kernels``.
+
+    **Writes:** as ``start_lookup``.
+    """
+    tables = load_word(prepared + _TABLES)
+    to, insert = load_word(prepared + _WORDS), load_word(prepared + _INSERT_WORDS)
+    for i in range(tables):
+        at = _TABLE_BYTES * i
+        some, count, rows = keys + key_step * i, n, out + out_step * i
+        if words != 0:
+            some, count, rows = load_word(words + at), load_word(words + at + 8), load_word(words + at + 16)
+        store_word(to + at, some)
+        store_word(to + at + 8, count)
+        store_word(to + at + 16, rows)
+        if insert != 0:
+            store_word(insert + at, some)
+            store_word(insert + at + 8, count)
+            store_word(insert + at + 16, rows)
+    grid_rows = tables << 32
+    keys_of_block, tiles = load_word(prepared + _T_KEYS_OF_BLOCK), load_word(prepared + _T_TILES_OF_BLOCK)
+    store_word(load_word(prepared + _T_BLOCKS), (n + keys_of_block - 1) // keys_of_block | grid_rows)
+    wanted = max(load_word(prepared + _T_MIN_BLOCKS), tables * n // KEYS_OF_A_BLOCK_AFTER)
+    limit = min(load_word(prepared + _T_MAX_BLOCKS), wanted) // tables
+    touch_blocks, insert_blocks = load_word(prepared + _T_TOUCH_BLOCKS), load_word(prepared + _T_INSERT_BLOCKS)
+    if touch_blocks != 0:
+        store_word(touch_blocks, max(1, min((n + tiles - 1) // tiles, limit)) | grid_rows)
+    if insert_blocks != 0:
+        inserting = min(n, load_word(prepared + _T_SETS))
+        store_word(insert_blocks, max(1, min((inserting + tiles - 1) // tiles, limit)) | grid_rows)
+    return start_kernels(
+        driver,
+        load_word(prepared + _WORK),
+        load_word(prepared + _CONTEXT),
+        load_word(prepared + _STREAM),
+        load_word(prepared + _EVENT),
+        load_word(prepared + _COUNT),
     )

@@ -177,3 +177,74 @@ def test_a_prepared_lookup_under_capture_starts_nothing(driver):
     driver.capturing = 1
     assert Prepared(driver, touch=False, insert=True).start(100) == CAPTURED
     assert [call[0] for call in driver.calls] == ["get", "capturing"]
+
+
+# -- several tables --------------------------------------------------------------------------------------------------------
+
+
+class PreparedTables:
+    """``start_tables`` with memory that shows what the kernels would take."""
+
+    def __init__(self, driver: Driver, tables: int, *, touch: bool, insert: bool, sets: int = 1000) -> None:
+        self.driver, self.tables = driver, tables
+        self.arguments = np.full((2, tables + 1, 3), 5, np.int64)  # of the lookup and the insertion
+        self.blocks = np.full((3, 3), 1, np.uint32)
+        self.blocks[:, 2] = 7  # what follows stays
+        self.work = np.zeros(launch_native.WORK_WORDS + 9, np.int64)
+        place = [int(self.blocks[i].ctypes.data) for i in range(3)]
+        words = {
+            "work": int(self.work.ctypes.data),
+            "context": CONTEXT,
+            "stream": STREAM,
+            "event": EVENT,
+            "count": 1 + touch + insert,
+            "tables": tables,
+            "words": int(self.arguments[0].ctypes.data),
+            "insert_words": int(self.arguments[1].ctypes.data) * insert,
+            "blocks": place[0],
+            "keys_of_block": 16,
+            "touch_blocks": place[1] * touch,
+            "insert_blocks": place[2] * insert,
+            "tiles_of_block": 32,
+            "max_blocks": 528,
+            "min_blocks": 66,
+            "sets": sets,
+        }
+        assert set(words) == set(launch_native.TABLES_WORDS)
+        self.words = np.array([words[name] for name in launch_native.TABLES_WORDS], np.int64)
+
+    def start(self, words: int, n: int, *evenly: int) -> int:
+        return launch_native.start_tables(
+            self.driver.table.ctypes.data, self.words.ctypes.data, words, n, *(evenly or (0, 0, 0, 0))
+        )
+
+
+@pytest.mark.parametrize("tables", [1, 3, 26])
+@pytest.mark.parametrize("n", [1, 16, 17, 1000, 1 << 20])
+def test_prepared_tables_start_what_a_group_starts(driver, tables, n):
+    prepared = PreparedTables(driver, tables, touch=True, insert=True)
+    assert prepared.start(0, n, 0x1000, 8 * n, 0x9000, 128 * n) == 0
+    given = [[0x1000 + 8 * n * i, n, 0x9000 + 128 * n * i] for i in range(tables)]
+    assert prepared.arguments.tolist() == [[*given, [5, 5, 5]]] * 2
+    # as CudaBackend.lookup_blocks(n, 4), and blocks_after(tables * n, n or min(n, sets), tables)
+    most = min(528, max(66, tables * n // KEYS_OF_A_BLOCK_AFTER)) // tables
+    expected = [-(-(-(-n // 4) * 32) // 128), max(1, min(-(-n // 32), most)), max(1, min(-(-min(n, 1000) // 32), most))]
+    assert prepared.blocks.tolist() == [[blocks, tables, 7] for blocks in expected]
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "launch", "launch", "record"]
+
+
+def test_prepared_tables_take_the_keys_of_each_table(driver):
+    prepared = PreparedTables(driver, 3, touch=False, insert=True)
+    words = np.array([[11, 1, 12], [21, 0, 22], [31, 40, 32]], np.int64)
+    assert prepared.start(words.ctypes.data, 40) == 0
+    assert prepared.arguments.tolist() == [[*words.tolist(), [5, 5, 5]]] * 2
+    assert prepared.blocks.tolist() == [[3, 3, 7], [1, 1, 7], [2, 3, 7]]
+
+
+def test_prepared_tables_of_which_nothing_is_inserted_are_one_kernel(driver):
+    prepared = PreparedTables(driver, 2, touch=False, insert=False)
+    assert prepared.start(0, 10, 100, 8, 200, 16) == 0
+    assert prepared.arguments[0, :2].tolist() == [[100, 10, 200], [108, 10, 216]] and (prepared.arguments[1] == 5).all()
+    assert [call[0] for call in driver.calls] == ["get", "capturing", "launch", "record"]
+    driver.capturing = 1
+    assert prepared.start(0, 10, 100, 8, 200, 16) == CAPTURED
