@@ -70,10 +70,7 @@ class PlainTensors:
         """
         if stream is not None:
             return None
-        try:
-            found = self._opened(keys, out)
-        except Exception:  # foreign code may raise anything; who takes the call next says what
-            return None
+        found = self.open(keys, out)
         if found is None:
             return None
         rows, n, at, to, form = found
@@ -82,6 +79,17 @@ class PlainTensors:
         except ClosedError:
             return None
         return rows
+
+    def open(self, keys: Any, out: Any = None) -> tuple[Any, int, int, int, str] | None:
+        """The answer, the number of keys, the addresses of keys and rows, and the key encoding; None if they are not plain."""
+        try:
+            return self._opened(keys, out)
+        except Exception:  # foreign code may raise anything; who takes the call next says what
+            return None
+
+    def stream(self) -> int:
+        """The handle of Torch's current stream."""
+        return self._stream_on(self._ordinal)
 
     def _opened(self, keys: Any, out: Any) -> tuple[Any, int, int, int, str] | None:
         """The answer, the number of keys, the addresses of keys and rows, and the key encoding; None if it is not plain."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from hps_numba.arrays.dlpack import is_capsule
 from hps_numba.arrays.dlpack_moves import MovedBatch, keys_on_host, settle, write_rows
 from hps_numba.arrays.encodings import as_key
 from hps_numba.arrays.host import as_keys, as_rows
+from hps_numba.arrays.plain_tensors import PlainTensors
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config.arguments import as_device, as_flag, as_max_norm, as_padding, as_word
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
@@ -37,7 +38,7 @@ from hps_numba.storage.host.pooling import Bags, without_padding
 
 __all__ = ["Lookups"]
 
-_MAX_PLAIN = 10_000  # names of tables and classes of keys: a program may make classes without end
+_MAX_PLAIN = 10_000  # names of tables: with keys on a GPU, any number may stand for the device
 
 
 class Lookups:
@@ -85,6 +86,7 @@ class Lookups:
         model = self._catalog.model(model_name, device_id if device is None else device)
         plain = model.table(table_id).plain_lookup(kind, device, self._key_bits) or _not_plain
         lasting = type(table_id) in (int, str) and type(device_id) in (int, type(None))  # of others the value may change
+        lasting = lasting and (plain is not _not_plain or kind is np.ndarray)  # others are rare, or there is no end of them
         if lasting and models.get(model_name) is model and len(models.plain) < _MAX_PLAIN:
             models.plain[named] = plain
         return plain
@@ -286,12 +288,21 @@ class Lookups:
             fused = deployed.groups.on(device, [table for table, _ in tables])
             if fused is not None:
                 return self._answer_fused(model, device, fused, tables)
-        return [self._answer(model, table, some, where) for (table, some), where in zip(tables, devices)]
+        return [self._answer_one(model, table, some, where) for (table, some), where in zip(tables, devices)]
+
+    def _answer_one(self, model: ServedModel, table: ServedTable, keys: Any, device: int | None) -> Any:
+        """The rows of one of several tables."""
+        plain = None if self._recordings.active else table.plain_lookup(type(keys), device, self._key_bits)
+        rows = None if plain is None else plain(keys, None, None)
+        return self._answer(model, table, keys, device) if rows is None else rows
 
     def _answer_fused(
         self, model: ServedModel, device: int, fused: FusedLookup, tables: Sequence[tuple[ServedTable, Any]]
     ) -> list[Any]:
         """Rows of tables with keys on one GPU: together, or one by one where keys differ in kind or are too many."""
+        plain = self._launch_plain(device, fused, tables)
+        if plain is not None:
+            return plain
         batches = [DeviceBatch(some, table.spec.dim, table.output_type, self._key_bits) for table, some in tables]
         first = batches[0].keys
         alike = all(batch.keys.form == first.form and batch.keys.kind == first.kind for batch in batches)
@@ -304,6 +315,23 @@ class Lookups:
             assert cache is not None  # it is one of those that are fused
             rows.append(self._launch(model, table, cache, batch))
         return rows
+
+    def _launch_plain(self, device: int, fused: FusedLookup, tables: Sequence[tuple[ServedTable, Any]]) -> list[Any] | None:
+        """``_answer_fused`` of plain tensors; None if some are not, or differ, or if it could not be launched."""
+        lookups = [table.plain_lookup(type(some), device, self._key_bits) for table, some in tables]
+        opened: list[tuple[Any, int, int, int, str]] = []
+        for lookup, (_, some) in zip(lookups, tables):
+            found = lookup.open(some) if isinstance(lookup, PlainTensors) else None
+            if found is None or found[1] > MAX_KEYS or (opened and found[4] != opened[0][4]):
+                return None
+            opened.append(found)
+        rows, counts, keys, outs, forms = zip(*opened)
+        first = cast("PlainTensors", lookups[0])
+        try:
+            fused.lookup(keys, counts, outs, first.stream(), key_form=forms[0], out_type=tables[0][0].output_type)
+        except ClosedError:
+            return None
+        return list(rows)
 
 
 def _launch_fused(fused: FusedLookup, batches: Sequence[DeviceBatch], output_type: str) -> bool:

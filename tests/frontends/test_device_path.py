@@ -30,6 +30,8 @@ class Cache:
             raise ClosedError("closed")
         self.asked.append((*arguments, key_form))
 
+    lookup_stacked = lookup
+
     def pool(self, *arguments: Any, **options: Any) -> None:
         self.lookup(*arguments, key_form=options["key_form"])
 
@@ -90,6 +92,20 @@ def test_keys_that_are_recorded_go_to_the_server(text: str, caches: list[Cache],
     with server.record_trace(tmp_path / "trace.npy", "m", 0):
         assert not binding.lookup(1, 2, 3, 4, "int64") and not binding.pool(1, 2, 3, 4, 5, 6, "int64", "sum", 0, 0)
     assert binding.lookup(1, 2, 3, 4, "int64") and len(caches[0].asked) == 1
+
+
+def test_evenly_spaced_keys_of_several_tables(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    cache = Cache()
+    monkeypatch.setattr(DirectAccess, "fused_lookup_on", lambda direct, *arguments: cache)
+    bindings = Bindings(find_fused, KEY_ENCODINGS)
+    binding = bindings[text, 0]
+    assert binding is not None and binding.lookup_stacked(1, 2, 3, 4, 5, 6, "int64")
+    assert cache.asked == [(1, 2, 3, 4, 5, 6, "int64")]
+    (server,) = SERVERS.opened
+    with server.record_trace(tmp_path / "trace.npy", "m", 0):
+        assert not binding.lookup_stacked(1, 2, 3, 4, 5, 6, "int64")
+    cache.closed = True
+    assert not binding.lookup_stacked(1, 2, 3, 4, 5, 6, "int64") and not bindings
 
 
 def test_tables_of_two_models_are_not_fused(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,19 @@ def test_selections_beyond_the_maximum_are_looked_up_table_by_table(on_cpu: Serv
         assert_same_bits(out, rows_of(keys[table], DIM))
 
 
+@pytest.mark.parametrize("tables", [[0, 2, 4], [0, 1, 2, 0]])
+def test_evenly_spaced_keys_of_tables(on_cpu: Service, tables: list[int]) -> None:
+    server = on_cpu.open(*[(ROWS, DIM)] * 5)
+    fused_lookup = fused(server, tables)
+    keys = np.random.default_rng(1).integers(0, 300, (len(tables), 40))
+    out = np.empty((len(tables), 40, DIM), np.float32)
+    for _ in range(2):
+        fused_lookup.lookup_stacked(keys.ctypes.data, keys.strides[0], 40, out.ctypes.data, out.strides[0], 0)
+        for table, some, rows in zip(tables, keys, out, strict=True):
+            assert_same_bits(rows, server.lookup(some, "m", table))
+        out[:] = 0
+
+
 def test_fused_lookups_of_a_closed_server_raise_closed_error(on_cpu: Service) -> None:
     server = on_cpu.open((ROWS, DIM), (ROWS, DIM))
     fused_lookup = fused(server, [0, 1])
@@ -77,6 +90,8 @@ def test_fused_lookups_of_a_closed_server_raise_closed_error(on_cpu: Service) ->
     server.close()
     with pytest.raises(ClosedError):
         fused_lookup.lookup([0, 0], [1, 1], [0, 0], 0)
+    with pytest.raises(ClosedError):
+        fused_lookup.lookup_stacked(0, 8, 1, 0, 4 * DIM, 0)
     with pytest.raises(ClosedError, match="closed"):
         model.groups.on(None, list(model.tables))  # type: ignore[arg-type]
 

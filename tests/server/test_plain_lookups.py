@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
+from support.shared_memory import MIB, new_name, started_child
 
 from hps_numba.errors import ArrayError, ClosedError, DeviceError, KeyDtypeError, UnknownModelError
 
@@ -108,3 +110,30 @@ def test_front_ends_look_up_keys_of_any_shape(server: Any, shape: tuple[int, ...
     assert_same_bits(turned, rows_of(keys.T.reshape(-1), DIM).reshape(turned.shape))
     with pytest.raises(ArrayError):
         server.direct.lookup_into(keys, "m", 0, np.zeros((*shape[:-1], DIM), np.float32))
+
+
+def test_a_table_in_shared_memory_that_was_left(workshop: Workshop) -> None:
+    shared = {"type": "multi_process_hash_map", "shared_memory_name": new_name(), "shared_memory_size": 16 * MIB}
+    with workshop.open(workshop.model((KEYS, DIM)), volatile_db=shared | {"shared_memory_auto_remove": True}) as server:
+        for _ in range(2):
+            assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+        (plain,) = known(server).values()
+        assert plain(KEYS, None) is not None
+        store = server._catalog.table("m", 0).store
+        server.insert(KEYS[:3], rows_of(KEYS[:3], DIM, 1), "m", 0)
+        assert_same_bits(plain(KEYS, None)[:3], rows_of(KEYS[:3], DIM, 1))
+    assert store.block == 0 and plain(KEYS, None) is None
+    with pytest.raises(ClosedError, match="the server is closed"):
+        server.lookup(KEYS, "m", 0)
+
+
+def test_a_forked_child_looks_up(server: Any) -> None:
+    server.lookup(KEYS, "m", 0)
+
+    def look_up() -> None:
+        for _ in range(2):
+            assert_same_bits(server.lookup(KEYS, "m", 0), rows_of(KEYS, DIM))
+
+    _, status = os.waitpid(started_child(look_up), 0)
+    assert status == 0
+    look_up()

@@ -33,7 +33,7 @@ class PlainLookups:
     Thread safety: call it from any thread, beside one writer.
     """
 
-    __slots__ = ("_address", "_clock", "_dim", "_epochs", "_header", "_words")
+    __slots__ = ("_address", "_at", "_clock", "_dim", "_epochs", "_header", "_words")
 
     def __init__(self, header: StoreHeader, epochs: Epochs, dim: int, *, timed: bool, default: float, counters: int) -> None:
         bits = int(np.float32(default).view(np.int32))
@@ -42,7 +42,7 @@ class PlainLookups:
         words |= {"dim": dim, "limit": limit, "default": bits}
         self._words = np.array([words[name] for name in PLAIN_WORDS], np.int64)
         self._address = address_of(self._words)
-        self._header, self._epochs, self._dim = header, epochs, dim
+        self._header, self._at, self._epochs, self._dim = header, header.address, epochs, dim
         self._clock: Callable[[], int] = time.monotonic_ns if timed else int
 
     def __call__(self, keys: np.ndarray, out: Any, stream: Any = None) -> np.ndarray | None:
@@ -55,6 +55,8 @@ class PlainLookups:
             None, with nothing done: keys are not a writable, contiguous int64 ``[n]`` of NumPy, ``out`` is not such a float32
             ``[n, dim]``, they share memory, ``n`` is 0 or more than a thread takes, or the store is closed.
         """
+        if self._header.address != self._at:  # a table in shared memory that this process has left
+            return None
         if keys.dtype is not _INT64 or keys.ndim != 1 or not keys.flags.carray:
             return None
         if out is None:

@@ -438,6 +438,30 @@ def test_a_collection_takes_one_tensor_for_all_tables(served: Rig, device: str, 
         mixed(torch.zeros(2, 5, dtype=torch.int64, device=device))
 
 
+@pytest.mark.parametrize(
+    ("shapes", "dims"),
+    [
+        ([(3,), (3,), (3,)], [8, 8, 8]),
+        ([(2, 3), (2, 3)], [4, 4]),
+        ([(3,), (0,), (5,)], [8, 8, 8]),
+        ([(3,), (2, 2), ()], [8, 8, 8]),
+        ([(3,), (3,)], [8, 4]),
+        ([(3,), (5,)], [3, 3]),
+    ],
+)
+def test_rows_of_several_tables_in_one_tensor(shapes: list[tuple[int, ...]], dims: list[int]) -> None:
+    from hps_numba.frontends.torch.collection import _parts_of_one
+
+    keys = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+    rows = _parts_of_one(keys, [some.numel() for some in keys], dims)
+    for number, (part, shape, dim) in enumerate(zip(rows, shapes, dims, strict=True)):
+        assert part.shape == (*shape, dim) and part.dtype == torch.float32 and part.is_contiguous()
+        assert (part.data_ptr() - rows[0].data_ptr()) % 16 == 0
+        part.fill_(number)
+    for number, part in enumerate(rows):  # none overlaps another
+        assert (part == number).all()
+
+
 class Jagged:
     """As torchrec's ``KeyedJaggedTensor`` describes itself."""
 
