@@ -1,9 +1,9 @@
 """Where the microseconds of a small lookup go: the same keys through each layer, from the kernel upwards.
 
 ``host_lookup`` is the compiled kernel, called with known addresses. Two ways lead to it. Any arrays: ``HostStore.lookup``
-checks them and finds their addresses; ``ServedTable.lookup`` counts, and would continue with slower tiers. Arrays as kernels take
-them, as here: ``PlainLookups``, which ``HPS.lookup`` finds by the name of the table. All rows are in the caches of the processor
-and one thread works, so the layers differ in code and not in memory.
+checks them and finds their addresses; ``ServedTable.lookup`` counts, and would continue with slower tiers. Arrays as kernels
+take them, as here: ``PlainLookups``, which ``HPS.lookup`` finds by the name of the table. All rows are in the caches of the
+processor and one thread works, so the layers differ in code and not in memory.
 
 Target (P6): one key in at most 5 us. Machines differ: look at the ratio to ``numpy.take`` in the same run.
 """
