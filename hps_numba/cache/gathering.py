@@ -52,8 +52,10 @@ from hps_numba.kernels.layouts.gathering import (
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.epochs import Epochs
 
-__all__ = ["FULL_SHARE", "LEAST_ROWS", "Asked", "GatheredMisses", "Gathering", "Shares"]
+__all__ = ["FULL_SHARE", "GATHERED_FROM", "LEAST_ROWS", "Asked", "GatheredMisses", "Gathering", "Shares", "gathering_bytes"]
 
+#: keys of a batch: of a smaller one the device has read the missed rows before threads could begin
+GATHERED_FROM = 65_536
 FULL_SHARE = 1 << 16
 LEAST_ROWS = 1024  # for which the host is asked: below, the device is done before the threads have begun
 CHUNK_BYTES = 16 << 10  # that a thread claims at a time
@@ -74,6 +76,19 @@ class Asked(NamedTuple):
     group_rows: int
 
 
+def _shape(dim: int, limit: int) -> tuple[int, int, int]:
+    """Bytes from row to row, rows of a chunk, and rows that there is room for."""
+    stride = _up(4 * dim)
+    chunk = max(1, CHUNK_BYTES // stride)
+    return stride, chunk, min(limit, max(chunk, ROOM_BYTES // stride))
+
+
+def gathering_bytes(dim: int, limit: int) -> tuple[int, int]:
+    """Bytes that a workspace for ``limit`` keys takes beside it: on the device, and of pinned memory of the host."""
+    stride, _, room = _shape(dim, limit)
+    return DEVICE_BYTES + 48 * limit + room * stride, _up(SHARED_BYTES) + _up(8 * limit) + room * stride + 64
+
+
 class Gathering:
     """The memory for the batches of one workspace, at most ``limit`` keys each.   Freed like memory, by ``release``.
 
@@ -92,14 +107,11 @@ class Gathering:
         self._memories: list[Memory] = []
         self._added = False
         self._copying = self._listed = self._copied = 0
-        self._stride = _up(4 * dim)
-        self._chunk = max(1, CHUNK_BYTES // self._stride)
-        self._room = min(limit, max(self._chunk, ROOM_BYTES // self._stride))
+        self._stride, self._chunk, self._room = _shape(dim, limit)
         landing = self._room * self._stride
         try:
-            self.bytes = DEVICE_BYTES + 48 * limit + landing
+            self.bytes, self.pinned_bytes = gathering_bytes(dim, limit)
             self.address = self._take(backend.allocate(self.bytes, f"{name}: rows that threads of the host gather"))
-            self.pinned_bytes = _up(SHARED_BYTES) + _up(8 * limit) + landing + 64
             self._shared = _up(self._take(backend.allocate_pinned(self.pinned_bytes, f"{name}: rows for the device")))
             self._addresses = self._shared + _up(SHARED_BYTES)
             self._rows = self._addresses + _up(8 * limit)

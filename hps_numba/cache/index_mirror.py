@@ -43,7 +43,7 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["IndexMirror", "is_scattered", "max_bytes", "may_mirror", "with_room"]
+__all__ = ["IndexMirror", "is_scattered", "is_translated", "max_bytes", "may_mirror", "with_room"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # copies take at most one part in so many of a device's memory, and leave one free
@@ -81,6 +81,11 @@ def with_room(sizes: Iterable[int], total: int, free: int) -> int:
         if taken + size <= limit and free - taken - size >= limit:
             taken += size
     return taken
+
+
+def is_translated(slots: int, row_bytes: int) -> bool:
+    """A device has to translate the addresses of most random rows of such a table."""
+    return slots * row_bytes > _REMEMBERED_BYTES
 
 
 def is_scattered(slots: int, row_bytes: int) -> bool:
@@ -148,7 +153,7 @@ class IndexMirror:
     @property
     def translated(self) -> bool:
         """There is a copy, and a device has to translate the addresses of most rows that it names."""
-        return self._lent and self._store.slots * 4 * self._store.dim > _REMEMBERED_BYTES
+        return self._lent and is_translated(self._store.slots, 4 * self._store.dim)
 
     def invalidate(self) -> None:
         """Point the cache to the index in host memory; the device sees that when this returns. Called by the store's writer."""

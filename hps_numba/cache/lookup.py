@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.cache.gathering import GatheredMisses
+from hps_numba.cache.gathering import GATHERED_FROM, GatheredMisses
 from hps_numba.cache.host_arrays import contiguous_keys, float32_output
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.launch_plan import AnswerForm, LaunchPlan
@@ -29,10 +29,7 @@ from hps_numba.errors import CapacityError
 from hps_numba.kernels.dtypes import ELEMENT_BYTES, KEY_BYTES
 from hps_numba.kernels.layouts.cache import MAX_BATCH, WORKSPACE_ABSENT
 
-__all__ = ["GATHERED_FROM", "Lookups"]
-
-
-GATHERED_FROM = 65_536  # keys of a batch: of a smaller one the device reads the missed rows before the host is asked
+__all__ = ["Lookups"]
 
 
 class Lookups:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from hps_numba.cache.index_mirror import may_mirror
+from hps_numba.cache.gathering import GATHERED_FROM, gathering_bytes
+from hps_numba.cache.index_mirror import is_translated, may_mirror
 from hps_numba.cache.policy_memory import policy_bytes
 from hps_numba.cache.residency import listing_from
 from hps_numba.cache.sizing import CacheGeometry, StagingBytes, staging_bytes
@@ -38,7 +39,8 @@ class CacheMemory:
             beyond that, up to 64; they are small unless batches have 131,072 keys or there are slower tiers.
         group_workspaces: buffers of lookups of several tables in one launch (``lookup_many``).
         graphs: buffers that captured CUDA graphs keep.
-        staging: lists of missed keys that host threads gather (``miss_path`` staged).
+        staging: lists of missed keys that host threads gather, and rows that they have brought (``miss_path`` staged, or auto
+            with tables and batches so large that host threads help).
         pinned_rows: rows in pinned host memory instead (``enable_pagelock``).
         pinned_staging: gathered rows on their way to the device, in pinned host memory.
     """
@@ -80,7 +82,7 @@ class CacheUse:
         slower_tiers: lookups list the keys that host memory lacks too, and what slower tiers have of them is inserted.
         miss_path: as for ``EmbeddingCache``.
         index: bytes of the index of its host store; 0 if there is none, or if other processes write to it.
-        has_store: it has a host store.
+        has_store: it has a host store.   host_rows: of which there is room in it.
         grouped: it is looked up together with caches of other tables.
     """
 
@@ -90,6 +92,7 @@ class CacheUse:
     miss_path: str
     has_store: bool
     index: int = 0
+    host_rows: int = 0
     pagelock: bool = False
     slower_tiers: bool = False
     grouped: bool = False
@@ -132,7 +135,8 @@ def plan_memory(geometry: CacheGeometry, policy: Policy | None, use: CacheUse) -
     mirrors = use.index > 0 and may_mirror(geometry.kind, geometry.whole, use.miss_path)
     lists_from = listing_from(0 if use.on_device else None, mirrors)
     counts = policy is not None and policy.needs_count
-    shape = WorkspaceShape.of(geometry, lists_from, inserts=True, counts=counts, keys=use.keys)
+    listed_from = min(lists_from, GATHERED_FROM) if mirrors else lists_from
+    shape = WorkspaceShape.of(geometry, listed_from, inserts=True, counts=counts, keys=use.keys)
     largest = min(max(1, use.keys), MAX_BATCH)
     keys, in_graph = shape.limit(largest), shape.captured()
     of_lookups = use.buffers * shape.bytes(keys, use.slower_tiers)
@@ -140,6 +144,9 @@ def plan_memory(geometry: CacheGeometry, policy: Policy | None, use: CacheUse) -
         of_lookups += shape.bytes(keys, True)
     staged = use.miss_path == "staged" and use.has_store
     staging = staging_bytes(geometry.dim, largest) if staged else StagingBytes(0, 0)
+    gathers = mirrors and use.on_device and largest >= GATHERED_FROM and is_translated(use.host_rows, 4 * geometry.dim)
+    if gathers:
+        staging = StagingBytes(*gathering_bytes(geometry.dim, keys))
     grouped = WorkspaceShape.of(geometry, NEVER, inserts=True, counts=counts, keys=use.keys)
     of_group = use.buffers * (grouped.bytes(keys, False) + 2 * TABLE_BYTES)
     pinned = use.pagelock and fixed

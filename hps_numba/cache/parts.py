@@ -16,13 +16,13 @@ from contextlib import nullcontext
 
 from hps_numba.cache.backends import backend_for
 from hps_numba.cache.changes import Changes
-from hps_numba.cache.gathering import GatheredMisses
+from hps_numba.cache.gathering import GATHERED_FROM, GatheredMisses
 from hps_numba.cache.index_mirror import IndexMirror, may_mirror
 from hps_numba.cache.inspect import CacheCounters, Inspection
 from hps_numba.cache.kernel_set import KernelSet
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.lifecycle import Lifecycle
-from hps_numba.cache.lookup import GATHERED_FROM, Lookups
+from hps_numba.cache.lookup import Lookups
 from hps_numba.cache.memory_use import CacheMemory, with_pinned
 from hps_numba.cache.policy_memory import PolicyMemory
 from hps_numba.cache.policy_switch import PolicySwitch
@@ -194,7 +194,7 @@ class CacheParts:
             index_mirror=0 if self.mirror is None else self.mirror.bytes,
             workspaces=workspaces.bytes,
             graphs=workspaces.captured_bytes,
-            staging=0 if self.misses is None else self.misses.bytes,
+            staging=workspaces.gathering_bytes + (0 if self.misses is None else self.misses.bytes),
             pinned_rows=state.pinned_bytes,
             pinned_staging=self.backend.pinned_bytes - state.pinned_bytes,
         )

@@ -173,7 +173,7 @@ class Workspace(StreamMemory):
         super().__init__(backend)
         self._shape, self._name = shape, name
         self._memory: Memory | None = None
-        self._size = 0  # of the memory, with that of a gathering
+        self._size = 0  # of the memory, without that of a gathering
         #: memories that go together, and their size, until their event has passed
         self._outgrown: list[tuple[int, list[Memory], int]] = []
         self.stage = self.absent_list = self.own_list = 0
@@ -211,8 +211,6 @@ class Workspace(StreamMemory):
     def adopt_gathering(self, gathering: Any) -> None:
         """Keep the memory of a gathering as long as that of the workspace."""
         self.gathering, self.gathered = gathering, 0
-        self._size += gathering.bytes
-        self._count()
 
     def _header(self, start: int, parts: dict[int, int]) -> np.ndarray:
         header = np.zeros(WORKSPACE_BYTES // 8, np.int64)

@@ -106,6 +106,11 @@ class WorkspaceSet:
             work(workspace, *args)
 
     @property
+    def gathering_bytes(self) -> int:
+        """Bytes that gatherings take beside the workspaces, where the cache lives."""
+        return sum(workspace.gathering.bytes for workspace in self.pool.workspaces if workspace.gathering is not None)
+
+    @property
     def has_graphs(self) -> bool:
         """A graph may look up with this cache at any time."""
         return self.in_graphs or bool(self.captured)

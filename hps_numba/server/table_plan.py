@@ -220,6 +220,7 @@ def plan_caches(
         miss_path=model.miss_path,
         has_store=has_store,
         index=index_bytes(lines_for(host_rows)) if has_store and not shared else 0,
+        host_rows=host_rows,
         pagelock=model.enable_pagelock and shape.kind == "static",
         slower_tiers=_has_slower_tiers(config),
         grouped=config.fuse_embedding_table and model.fuse_embedding_table and _is_grouped(config, spec, shape, policy),

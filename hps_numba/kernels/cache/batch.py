@@ -185,7 +185,7 @@ def finish_batch(state, workspace, batch, listed, advance):
         st64(workspace + WORKSPACE_LISTED, 0)
         st64(workspace + WORKSPACE_TOUCHED, 0)
         st64(workspace + WORKSPACE_BATCH, batch + 1)
-        st64(workspace + WORKSPACE_CHANGES, ld64(state + STATE_CHANGES))  # before any row of the next batch is read
+        st64(workspace + WORKSPACE_CHANGES, -ld64(state + STATE_CHANGES))  # before any row of the next batch is read
         move_clock(state, advance)
         fence()
 

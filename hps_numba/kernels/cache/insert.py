@@ -188,8 +188,10 @@ def still_current(state, workspace, key, word, generation):
     if before != 0:
         changes = ld64(state + STATE_CHANGES)  # another kernel may be counting: one lane reads for all
         changes = from_first_lane(changes & UINT32_MASK) | from_first_lane(changes >> 32) << 32
-        if changes == before:
+        if changes == abs(before):
             return True
+        if before > 0 and changes >> 32 != before >> 32:  # CLEARED
+            return False
     descriptor = ld64(state + STATE_HOST)
     if descriptor == 0 or find_in_host_by_tile(descriptor, key) != word:
         return False

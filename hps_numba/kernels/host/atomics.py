@@ -153,7 +153,7 @@ def compare_word(typingctx, address, expected, value):
     """Store an int64 if ``expected`` is there and return what was there, sequentially consistent."""
 
     def codegen(context, builder, signature, args):
-        pair = builder.cmpxchg(_pointer(builder, args[0], _WORD), args[1], args[2], "seq_cst", "seq_cst")
+        pair = builder.cmpxchg(pointer(builder, args[0], _WORD), args[1], args[2], "seq_cst", "seq_cst")
         return builder.extract_value(pair, 0)
 
     return _INT(_INT, _INT, _INT), codegen
