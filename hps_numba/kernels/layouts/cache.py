@@ -86,7 +86,7 @@ STATE_BYTES = NO_LISTS + 192
     WORKSPACE_SKETCH_WORDS,
     WORKSPACE_SKETCH_SHIFT,
     WORKSPACE_MISSED,  # address of the list of missed keys (``list_kernel``)
-    WORKSPACE_CHANGES,  # STATE_CHANGES when the batch began, before any of its rows was read; negative: before that; 0: not known
+    WORKSPACE_CHANGES,  # STATE_CHANGES when the batch began; negative: when the one before it ended; 0: not known
     WORKSPACE_OWN_LIST,  # address of a list of missed keys that belongs to the workspace, or 0; WORKSPACE_MISSED too
 ) = (8 * i for i in range(24))
 WORKSPACE_BYTES = STATE_BYTES - NO_LISTS
