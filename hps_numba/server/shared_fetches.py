@@ -1,9 +1,10 @@
 """Fetches from the slower tiers of one table that concurrent lookups share.
 
 Problem: a key that has just become popular is missed by all threads at once, and each would ask the slower tiers for it; many
-small misses cost a tier more than a few large ones. Choice: a lookup *joins* a fetch under way for the keys that it has in
-common with it, and waits for those. For the others it begins a fetch; while ``LIMIT`` are under way, it waits in a queue, and
-the next thread that begins one asks for all that is queued, each key once.
+small misses cost a tier more than a few large ones. Choice: a lookup *joins* the fetches under way if they ask for half of its
+keys or more, and waits for those. For the others it begins a fetch; while as many are under way as the tiers gain from
+(``Tier.parallel_fetches``), it waits in a queue, and the next thread that begins one asks for all that is queued, each key
+once. A tier that answers as fast as rows pass from thread to thread is asked by each lookup for itself.
 
 *No old rows.* A row that an acknowledged write replaced must not be the answer of a lookup that began after it. So a fetch
 under way is joined only if the table was at rest when it began, and no write had begun since when the lookup did
@@ -15,12 +16,13 @@ from a signal handler or a callback inside of it), and no longer than its own ti
 may need a lock that the waiting thread holds. If the thread that asked gets an error or an interrupt, the others ask for
 themselves; one that vanished is found by its frame, which runs no more.
 
-``LIMIT``: measured with a tier that takes 1 ms a call and 16 threads that miss 64 keys each, on two cores: 4 fetches at a time
-answer 1.7 times as many lookups as any number, and 2.4 times if the tier answers one call after the other.
+*What it costs.* A lookup takes a closer look at a fetch only if the least or the greatest hash of the keys is the same: likely
+if most keys are, and found by two steps of NumPy, whatever is under way. With less than half of its keys in common it joins
+none: to wake a thread takes longer than a tier takes for some keys more in a batch.
 
 Turned down: one fetch for each key, in a dict (a microsecond for each key of each lookup); handing the turn to a waiting
 thread, which may be in a signal handler that waits itself; joining fetches of many more keys than the own ones, which take
-longer.
+longer; a limit that follows the measured time of calls (with many threads, that is the time they wait for the interpreter).
 """
 
 from __future__ import annotations
@@ -28,97 +30,25 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from types import FrameType
 
 import numpy as np
 
 from hps_numba.config import TableSpec
 from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.server.flights import Flight, SharedAnswer, common_keys, samples_of
 from hps_numba.storage.tier_stack import TierStack
 
-__all__ = ["SharedAnswer", "SharedFetches"]
+__all__ = ["SharedFetches"]
 
 _LOOK_SECONDS = 0.1
+_QUICK_SECONDS, _QUICK_SECONDS_A_KEY = 1e-4, 1e-7  # about what it takes to join a fetch of another thread
+_QUICK_CALLS = 16  # calls in sequence that took less: then nothing is shared, until one takes longer
+_JOINED_SHARE = 0.5  # of a lookup's keys: with less in common, it asks for all
+_CLOSER_LOOKS = 2  # at fetches of which a lookup may join
 _SMALL = 16384  # keys: fetches of so many are joined by any lookup, and queued keys are fetched so many at a time
-
-
-@dataclass
-class SharedAnswer:
-    """Rows of the slower tiers for distinct keys; read by several threads, so nobody changes it once it is shared.
-
-    Attributes:
-        rows: float32 ``[n, dim]``, the table's default value where there is none.
-        found: bool ``[n]``.   unsure: bool ``[n]``, as in ``StackAnswer``.
-        errors: calls of tiers that failed, of those that this thread made.
-        joined: keys that another thread asked for.
-    """
-
-    rows: np.ndarray
-    found: np.ndarray
-    unsure: np.ndarray
-    errors: int = 0
-    joined: int = 0
-
-    def at(self, places: np.ndarray) -> SharedAnswer:
-        """The answer for some of the keys, by their places."""
-        return SharedAnswer(self.rows[places], self.found[places], self.unsure[places], joined=len(places))
-
-    def put(self, positions: np.ndarray, part: SharedAnswer) -> None:
-        """Take over the answer for the keys at some positions."""
-        self.rows[positions], self.found[positions], self.unsure[positions] = part.rows, part.found, part.unsure
-        self.errors += part.errors
-        self.joined += part.joined
-
-
-class _Flight:
-    """One fetch under way. All that threads need is in attributes; queues only end their sleep.
-
-    Attributes:
-        keys: int64 ``[n]``, distinct.
-        count: of the writes when it began; None if one was in progress.
-        deadline: of the thread that asks.   thread, frame: which that is, and where.
-        answer: None until it is there, and after an error.
-        ended: it has ended, whatever became of it.
-    """
-
-    def __init__(self, keys: np.ndarray, count: int | None, deadline: float | None) -> None:
-        self.keys = keys
-        self.count = count
-        self.deadline = deadline
-        self.thread = threading.get_ident()
-        self.frame: FrameType | None = None
-        self.answer: SharedAnswer | None = None
-        self.ended = False
-        self._waiting: list[SimpleQueue[None]] = []
-        self._index: tuple[np.ndarray, np.ndarray] | None = None
-
-    def end(self) -> None:
-        """Wake all that wait."""
-        self.ended = True
-        for inbox in list(self._waiting):
-            inbox.put(None)
-
-    def wake_at_end(self, inbox: SimpleQueue[None]) -> None:
-        """Put something in ``inbox`` when it ends; if it has ended, perhaps not."""
-        self._waiting.append(inbox)
-
-    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the ascending ``keys`` are fetched, bool ``[n]``, and their places in the answer, where they are."""
-        if self._index is None:
-            order = np.argsort(self.keys)
-            self._index = order, self.keys[order]
-        order, ascending = self._index
-        slots = np.searchsorted(ascending, keys)
-        slots[slots == len(ascending)] = 0
-        return ascending[slots] == keys, order[slots]
-
-    def cut_short(self, deadline: float | None) -> bool:
-        """Its time was over before that of a lookup with another ``deadline``."""
-        return self.deadline is not None and (deadline is None or deadline > self.deadline)
 
 
 class _Request:
@@ -128,10 +58,10 @@ class _Request:
         flight: None until then.   places: of the keys in its answer.
     """
 
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys = keys
+    def __init__(self, keys: np.ndarray, samples: frozenset[int]) -> None:
+        self.keys, self.samples = keys, samples
         self.inbox: SimpleQueue[None] = SimpleQueue()
-        self.flight: _Flight | None = None
+        self.flight: Flight | None = None
         self.places: np.ndarray | None = None
 
 
@@ -145,8 +75,6 @@ class SharedFetches:
     Thread safety: every method; without a lock.
     """
 
-    #: fetches under way from which on further keys are queued and asked for together
-    LIMIT = 4
     #: after so long, who waits for others asks a second time
     PATIENCE_SECONDS = 5.0
 
@@ -159,25 +87,42 @@ class SharedFetches:
 
     def reset_after_fork(self) -> None:
         """Forget the fetches of threads that a forked child does not have."""
-        self._flights: dict[_Flight, None] = {}
+        self._flights: dict[Flight, None] = {}
         self._queue: dict[_Request, None] = {}
+        self._quick_calls = 0  # in sequence
 
-    def fetch(self, keys: np.ndarray, count: int, deadline: float | None = None) -> SharedAnswer:
+    @property
+    def limit(self) -> int:
+        """Fetches under way from which on further keys are queued and asked for together."""
+        return self._tiers.parallel_fetches
+
+    def fetch(
+        self, keys: np.ndarray, count: int, deadline: float | None = None, *, out: np.ndarray | None = None
+    ) -> SharedAnswer:
         """The rows of distinct int64 ``keys``.
 
         Args:
             count: of the writes when the lookup began.
             deadline: a ``time.monotonic()`` after which it waits for no other fetch, and begins no further batch.
+            out: float32 ``[n, dim]``, contiguous: the answer's ``rows`` may be this array, which is undefined otherwise.
 
         Raises:
             As ``TierStack.fetch``.
         """
-        flights = tuple(flight for flight in list(self._flights) if not flight.ended)
-        if not flights or self._leads_here(flights):
+        if self._quick_calls >= _QUICK_CALLS:
+            return self._ask_tiers(keys, deadline, out)
+        if not self._flights:
             return self._lead(keys, deadline)
-        rest, joins = _common_keys(flights, keys, count)
-        if len(rest) == len(keys):
-            return self._ask(keys, deadline)
+        samples = samples_of(keys)
+        under_way = list(self._flights)
+        if self._leads_here(under_way):
+            return self._lead(keys, deadline, samples)
+        flights = self._usable(under_way, samples, len(keys), count)
+        if not flights:
+            return self._ask(keys, deadline, samples)
+        rest, joins = common_keys(flights, keys)
+        if len(rest) > (1 - _JOINED_SHARE) * len(keys):
+            return self._ask(keys, deadline, samples)
         answer = self._unanswered(len(keys))
         if len(rest):
             answer.put(rest, self._ask(keys[rest], deadline))
@@ -185,22 +130,35 @@ class SharedFetches:
             answer.put(positions, self._joined(flight, keys[positions], places, SimpleQueue(), deadline))
         return answer
 
+    @staticmethod
+    def _usable(under_way: tuple[Flight, ...], samples: frozenset[int], n: int, count: int) -> list[Flight]:
+        """The newest fetches that a lookup of ``n`` keys may join and that seem to ask for most of them."""
+        limit = max(_SMALL, 4 * n)
+        alike = [f for f in under_way if f.count == count and not f.ended and len(f.keys) <= limit and f.is_like(samples)]
+        return alike[: -_CLOSER_LOOKS - 1 : -1]
+
     def _unanswered(self, n: int) -> SharedAnswer:
         """No key was found, and each may exist."""
         rows = np.full((n, self._spec.dim), self._spec.default_value, np.float32)
         return SharedAnswer(rows, np.zeros(n, bool), np.ones(n, bool))
 
     @staticmethod
-    def _leads_here(flights: tuple[_Flight, ...]) -> bool:
+    def _leads_here(flights: Iterable[Flight]) -> bool:
         """This call comes from inside a fetch of this thread, which goes on only when it returns."""
         here = threading.get_ident()
-        return any(flight.thread == here for flight in flights)
+        return here in [flight.thread for flight in flights if not flight.ended]
 
     # -- asking ---------------------------------------------------------------------
 
-    def _lead(self, keys: np.ndarray, deadline: float | None, others: tuple[_Request, ...] = ()) -> SharedAnswer:
-        """Ask the tiers, for whoever wants to join too."""
-        flight = _Flight(keys, self._settled(), deadline)
+    def _lead(
+        self,
+        keys: np.ndarray,
+        deadline: float | None,
+        samples: frozenset[int] = frozenset(),
+        others: tuple[_Request, ...] = (),
+    ) -> SharedAnswer:
+        """Ask the tiers, for whoever wants to join too; ``samples`` of the lookups, where they are known."""
+        flight = Flight(keys, samples, self._settled(), deadline)
         flight.frame = sys._getframe()
         try:
             self._flights[flight] = None
@@ -215,23 +173,26 @@ class SharedFetches:
             self._wake_next()
             flight.frame = None  # no cycle of the frame and its variable
 
-    def _ask_tiers(self, keys: np.ndarray, deadline: float | None) -> SharedAnswer:
-        rows = np.empty((len(keys), self._spec.dim), np.float32)
+    def _ask_tiers(self, keys: np.ndarray, deadline: float | None, out: np.ndarray | None = None) -> SharedAnswer:
+        rows = np.empty((len(keys), self._spec.dim), np.float32) if out is None else out
+        start = time.perf_counter()
         answer = self._tiers.fetch(self._spec.tag, keys, rows, deadline=deadline)
+        quick = time.perf_counter() - start < _QUICK_SECONDS + _QUICK_SECONDS_A_KEY * len(keys)
+        self._quick_calls = self._quick_calls + 1 if quick else 0
         if not answer.found.all():
             rows[~answer.found] = self._spec.default_value
         return SharedAnswer(rows, answer.found, answer.unsure, answer.errors)
 
-    def _ask(self, keys: np.ndarray, deadline: float | None) -> SharedAnswer:
+    def _ask(self, keys: np.ndarray, deadline: float | None, samples: frozenset[int] = frozenset()) -> SharedAnswer:
         """Ask now, or together with others if many fetches are under way."""
-        if len(self._flights) < self.LIMIT or len(keys) > _SMALL:
-            return self._lead(keys, deadline)
-        request = _Request(keys)
+        if len(self._flights) < self.limit or len(keys) > _SMALL:
+            return self._lead(keys, deadline, samples)
+        request = _Request(keys, samples)
         try:
             self._queue[request] = None
             lost, end = False, time.monotonic() + self.PATIENCE_SECONDS
             while request.flight is None and not lost and not _is_over(end):
-                if len(self._flights) < self.LIMIT and self._claim(request):
+                if len(self._flights) < self.limit and self._claim(request):
                     return self._lead_queue(request, deadline)
                 woken = self._sleep(request.inbox, deadline)
                 if _is_over(deadline):
@@ -244,7 +205,7 @@ class SharedFetches:
             return self._joined(request.flight, keys, request.places, request.inbox, deadline)
         if _is_over(deadline):
             return self._unanswered(len(keys))
-        return self._lead(keys, deadline)  # whoever took the request was interrupted, or it takes too long
+        return self._lead(keys, deadline, samples)  # whoever took the request was interrupted, or it takes too long
 
     def _claim(self, request: _Request) -> bool:
         """Take a request out of the queue; true for one thread only."""
@@ -259,12 +220,13 @@ class SharedFetches:
                 taken.append(other)
                 total += len(other.keys)
         if len(taken) == 1:
-            return self._lead(request.keys, deadline)
+            return self._lead(request.keys, deadline, request.samples)
         keys, places = np.unique(np.concatenate([some.keys for some in taken]), return_inverse=True)
         ends = np.cumsum([len(some.keys) for some in taken])
         for other, end in zip(taken, ends, strict=True):
             other.places = places[end - len(other.keys) : end]
-        answer = self._lead(keys, deadline, tuple(taken[1:]))
+        samples = frozenset[int]().union(*(some.samples for some in taken))
+        answer = self._lead(keys, deadline, samples, tuple(taken[1:]))
         mine = answer.at(places[: len(request.keys)])
         mine.errors, mine.joined = answer.errors, 0
         return mine
@@ -272,7 +234,7 @@ class SharedFetches:
     # -- waiting ---------------------------------------------------------------------
 
     def _joined(
-        self, flight: _Flight, keys: np.ndarray, places: np.ndarray, inbox: SimpleQueue[None], deadline: float | None
+        self, flight: Flight, keys: np.ndarray, places: np.ndarray, inbox: SimpleQueue[None], deadline: float | None
     ) -> SharedAnswer:
         """The answer of another thread for ``keys``, which are at ``places`` in it; what it does not say is asked for again."""
         flight.wake_at_end(inbox)
@@ -316,23 +278,3 @@ class SharedFetches:
 
 def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
-
-
-_Join = tuple[_Flight, np.ndarray, np.ndarray]
-"""A fetch under way, the positions of keys that it asks for too, and their places in its answer."""
-
-
-def _common_keys(flights: tuple[_Flight, ...], keys: np.ndarray, count: int) -> tuple[np.ndarray, list[_Join]]:
-    """Positions of the keys that no fetch under way asks for, and which ask for the others."""
-    joins: list[_Join] = []
-    limit = max(_SMALL, 4 * len(keys))
-    usable = [flight for flight in flights if flight.count == count and len(flight.keys) <= limit]
-    rest = np.argsort(keys) if usable else np.arange(len(keys))
-    for flight in usable:
-        has, places = flight.find(keys[rest])
-        if has.any():
-            joins.append((flight, rest[has], places[has]))
-            rest = rest[~has]
-        if not len(rest):
-            break
-    return rest, joins

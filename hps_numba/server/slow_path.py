@@ -28,8 +28,9 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_TIER_HITS,
     COUNTER_UNANSWERED,
 )
+from hps_numba.server.flights import SharedAnswer
 from hps_numba.server.miss_list import MissList
-from hps_numba.server.shared_fetches import SharedAnswer, SharedFetches
+from hps_numba.server.shared_fetches import SharedFetches
 from hps_numba.server.stats import COUNTER_JOINED, COUNTER_PREFETCHED, Counters
 from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.host.pooling import Bags, Missing
@@ -137,8 +138,10 @@ class SlowPath:
             if not missing:
                 return
         if missing == len(keys):
-            fetched = self._fetch(keys.copy(), write_count)  # others may read it when the caller has it back
-            out[:] = fetched.of_batch()
+            own = keys.copy()  # others may read it when the caller has it back
+            fetched = self._fetch(own, write_count, None if self._keeps_missed else out)
+            if fetched.rows is not out:
+                out[:] = fetched.of_batch()
         else:
             positions = misses[:missing]
             fetched = self._fetch(keys[positions], write_count)
@@ -226,11 +229,15 @@ class SlowPath:
 
     # -- fetching and keeping ---------------------------------------------------------------------
 
-    def _fetch(self, keys: np.ndarray, write_count: int) -> FetchedRows:
-        """Fetch int64 keys ``[n]`` from the slower tiers, each distinct one once, within the time budget, and count them."""
+    def _fetch(self, keys: np.ndarray, write_count: int, out: np.ndarray | None = None) -> FetchedRows:
+        """Fetch int64 keys ``[n]`` from the slower tiers, each distinct one once, within the time budget, and count them.
+
+        Args:
+            out: float32 ``[n, dim]``, contiguous: the rows may be this array, which is undefined otherwise.
+        """
         deadline = None if self._time_budget is None else time.monotonic() + self._time_budget
         distinct, inverse = _distinct(keys)
-        answer = self._fetches.fetch(distinct, write_count, deadline)
+        answer = self._fetches.fetch(distinct, write_count, deadline, out=out if inverse is None else None)
         hits, unsure = _counted(answer.found, inverse), _counted(answer.unsure, inverse)
         self._counters.add(COUNTER_TIER_HITS, hits)
         self._counters.add(COUNTER_UNANSWERED, unsure)

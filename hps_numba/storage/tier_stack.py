@@ -97,6 +97,7 @@ class TierStack:
 
     def __init__(self, tiers: Iterable[Tier]) -> None:
         self.tiers: Sequence[Tier] = tuple(tiers)
+        self._known: tuple[Sequence[Tier], Sequence[CheckedTier], int] | None = None
         self._closed = False
         self.reset_after_fork()
         register_fork_reset(self)
@@ -112,7 +113,21 @@ class TierStack:
     @property
     def checked(self) -> Sequence[CheckedTier]:
         """The tiers with their answers checked, fastest first: what a server calls."""
-        return [CheckedTier(tier) for tier in self.tiers]
+        return self._calls[1]
+
+    @property
+    def parallel_fetches(self) -> int:
+        """Fetches at a time that every tier answers faster than one after the other."""
+        return self._calls[2]
+
+    @property
+    def _calls(self) -> tuple[Sequence[Tier], Sequence[CheckedTier], int]:
+        """The tiers, the same with their answers checked, and ``parallel_fetches``: kept, as each lookup needs them."""
+        known = self._known
+        if known is None or known[0] is not self.tiers:
+            checked = [CheckedTier(tier) for tier in self.tiers]
+            known = self._known = self.tiers, checked, min((tier.parallel_fetches for tier in checked), default=1)
+        return known
 
     @property
     def writable(self) -> Sequence[CheckedTier]:

@@ -22,13 +22,15 @@ from support.waiting import HANG_SECONDS, join_all, wait_until
 from hps_numba.config import PersistentDatabaseConfig, read_config
 from hps_numba.errors import TierError
 from hps_numba.server import shared_fetches
-from hps_numba.server.shared_fetches import SharedAnswer, SharedFetches
+from hps_numba.server.flights import Flight, SharedAnswer, samples_of
+from hps_numba.server.shared_fetches import SharedFetches
 from hps_numba.server.table_writes import TableWrites
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
 
 DIM = 3
 DEFAULT = -7.5
+LIMIT = 4  # fetches that the tier of the rig gains from at a time
 SOON = 0.05  # seconds of a time budget that is to run out
 EVERY_KEY = np.arange(100)
 ROUNDS = 20 * int(os.environ.get("HPS_NUMBA_LONG_TESTS", "3"))
@@ -42,6 +44,7 @@ class Rig:
         self.tag = spec.tag
         self.tier = GateTier(PersistentDatabaseConfig())
         self.tier.insert(self.tag, EVERY_KEY, rows_of(EVERY_KEY, DIM))
+        self.tier.inner.parallel_fetches = LIMIT
         self.stack = TierStack([self.tier])
         self.writes = TableWrites(spec, HostStore(DIM), self.stack)
         self.shared = SharedFetches(spec, self.stack, self.writes.settled_count)
@@ -128,23 +131,103 @@ def test_lookups_that_miss_the_same_keys_ask_once(rig: Rig) -> None:
 
 
 def test_a_lookup_asks_for_what_no_other_one_asks_for(rig: Rig) -> None:
-    rig.lead("a", [1, 2])
-    rig.lead("b", [4, 3])
-    rig.lead("c", [9, 2, 3, 8, 200, 1])  # asks for its own keys first, then waits for the others
+    keys = sorted([*range(11), 200], key=lambda key: min(samples_of(np.array([key]))))
+    rig.lead("a", keys[2::-1])  # has the least hash
+    rig.lead("b", keys[-3:])  # the greatest
+    rig.lead("c", keys)  # asks for its own keys first, then waits for the others
     rig.tier.open()
-    rig.check("a", [1, 2], joined=0)
-    rig.check("b", [4, 3], joined=0)
-    rig.check("c", [9, 2, 3, 8, 200, 1], joined=3)
-    assert rig.tier.asked == [[1, 2], [3, 4], [8, 9, 200]]
+    rig.check("a", keys[2::-1], joined=0)
+    rig.check("b", keys[-3:], joined=0)
+    rig.check("c", keys, joined=6)
+    assert rig.tier.asked == [sorted(keys[:3]), sorted(keys[-3:]), sorted(keys[3:-3])]
+
+
+def test_a_lookup_with_little_in_common_asks_for_all(rig: Rig) -> None:
+    rig.lead("a", [1, 2, 3])
+    rig.lead("b", [3, 4, 5, 6, 7, 8, 9, 10])
+    rig.tier.open()
+    rig.check("b", [3, 4, 5, 6, 7, 8, 9, 10], joined=0)
+    assert rig.tier.asked == [[1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 10]]
+
+
+def test_the_slowest_tier_says_how_many_fetches_it_gains_from(rig: Rig) -> None:
+    rig.tier.inner.parallel_fetches = 1
+    rig.lead("first", [90])
+    rig.queue("1", [1])
+    rig.queue("2", [2])
+    rig.tier.open()
+    join_all(*rig.threads.values())
+    assert rig.tier.asked == [[90], [1, 2]]
+
+
+def test_a_tier_that_answers_at_once_is_not_shared_until_it_takes_longer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_fetches, "_QUICK_SECONDS", HANG_SECONDS)
+    rig.tier.open()
+    out = np.full((2, DIM), np.nan, np.float32)
+    for _ in range(shared_fetches._QUICK_CALLS):
+        answer = rig.shared.fetch(np.array([1, 200]), rig.writes.count, out=out)
+        assert answer.rows is not out and np.isnan(out).all()
+    answer = rig.shared.fetch(np.array([1, 200]), rig.writes.count, out=out)
+    assert answer.rows is out and answer.found.tolist() == [True, False]
+    assert_same_bits(out, np.concatenate([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)]))
+    rig.tier.shut()
+    rig.lead("first", [1, 2])
+    rig.lead("second", [1, 2])  # asks too
+    monkeypatch.setattr(shared_fetches, "_QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(shared_fetches, "_QUICK_SECONDS_A_KEY", 0.0)
+    rig.tier.let_one_go()
+    wait_until(lambda: rig.shared._quick_calls == 0)
+    rig.lead("third", [1, 2])
+    rig.join("joins", [2, 1])
+    rig.tier.open()
+    rig.check("joins", [2, 1], joined=2)
+
+
+def test_fetches_that_begin_and_end_while_a_lookup_looks_for_them(rig: Rig) -> None:
+    """Each step of the search is one that other threads may interrupt."""
+    rig.tier.open()
+    rig.tier.before = lambda call, keys: time.sleep(2e-4) if call == "fetch" else None
+
+    problems: list[BaseException] = []
+
+    def hammer(first: int) -> None:
+        try:
+            for i in range(200):
+                assert rig.shared.fetch(np.array([(first + i) % 100]), rig.writes.count).found.all()
+        except BaseException as problem:
+            problems.append(problem)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    try:
+        threads = [threading.Thread(target=hammer, args=(7 * i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        join_all(*threads)
+    finally:
+        sys.setswitchinterval(before)
+    assert not problems, problems
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_lookups_with_most_keys_in_common_have_a_sample_in_common(share: float) -> None:
+    rng, found, n, tries = np.random.default_rng(3), 0, 50, 400
+    for _ in range(tries):
+        keys = rng.integers(-(2**63), 2**63 - 1, 2 * n)
+        common = round(2 * n * share / (1 + share))  # of n in each: a share of all keys of both
+        one, other = keys[:n], rng.permutation(np.concatenate([keys[:common], keys[n : 2 * n - common]]))
+        found += not samples_of(one).isdisjoint(samples_of(other))
+    assert abs(found / tries - (1 - (1 - share) ** 2)) < 0.1
 
 
 def test_lookups_beyond_the_limit_are_fetched_together_each_key_once(rig: Rig) -> None:
-    for i in range(SharedFetches.LIMIT):
+    for i in range(LIMIT):
         rig.lead(f"busy {i}", [90 + i])
     for i in range(5):
         rig.queue(f"{i}", [i + 1, i, 200])
     rig.tier.let_one_go()
-    wait_until(lambda: len(rig.tier.asked) == SharedFetches.LIMIT + 1)
+    wait_until(lambda: len(rig.tier.asked) == LIMIT + 1)
     rig.tier.open()
     for i in range(5):
         assert rig.answer(f"{i}").joined in (0, 3)
@@ -155,7 +238,7 @@ def test_lookups_beyond_the_limit_are_fetched_together_each_key_once(rig: Rig) -
 
 def test_a_fetch_from_the_queue_is_no_larger_than_a_batch_of_the_tier(rig: Rig) -> None:
     rig.tier.inner.section = rig.tier.section = PersistentDatabaseConfig(max_batch_size=5)
-    for i in range(SharedFetches.LIMIT):
+    for i in range(LIMIT):
         rig.lead(f"busy {i}", [90 + i])
     for i in range(4):
         rig.queue(f"{i}", [2 * i, 2 * i + 1])
@@ -245,7 +328,7 @@ def test_a_lookup_waits_for_another_one_no_longer_than_its_time_budget(rig: Rig)
 
 
 def test_time_runs_out_in_the_queue(rig: Rig) -> None:
-    for i in range(SharedFetches.LIMIT):
+    for i in range(LIMIT):
         rig.lead(f"busy {i}", [90 + i])
     rig.ask("hasty", [1], seconds=SOON)
     answer = rig.answer("hasty")
@@ -284,12 +367,12 @@ def ended_frame() -> FrameType:
 
 
 def test_a_fetch_whose_thread_vanished_is_given_up(rig: Rig) -> None:
-    lost = shared_fetches._Flight(np.array([1, 2]), rig.writes.count, None)
-    lost.thread, lost.frame = 0, ended_frame()
-    for _ in range(SharedFetches.LIMIT):  # none of them ever ends
-        other = shared_fetches._Flight(np.array([7]), None, None)
+    for _ in range(LIMIT):  # none of them ever ends
+        other = Flight(np.array([7]), frozenset(), None, None)
         other.thread, other.frame = 0, ended_frame()
         rig.shared._flights[other] = None
+    lost = Flight(np.array([1, 2]), frozenset(), rig.writes.count, None)
+    lost.thread, lost.frame = 0, ended_frame()
     rig.shared._flights[lost] = None
     rig.tier.open()
     rig.ask("joins", [1, 2])
@@ -300,7 +383,7 @@ def test_a_fetch_whose_thread_vanished_is_given_up(rig: Rig) -> None:
 
 
 def test_a_request_that_nobody_serves_is_made_again(rig: Rig) -> None:
-    for i in range(SharedFetches.LIMIT):
+    for i in range(LIMIT):
         rig.lead(f"busy {i}", [90 + i])
     rig.queue("forgotten", [1])
     rig.shared._queue.clear()  # as a thread does that is interrupted when it has just taken it
@@ -387,11 +470,11 @@ def test_calls_inside_a_lookup_while_others_share(workshop: Workshop) -> None:
 
 def test_patience_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedFetches, "PATIENCE_SECONDS", SOON)
-    for i in range(SharedFetches.LIMIT):
+    for i in range(LIMIT):
         rig.lead(f"busy {i}", [90 + i])
     rig.ask("joins", [90])
     rig.ask("queues", [1])
-    wait_until(lambda: rig.tier.inside == SharedFetches.LIMIT + 2)  # asks for itself
+    wait_until(lambda: rig.tier.inside == LIMIT + 2)  # asks for itself
     rig.tier.open()
     rig.check("joins", [90], joined=0)
     rig.check("queues", [1], joined=0)

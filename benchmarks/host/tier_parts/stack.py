@@ -4,20 +4,22 @@
 the same ``fetch`` of the same distinct keys into an array that is there already. Three tiers: one in memory (``hash_map``), the
 same with 1 ms and with 10 ms of latency a call.
 
-*Shared*: threads look up the same missing keys at the same time, or each others; the calls of the tier are counted, with
-``SharedFetches.LIMIT`` as it is, and with everything shared by nobody, which is what a stack without it does.
+*Shared*: threads look up the same missing keys at the same time, or each others; the calls of the tier are counted, as it is,
+and with everything shared by nobody, which is what a stack without it does, by turns. One tier answers any number of calls at a
+time and says so (``parallel_fetches``, 16), the other one call after the other (1).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +43,30 @@ LATENCIES = (0.0, 0.001, 0.01)
 ROUNDS, QUICK_ROUNDS = 61, 5
 THREADS = (2, 8, 16)
 LOOKUPS, QUICK_LOOKUPS = 60, 4
+CROWDS, QUICK_CROWDS = 7, 1
 SHARED_BATCH = 256
 
 
 class LatentTier(WrapperTier):
-    """A ``hash_map`` that waits ``seconds`` in each fetch, and counts them."""
+    """A ``hash_map`` that waits ``seconds`` in each fetch, and counts them; with ``in_turn`` one call after the other."""
+
+    in_turn = False
 
     def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
         super().__init__(HashMapTier.from_options(wide_keys=wide_keys))
         self.seconds = 0.0
         self.fetches = 0
+        self._turn = threading.Lock()
+
+    @property
+    def parallel_fetches(self) -> int:  # type: ignore[override]
+        return 1 if self.in_turn else 16
 
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
         self.fetches += 1
         if self.seconds:
-            time.sleep(self.seconds)
+            with self._turn if self.in_turn else nullcontext():
+                time.sleep(self.seconds)
         return self.inner.fetch(table, keys, rows, deadline=deadline)
 
 
@@ -125,43 +136,52 @@ def crowd(server: hps_numba.HPS, tier: LatentTier, batches: list[list[np.ndarray
 def nothing_shared() -> Iterator[None]:
     """Each lookup asks for itself, as without ``SharedFetches``."""
     fetch = SharedFetches.fetch
-    SharedFetches.fetch = lambda self, keys, count, deadline=None: self._lead(keys, deadline)  # type: ignore[method-assign]
+    SharedFetches.fetch = lambda self, keys, count, deadline=None, *, out=None: self._lead(keys, deadline)  # type: ignore
     try:
         yield
     finally:
         SharedFetches.fetch = fetch  # type: ignore[method-assign]
 
 
-def shared(server: hps_numba.HPS, tier: LatentTier, keys: np.ndarray, lookups: int) -> dict[str, dict[str, float]]:
+def shared(
+    server: hps_numba.HPS, tier: LatentTier, keys: np.ndarray, lookups: int, crowds: int
+) -> dict[str, list[dict[str, float]]]:
     """Calls and seconds for threads that miss the same keys, or others, with and without sharing."""
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     rng = np.random.default_rng(1)
     tier.seconds = 0.001
-    for threads in THREADS:
-        for same in (True, False):
+    for in_turn, threads, same in itertools.product((False, True), THREADS, (True, False)):
+        tier.in_turn = in_turn
+        name = f"{'in turn' if in_turn else 'parallel'}, {threads} threads, {'the same keys' if same else 'other keys'}"
+        for _ in range(crowds):
             of_all = [rng.choice(keys, SHARED_BATCH) for _ in range(lookups)]
             batches = [of_all if same else [rng.choice(keys, SHARED_BATCH) for _ in of_all] for _ in range(threads)]
-            name = f"{threads} threads, {'the same keys' if same else 'other keys'}"
-            results[name] = crowd(server, tier, batches)
+            results.setdefault(name, []).append(crowd(server, tier, batches))
             with nothing_shared():
-                results[f"{name}, not shared"] = crowd(server, tier, batches)
+                results.setdefault(f"{name}, not shared", []).append(crowd(server, tier, batches))
     tier.seconds = 0.0
     return results
 
 
-def show_shared(results: dict[str, dict[str, float]], lookups: int) -> None:
+def show_shared(results: dict[str, list[dict[str, float]]], lookups: int) -> None:
     rows = []
-    for name, counted in results.items():
-        total = int(name.split()[0]) * lookups
-        per_second = total / counted["seconds"]
-        rows.append([name, f"{total}", f"{counted['calls']:.0f}", f"{total / counted['calls']:.1f}", f"{per_second:,.0f}"])
-    head = ["", "lookups", "calls of the tier", "lookups a call", "lookups/s"]
-    print_table(f"{SHARED_BATCH} keys a lookup, a tier of 1 ms a call", head, rows)
+    rates: dict[str, float] = {}
+    for name, rounds in results.items():
+        threads = name.split(", ")[1].split()[0]
+        total = int(threads) * lookups
+        rates[name] = statistics.median(total / counted["seconds"] for counted in rounds)
+        calls = statistics.median(counted["calls"] for counted in rounds)
+        rows.append([name, f"{total}", f"{calls:.0f}", f"{total / calls:.1f}", f"{rates[name]:,.0f}", ""])
+    for row in rows:
+        if f"{row[0]}, not shared" in rates:
+            row[-1] = f"{rates[row[0]] / rates[f'{row[0]}, not shared'] - 1:+.0%}"
+    head = ["", "lookups", "calls of the tier", "lookups a call", "lookups/s", "gain"]
+    print_table(f"{SHARED_BATCH} keys a lookup, a tier of 1 ms a call; medians", head, rows)
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Measure, print, and return the figures."""
-    rounds, lookups = (QUICK_ROUNDS, QUICK_LOOKUPS) if quick else (ROUNDS, LOOKUPS)
+    rounds, lookups, crowds = (QUICK_ROUNDS, QUICK_LOOKUPS, QUICK_CROWDS) if quick else (ROUNDS, LOOKUPS, CROWDS)
     results: dict[str, dict[str, list[float]]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="hps_stack_") as folder,
@@ -172,9 +192,9 @@ def run(quick: bool) -> dict[str, Any]:
                 tier.seconds = seconds
                 results[f"{seconds * 1e3:g} ms a call, {batch} keys"] = added(server, tier, keys, batch, rounds)
         show_added(results)
-        crowds = shared(server, tier, keys, lookups)
-        show_shared(crowds, lookups)
-    return {"added": results, "shared": crowds}
+        counted = shared(server, tier, keys, lookups, crowds)
+        show_shared(counted, lookups)
+    return {"added": results, "shared": counted}
 
 
 def main() -> None:

@@ -60,6 +60,13 @@ class CheckedTier(Tier):
     def read_only(self) -> bool:
         return bool(self._call("read_only", lambda: self.inner.read_only))
 
+    @property
+    def parallel_fetches(self) -> int:  # type: ignore[override]
+        number: object = self._call("parallel_fetches", lambda: self.inner.parallel_fetches)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise self._defect("parallel_fetches", "a number of at least 1", repr(number))
+        return number
+
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
         answer: object = self._call("fetch", lambda: self.inner.fetch(table, keys, rows, deadline=deadline))
         if not isinstance(answer, Fetched):

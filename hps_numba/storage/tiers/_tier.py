@@ -69,6 +69,9 @@ class Tier(abc.ABC):
     Class attributes:
         shared: other processes see the same rows.
         persistent: rows outlive the process.
+        parallel_fetches: calls of ``fetch`` at a time that it answers faster than one after the other, at least 1; keys of
+            further lookups are collected and fetched together. Few for a tier that gains little from more, such as one with a
+            single connection; many for one whose answers take their time on the way.
         Options: dataclass or pydantic model of the tier's own keys in the config; None: it takes those of every tier only.
 
     Attributes:
@@ -81,6 +84,7 @@ class Tier(abc.ABC):
 
     shared: ClassVar[bool] = False
     persistent: ClassVar[bool] = False
+    parallel_fetches: int = 16
     Options: ClassVar[type | None] = None
 
     def __init__(

@@ -21,6 +21,10 @@ class WrapperTier(Tier):
         super().__init__(inner.section, wide_keys=inner.wide_keys)
         self.inner = inner
 
+    @property
+    def parallel_fetches(self) -> int:  # type: ignore[override]
+        return self.inner.parallel_fetches
+
     def before(self, call: str, keys: int) -> None:
         """Called ahead of each call with its name and its number of keys."""
 

@@ -45,6 +45,7 @@ class RedisClusterTier(Tier):
     Thread safety: every method.
     """
 
+    parallel_fetches = 4  # a node answers one call after the other; the way to it takes time, too
     shared = True
     Options = VolatileDatabaseConfig
     section: VolatileDatabaseConfig

@@ -42,6 +42,7 @@ class RocksTier(Tier):
     """
 
     Options = PersistentDatabaseConfig
+    parallel_fetches = 2  # threads read the parts of one batch
     persistent = True
     section: PersistentDatabaseConfig
 

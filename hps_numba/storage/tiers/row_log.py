@@ -84,6 +84,7 @@ class RowLogTier(Tier):
     Thread safety: every method. A write that the main thread makes is done whole, whatever interrupts it.
     """
 
+    parallel_fetches = 2  # the reads of one batch are under way at the same time
     Options = RowLogOptions
     shared = persistent = True
 
