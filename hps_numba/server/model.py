@@ -177,15 +177,16 @@ class ServedModel:
         """
         self._warn_of_keys_without_effect()
         on_rows = stoppable(on_rows, check)
-        for tier in self._slower.writable:
-            if tier.section.initialize_after_startup:
+        with self._no_loading(check):
+            kept = self._kept_tables()
+            for tier in self._slower.writable:
+                if tier.section.initialize_after_startup:
+                    for table in self.tables:
+                        if table not in kept:
+                            self._loading.insert(tier, table.spec, table.spec.source, on_rows)
+            if self._fills_host():
                 for table in self.tables:
-                    self._loading.insert(tier, table.spec, table.spec.source, on_rows)
-        if self._host is not None and self._fills_host():
-            with self._host.loading(check):
-                replaced = any(table.store is not None and table.store.memory.mark.replaced for table in self.tables)
-                for table in self.tables:
-                    self._load_host(table, on_rows, replaced)
+                    self._load_host(table, on_rows, table in kept)
         if self._devices:
             self._open_caches()
         for table in self.tables:
@@ -193,24 +194,35 @@ class ServedModel:
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
 
-    def _load_host(self, table: ServedTable, on_rows: Progress, replaced: bool) -> None:
+    def _kept_tables(self) -> list[ServedTable]:
+        """Tables of which another process has replaced the rows by those of other files: they stay, in every tier."""
+        kept, replaced = [], False
+        for table in self.tables:
+            if table.store is not None:
+                there, own = table.store.memory.mark, self._loading.mark_of(table.store, table.spec.source)
+                replaced = replaced or there.replaced
+                if there.known and there.digest != own.digest:
+                    kept.append(table)
+        return kept if replaced else []
+
+    def _load_host(self, table: ServedTable, on_rows: Progress, kept: bool) -> None:
         """Bring the rows of the sparse model of one table into host memory, unless another process has done so.
 
         Args:
-            replaced: another process has replaced the model: its rows stay, even if they are of other files.
+            kept: another process has replaced the model: its rows stay, even if they are of other files.
         """
         store, path = table.store, table.spec.source
         assert store is not None
         mark, there = self._loading.mark_of(store, path), store.memory.mark
-        if mark.known and there.digest == mark.digest:
-            log.info("%s: another process has loaded %s", table.spec.tag, path)
-        elif replaced and there.known:
+        if kept:
             log.warning(
                 "%s: %s is not loaded: replace_model has brought %s for all processes, whose rows stay",
                 table.spec.tag,
                 path,
                 there.path,
             )
+        elif mark.known and there.digest == mark.digest:
+            log.info("%s: another process has loaded %s", table.spec.tag, path)
         else:
             table.writes.adopt(new_version(table, self._loading, path, on_rows, fill=True))
             store.memory.mark = mark

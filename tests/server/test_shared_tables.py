@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.children import in_child
 from support.factories import Workshop
+from support.internals import slower_tier
 from support.oracles import assert_same_bits, rows_of
 from support.shared_memory import MIB, Peer, kill_self, killed, new_name, open_tier, segment_file
 from support.waiting import join_all, wait_until
@@ -141,6 +142,41 @@ def test_a_process_that_starts_during_a_replacement_waits_for_it_and_keeps_its_r
     (record,) = (record for record in caplog.records if "replace_model" in record.getMessage())
     assert record.levelname == "WARNING" and model["sparse_files"][0] in record.getMessage()
     assert new[0][-70:] in record.getMessage()
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_a_process_that_starts_after_a_replacement_writes_its_old_files_to_no_tier(
+    workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch, during: bool
+) -> None:
+    keys = np.arange(100)
+    model = workshop.model((keys, 4), (keys, 8))
+    new = workshop.model((keys, 4), (keys, 8), name="n", stamp=3)["sparse_files"]
+    slower = {"type": "support.fakes:DictTier", "initialize_after_startup": True}
+
+    def start() -> None:
+        workshop.open(model, volatile_db=in_segment(name), persistent_db=slower)
+
+    start()
+    first, late = workshop.servers[0], threading.Thread(target=start)
+    settle = Replacement._settle
+
+    def start_first(self: Replacement, old: Any) -> None:
+        late.start()
+        late.join(0.5)
+        settle(self, old)
+
+    if during:
+        monkeypatch.setattr(Replacement, "_settle", start_first)
+    first.replace_model("m", new)
+    if not during:
+        late.start()
+    join_all(late)
+    of_first, of_late = (slower_tier(server) for server in workshop.servers)
+    for number, dim in enumerate((4, 8)):
+        tag = first._catalog.table("m", number).spec.tag
+        assert (of_first.size(tag), of_late.size(tag)) == (100, 0)  # each server of the test has a tier of its own
+        for server in workshop.servers:
+            assert_same_bits(np.asarray(server.lookup(keys, "m", number)), rows_of(keys, dim, 3))
 
 
 def test_a_process_that_is_killed_right_after_the_turn_leaves_the_new_version(
