@@ -157,7 +157,7 @@ class SharedFetches:
         samples: frozenset[int] = frozenset(),
         others: tuple[_Request, ...] = (),
     ) -> SharedAnswer:
-        """Ask the tiers, for whoever wants to join too; ``samples`` of the lookups, where they are known."""
+        """Ask the tiers, for other lookups that join too; ``samples`` of the lookups, where they are known."""
         flight = Flight(keys, samples, self._settled(), deadline)
         flight.frame = sys._getframe()
         try:

@@ -1,6 +1,6 @@
 """``.sst`` dumps of one table of a database: RocksDB's sorted string table, key = raw key bytes, value = raw row bytes.
 
-HugeCTR writes the same, but sorts keys by number: RocksDB wants them in the order of their bytes, little-endian from the first
+HugeCTR writes the same, but sorts keys by number: RocksDB expects the order of their bytes, little-endian from the first
 on (256 is ``00 01 ..``, and comes before 1), and HugeCTR aborts. Needs rocksdict, ``pip install "hps-numba[rocksdb]"``.
 
 *Reading.* rocksdict opens databases only. So the file is made the only one of a temporary database, by a link: nothing is

@@ -1,7 +1,7 @@
 """A file at a URL, read by ranges.
 
 Problem: a table is larger than what host memory can hold twice, an object store has no descriptors, and an object may be
-replaced while it is read. Choice: every read is a range request for the bytes that are wanted, straight to their place; small
+replaced while it is read. Choice: every read is a range request for the bytes that are needed, straight to their place; small
 reads share the last four blocks of 1 MiB; a range that comes back short is an error; and whoever reads the last byte of a file
 asks once more whether it is still the same object. Turned down: fsspec's buffered files, whose read-ahead fetches the rows
 again for every chunk of keys where both lie in one file.

@@ -133,7 +133,7 @@ class UrlPath:
     # -- what is there --------------------------------------------------------------------
 
     def info(self) -> dict[str, Any] | None:
-        """What fsspec says of the file or folder, asked anew; None if there is none.
+        """What fsspec says of the file or folder, asked again each time; None if there is none.
 
         Raises:
             ModelFileError: the store cannot be reached, refuses, or its library is not installed.

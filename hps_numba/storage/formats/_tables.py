@@ -29,22 +29,22 @@ def split_table(path: Place) -> tuple[Place, str | None]:
     return Path(head), table
 
 
-def pick_table(path: Place, tables: Mapping[str, T], wanted: str | None, more: Iterable[str] = ()) -> T:
-    """The wanted table, or the only one.
+def pick_table(path: Place, tables: Mapping[str, T], name: str | None, more: Iterable[str] = ()) -> T:
+    """The table of a name, or the only one.
 
     Args:
-        more: names that could be wanted, too, for the message.
+        more: further names that there are, for the message.
 
     Raises:
         ModelFileError: there are several and none is named, or none of this name.
     """
-    if wanted is None and len(tables) == 1:
+    if name is None and len(tables) == 1:
         return next(iter(tables.values()))
-    if wanted is not None and wanted in tables:
-        return tables[wanted]
+    if name is not None and name in tables:
+        return tables[name]
     names = sorted({*tables, *more})
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])[:400] or "none"
+    shown = ", ".join(other if other.isprintable() else repr(other) for other in names[:_SHOWN])[:400] or "none"
     shown += f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    if wanted is None:
+    if name is None:
         raise ModelFileError(f"{path}: expected one table, or the name of one as {path}#TABLE, found {shown}")
-    raise ModelFileError(f"{path}: has no table {wanted!r}, found {shown}")
+    raise ModelFileError(f"{path}: has no table {name!r}, found {shown}")

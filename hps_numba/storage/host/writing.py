@@ -204,8 +204,8 @@ class StoreWriter:
         content.use_index(new, live)
         content.retire_index(old, self._epochs.advance())
 
-    def _make_slots(self, content: TableContent, wanted: int, can_grow: bool) -> bool:
-        """Slots for ``wanted`` rows: those that readers have left, else new ones; at least one.
+    def _make_slots(self, content: TableContent, rows: int, can_grow: bool) -> bool:
+        """Slots for ``rows`` rows: those that readers have left, else new ones; at least one.
 
         Args:
             can_grow: false if there was no memory before in this batch.
@@ -216,7 +216,7 @@ class StoreWriter:
             CapacityError: there is no slot at all.
         """
         content.collect(self._epochs)
-        missing = wanted - content.spare_slots
+        missing = rows - content.spare_slots
         if missing <= 0 or (content.has_slots and not can_grow):
             return can_grow
         step = max(1, self._growth_bytes // content.row_bytes)

@@ -68,7 +68,7 @@ class Database:
         names = names_of_files(self.path)
         create = "CURRENT" not in names
         rows = [name for name in names if name.endswith((".sst", ".log", ".blob"))]
-        if rows and create:  # RocksDB would start anew, and delete them
+        if rows and create:  # RocksDB would start with an empty one, and delete them
             raise TierUnavailable(f"{self.path}: expected a file CURRENT beside {rows[0]}, got none: the database is damaged")
         try:
             return self._opened(self.path, self.package.AccessType.read_write(), create=create)

@@ -83,10 +83,10 @@ class Compaction:
                 f"got {self._table.bytes} of {bound.max_bytes} in use"
             )
 
-    def run(self, wanted: int) -> int:
-        """Compact the segments with the largest share of garbage until ``wanted`` bytes are freed; returns how many were."""
+    def run(self, needed: int) -> int:
+        """Compact the segments with the largest share of garbage until ``needed`` bytes are freed; returns how many were."""
         before = self._table.bytes
-        for number in self._victims(wanted):
+        for number in self._victims(needed):
             if number == self._table.entry.segments[-1]:
                 self._add_segment()
             self._compact(self._table.segments[number])
@@ -100,8 +100,8 @@ class Compaction:
             if not self._table.segments[number].damaged:
                 self._compact(self._table.segments[number])
 
-    def _victims(self, wanted: int) -> list[int]:
-        """Segments with garbage, worst first, until they make up for ``wanted`` bytes."""
+    def _victims(self, needed: int) -> list[int]:
+        """Segments with garbage, worst first, until they free ``needed`` bytes."""
         first = self._table.entry.segments[0]
         live = np.zeros(self._table.entry.segments[-1] - first + 1, np.int64)
         for _, locations in self._table.index.scan(_SCAN_KEYS):
@@ -116,10 +116,10 @@ class Compaction:
         ranked = sorted(garbage, key=lambda number: garbage[number] / self._table.segments[number].bytes, reverse=True)
         chosen: list[int] = []
         for number in ranked:
-            if wanted <= 0:
+            if needed <= 0:
                 break
             chosen.append(number)
-            wanted -= garbage[number]
+            needed -= garbage[number]
         return chosen
 
     def _compact(self, victim: Segment) -> None:

@@ -10,7 +10,7 @@
 * The first process loads a model; the others find the mark of the same files and use its rows.
 * A device reads the segment in place: it is pinned once in each process, all of it.
 * The last process removes the segment, unless ``shared_memory_auto_remove`` is false; if all were killed, the next one that
-  starts makes it anew.
+  starts creates it again.
 
 Parts: ``storage.shared`` (``tables`` says which).
 """
