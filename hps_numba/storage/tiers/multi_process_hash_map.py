@@ -9,6 +9,8 @@
   process changed reach a cache with its next refresh (``refresh_interval``); host memory has them at once.
 * The first process loads a model; the others find the mark of the same files and use its rows.
 * A device reads the segment in place: it is pinned once in each process, all of it.
+* What the main thread asks for is changed by a thread where no interrupt arrives (``runtime.shielded``): Ctrl-C never keeps the
+  writers' turn, for which all processes wait. Of a server, this is so for its writes and changes of models anyway.
 * The last process removes the segment, unless ``shared_memory_auto_remove`` is false; if all were killed, the next one that
   starts creates it again.
 
@@ -20,9 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
+import numpy as np
+
 from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.device import memory
 from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator
+from hps_numba.runtime.shielded import shielded
 from hps_numba.storage.host.memory import StoreMemory
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.shared.table import SharedVersions
@@ -61,7 +66,23 @@ class MultiProcessHashMapTier(HostTablesTier):
                 self._tables.segment.leave()
                 raise
 
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        return shielded(lambda ask: self._insert(table, keys, rows), owner=self, place=table)
+
+    def _insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        return super().insert(table, keys, rows)
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        return shielded(lambda ask: self._erase(table, keys), owner=self, place=table)
+
+    def _erase(self, table: str, keys: np.ndarray | None) -> int:
+        return super().erase(table, keys)
+
     def _new_store(self, table: str, dim: int, memory: StoreMemory | None = None) -> HostStore:
+        # of another owner: a signal handler may read a table while its thread waits for a write
+        return shielded(lambda ask: self._opened(table, dim, memory), owner=self._tables, place=table)
+
+    def _opened(self, table: str, dim: int, memory: StoreMemory | None) -> HostStore:
         entry = self._tables.open(table, dim, self._bounds)
         return super()._new_store(table, dim, memory or SharedMemory(self._tables, entry, table))
 
