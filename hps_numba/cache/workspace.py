@@ -242,7 +242,7 @@ class Workspace(StreamMemory):
 
     def _free_outgrown(self, *, wait: bool = False) -> None:
         """Free the memory that no work is left with; all that there is, if it may ``wait`` for the work."""
-        for entry in tuple(self._outgrown):
+        for entry in list(self._outgrown):
             event, memories, _ = entry
             if event and wait:
                 self.backend.wait_for(event)

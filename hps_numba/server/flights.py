@@ -86,7 +86,7 @@ class Flight:
     def end(self) -> None:
         """Wake all that wait."""
         self.ended = True
-        for inbox in tuple(self._waiting):
+        for inbox in list(self._waiting):
             inbox.put(None)
 
     def wake_at_end(self, inbox: SimpleQueue[None]) -> None:

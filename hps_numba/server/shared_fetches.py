@@ -131,7 +131,7 @@ class SharedFetches:
         return answer
 
     @staticmethod
-    def _usable(under_way: tuple[Flight, ...], samples: frozenset[int], n: int, count: int) -> list[Flight]:
+    def _usable(under_way: list[Flight], samples: frozenset[int], n: int, count: int) -> list[Flight]:
         """The newest fetches that a lookup of ``n`` keys may join and that seem to ask for most of them."""
         limit = max(_SMALL, 4 * n)
         alike = [f for f in under_way if f.count == count and not f.ended and len(f.keys) <= limit and f.is_like(samples)]
