@@ -21,7 +21,7 @@ from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog, Models
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
 from hps_numba.server.model_jobs import Check, ModelJobs
-from hps_numba.server.plan import make_plan
+from hps_numba.server.plan import plan_config
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.tier_stack import TierStack, open_tiers
 from hps_numba.storage.tiers._host_tables import HostTablesTier
@@ -76,7 +76,7 @@ class ModelLoader:
         policies = [self._policies(self._config, model) for model in models]
         self.allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
         known = [own or (None,) * len(model.sparse_files) for model, own in zip(models, policies, strict=True)]
-        make_plan(self._config, chain.from_iterable(known)).check()
+        plan_config(self._config, chain.from_iterable(known)).check()
         self.host, self.slower = open_tiers(self._config, self.allocator, allow_code=self._allow_code)
         for model, own in zip(models, policies, strict=True):
             self._deploy(self._config, model, own, check)
@@ -151,7 +151,7 @@ class ModelLoader:
             raise ConfigError(f"model: {added.model!r} is deployed already, give another name or call replace_model")
         self._check_devices([added])
         policies = self._policies(config, added)
-        make_plan(config, policies).check()
+        plan_config(config, policies).check()
         self._deploy(config, added, policies, check)
 
     def replace(self, model_name: str, files: Sequence[str | Path] | None) -> None:

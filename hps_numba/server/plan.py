@@ -25,7 +25,7 @@ from hps_numba.kernels.policies._policy import Policy
 from hps_numba.server.table_plan import SHARED, TablePlan, plan_table, plan_tables
 from hps_numba.storage.shared.segment import present_bytes
 
-__all__ = ["DevicePlan", "Plan", "TablePlan", "make_plan", "plan_of", "plan_table", "room_on"]
+__all__ = ["DevicePlan", "Plan", "TablePlan", "make_plan", "plan_config", "plan_of", "plan_table", "room_on"]
 
 #: bytes of keys that are in flight while a table is loaded
 LOADING_BYTES = 16 << 20
@@ -187,12 +187,10 @@ class Plan:
         }
 
 
-def make_plan(config: ServerConfig, policies: Iterable[Policy | None] = ()) -> Plan:
+def make_plan(config: ServerConfig) -> Plan:
     """Plan all tables of a config; opens the sparse models and reads their sizes only.
 
-    Args:
-        policies: of the caches, one a table. By default those that are built in: what the config names by a reference is code,
-            which is not run to find out a size, and its memory does not count.
+    A cache policy that the config names by a reference is code, which is not run to find out a size: its memory does not count.
 
     Raises:
         ConfigError: not a config.   ModelFileError: a sparse model is missing or does not fit its table.
@@ -200,6 +198,11 @@ def make_plan(config: ServerConfig, policies: Iterable[Policy | None] = ()) -> P
     """
     if not isinstance(config, ServerConfig):
         raise ConfigError(f"config: expected what read_config returns, got {type(config).__name__}")
+    return plan_config(config)
+
+
+def plan_config(config: ServerConfig, policies: Iterable[Policy | None] = ()) -> Plan:
+    """``make_plan`` with the policies of the caches, one a table, as far as they are known."""
     host = config.volatile_db
     present = present_bytes(host.shared_memory_name) if host.type == SHARED else 0
     return plan_of(plan_tables(config, config.tables(), policies), present)

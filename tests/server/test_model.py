@@ -219,7 +219,7 @@ def test_a_load_model_that_fails_early_leaves_no_table(workshop: Workshop, monke
     if early == "tables":
         monkeypatch.setattr("hps_numba.server.model.ServedTable", RefusedTable)
     else:  # the files vanish after the plan was made
-        monkeypatch.setattr("hps_numba.server.model_loader.make_plan", lambda *given: SimpleNamespace(check=lambda: None))
+        monkeypatch.setattr("hps_numba.server.model_loader.plan_config", lambda *given: SimpleNamespace(check=lambda: None))
         entry["sparse_files"][1] += ".gone"
     with pytest.raises((ConfigError, ModelFileError)):
         server.load_model(entry)
