@@ -205,6 +205,14 @@ class CudaBackend:
             numbers=self._sizes(group, sets) | {"tables": tables},
         )
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Streams of the device can wait for words of host memory (``copy_when_marked``)."""
+        from hps_numba.kernels.compiler.launch import can_copy_when_marked
+
+        assert self.ordinal is not None
+        return can_copy_when_marked(self.ordinal)
+
     def copy_when_marked(
         self, stream: int, mark: int, value: int, groups: int, dst: int, src: int, size: int, total: int
     ) -> None:
@@ -323,7 +331,7 @@ class CpuBackend:
 
     ordinal: int | None = None
     serving_blocks = 1
-    copies = True
+    copies = waits_for_host = True
 
     @cached_property
     def _pinned_sizes(self) -> dict[int, int]:

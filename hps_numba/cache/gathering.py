@@ -109,6 +109,10 @@ class Gathering:
         self._copying = self._listed = self._copied = 0
         self._stride, self._chunk, self._room = _shape(dim, limit)
         landing = self._room * self._stride
+        if not backend.waits_for_host:
+            raise CapacityError(
+                f"{name}: expected a device whose streams can wait for words of host memory, got one that cannot"
+            )
         try:
             self.bytes, self.pinned_bytes = gathering_bytes(dim, limit)
             self.address = self._take(backend.allocate(self.bytes, f"{name}: rows that threads of the host gather"))

@@ -306,6 +306,18 @@ class LaunchChain:
         return ctypes.addressof(memory)
 
 
+@cache
+def can_copy_when_marked(ordinal: int) -> bool:
+    """Whether ``copy_when_marked`` is possible on a device, with its driver."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    try:
+        _copy_table()
+        what = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
+        return bool(_check(driver.cuDeviceGetAttribute(what, _check(driver.cuDeviceGet(ordinal), "")), ""))
+    except DeviceError:
+        return False
+
+
 def copy_when_marked(stream: int, mark: int, value: int, groups: int, dst: int, src: int, size: int, total: int) -> None:
     """``launch_native.start_copies``, with the device's context current.
 
