@@ -3,8 +3,10 @@
 ``kernels.cache.miss_gathered`` says what the device does, ``cache.host_threads`` who the threads are. Here is the memory that
 both work with, one for each workspace, and how the missed rows are shared out.
 
-*How they are shared out.* Each batch tells how many rows came by either way and how long that took. The next one of its size
-gives each way what it would have needed to end at the same time, so that nothing has to be known of the machine.
+*How they are shared out.* Rows may come by way of the host, by the device alone, or by both; each batch tells how long it
+took. The way that takes least time a row is kept, and now and then another one is tried. With both, the next batch of a size
+gives each what it would have needed to end at the same time. So nothing has to be known of the machine: on an H200 in a virtual
+machine the host alone was best for rows of 128 bytes, and both for a million keys of rows of 512.
 
 *The caller never waits.* Copies are put on a stream of their own, each behind a wait of the stream for the mark of its group.
 As their number and size must be known before the batch has run, they are made for somewhat more rows than the last one had. If
@@ -14,7 +16,9 @@ too many batches are still on their way, the device reads all rows.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +68,11 @@ GROUPS = 12  # of a batch, about
 ROOM_BYTES = 128 << 20  # of gathered rows, at most
 _SPARE = 1.25  # rows for which copies are made, to those that the last batch would have had
 _LEAST_SHARE, _FIRST_SHARE = 1 / 32, 3 / 4
+ALONE = -1  # instead of a share: the device reads all rows
+HOST, BOTH, DEVICE = "host", "both", "device"
+_TRIES = 4  # of each way, before the best is known
+_LOOK_AGAIN = 64  # batches after which another way is tried
+_FEW = 16  # times fewer rows than by the other way are as good as none
 _PULL = 0.5  # of a new measurement
 
 
@@ -106,7 +115,7 @@ class Gathering:
         self._begun = [0] * FLIGHTS  # the epochs in which the last batches began
         self._memories: list[Memory] = []
         self._added = False
-        self._copying = self._listed = self._copied = 0
+        self._copying = self._listed = self._copied = self._seen = 0
         self._stride, self._chunk, self._room = _shape(dim, limit)
         landing = self._room * self._stride
         if not backend.waits_for_host:
@@ -161,6 +170,11 @@ class Gathering:
         """Of the last batch: rows by way of the host, nanoseconds until all were there; rows that the device read, the same."""
         rows, ns, others, others_ns = (int(self._words[at // 8]) for at in (HOST_ROWS, HOST_NS, DIRECT_ROWS, DIRECT_NS))
         return rows, ns, others, others_ns
+
+    def has_news(self) -> bool:
+        """Another batch has ended since this was asked."""
+        seen, self._seen = self._seen, self.done
+        return self._seen != seen
 
     @property
     def is_full(self) -> bool:
@@ -219,35 +233,86 @@ class Gathering:
             self._memories.pop().release()
 
 
+@dataclass
+class _Way:
+    """What is known of one way to bring missed rows: nanoseconds a row, and how often it was tried."""
+
+    cost: float = math.inf
+    tries: int = 0
+
+
+class _OfSize:
+    """What is known for batches of about one size."""
+
+    def __init__(self) -> None:
+        self.ways = {HOST: _Way(), BOTH: _Way(), DEVICE: _Way()}
+        self.share = _FIRST_SHARE  # of the host, when both bring rows
+        self.batches = 0
+        self.rates = 0.0, 0.0
+
+    def choose(self) -> str:
+        """The way of the next batch: the best, now and then another one, at first each of them some times."""
+        self.batches += 1
+        names = sorted(self.ways, key=lambda name: self.ways[name].cost)
+        name = next((name for name in (BOTH, HOST, DEVICE) if self.ways[name].tries < _TRIES), names[0])
+        if self.batches % _LOOK_AGAIN == 0:
+            name = names[1 + self.batches // _LOOK_AGAIN % 2]
+        self.ways[name].tries += 1
+        return name
+
+
 class Shares:
-    """How many of the missed rows the host gathers, by size of the batch.   Thread safety: all methods."""
+    """How many of the missed rows the host gathers, by size of the batch.   Thread safety: all methods.
+
+    Args:
+        forced: the share of the host; None: as is fastest.
+    """
 
     def __init__(self, forced: float | None) -> None:
         self._forced = forced
-        self._shares: dict[int, float] = {}
-        self._rates: dict[int, tuple[float, float]] = {}
+        self._sizes: dict[int, _OfSize] = {}
 
     def of(self, n: int) -> int:
-        """For a batch of ``n`` keys, in 1/65,536."""
-        share = self._shares.get(n.bit_length(), _FIRST_SHARE) if self._forced is None else self._forced
-        return round(share * FULL_SHARE)
+        """For a batch of ``n`` keys, in 1/65,536; negative: the device is to read all rows, and nothing is measured."""
+        if self._forced is not None:
+            return round(self._forced * FULL_SHARE) or ALONE
+        known = self._of_size(n)
+        way = known.choose()
+        if way == DEVICE and known.ways[DEVICE].tries > _TRIES and known.batches % _LOOK_AGAIN:
+            return ALONE
+        return round({HOST: 1.0, BOTH: known.share, DEVICE: 0.0}[way] * FULL_SHARE)
+
+    def _of_size(self, n: int) -> _OfSize:
+        return self._sizes.setdefault(n.bit_length(), _OfSize())
 
     def learn(self, n: int, last: tuple[int, int, int, int]) -> None:
-        """Look at the last batch of a workspace, one of about ``n`` keys."""
+        """Look at a batch that has ended, of about ``n`` keys."""
         rows, ns, others, others_ns = last
-        if self._forced is not None or min(rows, others) < LEAST_ROWS // 4 or ns <= 0 or others_ns <= 0:
+        if self._forced is not None or rows + others < LEAST_ROWS:
             return
-        host, direct = rows / ns, others / others_ns
-        size = n.bit_length()
-        before = self._shares.get(size, _FIRST_SHARE)
-        share = before + _PULL * (host / (host + direct) - before)
-        self._shares[size] = min(max(share, _LEAST_SHARE), 1 - _LEAST_SHARE)
-        self._rates[size] = host * 1e9, direct * 1e9
+        known = self._of_size(n)
+        way = HOST if others * _FEW < rows else DEVICE if rows * _FEW < others else BOTH
+        took = known.ways[way]
+        cost = max(ns, others_ns) / (rows + others)
+        took.cost = cost if took.cost == math.inf else took.cost + _PULL * (cost - took.cost)
+        if way == BOTH and ns > 0 and others_ns > 0:
+            host, direct = rows / ns, others / others_ns
+            share = known.share + _PULL * (host / (host + direct) - known.share)
+            known.share = min(max(share, _LEAST_SHARE), 1 - _LEAST_SHARE)
+            known.rates = host * 1e9, direct * 1e9
 
     @property
     def rates(self) -> dict[int, tuple[float, float]]:
         """Rows a second by way of the host and read by the device at the same time, by bits of the number of keys."""
-        return dict(self._rates)
+        return {size: known.rates for size, known in self._sizes.items() if known.rates[0]}
+
+    @property
+    def costs(self) -> dict[int, dict[str, float]]:
+        """Nanoseconds a row of each way that was measured, by bits of the number of keys."""
+        return {
+            size: {name: way.cost for name, way in known.ways.items() if way.cost < math.inf}
+            for size, known in self._sizes.items()
+        }
 
 
 class GatheredMisses:
@@ -281,15 +346,16 @@ class GatheredMisses:
         return int(self._counts[1])
 
     def begin(self, workspace: Workspace, n: int, stream: int) -> int:
-        """Begin a batch of ``n`` keys with a workspace that has room for it; returns the share of the host, 0: do without."""
+        """Begin a batch of ``n`` keys with a workspace that has room for it; returns the share of the host, or ALONE."""
         share = self.shares.of(n)
-        if not share:
-            return 0
+        if share == ALONE:
+            return ALONE
         gathering = workspace.gathering or self._made_for(workspace, stream)
         if gathering is None or gathering.is_full:
             count(self._counts.ctypes.data + 8, 1)
-            return 0
-        self.shares.learn(workspace.gathered, gathering.last)
+            return ALONE
+        if gathering.has_news():
+            self.shares.learn(workspace.gathered, gathering.last)
         workspace.gathered = n
         count(self._counts.ctypes.data, 1)
         return share

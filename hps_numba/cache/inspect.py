@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hps_numba.cache.changes import range_of_sets
+from hps_numba.cache.gathering import GatheredMisses
 from hps_numba.cache.kernel_set import KernelSet
 from hps_numba.cache.lifecycle import Lifecycle
 from hps_numba.cache.residency import line_metas, resident_rows
@@ -46,6 +47,7 @@ class CacheCounters:
         keys, calls: of lookups.   misses: keys not in the cache.   absent: of these, not in the host store either.
         inserted, evicted: rows.   stale_dropped: rows not inserted, as the host store had changed them meanwhile.
         refused: rows that the policy did not admit.   staged: batches whose missed rows host threads gathered.
+        helped: batches of which they gathered a part, or all if that is faster (``cache.gathering``).
     """
 
     keys: int
@@ -57,6 +59,7 @@ class CacheCounters:
     stale_dropped: int
     refused: int
     staged: int
+    helped: int = 0
 
     def __add__(self, other: CacheCounters) -> CacheCounters:
         return CacheCounters(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
@@ -82,7 +85,9 @@ class Inspection:
         lifecycle: Lifecycle,
         kernels: KernelSet,
         misses: StagedMisses | None,
+        gathered: GatheredMisses | None = None,
     ) -> None:
+        self._gathered = gathered
         self._geometry, self._state, self._lifecycle = geometry, state, lifecycle
         self._kernels, self._misses = kernels, misses
         self._of_stand_ins = CacheCounters(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -119,8 +124,9 @@ class Inspection:
         stripes = state.read_words(state.address + STRIPES_AT, STRIPES * STRIPE_BYTES // 8).reshape(STRIPES, -1).sum(0)
         keys, calls, inserted, evicted, stale_dropped, refused = (int(words[at // 8]) for at in _COUNTED)
         staged = 0 if self._misses is None else self._misses.batches
+        helped = 0 if self._gathered is None else self._gathered.batches
         misses, absent = int(stripes[0]), int(stripes[1])
-        mine = CacheCounters(keys, calls, misses, absent, inserted, evicted, stale_dropped, refused, staged)
+        mine = CacheCounters(keys, calls, misses, absent, inserted, evicted, stale_dropped, refused, staged, helped)
         return mine + self._of_stand_ins
 
     def dump(self, first_set: int, stop_set: int | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.cache.gathering import GATHERED_FROM, GatheredMisses
+from hps_numba.cache.gathering import ALONE, GATHERED_FROM, GatheredMisses
 from hps_numba.cache.host_arrays import contiguous_keys, float32_output
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.launch_plan import AnswerForm, LaunchPlan
@@ -215,8 +215,8 @@ class Lookups:
 
     def _gathered_batch(self, workspace: Workspace, keys: int, n: int, out: int, stream: int, form: AnswerForm) -> None:
         assert self._gathered is not None
-        share = 0 if self._residency.complete or not workspace.own_list else self._gathered.begin(workspace, n, stream)
-        if not share:
+        share = ALONE if self._residency.complete or not workspace.own_list else self._gathered.begin(workspace, n, stream)
+        if share == ALONE:
             self.batch(workspace, keys, n, out, stream, form)
             return
         self._plan.start_gathered(form, keys, n, out, workspace.address, workspace.gathering, share, stream)

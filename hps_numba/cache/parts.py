@@ -162,7 +162,7 @@ class CacheParts:
             self.switch,
         )
         self.policy_switch = PolicySwitch(geometry, state, lifecycle, kernels, residency, plan, workspaces)
-        self.inspection = Inspection(geometry, state, lifecycle, kernels, self.misses)
+        self.inspection = Inspection(geometry, state, lifecycle, kernels, self.misses, self.gathered)
 
     def stand_in(self, store: HostStore | None) -> CacheParts:
         """``EmbeddingCache.stand_in``. It has the kernels of this cache, so that nothing is compiled then."""

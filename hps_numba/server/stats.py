@@ -47,7 +47,8 @@ class CacheStats:
         evictions: rows that were evicted for others.
         stale_dropped: rows that changed in host memory on their way into the cache and were dropped.
         refused: insertion candidates that the policy did not admit.
-        staged: lookups whose missed rows were gathered by host threads (``miss_path``).
+        staged: lookups whose missed rows were gathered by host threads (``miss_path`` staged).
+        helped: lookups of which host threads gathered a part or all of them, as that is faster (``miss_path`` auto).
         index_mirror_bytes: of ``bytes``, those of the index mirror that misses are looked up in now, or 0.
         memory: bytes that it takes, by what they are for; ``TablePlan.cache`` is the plan of the same.
         policy: name of the cache policy.
@@ -66,6 +67,7 @@ class CacheStats:
     stale_dropped: int
     refused: int
     staged: int
+    helped: int
     index_mirror_bytes: int
     memory: CacheMemory
     policy: str

@@ -286,6 +286,7 @@ def _stats_of(cache: EmbeddingCache, resident: int, group_bytes: GroupBytes) -> 
         stale_dropped=counts.stale_dropped,
         refused=counts.refused,
         staged=counts.staged,
+        helped=counts.helped,
         index_mirror_bytes=cache.index_mirror_bytes,
         memory=memory,
         policy=cache.policy.name,
