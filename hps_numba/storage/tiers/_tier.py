@@ -71,7 +71,7 @@ class Tier(abc.ABC):
         persistent: rows outlive the process.
         parallel_fetches: calls of ``fetch`` at a time that it answers faster than one after the other, at least 1; keys of
             further lookups are collected and fetched together. Few for a tier that gains little from more, such as one with a
-            single connection; many for one whose answers take their time on the way.
+            single connection; many for one whose answers take their time on the way. It stays as it is while the tier is open.
         Options: dataclass or pydantic model of the tier's own keys in the config; None: it takes those of every tier only.
 
     Attributes:
