@@ -10,55 +10,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from hps_numba.errors import ArrayError
+from hps_numba.updates._update import Position, Update
 
 if TYPE_CHECKING:
     from hps_numba.config import UpdateSourceConfig
 
-__all__ = ["Position", "Update", "UpdateSource"]
-
-
-class Position(NamedTuple):
-    """A place in a source: offsets ascend within a partition."""
-
-    partition: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Update:
-    """Changed rows of one table.
-
-    Attributes:
-        table: tag, ``hps_et.<model>.<table>``.
-        keys: int64 ``[n]``; of equal keys the last wins.
-        rows: float32 ``[n, dim]``, or None to delete the keys.
-        position: of this update in the source.
-        event_time_ms: when the change happened, in ms since 1970; it orders the updates of two sources.
-        version: of the model that the rows belong to, if the source knows.
-
-    Raises:
-        ArrayError: ``keys`` or ``rows`` are not as above.
-    """
-
-    table: str
-    keys: np.ndarray
-    rows: np.ndarray | None
-    position: Position
-    event_time_ms: int
-    version: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.keys.dtype != np.int64 or self.keys.ndim != 1:
-            raise ArrayError(f"{self.table}: keys: expected int64[n], got {self.keys.dtype}{list(self.keys.shape)}")
-        n, rows = len(self.keys), self.rows
-        if rows is not None and (rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != n):
-            raise ArrayError(f"{self.table}: rows: expected float32[{n}, dim] or None, got {rows.dtype}{list(rows.shape)}")
+__all__ = ["UpdateSource"]
 
 
 class UpdateSource(abc.ABC):

@@ -1,0 +1,113 @@
+"""From updates and messages of one table, in the order of the source, to what is to be written: the last write of each key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hps_numba.updates._update import NO_TIME, Message, Update
+from hps_numba.updates._wire.codec import mark_last_writes
+from hps_numba.updates._wire.messages import Content, Skip, read_message
+
+__all__ = ["OnSkip", "TableBatch", "batch_of"]
+
+OnSkip = Callable[[Update | Message, Skip], object]
+"""Told of each update that is not applied, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableBatch:
+    """Changes of one table; no key is in it twice.
+
+    Attributes:
+        keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``.
+        writes: how many the sources had, before the last of each key was chosen.   messages: they came in.
+        oldest_ms, newest_ms: times of the first and the last event, or ``NO_TIME``.
+        version: the newest of the model that one of them is of, or None.
+    """
+
+    keys: np.ndarray
+    rows: np.ndarray
+    erased: np.ndarray
+    writes: int = 0
+    messages: int = 0
+    oldest_ms: int = NO_TIME
+    newest_ms: int = NO_TIME
+    version: int | None = None
+
+
+def batch_of(items: Sequence[Update | Message], *, dim: int, key_bytes: int, finite: bool, on_skip: OnSkip) -> TableBatch:
+    """Decode what came for one table; what is malformed is left out.
+
+    Args:
+        items: in order.   dim: elements of a row.   finite: leave out what has NaN or infinity.
+    """
+    contents: list[tuple[Update | Message, Update | Content]] = []
+    for item in items:
+        try:
+            contents.append((item, _checked(item, dim, key_bytes)))
+        except Skip as skip:
+            on_skip(item, skip)
+    room = sum(_size(content) for _, content in contents)
+    keys, erased, rows = np.empty(room, np.int64), np.empty(room, np.bool_), np.empty((room, dim), np.float32)
+    at = 0
+    applied: list[Update | Content] = []
+    for item, content in contents:
+        try:
+            if isinstance(content, Content):
+                content.decode(key_bytes, finite, keys, rows, erased, at)
+            else:
+                _copy(content, finite, keys, rows, erased, at)
+        except Skip as skip:
+            on_skip(item, skip)
+            continue
+        at += _size(content)
+        applied.append(content)
+    times = [content.event_time_ms for content in applied if content.event_time_ms != NO_TIME]
+    versions = [content.version for content in applied if content.version is not None]
+    last = _last_writes(keys[:at], rows[:at], erased[:at])
+    return TableBatch(
+        *last,
+        writes=at,
+        messages=len(applied),
+        oldest_ms=min(times, default=NO_TIME),
+        newest_ms=max(times, default=NO_TIME),
+        version=max(versions, default=None),
+    )
+
+
+def _size(content: Update | Content) -> int:
+    return content.size if isinstance(content, Content) else len(content.keys)
+
+
+def _checked(item: Update | Message, dim: int, key_bytes: int) -> Update | Content:
+    if isinstance(item, Message):
+        return read_message(item, dim=dim, key_bytes=key_bytes)
+    if item.rows is not None and item.rows.shape[1] != dim:
+        raise Skip("width", f"expected rows of {4 * dim} bytes, got {4 * item.rows.shape[1]}")
+    if key_bytes == 4 and len(item.keys) and not 0 <= item.keys.min() <= item.keys.max() < 2**32:
+        raise Skip("key", "expected keys of 32 bits, got a wider one")
+    return item
+
+
+def _copy(update: Update, finite: bool, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, at: int) -> None:
+    if finite and update.rows is not None and not np.isfinite(update.rows).all():
+        raise Skip("not_finite", "expected finite values, got NaN or infinity")
+    part = slice(at, at + len(update.keys))
+    keys[part] = update.keys
+    erased[part] = update.rows is None
+    if update.rows is not None:
+        rows[part] = update.rows
+
+
+def _last_writes(keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and rows to be written, and keys to be deleted."""
+    kept = np.empty(len(keys), np.bool_)
+    slots = np.full(1 << max(3, (2 * len(keys) - 1).bit_length()), -1, np.int64)
+    distinct = mark_last_writes(keys, slots, kept) == len(keys)
+    if not erased.any():
+        return (keys, rows, keys[:0]) if distinct else (keys[kept], rows[kept], keys[:0])
+    written = kept & ~erased
+    return keys[written], rows[written], keys[kept & erased]
