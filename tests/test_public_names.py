@@ -30,7 +30,7 @@ TENSORFLOW = """SGD Adagrad Adam Init LookupCollection LookupLayer SparseLookupL
 embedding_lookup_many embedding_lookup_sparse load load_checkpoint save_checkpoint server_of split"""
 HPS_METHODS = """close closed config contains direct dump erase host_bytes insert load_dump load_model locked_table lookup
 lookup_fromdlpack lookup_many lookup_pooled models on_evict plan prefetch read_modify_write record_trace refresh replace_model
-replaying set_policy stats unload_model update"""
+replaying set_policy stats unload_model update update_stats"""
 OPERATORS = {
     "lookup": "(Tensor keys, str request, int dim) -> Tensor",
     "lookup_many": "(Tensor[] keys, str request, int[] dims) -> Tensor[]",
@@ -39,7 +39,7 @@ OPERATORS = {
 }
 CONFIG_KEYS = {
     ServerConfig: """cache_on_cpu fuse_embedding_table models persistent_db require_gpu supportlonglong update_source
-    volatile_db""",
+    update_sources volatile_db""",
     ModelConfig: """cache_policy cache_refresh_percentage_per_iteration cache_row_dtype cache_size_bytes
     default_value_for_each_table deployed_device_list embedding_cache_type embedding_table_names embedding_vecsize_per_table
     enable_pagelock fp8_quant fuse_embedding_table gpucache gpucacheper hit_rate_threshold init_ec max_batch_size
@@ -51,8 +51,8 @@ CONFIG_KEYS = {
     overflow_resolution_target password shared_memory_auto_remove shared_memory_name shared_memory_size tls_ca_certificate
     tls_client_certificate tls_client_key tls_server_name_identification type update_filters user_name""",
     schema.PersistentDatabaseConfig: "initialize_after_startup max_batch_size num_threads path read_only type update_filters",
-    UpdateSourceConfig: """brokers failure_backoff_ms max_batch_size max_commit_interval metadata_refresh_interval_ms
-    poll_timeout_ms receive_buffer_size type""",
+    UpdateSourceConfig: """brokers failure_backoff_ms max_backlog_bytes max_batch_size max_commit_interval
+    metadata_refresh_interval_ms name poll_timeout_ms receive_buffer_size refuse_not_finite start type""",
 }
 PLUGINS = {
     "hps_numba.storage.formats": "directory dynamicemb hdf5 npy npz nve parquet safetensors sok tfra torch",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         UpdateSourceConfig,
         VolatileDatabaseConfig,
     )
-    from hps_numba.config.options import checked_options, tier_config
+    from hps_numba.config.options import checked_options, source_config, tier_config
     from hps_numba.config.reading import ConfigSource, read_config
     from hps_numba.config.schema import ModelConfig, ServerConfig, json_schema
 
@@ -73,6 +73,7 @@ __all__ = [
     "checked_options",
     "json_schema",
     "read_config",
+    "source_config",
     "tier_config",
 ]
 
@@ -83,6 +84,7 @@ _HOMES = {
     "checked_options": "options",
     "json_schema": "schema",
     "read_config": "reading",
+    "source_config": "options",
     "tier_config": "options",
 }
 

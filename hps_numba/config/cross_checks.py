@@ -39,6 +39,7 @@ def contradictions(server: ServerConfig) -> Iterator[str]:
     for place, db in _volatile(server):
         yield from _too_many_connections(place, db)
     yield from _two_forms_of_tiers(server)
+    yield from _sources(server)
     yield from _options_that_are_no_json(server)
 
 
@@ -55,9 +56,16 @@ def _two_forms_of_tiers(server: ServerConfig) -> Iterator[str]:
         yield f"tiers: expected either tiers or volatile_db and persistent_db, got tiers and {' and '.join(slots)}"
 
 
+def _sources(server: ServerConfig) -> Iterator[str]:
+    if "update_sources" in server.model_fields_set and "update_source" in server.model_fields_set:
+        yield "update_sources: expected either update_sources or update_source, got both"
+    names = [section.name for section in server.update_sources]
+    yield from _repeated([name or i for i, name in enumerate(names)], ("update_sources",), "name")
+
+
 def _options_that_are_no_json(server: ServerConfig) -> Iterator[str]:
     """Options of plugins are part of the identity of a config, which is JSON."""
-    for place, section in (*server.tier_sections(), (("update_source",), server.update_source)):
+    for place, section in (*server.tier_sections(), *server.source_sections()):
         for key, value in (section.model_extra or {}).items():
             try:
                 json.dumps(value, allow_nan=False).encode()

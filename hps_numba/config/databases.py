@@ -37,6 +37,7 @@ _PersistentType = Annotated[
 _OverflowPolicy = Annotated[str, f.Spelling(words.OVERFLOW_POLICIES)]
 _TierType = Annotated[str, f.Spelling(words.DATABASES, reference=True, folder=_TIERS)]
 _UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES, reference=True, folder=_SOURCES)]
+_Start = Annotated[str, f.Spelling(words.STARTS)]
 
 
 class Section(BaseModel):
@@ -207,9 +208,15 @@ AnyTier = Annotated[
 
 
 class UpdateSourceConfig(PluginSection):
-    """``update_source``: where online updates come from."""
+    """``update_source`` and ``update_sources[i]``: where online updates come from. Other keys are options of the source."""
 
     types: ClassVar[words.Words] = words.UPDATE_SOURCES
+
+    @classmethod
+    def leaves_keys_to_plugin(cls, kind: object) -> bool:
+        """As for others, but HugeCTR's Kafka too has options beyond those of HugeCTR."""
+        null = words.UpdateSourceType_t.null.value
+        return isinstance(kind, str) and kind not in (null, *words.UPDATE_SOURCES[null])
 
     type: _UpdateSource = "null"
     """Which source of updates; an update_source without type is none."""
@@ -227,3 +234,11 @@ class UpdateSourceConfig(PluginSection):
     """Milliseconds to wait before a failed delivery is tried again."""
     max_commit_interval: f.Count = 32
     """Messages of a topic after which deliveries are committed."""
+    name: Annotated[str, f.Matching("[A-Za-z0-9_.-]{0,120}", "at most 120 of the characters A-Z a-z 0-9 _ . -")] = ""
+    """What the source is called in stats and logs; by default its type, and its number if there are several."""
+    start: _Start = "auto"
+    """Where reading starts: after what was applied (committed), at the oldest update, or auto: committed if rows outlive us."""
+    max_backlog_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 2**26
+    """Bytes of updates that may wait to be applied; reading pauses beyond that."""
+    refuse_not_finite: bool = False
+    """Skip and count updates with NaN or infinity."""

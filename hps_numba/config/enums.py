@@ -12,6 +12,7 @@ __all__ = [
     "OUTPUT_DTYPES",
     "OVERFLOW_POLICIES",
     "ROW_DTYPES",
+    "STARTS",
     "UPDATE_SOURCES",
     "DatabaseOverflowPolicy_t",
     "DatabaseType_t",
@@ -94,6 +95,7 @@ CACHE_TYPES: Words = {kind.value: () for kind in EmbeddingCacheType_t}
 OUTPUT_DTYPES: Words = {"float32": ("fp32",), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
 ROW_DTYPES: Words = {**OUTPUT_DTYPES, "int8": (), "float8_e4m3": ("float8_e4m3fn", "fp8")}
 MISS_PATHS: Words = {"auto": (), "direct": (), "staged": ()}
+STARTS: Words = {"auto": (), "committed": (), "oldest": ()}
 
 
 def spellings(words: Words) -> set[str]:

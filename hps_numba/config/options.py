@@ -15,11 +15,11 @@ from typing import Any, TypeVar, cast
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from hps_numba.config.databases import PluginSection, TierConfig
+from hps_numba.config.databases import PluginSection, TierConfig, UpdateSourceConfig
 from hps_numba.config.messages import Location, dotted, failed
 from hps_numba.config.validation import problems_of
 
-__all__ = ["checked_options", "tier_config"]
+__all__ = ["checked_options", "source_config", "tier_config"]
 
 _LOG = logging.getLogger(__package__)
 _S = TypeVar("_S", bound=PluginSection)
@@ -78,6 +78,18 @@ def tier_config(keys: Mapping[str, Any]) -> TierConfig:
     if problems:
         raise failed(problems)
     return cast(TierConfig, section)
+
+
+def source_config(keys: Mapping[str, Any]) -> UpdateSourceConfig:
+    """The section of an update source of one's own that holds ``keys``.
+
+    Raises:
+        ConfigError: the value of a key that every source has is not valid.
+    """
+    section, problems = _validated(UpdateSourceConfig, keys, ())
+    if problems:
+        raise failed(problems)
+    return cast(UpdateSourceConfig, section)
 
 
 def _unread(section: PluginSection, options: type | None, known: set[str] | None) -> list[str]:

@@ -159,6 +159,10 @@ def _sections(raw: Any) -> Iterator[SectionRead]:
     for i, tier in enumerate(tiers if isinstance(tiers, tuple) else ()):
         if isinstance(tier, dict):
             yield ("tiers", i), tier, tier_class(tier)
+    sources = raw.get("update_sources")
+    for i, source in enumerate(sources if isinstance(sources, tuple) else ()):
+        if isinstance(source, dict):
+            yield ("update_sources", i), source, UpdateSourceConfig
 
 
 def _drop_unknown_keys(raw: Any) -> Iterator[str]:
@@ -191,15 +195,18 @@ def _report(raw: Any, server: ServerConfig) -> None:
     for location, given, section in _sections(raw):
         final = _at(server, location)
         for key in section.model_fields:
-            if key not in given and not _is_other_form_of_tiers(key, raw):
+            if key not in given and not _is_other_form(key, raw):
                 _LOG.info("%s: absent, using %s", dotted((*location, key)), _default(getattr(final, key)))
         for key in section.unread:
             if key in given:
                 _LOG.info("%s: accepted, but without effect: HugeCTR never read it", dotted((*location, key)))
 
 
-def _is_other_form_of_tiers(key: str, raw: dict[str, Any]) -> bool:
-    return key == "tiers" or ("tiers" in raw and key in ("volatile_db", "persistent_db"))
+def _is_other_form(key: str, raw: dict[str, Any]) -> bool:
+    """Whether a section that has two forms is given, or absent, in the other one."""
+    if key in ("tiers", "update_sources"):
+        return True
+    return ("tiers" in raw and key in ("volatile_db", "persistent_db")) or ("update_sources" in raw and key == "update_source")
 
 
 def _at(server: ServerConfig, location: Location) -> Any:

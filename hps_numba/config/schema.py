@@ -173,6 +173,8 @@ class ServerConfig(Section):
         default_factory=UpdateSourceConfig, json_schema_extra={"default": {"type": "null"}}
     )
     """Online updates; if absent, none."""
+    update_sources: Annotated[tuple[UpdateSourceConfig, ...], Field(min_length=1)] = ()
+    """Several sources of online updates, instead of update_source."""
 
     _source: Path | None = PrivateAttr(None)
     _strict: bool = PrivateAttr(False)
@@ -209,11 +211,19 @@ class ServerConfig(Section):
             every = [(("volatile_db",), self.volatile_db), (("persistent_db",), self.persistent_db)]
         return tuple((place, section) for place, section in every if section.type != "disabled")
 
+    def source_sections(self) -> tuple[tuple[Location, UpdateSourceConfig], ...]:
+        """Location and section of each source of online updates, with its name."""
+        every: list[tuple[Location, UpdateSourceConfig]] = [(("update_source",), self.update_source)]
+        if self.update_sources:
+            every = [(("update_sources", i), section) for i, section in enumerate(self.update_sources)]
+        return tuple((place, section) for place, section in every if section.type != "null")
+
     def to_dict(self) -> dict[str, Any]:
         """Every key in its JSON spelling; ``read_config`` of it gives an equal config."""
         form = self.model_dump(mode="json")
         for key in ("volatile_db", "persistent_db") if self.tiers else ("tiers",):
             del form[key]
+        del form["update_source" if self.update_sources else "update_sources"]
         return form
 
     def to_json(self, *, indent: int | None = 2) -> str:

@@ -26,10 +26,13 @@ from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups
 from hps_numba.server.model_loader import ModelLoader
+from hps_numba.server.online_updates import OnlineUpdates
 from hps_numba.server.plan import Plan, plan_of
 from hps_numba.server.recordings import Recordings
 from hps_numba.server.stats import TableStats
 from hps_numba.server.table_writes import Change
+from hps_numba.server.update_stats import SourceStats
+from hps_numba.server.update_targets import UpdateTargets
 from hps_numba.server.writes import Writes
 from hps_numba.traces.recording import TraceRecording
 
@@ -74,10 +77,13 @@ class HPS:
         self._recordings = Recordings()
         self._lookups = Lookups(catalog, self._recordings)
         self._loader = ModelLoader(self.config, catalog, strict=strict, allow_code=allow_code, progress=progress)
+        self._updates = OnlineUpdates()
         self._writes = Writes(catalog, self._loader.fastest_tier, self.config.volatile_db.max_batch_size)
         self.direct = DirectAccess(catalog, self._lookups, self._recordings, self._writes)
         try:
             self._loader.load_all()
+            targets = UpdateTargets(catalog, self._loader.host, self._loader.slower)
+            self._updates.open(self.config, targets, self, allow_code=allow_code)
         except BaseException:
             self.close()
             raise
@@ -490,7 +496,11 @@ class HPS:
 
     def stats(self) -> dict[str, dict[str, TableStats]]:
         """Counts of every table since the server started, by model and table name."""
-        return self._catalog.stats()
+        return self._updates.add_to(self._catalog.stats())
+
+    def update_stats(self) -> tuple[SourceStats, ...]:
+        """What each source of online updates did since the server started: positions, lag, what was skipped and why."""
+        return self._updates.stats()
 
     def plan(self) -> Plan:
         """Bytes that the deployed models take in each tier and on each device, computed from the sizes of their sparse models.
@@ -532,7 +542,14 @@ class HPS:
         if not self._catalog.closed:
             refuse_inside("the server", (self._lookups, self._writes))
             self._loader.check_outside()
-        self._loader.close(self._recordings.close)
+            self._updates.stop()
+        self._loader.close(self._close_first)
+
+    def _close_first(self) -> None:
+        try:
+            self._updates.close()
+        finally:
+            self._recordings.close()
 
     def __enter__(self) -> HPS:
         self._catalog.check_open()

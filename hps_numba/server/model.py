@@ -160,6 +160,10 @@ class ServedModel:
         known = ", ".join(f"{number} ({table.spec.name})" for number, table in enumerate(self.tables))
         raise UnknownModelError(f"table_id: model {self.name!r} has no table {show(table_id)}, it has {known}")
 
+    def find(self, name: str) -> ServedTable | None:
+        """A table by name, or None."""
+        return self._by_name.get(name)
+
     def _selected(self, table_id: int | str | None) -> tuple[ServedTable, ...]:
         """One table, or for None all."""
         return self.tables if table_id is None else (self.table(table_id),)

@@ -88,8 +88,6 @@ class ModelLoader:
             DeviceError: a GPU is required and there is none, or one that is listed is missing while others are there.
         """
         devices = sorted({device for model in models for device in model.deployed_device_list})
-        if self._config.update_source.type != "null":
-            log.warning("update_source.type: %r: this version reads no updates", self._config.update_source.type)
         if not driver.device_count():
             if self._config.require_gpu:
                 raise DeviceError(f"require_gpu: true, but {driver.why_no_device()}")

@@ -55,7 +55,7 @@ def _check_imports_nothing(config: ServerConfig) -> None:
         ConfigError: it does.
     """
     named = [(_TIERS, (*place, "type"), section.type) for place, section in config.tier_sections()]
-    named.append((_SOURCES, ("update_source", "type"), config.update_source.type))
+    named += [(_SOURCES, (*place, "type"), section.type) for place, section in config.source_sections()]
     for number, model in enumerate(config.models):
         policies = (model.cache_policy,) if isinstance(model.cache_policy, str) else model.cache_policy
         named += [(_POLICIES, ("models", number, "cache_policy"), policy) for policy in policies]

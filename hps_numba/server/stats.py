@@ -18,6 +18,7 @@ from hps_numba.kernels.layouts.host_store import (
     COUNTER_TIER_HITS,
     COUNTER_UNANSWERED,
 )
+from hps_numba.server.update_stats import TableUpdates
 from hps_numba.storage.host.store_bytes import StoreBytes
 
 __all__ = ["COUNTER_JOINED", "COUNTER_PREFETCHED", "CacheStats", "Counters", "TableStats"]
@@ -104,6 +105,7 @@ class TableStats:
         memory: bytes of host memory that the rows take, by what they are for, with memory for more rows; ``TablePlan.host``
             is the plan of the same.
         caches: what each cache did, one a device; ``keys``, ``calls`` and hits above count their lookups too.
+        updates: what each source of online updates did to the table.
     """
 
     model: str
@@ -123,6 +125,7 @@ class TableStats:
     prefetched: int = 0
     memory: StoreBytes = _NO_BYTES
     caches: tuple[CacheStats, ...] = ()
+    updates: tuple[TableUpdates, ...] = ()
 
     @property
     def cache_hits(self) -> int:

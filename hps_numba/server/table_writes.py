@@ -14,7 +14,7 @@ in the other. Choice: a lock of all processes for the table, around the whole wr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
@@ -223,6 +223,32 @@ class TableWrites:
                 self._store.erase(keys)
             return present
 
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, tiers: Container[int], *, host: bool) -> int:
+        """Write rows and delete others, as online updates ask for it: doing it once more changes nothing.
+
+        Args:
+            keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``; no key is in ``keys`` or here twice.
+            tiers: numbers of the slower tiers to write, fastest first.   host: whether to write host memory.
+
+        Returns:
+            How many keys were left out, because a read-only tier has them and would serve its rows again.
+
+        Raises:
+            TierError: a tier failed; faster ones were not written.   CapacityError: as ``insert``.
+        """
+        with self.changing(np.concatenate([keys, erased])):
+            left_out = self._in_read_only_tiers(erased)
+            erased, count = erased[~left_out], int(left_out.sum())
+            if self._may_evict and (left_out := self._in_read_only_tiers(keys)).any():
+                keys, rows, count = keys[~left_out], rows[~left_out], count + int(left_out.sum())
+            self._tiers.apply(self._spec.tag, keys, rows, erased, tiers)
+            if self._store is not None and host:
+                if len(keys):
+                    self._write_host(self._store, self._store.upsert, keys, rows)
+                if len(erased):
+                    self._store.erase(erased)
+            return count
+
     def read_modify_write(self, keys: np.ndarray, change: Change) -> int:
         """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write in between.
 
@@ -374,6 +400,14 @@ class TableWrites:
             raise TierUnavailable(f"{self._spec.tag}: no volatile_db and no persistent_db: no tier holds rows")
         if self._store is None and not self._tiers.writable:
             raise TierError(f"{self._spec.tag}: expected a tier that can be written, got read-only tiers")
+
+    def _in_read_only_tiers(self, keys: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which keys have a row that cannot be changed."""
+        found = np.zeros(len(keys), bool)
+        for tier in self._tiers.checked if len(keys) else ():
+            if tier.read_only:
+                found |= tier.contains(self._spec.tag, keys)
+        return found
 
     def _check_reachable(self, keys: np.ndarray, verb: str) -> None:
         """Refuse a change that would leave the old row in a read-only tier, which would serve it."""

@@ -7,7 +7,7 @@ way, and each tier is asked only for keys that the ones before it lack.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +211,20 @@ class TierStack:
             tier.insert(table, keys[present], rows[present])
 
         self._write(update_one)
+
+    def apply(self, table: str, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, numbers: Container[int]) -> None:
+        """Write rows, and remove other keys, in the tiers of these numbers, slowest first.
+
+        Raises:
+            TierError: a tier failed; faster ones were not written.
+        """
+        self._check_open()
+        for number, tier in reversed([*enumerate(self.checked)]):
+            if number in numbers:
+                if len(keys):
+                    tier.insert(table, keys, rows)
+                if len(erased):
+                    tier.erase(table, erased)
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> None:
         """Remove keys, or with None the whole table, from every tier that can be written.

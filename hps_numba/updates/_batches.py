@@ -23,7 +23,8 @@ class TableBatch:
 
     Attributes:
         keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``.
-        writes: how many the sources had, before the last of each key was chosen.   messages: they came in.
+        writes, deletions: how many there were, deletions counted in both, before the last of each key was chosen.
+        messages: they came in.
         oldest_ms, newest_ms: times of the first and the last event, or ``NO_TIME``.
         version: the newest of the model that one of them is of, or None.
     """
@@ -32,6 +33,7 @@ class TableBatch:
     rows: np.ndarray
     erased: np.ndarray
     writes: int = 0
+    deletions: int = 0
     messages: int = 0
     oldest_ms: int = NO_TIME
     newest_ms: int = NO_TIME
@@ -71,6 +73,7 @@ def batch_of(items: Sequence[Update | Message], *, dim: int, key_bytes: int, fin
     return TableBatch(
         *last,
         writes=at,
+        deletions=int(erased[:at].sum()),
         messages=len(applied),
         oldest_ms=min(times, default=NO_TIME),
         newest_ms=max(times, default=NO_TIME),

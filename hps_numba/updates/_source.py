@@ -1,21 +1,23 @@
-"""What an update source promises: batches of changed rows, each with the position from which the source could go on.
+"""What an update source promises: changed rows in order, each with the position from which the source could go on.
 
 A source is one file in this folder that defines ``PLUGIN``, a subclass of :class:`UpdateSource`; an entry point of the group
 ``hps_numba.sources``; or a class of the user's own, named in the config as ``module:NAME`` or ``file.py:NAME``. It reads a bus
-or a folder and never touches a store: whoever polls it applies the updates, in order, to every tier and cache, and then reports
-the position. So a process that dies applies some updates again and loses none (at least once).
+or a folder and never touches a store: a consumer (``updates._consumer``) polls it, applies the updates in order to every tier
+and cache, and then commits the position. So a process that dies applies some updates again and loses none (at least once).
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from hps_numba.updates._update import Position, Update
+from hps_numba.updates._consumer import Consumer
+from hps_numba.updates._update import Lost, Message, Position, Update
 
 if TYPE_CHECKING:
     from hps_numba.config import UpdateSourceConfig
+    from hps_numba.server.update_targets import UpdateTargets
 
 __all__ = ["UpdateSource"]
 
@@ -24,42 +26,96 @@ class UpdateSource(abc.ABC):
     """Where online updates come from.
 
     Class attributes:
-        Options: dataclass or pydantic model of the source's own keys in ``update_source``; None: it has none.
+        Options: dataclass or pydantic model of the source's own keys in its section of the config; None: it has none.
 
-    Thread safety: ``poll`` and ``applied`` from one thread at a time; ``close`` from any.
+    Attributes:
+        section: of the config, with the keys of every source, such as ``poll_timeout_ms`` and ``max_batch_size``.
+        resume: begin after what was committed before; else with the oldest update that the bus has.
+        key_bytes: of a key of the server, 8 or 4.
+
+    Thread safety: all methods from one thread at a time, but ``wake``.
     """
 
     Options: ClassVar[type | None] = None
 
-    def __init__(self, section: UpdateSourceConfig) -> None:
-        """Open the source that ``update_source`` describes.
+    def __init__(self, section: UpdateSourceConfig, *, resume: bool = True, key_bytes: int = 8) -> None:
+        """Open the source that ``section`` describes. A bus that does not answer now is no error: ``poll`` tries again.
 
         Raises:
-            TierUnavailable: it cannot be reached, or what it needs is not installed.
+            TierUnavailable: what it needs is not installed, or it can never be reached.
         """
         self.section = section
+        self.resume = resume
+        self.key_bytes = key_bytes
+
+    @classmethod
+    def consumer(cls, section: UpdateSourceConfig, targets: UpdateTargets, name: str) -> Consumer:
+        """Open the source, and what applies its updates to the tables of a server, called ``name``.
+
+        Raises:
+            As the class.
+        """
+        resume = section.start == "committed" or (section.start == "auto" and targets.outlive_the_process)
+        return Consumer(cls(section, resume=resume, key_bytes=targets.key_bytes), targets, name)
+
+    @classmethod
+    def from_options(cls, *, resume: bool = True, key_bytes: int = 8, **keys: Any) -> Self:
+        """Open a source without a config file: ``keys`` are what its section would hold beside ``type``.
+
+        Raises:
+            ConfigError: a key is unknown, or its value is not valid.
+        """
+        from hps_numba.config import checked_options, source_config
+
+        section = source_config({"type": f"{cls.__module__}:{cls.__name__}", **keys})
+        return cls(checked_options(section, cls.Options, (), strict=True), resume=resume, key_bytes=key_bytes)
 
     @property
     def options(self) -> Any:
         """The instance of ``Options`` that the config describes."""
         return self.section.options
 
-    @abc.abstractmethod
-    def poll(self, seconds: float) -> Sequence[Update]:
-        """The next updates, at most ``section.max_batch_size`` rows of a table together; empty if none come in ``seconds``.
+    # -- to be written ---------------------------------------------------------------------
 
-        Within a partition positions ascend, and nothing is left out but what cannot be read.
+    @abc.abstractmethod
+    def poll(self, seconds: float) -> Sequence[Update | Message | Lost]:
+        """What comes next; waits for ``seconds`` if there is nothing, and then returns nothing.
+
+        Updates of a partition come in order and their offsets ascend; nothing is left out: what cannot be read is a Message as
+        it is, and what the bus has dropped is a Lost before what follows it. Some thousand rows at a time are enough.
 
         Raises:
-            TierError: the source failed for now; the next call tries again.
+            TierError: the source failed for now; the next call tries again, and leaves nothing out.
         """
 
     @abc.abstractmethod
-    def applied(self, position: Position) -> None:
-        """All updates of a partition up to ``position`` are in every tier: after a restart, continue after it.
+    def commit(self, positions: Sequence[Position]) -> None:
+        """All updates of some partitions up to these positions are in every tier: after a restart, begin after them.
 
-        A source may commit this lazily, but no later than in ``close``.
+        When it returns, the bus knows. Each partition is there at most once.
+
+        Raises:
+            TierError: it failed for now; the same or later positions are committed again.
         """
 
+    # -- may be overridden ---------------------------------------------------------------------
+
+    def keep_alive(self) -> None:
+        """Called every second or so instead of ``poll`` while too much waits to be applied, as a tier is slow or out of order.
+
+        Raises:
+            TierError: the source failed for now.
+        """
+
+    def lag(self) -> Mapping[str, int] | int | None:
+        """Messages on the bus that ``poll`` has not returned yet, together or by table; None if that is not known.
+
+        Called every second or so; it must not wait for long.
+        """
+        return None
+
+    def wake(self) -> None:
+        """End a ``poll`` that waits, so that the server can be closed; called from any thread."""
+
     def close(self) -> None:
-        """Commit what was applied and release everything; a second call does nothing."""
+        """Release everything; a second call does nothing. Nothing is committed: that was done before."""

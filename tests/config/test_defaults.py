@@ -57,6 +57,10 @@ UPDATE_DEFAULTS = {
     "max_batch_size": 8192,
     "failure_backoff_ms": 50,
     "max_commit_interval": 32,
+    "name": "",
+    "start": "auto",
+    "max_backlog_bytes": 67108864,
+    "refuse_not_finite": False,
 }
 HARD = (
     "model",

@@ -255,5 +255,5 @@ def test_no_password_is_in_the_repr_of_a_config(kind: str) -> None:
 
 
 def test_hugectrs_types_of_tiers_are_no_types_of_sources() -> None:
-    assert UpdateSourceConfig.leaves_keys_to_plugin("redis") and not UpdateSourceConfig.leaves_keys_to_plugin("kafka")
+    assert UpdateSourceConfig.leaves_keys_to_plugin("redis") and not UpdateSourceConfig.leaves_keys_to_plugin("none")
     assert TierConfig.leaves_keys_to_plugin("kafka") and not TierConfig.leaves_keys_to_plugin("redis")

@@ -424,7 +424,7 @@ def test_bfloat16_answers_in_host_memory_are_refused(workshop: Workshop) -> None
 
 def test_an_update_source_is_a_warning_at_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"})
-    assert "update_source.type: 'kafka_message_queue': this version reads no updates" in caplog.text
+    assert "update_source.type: 'kafka_message_queue': this version reads no updates from it" in caplog.text
 
 
 def test_wrong_argument_types_raise_typed_errors(workshop: Workshop) -> None:

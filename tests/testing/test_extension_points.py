@@ -124,14 +124,16 @@ from hps_numba.updates import Position, Update, UpdateSource
 BUS, COMMITTED = [], [0]
 
 class Own(UpdateSource):
-    def __init__(self, section):
-        super().__init__(section)
-        self.next = COMMITTED[0]
+    def __init__(self, section, **more):
+        super().__init__(section, **more)
+        self.next = COMMITTED[0] if self.resume else 0
     def poll(self, seconds):
         start, self.next = self.next, len(BUS)
-        return [Update(u.table, u.keys, u.rows, Position(0, i), u.event_time_ms) for i, u in enumerate(BUS[start:], start)]
-    def applied(self, position):
-        COMMITTED[0] = position.offset + 1
+        new = enumerate(BUS[start:], start)
+        return [Update(u.table, u.keys, u.rows, Position(0, i), u.event_time_ms, u.version) for i, u in new]
+    def commit(self, positions):
+        for position in positions:
+            COMMITTED[0] = position.offset + 1
 """
 
 SUITES = {
@@ -149,12 +151,12 @@ SUITES = {
     ),
     "source": (
         SOURCE,
-        "import pytest\nfrom hps_numba.config import UpdateSourceConfig\nfrom hps_numba.testing import SourceContract\n"
+        "import pytest\nfrom hps_numba.testing import SourceContract\n"
         "class TestOwn(SourceContract):\n    patience = 2.0  # the bus is a list\n"
         "    @pytest.fixture\n    def open_source(self):\n"
-        "        del own.BUS[:]\n        own.COMMITTED[0] = 0\n        return lambda: own.Own(UpdateSourceConfig())\n"
+        "        del own.BUS[:]\n        own.COMMITTED[0] = 0\n        return own.Own.from_options\n"
         "    @pytest.fixture\n    def publish(self):\n        return own.BUS.extend\n",
-        3,
+        6,
     ),
 }
 
@@ -198,6 +200,8 @@ def test_a_plugin_in_a_file_passes_its_contract_suite(tmp_path: Path, kind: str)
         ),
         ("format", "8 * start if", "8 * start + 8 if"),
         ("source", "COMMITTED[0] = position.offset + 1", "COMMITTED[0] = len(BUS)"),
+        ("source", "if self.resume else 0", ""),
+        ("source", ", u.version)", ")"),
     ],
 )
 def test_a_contract_suite_finds_a_wrong_plugin(tmp_path: Path, kind: str, right: str, wrong: str) -> None:

@@ -1,0 +1,102 @@
+"""Updates that were read and wait to be applied: bounded in bytes, one thread puts in, another takes out.
+
+Neither thread holds a lock of Python code: each counts what it did, and the queues only end sleeps, so that no interrupt and no
+fork leaves a lock taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+
+from hps_numba.updates._update import Lost, Message, Update
+
+__all__ = ["Backlog", "Item", "writes_of"]
+
+Item = Update | Message | Lost
+_OVERHEAD = 256  # bytes of an update beside its keys and rows
+_PREFIX = 8  # bytes of a message before its pairs
+
+
+def writes_of(item: Item) -> int:
+    """About how many rows an item writes."""
+    if isinstance(item, Update):
+        return len(item.keys)
+    if isinstance(item, Lost) or item.value is None or len(item.value) <= _PREFIX:
+        return 1
+    return 1 + len(item.value) // (8 + int.from_bytes(item.value[4:8], "little"))
+
+
+class Backlog:
+    """Items that wait.
+
+    Args:
+        max_bytes: from which on it is full.
+
+    Thread safety: ``put`` and ``wait_for_room`` by one thread, ``take`` by another, the rest by any.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._items: SimpleQueue[Item | None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        self._put_bytes = self._taken_bytes = 0
+        self._put = self._taken = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of the items that wait."""
+        return max(0, self._put_bytes - self._taken_bytes)
+
+    @property
+    def messages(self) -> int:
+        """Items that wait or are being applied."""
+        return max(0, self._put - self._taken)
+
+    @property
+    def full(self) -> bool:
+        """Nothing more should be put in."""
+        return self.bytes >= self._max_bytes
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Add items, however full it is."""
+        for item in items:
+            self._put_bytes += item.size + _OVERHEAD
+            self._put += 1
+            self._items.put(item)
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Wait until it is not full, or for some seconds."""
+        end = time.monotonic() + seconds
+        while self.full and (left := end - time.monotonic()) > 0:
+            try:
+                self._room.get(timeout=left)
+            except Empty:
+                return
+
+    def take(self, writes: int, seconds: float) -> list[Item]:
+        """The next items, until together they write so many rows; waits for the first. They count as waiting until ``done``."""
+        items: list[Item] = []
+        try:
+            item = self._items.get(timeout=seconds)
+            while item is not None:
+                items.append(item)
+                writes -= writes_of(item)
+                if writes <= 0:
+                    break
+                item = self._items.get_nowait()
+        except Empty:
+            return items
+        return items
+
+    def done(self, items: Sequence[Item]) -> None:
+        """These were applied; their memory is free."""
+        self._taken += len(items)
+        self._taken_bytes += sum(item.size + _OVERHEAD for item in items)
+        self._room.put(None)
+
+    def wake(self) -> None:
+        """End the sleeps of both threads."""
+        self._items.put(None)
+        self._room.put(None)
