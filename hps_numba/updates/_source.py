@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from hps_numba.updates._consumer import Consumer
+from hps_numba.updates._producer import UpdateProducer
 from hps_numba.updates._update import Lost, Message, Position, Update
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class UpdateSource(abc.ABC):
 
     Class attributes:
         Options: dataclass or pydantic model of the source's own keys in its section of the config; None: it has none.
+        Producer: what publishes to the bus that it reads; None: nothing here does.
 
     Attributes:
         section: of the config, with the keys of every source, such as ``poll_timeout_ms`` and ``max_batch_size``.
@@ -37,6 +39,7 @@ class UpdateSource(abc.ABC):
     """
 
     Options: ClassVar[type | None] = None
+    Producer: ClassVar[type[UpdateProducer] | None] = None
 
     def __init__(self, section: UpdateSourceConfig, *, resume: bool = True, key_bytes: int = 8) -> None:
         """Open the source that ``section`` describes. A bus that does not answer now is no error: ``poll`` tries again.

@@ -16,10 +16,11 @@ from typing import Any
 
 from hps_numba.errors import TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.updates._producer import Outgoing, ProducerOptions, UpdateProducer
 from hps_numba.updates._source import UpdateSource
-from hps_numba.updates._update import Lost, Position, Update
+from hps_numba.updates._update import Lost, Message, Position, Update
 
-__all__ = ["PLUGIN", "Bus", "InProcessSource", "Options", "bus_named"]
+__all__ = ["PLUGIN", "Bus", "InProcessProducer", "InProcessSource", "Options", "bus_named"]
 
 _MAX_UPDATES = 1024  # that one ``poll`` returns
 
@@ -49,7 +50,7 @@ class Bus:
     def __init__(self, name: str, max_bytes: int = 2**28) -> None:
         self.name = name
         self.max_bytes = max_bytes
-        self._updates: deque[Update] = deque()
+        self._updates: deque[Update | Message] = deque()
         self._first = 0  # offset of the first of them
         self._bytes = 0
         self._places: dict[str, int] = {}  # consumer -> offset of the first that it has not committed
@@ -63,7 +64,7 @@ class Bus:
 
     # -- producers ---------------------------------------------------------------------
 
-    def put(self, update: Update, seconds: float = 30.0) -> int:
+    def put(self, update: Update | Message, seconds: float = 30.0) -> int:
         """Add an update; returns its offset. Its position is replaced, and its arrays must not be changed any more.
 
         Raises:
@@ -106,7 +107,7 @@ class Bus:
             self._open.discard(consumer)
             self._changed.notify_all()
 
-    def read(self, offset: int, count: int, seconds: float, ended: Any) -> list[Update]:
+    def read(self, offset: int, count: int, seconds: float, ended: Any) -> list[Update | Message]:
         """Up to ``count`` updates from an offset on; waits for the first for some seconds, or until ``ended()``."""
         end = time.monotonic() + seconds
         with self._changed:
@@ -150,10 +151,39 @@ def bus_named(name: str) -> Bus:
     return _buses.get(name) or _buses.setdefault(name, Bus(name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class InProcessProducerOptions(ProducerOptions):
+    """Keys of the producer.
+
+    Attributes:
+        bus: name of the queue.   send_timeout_ms: how long a call waits for room in it.
+    """
+
+    bus: str = "updates"
+    send_timeout_ms: float = 30_000.0
+
+
+class InProcessProducer(UpdateProducer):
+    """Publishes to the queue ``bus`` of this process. What it took is there: ``flush`` waits for nothing else."""
+
+    Options = InProcessProducerOptions
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._bus = bus_named(self.options.bus)
+
+    def _send(self, messages: Sequence[Outgoing]) -> int:
+        first = messages[0]
+        message = Message(first.table, first.value, Position(0, -1), first.headers)
+        self._bus.put(message, self.options.send_timeout_ms / 1000)
+        return 1
+
+
 class InProcessSource(UpdateSource):
     """Reads the queue ``bus`` of this process."""
 
     Options = Options
+    Producer = InProcessProducer
 
     def __init__(self, section: Any, *, resume: bool = True, key_bytes: int = 8) -> None:
         super().__init__(section, resume=resume, key_bytes=key_bytes)
@@ -161,7 +191,7 @@ class InProcessSource(UpdateSource):
         self._consumer, self._next = self.bus.join(self.options.consumer)
         self._woken = self._closed = False
 
-    def poll(self, seconds: float) -> Sequence[Update | Lost]:
+    def poll(self, seconds: float) -> Sequence[Update | Message | Lost]:
         got = self.bus.read(self._next, min(_MAX_UPDATES, self.section.max_batch_size), seconds, self._take_wake)
         if not got:
             return []

@@ -1,0 +1,360 @@
+"""What an update producer promises: rows and deletions go to a bus in HugeCTR's form, in the order in which they were given.
+
+A producer stands in the file of its bus, beside the source (``UpdateSource.Producer``). The base encodes, partitions and
+buffers; a bus only takes whole messages. Keys go to one of 8 partitions by HugeCTR's hash, so that all changes of a key are in
+one partition and stay in order.
+
+Nothing is lost silently: what the bus does not take stays here, and the next call raises; ``flush`` returns when everything is
+delivered.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from hps_numba import plugins
+from hps_numba.errors import ArrayError, ClosedError, ConfigError, KeyDtypeError, TierError, TierUnavailable
+from hps_numba.kernels.host.resp import group_by_partition
+from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.timer import Timer
+from hps_numba.updates._counts import now_ms
+from hps_numba.updates._wire.codec import encode_keys, encode_pairs
+from hps_numba.updates._wire.messages import ERASED, HEADER_BYTES, headers_of, start_of
+
+__all__ = ["Outgoing", "ProducerOptions", "UpdateProducer", "open_producer"]
+
+_PARTITIONS = 8  # of keys, as HugeCTR's producer has
+_SOURCES = "hps_numba.updates"
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """One message to be sent.
+
+    Attributes:
+        table: topic: the tag of the table.   partition: 0 to 7; a bus with fewer takes it modulo theirs.
+        value, headers: of the message.
+    """
+
+    table: str
+    partition: int
+    value: bytes | None
+    headers: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory that it takes."""
+        return len(self.value or b"") + sum(map(len, self.headers.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProducerOptions:
+    """Keys of every producer.
+
+    Attributes:
+        key_bits: of the servers that read, 64 or 32 (``supportlonglong``).
+        send_buffer_size: bytes of a message at most.
+        num_send_buffers: messages that may wait for the bus; from then on calls wait for it too.
+        linger_ms: after so many milliseconds, what was given is sent even if it fills no message; 0: only by ``flush``.
+    """
+
+    key_bits: int = 64
+    send_buffer_size: int = 262_144
+    num_send_buffers: int = 1024
+    linger_ms: float = 100.0
+
+
+class _Buffer:
+    """The message that is being filled for one table and partition: rows, or deletions.
+
+    Attributes:
+        began: time when it got its first row.
+    """
+
+    def __init__(self, start: bytes, size: int, erases: bool, version: int | None) -> None:
+        self.data = np.empty(size, np.uint8)
+        self.at = 0 if erases else len(start)
+        self.data[: self.at] = np.frombuffer(start, np.uint8)[: self.at]
+        self.start, self.erases, self.version = start, erases, version
+        self.event_ms: int | None = None
+        self.began = time.monotonic()
+
+    def sealed(self, table: str, partition: int) -> Outgoing:
+        """As a message."""
+        headers = headers_of(event_time_ms=self.event_ms or 0, version=self.version)
+        content = self.data[: self.at].tobytes()
+        if self.erases:
+            return Outgoing(table, partition, self.start or None, {**headers, ERASED: content})
+        return Outgoing(table, partition, content, headers)
+
+
+class UpdateProducer(abc.ABC):
+    """Publishes changed rows.
+
+    Class attributes:
+        Options: dataclass of the producer's keys, derived from ``ProducerOptions``.
+
+    It is a context manager, which ends with ``close``.
+
+    Thread safety: every method; changes of a key that two threads publish are in the order of their calls.
+    """
+
+    Options: ClassVar[type[ProducerOptions]] = ProducerOptions
+
+    def __init__(self, options: Any = None) -> None:
+        """
+        Args:
+            options: instance of ``Options``; by default one with its defaults.
+
+        Raises:
+            ConfigError: an option is out of range.   TierUnavailable: what the bus needs is not installed, or it is not there.
+        """
+        self.options: Any = self.Options() if options is None else options
+        options = self.options
+        if options.key_bits not in (32, 64):
+            raise ConfigError(f"key_bits: expected 32 or 64, got {options.key_bits}")
+        for name, least in (("send_buffer_size", HEADER_BYTES), ("num_send_buffers", 1), ("linger_ms", 0)):
+            if getattr(options, name) < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {getattr(options, name)}")
+        self._key_bytes = options.key_bits // 8
+        self._buffers: dict[tuple[str, int], _Buffer] = {}
+        self._starts: dict[str, bytes] = {}
+        self._outbox: deque[Outgoing] = deque()
+        self._problem: BaseException | None = None
+        self._closed = False
+        self._timer = Timer("updates_linger")
+        self.reset_after_fork()
+        register_fork_reset(self)
+        if options.linger_ms:
+            self._timer.add("linger", self._send_old, delay=0.0, interval=options.linger_ms / 2000)
+
+    def reset_after_fork(self) -> None:
+        """A forked child has its own copy of what waits, which its parent sends: it drops that, and opens one of its own."""
+        self._lock = threading.RLock()
+        self._buffers.clear()
+        self._outbox.clear()
+
+    @classmethod
+    def from_options(cls, **keys: Any) -> Self:
+        """Open a producer with these ``Options``.
+
+        Raises:
+            ConfigError: a key is unknown, or its value is not valid.   Otherwise as the class.
+        """
+        from hps_numba.config import checked_options, source_config
+
+        section = source_config({"type": f"{cls.__module__}:{cls.__name__}", **keys})
+        return cls(checked_options(section, cls.Options, (), strict=True).options)
+
+    # -- what users call ---------------------------------------------------------------------
+
+    def update(
+        self, model: str, table: str, keys: Any, rows: Any, *, event_time_ms: int | None = None, version: int | None = None
+    ) -> None:
+        """Publish rows, soon: they are sent when a message is full, after ``linger_ms``, or by ``flush``.
+
+        Args:
+            model, table: names.   keys: integers ``[n]``; of equal keys the last wins.   rows: float32 ``[n, dim]``.
+            event_time_ms: when they changed, in ms since 1970; by default now.
+            version: of the model that they belong to.
+
+        Raises:
+            KeyDtypeError, ArrayError: keys or rows are not as above.   ConfigError: a message has no room for one row.
+            TierError: the bus does not take what was published; that is kept, and the next call tries again. To publish the
+                same once more does no harm.
+        """
+        keys = self._checked_keys(keys)
+        values = np.ascontiguousarray(rows)
+        if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(keys):
+            raise ArrayError(f"rows: expected float32[{len(keys)}, dim], got {values.dtype}{list(values.shape)}")
+        pair = self._key_bytes + 4 * values.shape[1]
+        if HEADER_BYTES + pair > self.options.send_buffer_size:
+            raise ConfigError(
+                f"send_buffer_size: expected at least {HEADER_BYTES + pair} for a row, got {self.options.send_buffer_size}"
+            )
+        tag = tag_of(model, table)
+        with self._lock:
+            self._check()
+            self._send_all()  # if that raises, nothing of this call was taken, so that what waits is bounded
+            self._starts[tag] = start_of(values.shape[1])
+            self._fill(tag, keys, values.view(np.uint8), event_time_ms, version)
+            self._send_all()
+
+    def erase(self, model: str, table: str, keys: Any, *, event_time_ms: int | None = None, version: int | None = None) -> None:
+        """Publish that the rows of integer ``[n]`` keys are to be deleted; otherwise as ``update``."""
+        keys = self._checked_keys(keys)
+        tag = tag_of(model, table)
+        with self._lock:
+            self._check()
+            self._send_all()  # if that raises, nothing of this call was taken, so that what waits is bounded
+            self._fill(tag, keys, None, event_time_ms, version)
+            self._send_all()
+
+    def flush(self, seconds: float = 30.0) -> None:
+        """Send everything, and wait until the bus has it.
+
+        Raises:
+            TierError: it does not take it, or not within so many seconds; what it has not taken is kept for the next time.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the producer is closed")
+            self._problem = None
+            self._seal_all()
+            self._send_all()
+            self._settle(seconds)
+
+    def close(self, seconds: float = 30.0) -> None:
+        """``flush``, and release everything, whatever ``flush`` raises. A second call does nothing."""
+        self._timer.close()  # not inside the lock, for which its call may wait
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self.flush(seconds)
+            finally:
+                self._closed = True
+                self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- to be written ---------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _send(self, messages: Sequence[Outgoing]) -> int:
+        """Give messages to the bus, in order; returns how many of the first ones it took, at least one.
+
+        Raises:
+            TierError: it takes none now.
+        """
+
+    def _settle(self, seconds: float) -> None:
+        """Wait until the bus has what it took.
+
+        Raises:
+            TierError: it was not delivered, or not in time.
+        """
+
+    def _close(self) -> None:
+        """Release everything."""
+
+    # -- buffers ---------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("the producer is closed")
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise TierError(f"an update published before was not sent yet: {problem}") from problem
+
+    def _checked_keys(self, keys: Any) -> np.ndarray:
+        array = np.asarray(keys)
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise KeyDtypeError(f"keys: expected integers [n], got {array.dtype}{list(array.shape)}")
+        wide: np.ndarray = np.ascontiguousarray(array).astype(np.int64, copy=False)
+        if self._key_bytes == 4 and len(wide) and not 0 <= wide.min() <= wide.max() < 2**32:
+            raise KeyDtypeError("keys: expected keys of 32 bits, got a wider one")
+        return wide
+
+    def _fill(self, tag: str, keys: np.ndarray, rows: np.ndarray | None, time_ms: int | None, version: int | None) -> None:
+        """Put writes into the buffers of their partitions, and full ones into the outbox."""
+        order, ends = np.empty(len(keys), np.int64), np.zeros(_PARTITIONS, np.int64)
+        group_by_partition(keys.ctypes.data, len(keys), _PARTITIONS, order, ends)
+        event_ms = now_ms() if time_ms is None else int(time_ms)
+        size = self._key_bytes + (0 if rows is None else rows.shape[1])
+        start = 0
+        for partition in range(_PARTITIONS):
+            stop = int(ends[partition])
+            while start < stop:
+                buffer = self._buffer_for(tag, partition, rows is None, version, size)
+                part = min(stop, start + (len(buffer.data) - buffer.at) // size)
+                if rows is None:
+                    buffer.at = encode_keys(keys, order, start, part, self._key_bytes, buffer.data, buffer.at)
+                else:
+                    buffer.at = encode_pairs(keys, rows, order, start, part, self._key_bytes, buffer.data, buffer.at)
+                buffer.event_ms = event_ms if buffer.event_ms is None else min(event_ms, buffer.event_ms)
+                if buffer.at + size > len(buffer.data):
+                    self._seal(tag, partition)
+                start = part
+
+    def _buffer_for(self, tag: str, partition: int, erases: bool, version: int | None, size: int) -> _Buffer:
+        """A buffer with room for ``size`` bytes; what was in another one comes before it."""
+        start = self._starts.get(tag, b"")
+        buffer = self._buffers.get((tag, partition))
+        if buffer is not None:
+            same = (buffer.erases, buffer.version, buffer.start) == (erases, version, start)
+            if same and buffer.at + size <= len(buffer.data):
+                return buffer
+            self._seal(tag, partition)
+        made = self._buffers[tag, partition] = _Buffer(start, self.options.send_buffer_size, erases, version)
+        return made
+
+    def _seal(self, tag: str, partition: int) -> None:
+        buffer = self._buffers.pop((tag, partition))
+        self._outbox.append(buffer.sealed(tag, partition))
+
+    def _seal_all(self) -> None:
+        for tag, partition in list(self._buffers):
+            self._seal(tag, partition)
+
+    def _send_all(self) -> None:
+        while self._outbox:
+            for _ in range(self._send(list(self._outbox)[: self.options.num_send_buffers])):
+                self._outbox.popleft()
+
+    def _send_old(self) -> None:
+        """What the timer calls: messages that have waited for ``linger_ms``. A problem is raised by the next call of a user."""
+        until = time.monotonic() - self.options.linger_ms / 1000
+        with self._lock:
+            if self._closed:
+                return
+            for (tag, partition), buffer in list(self._buffers.items()):
+                if buffer.began <= until:
+                    self._seal(tag, partition)
+            try:
+                self._send_all()
+            except TierError as problem:
+                self._problem = problem
+
+
+def tag_of(model: str, table: str) -> str:
+    """The tag of a table.
+
+    Raises:
+        ConfigError: one of the names is none that a config can have.
+    """
+    for what, name in (("model", model), ("table", table)):
+        if not isinstance(name, str) or not 0 < len(name) <= 120 or not name.replace("_", "a").replace("-", "a").isalnum():
+            raise ConfigError(f"{what}: expected 1 to 120 of the characters A-Z a-z 0-9 _ -, got {name!r}")
+    return f"hps_et.{model}.{table}"
+
+
+def open_producer(section: Mapping[str, Any], *, allow_code: bool = False) -> UpdateProducer:
+    """The producer of a bus.
+
+    Args:
+        section: ``type``, as in ``update_source``, and the keys of the producer's ``Options``.
+        allow_code: ``type`` may be ``module:NAME`` or ``file.py:NAME`` of a source class.
+
+    Raises:
+        ConfigError: a key is unknown or not valid, or updates cannot be published to such a bus.
+        TierUnavailable: there is no such bus, or it is not there.
+    """
+    keys = dict(section)
+    source = plugins.load(_SOURCES, keys.pop("type", None), allow_code=allow_code, error=TierUnavailable)
+    kind = getattr(source, "Producer", None)
+    if not (isinstance(kind, type) and issubclass(kind, UpdateProducer)):
+        raise ConfigError(f"type: expected a bus with a producer, got {section.get('type')!r}")
+    return kind.from_options(**keys)
