@@ -71,10 +71,10 @@ class OnlineUpdates:
                 with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
                     opened.append(kind.consumer(section, targets, name))
                 undo.callback(opened[-1].close)
+            self._consumers = tuple(opened)  # before they start: an interrupt leaves none behind that ``close`` does not find
             for consumer in opened:
                 consumer.start()
             undo.pop_all()
-        self._consumers = tuple(opened)
         if opened:
             weakref.finalize(owner, _stop, self._consumers)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hps_numba.updates import Lost, Message, Position, Update, UpdateSource
 from hps_numba.updates._wire.messages import encode_erasures, encode_rows, headers_of
 from hps_numba.updates.in_process import Bus, bus_named
 
-__all__ = ["TABLE", "ListSource", "applied", "fresh_bus", "message_of", "source_of", "update_of", "wait_for"]
+__all__ = ["TABLE", "ListSource", "applied", "fresh_bus", "message_of", "offset_in", "source_of", "update_of", "wait_for"]
 
 TABLE = "hps_et.m.sparse_embedding0"
 _numbers = itertools.count()
@@ -119,3 +121,8 @@ def list_bus() -> tuple[ListBus, dict[str, Any]]:
     name = f"list-{next(_numbers)}"
     BUSES[name] = ListBus()
     return BUSES[name], {"type": "support.updates:ListSource", "name": name, "poll_timeout_ms": 5, "failure_backoff_ms": 1}
+
+
+def offset_in(place: Path) -> int:
+    """The last offset that a reader of a folder has committed to its position file, which is replaced as a whole; or -1."""
+    return int(json.loads(place.read_bytes())["offset"]) - 1 if place.exists() else -1

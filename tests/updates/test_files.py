@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ import pytest
 from support.children import in_child
 from support.factories import Workshop
 from support.oracles import assert_same_bits, rows_of
+from support.processes import environment
 from support.updates import wait_for
-from support.waiting import wait_until
+from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
 from hps_numba.testing import SourceContract
@@ -304,6 +309,27 @@ def test_options_are_checked(opened: Callable[..., FilesSource], folder: Path) -
     folder.write_text("a file")
     with pytest.raises(TierUnavailable, match=r"cannot be locked: (File exists|Not a directory)"):
         FilesProducer.from_options(folder=str(folder))
+
+
+def test_u06_three_processes_of_one_host_get_all_updates_each(
+    workshop: Workshop, producer: FilesProducer, folder: Path
+) -> None:
+    source = {"type": "files", "folder": str(folder), "poll_interval_ms": 1}
+    path = workshop.folder / "ps.json"
+    path.write_text(json.dumps({"models": [workshop.model((range(9), 3))], "update_source": source}))
+    command = [sys.executable, "-m", "support.update_consumer", str(path), "199"]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) for _ in range(3)]
+    table = {key: rows_of([key], 3)[0] for key in range(9)}
+    for number in range(200):
+        keys = [number % 7, 100 + number]
+        value = encode_rows(np.array(keys), rows_of(keys, 3, number % 9))
+        assert producer._send([Outgoing("hps_et.m.sparse_embedding0", 0, value)]) == 1
+        table.update(zip(keys, rows_of(keys, 3, number % 9)))
+    order = sorted(table)
+    expected = np.array(order).tobytes() + np.stack([table[key] for key in order]).tobytes()
+    for child in children:
+        printed, _ = child.communicate(timeout=HANG_SECONDS)
+        assert printed.split() == ["ready", hashlib.sha256(expected).hexdigest()]
 
 
 def test_from_a_producer_to_the_lookups_of_a_server(workshop: Workshop, producer: FilesProducer, folder: Path) -> None:
