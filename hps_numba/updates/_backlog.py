@@ -94,7 +94,8 @@ class Backlog:
         """These were applied; their memory is free."""
         self._taken += len(items)
         self._taken_bytes += sum(item.size + _OVERHEAD for item in items)
-        self._room.put(None)
+        if self._room.empty():  # nobody takes from it while there is room
+            self._room.put(None)
 
     def wake(self) -> None:
         """End the sleeps of both threads."""

@@ -164,7 +164,7 @@ class FilesSource(UpdateSource):
         self._manifest: Manifest | None = None
         self._signature: tuple[int, int, int] | None = None
         self._ready: deque[Message] = deque()  # read, and not handed out yet
-        self._read: deque[tuple[int, int]] = deque()  # number and first offset of the files that were
+        self._read: deque[tuple[int, int]] = deque()  # number and first offset of files that were, and are not committed
         self._place: Place | None = None  # what ``_ready`` is followed by
         self._position: PositionFile | None = None
         if resume:
@@ -228,7 +228,8 @@ class FilesSource(UpdateSource):
         if (delta.stream, delta.number) != (manifest.stream, number):
             raise TierError(f"{delta_path(self._folder, number)}: expected a file of this folder, got one of another")
         self._ready.extend(message for message in messages if message.position.offset >= place.offset)
-        self._read.append((number, delta.first_offset))
+        if self._position is not None:
+            self._read.append((number, delta.first_offset))
         self._place = Place(manifest.stream, number + 1, max(place.offset, delta.first_offset + delta.messages))
         return None
 

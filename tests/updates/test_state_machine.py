@@ -21,7 +21,7 @@ from hps_numba.updates import Outgoing
 from hps_numba.updates.files import FilesProducer
 
 EXAMPLES = int(os.environ.get("HPS_NUMBA_UPDATE_EXAMPLES", "6"))
-DIM, LAST = 3, 12
+DIM, LAST = 17, 12  # a width that other tests have kernels for
 KEYS = st.lists(st.integers(0, LAST), max_size=6)
 
 
@@ -37,7 +37,7 @@ class Updates(RuleBasedStateMachine):
         self.model = self.workshop.model((range(9), DIM))
         self.oracle = {} if durable else {key: rows_of([key], DIM)[0] for key in range(9)}
         bus, self.place = str(Path(self.folder.name) / "bus"), Path(self.folder.name) / "place.json"
-        self.producer = FilesProducer.from_options(folder=bus, linger_ms=0, sync=False, send_buffer_size=70)
+        self.producer = FilesProducer.from_options(folder=bus, linger_ms=0, sync=False, send_buffer_size=250)
         log = {"type": "row_log", "path": str(Path(self.folder.name) / "log"), "initialize_after_startup": False}
         self.top: dict[str, Any] = {
             "tiers": [COLD, log] if durable else [{"type": "hash_map"}, {"type": "support.fakes:FlakyDictTier"}],
