@@ -23,7 +23,7 @@ from typing import Any
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
 from hps_numba.updates._files.delta import NotWhole, delta_path, encode_delta, first_offset_of, read_delta
 from hps_numba.updates._files.locks import HeldFile
-from hps_numba.updates._files.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from hps_numba.updates._files.manifest import Manifest, manifest_content, parse_manifest, read_manifest, write_manifest
 from hps_numba.updates._files.position import Place, PositionFile
 from hps_numba.updates._files.writing import PARTIAL, put_file
 from hps_numba.updates._producer import Outgoing, ProducerOptions, UpdateProducer
@@ -162,7 +162,7 @@ class FilesSource(UpdateSource):
         self._folder = Path(options.folder)
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._manifest: Manifest | None = None
-        self._signature: tuple[int, int, int] | None = None
+        self._content = b""  # what the manifest was made of
         self._ready: deque[Message] = deque()  # read, and not handed out yet
         self._read: deque[tuple[int, int]] = deque()  # number and first offset of files that were, and are not committed
         self._place: Place | None = None  # what ``_ready`` is followed by
@@ -220,7 +220,7 @@ class FilesSource(UpdateSource):
         try:
             delta, messages = read_delta(delta_path(self._folder, number))
         except NotWhole as problem:
-            if (self._look(again=True) or manifest).first > number:  # it was dropped meanwhile
+            if (self._look() or manifest).first > number:  # it was dropped meanwhile
                 return None
             raise TierError(str(problem)) from None
         except OSError as problem:
@@ -240,19 +240,12 @@ class FilesSource(UpdateSource):
         same = manifest.stream == place.stream and place.offset < manifest.first_offset
         return Lost(Position(manifest.stream, manifest.first_offset), manifest.first_offset - place.offset if same else None)
 
-    def _look(self, *, again: bool = False) -> Manifest | None:
-        """The manifest; it is read if it has changed."""
-        path = self._folder / MANIFEST
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            return self._manifest
-        except OSError as problem:
-            raise TierError(f"{path}: cannot be read: {problem.strerror}") from problem
-        signature = (found.st_ino, found.st_mtime_ns, found.st_size)
-        if again or signature != self._signature:
-            self._manifest = read_manifest(self._folder)
-            self._signature = signature
+    def _look(self) -> Manifest | None:
+        """The manifest as it is now; None if there never was one."""
+        content = manifest_content(self._folder)
+        if content is not None and content != self._content:
+            self._manifest = parse_manifest(self._folder, content)
+            self._content = content
         return self._manifest
 
     def commit(self, positions: Sequence[Position]) -> None:

@@ -200,6 +200,24 @@ def test_a_damaged_manifest_is_an_error_and_the_next_one_is_read(
     assert versions_of(source.poll(0)) == [1]
 
 
+def test_a_manifest_that_was_replaced_within_a_tick_of_the_clock_is_noticed(
+    opened: Callable[..., FilesSource], producer: FilesProducer, folder: Path
+) -> None:
+    put_together(producer, 1)
+    source = opened(resume=False)
+    assert versions_of(source.poll(0)) == [1]
+    path = folder / "manifest.json"
+    old, again = path.stat(), folder / "again"
+    os.link(path, again)
+    put_together(producer, 2)
+    again.write_bytes(path.read_bytes())  # the inode of before, as a file system may give it out once more
+    again.replace(path)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    new = path.stat()
+    assert (new.st_ino, new.st_mtime_ns, new.st_size) == (old.st_ino, old.st_mtime_ns, old.st_size)
+    assert versions_of(source.poll(0)) == [2]
+
+
 def test_what_a_killed_producer_left_is_not_read_and_is_written_over(
     opened: Callable[..., FilesSource], producer: FilesProducer, folder: Path
 ) -> None:

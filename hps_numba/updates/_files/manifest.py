@@ -14,7 +14,7 @@ from pathlib import Path
 from hps_numba.errors import TierError
 from hps_numba.updates._files.writing import put_file, sync_folder
 
-__all__ = ["MANIFEST", "Manifest", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "Manifest", "manifest_content", "parse_manifest", "read_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 _FORMAT = "hps_numba updates 1"
@@ -43,13 +43,32 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         TierError: it cannot be read, is damaged or of another version.
     """
+    content = manifest_content(folder)
+    return None if content is None else parse_manifest(folder, content)
+
+
+def manifest_content(folder: Path) -> bytes | None:
+    """The manifest as it is in its file. Neither its time nor its inode tells whether it has changed: both may come again.
+
+    Raises:
+        TierError: it cannot be read.
+    """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as problem:
         raise TierError(f"{path}: cannot be read: {problem.strerror}") from problem
+
+
+def parse_manifest(folder: Path, content: bytes) -> Manifest:
+    """What ``manifest_content`` says.
+
+    Raises:
+        TierError: it is damaged or of another version.
+    """
+    path = folder / MANIFEST
     try:
         given = json.loads(content)
         if given.pop("format") != _FORMAT:
