@@ -162,7 +162,7 @@ class FilesSource(UpdateSource):
         self._folder = Path(options.folder)
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._manifest: Manifest | None = None
-        self._content = b""  # what the manifest was made of
+        self._content: bytes | None = None  # what the manifest was made of
         self._ready: deque[Message] = deque()  # read, and not handed out yet
         self._read: deque[tuple[int, int]] = deque()  # number and first offset of files that were, and are not committed
         self._place: Place | None = None  # what ``_ready`` is followed by
