@@ -20,14 +20,18 @@ __all__ = ["RedisClient", "error_line", "tls_context"]
 class RedisClient:
     """Makes connections as a section of the config says.
 
+    Args:
+        section: with its address, login and encryption.   limits: how long a node may take.   who: speaks in messages.
+
     Attributes:
-        problems: what a connection that fails raises.   refusal: what it raises for an error line of the server.
+        who: as given.   problems: what a connection that fails raises.
+        refusal: what it raises for an error line of the server.
 
     Raises:
         TierUnavailable: redis-py or hiredis is not installed, or a file of the encryption cannot be used.
     """
 
-    def __init__(self, section: VolatileDatabaseConfig, limits: Limits) -> None:
+    def __init__(self, section: VolatileDatabaseConfig, limits: Limits, *, who: str = "redis_cluster") -> None:
         try:
             import hiredis  # noqa: F401  # redis-py parses with it if it is there
             import redis
@@ -35,7 +39,8 @@ class RedisClient:
             from redis.crc import key_slot
             from redis.retry import Retry
         except ImportError as problem:
-            raise TierUnavailable(f"redis_cluster: needs hps-numba[redis]: {problem}") from None
+            raise TierUnavailable(f"{who}: needs hps-numba[redis]: {problem}") from None
+        self.who = who
         self.problems: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self.refusal: type[Exception] = redis.ResponseError
         self.slot_of = key_slot
@@ -43,7 +48,7 @@ class RedisClient:
         self._kind: Any = redis.Connection
         if section.enable_tls:
             name = section.tls_server_name_identification
-            self._kind = _encrypted(redis.Connection, tls_context(section), name)
+            self._kind = _encrypted(redis.Connection, tls_context(section, who=who), name)
         self._options: dict[str, Any] = {
             "username": section.user_name if section.password or section.user_name != "default" else None,
             "password": section.password or None,
@@ -93,7 +98,7 @@ def error_line(refusal: Exception) -> str:
     return text if text.startswith(word) else f"{word} {text}"
 
 
-def tls_context(section: VolatileDatabaseConfig) -> ssl.SSLContext:
+def tls_context(section: VolatileDatabaseConfig, *, who: str = "redis_cluster") -> ssl.SSLContext:
     """The trusted certificates and the client's own. Files that are not named in the config may be missing.
 
     The chain of a node's certificate is always checked; its name if ``tls_server_name_identification`` is given.
@@ -107,7 +112,9 @@ def tls_context(section: VolatileDatabaseConfig) -> ssl.SSLContext:
         else:
             context = ssl.create_default_context()
     except (OSError, ssl.SSLError) as problem:
-        raise _unusable("tls_ca_certificate", section.tls_ca_certificate, "certificates of authorities", problem) from problem
+        raise _unusable(
+            f"{who}: tls_ca_certificate", section.tls_ca_certificate, "certificates of authorities", problem
+        ) from problem
     context.check_hostname = "tls_server_name_identification" in given
     certificate, key = section.tls_client_certificate, section.tls_client_key
     if Path(certificate).exists() or {"tls_client_certificate", "tls_client_key"} & given:
@@ -115,12 +122,12 @@ def tls_context(section: VolatileDatabaseConfig) -> ssl.SSLContext:
             context.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as problem:
             both = f"{certificate!r}, tls_client_key {key!r}"
-            raise _unusable("tls_client_certificate", both, "a certificate and its key", problem) from problem
+            raise _unusable(f"{who}: tls_client_certificate", both, "a certificate and its key", problem) from problem
     return context
 
 
 def _unusable(key: str, value: str, expected: str, problem: Exception) -> TierUnavailable:
-    return TierUnavailable(f"redis_cluster: {key}: expected {expected}, got {value}: {problem}")
+    return TierUnavailable(f"{key}: expected {expected}, got {value}: {problem}")
 
 
 def _encrypted(plain: type, context: ssl.SSLContext, name: str) -> type:

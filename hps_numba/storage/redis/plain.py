@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from hps_numba.errors import TierError
 from hps_numba.storage.redis.client import error_line
@@ -22,6 +22,14 @@ _NAMES = 1000
 NOT_READY = ("TRYAGAIN", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "BUSY", "READONLY")
 
 
+class _Placed(Protocol):
+    """Something in one slot, which its text names: a partition, or another key."""
+
+    @property
+    def slot(self) -> int:
+        """Of a cluster."""
+
+
 class PlainCommands:
     """Commands that go where their partition is, also while it moves.
 
@@ -31,7 +39,7 @@ class PlainCommands:
     def __init__(self, topology: Topology, limits: Limits) -> None:
         self._topology, self._limits = topology, limits
 
-    def run(self, part: Partition, command: Sequence[Any]) -> Any:
+    def run(self, part: _Placed, command: Sequence[Any]) -> Any:
         """The answer to a command.
 
         Raises:
@@ -39,7 +47,7 @@ class PlainCommands:
         """
         return self.run_all(part, [command])[0]
 
-    def run_all(self, part: Partition, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    def run_all(self, part: _Placed, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """The answers to pipelined commands, which are sent again if the slot moves: they must bear that.
 
         Raises:
@@ -47,7 +55,7 @@ class PlainCommands:
         """
         return self._answers(part, commands)[1]
 
-    def _answers(self, part: Partition, commands: Sequence[Sequence[Any]]) -> tuple[Node, list[Any]]:
+    def _answers(self, part: _Placed, commands: Sequence[Sequence[Any]]) -> tuple[Node, list[Any]]:
         """The node that answered, and its answers."""
         redirect: Node | None = None
         permission: list[Sequence[Any]] = []

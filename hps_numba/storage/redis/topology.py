@@ -26,7 +26,7 @@ _DEFAULT_PORT = 6379
 _PLAIN = ("cluster support disabled", "unknown command")
 
 
-def seeds_of(address: str) -> list[tuple[str, int]]:
+def seeds_of(address: str, *, who: str = "redis_cluster") -> list[tuple[str, int]]:
     """Hosts and ports of ``address``, separated by commas or semicolons; 6379 where there is no port.
 
     Raises:
@@ -38,7 +38,7 @@ def seeds_of(address: str) -> list[tuple[str, int]]:
         if not colon or text.strip().endswith("]"):
             host, port = text.strip(), str(_DEFAULT_PORT)
         if not port.isdecimal() or not 0 < int(port) < 65536:
-            raise TierUnavailable(f"redis_cluster: address: expected host:port, got {text.strip()!r}")
+            raise TierUnavailable(f"{who}: address: expected host:port, got {text.strip()!r}")
         if host:
             seeds.append((host.strip("[]"), int(port)))
     return seeds
@@ -64,14 +64,14 @@ class Topology:
         self._nodes: dict[tuple[str, int], Node] = {}
         self._slots: list[Node | None] = []
         self.in_cluster = True
-        self._seeds = [self._node(*seed) for seed in seeds_of(address)]
+        self._seeds = [self._node(*seed) for seed in seeds_of(address, who=client.who)]
         self._lock = ExclusiveLock("the nodes of a Redis cluster")
         self._looked = time.monotonic()
         problems = self._read_from(self._seeds)
         if not self._slots:
             self.close()
             raise TierUnavailable(
-                f"redis_cluster: address: expected a node that answers, got {'; '.join(problems) or repr(address)}"
+                f"{client.who}: address: expected a node that answers, got {'; '.join(problems) or repr(address)}"
             )
 
     def _node(self, host: str, port: int) -> Node:
