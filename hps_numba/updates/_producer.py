@@ -29,7 +29,7 @@ from hps_numba.updates._counts import now_ms
 from hps_numba.updates._wire.codec import encode_keys, encode_pairs
 from hps_numba.updates._wire.messages import ERASED, HEADER_BYTES, headers_of, start_of
 
-__all__ = ["Outgoing", "ProducerOptions", "UpdateProducer", "open_producer"]
+__all__ = ["Outgoing", "ProducerOptions", "UpdateProducer", "open_producer", "producer_of"]
 
 _PARTITIONS = 8  # of keys, as HugeCTR's producer has
 _SOURCES = "hps_numba.updates"
@@ -353,8 +353,17 @@ def open_producer(section: Mapping[str, Any], *, allow_code: bool = False) -> Up
         TierUnavailable: there is no such bus, or it is not there.
     """
     keys = dict(section)
-    source = plugins.load(_SOURCES, keys.pop("type", None), allow_code=allow_code, error=TierUnavailable)
+    return producer_of(keys.pop("type", None), allow_code=allow_code).from_options(**keys)
+
+
+def producer_of(name: Any, *, allow_code: bool = False) -> type[UpdateProducer]:
+    """The class of the producer of a bus.
+
+    Raises:
+        ConfigError: updates cannot be published to such a bus.   TierUnavailable: there is no such bus.
+    """
+    source = plugins.load(_SOURCES, name, allow_code=allow_code, error=TierUnavailable)
     kind = getattr(source, "Producer", None)
     if not (isinstance(kind, type) and issubclass(kind, UpdateProducer)):
-        raise ConfigError(f"type: expected a bus with a producer, got {section.get('type')!r}")
-    return kind.from_options(**keys)
+        raise ConfigError(f"type: expected a bus with a producer, got {name!r}")
+    return kind

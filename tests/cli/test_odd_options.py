@@ -50,8 +50,10 @@ GOOD: dict[str, list[str]] = {
     "load": ["good.model", "--into", "tiers.json", "--allow-code"],
     "plan": ["ps.json"],
     "profile": ["--rows", "100", "--dim", "2", "--num_key", "8", "--iterations", "1", "--warmup_iterations", "0"],
+    "publish": ["good.model", "--to", "files://bus", "--table", "hps_et.m.t", "--set", "sync=false"],
     "simulate": ["trace.npy", "--policy", "lru", "--size", "8"],
     "tiers": ["tiers.json", "--samples", "2", "--keys", "2", "--allow-code"],
+    "updates": ["updates.json", "--once", "--interval", "0.1", "--allow-code"],
     "verify": ["tiers.json", "--allow-code"],
     "compat disable": [],
     "compat enable": [],
@@ -98,6 +100,7 @@ def folder(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     config["models"][0]["embedding_table_names"] = ["t"]
     tier = {"type": "support.disk_tier:DiskTier", "file": "tier"}
     (place / "tiers.json").write_text(json.dumps({**config, "tiers": [{"type": "hash_map"}, tier]}))
+    (place / "updates.json").write_text(json.dumps({**config, "update_source": {"type": "in_process"}}))
     write_table(place / "tier", "hps_et.m.t", range(3), np.zeros((3, 2), np.float32))
     for name in ("fifo", "fifo.png"):
         os.mkfifo(name)

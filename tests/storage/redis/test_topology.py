@@ -72,7 +72,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def topology_of(address: str) -> Topology:
     pool = SimpleNamespace(disconnect=lambda: None)
-    client: Any = SimpleNamespace(slot_of=len, pool=lambda *place: pool)
+    client: Any = SimpleNamespace(who="redis_cluster", slot_of=len, pool=lambda *place: pool)
     return Topology(client, address, 1, Limits(refresh=0.0))
 
 
