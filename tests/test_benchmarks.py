@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.processes import ROOT, environment
+from support.servers import program
 from support.waiting import HANG_SECONDS
 
 FOLDER = ROOT / "benchmarks" / "host"
@@ -139,6 +140,18 @@ def test_no_part_of_tiers_fails(tmp_path: Path) -> None:
     for part in report["parts"]:
         assert part["failed"] is None and f"== {part['name']}" in printed
         assert part["skipped"] or part["tables"]
+
+
+@pytest.mark.parametrize("bus", ["in_process", "files", "redis_streams"])
+def test_updates_measures_freshness_and_lookups(tmp_path: Path, bus: str) -> None:
+    if bus == "redis_streams":
+        pytest.importorskip("redis")
+        program("redis-server", "redis-server")
+    printed, report = run("updates", tmp_path, "--bus", bus)
+    check(printed, report)
+    before, *others = report["buses"][bus]
+    assert before["rate"] == 0 and [one["rate"] for one in others] == [10_000, 100_000]
+    assert all(one["ticks"] > 0 and one["freshness_p50"] <= one["freshness_p99"] <= one["freshness_max"] for one in others)
 
 
 def test_every_benchmark_is_in_the_readme() -> None:
