@@ -45,6 +45,16 @@ class Backlog:
         self._put = self._taken = 0
 
     @property
+    def added(self) -> int:
+        """Items that were ever put in."""
+        return self._put
+
+    @property
+    def finished(self) -> int:
+        """Items that are done with: those that ``take`` returns have the numbers that follow."""
+        return self._taken
+
+    @property
     def bytes(self) -> int:
         """Of the items that wait."""
         return max(0, self._put_bytes - self._taken_bytes)

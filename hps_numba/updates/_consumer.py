@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +38,7 @@ __all__ = ["Consumer"]
 log = logging.getLogger(__name__)
 _GRACE_SECONDS = 30.0  # that ``close`` waits for what is being applied
 _LONGEST_POLL = 1.0  # seconds: a source that cannot be woken keeps ``close`` waiting for so long
+_LOOK_AGAIN = 0.002  # seconds between two looks whether everything was applied
 _SAY_AGAIN = 60.0  # seconds between two warnings of the same kind
 _MAX_TABLES = 10_000  # that are counted one by one
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
@@ -46,6 +47,7 @@ _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in
 class _Source(Protocol):
     section: UpdateSourceConfig
     resume: bool
+    drained: Callable[[float], bool]
 
     def poll(self, seconds: float) -> Sequence[Item]:
         """What comes next."""
@@ -84,6 +86,8 @@ class Consumer:
         self._source, self._targets = source, targets
         self._section = source.section
         self._backlog = Backlog(source.section.max_backlog_bytes)
+        self._dropped = 0  # items of the backlog before this number are not applied any more
+        source.drained = self._drain
         self._sleeps: SimpleQueue[None] = SimpleQueue()  # entries only end a sleep
         self._stopping = False
         self._reader: threading.Thread | None = None
@@ -198,6 +202,17 @@ class Consumer:
         self._committed = positions
         self._told = handled
 
+    def _drain(self, seconds: float) -> bool:
+        """What the source calls, from the thread that reads (``UpdateSource.drained``)."""
+        end = time.monotonic() + seconds
+        while self._backlog.messages and not self._stopping and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_AGAIN))
+        done = not self._backlog.messages
+        if not done:
+            self._dropped = self._backlog.added
+        self._commit()
+        return done
+
     # -- applying ---------------------------------------------------------------------
 
     def _apply_all(self) -> None:
@@ -215,7 +230,11 @@ class Consumer:
             self._stopping = True
 
     def _apply(self, items: Sequence[Item]) -> None:
-        """Apply what came, each table's in order; returns when it is in every tier or was passed over."""
+        """Apply what came, each table's in order; returns when it is in every tier, was passed over, or is not ours any more."""
+        dropped = self._dropped
+        gone = min(max(0, dropped - self._backlog.finished), len(items))
+        self._count_gone(items[:gone])
+        items = items[gone:]
         by_table: dict[str, list[Update | Message]] = {}
         for item in items:
             if isinstance(item, Lost):
@@ -223,7 +242,9 @@ class Consumer:
             else:
                 by_table.setdefault(item.table, []).append(item)
         for tag, some in by_table.items():
-            self._apply_to(tag, some)
+            self._apply_to(tag, some, dropped)
+        if self._dropped != dropped:  # all of them were read before that
+            return
         count = 0
         for item in items:
             if not isinstance(item, Lost):
@@ -231,9 +252,12 @@ class Consumer:
                 count += 1
         self._handled += count
 
-    def _apply_to(self, tag: str, items: Sequence[Update | Message]) -> None:
+    def _apply_to(self, tag: str, items: Sequence[Update | Message], dropped: int) -> None:
         counts, failures = self._counts_of(tag), 0
         while True:
+            if self._dropped != dropped:
+                self._count_gone(items)
+                return
             skips: list[tuple[Update | Message, Skip]] = []
             try:
                 target = self._targets.find(tag)
@@ -293,6 +317,12 @@ class Consumer:
             raise _Stopped
 
     # -- counting ---------------------------------------------------------------------
+
+    def _count_gone(self, items: Sequence[Item]) -> None:
+        """These wait no more: another process applies them, or they come again."""
+        for item in items:
+            if not isinstance(item, Lost):
+                self._counts_of(item.table).handled += 1
 
     def _counts_of(self, tag: str) -> TableCounts:
         counts = self._tables.get(tag)

@@ -9,7 +9,7 @@ and cache, and then commits the position. So a process that dies applies some up
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from hps_numba.updates._consumer import Consumer
@@ -34,6 +34,9 @@ class UpdateSource(abc.ABC):
         section: of the config, with the keys of every source, such as ``poll_timeout_ms`` and ``max_batch_size``.
         resume: begin after what was committed before; else with the oldest update that the bus has.
         key_bytes: of a key of the server, 8 or 4.
+        drained: to be called inside ``poll``, ``keep_alive`` or ``commit`` before partitions go to another process, as an older row
+            must not be written after that one has written a newer: waits so many seconds until everything that ``poll`` has
+            returned is applied and commits it; what is not applied by then is dropped, and the answer is False.
 
     Thread safety: all methods from one thread at a time, but ``wake``.
     """
@@ -47,6 +50,7 @@ class UpdateSource(abc.ABC):
         Raises:
             TierUnavailable: what it needs is not installed, or it can never be reached.
         """
+        self.drained: Callable[[float], bool] = lambda seconds: True
         self.section = section
         self.resume = resume
         self.key_bytes = key_bytes
