@@ -44,6 +44,7 @@ HOMES = {
     "jax": {},
     "pytest": {"testing": "now"},
     "redis": {"storage.redis": ""},
+    "confluent_kafka": {"updates._kafka.client": ""},
     "hiredis": {"storage.redis": ""},
 }
 #: folders in which a file is a plugin: it may know the base classes of its folder, whose names begin with an underscore

@@ -6,14 +6,13 @@ that reads and applies (``updates._consumer``).
 
 from __future__ import annotations
 
-import logging
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
 from hps_numba import plugins
-from hps_numba.config import ServerConfig, UpdateSourceType_t, checked_options
+from hps_numba.config import ServerConfig, checked_options
 from hps_numba.config.messages import dotted
 from hps_numba.errors import ConfigError, HpsError, TierUnavailable
 from hps_numba.server.stats import TableStats
@@ -22,7 +21,6 @@ from hps_numba.server.update_targets import UpdateTargets
 
 __all__ = ["OnlineUpdates"]
 
-log = logging.getLogger(__name__)
 _SOURCES = "hps_numba.updates"
 
 
@@ -62,9 +60,6 @@ class OnlineUpdates:
             opened = []
             sections = config.source_sections()
             for number, (place, given) in enumerate(sections):
-                if _is_missing(given.type):
-                    log.warning("%s.type: %r: this version reads no updates from it", dotted(place), given.type)
-                    continue
                 name = given.name or (given.type if len(sections) == 1 else f"{given.type}-{number}")
                 kind = _source_class(f"{dotted(place)}.type", given.type, config, allow_code)
                 section = checked_options(given, kind.Options, place, strict=config.strict)
@@ -107,11 +102,6 @@ class OnlineUpdates:
 def _stop(consumers: tuple[_Consumer, ...]) -> None:
     for consumer in consumers:
         consumer.stop()
-
-
-def _is_missing(kind: str) -> bool:
-    """A source that HugeCTR's files name, and that this version does not have: they are served without it."""
-    return kind == UpdateSourceType_t.kafka_message_queue.value and kind not in plugins.names(_SOURCES)
 
 
 def _source_class(place: str, name: str, config: ServerConfig, allow_code: bool) -> Any:

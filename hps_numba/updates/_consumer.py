@@ -230,7 +230,7 @@ class Consumer:
             self._stopping = True
 
     def _apply(self, items: Sequence[Item]) -> None:
-        """Apply what came, each table's in order; returns when it is in every tier, was passed over, or is not ours any more."""
+        """Apply what came, each table's in order; returns when it is in every tier, was passed over, or is not ours now."""
         dropped = self._dropped
         gone = min(max(0, dropped - self._backlog.finished), len(items))
         self._count_gone(items[:gone])

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from hps_numba import plugins
+from hps_numba.config.enums import UPDATE_SOURCES
 from hps_numba.errors import ArrayError, ClosedError, ConfigError, KeyDtypeError, TierError, TierUnavailable
 from hps_numba.kernels.host.resp import group_by_partition
 from hps_numba.runtime.fork import register_fork_reset
@@ -362,6 +363,7 @@ def producer_of(name: Any, *, allow_code: bool = False) -> type[UpdateProducer]:
     Raises:
         ConfigError: updates cannot be published to such a bus.   TierUnavailable: there is no such bus.
     """
+    name = next((word for word, others in UPDATE_SOURCES.items() if name in others), name)
     source = plugins.load(_SOURCES, name, allow_code=allow_code, error=TierUnavailable)
     kind = getattr(source, "Producer", None)
     if not (isinstance(kind, type) and issubclass(kind, UpdateProducer)):

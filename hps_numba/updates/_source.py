@@ -34,9 +34,9 @@ class UpdateSource(abc.ABC):
         section: of the config, with the keys of every source, such as ``poll_timeout_ms`` and ``max_batch_size``.
         resume: begin after what was committed before; else with the oldest update that the bus has.
         key_bytes: of a key of the server, 8 or 4.
-        drained: to be called inside ``poll``, ``keep_alive`` or ``commit`` before partitions go to another process, as an older row
-            must not be written after that one has written a newer: waits so many seconds until everything that ``poll`` has
-            returned is applied and commits it; what is not applied by then is dropped, and the answer is False.
+        drained: to be called inside ``poll``, ``keep_alive`` or ``commit`` before partitions go to another process, as an older
+            row must not be written after that one has written a newer: waits so many seconds until everything that ``poll``
+            has returned is applied, and commits it; what is not applied by then is dropped, and the answer is False.
 
     Thread safety: all methods from one thread at a time, but ``wake``.
     """

@@ -73,6 +73,7 @@ class KafkaProducer(UpdateProducer):
                 "message.max.bytes": min(10**9, max(1000, chosen.send_buffer_size + 2 * _MORE_BYTES)),
                 "queue.buffering.max.messages": min(chosen.num_send_buffers, 10_000_000),
                 "queue.buffering.max.kbytes": 2**21 - 1,
+                "allow.auto.create.topics": False,  # brokers would choose the number of partitions
                 "linger.ms": 1,  # messages are filled before they come here
             }
             self._delivery = Delivery(self._client, settings)
@@ -153,8 +154,8 @@ class Options:
     """Keys of an ``update_source`` of this type, beside those of HugeCTR.
 
     Attributes:
-        scope: who shares the updates: ``process``: every process gets all of them; ``host``, ``shared``: the processes of a host,
-            or all, get each update once, as they share the rows (in a shared memory or in Redis) and have no others.
+        scope: who shares the updates: ``process``: every process gets all of them; ``host``, ``shared``: the processes of a
+            host, or all, get each update once, as they share the rows (in shared memory or in Redis) and have no others.
         consumer: names this process among those of its host whose rows outlive them, so that it finds its place again.
         group: id of the consumer group, instead of HugeCTR's names.
         topics: regular expressions, which begin with ``^``, or names.

@@ -422,11 +422,6 @@ def test_bfloat16_answers_in_host_memory_are_refused(workshop: Workshop) -> None
         server.lookup([1], "m", 0)
 
 
-def test_an_update_source_is_a_warning_at_start(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
-    workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"})
-    assert "update_source.type: 'kafka_message_queue': this version reads no updates from it" in caplog.text
-
-
 def test_wrong_argument_types_raise_typed_errors(workshop: Workshop) -> None:
     server = workshop.open(workshop.model((range(5), 4)))
     with pytest.raises(hps_numba.UnknownModelError, match="model_name"):

@@ -104,8 +104,8 @@ class Client:
         every = {"bootstrap.servers": self._brokers, "log.connection.close": False, "reconnect.backoff.max.ms": 1000}
         try:
             return kind({**every, **settings, **self._properties}, logger=_Quiet())
-        except (*self.problems, TypeError, ValueError) as problem:
-            said = problem.args[0]
+        except Exception as problem:
+            said = problem.args[0] if problem.args else problem
             raise ConfigError(f"properties: {said.str() if isinstance(said, self.codes) else said}") from problem
 
 

@@ -134,4 +134,3 @@ class Delivery:
             return
         self._producer = self._client.producer(self._settings)
         self._fatal = False
-

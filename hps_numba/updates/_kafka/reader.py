@@ -14,7 +14,7 @@ from hps_numba.updates._update import NO_TIME, Lost, Message, Position
 
 __all__ = ["Hooks", "Reader"]
 
-_OLDEST, _COMMITTED = -2, -1000  # offsets that stand for a place, in librdkafka
+_OLDEST, _COMMITTED = -2, -1000  # stand for an offset, in librdkafka
 _NO_TIMESTAMP = 0
 _SLICE = 0.1  # seconds after which a poll looks whether it was woken
 _ASK_SECONDS = 5.0  # that a question to the brokers may take
@@ -194,10 +194,7 @@ class Reader:
                     count = low - expected if expected < low else None
                     losses.append(Lost(Position(name_of(*place), low), count))
             self._consumer.assign(
-                [
-                    self._client.place(*place, starts.get(place, self.partitions.next_in(place) or self._start(place)))
-                    for place in self.partitions
-                ]
+                [self._client.place(*place, starts.get(place, self._from(place))) for place in self.partitions]
             )
         except self._client.problems as problem:
             raise TierError(f"offsets: {problem.args[0].str()}") from problem
@@ -211,16 +208,25 @@ class Reader:
         known = self.partitions.next_in(place)
         if known is not None:
             return known
-        if self._resume or place in self.partitions.seen:
-            (committed,) = self._consumer.committed([self._client.place(*place)], timeout=_ASK_SECONDS)
-            if committed.error is not None:
-                raise self._client.kafka.KafkaException(committed.error)
-            if committed.offset >= 0:
-                return int(committed.offset)
-        return self.partitions.seen.get(place, low)
+        return self._committed_offsets([place]).get(place, self.partitions.seen.get(place, low))
 
-    def _start(self, place: Place) -> int:
-        return _COMMITTED if self._resume or place in self.partitions.seen else _OLDEST
+    def _committed_offsets(self, places: Sequence[Place]) -> dict[Place, int]:
+        """Offsets to go on with, of those partitions that the group has committed some of.
+
+        Raises:
+            KafkaException: the brokers do not answer.
+        """
+        asked = [self._client.place(*place) for place in places if self._resume or place in self.partitions.seen]
+        found = self._consumer.committed(asked, timeout=_ASK_SECONDS) if asked else ()
+        for one in found:
+            if one.error is not None:
+                raise self._client.kafka.KafkaException(one.error)
+        return {(one.topic, one.partition): int(one.offset) for one in found if one.offset >= 0}
+
+    def _from(self, place: Place) -> int:
+        """Where reading of a partition begins."""
+        known = self.partitions.next_in(place)
+        return _OLDEST if known is None else known
 
     # -- the group ---------------------------------------------------------------------
 
@@ -230,7 +236,13 @@ class Reader:
         self._assigned = True
         self._paused = False
         self._unchecked = self._alone
-        consumer.assign([self._client.place(*place, self._start(place)) for place in self.partitions])
+        try:
+            for place, offset in self._committed_offsets(list(self.partitions)).items():
+                self.partitions.go_on(place, offset)
+        except self._client.problems:  # librdkafka asks again; where it finds none, that is an error, and then so do we
+            consumer.assign([self._client.place(*place, _COMMITTED) for place in self.partitions])
+            return
+        consumer.assign([self._client.place(*place, self._from(place)) for place in self.partitions])
 
     def _on_revoke(self, consumer: Any, revoked: Sequence[Any]) -> None:
         self._leave(self._hooks.revoked)
