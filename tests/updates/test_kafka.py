@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,13 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from support.children import in_child
-from support.factories import Workshop
+from support.factories import COLD, Workshop
 from support.kafka_brokers import MockCluster, Tansu, kafka, mock_cluster, tansu
 from support.oracles import assert_same_bits, rows_of
+from support.processes import environment
 from support.servers import free_port
 from support.waiting import HANG_SECONDS, wait_until
 
+import hps_numba
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
+from hps_numba.kernels.hashing import partition_hash
 from hps_numba.testing import SourceContract
 from hps_numba.updates import Lost, Message, Position, Update, open_producer
 from hps_numba.updates._consumer import Consumer
@@ -160,7 +169,10 @@ def plain_program(address: str, topic: str, count: int) -> tuple[dict[int, bytes
         assert magic == b"HCTR" and int(headers["hps-time-ms"]) > 0
         erased += [key for (key,) in struct.iter_unpack("<q", headers.get("hps-erased", b""))]
         for at in range(8, len(value), 8 + size):
-            rows[struct.unpack_from("<q", value, at)[0]] = value[at + 8 : at + 8 + size]
+            (key,) = struct.unpack_from("<q", value, at)
+            with np.errstate(over="ignore"):
+                assert int(partition_hash(np.uint64(key))) % 8 == message.partition()
+            rows[key] = value[at + 8 : at + 8 + size]
     consumer.close()
     return rows, erased
 
@@ -182,9 +194,6 @@ def test_u09_lookups_go_on_while_the_broker_is_away_and_updates_come_when_it_is_
 
 
 def test_u04_groups_have_the_names_of_hugectr(opened: Callable[..., KafkaSource]) -> None:
-    import os
-    import platform
-
     address, host = f"127.0.0.1:{free_port()}", platform.node()
     assert opened(address).group == f"hps.persistent.{host}"
     assert opened(address, consumer="b").group == f"hps.persistent.{host}.b"
@@ -352,6 +361,53 @@ def test_a_broker_of_three_that_fails_and_errors_of_requests_lose_nothing(worksh
         assert (server.update_stats()[0].lost, server.update_stats()[0].skipped) == (0, {})
 
 
+def test_a_consumer_that_is_killed_goes_on_where_it_has_committed(workshop: Workshop, cluster: MockCluster) -> None:
+    log = {"type": "row_log", "path": str(workshop.folder / "log"), "initialize_after_startup": False}
+    source = section(cluster.address, properties={"session.timeout.ms": 2000}, max_batch_size=50)
+    path = workshop.folder / "ps.json"
+    path.write_text(json.dumps({"models": [workshop.model((range(9), 3))], "tiers": [COLD, log], "update_source": source}))
+    cluster.create_topic(TOPIC, 4)
+    expected: dict[int, bytes] = {}
+    command = [sys.executable, "-m", "support.update_consumer", str(path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    numbers = np.random.default_rng(3)
+    try:
+        with KafkaProducer.from_options(brokers=cluster.address, linger_ms=0, send_buffer_size=300) as producer:
+            for stamp in range(60):
+                keys = numbers.integers(0, 300, 80)
+                producer.update("m", "sparse_embedding0", keys, rows_of(keys, 3, stamp))
+                producer.flush(HANG_SECONDS)
+                expected.update((key, rows_of([key], 3, stamp).tobytes()) for key in keys.tolist())
+                if stamp == 40:
+                    wait_until(lambda: committed(cluster.address) > 0)
+                    child.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        child.communicate(timeout=HANG_SECONDS)
+    before = committed(cluster.address)
+    server = hps_numba.HPS(path)
+    workshop.servers.append(server)
+    wait_until(lambda: content_of(server) == expected)
+    wait_until(lambda: server.update_stats()[0].lag_messages == 0)
+    (stats,) = server.update_stats()
+    assert stats.resumes and before > 0 and stats.lost == 0
+    again = sum(updates.messages for updates in stats.tables.values())
+    assert again == sum(offset + 1 for offset in stats.positions.values()) - before, "only what was not committed"
+
+
+def committed(address: str) -> int:
+    """Messages before the offsets that the default group of this host has committed."""
+    consumer = kafka().Consumer({"bootstrap.servers": address, "group.id": f"hps.persistent.{platform.node()}"})
+    places = consumer.committed([kafka().TopicPartition(TOPIC, number) for number in range(4)], timeout=HANG_SECONDS)
+    consumer.close()
+    return sum(max(0, place.offset) for place in places)
+
+
+def content_of(server: hps_numba.HPS) -> dict[int, bytes]:
+    with server.locked_table("m", 0) as (keys, rows_at):
+        return {int(key): row.tobytes() for key, row in zip(keys, rows_at(keys))}
+
+
 def test_a_commit_comes_after_the_rows_and_leaves_out_what_others_have(
     cluster: MockCluster, opened: Callable[..., KafkaSource]
 ) -> None:
@@ -463,8 +519,6 @@ def test_encryption_and_log_in_are_passed_through(opened: Callable[..., KafkaSou
 
 
 def test_without_the_client_the_server_says_what_is_missing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(TierUnavailable, match=r"needs hps-numba\[kafka\]"):
         workshop.open(workshop.model((range(5), 4)), update_source={"type": "kafka"})

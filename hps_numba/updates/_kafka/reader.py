@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,10 @@ class Reader:
         losses: list[Lost] = []
         try:
             for place in places:
-                low, high = self._consumer.get_watermark_offsets(self._client.place(*place), timeout=_ASK_SECONDS)
+                ends = self._consumer.get_watermark_offsets(self._client.place(*place), timeout=_ASK_SECONDS)
+                if ends is None:
+                    raise TierError(f"offsets: no broker tells those of {name_of(*place)} within {_ASK_SECONDS:g} s")
+                low, high = ends
                 expected = self._expected(place, low)
                 starts[place] = expected if low <= expected <= high else low
                 if starts[place] != expected:
@@ -272,6 +276,8 @@ class Reader:
             raise TierError(f"topics: {problem.args[0].str()}") from problem
         self._unchecked = False
         split = self.partitions.split_topics({name: len(topic.partitions) for name, topic in topics.items()})
+        if not self.partitions:
+            split = sorted(name for name in topics if any(_is_meant(one, name) for one in self._topics))
         if split:
             raise TierError(
                 f"group {self._settings['group.id']}: expected no other member, got only a part of {split[0]}: if another "
@@ -320,6 +326,11 @@ class Reader:
             self._fatal = True
         if self._fatal or error.code() != self._client.codes._TRANSPORT:  # one broker of several; the others are asked
             self._problem = error.str()
+
+
+def _is_meant(topic: str, name: str) -> bool:
+    """Whether an entry of ``topics`` means this topic."""
+    return re.match(topic, name) is not None if topic.startswith("^") else topic == name
 
 
 def _message(message: Any) -> Message:
