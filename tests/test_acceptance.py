@@ -33,7 +33,7 @@ MET = [
     *rows("N", range(1, 7)),
     *rows("D", range(1, 26)),
     *rows("G", [*range(1, 31), 32, 33, 35, 36, 38, 39, 40]),
-    *rows("U", [2, 3, *range(5, 14)]),
+    *rows("U", range(1, 14)),
     "O01",
     "O02",
     "O06",
