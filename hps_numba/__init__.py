@@ -27,6 +27,7 @@ from hps_numba.errors import (
     TierUnavailable,
     TraceError,
     UnknownModelError,
+    VersionError,
 )
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ __all__ = [
     "UnknownModelError",
     "UpdateSourceParams",
     "UpdateSourceType_t",
+    "VersionError",
     "VolatileDatabaseParams",
     "__version__",
     "as_policy",

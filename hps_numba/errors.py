@@ -8,6 +8,7 @@
     ├── ArrayError        (ValueError)     an ``out=`` array or given rows have the wrong shape or dtype, or cannot be written
     ├── KeyDtypeError     (TypeError)      keys are not integers, or do not fit the key width of the server
     ├── UnknownModelError (LookupError)    no such model, or no such table in it
+    │   └── VersionError                   ... or a lookup asked for a version of it that is not in force
     ├── CapacityError     (MemoryError)    a plan or an insertion does not fit the memory it may use
     ├── DeviceError       (RuntimeError)   a listed device is missing, or an array is on the wrong one
     ├── TierError         (OSError)        a storage tier failed
@@ -37,6 +38,7 @@ __all__ = [
     "TierUnavailable",
     "TraceError",
     "UnknownModelError",
+    "VersionError",
 ]
 
 
@@ -93,6 +95,10 @@ class TraceError(HpsError, OSError):
 class ReentryError(HpsError, RuntimeError):
     """A call came from inside another call of the same thread, by a signal handler, ``__del__`` or a callback, and would change
     what that one is working on. Nothing was changed; call again when the other has ended."""
+
+
+class VersionError(UnknownModelError):
+    """Another version of the model is in force than the one that a lookup asked for."""
 
 
 class ClosedError(HpsError, RuntimeError):

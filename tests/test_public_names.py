@@ -21,16 +21,16 @@ PUBLIC = """HPS ArrayError CacheStats CapacityError ClosedError ConfigError Data
 DeviceError EmbeddingCacheType_t Fetched HpsError InferenceParams KeyDtypeError ModelConfig ModelFileError
 ParameterServerConfig PersistentDatabaseParams Plan Policy PolicyError ReentryError ServerConfig TablePlan TableSpec
 TableStats Tier TierError TierUnavailable TraceError UnknownModelError UpdateSourceParams UpdateSourceType_t
-VolatileDatabaseParams __version__ as_policy convert_model generate_model load_policy make_plan open_model policy_with
-read_config simulate write_model"""
+VersionError VolatileDatabaseParams __version__ as_policy convert_model generate_model load_policy make_plan open_model
+policy_with read_config simulate write_model"""
 SIMULATE = """DEFAULT_POLICIES Advice Choice Run Simulation Trace advise known_names open_trace run write_page write_plot"""
 TORCH = """SGD Adagrad Adam HPSEmbeddingBag Init LookupCollection LookupLayer Rows load_checkpoint load_embedding operator
-save_checkpoint save_embedding server_of trained_rows"""
+publish_rows save_checkpoint save_embedding server_of trained_rows"""
 TENSORFLOW = """SGD Adagrad Adam Init LookupCollection LookupLayer SparseLookupLayer Table __version__ embedding_lookup
-embedding_lookup_many embedding_lookup_sparse load load_checkpoint save_checkpoint server_of split"""
+embedding_lookup_many embedding_lookup_sparse load load_checkpoint publish_rows save_checkpoint server_of split"""
 HPS_METHODS = """close closed config contains direct dump erase host_bytes insert load_dump load_model locked_table lookup
-lookup_fromdlpack lookup_many lookup_pooled models on_evict plan prefetch read_modify_write record_trace refresh replace_model
-replaying set_policy stats unload_model update update_stats"""
+lookup_fromdlpack lookup_many lookup_pooled model_version models on_evict on_version plan prefetch read_modify_write
+record_trace refresh replace_model replaying roll_back_model set_policy stats unload_model update update_stats"""
 OPERATORS = {
     "lookup": "(Tensor keys, str request, int dim) -> Tensor",
     "lookup_many": "(Tensor[] keys, str request, int[] dims) -> Tensor[]",

@@ -25,7 +25,7 @@ from hps_numba.arrays.bags import COMBINERS
 from hps_numba.arrays.buffer_pool import aligned_empty
 from hps_numba.arrays.host import to_host
 from hps_numba.config.messages import show
-from hps_numba.errors import ConfigError, UnknownModelError
+from hps_numba.errors import ConfigError, VersionError
 from hps_numba.server.hps import HPS
 
 __all__ = ["Request", "Response", "TableRequest", "respond"]
@@ -218,11 +218,12 @@ def respond(server: HPS, request: Request) -> Response:
     """Answer a request, all tables from one version of the model.
 
     Raises:
-        UnknownModelError: no such model, table or version.   Otherwise as ``HPS.lookup`` and ``HPS.lookup_pooled``.
+        UnknownModelError: no such model or table.   VersionError: another version is in force.
+        Otherwise as ``HPS.lookup`` and ``HPS.lookup_pooled``.
     """
     rows, version = server.direct.read_one_version(request.model, lambda: tuple(_rows_of(server, request)))
     if request.version not in (None, version):
-        raise UnknownModelError(f"version: expected {version}, which model {request.model!r} has, got {request.version}")
+        raise VersionError(f"version: expected {version}, which model {request.model!r} has, got {request.version}")
     return Response(request.model, version, rows)
 
 

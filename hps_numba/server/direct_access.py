@@ -59,13 +59,21 @@ class DirectAccess:
         return self._catalog.table(model_name, table_id).spec
 
     def read_one_version(self, model_name: str, read: Callable[[], T]) -> tuple[T, int]:
-        """What ``read`` returns of several tables, all of one version of the model, and the number of the version.
+        """What ``read`` returns of several tables, all of one version of the model, and its number.
 
         Raises:
             UnknownModelError, ClosedError: as ``HPS.lookup``.
         """
         model = self._catalog.model(model_name)
         return model.switch.read_one_version(lambda: (read(), model.version))
+
+    def read(self, keys: np.ndarray, model_name: str, table_id: int | str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows past the caches, of int64 keys ``[n]``: float32 ``[n, dim]``, and bool ``[n]``, which keys have one.
+
+        Raises:
+            UnknownModelError, ClosedError: as ``HPS.lookup``.   TierError: a slower tier failed, so that this is not known.
+        """
+        return self._catalog.table(model_name, table_id).writes.read(keys)
 
     def cache_on(self, device: int, model_name: str, table_id: int | str) -> EmbeddingCache | None:
         """The cache of a table on a GPU; None if there is none, if lookups may have to wait for slower tiers, or if answers are

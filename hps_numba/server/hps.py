@@ -26,6 +26,7 @@ from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups
 from hps_numba.server.model_loader import ModelLoader
+from hps_numba.server.model_versions import VersionHook
 from hps_numba.server.online_updates import OnlineUpdates
 from hps_numba.server.plan import Plan, plan_of
 from hps_numba.server.recordings import Recordings
@@ -82,7 +83,7 @@ class HPS:
         self.direct = DirectAccess(catalog, self._lookups, self._recordings, self._writes)
         try:
             self._loader.load_all()
-            targets = UpdateTargets(catalog, self._loader.host, self._loader.slower)
+            targets = UpdateTargets(catalog, self._loader.host, self._loader.slower, self._loader.replace_by)
             self._updates.open(self.config, targets, self, allow_code=allow_code)
         except BaseException:
             self.close()
@@ -99,6 +100,7 @@ class HPS:
         *,
         out: Any = None,
         stream: Any = None,
+        version: int | None = None,
     ) -> Any:
         """Look up the rows of a batch of keys.
 
@@ -113,6 +115,7 @@ class HPS:
             out: an array of shape ``S + (dim,)`` and the dtype of the answer, to write to and return.
             stream: CUDA stream to work on (a handle, or a stream of any framework); by default the current stream of the keys'
                 framework. Ignored for keys in host memory, which are answered from host memory.
+            version: answer only if this version of the model is in force (``model_version``); by default whichever is.
 
         Returns:
             float32 (or the model's ``output_dtype``) ``S + (dim,)``, an array of the same kind as ``keys`` (NumPy for
@@ -121,12 +124,19 @@ class HPS:
         Raises:
             KeyDtypeError: keys are not integers or do not fit the key width.
             UnknownModelError: no such model or table.   DeviceError: the model is not deployed on ``device_id``.
+            VersionError: another version than ``version`` is in force; ``out`` may have been written to.
             TierError: a slower tier broke its contract.
             ClosedError: the server was closed.
         """
-        return self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
+        if version is None:
+            return self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
+        return self._lookups.of_version(
+            model_name, version, lambda: self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
+        )
 
-    def lookup_many(self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False) -> Any:
+    def lookup_many(
+        self, keys: Any, model_name: str, device_id: int = 0, *, flat: bool = False, version: int | None = None
+    ) -> Any:
         """Look up rows of several tables of one model, all in the same version of the model.
 
         If the version is switched during the call, it looks up again, and ``stats`` counts it twice.
@@ -136,6 +146,7 @@ class HPS:
                 A shorter sequence looks up the first tables only.
             flat: return one NumPy vector: the rows of all tables, one after the other in the given order. Rows on a GPU are
                 copied to the host as float32.
+            version: as for ``lookup``.
 
         Returns:
             What ``lookup`` returns for each table: as a list, or as a dict with the keys of the mapping.
@@ -143,7 +154,11 @@ class HPS:
         Raises:
             As ``lookup``; UnknownModelError if the sequence is longer than the number of tables.
         """
-        return self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
+        if version is None:
+            return self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
+        return self._lookups.of_version(
+            model_name, version, lambda: self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
+        )
 
     def lookup_pooled(
         self,
@@ -454,7 +469,13 @@ class HPS:
         """
         self._loader.load(model)
 
-    def replace_model(self, model_name: str, sparse_files: str | Path | Iterable[str | Path] | None = None) -> None:
+    def replace_model(
+        self,
+        model_name: str,
+        sparse_files: str | Path | Iterable[str | Path] | None = None,
+        *,
+        version: int | None = None,
+    ) -> None:
         """Replace all rows of a model by a new version, in one step, while lookups continue.
 
         The new version is loaded first, so host memory holds both for a while. A lookup sees the old rows or the new ones and
@@ -467,6 +488,7 @@ class HPS:
 
         Args:
             sparse_files: one per table (or a single path if there is one table); by default those of the config, read again.
+            version: number of the new version, an integer of at least 0; by default one more than that in force.
 
         Raises:
             ModelFileError, CapacityError: the new version cannot be loaded; the old one stays in every tier.
@@ -477,7 +499,44 @@ class HPS:
             ReentryError: called inside a ``replaying`` block, for whose end it would wait.
             ClosedError: the server was closed meanwhile; nothing is left of the new version.
         """
-        self._loader.replace(model_name, None if sparse_files is None else as_paths(sparse_files, "sparse_files"))
+        number = None if version is None else as_count(version, "version", 0, 2**63 - 1)
+        self._loader.replace(model_name, None if sparse_files is None else as_paths(sparse_files, "sparse_files"), number)
+
+    def roll_back_model(self, model_name: str) -> int:
+        """Go back to the version of a model that was in force before, from its files, as ``replace_model``; returns its number.
+
+        A second call takes the first one back. Rows that changed after those files were written are not there.
+
+        Raises:
+            VersionError: there was none before.   Otherwise as ``replace_model``; the files must still be there.
+        """
+        return self._loader.roll_back(model_name)
+
+    def model_version(self, model_name: str) -> int:
+        """Number of the version of a model that is in force: 1 at first, one more with each replacement, or as those say.
+
+        Raises:
+            UnknownModelError: no such model.   ClosedError: the server was closed.
+        """
+        return self._catalog.model(model_name).version
+
+    def on_version(self, hook: VersionHook, model_name: str) -> Callable[[], None]:
+        """Be told of each new version of a model before lookups see it, to switch a dense part in the same moment.
+
+        Args:
+            hook: a function of the number of the version and of the manifest of the message that brings it (``model``,
+                ``version``, ``tables``, ``dense``, ...; empty if no message did). It is called when the rows are loaded, on any
+                thread, and may take its time to load the dense part; it must not change the server. What it raises keeps the
+                version in force. It may return a function, which is called in the moment in which all tables are switched: it
+                must only take over what is loaded, and wait for nothing. What that one raises is logged.
+
+        Returns:
+            A function that ends the calls.
+
+        Raises:
+            UnknownModelError: no such model.   ConfigError: ``hook`` cannot be called.
+        """
+        return self._catalog.model(model_name).versions.add_hook(as_function(hook, "hook"))
 
     def unload_model(self, model_name: str, *, erase: bool = False) -> None:
         """Take a model out of service and free its host memory; with ``erase`` also drop its rows from slower tiers.

@@ -10,9 +10,9 @@ take them: ``Lookups.lookup`` -> ``PlainLookups`` (storage/host/plain.py) -> ``h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from hps_numba.storage.host.pooling import Bags, without_padding
 __all__ = ["Lookups"]
 
 _MAX_PLAIN = 10_000  # names of tables: with keys on a GPU, any number may stand for the device
+T = TypeVar("T")
 
 
 class Lookups:
@@ -260,6 +261,22 @@ class Lookups:
         if self._recordings.active:
             self._recordings.record(table, bags.keys)
         return rows
+
+    # -- versions ---------------------------------------------------------------------
+
+    def of_version(self, model_name: str, number: int, answer: Callable[[], T]) -> T:
+        """What ``answer`` returns, all of version ``number`` of a model; it is called again if a switch overtakes it.
+
+        Raises:
+            VersionError: another one is in force.   UnknownModelError, ClosedError: as ``HPS.lookup``.
+        """
+        model = self._catalog.model(model_name)
+
+        def read() -> T:
+            model.versions.check(number)
+            return answer()
+
+        return model.switch.read_one_version(read)
 
     # -- several tables ---------------------------------------------------------------------
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from hps_numba.cache.version_switch import VersionSwitch
-from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, TableSpec, read_config
+from hps_numba.config import ModelConfig, ServerConfig, TableSpec
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError, UnknownModelError
 from hps_numba.kernels.policies._load import as_policy, load_policy
@@ -17,7 +17,9 @@ from hps_numba.kernels.policies._policy import Policy
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.server.cache_shape import cache_shape
 from hps_numba.server.fused_tables import FusedTables
+from hps_numba.server.manifest import Manifest
 from hps_numba.server.model_jobs import Check, go_on
+from hps_numba.server.model_versions import ModelVersion, ModelVersions
 from hps_numba.server.plan import Plan, TablePlan, plan_of
 from hps_numba.server.prefetches import Prefetches
 from hps_numba.server.replacement import Replacement, new_version
@@ -30,35 +32,12 @@ from hps_numba.server.table_plan import plan_caches, plan_table, plan_tables
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._host_tables import HostTablesTier
 
-__all__ = ["Policies", "ServedModel", "config_of_model", "load_policies"]
+__all__ = ["Policies", "ServedModel", "load_policies"]
 
 log = logging.getLogger(__name__)
 Policies = tuple[Policy, ...]
 #: config keys of a model that only a cache or its refresh reads
 _KEYS_OF_CACHES = ("miss_path", "refresh_interval", "refresh_delay", "cache_policy", "cache_row_dtype", "cache_size_bytes")
-
-
-def config_of_model(
-    server: ServerConfig, model: Mapping[str, Any] | InferenceParams | ModelConfig, *, strict: bool = False
-) -> ServerConfig:
-    """A config of one model over the databases of a running server.
-
-    Raises:
-        ConfigError: the description is wrong, or its keys are of another width than the server's.
-    """
-    if isinstance(model, InferenceParams):
-        config = read_config([model])
-        if config.supportlonglong != server.supportlonglong:
-            bits = 64 if server.supportlonglong else 32
-            raise ConfigError(f"i64_input_key: {model.i64_input_key}, but this server has keys of {bits} bits")
-        entry = config.to_dict()["models"][0]
-    elif isinstance(model, ModelConfig):
-        entry = model.model_dump(mode="json")
-    elif isinstance(model, Mapping):
-        entry = dict(model)
-    else:
-        raise ConfigError(f"model: expected a mapping, InferenceParams or ModelConfig, got {type(model).__name__}")
-    return read_config({**server.to_dict(), "models": [entry]}, strict=strict, beside=server.source)
 
 
 def load_policies(config: ServerConfig, model: ModelConfig, *, allow_code: bool = False) -> Policies:
@@ -87,7 +66,7 @@ class ServedModel:
     Attributes:
         tables: in table order.
         groups: selections of tables that are looked up together on a device.
-        switch: of the versions of all tables.
+        switch: of the versions of all tables.   versions: which is in force.
         prefetches: rows of slower tiers that are brought up ahead of lookups.
         replays: of graphs that captured lookups, as far as they are announced.
 
@@ -121,6 +100,7 @@ class ServedModel:
             self.tables = tuple(self._open_table(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
+        self.versions = ModelVersions(self.name, tuple(table.spec.source for table in self.tables))
 
     def _open_table(self, spec: TableSpec, undo: ExitStack) -> ServedTable:
         store = None
@@ -138,8 +118,8 @@ class ServedModel:
 
     @property
     def version(self) -> int:
-        """Number of the content: 1 at first, one more with each replacement."""
-        return 1 + self.switch.turns // 2
+        """Number of the version in force."""
+        return self.versions.in_force.number
 
     @property
     def has_caches(self) -> bool:
@@ -303,7 +283,15 @@ class ServedModel:
         """A new version is loaded into host memory, because the first one was too, or because no other tier has the rows."""
         return self._fills_host() or (self._host is not None and not self._slower.writable)
 
-    def replace(self, sources: Iterable[str] | None = None, on_rows: Progress = no_progress, check: Check = go_on) -> None:
+    def replace(
+        self,
+        sources: Iterable[str] | None = None,
+        on_rows: Progress = no_progress,
+        check: Check = go_on,
+        *,
+        number: int | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
         """Load a new version beside the old one, switch all tables to it, then drop from slower tiers what it lacks.
 
         Every tier that can be written gets the new version, also those that are not initialized at the start. Other writes wait
@@ -311,7 +299,9 @@ class ServedModel:
         read to its end before the first tier changes.
 
         Args:
-            sources: sparse models of the new version, one a table; by default the present ones, read again.
+            sources: sparse models of the new version, one a table; by default the ones of the config, read again.
+            number: of the new version; by default one more than that in force.
+            manifest: what says so, if a message does; rows that updates have changed since its ``since_ms`` are kept.
             check: called while the replacement can still be stopped; it is undone if this raises.
 
         Raises:
@@ -325,6 +315,12 @@ class ServedModel:
         paths = self._paths(sources)
         fill, tiers = self.replacement_fills_host, self._slower.writable
         validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
+        new = ModelVersion(
+            number=self.version + 1 if number is None else number,
+            sources=tuple(paths),
+            manifest={} if manifest is None else manifest.to_dict(),
+            since_ms=None if manifest is None else manifest.since_ms,
+        )
         replacement = Replacement(
             self.tables,
             tiers,
@@ -335,8 +331,9 @@ class ServedModel:
             self._no_loading,
             fill=fill,
             validate=validate,
+            versions=self.versions,
         )
-        replacement.run(paths, on_rows, check)
+        replacement.run(new, on_rows, check, carry=manifest is not None and manifest.since_ms is not None)
 
     def _no_loading(self, check: Check) -> AbstractContextManager[None]:
         """A block in which no other process loads tables that are shared with this one; ``check`` is called until it begins."""

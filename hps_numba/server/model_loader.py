@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig
+from hps_numba.config import InferenceParams, ModelConfig, ServerConfig, VolatileDatabaseConfig, read_config
 from hps_numba.config.spec import locate
 from hps_numba.device import driver
 from hps_numba.device.host_memory import HostAllocator, PinnedHostAllocator, PlainHostAllocator
-from hps_numba.errors import ConfigError, DeviceError, TierUnavailable
+from hps_numba.errors import ConfigError, DeviceError, TierUnavailable, VersionError
 from hps_numba.runtime.progress import rows_progress
 from hps_numba.runtime.reentry import reentry_error, refuse_inside
 from hps_numba.runtime.shielded import refuse_inside_work
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog, Models
+from hps_numba.server.manifest import Manifest
 from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
 from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import plan_config
@@ -31,6 +33,29 @@ from hps_numba.storage.tiers.hash_map import HashMapTier
 __all__ = ["ModelLoader"]
 
 log = logging.getLogger(__name__)
+
+
+def config_of_model(
+    server: ServerConfig, model: Mapping[str, Any] | InferenceParams | ModelConfig, *, strict: bool = False
+) -> ServerConfig:
+    """A config of one model over the databases of a running server.
+
+    Raises:
+        ConfigError: the description is wrong, or its keys are of another width than the server's.
+    """
+    if isinstance(model, InferenceParams):
+        config = read_config([model])
+        if config.supportlonglong != server.supportlonglong:
+            bits = 64 if server.supportlonglong else 32
+            raise ConfigError(f"i64_input_key: {model.i64_input_key}, but this server has keys of {bits} bits")
+        entry = config.to_dict()["models"][0]
+    elif isinstance(model, ModelConfig):
+        entry = model.model_dump(mode="json")
+    elif isinstance(model, Mapping):
+        entry = dict(model)
+    else:
+        raise ConfigError(f"model: expected a mapping, InferenceParams or ModelConfig, got {type(model).__name__}")
+    return read_config({**server.to_dict(), "models": [entry]}, strict=strict, beside=server.source)
 
 
 class ModelLoader:
@@ -152,18 +177,51 @@ class ModelLoader:
         plan_config(config, policies).check()
         self._deploy(config, added, policies, check)
 
-    def replace(self, model_name: str, files: Sequence[str | Path] | None) -> None:
-        """As ``HPS.replace_model``."""
+    def replace(
+        self,
+        model_name: str,
+        files: Sequence[str | Path] | None,
+        number: int | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        """As ``HPS.replace_model``; ``manifest``: what says so, if a message does."""
         self.check_outside(unlocked=self._catalog.model(model_name))
-        self.jobs.run(lambda check: self._replace(model_name, files, check))
+        self.jobs.run(lambda check: self._replace(model_name, files, number, manifest, check))
 
-    def _replace(self, model_name: str, files: Sequence[str | Path] | None, check: Check) -> None:
+    def replace_by(self, manifest: Manifest) -> None:
+        """As ``HPS.replace_model`` and ``HPS.roll_back_model``, by a manifest that fits the model."""
+        model = self._catalog.model(manifest.model)
+        if manifest.roll_back:
+            self.roll_back(manifest.model, manifest.version)
+        else:
+            files = [manifest.tables[table.spec.name] for table in model.tables]
+            self.replace(manifest.model, files, manifest.version, manifest)
+
+    def roll_back(self, model_name: str, number: int | None = None) -> int:
+        """As ``HPS.roll_back_model``; ``number``: which version that has to be."""
+        previous = self._catalog.model(model_name).versions.previous
+        if previous is None or number not in (None, previous.number):
+            wanted = "a version" if number is None else f"version {number}"
+            there = "none" if previous is None else f"version {previous.number}"
+            raise VersionError(f"model {model_name!r}: expected {wanted} before that in force, got {there}")
+        manifest = replace(Manifest(**previous.manifest), since_ms=None) if previous.manifest else None
+        self.replace(model_name, previous.sources, previous.number, manifest)
+        return previous.number
+
+    def _replace(
+        self,
+        model_name: str,
+        files: Sequence[str | Path] | None,
+        number: int | None,
+        manifest: Manifest | None,
+        check: Check,
+    ) -> None:
         model = self._catalog.model(model_name)
         sources = None if files is None else [locate(str(file), self._config.folder) for file in files]
         plan = model.plan_of_replacement(sources)
         plan.check()
         with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
-            model.replace(sources, on_rows, check)
+            model.replace(sources, on_rows, check, number=number, manifest=manifest)
 
     def unload(self, model_name: str, *, erase: bool) -> None:
         """As ``HPS.unload_model``."""

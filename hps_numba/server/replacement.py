@@ -25,12 +25,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
+
+import numpy as np
 
 from hps_numba.cache.parts import CacheParts
 from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.errors import HpsError
 from hps_numba.server.fused_tables import FusedTables
 from hps_numba.server.model_jobs import Check, go_on
+from hps_numba.server.model_versions import ModelVersion, ModelVersions
 from hps_numba.server.replays import Replays
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_loading import Progress, TableLoading, stoppable
@@ -56,6 +60,21 @@ def new_version(table: ServedTable, loading: TableLoading, path: str, on_rows: P
     return loading.load_store(table.spec, table.store, path, on_rows) if fill else table.store.sibling()
 
 
+class NewerRows(NamedTuple):
+    """What is newer than the files: int64 keys ``[n]``, their float32 rows ``[n, dim]``, and int64 deleted keys ``[m]``."""
+
+    keys: np.ndarray
+    rows: np.ndarray
+    erased: np.ndarray
+
+    def write(self, insert: Callable[[np.ndarray, np.ndarray], object], erase: Callable[[np.ndarray], object]) -> None:
+        """Bring them to a tier that has the rows of the files."""
+        if len(self.keys):
+            insert(self.keys, self.rows)
+        if len(self.erased):
+            erase(self.erased)
+
+
 class Replacement:
     """Replaces the rows of all tables of a model, once.
 
@@ -63,6 +82,7 @@ class Replacement:
         tables: of the model.   tiers: the slower tiers that can be written, fastest first.   groups: tables looked up together.
         no_loading: gives a block in which no other process loads tables.
         fill: host memory gets the rows of the files.   validate: read the files to their ends although host memory does not.
+        versions: of the model; told of the new one.
 
     Thread safety: one thread, while no other replacement of the model is at work; lookups go on.
     """
@@ -79,29 +99,38 @@ class Replacement:
         *,
         fill: bool,
         validate: bool,
+        versions: ModelVersions,
     ) -> None:
         self._tables, self._tiers, self._loading = tables, tiers, loading
         self._switch, self._groups, self._replays, self._no_loading = switch, groups, replays, no_loading
         self._fill, self._validate = fill, validate
+        self._versions = versions
         self._stores: list[HostStore | None] = []
         self._stand_ins: list[dict[int, CacheParts]] = []
         self._turned = False
 
-    def run(self, paths: Sequence[str], on_rows: Progress, check: Check) -> None:
-        """Replace all rows by those of the sparse models at ``paths``.
+    def run(self, new: ModelVersion, on_rows: Progress, check: Check, *, carry: bool = False) -> None:
+        """Replace all rows by those of the sparse models of a version.
 
         Args:
+            carry: rows that updates have changed since ``new.since_ms`` are carried over.
             check: raises if the replacement is to stop; called while it can.
 
         Raises:
             As ``ServedModel.replace``, and as ``check``: the old version stays in every tier then.
         """
+        paths = new.sources
         with ExitStack() as ending:
             for table, path in zip(self._tables, paths, strict=True):
                 self._prepare(table, path, stoppable(on_rows, check), ending)
+            switches = self._versions.prepare(new)
             ending.enter_context(self._no_loading(check))
             for table in self._tables:  # before the turn, which then waits for no write
                 ending.enter_context(table.writes.changing())
+            carried = [self._newer_rows(table, new) if carry else None for table in self._tables]
+            for store, newer in zip(self._stores, carried):
+                if store is not None and newer is not None and self._fill:
+                    newer.write(store.upsert, store.erase)
             ending.callback(self._release_unused)
             for table, store in zip(self._tables, self._stores, strict=True):
                 self._stand_ins.append({} if table.caches is None else table.caches.stand_ins(store))
@@ -111,8 +140,10 @@ class Replacement:
                 self._replays.let_in()
             check()
             for tier in reversed(self._tiers):
-                for table, path in zip(self._tables, paths, strict=True):
+                for table, path, newer in zip(self._tables, paths, carried, strict=True):
                     self._loading.insert(tier, table.spec, path, on_rows)
+                    if newer is not None:
+                        newer.write(partial(tier.insert, table.spec.tag), partial(tier.erase, table.spec.tag))
             marks = [
                 Mark() if table.store is None or not self._fill else self._loading.mark_of(table.store, path)
                 for table, path in zip(self._tables, paths, strict=True)
@@ -120,10 +151,18 @@ class Replacement:
             self._announce_graphs()
             self._replays.hold_back(go_on if self._tiers else check)
             with self._alone():
-                old = self._turn(marks)
+                old = self._turn(marks, partial(self._versions.take, new, switches))
             self._settle(old)
-            for table, path in zip(self._tables, paths, strict=True):
-                self._loading.drop_stale(self._tiers, table.spec, path)
+            for table, path, newer in zip(self._tables, paths, carried, strict=True):
+                self._loading.drop_stale(self._tiers, table.spec, path, None if newer is None else newer.keys)
+
+    def _newer_rows(self, table: ServedTable, new: ModelVersion) -> NewerRows | None:
+        """What updates made of a table since the files of the new version were written; None: they changed nothing."""
+        keys = self._versions.newer_keys(table.spec.tag, -1 if new.since_ms is None else new.since_ms)
+        if not len(keys):
+            return None
+        rows, found = table.writes.read(keys)
+        return NewerRows(keys[found], rows[found], keys[~found])
 
     def _announce_graphs(self) -> None:
         """Say once that replays may see both versions, if there are graphs and no replay was ever announced."""
@@ -181,8 +220,8 @@ class Replacement:
         for store in self._shared:
             store.memory.mark = store.memory.mark._replace(replaced=replaced)
 
-    def _turn(self, marks: Sequence[Mark]) -> list[TableContent | None]:
-        """Let lookups see the new version from now on; returns the rows of the old one. All or nothing."""
+    def _turn(self, marks: Sequence[Mark], take: Callable[[], None]) -> list[TableContent | None]:
+        """Let lookups see the new version from now on, and ``take`` it; returns the rows of the old one. All or nothing."""
         every = {address: stand_in for some in self._stand_ins for address, stand_in in some.items()}
         old: list[TableContent | None] = []
         marks_before = [store.memory.mark for store in self._shared]
@@ -200,6 +239,7 @@ class Replacement:
                     old.append(table.store.switch_to(store))
                     table.store.memory.mark = mark
                 self._note(replaced=self._fill)
+                take()
             except BaseException:
                 self._turn_back(old)
                 for shared, mark in zip(self._shared, marks_before, strict=True):

@@ -101,7 +101,7 @@ class TableStats:
         evicted: rows that host memory evicted to keep its bound.
         joined: keys that no slower tier was asked for, as another lookup was just asking for them.
         prefetched: rows that ``prefetch`` found in slower tiers.
-        version: number of the model's content, 1 at first and one more with each replacement.
+        version: of the model that is in force: 1 at first and one more with each replacement, or as that says.
         memory: bytes of host memory that the rows take, by what they are for, with memory for more rows; ``TablePlan.host``
             is the plan of the same.
         caches: what each cache did, one a device; ``keys``, ``calls`` and hits above count their lookups too.

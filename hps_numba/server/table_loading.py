@@ -92,8 +92,8 @@ class TableLoading:
                 on_rows(spec.tag, len(keys))
 
     @staticmethod
-    def drop_stale(tiers: Sequence[Tier], spec: TableSpec, path: str) -> None:
-        """Erase those rows from slower tiers whose keys a sparse model lacks.
+    def drop_stale(tiers: Sequence[Tier], spec: TableSpec, path: str, newer: np.ndarray | None = None) -> None:
+        """Erase those rows from slower tiers whose keys are neither in a sparse model nor, int64, in ``newer``.
 
         Raises:
             TierError: a tier failed.
@@ -104,7 +104,8 @@ class TableLoading:
             present = np.empty(reader.rows, np.int64)
             reader.read(0, reader.rows, present, None)
         for tier in tiers:
-            _erase_others(tier, spec.tag, np.sort(present[: _rows_for(tier, len(present))]))
+            kept = present[: _rows_for(tier, len(present))]
+            _erase_others(tier, spec.tag, np.sort(kept if newer is None else np.concatenate([kept, newer])))
 
 
 def _rows_for(tier: Tier, rows: int) -> int:

@@ -43,6 +43,10 @@ return the new rows, float32 ``[n, dim]``, if it has them in one array anyway: c
 """
 
 
+def _nothing() -> None:
+    """What comes before a write by default."""
+
+
 class TableWrites:
     """Writes to one table, and the reads that must be exact.
 
@@ -223,12 +227,22 @@ class TableWrites:
                 self._store.erase(keys)
             return present
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, tiers: Container[int], *, host: bool) -> int:
+    def apply(
+        self,
+        keys: np.ndarray,
+        rows: np.ndarray,
+        erased: np.ndarray,
+        tiers: Container[int],
+        *,
+        host: bool,
+        first: Callable[[], object] = _nothing,
+    ) -> int:
         """Write rows and delete others, as online updates ask for it: doing it once more changes nothing.
 
         Args:
             keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``; no key is in ``keys`` or here twice.
             tiers: numbers of the slower tiers to write, fastest first.   host: whether to write host memory.
+            first: called when other writes wait and nothing is written yet; what it raises is raised.
 
         Returns:
             How many keys were left out, because a read-only tier has them and would serve its rows again.
@@ -237,6 +251,7 @@ class TableWrites:
             TierError: a tier failed; faster ones were not written.   CapacityError: as ``insert``.
         """
         with self.changing(np.concatenate([keys, erased])):
+            first()
             left_out = self._in_read_only_tiers(erased)
             erased, count = erased[~left_out], int(left_out.sum())
             if self._may_evict and (left_out := self._in_read_only_tiers(keys)).any():

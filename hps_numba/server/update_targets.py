@@ -6,12 +6,16 @@ A write goes to the slowest tier first, then to host memory, then to every cache
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from hps_numba.errors import VersionError
 from hps_numba.server.catalog import Catalog
+from hps_numba.server.manifest import Manifest
+from hps_numba.server.model import ServedModel
+from hps_numba.server.model_versions import ModelVersion, ModelVersions
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._host_tables import HostTablesTier
@@ -27,19 +31,50 @@ class UpdateTarget:
 
     Attributes:
         dim: elements of a row.
+        version: of the model, which is in force.
 
     Thread safety: every method.
     """
 
-    def __init__(self, table: ServedTable, tiers: frozenset[int], host: bool) -> None:
+    def __init__(self, table: ServedTable, versions: ModelVersions, tiers: frozenset[int], host: bool) -> None:
         """``tiers``: numbers of the slower tiers that take them, fastest first; ``host``: host memory takes them."""
         self.dim = table.spec.dim
-        self._table = table
+        self.version: ModelVersion = versions.in_force
+        self._table, self._versions = table, versions
         self._tiers, self._host = tiers, host
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> int:
-        """``TableWrites.apply``; lookups see it when this returns."""
-        return self._table.writes.apply(keys, rows, erased, self._tiers, host=self._host)
+    def refuses(self, version: int | None, event_ms: int) -> str | None:
+        """Why an update of this version of the model, or of no known one, and of this time (-1: not known) is not applied.
+
+        ``other_version``: another one is in force, and versions are named by messages; ``older``: it does not name a version,
+        and the files of that in force are newer. None: it is applied.
+        """
+        if not self._versions.managed:
+            return None
+        if version is not None:
+            return None if version == self.version.number else "other_version"
+        since = self.version.since_ms
+        return "older" if since is not None and 0 <= event_ms < since else None
+
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
+        """``TableWrites.apply``; lookups see it when this returns.
+
+        Args:
+            times: int64 ``[n + m]``: of the events of ``keys`` and then of ``erased``, in ms since 1970; -1: whatever the time,
+                it is of this version only.
+
+        Raises:
+            VersionError: the version was switched meanwhile; nothing is written.
+        """
+        tag = self._table.spec.tag
+
+        def first() -> None:
+            there = self._versions.in_force
+            if there is not self.version:
+                raise VersionError(f"{tag}: expected version {self.version.number}, got {there.number} meanwhile")
+            self._versions.note(tag, np.concatenate([keys, erased]), times)
+
+        return self._table.writes.apply(keys, rows, erased, self._tiers, host=self._host, first=first)
 
 
 class UpdateTargets:
@@ -47,13 +82,17 @@ class UpdateTargets:
 
     Args:
         catalog: the deployed models.   host: the tier in host memory, or None.   slower: all other tiers.
+        replace: brings the version that a manifest names into force, as ``ModelLoader.replace_by``.
 
     Thread safety: every method.
     """
 
-    def __init__(self, catalog: Catalog, host: HostTablesTier | None, slower: TierStack) -> None:
+    def __init__(
+        self, catalog: Catalog, host: HostTablesTier | None, slower: TierStack, replace: Callable[[Manifest], None]
+    ) -> None:
         self._catalog = catalog
         self._host, self._slower = host, slower
+        self._replace = replace
 
     @property
     def closed(self) -> bool:
@@ -94,14 +133,74 @@ class UpdateTargets:
         self._catalog.check_open()  # after that: a server that is being closed has no models
         model = models.get(model_name)
         table = None if model is None else model.find(table_name)
-        if table is None:
+        if model is None or table is None:
             return "unknown_table"
         takes_host = table.store is not None and (self._host is None or takes(self._host.section, tag))
         tiers = [number for number, tier in enumerate(self._slower.tiers) if takes(tier.section, tag)]
         if not takes_host and not tiers:
             return "filtered"
         writable = frozenset(number for number in tiers if not self._slower.checked[number].read_only)
-        return UpdateTarget(table, writable, takes_host) if takes_host or writable else "read_only"
+        return UpdateTarget(table, model.versions, writable, takes_host) if takes_host or writable else "read_only"
+
+    # -- versions ---------------------------------------------------------------------
+
+    def take(self, tag: str, manifest: Manifest) -> str | None:
+        """Do what a manifest asks for; lookups see it when this returns. One that was dealt with before changes nothing.
+
+        Args:
+            tag: of the table with whose updates it came.
+
+        Returns:
+            Why it cannot be done: a reason of ``find``; ``topic``, it is of another model; ``manifest``, its tables are not
+            those of the model, or it takes back what is not there; ``older``, a newer version is in force; ``not_announced``,
+            updates that are newer than its files are not known, since it was announced before this server read updates.
+
+        Raises:
+            As ``HPS.replace_model``; ClosedError also if the server was closed.
+        """
+        target = self.find(tag)
+        if isinstance(target, str):
+            return target
+        model = self._catalog.models.get(manifest.model)
+        if model is None or not tag.startswith(f"{_PREFIX}.{manifest.model}."):
+            return "topic"
+        versions = model.versions
+        versions.managed = True
+        if manifest.issued_ms <= versions.last_issued_ms:
+            return None
+        problem = _problem_of(manifest, model)
+        if problem is None and not manifest.tables and not manifest.roll_back:
+            versions.announce(manifest.version, manifest.since_ms or 0)
+        elif problem is None and manifest.version != versions.in_force.number:
+            self._replace(manifest)
+        self.passed_over(manifest)
+        return problem
+
+    def passed_over(self, manifest: Manifest) -> None:
+        """A manifest was dealt with, or never will be."""
+        model = self._catalog.models.get(manifest.model)
+        if model is not None:
+            model.versions.last_issued_ms = max(model.versions.last_issued_ms, manifest.issued_ms)
+            if manifest.tables:
+                model.versions.forget_notes(manifest.version)
+
+
+def _problem_of(manifest: Manifest, model: ServedModel) -> str | None:
+    """Why a manifest cannot be followed, or None."""
+    versions = model.versions
+    if manifest.roll_back:
+        there = manifest.version == versions.in_force.number
+        back = versions.previous is not None and manifest.version == versions.previous.number
+        return None if there or back else "manifest"
+    if manifest.version < versions.in_force.number:
+        return "older"
+    if not manifest.tables:
+        return None if manifest.since_ms is not None else "manifest"
+    if set(manifest.tables) != {table.spec.name for table in model.tables}:
+        return "manifest"
+    if manifest.since_ms is None or manifest.version == versions.in_force.number:
+        return None
+    return None if versions.announced(manifest.version, manifest.since_ms) else "not_announced"
 
 
 def takes(section: Any, tag: str) -> bool:

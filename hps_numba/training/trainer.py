@@ -12,7 +12,7 @@ tiers need the rows in an array, so with those a step reads and writes copies of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -178,6 +178,7 @@ class RowTrainer:
         self.rule = rule
         self.initializer = initializer
         self.steps = 0
+        self._watchers: tuple[tuple[object, Callable[[np.ndarray], object]], ...] = ()
         self._states = self._new_states()
         self._fresh_state = np.full(rule.width(self.spec.dim), rule.fresh, np.float32)
         self._sweep_at = _MIN_SWEEP
@@ -228,6 +229,21 @@ class RowTrainer:
                     states.publish()
             if self._states is not None:
                 self._forget_erased()
+            for _, told in self._watchers:
+                told(keys)
+
+    def watch(self, told: Callable[[np.ndarray], object]) -> Callable[[], None]:
+        """Call ``told`` after each step with the keys whose rows it changed, int64 ``[n]``, which nobody changes any more.
+
+        It is called before the next step and must neither fail nor train. Returns what ends the calls.
+        """
+        mark = object()
+        self._watchers = (*self._watchers, (mark, told))
+
+        def end() -> None:
+            self._watchers = tuple(pair for pair in self._watchers if pair[0] is not mark)
+
+        return end
 
     def _rewriting(self, keys: np.ndarray) -> AbstractContextManager[Rewrite | None]:
         return nullcontext() if self._states is None else self._states.rewriting(keys)

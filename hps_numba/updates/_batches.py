@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hps_numba.updates._update import NO_TIME, Message, Update
+from hps_numba.updates._update import NO_TIME, Message, Update, now_ms
 from hps_numba.updates._wire.codec import mark_last_writes
 from hps_numba.updates._wire.messages import Content, Skip, read_message
 
@@ -15,6 +15,10 @@ __all__ = ["OnSkip", "TableBatch", "batch_of"]
 
 OnSkip = Callable[[Update | Message, Skip], object]
 """Told of each update that is not applied, and why."""
+
+
+def _takes_all(version: int | None, event_ms: int) -> None:
+    """Nothing is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class TableBatch:
         keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``.
         writes, deletions: how many there were, deletions counted in both, before the last of each key was chosen.
         messages: they came in.
+        times: int64 ``[n + m]``: of the events of ``keys`` and then of ``erased``; now, if they have none; ``NO_TIME`` for
+            those that name a version, as they are of no other one.
         oldest_ms, newest_ms: times of the first and the last event, or ``NO_TIME``.
         version: the newest of the model that one of them is of, or None.
     """
@@ -32,6 +38,7 @@ class TableBatch:
     keys: np.ndarray
     rows: np.ndarray
     erased: np.ndarray
+    times: np.ndarray
     writes: int = 0
     deletions: int = 0
     messages: int = 0
@@ -40,21 +47,35 @@ class TableBatch:
     version: int | None = None
 
 
-def batch_of(items: Sequence[Update | Message], *, dim: int, key_bytes: int, finite: bool, on_skip: OnSkip) -> TableBatch:
+def batch_of(
+    items: Sequence[Update | Message],
+    *,
+    dim: int,
+    key_bytes: int,
+    finite: bool,
+    on_skip: OnSkip,
+    refuses: Callable[[int | None, int], str | None] = _takes_all,
+) -> TableBatch:
     """Decode what came for one table; what is malformed is left out.
 
     Args:
         items: in order.   dim: elements of a row.   finite: leave out what has NaN or infinity.
+        refuses: why what is of this version and time is left out, or None.
     """
     contents: list[tuple[Update | Message, Update | Content]] = []
     for item in items:
         try:
-            contents.append((item, _checked(item, dim, key_bytes)))
+            content = _checked(item, dim, key_bytes)
+            reason = refuses(content.version, content.event_time_ms)
+            if reason is not None:
+                raise Skip(reason, f"expected the version in force, got {_told(content)}")
+            contents.append((item, content))
         except Skip as skip:
             on_skip(item, skip)
     room = sum(_size(content) for _, content in contents)
     keys, erased, rows = np.empty(room, np.int64), np.empty(room, np.bool_), np.empty((room, dim), np.float32)
-    at = 0
+    events = np.empty(room, np.int64)
+    at, now = 0, now_ms()
     applied: list[Update | Content] = []
     for item, content in contents:
         try:
@@ -65,11 +86,13 @@ def batch_of(items: Sequence[Update | Message], *, dim: int, key_bytes: int, fin
         except Skip as skip:
             on_skip(item, skip)
             continue
-        at += _size(content)
+        end = at + _size(content)
+        events[at:end] = _time_of(content, now)
+        at = end
         applied.append(content)
     times = [content.event_time_ms for content in applied if content.event_time_ms != NO_TIME]
     versions = [content.version for content in applied if content.version is not None]
-    last = _last_writes(keys[:at], rows[:at], erased[:at])
+    last = _last_writes(keys[:at], rows[:at], erased[:at], events[:at])
     return TableBatch(
         *last,
         writes=at,
@@ -79,6 +102,17 @@ def batch_of(items: Sequence[Update | Message], *, dim: int, key_bytes: int, fin
         newest_ms=max(times, default=NO_TIME),
         version=max(versions, default=None),
     )
+
+
+def _time_of(content: Update | Content, now: int) -> int:
+    if content.version is not None:
+        return NO_TIME
+    return now if content.event_time_ms == NO_TIME else content.event_time_ms
+
+
+def _told(content: Update | Content) -> str:
+    version = "no version" if content.version is None else f"version {content.version}"
+    return f"{version}, {content.event_time_ms} ms"
 
 
 def _size(content: Update | Content) -> int:
@@ -105,12 +139,14 @@ def _copy(update: Update, finite: bool, keys: np.ndarray, rows: np.ndarray, eras
         rows[part] = update.rows
 
 
-def _last_writes(keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and rows to be written, and keys to be deleted."""
+def _last_writes(
+    keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and rows to be written, keys to be deleted, and the times of both."""
     kept = np.empty(len(keys), np.bool_)
     slots = np.full(1 << max(3, (2 * len(keys) - 1).bit_length()), -1, np.int64)
     distinct = mark_last_writes(keys, slots, kept) == len(keys)
     if not erased.any():
-        return (keys, rows, keys[:0]) if distinct else (keys[kept], rows[kept], keys[:0])
-    written = kept & ~erased
-    return keys[written], rows[written], keys[kept & erased]
+        return (keys, rows, keys[:0], times) if distinct else (keys[kept], rows[kept], keys[:0], times[kept])
+    written, deleted = kept & ~erased, kept & erased
+    return keys[written], rows[written], keys[deleted], np.concatenate([times[written], times[deleted]])

@@ -15,7 +15,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,7 @@ from hps_numba.server.update_stats import SourceStats
 from hps_numba.updates._backlog import Backlog, Item
 from hps_numba.updates._batches import batch_of
 from hps_numba.updates._counts import TableCounts
+from hps_numba.updates._manifests import is_manifest, read_manifest
 from hps_numba.updates._update import Lost, Message, Position, Update
 from hps_numba.updates._wire.messages import Skip
 
@@ -41,6 +43,7 @@ _LONGEST_POLL = 1.0  # seconds: a source that cannot be woken keeps ``close`` wa
 _LOOK_AGAIN = 0.002  # seconds between two looks whether everything was applied
 _SAY_AGAIN = 60.0  # seconds between two warnings of the same kind
 _MAX_TABLES = 10_000  # that are counted one by one
+_TRIES_OF_A_VERSION = 10  # that cannot be loaded
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
 
 
@@ -235,14 +238,15 @@ class Consumer:
         gone = min(max(0, dropped - self._backlog.finished), len(items))
         self._count_gone(items[:gone])
         items = items[gone:]
-        by_table: dict[str, list[Update | Message]] = {}
-        for item in items:
-            if isinstance(item, Lost):
-                self._count_lost(item)
+        for named, group in groupby(items, is_manifest):
+            some = list(group)
+            if self._dropped != dropped:
+                self._count_gone(some)
+            elif named:
+                for item in some:
+                    self._take_version(item)  # type: ignore[arg-type]  # it is a Message
             else:
-                by_table.setdefault(item.table, []).append(item)
-        for tag, some in by_table.items():
-            self._apply_to(tag, some, dropped)
+                self._apply_rows(some, dropped)
         if self._dropped != dropped:  # all of them were read before that
             return
         count = 0
@@ -251,6 +255,46 @@ class Consumer:
                 self._applied[item.position.partition] = item.position.offset
                 count += 1
         self._handled += count
+
+    def _apply_rows(self, items: Iterable[Item], dropped: int) -> None:
+        by_table: dict[str, list[Update | Message]] = {}
+        for item in items:
+            if isinstance(item, Lost):
+                self._count_lost(item)
+            else:
+                by_table.setdefault(item.table, []).append(item)
+        for tag, some in by_table.items():
+            self._apply_to(tag, some, dropped)
+
+    def _take_version(self, message: Message) -> None:
+        """Switch to the version of a model that a message names; all updates before it are applied, and none after it.
+
+        One whose files cannot be loaded, or that a function of the user's refuses, is tried some times and then passed over:
+        the version in force stays. A tier that fails is waited for.
+        """
+        counts, failures = self._counts_of(message.table), 0
+        try:
+            manifest = read_manifest(message)
+            while True:
+                try:
+                    reason = self._targets.take(message.table, manifest)
+                    break
+                except BaseException as problem:
+                    if self._is_closed(problem):
+                        raise _Stopped from problem
+                    failures += 1
+                    counts.retries += 1
+                    self._say(f"{message.table}: version {manifest.version} cannot be taken", problem)
+                    if failures >= _TRIES_OF_A_VERSION and not isinstance(problem, TierError):
+                        self._targets.passed_over(manifest)
+                        raise Skip("version", f"expected version {manifest.version} to be loaded, got {problem}") from problem
+                    self._sleep(failures)
+            if reason is not None:
+                raise Skip(reason, f"expected a version that can be taken, got {manifest.to_dict()}")
+        except Skip as skip:
+            self._count_skip(message, skip, counts)
+        counts.handled += 1
+        counts.positions[message.position.partition] = message.position.offset
 
     def _apply_to(self, tag: str, items: Sequence[Update | Message], dropped: int) -> None:
         counts, failures = self._counts_of(tag), 0
@@ -290,8 +334,9 @@ class Consumer:
             key_bytes=self._targets.key_bytes,
             finite=self._section.refuse_not_finite,
             on_skip=lambda item, skip: skips.append((item, skip)),
+            refuses=target.refuses,
         )
-        left_out = target.apply(batch.keys, batch.rows, batch.erased) if batch.writes else 0
+        left_out = target.apply(batch.keys, batch.rows, batch.erased, batch.times) if batch.writes else 0
         if left_out:
             self._count_left_out(counts, left_out)
         counts.applied(batch, {item.position.partition: item.position for item in items})

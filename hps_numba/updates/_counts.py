@@ -7,16 +7,11 @@ from collections import Counter, deque
 
 from hps_numba.server.update_stats import TableUpdates
 from hps_numba.updates._batches import TableBatch
-from hps_numba.updates._update import NO_TIME, Position
+from hps_numba.updates._update import NO_TIME, Position, now_ms
 
-__all__ = ["TableCounts", "now_ms"]
+__all__ = ["TableCounts"]
 
 _WINDOW = 10.0  # seconds over which a rate is taken
-
-
-def now_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 class TableCounts:

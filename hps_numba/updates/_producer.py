@@ -14,8 +14,8 @@ import abc
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -26,34 +26,17 @@ from hps_numba.errors import ArrayError, ClosedError, ConfigError, KeyDtypeError
 from hps_numba.kernels.host.resp import group_by_partition
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
-from hps_numba.updates._counts import now_ms
+from hps_numba.server.manifest import Manifest
+from hps_numba.updates._manifests import manifest_headers
+from hps_numba.updates._outgoing import Buffer, Outgoing, tag_of
+from hps_numba.updates._update import now_ms
 from hps_numba.updates._wire.codec import encode_keys, encode_pairs
-from hps_numba.updates._wire.messages import ERASED, HEADER_BYTES, headers_of, start_of
+from hps_numba.updates._wire.messages import HEADER_BYTES, start_of
 
 __all__ = ["Outgoing", "ProducerOptions", "UpdateProducer", "open_producer", "producer_of"]
 
 _PARTITIONS = 8  # of keys, as HugeCTR's producer has
 _SOURCES = "hps_numba.updates"
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """One message to be sent.
-
-    Attributes:
-        table: topic: the tag of the table.   partition: 0 to 7; a bus with fewer takes it modulo theirs.
-        value, headers: of the message.
-    """
-
-    table: str
-    partition: int
-    value: bytes | None
-    headers: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Bytes of memory that it takes."""
-        return len(self.value or b"") + sum(map(len, self.headers.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,30 +54,6 @@ class ProducerOptions:
     send_buffer_size: int = 262_144
     num_send_buffers: int = 1024
     linger_ms: float = 100.0
-
-
-class _Buffer:
-    """The message that is being filled for one table and partition: rows, or deletions.
-
-    Attributes:
-        began: time when it got its first row.
-    """
-
-    def __init__(self, start: bytes, size: int, erases: bool, version: int | None) -> None:
-        self.data = np.empty(size, np.uint8)
-        self.at = 0 if erases else len(start)
-        self.data[: self.at] = np.frombuffer(start, np.uint8)[: self.at]
-        self.start, self.erases, self.version = start, erases, version
-        self.event_ms: int | None = None
-        self.began = time.monotonic()
-
-    def sealed(self, table: str, partition: int) -> Outgoing:
-        """As a message."""
-        headers = headers_of(event_time_ms=self.event_ms or 0, version=self.version)
-        content = self.data[: self.at].tobytes()
-        if self.erases:
-            return Outgoing(table, partition, self.start or None, {**headers, ERASED: content})
-        return Outgoing(table, partition, content, headers)
 
 
 class UpdateProducer(abc.ABC):
@@ -126,10 +85,11 @@ class UpdateProducer(abc.ABC):
             if getattr(options, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(options, name)}")
         self._key_bytes = options.key_bits // 8
-        self._buffers: dict[tuple[str, int], _Buffer] = {}
+        self._buffers: dict[tuple[str, int], Buffer] = {}
         self._starts: dict[str, bytes] = {}
         self._outbox: deque[Outgoing] = deque()
         self._problem: BaseException | None = None
+        self._issued_ms = -1
         self._closed = False
         self._timer = Timer("updates_linger")
         self.reset_after_fork()
@@ -198,6 +158,59 @@ class UpdateProducer(abc.ABC):
             self._send_all()  # if that raises, nothing of this call was taken, so that what waits is bounded
             self._fill(tag, keys, None, event_time_ms, version)
             self._send_all()
+
+    def announce_snapshot(self, model: str, version: int, tables: Iterable[str]) -> int:
+        """Say that the rows of a model are being written to files, as a version to come; call it before they are read.
+
+        Updates go on meanwhile. What is published from now on is newer than the files: servers keep it when they take them.
+
+        Args:
+            tables: names of all tables of the model.
+
+        Returns:
+            Since when updates are newer, for ``replace_model``.
+
+        Raises:
+            As ``update``; ConfigError: ``version`` is not an integer of at least 0, or there is no table.
+        """
+        with self._lock:
+            since_ms = now_ms() + 1
+            self._publish(Manifest(model=model, version=version, since_ms=since_ms, issued_ms=self._issue()), tables)
+            while now_ms() < since_ms:  # so that no update of before has the time of one after
+                time.sleep(0.0005)
+            return since_ms
+
+    def replace_model(
+        self, model: str, version: int, files: Mapping[str, str], *, dense: str | None = None, since_ms: int | None = None
+    ) -> None:
+        """Let servers load a version of a model and switch to it; it is in their order of updates.
+
+        Updates that name another version are not applied from then on; ``update`` and ``erase`` name one by ``version``.
+
+        Args:
+            version: larger than that in force.   files: path or URL of the sparse model of each table, by table name, as the
+                servers see it.
+            dense: path or URL of the dense part, for those who asked to be told (``HPS.on_version``).
+            since_ms: what ``announce_snapshot`` returned, if updates went on while the files were written; None: the files have
+                everything that was published before this call.
+
+        Raises:
+            As ``update``; ConfigError: a value is not as above.
+        """
+        with self._lock:
+            manifest = Manifest(
+                model=model, version=version, tables=files, dense=dense, since_ms=since_ms, issued_ms=self._issue()
+            )
+            self._publish(manifest, files)
+
+    def roll_back_model(self, model: str, version: int, tables: Iterable[str]) -> None:
+        """Let servers go back to the version before that in force, which is number ``version``.
+
+        Raises:
+            As ``replace_model``.
+        """
+        with self._lock:
+            self._publish(Manifest(model=model, version=version, roll_back=True, issued_ms=self._issue()), tables)
 
     def flush(self, seconds: float = 30.0) -> None:
         """Send everything, and wait until the bus has it.
@@ -269,6 +282,25 @@ class UpdateProducer(abc.ABC):
             raise KeyDtypeError("keys: expected keys of 32 bits, got a wider one")
         return wide
 
+    def _issue(self) -> int:
+        """The time now, in ms; later than that of the manifest before."""
+        self._issued_ms = max(now_ms(), self._issued_ms + 1)
+        return self._issued_ms
+
+    def _publish(self, manifest: Manifest, tables: Iterable[str]) -> None:
+        """Send a manifest in every partition of every table, so that it is in the order of the updates of each key."""
+        names = list(tables)
+        if not names:
+            raise ConfigError("tables: expected all tables of the model, got none")
+        tags = [tag_of(manifest.model, name) for name in names]
+        self._check()
+        self._send_all()
+        self._seal_all()
+        headers = manifest_headers(manifest)
+        for tag in tags:
+            self._outbox.extend(Outgoing(tag, partition, None, headers) for partition in range(_PARTITIONS))
+        self._send_all()
+
     def _fill(self, tag: str, keys: np.ndarray, rows: np.ndarray | None, time_ms: int | None, version: int | None) -> None:
         """Put writes into the buffers of their partitions, and full ones into the outbox."""
         order, ends = np.empty(len(keys), np.int64), np.zeros(_PARTITIONS, np.int64)
@@ -290,7 +322,7 @@ class UpdateProducer(abc.ABC):
                     self._seal(tag, partition)
                 start = part
 
-    def _buffer_for(self, tag: str, partition: int, erases: bool, version: int | None, size: int) -> _Buffer:
+    def _buffer_for(self, tag: str, partition: int, erases: bool, version: int | None, size: int) -> Buffer:
         """A buffer with room for ``size`` bytes; what was in another one comes before it."""
         start = self._starts.get(tag, b"")
         buffer = self._buffers.get((tag, partition))
@@ -299,7 +331,7 @@ class UpdateProducer(abc.ABC):
             if same and buffer.at + size <= len(buffer.data):
                 return buffer
             self._seal(tag, partition)
-        made = self._buffers[tag, partition] = _Buffer(start, self.options.send_buffer_size, erases, version)
+        made = self._buffers[tag, partition] = Buffer(start, self.options.send_buffer_size, erases, version)
         return made
 
     def _seal(self, tag: str, partition: int) -> None:
@@ -328,18 +360,6 @@ class UpdateProducer(abc.ABC):
                 self._send_all()
             except TierError as problem:
                 self._problem = problem
-
-
-def tag_of(model: str, table: str) -> str:
-    """The tag of a table.
-
-    Raises:
-        ConfigError: one of the names is none that a config can have.
-    """
-    for what, name in (("model", model), ("table", table)):
-        if not isinstance(name, str) or not 0 < len(name) <= 120 or not name.replace("_", "a").replace("-", "a").isalnum():
-            raise ConfigError(f"{what}: expected 1 to 120 of the characters A-Z a-z 0-9 _ -, got {name!r}")
-    return f"hps_et.{model}.{table}"
 
 
 def open_producer(section: Mapping[str, Any], *, allow_code: bool = False) -> UpdateProducer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,10 +11,15 @@ import numpy as np
 
 from hps_numba.errors import ArrayError
 
-__all__ = ["NO_TIME", "Lost", "Message", "Position", "Update"]
+__all__ = ["NO_TIME", "Lost", "Message", "Position", "Update", "now_ms"]
 
 #: ``event_time_ms`` of what does not tell when it happened
 NO_TIME = -1
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 class Position(NamedTuple):

@@ -16,7 +16,7 @@ from hps_numba.frontends.tensorflow.export import load, split
 from hps_numba.frontends.tensorflow.initialize import Init
 from hps_numba.frontends.tensorflow.layers import LookupCollection, LookupLayer, SparseLookupLayer
 from hps_numba.frontends.tensorflow.lookup import Table, embedding_lookup, embedding_lookup_many, embedding_lookup_sparse
-from hps_numba.frontends.tensorflow.training import SGD, Adagrad, Adam, load_checkpoint, save_checkpoint
+from hps_numba.frontends.tensorflow.training import SGD, Adagrad, Adam, load_checkpoint, publish_rows, save_checkpoint
 from hps_numba.server.registry import server_of
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "embedding_lookup_sparse",
     "load",
     "load_checkpoint",
+    "publish_rows",
     "save_checkpoint",
     "server_of",
     "split",

@@ -25,6 +25,7 @@ from hps_numba.arrays.host import as_keys
 from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_of
+from hps_numba.frontends._row_publishing import RowPublisher
 from hps_numba.frontends._row_training import GradientAccumulator, RowOptimizer, accumulator_of
 from hps_numba.frontends.tensorflow.keras_version import keras
 from hps_numba.frontends.tensorflow.lookup import Table, as_sparse, checked_ids, clipped, embedding_lookup
@@ -236,6 +237,22 @@ def _checked(optimizer: Any) -> RowOptimizer:
     if not isinstance(optimizer, RowOptimizer):
         raise ConfigError(f"optimizer: expected one of hps_numba.frontends.tensorflow, got {type(optimizer).__name__}")
     return optimizer
+
+
+def publish_rows(
+    optimizer: RowOptimizer, bus: Mapping[str, Any] | UpdateProducer, *, interval_ms: float = 100.0, version: int | None = None
+) -> RowPublisher:
+    """Publish the rows that an optimizer changes to a bus of online updates, until the answer is closed.
+
+    Args:
+        bus: ``type`` and the keys of a producer (``hps_numba.updates.open_producer``), or a producer.
+        interval_ms: between two times of publishing; a row is sent once however many steps changed it meanwhile.
+        version: of the model that the rows are of, or None.
+
+    Raises:
+        ConfigError: an argument is not as above.   TierUnavailable: the bus is not there.
+    """
+    return RowPublisher(_checked(optimizer).trainers, bus, interval_ms=interval_ms, version=version)
 
 
 def save_checkpoint(path: str | os.PathLike[str], optimizer: RowOptimizer) -> int:

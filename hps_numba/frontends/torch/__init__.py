@@ -19,6 +19,7 @@ from hps_numba.frontends.torch.collection import LookupCollection
 from hps_numba.frontends.torch.convert import load_embedding, save_embedding
 from hps_numba.frontends.torch.layer import Init, LookupLayer
 from hps_numba.frontends.torch.optimizers import SGD, Adagrad, Adam
+from hps_numba.frontends.torch.publishing import publish_rows
 from hps_numba.frontends.torch.row_gradients import Rows
 from hps_numba.frontends.torch.training import trained_rows
 from hps_numba.server.registry import server_of
@@ -35,6 +36,7 @@ __all__ = [
     "load_checkpoint",
     "load_embedding",
     "operator",
+    "publish_rows",
     "save_checkpoint",
     "save_embedding",
     "server_of",
