@@ -117,8 +117,9 @@ class RowPublisher:
         """Publish every row that has changed, and wait until the bus has it.
 
         Raises:
-            TierError: the bus does not take it, or not within so many seconds.   ClosedError: the publisher or a server is closed.
-            Otherwise as ``HPS.lookup``; what was not published is kept for the next time.
+            TierError: the bus does not take it, or not within so many seconds.
+            ClosedError: the publisher is closed.   Otherwise as ``HPS.lookup``.
+            What was not published is kept for the next time.
         """
         with self._publishing:
             if self._closed:

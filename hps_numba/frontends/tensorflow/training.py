@@ -33,6 +33,7 @@ from hps_numba.frontends.tensorflow.operator import python_op
 from hps_numba.training import trainer
 from hps_numba.training.checkpoints import load_trained, save_trained
 from hps_numba.training.initializers import Initializer, Normal, Uniform, Zeros, as_initializer
+from hps_numba.updates import UpdateProducer
 
 __all__ = [
     "SGD",
@@ -42,6 +43,7 @@ __all__ = [
     "initializer_of",
     "load_checkpoint",
     "named",
+    "publish_rows",
     "save_checkpoint",
     "table_rows",
     "trained_lookup",
