@@ -315,10 +315,13 @@ class ServedModel:
         paths = self._paths(sources)
         fill, tiers = self.replacement_fills_host, self._slower.writable
         validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
+        number = self.version + 1 if number is None else number
+        tables = {table.spec.name: path for table, path in zip(self.tables, paths, strict=True)}
+        told = Manifest(model=self.name, version=number, tables=tables) if manifest is None else manifest
         new = ModelVersion(
-            number=self.version + 1 if number is None else number,
+            number=number,
             sources=tuple(paths),
-            manifest={} if manifest is None else manifest.to_dict(),
+            manifest=told.to_dict(),
             since_ms=None if manifest is None else manifest.since_ms,
         )
         replacement = Replacement(

@@ -36,7 +36,7 @@ class ModelVersion:
 
     Attributes:
         number: of the version.   sources: sparse models of its tables, in table order.
-        manifest: what the message that brought it said; empty if none did.
+        manifest: what the message or call that brought it said (``Manifest.to_dict``); empty for that of the config.
         since_ms: updates without a version whose events are older are in its files already; None: not known.
     """
 
