@@ -525,11 +525,10 @@ class HPS:
 
         Args:
             hook: a function of the number of the version and of its manifest, with ``model``, ``version``, ``tables`` (files by
-                table name), ``dense`` (as the message that brings it says, else None) and more. It is called
-                when the rows are loaded, on any
-                thread, and may take its time to load the dense part; it must not change the server. What it raises keeps the
-                version in force. It may return a function, which is called in the moment in which all tables are switched: it
-                must only take over what is loaded, and wait for nothing. What that one raises is logged.
+                table name), ``dense`` (as the message that brings it says, else None) and more. It is called when the rows are
+                loaded, on any thread, and may take its time to load the dense part; it must not change the server. What it
+                raises keeps the version in force. It may return a function, which is called in the moment in which all tables
+                are switched: it must only take over what is loaded, and wait for nothing. What that one raises is logged.
 
         Returns:
             A function that ends the calls.

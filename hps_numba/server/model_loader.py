@@ -21,7 +21,7 @@ from hps_numba.runtime.shielded import refuse_inside_work
 from hps_numba.runtime.timer import Timer
 from hps_numba.server.catalog import Catalog, Models
 from hps_numba.server.manifest import Manifest
-from hps_numba.server.model import Policies, ServedModel, config_of_model, load_policies
+from hps_numba.server.model import Policies, ServedModel, load_policies
 from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import plan_config
 from hps_numba.server.table import ServedTable

@@ -11,6 +11,9 @@ _consumer  reads a source and applies it to the tables of a server: two threads 
 _backlog   what was read and waits to be applied
 _batches   from what came for a table to the last write of each key
 _counts    what a consumer counts
+_manifests messages that name a version of a model
+_outgoing  messages that a producer fills and sends
+_polled    what a consumer needs of a source
 ========== ==============================================================================================
 """
 

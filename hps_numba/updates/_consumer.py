@@ -15,10 +15,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from hps_numba.errors import ClosedError, TierError
 from hps_numba.runtime.fork import register_fork_reset
@@ -28,11 +28,11 @@ from hps_numba.updates._backlog import Backlog, Item
 from hps_numba.updates._batches import batch_of
 from hps_numba.updates._counts import TableCounts
 from hps_numba.updates._manifests import is_manifest, read_manifest
+from hps_numba.updates._polled import Polled
 from hps_numba.updates._update import Lost, Message, Position, Update
 from hps_numba.updates._wire.messages import Skip
 
 if TYPE_CHECKING:
-    from hps_numba.config import UpdateSourceConfig
     from hps_numba.server.update_targets import UpdateTarget, UpdateTargets
 
 __all__ = ["Consumer"]
@@ -45,30 +45,6 @@ _SAY_AGAIN = 60.0  # seconds between two warnings of the same kind
 _MAX_TABLES = 10_000  # that are counted one by one
 _TRIES_OF_A_VERSION = 10  # that cannot be loaded
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
-
-
-class _Source(Protocol):
-    section: UpdateSourceConfig
-    resume: bool
-    drained: Callable[[float], bool]
-
-    def poll(self, seconds: float) -> Sequence[Item]:
-        """What comes next."""
-
-    def commit(self, positions: Sequence[Position]) -> None:
-        """Begin after these the next time."""
-
-    def keep_alive(self) -> None:
-        """Nothing is polled for a while."""
-
-    def lag(self) -> Mapping[str, int] | int | None:
-        """Messages not read yet."""
-
-    def wake(self) -> None:
-        """End a poll."""
-
-    def close(self) -> None:
-        """Release everything."""
 
 
 class _Stopped(Exception):
@@ -84,7 +60,7 @@ class Consumer:
     Thread safety: every method.
     """
 
-    def __init__(self, source: _Source, targets: UpdateTargets, name: str) -> None:
+    def __init__(self, source: Polled, targets: UpdateTargets, name: str) -> None:
         self.name = name
         self._source, self._targets = source, targets
         self._section = source.section
