@@ -309,3 +309,21 @@ def test_u_e_every_request_during_switches_is_of_one_version(workshop: Workshop)
     rows = np.concatenate(server.lookup_many([np.arange(ROWS)] * 2, "m"))
     assert set(rows.astype(int).ravel().tolist()) == {SWITCHES} and len(np.unique(rows)) == 5
     assert set(skipped(server)) == {"other_version"}
+
+
+def test_a_server_is_closed_while_it_takes_a_version(workshop: Workshop) -> None:
+    bus = fresh_bus()
+    server = opened(workshop, bus)
+    closing = threading.Thread(target=server.close)
+
+    def hook(version: int, manifest: Mapping[str, Any]) -> None:
+        closing.start()
+        wait_until(lambda: not server.update_stats()[0].running)
+
+    server.on_version(hook, "m")
+    with producer_to(bus) as producer:
+        producer.replace_model("m", 7, files_of(workshop, 7.0))
+        producer.flush()
+        wait_until(lambda: server.closed)
+    join_all(closing)
+    assert not closing.is_alive() and server.update_stats()[0].positions == {}
