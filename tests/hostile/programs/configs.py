@@ -99,9 +99,10 @@ def main(folder: str, seconds: str, seed: str, form: str) -> None:
             assert str(problem), "an error without a message"
         else:
             keys = np.arange(60)
+            devices = {model.model: model.deployed_device_list[:1] or [0] for model in server.config.models}
             for model, tables in server.stats().items():
                 for name in tables:
-                    rows = server.lookup(keys, model, name)
+                    rows = server.lookup(keys, model, name, devices[model][0])
                     if rows.shape[1] == DIM and np.isfinite(rows).all():
                         here = (rows[:, 0] == 0) & (rows[:, 1:] != rows[:, :1]).any(1)  # not a default, which was changed
                         versions_of(keys[here], rows[here], "a changed config")
