@@ -33,6 +33,7 @@ EXTRAS = {
     "redis": ("redis", "hiredis"),
     "rocksdb": ("rocksdict",),
     "fsspec": ("fsspec",),
+    "kafka": ("confluent-kafka",),
     "examples": ("tokenizers", "safetensors", "matplotlib"),
 }
 """The extras of this package, and the packages that each needs."""

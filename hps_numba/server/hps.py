@@ -130,6 +130,7 @@ class HPS:
         """
         if version is None:
             return self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
+        version = as_count(version, "version", 0)
         return self._lookups.of_version(
             model_name, version, lambda: self._lookups.lookup(keys, model_name, table_id, device_id, out, stream)
         )
@@ -156,6 +157,7 @@ class HPS:
         """
         if version is None:
             return self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
+        version = as_count(version, "version", 0)
         return self._lookups.of_version(
             model_name, version, lambda: self._lookups.lookup_many(keys, model_name, device_id, flat=flat)
         )

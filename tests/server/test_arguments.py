@@ -37,6 +37,7 @@ GOOD: dict[str, Any] = {
     "change": lambda rows, found: rows,
     "policy": "lru",
     "callback": lambda keys: None,
+    "hook": lambda version, manifest: None,
     "out_tensor": np.zeros((2, DIM), np.float32),
 }
 
@@ -49,6 +50,7 @@ class Calls:
         self.server = workshop.open(self.entry)
         self._folder, self._numbers = workshop.folder, itertools.count()
         self.server.dump(self._folder / "good.bin", "m", 0)
+        self.server.replace_model("m")  # so that there is a version to go back to
 
     def good(self, method: str, parameter: inspect.Parameter) -> Any:
         fresh = f"fresh{next(self._numbers)}"
@@ -75,6 +77,8 @@ class Calls:
                     pass
             elif method == "record_trace":
                 answer.close()
+            elif method == "on_version":
+                answer()
         finally:
             for name in set(self.server.models) - {"m"}:
                 self.server.unload_model(name)

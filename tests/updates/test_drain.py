@@ -27,6 +27,9 @@ class Gate:
     def find(self, tag: str) -> Gate:
         return self
 
+    def refuses(self, version: int | None, event_ms: int) -> None:
+        return None
+
     def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> int:
         self.began += 1
         if self.fails:

@@ -251,6 +251,9 @@ class Store:
     def find(self, tag: str) -> Store:
         return self
 
+    def refuses(self, version: int | None, event_ms: int) -> None:
+        return None
+
     def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> int:
         with self.lock:
             for key, stamp in zip(keys.tolist(), rows[:, 0].tolist()):

@@ -55,6 +55,7 @@ def good(rig: Rig, name: str) -> dict[str, Any]:
         "load_checkpoint": {"path": folder / "c.npz", "optimizer": optimizer},
         "save_embedding": {"embedding": torch.ones(3, 2), "path": folder / "f.h5", "overwrite": True},
         "load_embedding": {"path": folder / "e.h5"},
+        "publish_rows": {"optimizer": optimizer, "bus": {"type": "files", "folder": str(folder / "bus")}},
     }[name]
 
 
@@ -68,6 +69,8 @@ def used(name: str, answer: Any) -> None:
         answer(KEYS[None])
     elif name in ("SGD", "Adagrad", "Adam"):
         answer.step()
+    elif name == "publish_rows":
+        answer.close()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -235,6 +235,7 @@ RIGHT_FOR_ONE_LANE = {
         "any_in_warp",
         "block_number",
         "block_tiles",
+        "clock_ns",
         "count_in_warp",
         "from_first_lane",
         "shfl",
