@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from hps_numba.config.arguments import as_count, as_number
+from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, ConfigError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
@@ -98,6 +99,8 @@ class RowPublisher:
         self._timer.add("publish", self._publish_some, delay=0.0, interval=interval_ms / 1000)
 
     def _open(self, bus: Mapping[str, Any]) -> UpdateProducer:
+        if not isinstance(bus, Mapping):
+            raise ConfigError(f"bus: expected the type and the keys of a producer, or a producer, got {show(bus)}")
         bits = self._trainers[0].server.direct.key_bits
         return open_producer({"key_bits": bits, **bus})
 
