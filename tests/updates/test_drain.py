@@ -30,7 +30,7 @@ class Gate:
     def refuses(self, version: int | None, event_ms: int) -> None:
         return None
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> int:
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
         self.began += 1
         if self.fails:
             raise OSError("out of order")

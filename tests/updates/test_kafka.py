@@ -254,7 +254,7 @@ class Store:
     def refuses(self, version: int | None, event_ms: int) -> None:
         return None
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray) -> int:
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
         with self.lock:
             for key, stamp in zip(keys.tolist(), rows[:, 0].tolist()):
                 if self.stamps.get(key, -1.0) > stamp:
