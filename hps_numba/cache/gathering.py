@@ -56,7 +56,17 @@ from hps_numba.kernels.layouts.gathering import (
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.epochs import Epochs
 
-__all__ = ["FULL_SHARE", "GATHERED_FROM", "LEAST_ROWS", "Asked", "GatheredMisses", "Gathering", "Shares", "gathering_bytes"]
+__all__ = [
+    "FULL_SHARE",
+    "GATHERED_FROM",
+    "LEAST_ROWS",
+    "Asked",
+    "GatheredMisses",
+    "Gathering",
+    "Shares",
+    "gathering_bytes",
+    "listed_from",
+]
 
 #: keys of a batch: of a smaller one the device has read the missed rows before threads could begin
 GATHERED_FROM = 65_536
@@ -74,6 +84,15 @@ _TRIES = 4  # of each way, before the best is known
 _LOOK_AGAIN = 64  # batches after which another way is tried
 _FEW = 16  # times fewer rows than by the other way are as good as none
 _PULL = 0.5  # of a new measurement
+
+
+def listed_from(lists_from: int, mirrors: bool) -> int:
+    """Keys of the smallest batch for which a workspace has room for a list of missed keys.
+
+    Args:
+        lists_from: keys of the smallest batch that the device serves by such a list.   mirrors: threads may help with some.
+    """
+    return min(lists_from, GATHERED_FROM) if mirrors else lists_from
 
 
 class Asked(NamedTuple):

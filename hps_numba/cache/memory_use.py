@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from hps_numba.cache.gathering import GATHERED_FROM, gathering_bytes
+from hps_numba.cache.gathering import GATHERED_FROM, gathering_bytes, listed_from
 from hps_numba.cache.index_mirror import is_translated, may_mirror
 from hps_numba.cache.policy_memory import policy_bytes
 from hps_numba.cache.residency import listing_from
@@ -135,8 +135,7 @@ def plan_memory(geometry: CacheGeometry, policy: Policy | None, use: CacheUse) -
     mirrors = use.index > 0 and may_mirror(geometry.kind, geometry.whole, use.miss_path)
     lists_from = listing_from(0 if use.on_device else None, mirrors)
     counts = policy is not None and policy.needs_count
-    listed_from = min(lists_from, GATHERED_FROM) if mirrors else lists_from
-    shape = WorkspaceShape.of(geometry, listed_from, inserts=True, counts=counts, keys=use.keys)
+    shape = WorkspaceShape.of(geometry, listed_from(lists_from, mirrors), inserts=True, counts=counts, keys=use.keys)
     largest = min(max(1, use.keys), MAX_BATCH)
     keys, in_graph = shape.limit(largest), shape.captured()
     of_lookups = use.buffers * shape.bytes(keys, use.slower_tiers)

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 
 from hps_numba.cache.backends import backend_for
 from hps_numba.cache.changes import Changes
-from hps_numba.cache.gathering import GATHERED_FROM, GatheredMisses
+from hps_numba.cache.gathering import GatheredMisses, listed_from
 from hps_numba.cache.index_mirror import IndexMirror, may_mirror
 from hps_numba.cache.inspect import CacheCounters, Inspection
 from hps_numba.cache.kernel_set import KernelSet
@@ -92,8 +92,8 @@ class CacheParts:
         self.lifecycle = Lifecycle(self.backend, self.link, switch, geometry.name)
         self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
         self.mirror = self._mirror_of(self.link, store) if mirrors else None
-        listed_from = min(lists_from, GATHERED_FROM) if mirrors else lists_from
-        shape = WorkspaceShape.of(geometry, listed_from, inserts=inserts, counts=self.kernels.counted, keys=keys)
+        listed = listed_from(lists_from, mirrors)
+        shape = WorkspaceShape.of(geometry, listed, inserts=inserts, counts=self.kernels.counted, keys=keys)
         self.workspaces = WorkspaceSet(
             self.backend,
             self.lifecycle,

@@ -22,7 +22,6 @@ from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.cache import gathering, index_mirror, launch_plan
 from hps_numba.cache import lookup as cache_lookup
-from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.gathering import FULL_SHARE, Shares
 from hps_numba.cache.host_threads import host_threads
@@ -35,7 +34,7 @@ FORCED = 2 / 3
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_lookup, "GATHERED_FROM", 1)
-    monkeypatch.setattr(cache_parts, "GATHERED_FROM", 1)
+    monkeypatch.setattr(gathering, "GATHERED_FROM", 1)
     monkeypatch.setattr(launch_plan, "LEAST_ROWS", 1)
     monkeypatch.setattr(gathering, "CHUNK_BYTES", 3 * 128)
     monkeypatch.setattr(gathering, "GROUP_BYTES", 2 * 3 * 128)  # so that there are several

@@ -165,7 +165,6 @@ NAMES = {
     "max64": _rmw("max"),
     "fence": full_fence,
     "fence_host": full_fence,
-    "pause": full_fence,
     "read_fence": read_fence,
     "local_words": _local_words,
     "ctz": _ctz,

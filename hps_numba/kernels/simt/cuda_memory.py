@@ -174,7 +174,6 @@ def memory_names() -> dict[str, Any]:
         "max64": _atomic("atom.relaxed.gpu.global.max.s64"),
         "fence": instruction("fence.acq_rel.gpu;"),
         "fence_host": instruction("fence.acq_rel.sys;"),
-        "pause": instruction("nanosleep.u32 500;"),
         "clock_ns": _clock_ns,
         # that of a block keeps the order in which this thread's loads are done, which is all a reader needs of it; one for the
         # device also waits for the answers that were written: lookups take 7 to 11 % longer on an H200

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 
 import numpy as np
 
@@ -60,7 +59,6 @@ __all__ = [
     "max_in_tile",
     "min64",
     "noinline",
-    "pause",
     "popcount",
     "probe_host_line",
     "probe_line",
@@ -155,11 +153,6 @@ def fence():
 
 def fence_host():
     """``fence``, as the CPU sees them too."""
-
-
-def pause():
-    """Let a moment pass, in a loop that waits for the CPU."""
-    time.sleep(0)
 
 
 def clock_ns():
