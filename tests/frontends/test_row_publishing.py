@@ -78,6 +78,7 @@ def test_steps_of_several_threads_reach_another_server(workshop: Workshop, rule:
         scene.trainers[0].step(np.array([3]), np.ones((1, DIM), np.float32))
         publisher.flush()
         assert publisher.published >= 2 and publisher.failures == 0
+    scene.settle()
     scene.served.erase([4], "m", 0)  # an erasure is no step: it is not published
     scene.check()
 
