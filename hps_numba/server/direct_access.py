@@ -58,6 +58,22 @@ class DirectAccess:
         """
         return self._catalog.table(model_name, table_id).spec
 
+    def tables(self, model_name: str) -> tuple[TableSpec, ...]:
+        """Name, width and default value of every table of a model, by number.
+
+        Raises:
+            UnknownModelError: no such model.   ClosedError: the server was closed.
+        """
+        return tuple(table.spec for table in self._catalog.model(model_name).tables)
+
+    def has_slower_tiers(self, model_name: str) -> bool:
+        """Whether a lookup may wait for tiers that are slower than host memory.
+
+        Raises:
+            UnknownModelError: no such model.   ClosedError: the server was closed.
+        """
+        return any(table.slow_path is not None for table in self._catalog.model(model_name).tables)
+
     def read_one_version(self, model_name: str, read: Callable[[], T]) -> tuple[T, int]:
         """What ``read`` returns of several tables, all of one version of the model, and its number.
 

@@ -1,0 +1,57 @@
+"""What a network front end serves: a model with named inputs and outputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, TensorSpec
+
+__all__ = ["InferenceModel"]
+
+
+class InferenceModel(ABC):
+    """A model that answers requests.
+
+    Attributes:
+        name: by which clients ask for it.   platform: what it is made of, e.g. ``hps_numba_tables``.
+        max_batch_size: most samples of a request along the first axis; 0: the first axis is no batch, or there is no limit.
+
+    Thread safety: every method from any thread.
+    """
+
+    name: str
+    platform: str
+    max_batch_size: int = 0
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What it takes."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What it answers."""
+
+    @abstractmethod
+    def versions(self) -> tuple[str, ...]:
+        """Versions that it can answer with now; empty if it is not loaded."""
+
+    def ready(self) -> bool:
+        """Whether it can answer."""
+        return bool(self.versions())
+
+    def may_wait(self, request: InferenceRequest) -> bool:
+        """Whether the answer may take long, so that it must not be computed on the thread of an event loop."""
+        return True
+
+    @abstractmethod
+    def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """Answer a request.
+
+        Raises:
+            InferenceError: the request is wrong.   HpsError: as a lookup of the server; ``problems.status_of`` tells either.
+        """
+
+    def close(self) -> None:
+        """Free what it holds; it answers no more."""
