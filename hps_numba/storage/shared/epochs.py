@@ -120,12 +120,16 @@ class SharedEpochs(Epochs):
 
     def _oldest_record(self, now: int) -> int:
         """The oldest epoch with a reader of any process, or one that a process has yet to follow."""
-        epochs = self.segment.records[np.flatnonzero(self.segment.pids), :, 0]
+        epochs = self.segment.records[self._used_blocks(), :, 0]
         active = epochs[epochs > 0]
         return min(now, int(active.min())) if active.size else now
 
+    def _used_blocks(self) -> np.ndarray:
+        """Blocks of processes that are there; of a copy, as NumPy raises if others change what it looks through."""
+        return np.flatnonzero(self.segment.pids.copy())
+
     def _forget_dead(self, now: int) -> None:
-        for block in np.flatnonzero(self.segment.pids).tolist():
+        for block in self._used_blocks().tolist():
             epochs = self.segment.records[block, :, 0]
             if ((epochs > 0) & (epochs < now)).any():
                 self.segment.is_dead(block)
