@@ -38,6 +38,7 @@ _OverflowPolicy = Annotated[str, f.Spelling(words.OVERFLOW_POLICIES)]
 _TierType = Annotated[str, f.Spelling(words.DATABASES, reference=True, folder=_TIERS)]
 _UpdateSource = Annotated[str, f.Spelling(words.UPDATE_SOURCES, reference=True, folder=_SOURCES)]
 _Start = Annotated[str, f.Spelling(words.STARTS)]
+_OnLoss = Annotated[str, f.Spelling(words.ON_LOSS)]
 
 
 class Section(BaseModel):
@@ -240,5 +241,7 @@ class UpdateSourceConfig(PluginSection):
     """Where reading starts: after what was applied (committed), at the oldest update, or auto: committed if rows outlive us."""
     max_backlog_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 2**26
     """Bytes of updates that may wait to be applied; reading pauses beyond that."""
+    on_loss: _OnLoss = "auto"
+    """If the bus dropped updates: reload files and replay what it has, continue, or auto: reload unless rows outlive us."""
     refuse_not_finite: bool = False
     """Skip and count updates with NaN or infinity."""

@@ -9,6 +9,7 @@ __all__ = [
     "CACHE_TYPES",
     "DATABASES",
     "MISS_PATHS",
+    "ON_LOSS",
     "OUTPUT_DTYPES",
     "OVERFLOW_POLICIES",
     "ROW_DTYPES",
@@ -95,6 +96,7 @@ CACHE_TYPES: Words = {kind.value: () for kind in EmbeddingCacheType_t}
 OUTPUT_DTYPES: Words = {"float32": ("fp32",), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
 ROW_DTYPES: Words = {**OUTPUT_DTYPES, "int8": (), "float8_e4m3": ("float8_e4m3fn", "fp8")}
 MISS_PATHS: Words = {"auto": (), "direct": (), "staged": ()}
+ON_LOSS: Words = {"auto": (), "reload": (), "continue": ()}
 STARTS: Words = {"auto": (), "committed": (), "oldest": ()}
 
 

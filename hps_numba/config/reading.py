@@ -34,6 +34,7 @@ from hps_numba.config.params import InferenceParams, ParameterServerConfig
 from hps_numba.config.plain import plain
 from hps_numba.config.schema import ModelConfig, ServerConfig
 from hps_numba.config.validation import validate
+from hps_numba.runtime import hugectr_log
 
 __all__ = ["ConfigSource", "read_config"]
 
@@ -69,11 +70,12 @@ def read_config(source: ConfigSource, *, strict: bool = False, beside: Path | No
             another. The message begins with the dotted path of the first problem; attribute ``problems`` holds all.
     """
     strict, beside = as_flag(strict, "strict"), as_optional(beside, as_path, "beside")
+    hugectr_log.install()
     if isinstance(source, ServerConfig):
         return source
     raw, path = _raw(source, strict)
     server = _checked(raw, path, strict)
-    _report(raw, server)
+    _report(raw, server, path)
     server._source = path or beside
     server._strict = strict
     if path is not None:
@@ -188,10 +190,12 @@ def _hint(key: str, section: type[Section]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _report(raw: Any, server: ServerConfig) -> None:
-    """One INFO line for every absent key and for every key that HugeCTR documented but never read."""
+def _report(raw: Any, server: ServerConfig, path: Path | None) -> None:
+    """INFO lines: what was read, every absent key, and every key that HugeCTR documented but never read."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
+    names = ", ".join(model.model for model in server.models)
+    _LOG.info("reading %s: models %s", _place(path) if path else "a config without a file", names)
     for location, given, section in _sections(raw):
         final = _at(server, location)
         for key in section.model_fields:

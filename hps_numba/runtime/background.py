@@ -24,6 +24,9 @@ _Jobs = SimpleQueue[Callable[[], None] | None]  # None: a thread may end
 class BackgroundJobs:
     """Up to ``threads`` threads for jobs that no caller waits for; they end with the object.
 
+    Attributes:
+        dropped: jobs that ``submit`` refused while it was open; of two refused in the same moment, perhaps one.
+
     Thread safety: ``submit`` from any thread, also in a signal handler; it takes no lock.
     """
 
@@ -33,6 +36,7 @@ class BackgroundJobs:
     def __init__(self, threads: int = 1) -> None:
         self._limit = threads
         self._closed = False
+        self.dropped = 0
         self.reset_after_fork()
         register_fork_reset(self)
 
@@ -54,7 +58,10 @@ class BackgroundJobs:
 
     def submit(self, job: Callable[[], None]) -> bool:
         """Run ``job`` later and return True; False if it is dropped: too many wait, or no thread can be started."""
-        if self._closed or len(self._unfinished) >= self.LIMIT:
+        if self._closed:
+            return False
+        if len(self._unfinished) >= self.LIMIT:
+            self.dropped += 1
             return False
         if len(self._threads) < self._limit:
             try:
@@ -63,6 +70,7 @@ class BackgroundJobs:
             except CapacityError as problem:
                 log.debug("%s", problem)
                 if not self._threads:
+                    self.dropped += 1
                     return False
         self._unfinished.append(job)
         self._jobs.put(job)

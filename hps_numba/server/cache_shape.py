@@ -10,9 +10,9 @@ import numpy as np
 from hps_numba.cache.sizing import CacheGeometry, CacheShape
 from hps_numba.config import ModelConfig, TableSpec
 
-__all__ = ["cache_shape", "geometry_of", "shape_bytes"]
+__all__ = ["CAPACITY_STEP", "cache_shape", "geometry_of", "shape_bytes"]
 
-_CAPACITY_STEP = 64  # rows: a set of HugeCTR HPS, in whose multiples its capacities come (checklist G09)
+CAPACITY_STEP = 64  # rows: a set of HugeCTR HPS, in whose multiples its capacities come (checklist G09)
 
 
 def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | None:
@@ -31,15 +31,15 @@ def cache_shape(model: ModelConfig, spec: TableSpec, rows: int) -> CacheShape | 
     capacity = math.floor(rows * Fraction(repr(spec.gpucacheper)))
     if kind == "uvm":
         return CacheShape("uvm", max(capacity, 1), False)
-    rounded = -(-max(capacity, _CAPACITY_STEP) // _CAPACITY_STEP) * _CAPACITY_STEP
+    rounded = -(-max(capacity, CAPACITY_STEP) // CAPACITY_STEP) * CAPACITY_STEP
     return CacheShape("dynamic", rounded, spec.gpucacheper == 1)
 
 
 def _shape_of_bytes(spec: TableSpec, kind: str, rows: int) -> CacheShape:
     if kind == "uvm":
         return CacheShape(kind, _max_rows(spec, rows, fixed=True, whole=False), False)
-    if shape_bytes(spec, CacheShape(kind, max(rows, _CAPACITY_STEP), True)) <= spec.cache_size_bytes:
-        return CacheShape(kind, max(rows, _CAPACITY_STEP), True)
+    if shape_bytes(spec, CacheShape(kind, max(rows, CAPACITY_STEP), True)) <= spec.cache_size_bytes:
+        return CacheShape(kind, max(rows, CAPACITY_STEP), True)
     return CacheShape(kind, _max_rows(spec, 1 << 40, fixed=False, whole=False), False)
 
 

@@ -38,7 +38,7 @@ class DirectAccess:
     """
 
     def __init__(self, catalog: Catalog, lookups: Lookups, recordings: Recordings, writes: Writes) -> None:
-        self._catalog = catalog
+        self._catalog, self._lookups = catalog, lookups
         self.key_bits = catalog.key_bits
         self.recordings = recordings
         #: ``lookup_into(keys, model_name, table_id, out)``: keys are integers of any shape ``S``, NumPy's; rows are written to
@@ -66,6 +66,14 @@ class DirectAccess:
         """
         return tuple(table.spec for table in self._catalog.model(model_name).tables)
 
+    def loaded(self, model_name: str) -> object:
+        """What stands for a model from its load to its unload: hooks of ``HPS.on_version`` last as long.
+
+        Raises:
+            UnknownModelError: no such model.   ClosedError: the server was closed.
+        """
+        return self._catalog.model(model_name).versions
+
     def has_slower_tiers(self, model_name: str) -> bool:
         """Whether a lookup may wait for tiers that are slower than host memory.
 
@@ -82,6 +90,14 @@ class DirectAccess:
         """
         model = self._catalog.model(model_name)
         return model.switch.read_one_version(lambda: (read(), model.version))
+
+    def of_version(self, model_name: str, number: int, answer: Callable[[], T]) -> T:
+        """What ``answer`` returns, all of version ``number`` of a model; it is called again if a switch overtakes it.
+
+        Raises:
+            VersionError: another one is in force.   UnknownModelError, ClosedError: as ``HPS.lookup``.
+        """
+        return self._lookups.of_version(model_name, number, answer)
 
     def read(self, keys: np.ndarray, model_name: str, table_id: int | str) -> tuple[np.ndarray, np.ndarray]:
         """Rows past the caches, of int64 keys ``[n]``: float32 ``[n, dim]``, and bool ``[n]``, which keys have one.

@@ -13,18 +13,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hps_numba.config import ConfigSource, InferenceParams, ModelConfig, ServerConfig, read_config
-from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_path, as_paths, as_place
+from hps_numba.config.arguments import as_count, as_flag, as_function, as_number, as_optional, as_path, as_paths, as_place
 from hps_numba.errors import ModelFileError, TraceError
+from hps_numba.metrics.nvtx import open_ranges, with_ranges
+from hps_numba.metrics.prometheus import render
+from hps_numba.metrics.registry import Registry
 from hps_numba.runtime.reentry import refuse_inside
 from hps_numba.server.catalog import Catalog
 from hps_numba.server.direct_access import DirectAccess
 from hps_numba.server.lookups import Lookups
+from hps_numba.server.metrics import ServerMetrics
 from hps_numba.server.model_loader import ModelLoader
 from hps_numba.server.model_versions import VersionHook
 from hps_numba.server.online_updates import OnlineUpdates
@@ -39,6 +44,11 @@ from hps_numba.traces.recording import TraceRecording
 
 __all__ = ["HPS"]
 
+# what becomes a range of NVTX on request
+_LOOKUPS = ("lookup", "lookup_fromdlpack", "lookup_into", "lookup_many", "lookup_pooled", "prefetch")
+_WRITES = ("erase", "insert", "read_modify_write", "refresh", "rewrite", "update")
+_CHANGES = ("load", "load_all", "replace", "set_policy", "unload")
+
 
 class HPS:
     """A hierarchical parameter server in this process.
@@ -49,10 +59,12 @@ class HPS:
         strict: unknown config keys are errors instead of warnings.
         allow_code: the config may name Python code to run (``path.py:NAME``, ``package.module:NAME``), such as custom tiers.
         progress: draw a progress bar while loading; by default on a terminal, if there is much to load.
+        nvtx: mark calls as NVTX ranges, for Nsight Systems; by default if the environment variable ``HPS_NUMBA_NVTX`` is 1.
 
     Attributes:
         config: the config as it was read.
         direct: internal: what the front ends of this package use.
+        metrics: collectors of the metrics that ``metrics_text`` shows; front ends add theirs (``hps_numba.metrics``).
 
     Raises:
         ConfigError: a value of the config is missing or wrong.
@@ -71,19 +83,32 @@ class HPS:
     """
 
     def __init__(
-        self, config: ConfigSource, *, strict: bool = False, allow_code: bool = False, progress: bool | None = None
+        self,
+        config: ConfigSource,
+        *,
+        strict: bool = False,
+        allow_code: bool = False,
+        progress: bool | None = None,
+        nvtx: bool | None = None,
     ) -> None:
+        ranges = open_ranges(as_optional(nvtx, as_flag, "nvtx"))
         self.config: ServerConfig = read_config(config, strict=strict)
         self._catalog = catalog = Catalog(64 if self.config.supportlonglong else 32)
         self._recordings = Recordings()
-        self._lookups = Lookups(catalog, self._recordings)
-        self._loader = ModelLoader(self.config, catalog, strict=strict, allow_code=allow_code, progress=progress)
+        self._lookups = with_ranges(Lookups, _LOOKUPS, ranges)(catalog, self._recordings)
+        loader = with_ranges(ModelLoader, _CHANGES, ranges)
+        self._loader = loader(self.config, catalog, strict=strict, allow_code=allow_code, progress=progress)
         self._updates = OnlineUpdates()
-        self._writes = Writes(catalog, self._loader.fastest_tier, self.config.volatile_db.max_batch_size)
+        writes = with_ranges(Writes, _WRITES, ranges)
+        self._writes = writes(catalog, self._loader.fastest_tier, self.config.volatile_db.max_batch_size)
         self.direct = DirectAccess(catalog, self._lookups, self._recordings, self._writes)
+        self.metrics = Registry()
+        self.metrics.add(ServerMetrics(catalog, self._updates).collect)
         try:
             self._loader.load_all()
-            targets = UpdateTargets(catalog, self._loader.host, self._loader.slower, self._loader.replace_by)
+            targets = UpdateTargets(
+                catalog, self._loader.host, self._loader.slower, self._loader.replace_by, self._loader.reload
+            )
             self._updates.open(self.config, targets, self, allow_code=allow_code)
         except BaseException:
             self.close()
@@ -177,6 +202,7 @@ class HPS:
         include_last_offset: bool = True,
         out: Any = None,
         stream: Any = None,
+        version: int | None = None,
     ) -> Any:
         """Look up bags of keys, and combine the rows of each bag into one row as they are read.
 
@@ -190,7 +216,7 @@ class HPS:
             padding: a key to leave out, or None.
             include_last_offset: ``offsets`` end with ``n``; if false they are ``[bags]``.
             out: ``[bags, dim]``, contiguous, to write to and return: NumPy float32, or as for ``lookup`` on a GPU.
-            stream: as for ``lookup``.
+            stream, version: as for ``lookup``.
 
         Returns:
             NumPy float32 ``[bags, dim]``, summed in float32 in the order of keys. A bag without keys gets 0; a key that no tier
@@ -204,7 +230,8 @@ class HPS:
             As ``lookup``; ConfigError (a ValueError) if offsets, combiner or bound do not fit; ArrayError for ``weights`` and
             ``out``.
         """
-        return self._lookups.lookup_pooled(
+        answer = partial(
+            self._lookups.lookup_pooled,
             keys,
             offsets,
             model_name,
@@ -218,6 +245,7 @@ class HPS:
             out=out,
             stream=stream,
         )
+        return answer() if version is None else self._lookups.of_version(model_name, as_count(version, "version", 0), answer)
 
     def lookup_fromdlpack(self, keys: Any, out_tensor: Any, model_name: str, table_id: int | str, device_id: int = 0) -> None:
         """Look up rows as ``lookup`` does, from one DLPack capsule to another. The capsules are not consumed.
@@ -562,6 +590,18 @@ class HPS:
     def update_stats(self) -> tuple[SourceStats, ...]:
         """What each source of online updates did since the server started: positions, lag, what was skipped and why."""
         return self._updates.stats()
+
+    def metrics_text(self, openmetrics: bool = False) -> str:
+        """All metrics of the server and of the front ends that count for it, as Prometheus reads them.
+
+        Args:
+            openmetrics: in the format of OpenMetrics instead of that of Prometheus. What an HTTP answer has to name as its
+                type is ``hps_numba.metrics.content_type(openmetrics=...)``.
+
+        Raises:
+            ClosedError: the server was closed.
+        """
+        return render(self.metrics.collect(), openmetrics=as_flag(openmetrics, "openmetrics"))
 
     def plan(self) -> Plan:
         """Bytes that the deployed models take in each tier and on each device, computed from the sizes of their sparse models.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from hps_numba.cache.version_switch import VersionSwitch
@@ -25,10 +26,13 @@ from hps_numba.server.prefetches import Prefetches
 from hps_numba.server.replacement import Replacement, new_version
 from hps_numba.server.replays import Replays
 from hps_numba.server.slow_path import SlowPathOptions
+from hps_numba.server.start_log import log_cache, log_host_rows, log_model_caches
 from hps_numba.server.table import ServedTable
 from hps_numba.server.table_caches import TableCaches
 from hps_numba.server.table_loading import Progress, TableLoading, no_progress, stoppable
 from hps_numba.server.table_plan import plan_caches, plan_table, plan_tables
+from hps_numba.server.timings import Timings
+from hps_numba.storage.tier_counts import TierCounts
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._host_tables import HostTablesTier
 
@@ -69,6 +73,8 @@ class ServedModel:
         switch: of the versions of all tables.   versions: which is in force.
         prefetches: rows of slower tiers that are brought up ahead of lookups.
         replays: of graphs that captured lookups, as far as they are announced.
+        planned: bytes of each table, as they were planned when it was loaded.
+        replacements: how long they took, as far as who calls ``replace`` times it.
 
     Thread safety: lookups from any thread; ``load``, ``replace`` and ``close`` by one thread at a time.
     """
@@ -96,6 +102,8 @@ class ServedModel:
         self.replays = Replays(self.name)
         self._jobs = BackgroundJobs(model.thread_pool_size)
         self.prefetches = Prefetches()
+        self.planned: Sequence[TablePlan] = ()
+        self.replacements = Timings()
         with ExitStack() as undo:
             self.tables = tuple(self._open_table(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
@@ -171,10 +179,12 @@ class ServedModel:
             if self._fills_host():
                 for table in self.tables:
                     self._load_host(table, on_rows, table in kept)
+        if log.isEnabledFor(logging.INFO):
+            for table in self.tables:
+                if table.store is not None:
+                    log_host_rows(table.spec, table.store, self._loading.rows(table.spec))
         if self._devices:
             self._open_caches()
-        for table in self.tables:
-            log.info("%s: %d rows in host memory", table.spec.tag, 0 if table.store is None else len(table.store))
         if self._host is None and not self._slower:
             log.warning("model %s: no volatile_db and no persistent_db: every key gets its table's default value", self.name)
 
@@ -215,11 +225,14 @@ class ServedModel:
 
     def _open_caches(self) -> None:
         """Open a cache of each table on each device; memory for all of them is taken before the first is filled."""
+        if self.model.gpucache or self.model.embedding_cache_type != "dynamic":
+            log_model_caches(self.config, self.model, self._devices)
         for table, policy in zip(self.tables, self._policies, strict=True):
             rows = self._loading.rows(table.spec)  # host memory may have fewer, as it is filled by and by
             shape = cache_shape(self.model, table.spec, rows)
             if shape is None:
                 continue
+            log_cache(table.spec, shape, rows, policy)
             host_rows = 0 if table.store is None else len(table.store)
             planned = plan_caches(self.config, table.spec, shape, host_rows, policy).memory
             of_cache = planned.needed_bytes - planned.group_workspaces  # those are memory of the groups
@@ -313,8 +326,6 @@ class ServedModel:
             DeviceError: a block of ``replays`` stays open. As ``TierError`` before the switch.
         """
         paths = self._paths(sources)
-        fill, tiers = self.replacement_fills_host, self._slower.writable
-        validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
         number = self.version + 1 if number is None else number
         tables = {table.spec.name: path for table, path in zip(self.tables, paths, strict=True)}
         told = Manifest(model=self.name, version=number, tables=tables) if manifest is None else manifest
@@ -324,7 +335,20 @@ class ServedModel:
             manifest=told.to_dict(),
             since_ms=None if manifest is None else manifest.since_ms,
         )
-        replacement = Replacement(
+        self._replacement().run(new, on_rows, check, carry=manifest is not None and manifest.since_ms is not None)
+
+    def reload(self, on_rows: Progress = no_progress, check: Check = go_on) -> None:
+        """Load the files of the version in force again, as ``replace``: what updates did is gone, and the version stays.
+
+        Raises:
+            As ``replace``.
+        """
+        self._replacement().run(replace(self.versions.in_force, again=True), on_rows, check)
+
+    def _replacement(self) -> Replacement:
+        fill, tiers = self.replacement_fills_host, self._slower.writable
+        validate = bool(tiers) and not (fill and self.config.volatile_db.initial_cache_rate == 1)
+        return Replacement(
             self.tables,
             tiers,
             self._loading,
@@ -336,7 +360,6 @@ class ServedModel:
             validate=validate,
             versions=self.versions,
         )
-        replacement.run(new, on_rows, check, carry=manifest is not None and manifest.since_ms is not None)
 
     def _no_loading(self, check: Check) -> AbstractContextManager[None]:
         """A block in which no other process loads tables that are shared with this one; ``check`` is called until it begins."""
@@ -384,6 +407,15 @@ class ServedModel:
             for table, path in zip(self.tables, self._paths(sources), strict=True)
         )
 
+    @property
+    def background(self) -> dict[str, BackgroundJobs]:
+        """The pools of background threads: for rows that lookups fetch, and for prefetches."""
+        return {"lookups": self._jobs, "prefetches": self.prefetches.jobs}
+
+    def tier_counts(self, table: ServedTable) -> dict[str, TierCounts]:
+        """What fetches from each slower tier did for a table."""
+        return self._slower.counts(table.spec.tag)
+
     # -- ending ---------------------------------------------------------------------
 
     @property
@@ -412,6 +444,8 @@ class ServedModel:
             TierError: a slower tier failed; everything else was freed and dropped.
         """
         with ExitStack() as closing:  # the last callback comes first
+            for table in self.tables:
+                closing.callback(self._slower.forget, table.spec.tag)
             for table in self.tables if erase else ():
                 closing.callback(self._slower.erase, table.spec.tag)
             if self._host is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +25,7 @@ from hps_numba.server.manifest import Manifest
 from hps_numba.server.model import Policies, ServedModel, load_policies
 from hps_numba.server.model_jobs import Check, ModelJobs
 from hps_numba.server.plan import plan_config
+from hps_numba.server.start_log import log_model_ready, log_ready, log_start
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.tier_stack import TierStack, open_tiers
 from hps_numba.storage.tiers._host_tables import HostTablesTier
@@ -96,15 +98,18 @@ class ModelLoader:
         Raises:
             As ``HPS``.
         """
-        models = self._config.models
+        models, began = self._config.models, time.monotonic()
         on_devices = self._check_devices(models)
         policies = [self._policies(self._config, model) for model in models]
         self.allocator = PinnedHostAllocator() if on_devices else PlainHostAllocator()
         known = [own or (None,) * len(model.sparse_files) for model, own in zip(models, policies, strict=True)]
-        plan_config(self._config, chain.from_iterable(known)).check()
+        plan = plan_config(self._config, chain.from_iterable(known))
+        plan.check()
+        log_start(self._config, plan)
         self.host, self.slower = open_tiers(self._config, self.allocator, allow_code=self._allow_code)
         for model, own in zip(models, policies, strict=True):
             self._deploy(self._config, model, own, check)
+        log_ready(self._catalog.models, began)
 
     def _check_devices(self, models: Iterable[ModelConfig]) -> bool:
         """Whether the models are served from GPUs; one WARNING if they are listed and this machine has none.
@@ -148,10 +153,11 @@ class ModelLoader:
         return load_policies(config, model, allow_code=self._allow_code) if self._cache_devices(model) else ()
 
     def _deploy(self, config: ServerConfig, model: ModelConfig, policies: Policies, check: Check) -> None:
-        devices = self._cache_devices(model)
+        devices, began = self._cache_devices(model), time.monotonic()
         served = ServedModel(config, model, self._host_for(model), self.slower, devices=devices, policies=policies)
         try:
-            with rows_progress(sum(table.rows for table in served.table_plans()), self._progress) as on_rows:
+            served.planned = served.table_plans()
+            with rows_progress(sum(table.rows for table in served.planned), self._progress) as on_rows:
                 served.load(on_rows, check)
             check()
             if served.has_caches and model.num_of_refresher_buffer_in_pool:
@@ -160,6 +166,7 @@ class ModelLoader:
             served.close()
             raise
         self._catalog.models = Models({**self._catalog.models, model.model: served})
+        log_model_ready(model.model, served.version, len(served.tables), began)
 
     def load(self, model: Mapping[str, Any] | InferenceParams | ModelConfig) -> None:
         """As ``HPS.load_model``."""
@@ -197,6 +204,22 @@ class ModelLoader:
             files = [manifest.tables[table.spec.name] for table in model.tables]
             self.replace(manifest.model, files, manifest.version, manifest)
 
+    def reload(self, model_name: str) -> None:
+        """Load the files of the version of a model that is in force again; nobody is told, as it stays in force.
+
+        Raises:
+            As ``HPS.replace_model``.
+        """
+        self.check_outside(unlocked=self._catalog.model(model_name))
+        self.jobs.run(lambda check: self._reload(model_name, check))
+
+    def _reload(self, model_name: str, check: Check) -> None:
+        model = self._catalog.model(model_name)
+        plan = model.plan_of_replacement(model.versions.in_force.sources)
+        plan.check()
+        with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
+            model.reload(on_rows, check)
+
     def roll_back(self, model_name: str, number: int | None = None) -> int:
         """As ``HPS.roll_back_model``; ``number``: which version that has to be."""
         previous = self._catalog.model(model_name).versions.previous
@@ -218,10 +241,11 @@ class ModelLoader:
     ) -> None:
         model = self._catalog.model(model_name)
         sources = None if files is None else [locate(str(file), self._config.folder) for file in files]
-        plan = model.plan_of_replacement(sources)
-        plan.check()
-        with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
-            model.replace(sources, on_rows, check, number=number, manifest=manifest)
+        with model.replacements.timed():
+            plan = model.plan_of_replacement(sources)
+            plan.check()
+            with rows_progress(sum(table.rows for table in plan.tables), self._progress) as on_rows:
+                model.replace(sources, on_rows, check, number=number, manifest=manifest)
 
     def unload(self, model_name: str, *, erase: bool) -> None:
         """As ``HPS.unload_model``."""

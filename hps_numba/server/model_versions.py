@@ -11,6 +11,7 @@ times of their events; when its files take over, the rows of those that are newe
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,12 +39,14 @@ class ModelVersion:
         number: of the version.   sources: sparse models of its tables, in table order.
         manifest: what the message or call that brought it said (``Manifest.to_dict``); empty for that of the config.
         since_ms: updates without a version whose events are older are in its files already; None: not known.
+        again: it is in force, and its files are loaded once more.
     """
 
     number: int
     sources: tuple[str, ...]
     manifest: Mapping[str, Any] = field(default_factory=dict)
     since_ms: int | None = None
+    again: bool = False
 
 
 class NotedWrites:
@@ -86,6 +89,7 @@ class ModelVersions:
         in_force: whose rows lookups see.   previous: what was in force before it, or None.
         managed: a message has named a version: rows of other versions are not applied from then on.
         last_issued_ms: of the manifests that were dealt with.
+        since_ns: ``time.monotonic_ns`` when the version in force became so, or was loaded.
 
     Thread safety: ``take`` in the moment of the switch, by one thread at a time; everything else from any thread.
     """
@@ -94,6 +98,7 @@ class ModelVersions:
         self.in_force = ModelVersion(number=1, sources=sources)
         self.previous: ModelVersion | None = None
         self.managed = False
+        self.since_ns = time.monotonic_ns()
         self.last_issued_ms = -1
         self._model = model
         self._hooks: tuple[tuple[object, VersionHook], ...] = ()
@@ -130,7 +135,7 @@ class ModelVersions:
             What a hook raises; ConfigError: it returns something else.
         """
         switches = []
-        for _, hook in self._hooks:
+        for _, hook in self._hooks if not new.again else ():
             switch = hook(new.number, new.manifest)
             if switch is not None and not callable(switch):
                 raise ConfigError(f"on_version: expected a function to call at the switch, or None, got {show(switch)}")
@@ -140,7 +145,8 @@ class ModelVersions:
 
     def take(self, new: ModelVersion, switches: list[Callable[[], object]]) -> None:
         """``new`` is in force now; nothing in it may wait for lookups."""
-        self.previous, self.in_force = self.in_force, new
+        self.previous, self.in_force = self.previous if new.again else self.in_force, new
+        self.since_ns = time.monotonic_ns()
         for switch in switches:
             try:
                 switch()

@@ -6,6 +6,7 @@ that reads and applies (``updates._consumer``).
 
 from __future__ import annotations
 
+import logging
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +22,9 @@ from hps_numba.server.update_targets import UpdateTargets
 
 __all__ = ["OnlineUpdates"]
 
+log = logging.getLogger(__name__)
 _SOURCES = "hps_numba.updates"
+_SHOWN = 4  # tags that a line lists
 
 
 class _Consumer(Protocol):
@@ -59,6 +62,7 @@ class OnlineUpdates:
         with ExitStack() as undo:
             opened = []
             sections = config.source_sections()
+            targets.one_source = len(sections) == 1
             for number, (place, given) in enumerate(sections):
                 name = given.name or (given.type if len(sections) == 1 else f"{given.type}-{number}")
                 kind = _source_class(f"{dotted(place)}.type", given.type, config, allow_code)
@@ -66,6 +70,7 @@ class OnlineUpdates:
                 with plugins.typed_errors(f"{dotted(place)}.type: {given.type!r}: cannot open", TierUnavailable, HpsError):
                     opened.append(kind.consumer(section, targets, name))
                 undo.callback(opened[-1].close)
+                _log_opened(dotted(place), name, given.type, config, targets)
             self._consumers = tuple(opened)  # before they start: an interrupt leaves none behind that ``close`` does not find
             for consumer in opened:
                 consumer.start()
@@ -102,6 +107,14 @@ class OnlineUpdates:
 def _stop(consumers: tuple[_Consumer, ...]) -> None:
     for consumer in consumers:
         consumer.stop()
+
+
+def _log_opened(place: str, name: str, kind: str, config: ServerConfig, targets: UpdateTargets) -> None:
+    """Which tables a source brings updates for."""
+    if log.isEnabledFor(logging.INFO):
+        taken = [spec.tag for spec in config.tables() if not isinstance(targets.find(spec.tag), str)]
+        shown = ", ".join(taken[:_SHOWN]) + (", ..." if len(taken) > _SHOWN else "")
+        log.info("%s: %s %r brings updates of %d tables%s", place, kind, name, len(taken), f": {shown}" if taken else "")
 
 
 def _source_class(place: str, name: str, config: ServerConfig, allow_code: bool) -> Any:

@@ -23,7 +23,13 @@ _ATTEMPTS = 3
 
 
 class Prefetches:
-    """The prefetches of one model. Thread safety: every method."""
+    """The prefetches of one model.
+
+    Attributes:
+        jobs: the thread that does them.
+
+    Thread safety: every method.
+    """
 
     #: keys fetched at a time
     STEP = 8192
@@ -31,7 +37,7 @@ class Prefetches:
     MAX_KEYS = 1 << 24
 
     def __init__(self) -> None:
-        self._jobs = BackgroundJobs(1)
+        self.jobs = BackgroundJobs(1)
         self._closed = False
         self.reset_after_fork()
         register_fork_reset(self)
@@ -43,7 +49,12 @@ class Prefetches:
     @property
     def works_here(self) -> bool:
         """Whether this is the thread that prefetches, for which ``close`` waits."""
-        return self._jobs.works_here
+        return self.jobs.works_here
+
+    @property
+    def waiting_keys(self) -> int:
+        """Keys of the calls that wait or are at work."""
+        return sum(list(self._waiting.values()))
 
     def request(self, table: ServedTable, keys: np.ndarray, caches: Iterable[EmbeddingCache]) -> bool:
         """Bring up the rows of int64 ``keys``, which belong to this object from now on, soon; false if too much waits."""
@@ -51,7 +62,7 @@ class Prefetches:
             return False
         ticket = object()
         self._waiting[ticket] = len(keys)
-        accepted = self._jobs.submit(partial(self._work, ticket, table, keys, tuple(caches)))
+        accepted = self.jobs.submit(partial(self._work, ticket, table, keys, tuple(caches)))
         if not accepted:
             self._waiting.pop(ticket, None)
         return accepted
@@ -83,7 +94,7 @@ class Prefetches:
     def close(self) -> None:
         """End after the step in progress; what waits is dropped."""
         self._closed = True
-        self._jobs.close()
+        self.jobs.close()
 
 
 def _bring_up_whole(table: ServedTable, keys: np.ndarray, caches: tuple[EmbeddingCache, ...]) -> None:

@@ -6,14 +6,16 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from hps_numba import plugins
 from hps_numba.config import ServerConfig, read_config
 from hps_numba.config.arguments import as_flag
 from hps_numba.config.messages import dotted
-from hps_numba.errors import ConfigError, UnknownModelError
+from hps_numba.errors import ClosedError, ConfigError, UnknownModelError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.server.hps import HPS
@@ -67,6 +69,9 @@ def _check_imports_nothing(config: ServerConfig) -> None:
             )
 
 
+_LENT = "<server "  # how names of ``lend`` begin
+
+
 class Servers:
     """Servers by config.
 
@@ -79,6 +84,8 @@ class Servers:
 
     def __init__(self) -> None:
         self._servers: dict[str, HPS] = {}
+        self._lent: WeakValueDictionary[str, HPS] = WeakValueDictionary()
+        self._numbers = count(1)
         self.reset_after_fork()
         register_fork_reset(self)
 
@@ -106,8 +113,11 @@ class Servers:
 
         Raises:
             ConfigError: the config or the batch is wrong.   Otherwise as ``HPS``.
-            ReentryError: this thread is building it already.
+            ReentryError: this thread is building it already.   ClosedError: the config is a name of ``lend``, and its server
+                was closed.
         """
+        if isinstance(config, str) and config.startswith(_LENT):
+            return self._lent_by(config)
         if not config:
             raise ConfigError(
                 "ps_config_file: expected a path or a dict, got an empty one, and no server was initialised before"
@@ -136,6 +146,24 @@ class Servers:
             self._servers[identity] = server
             log.info("%s: models %s%s", _short(config), ", ".join(server.models), f"; beside {others} others" if others else "")
             return server
+
+    def lend(self, server: HPS) -> str:
+        """A name that stands in place of a config for a server that somebody else opened, and closes.
+
+        Whoever asks for the name gets that server, also after ``close``; a closed one gives ClosedError, and is never built.
+        """
+        for name, known in list(self._lent.items()):
+            if known is server:
+                return name
+        name = f"{_LENT}{next(self._numbers)} of process {os.getpid()}>"
+        self._lent[name] = server
+        return name
+
+    def _lent_by(self, name: str) -> HPS:
+        server = self._lent.get(name)
+        if server is None or server.closed:
+            raise ClosedError(f"{name} is closed, or of another process")
+        return server
 
     @property
     def opened(self) -> list[HPS]:

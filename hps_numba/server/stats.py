@@ -7,17 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from hps_numba.cache.memory_use import CacheMemory
+from hps_numba.kernels.host.clock import HAS_CLOCK
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.host_store import (
     COUNTER_ABSENT,
     COUNTER_BYTES,
     COUNTER_CALLS,
     COUNTER_KEYS,
+    COUNTER_LATENCY,
     COUNTER_MISSES,
     COUNTER_TIER_ERRORS,
     COUNTER_TIER_HITS,
     COUNTER_UNANSWERED,
 )
+from hps_numba.metrics.histogram import Histogram
 from hps_numba.server.update_stats import TableUpdates
 from hps_numba.storage.host.store_bytes import StoreBytes
 
@@ -170,13 +173,20 @@ class Counters:
 
     Attributes:
         address: of the first word.
+        latency: ns that lookups spent in host memory: of a sample of them, one in ``kernels.host.histogram.SAMPLED``.
 
     Thread safety: every method; wait-free.
     """
 
     def __init__(self) -> None:
         self._words = np.zeros(_WORDS, np.int64)
+        self.latency = Histogram()
+        self.time_lookups(HAS_CLOCK)
         self.address: int = self._words.__array_interface__["data"][0]
+
+    def time_lookups(self, timed: bool) -> None:
+        """Whether a sample of lookups is timed from now on; at first it is."""
+        self._words[COUNTER_LATENCY // 8] = self.latency.address if timed else 0
 
     def add(self, counter: int, amount: int) -> None:
         """Add ``amount`` to one counter."""

@@ -21,6 +21,7 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.config import TableSpec
 from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import COUNTER_ABSENT
+from hps_numba.metrics.histogram import HistogramSnapshot
 from hps_numba.server.slow_path import Background, SlowPath, SlowPathOptions
 from hps_numba.server.stats import Counters, TableStats
 from hps_numba.server.table_caches import GroupBytes, TableCaches
@@ -203,6 +204,15 @@ class ServedTable:
             key_form=bags.keys.form,
             out_type="float32" if cache.device is None else self.output_type,
         )
+
+    @property
+    def latency(self) -> HistogramSnapshot:
+        """Nanoseconds that lookups spent in host memory, of a sample of them."""
+        return self._counters.latency.snapshot()
+
+    def time_lookups(self, timed: bool) -> None:
+        """Whether a sample of lookups is timed from now on; at first it is."""
+        self._counters.time_lookups(timed)
 
     def stats(self, version: int, group_bytes: GroupBytes) -> TableStats:
         """Counts since the server started; ``version`` is that of the model's content.

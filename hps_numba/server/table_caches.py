@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +26,10 @@ from hps_numba.cache.version_switch import VersionSwitch
 from hps_numba.config import ModelConfig, TableSpec
 from hps_numba.errors import CapacityError, HpsError
 from hps_numba.kernels.policies._policy import Policy
+from hps_numba.runtime.hugectr_log import TRACE
+from hps_numba.server.start_log import place, share
 from hps_numba.server.stats import CacheStats
+from hps_numba.server.timings import Timings
 from hps_numba.storage.host.store import HostStore
 
 __all__ = ["TableCaches"]
@@ -47,6 +51,9 @@ class TableCaches:
         policy: decides which entry a dynamic cache evicts.   store: the rows in host memory, if they are kept there.
         switch: of the versions of the model.   planned_bytes: that each cache will take (``cache.promised``).
 
+    Attributes:
+        refreshes: when all rows were last read again, or the caches filled, and how long refreshes took.
+
     Raises:
         CapacityError: no memory for a cache.   PolicyError: the policy does not compile.
 
@@ -65,6 +72,7 @@ class TableCaches:
         planned_bytes: int = 0,
     ) -> None:
         self.spec = spec
+        self.refreshes = Timings()
         self._fills_at_start = model.init_ec or shape.kind != "dynamic"
         self._refresh_share = model.cache_refresh_percentage_per_iteration
         self._store = store
@@ -97,8 +105,16 @@ class TableCaches:
             return
         for device, cache in self._caches.items():
             self._resident[device] = cache.warm()
-            where = "host memory" if device is None else f"device {device}"
-            log.info("%s: %d of %d rows in the cache of %s", self.spec.tag, self._resident[device], cache.capacity, where)
+            rows, held = 0 if self._store is None else len(self._store), self._resident[device]
+            log.info(
+                "%s: cached %d of %d rows in the cache of %s, %s",
+                self.spec.tag,
+                held,
+                rows,
+                place(device),
+                share(held, cache.capacity),
+            )
+        self.refreshes.done()
 
     def set_policy(self, policy: Policy) -> None:
         """Switch every cache to another policy; done when this returns. Rows stay.
@@ -167,6 +183,7 @@ class TableCaches:
 
     def follow(self) -> None:
         """Drop all rows, and answer from what the store has now. A cache that fails serves no more."""
+        self.refreshes.done()
         for device, cache in self._caches.items():
             self._resident[device] = 0
             try:
@@ -212,7 +229,9 @@ class TableCaches:
         for device, cache in self._caches.items():
             step = max(1, math.ceil(cache.sets * (self._refresh_share or 1.0)))
             for first in range(0, cache.sets, step):
-                self._refresh_sets(cache, first, min(first + step, cache.sets), fetch, drop=drop)
+                began, stop = time.perf_counter(), min(first + step, cache.sets)
+                self._refresh_sets(cache, first, stop, fetch, drop=drop)
+                log.log(TRACE, "%s: sets %d to %d refreshed in %.3g s", self.spec.tag, first, stop, time.perf_counter() - began)
             self._resident[device] = cache.check_fully_resident()
 
     def _refresh_sets(self, cache: EmbeddingCache, first: int, stop: int, fetch: Fetch | None, *, drop: bool) -> None:

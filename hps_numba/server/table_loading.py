@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hps_numba.config import ServerConfig, TableSpec
+from hps_numba.runtime.hugectr_log import TRACE
 from hps_numba.server.model_jobs import Check
 from hps_numba.storage.host.memory import Mark
 from hps_numba.storage.host.store import HostStore
@@ -17,6 +20,7 @@ from hps_numba.storage.tiers._tier import Tier
 
 __all__ = ["Progress", "TableLoading", "no_progress", "stoppable"]
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int], None]
 """Told the tag of a table and how many more of its rows were loaded."""
 
@@ -87,9 +91,15 @@ class TableLoading:
             TierError: the tier failed.
         """
         with open_model(path, spec.dim) as reader:
+            inserted, began = 0, time.perf_counter()
             for keys, rows in stream_table(reader, _rows_for(tier, reader.rows), key_bits=self._key_bits):
                 tier.insert(spec.tag, keys, rows)
                 on_rows(spec.tag, len(keys))
+                inserted += len(keys)
+                log.log(
+                    TRACE, "%s: %d rows in %s after %.3g s", spec.tag, inserted, tier.section.type, time.perf_counter() - began
+                )
+            log.info("%s: inserted %d of %d rows in %s", spec.tag, inserted, reader.rows, tier.section.type)
 
     @staticmethod
     def drop_stale(tiers: Sequence[Tier], spec: TableSpec, path: str, newer: np.ndarray | None = None) -> None:

@@ -332,7 +332,8 @@ class TableWrites:
             TierError: a slower tier failed, or its answer breaks its contract.
         """
         if self.caches is not None:
-            with self._lock.held(), self.paused():  # rows that lookups fetch meanwhile may be older and stay out
+            # rows that lookups fetch meanwhile may be older and stay out
+            with self._lock.held(), self.paused(), self.caches.refreshes.timed():
                 self.caches.refresh(self._fetch_exact if self._tiers else None, drop=drop)
 
     # -- exact reads ---------------------------------------------------------------------

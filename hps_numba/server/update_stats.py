@@ -59,6 +59,7 @@ class SourceStats:
         backlog_messages, backlog_bytes: read and not applied yet.
         lag_messages: on the bus and not applied yet, or None if the source does not tell.
         lost: messages that the bus had dropped before they were read, as far as it tells how many; each gap counts at least 1.
+        reloads: how often the files of the models were loaded again for that.
         skipped: updates that were not applied, by reason, also those of tables that the server does not have.
         last_skipped: reason, table, partition and offset of the last of them.
         failed_reads, failed_commits: attempts that failed; each is repeated.
@@ -77,6 +78,7 @@ class SourceStats:
     backlog_bytes: int
     lag_messages: int | None
     lost: int
+    reloads: int
     skipped: Mapping[str, int]
     last_skipped: str
     failed_reads: int

@@ -6,7 +6,7 @@ A write goes to the slowest tier first, then to host memory, then to every cache
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -83,16 +83,26 @@ class UpdateTargets:
     Args:
         catalog: the deployed models.   host: the tier in host memory, or None.   slower: all other tiers.
         replace: brings the version that a manifest names into force, as ``ModelLoader.replace_by``.
+        reload: loads the files of a model again, as ``ModelLoader.reload``.
+
+    Attributes:
+        one_source: the server has no other source of updates.
 
     Thread safety: every method.
     """
 
     def __init__(
-        self, catalog: Catalog, host: HostTablesTier | None, slower: TierStack, replace: Callable[[Manifest], None]
+        self,
+        catalog: Catalog,
+        host: HostTablesTier | None,
+        slower: TierStack,
+        replace: Callable[[Manifest], None],
+        reload: Callable[[str], None],
     ) -> None:
         self._catalog = catalog
         self._host, self._slower = host, slower
-        self._replace = replace
+        self._replace, self.reload = replace, reload
+        self.one_source = True
 
     @property
     def closed(self) -> bool:
@@ -141,6 +151,20 @@ class UpdateTargets:
             return "filtered"
         writable = frozenset(number for number in tiers if not self._slower.checked[number].read_only)
         return UpdateTarget(table, model.versions, writable, takes_host) if takes_host or writable else "read_only"
+
+    def models_of(self, tags: Container[str]) -> list[str]:
+        """Names of the models of which a table that is among ``tags`` takes updates; any table, if one of the tags is empty.
+
+        Raises:
+            ClosedError: the server was closed.
+        """
+        return [
+            name
+            for name, model in self._catalog.models.items()
+            if any(
+                not isinstance(self.find(table.spec.tag), str) for table in model.tables if "" in tags or table.spec.tag in tags
+            )
+        ]
 
     # -- versions ---------------------------------------------------------------------
 

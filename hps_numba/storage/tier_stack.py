@@ -7,28 +7,42 @@ way, and each tier is asked only for keys that the ones before it lack.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hps_numba import plugins
 from hps_numba.config import ServerConfig, VolatileDatabaseConfig, checked_options
-from hps_numba.config.messages import dotted
+from hps_numba.config.messages import dotted, show
 from hps_numba.device.host_memory import HostAllocator
 from hps_numba.errors import ClosedError, ConfigError, HpsError, TierError, TierUnavailable
 from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.hugectr_log import TRACE
+from hps_numba.storage.tier_counts import TierCounts, TierFetches
 from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
 from hps_numba.storage.tiers._host_tables import HostTablesTier
-from hps_numba.storage.tiers._tier import Tier
+from hps_numba.storage.tiers._tier import Fetched, Tier
 
 __all__ = ["StackAnswer", "TierStack", "open_tiers"]
 
 log = logging.getLogger(__name__)
 _TIERS = "hps_numba.storage.tiers"
+_SHOWN = (
+    "initialize_after_startup",
+    "initial_cache_rate",
+    "cache_missed_embeddings",
+    "read_only",
+    "overflow_policy",
+    "overflow_margin",
+    "num_partitions",
+    "max_batch_size",
+)  # keys that the line about an opened tier has, where the tier has them
 
 
 def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bool) -> tuple[HostTablesTier | None, TierStack]:
@@ -51,12 +65,22 @@ def open_tiers(config: ServerConfig, allocator: HostAllocator, *, allow_code: bo
                 else:
                     tier = kind(section, wide_keys=config.supportlonglong)
             undo.callback(CheckedTier(tier).close)
+            _log_opened(dotted(place), tier)
             if isinstance(tier, HostTablesTier) and given is config.volatile_db:
                 host = tier
             else:
                 slower.append(tier)
         undo.pop_all()
     return host, TierStack(slower)
+
+
+def _log_opened(place: str, tier: Tier) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    values = {key: getattr(tier.section, key) for key in _SHOWN if hasattr(tier.section, key)}
+    if values.get("overflow_margin") == VolatileDatabaseConfig.model_fields["overflow_margin"].default:  # there is no bound
+        values = {key: value for key, value in values.items() if not key.startswith("overflow_")}
+    log.info("%s: opened %s: %s", place, tier.section.type, ", ".join(f"{key} {show(value)}" for key, value in values.items()))
 
 
 def _tier_class(place: str, name: str, folder: Path | None, allow_code: bool) -> type[Tier]:
@@ -83,6 +107,26 @@ class StackAnswer:
     errors: int
 
 
+class _Calls(NamedTuple):
+    """The tiers of a stack, and what each lookup needs of them, kept.
+
+    Attributes:
+        checked: the tiers with their answers checked.
+        names: in metrics: by type, with the number in the stack where two have one type.
+        parallel_fetches: the least of all.
+    """
+
+    tiers: Sequence[Tier]
+    checked: Sequence[CheckedTier]
+    names: Sequence[str]
+    parallel_fetches: int
+
+
+def _names_of(tiers: Sequence[CheckedTier]) -> list[str]:
+    types = [str(getattr(tier.section, "type", tier.name)).rpartition(":")[2] for tier in tiers]
+    return [f"{kind}-{number}" if types.count(kind) > 1 else kind for number, kind in enumerate(types)]
+
+
 class TierStack:
     """Slower tiers, fastest first.
 
@@ -97,7 +141,8 @@ class TierStack:
 
     def __init__(self, tiers: Iterable[Tier]) -> None:
         self.tiers: Sequence[Tier] = tuple(tiers)
-        self._known: tuple[Sequence[Tier], Sequence[CheckedTier], int] | None = None
+        self._known: _Calls | None = None
+        self._fetches: dict[tuple[str, str], TierFetches] = {}
         self._closed = False
         self.reset_after_fork()
         register_fork_reset(self)
@@ -113,20 +158,20 @@ class TierStack:
     @property
     def checked(self) -> Sequence[CheckedTier]:
         """The tiers with their answers checked, fastest first: what a server calls."""
-        return self._calls[1]
+        return self._calls.checked
 
     @property
     def parallel_fetches(self) -> int:
         """Fetches at a time that every tier answers faster than one after the other."""
-        return self._calls[2]
+        return self._calls.parallel_fetches
 
     @property
-    def _calls(self) -> tuple[Sequence[Tier], Sequence[CheckedTier], int]:
-        """The tiers, the same with their answers checked, and ``parallel_fetches``: kept, as each lookup needs them."""
+    def _calls(self) -> _Calls:
         known = self._known
-        if known is None or known[0] is not self.tiers:
+        if known is None or known.tiers is not self.tiers:
             checked = [CheckedTier(tier) for tier in self.tiers]
-            known = self._known = self.tiers, checked, min((tier.parallel_fetches for tier in checked), default=1)
+            parallel_fetches = min((tier.parallel_fetches for tier in checked), default=1)
+            known = self._known = _Calls(self.tiers, checked, _names_of(checked), parallel_fetches)
         return known
 
     @property
@@ -161,22 +206,27 @@ class TierStack:
     def _fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None) -> StackAnswer:
         found = np.zeros(len(keys), bool)
         unsure = np.zeros(len(keys), bool)
-        errors = 0
-        for tier in self.checked:
+        errors, traced = 0, log.isEnabledFor(TRACE)
+        calls = self._calls
+        for tier, name in zip(calls.checked, calls.names, strict=True):
             first = not found.any()
             places = np.arange(len(keys)) if first else np.flatnonzero(~found)
             if not len(places):
                 break
             some = rows if first else np.empty((len(places), rows.shape[1]), np.float32)
+            began = time.perf_counter() if traced else 0.0
             try:
-                answer = tier.fetch(table, keys if first else keys[places], some, deadline=deadline)
+                answer = self._fetch_from(tier, name, table, keys if first else keys[places], some, deadline)
             except TierDefect:
                 raise
             except TierError as problem:
-                log.debug("%s: %s: fetch failed: %s", table, tier.name, problem)
+                log.debug("%s: %s: fetch failed: %s", table, name, problem)
                 errors += 1
                 unsure[places] = True
                 continue
+            if traced:
+                took = 1000 * (time.perf_counter() - began)
+                log.log(TRACE, "%s: %s: %d of %d keys in %.3f ms", table, tier.name, answer.found.sum(), len(places), took)
             if not first:
                 rows[places[answer.found]] = some[answer.found]
             found[places[answer.found]] = True
@@ -185,6 +235,33 @@ class TierStack:
                 errors += 1
                 unsure[places[answer.failed]] = True
         return StackAnswer(found, unsure & ~found, errors)
+
+    def _fetch_from(
+        self, tier: CheckedTier, name: str, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None
+    ) -> Fetched:
+        """``Tier.fetch`` of one tier, counted."""
+        start = time.perf_counter_ns()
+        found, failed = 0, True
+        try:
+            answer = tier.fetch(table, keys, rows, deadline=deadline)
+            found, failed = int(np.count_nonzero(answer.found)), answer.failed is not None and bool(answer.failed.any())
+            return answer
+        finally:
+            taken = time.perf_counter_ns() - start
+            self._fetches_of(table, name).add(len(keys), found, failed=failed, nanoseconds=taken)
+
+    def _fetches_of(self, table: str, tier: str) -> TierFetches:
+        known = self._fetches.get((table, tier))
+        return self._fetches.setdefault((table, tier), TierFetches()) if known is None else known
+
+    def counts(self, table: str) -> dict[str, TierCounts]:
+        """What fetches from each tier, by name, did for a table since the server started."""
+        return {tier: self._fetches_of(table, tier).read() for tier in self._calls.names}
+
+    def forget(self, table: str) -> None:
+        """Drop the counts of a table that is served no more."""
+        for tier in self._calls.names:
+            self._fetches.pop((table, tier), None)
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
         """bool ``[n]``: which keys some tier has."""

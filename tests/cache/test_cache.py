@@ -608,7 +608,8 @@ def test_state_points_to_the_index_in_force(cpu_bench: Bench) -> None:
 
 def test_an_index_that_is_published_while_a_hold_ends_is_followed(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
-    link = Linked(store).link
+    linked = Linked(store)  # it holds the memory that the link writes to
+    link = linked.link
     link.hold()
     keys = np.arange(500)
     writer = threading.Thread(target=lambda: store.upsert(keys, rows_of(keys, DIM)))

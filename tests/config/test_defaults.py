@@ -60,6 +60,7 @@ UPDATE_DEFAULTS = {
     "name": "",
     "start": "auto",
     "max_backlog_bytes": 67108864,
+    "on_loss": "auto",
     "refuse_not_finite": False,
 }
 HARD = (
@@ -89,7 +90,9 @@ def test_c04_soft_keys_take_their_defaults_with_one_info_line_each(caplog: pytes
     }
     for _, (section, defaults) in absent.items():
         assert {key: section[key] for key in defaults} == defaults
-    lines = [line.partition(": absent, using ")[0] for line in logged(caplog, logging.INFO)]
+    banner, *absences = logged(caplog, logging.INFO)
+    assert banner == "reading a config without a file: models m"
+    lines = [line.partition(": absent, using ")[0] for line in absences]
     assert sorted(lines) == sorted(prefix + key for prefix, (_, defaults) in absent.items() for key in defaults)
     assert "models[0].gpucacheper: absent, using 0.2" in logged(caplog, logging.INFO)
 
@@ -101,9 +104,10 @@ def test_c04_an_absent_section_is_one_line(caplog: pytest.LogCaptureFixture) -> 
     assert lines == ["volatile_db: absent, using type 'parallel_hash_map' with its defaults"]
 
 
-def test_c04_a_complete_config_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_c04_a_complete_config_has_nothing_absent(caplog: pytest.LogCaptureFixture) -> None:
     complete = read_config(TWO_MODELS).to_dict()
     caplog.clear()
     caplog.set_level(logging.INFO, "hps_numba.config")
     read_config(complete)
-    assert logged(caplog, logging.INFO) == logged(caplog, logging.WARNING) == []
+    assert logged(caplog, logging.INFO) == ["reading a config without a file: models demo_model, demo_model2"]
+    assert logged(caplog, logging.WARNING) == []

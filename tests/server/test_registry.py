@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.oracles import rows_of
 
-from hps_numba import ArrayError, ConfigError, HpsError, UnknownModelError, plugins
+from hps_numba import ArrayError, ClosedError, ConfigError, HpsError, UnknownModelError, plugins
 from hps_numba.frontends._queries import Query, TableQuery, answer
 from hps_numba.server.registry import Servers
 
@@ -195,3 +195,16 @@ def test_a_config_from_a_model_does_not_import_an_installed_plugin(
     assert not ran.exists()
     importlib.import_module("own_plugin_")  # by the program
     assert np.array_equal(answer(layer, [np.arange(4)], servers)[0], rows_of(range(4), 4))
+
+
+def test_a_lent_server_is_found_by_its_name_and_never_built(workshop: Any, servers: Servers) -> None:
+    server = workshop.open(workshop.model((range(5), 3)))
+    name = servers.lend(server)
+    assert servers.lend(server) == name != servers.lend(workshop.open(workshop.model((range(5), 3))))
+    assert servers.open(name) is server and servers.of_model(name, "m") is server
+    servers.close()
+    assert not server.closed and servers.open(name) is server
+    server.close()
+    for config in (name, "<server 99 of process 1>"):
+        with pytest.raises(ClosedError):
+            servers.open(config)

@@ -68,5 +68,5 @@ def due_refreshes(server: hps_numba.HPS) -> list[str]:
 def wait_for_background(server: hps_numba.HPS) -> None:
     """Wait until every background job of every model has run."""
     for model in server._catalog.models.values():
-        for jobs in (model._jobs, model.prefetches._jobs):
+        for jobs in (model._jobs, model.prefetches.jobs):
             wait_until(lambda jobs=jobs: not jobs.waiting)

@@ -20,6 +20,7 @@ from hps_numba.kernels.host.atomics import (
     store_word,
     stream_row,
 )
+from hps_numba.kernels.host.histogram import begin_sample, end_sample
 from hps_numba.kernels.host.probe import (
     UNSETTLED,
     end_of,
@@ -177,26 +178,29 @@ def copy_rows_of(block, keys, start, stop, out, default, misses, words, now, str
 
 
 @host_kernel
-def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters, streamed):
+def host_lookup(header, keys, start, stop, out, default, misses, epoch, record, now, counters, timed, streamed):
     """Copy the rows of ``keys[start:stop]`` to ``out[start:stop]``; a key without a row gets ``default``.
 
     Args (addresses and counts are int64):
         header: address of the store's header.   keys: of int64 keys.   out: of float32 rows, row_bytes apart.
         misses: address of int64 positions, as many as keys, or 0.   epoch, record: of the reader's epoch (``storage.host``).
         now: tick for the recency words; negative leaves them as they are.   counters: of the words COUNTER_*, or 0.
+        timed: this is a whole lookup, whose time counts.
         streamed: write rows past the caches; ``out`` and rows must be multiples of 64 bytes.
 
     Returns the number of keys without a row, or -1 if the store is closed.   **Writes:** out, misses, recency words, counters.
     """
+    since = begin_sample(counters) if timed else np.int64(0)
     missing = _look_up(header, keys, start, stop, out, default, misses, epoch, record, now, streamed)
     if missing >= 0:
+        end_sample(counters, since)
         count_lookup(counters, stop - start, missing, start == 0)
     return missing
 
 
 @host_function
 def _look_up(header, keys, start, stop, out, default, misses, epoch, record, now, streamed):
-    """``host_lookup`` without counting.   **Writes:** out, misses, recency words."""
+    """``host_lookup`` without counting and timing.   **Writes:** out, misses, recency words."""
     enter_epoch(epoch, record)
     block = load_word_acquire(header)
     if block == 0:
@@ -226,8 +230,10 @@ def host_lookup_plain(keys, out, words, record, now):
         return NOT_PLAIN
     header, epoch, counters = load_word(words + _HEADER), load_word(words + _EPOCH), load_word(words + _COUNTERS)
     default = numba.carray(float_pointer(words + _DEFAULT), 1)[0]
+    since = begin_sample(counters)
     missing = _look_up(header, at, 0, n, to, default, 0, epoch, record, now, False)
     if missing >= 0:
+        end_sample(counters, since)
         count_lookup(counters, n, missing, True)
     if missing > 0 and counters != 0:
         add_word(counters + COUNTER_ABSENT, missing)

@@ -36,6 +36,7 @@ __all__ = [
     "COUNTER_BYTES",
     "COUNTER_CALLS",
     "COUNTER_KEYS",
+    "COUNTER_LATENCY",
     "COUNTER_MISSES",
     "COUNTER_TIER_ERRORS",
     "COUNTER_TIER_HITS",
@@ -82,7 +83,8 @@ EMPTY, ERASED, FIRST_SLOT = 0, 1, 2
 RECENCY_NONE, RECENCY_COUNT, RECENCY_TIME = 0, 1, 2
 
 # counters of a table (64 bytes): keys looked up, keys not in the host store, calls, keys found in slower tiers, keys that no
-# tier has, keys answered with the default because a slower tier was late or failed, failures of slower tiers
+# tier has, keys answered with the default because a slower tier was late or failed, failures of slower tiers; and the address
+# of the histogram of the times of lookups (``kernels.layouts.histogram``), or 0: none is timed
 COUNTER_BYTES = 64
 (
     COUNTER_KEYS,
@@ -92,7 +94,8 @@ COUNTER_BYTES = 64
     COUNTER_ABSENT,
     COUNTER_UNANSWERED,
     COUNTER_TIER_ERRORS,
-) = (8 * i for i in range(7))
+    COUNTER_LATENCY,
+) = (8 * i for i in range(8))
 
 #: share of entries in use for which a new index is sized, and the share at which it is rebuilt
 DEFAULT_LOAD = 0.50

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hps_numba.errors import ArrayError, ConfigError
+from hps_numba.kernels.host.histogram import begin_timed, end_timed
 from hps_numba.kernels.host.pooling import bag_starts, host_pool
 from hps_numba.kernels.layouts.pooling import COMBINERS
 from hps_numba.runtime.threads import ranges_of, run_ranges
@@ -172,9 +173,12 @@ def pool_bags(
     ends = np.array([stop for _, stop in ranges_of(n, 4 * dim + 64)])
     cuts = np.unique(np.concatenate(([0], np.searchsorted(bags.offsets[1:-1], ends[:-1], "right"), [len(bags)])))
     ranges = list(itertools.pairwise(cuts.tolist()))
+    since = begin_timed(counters) if counters else 0
     found = run_ranges(pool_range, ranges)
     if min(found) < 0:
         return -1
+    if since:
+        end_timed(counters, since)
     if missing is not None:
         missing.take([(int(bags.offsets[first]), missed) for (first, _), missed in zip(ranges, found)])
     return sum(found)

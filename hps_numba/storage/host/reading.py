@@ -13,6 +13,7 @@ import numpy as np
 
 from hps_numba.errors import ArrayError, ClosedError, KeyDtypeError
 from hps_numba.kernels.host.gather import host_gather
+from hps_numba.kernels.host.histogram import begin_timed, end_timed
 from hps_numba.kernels.host.lookup import host_addresses, host_contains, host_lookup
 from hps_numba.kernels.host.scan import host_keys
 from hps_numba.kernels.layouts.host_store import META_GENERATION
@@ -72,11 +73,14 @@ class StoreReader:
         fixed = (key_address, out_address, default, miss_address, now, counters, streamed)
         ranges = ranges_of(len(keys), row_bytes + 64, threads)
         if len(ranges) == 1:
-            return self._lookup_range(self._header.address, 0, len(keys), *fixed)
+            return self._lookup_range(self._header.address, 0, len(keys), *fixed, timed=True)
+        since = begin_timed(counters)
         with self._epochs.reading():  # all ranges read one version of the table, and it stays until the last has ended
             snapshot = self._header.snapshot()
             header = address_of(snapshot)
             found = run_ranges(lambda start, stop: self._lookup_range(header, start, stop, *fixed), ranges, threads)
+        if since:
+            end_timed(counters, since)
         if misses is not None:
             end = 0
             for (start, _), missing in zip(ranges, found, strict=True):
@@ -96,6 +100,7 @@ class StoreReader:
         now: int,
         counters: int,
         streamed: bool,
+        timed: bool = False,
     ) -> int:
         """``kernels.host.lookup`` in an epoch of its own; returns the number of missing keys."""
         epochs = self._epochs
@@ -113,6 +118,7 @@ class StoreReader:
                 record,
                 now,
                 counters,
+                timed,
                 streamed,
             )
         finally:
