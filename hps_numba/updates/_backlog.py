@@ -9,21 +9,32 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
-from hps_numba.updates._update import Lost, Message, Update
+from hps_numba.updates._update import Message, Update
 
-__all__ = ["Backlog", "Item", "writes_of"]
+__all__ = ["Backlog", "Item", "Sized", "writes_of"]
 
-Item = Update | Message | Lost
+Item = Update | Message
+
+
+class Sized(Protocol):
+    """Something that waits in order, and writes no rows."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
 _OVERHEAD = 256  # bytes of an update beside its keys and rows
 _PREFIX = 8  # bytes of a message before its pairs
 
 
-def writes_of(item: Item) -> int:
+def writes_of(item: Item | Sized) -> int:
     """About how many rows an item writes."""
     if isinstance(item, Update):
         return len(item.keys)
-    if isinstance(item, Lost) or item.value is None or len(item.value) <= _PREFIX:
+    if not isinstance(item, Message) or item.value is None or len(item.value) <= _PREFIX:
         return 1
     return 1 + len(item.value) // (8 + int.from_bytes(item.value[4:8], "little"))
 
@@ -39,7 +50,7 @@ class Backlog:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._items: SimpleQueue[Item | None] = SimpleQueue()
+        self._items: SimpleQueue[Item | Sized | None] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()
         self._put_bytes = self._taken_bytes = 0
         self._put = self._taken = 0
@@ -69,7 +80,7 @@ class Backlog:
         """Nothing more should be put in."""
         return self.bytes >= self._max_bytes
 
-    def put(self, items: Sequence[Item]) -> None:
+    def put(self, items: Sequence[Item | Sized]) -> None:
         """Add items, however full it is."""
         for item in items:
             self._put_bytes += item.size + _OVERHEAD
@@ -85,9 +96,9 @@ class Backlog:
             except Empty:
                 return
 
-    def take(self, writes: int, seconds: float) -> list[Item]:
+    def take(self, writes: int, seconds: float) -> list[Item | Sized]:
         """The next items, until together they write so many rows; waits for the first. They count as waiting until ``done``."""
-        items: list[Item] = []
+        items: list[Item | Sized] = []
         try:
             item = self._items.get(timeout=seconds)
             while item is not None:
@@ -100,7 +111,7 @@ class Backlog:
             return items
         return items
 
-    def done(self, items: Sequence[Item]) -> None:
+    def done(self, items: Sequence[Item | Sized]) -> None:
         """These were applied; their memory is free."""
         self._taken += len(items)
         self._taken_bytes += sum(item.size + _OVERHEAD for item in items)

@@ -4,6 +4,7 @@ One thread polls the source and commits; the other decodes and writes. Between t
 nothing is polled, and the bus keeps the rest. What was applied is committed after ``max_commit_interval`` messages or when
 nothing more comes. A tier that fails is tried again after ``failure_backoff_ms``, for as long as it takes; meanwhile nothing is
 committed and nothing is applied out of order. A message that can never be applied is counted with a reason and passed over.
+Where the bus has dropped updates, files are loaded again (``_recovery``).
 
 Whatever goes wrong here stays here: lookups go on with the rows that are there. The threads know the tables of a server and
 not the server itself, so they end when it is closed or forgotten, and in a forked child they do not exist.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from queue import Empty, SimpleQueue
@@ -27,8 +27,10 @@ from hps_numba.server.update_stats import SourceStats
 from hps_numba.updates._backlog import Backlog, Item
 from hps_numba.updates._batches import batch_of
 from hps_numba.updates._counts import TableCounts
-from hps_numba.updates._manifests import is_manifest, read_manifest
+from hps_numba.updates._manifests import Switches, is_manifest, read_manifest
 from hps_numba.updates._polled import Polled
+from hps_numba.updates._recovery import Recovery, Reload
+from hps_numba.updates._source_counts import SourceCounts
 from hps_numba.updates._update import Lost, Message, Position, Update
 from hps_numba.updates._wire.messages import Skip
 
@@ -41,8 +43,6 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 30.0  # that ``close`` waits for what is being applied
 _LONGEST_POLL = 1.0  # seconds: a source that cannot be woken keeps ``close`` waiting for so long
 _LOOK_AGAIN = 0.002  # seconds between two looks whether everything was applied
-_SAY_AGAIN = 60.0  # seconds between two warnings of the same kind
-_MAX_TABLES = 10_000  # that are counted one by one
 _TRIES_OF_A_VERSION = 10  # that cannot be loaded
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
 
@@ -72,17 +72,14 @@ class Consumer:
         self._reader: threading.Thread | None = None
         self._applier: threading.Thread | None = None
         self._in_child = False
-        self._tables: dict[str, TableCounts] = {}
-        self._others = TableCounts(name)  # of tables beyond ``_MAX_TABLES``: topics that somebody made up
+        self._counts = SourceCounts(name)
         self._applied: dict[int | str, int] = {}
         self._committed: dict[int | str, int] = {}
         self._handled = 0  # messages that were applied or passed over; written by the thread that applies
         self._told = 0  # those of them that the bus was told of; written by the thread that reads
         self._lag: Mapping[str, int] | int | None = None
-        self._skipped: Counter[str] = Counter()
-        self._last_skipped = self._last_problem = ""
-        self._failed_reads = self._failed_commits = self._lost = 0
-        self._said: dict[str, float] = {}
+        self._recovery: Recovery | None = None
+        self._switches = Switches()
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
@@ -137,8 +134,8 @@ class Consumer:
                 failures = 0
             except BaseException as problem:
                 failures += 1
-                self._failed_reads += 1
-                self._say("cannot be read", problem)
+                self._counts.failed_reads += 1
+                self._counts.add_problem("cannot be read", problem)
                 self._sleep(failures)
                 idle = True
             if self._handled - self._told >= (1 if idle else self._section.max_commit_interval):
@@ -148,23 +145,49 @@ class Consumer:
         try:
             self._source.close()
         except BaseException as problem:
-            self._say("cannot be closed", problem)
+            self._counts.add_problem("cannot be closed", problem)
 
     def _read_some(self) -> bool:
         """Poll once, or wait for room; returns whether nothing came."""
+        if self._recovery is not None:
+            if self._recovery.go_on():
+                self._recovery = None
+            return True
         if self._backlog.full:
             self._source.keep_alive()
             self._backlog.wait_for_room(_LONGEST_POLL)
             return True
         items = self._source.poll(min(self._section.poll_timeout_ms / 1000, _LONGEST_POLL))
-        known = [item for item in items if isinstance(item, (Update, Message, Lost))]
-        for item in known:
-            if not isinstance(item, Lost):
-                self._counts_of(item.table).received += 1
-        self._backlog.put(known)
-        if len(known) < len(items):
+        known = [item for item in items if isinstance(item, (Update, Message))]
+        lost = [item for item in items if isinstance(item, Lost)]
+        recovers = bool(lost) and self._recovers
+        if recovers:
+            self._recovery = Recovery(self._source, self._backlog, lost, self._drop, self._forget)
+        else:
+            for item in known:
+                self._counts.of(item.table).received += 1
+            self._backlog.put(known)
+        for gap in lost:
+            self._counts.add_loss(gap, "files are loaded again" if recovers else "load the last snapshot")
+        if lost and not recovers:
+            self._source.losses_handled()
+        if len(known) + len(lost) < len(items):
             raise TierError(f"{type(self._source).__name__}.poll: expected Update, Message or Lost, got something else")
         return not items
+
+    @property
+    def _recovers(self) -> bool:
+        """Whether files are loaded again after a loss: rows that outlive the process may be newer than the files, by far."""
+        wanted = self._section.on_loss == "reload" or (self._section.on_loss == "auto" and not self._source.resume)
+        return wanted and self._source.starts_over and self._targets.one_source
+
+    def _drop(self) -> None:
+        """What waits is not applied any more."""
+        self._dropped = self._backlog.added
+
+    def _forget(self) -> None:
+        """Of what was applied, some comes again; nothing is being applied."""
+        self._applied, self._committed = {}, {}
 
     def _commit(self) -> None:
         handled, positions = self._handled, dict(self._applied)
@@ -175,8 +198,8 @@ class Consumer:
             if new:
                 self._source.commit(new)
         except BaseException as problem:
-            self._failed_commits += 1
-            self._say("cannot be committed", problem)
+            self._counts.failed_commits += 1
+            self._counts.add_problem("cannot be committed", problem)
             return
         self._committed = positions
         self._told = handled
@@ -188,7 +211,7 @@ class Consumer:
             time.sleep(min(left, _LOOK_AGAIN))
         done = not self._backlog.messages
         if not done:
-            self._dropped = self._backlog.added
+            self._drop()
         self._commit()
         return done
 
@@ -199,12 +222,15 @@ class Consumer:
             while not self._stopping:
                 items = self._backlog.take(self._section.max_batch_size, _LONGEST_POLL)
                 if items:
-                    self._apply(items)
+                    if isinstance(items[0], Reload):  # nothing else waits then
+                        self._reload(items[0])
+                    else:
+                        self._apply([item for item in items if isinstance(item, (Update, Message))])
                     self._backlog.done(items)
         except _Stopped:
             log.debug("%s: stopped before everything that was read was applied", self.name)
         except BaseException as problem:  # a defect: nothing is committed that was not applied
-            self._say("stopped", problem)
+            self._counts.add_problem("stopped", problem)
             log.exception("%s: updates end", self.name)
             self._stopping = True
 
@@ -212,12 +238,12 @@ class Consumer:
         """Apply what came, each table's in order; returns when it is in every tier, was passed over, or is not ours now."""
         dropped = self._dropped
         gone = min(max(0, dropped - self._backlog.finished), len(items))
-        self._count_gone(items[:gone])
+        self._counts.add_gone(items[:gone])
         items = items[gone:]
         for named, group in groupby(items, is_manifest):
             some = list(group)
             if self._dropped != dropped:
-                self._count_gone(some)
+                self._counts.add_gone(some)
             elif named:
                 for item in some:
                     self._take_version(item)  # type: ignore[arg-type]  # it is a Message
@@ -225,20 +251,14 @@ class Consumer:
                 self._apply_rows(some, dropped)
         if self._dropped != dropped:  # all of them were read before that
             return
-        count = 0
         for item in items:
-            if not isinstance(item, Lost):
-                self._applied[item.position.partition] = item.position.offset
-                count += 1
-        self._handled += count
+            self._applied[item.position.partition] = item.position.offset
+        self._handled += len(items)
 
     def _apply_rows(self, items: Iterable[Item], dropped: int) -> None:
         by_table: dict[str, list[Update | Message]] = {}
         for item in items:
-            if isinstance(item, Lost):
-                self._count_lost(item)
-            else:
-                by_table.setdefault(item.table, []).append(item)
+            by_table.setdefault(item.table, []).append(item)
         for tag, some in by_table.items():
             self._apply_to(tag, some, dropped)
 
@@ -248,7 +268,7 @@ class Consumer:
         One whose files cannot be loaded, or that a function of the user's refuses, is tried some times and then passed over:
         the version in force stays. A tier that fails is waited for.
         """
-        counts, failures = self._counts_of(message.table), 0
+        counts, failures = self._counts.of(message.table), 0
         try:
             manifest = read_manifest(message)
             while True:
@@ -260,23 +280,24 @@ class Consumer:
                         raise _Stopped from problem
                     failures += 1
                     counts.retries += 1
-                    self._say(f"{message.table}: version {manifest.version} cannot be taken", problem)
+                    self._counts.add_problem(f"{message.table}: version {manifest.version} cannot be taken", problem)
                     if failures >= _TRIES_OF_A_VERSION and not isinstance(problem, TierError):
                         self._targets.passed_over(manifest)
                         raise Skip("version", f"expected version {manifest.version} to be loaded, got {problem}") from problem
                     self._sleep(failures)
             if reason is not None:
                 raise Skip(reason, f"expected a version that can be taken, got {manifest.to_dict()}")
+            self._switches.add(manifest, message.position)
         except Skip as skip:
-            self._count_skip(message, skip, counts)
+            self._counts.add_skip(message, skip, counts)
         counts.handled += 1
         counts.positions[message.position.partition] = message.position.offset
 
     def _apply_to(self, tag: str, items: Sequence[Update | Message], dropped: int) -> None:
-        counts, failures = self._counts_of(tag), 0
+        counts, failures = self._counts.of(tag), 0
         while True:
             if self._dropped != dropped:
-                self._count_gone(items)
+                self._counts.add_gone(items)
                 return
             skips: list[tuple[Update | Message, Skip]] = []
             try:
@@ -284,17 +305,20 @@ class Consumer:
                 if isinstance(target, str):
                     skips = [(item, Skip(target, "expected a table that takes updates")) for item in items]
                 else:
-                    self._write(target, items, counts, skips)
+                    after, before = self._switches.split(tag, items)
+                    older = Skip("older", "expected an update after the message that named the version in force")
+                    skips = [(item, older) for item in before]
+                    self._write(target, after, counts, skips)
                 break
             except BaseException as problem:
                 if self._is_closed(problem):
                     raise _Stopped from problem
                 failures += 1
                 counts.retries += 1
-                self._say(f"{tag}: cannot be applied and is tried again", problem)
+                self._counts.add_problem(f"{tag}: cannot be applied and is tried again", problem)
                 self._sleep(failures)
         for item, skip in skips:
-            self._count_skip(item, skip, counts)
+            self._counts.add_skip(item, skip, counts)
         counts.handled += len(items)
 
     def _write(
@@ -314,8 +338,36 @@ class Consumer:
         )
         left_out = target.apply(batch.keys, batch.rows, batch.erased, batch.times) if batch.writes else 0
         if left_out:
-            self._count_left_out(counts, left_out)
+            self._counts.add_left_out(left_out, counts)
         counts.applied(batch, {item.position.partition: item.position for item in items})
+
+    def _reload(self, reload: Reload) -> None:
+        """Load the files of the version in force of each model again, unless they cannot be."""
+        try:
+            models = self._targets.models_of({lost.table for lost in reload.lost})
+        except ClosedError as problem:
+            raise _Stopped from problem
+        kept = [model for model in models if not self._reload_model(model)]
+        self._counts.reloads += not kept
+        reload.done.put(None)
+
+    def _reload_model(self, model: str) -> bool:
+        """Whether it worked."""
+        failures = 0
+        while True:
+            try:
+                self._targets.reload(model)
+                log.warning("%s: model %s: its files were loaded again; now what the bus has is applied", self.name, model)
+                return True
+            except BaseException as problem:
+                if self._is_closed(problem):
+                    raise _Stopped from problem
+                failures += 1
+                self._counts.add_problem(f"model {model}: its files cannot be loaded again", problem)
+                if failures >= _TRIES_OF_A_VERSION and not isinstance(problem, TierError):
+                    log.error("%s: model %s keeps rows that may be old: load the last snapshot: %s", self.name, model, problem)
+                    return False
+                self._sleep(failures)
 
     def _is_closed(self, problem: BaseException) -> bool:
         """Whether the server is being closed; a model that was unloaded meanwhile is not found the next time."""
@@ -337,64 +389,10 @@ class Consumer:
         if self._stopping and threading.current_thread() is self._applier:
             raise _Stopped
 
-    # -- counting ---------------------------------------------------------------------
-
-    def _count_gone(self, items: Sequence[Item]) -> None:
-        """These wait no more: another process applies them, or they come again."""
-        for item in items:
-            if not isinstance(item, Lost):
-                self._counts_of(item.table).handled += 1
-
-    def _counts_of(self, tag: str) -> TableCounts:
-        counts = self._tables.get(tag)
-        if counts is None:
-            if len(self._tables) >= _MAX_TABLES:
-                return self._others
-            counts = self._tables.setdefault(tag, TableCounts(self.name))
-        return counts
-
-    def _count_skip(self, item: Update | Message, skip: Skip, counts: TableCounts) -> None:
-        counts.skipped[skip.reason] += 1
-        self._skipped[skip.reason] += 1
-        partition, offset = item.position
-        self._last_skipped = f"{skip.reason}: {item.table}, partition {partition}, offset {offset}: {skip}"
-        self._say_once(f"skipped {skip.reason}", f"an update is skipped: {self._last_skipped}")
-
-    def _count_left_out(self, counts: TableCounts, keys: int) -> None:
-        counts.skipped["read_only_keys"] += keys
-        self._skipped["read_only_keys"] += keys
-
-    def _count_lost(self, lost: Lost) -> None:
-        self._lost += max(1, lost.messages or 0)
-        how_many = "some" if lost.messages is None else f"{lost.messages:,}"
-        log.error(
-            "%s: partition %s: %s updates before offset %d are gone from the bus and were not applied: load the last snapshot",
-            self.name,
-            lost.position.partition,
-            how_many,
-            lost.position.offset,
-        )
-
-    def _say(self, what: str, problem: BaseException) -> None:
-        text = " ".join(str(problem).split())[:500] or type(problem).__name__
-        self._last_problem = f"{what}: {text}"
-        self._say_once(what, self._last_problem)
-
-    def _say_once(self, what: str, line: str) -> None:
-        """A WARNING, unless there was one of that kind within the last minute."""
-        now = time.monotonic()
-        if now - self._said.get(what, -_SAY_AGAIN) >= _SAY_AGAIN:
-            self._said[what] = now
-            log.warning("%s: %s", self.name, line)
-        else:
-            log.debug("%s: %s", self.name, line)
-
     def stats(self) -> SourceStats:
         """A snapshot."""
-        tables = dict(self._tables)
-        by_table = self._lag if isinstance(self._lag, Mapping) else None
-        total = sum(by_table.values()) if by_table is not None else self._lag
-        waiting = self._backlog.messages
+        total = sum(self._lag.values()) if isinstance(self._lag, Mapping) else self._lag
+        waiting, counts = self._backlog.messages, self._counts
         return SourceStats(
             name=self.name,
             type=self._section.type,
@@ -405,16 +403,13 @@ class Consumer:
             backlog_messages=waiting,
             backlog_bytes=self._backlog.bytes,
             lag_messages=None if not isinstance(total, int) else total + waiting,
-            lost=self._lost,
-            skipped=dict(self._skipped),
-            last_skipped=self._last_skipped,
-            failed_reads=self._failed_reads,
-            failed_commits=self._failed_commits,
-            retries=sum(counts.retries for counts in (self._others, *tables.values())),
-            last_problem=self._last_problem,
-            tables={
-                tag: counts.read(lag=total if by_table is None else by_table.get(tag, 0))  # type: ignore[arg-type]
-                for tag, counts in tables.items()
-                if tag.count(".") >= 2
-            },
+            lost=counts.lost,
+            reloads=counts.reloads,
+            skipped=dict(counts.skipped),
+            last_skipped=counts.last_skipped,
+            failed_reads=counts.failed_reads,
+            failed_commits=counts.failed_commits,
+            retries=counts.retries,
+            last_problem=counts.last_problem,
+            tables=counts.tables(self._lag),
         )

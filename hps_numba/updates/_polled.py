@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from hps_numba.updates._backlog import Item
-from hps_numba.updates._update import Position
+from hps_numba.updates._update import Lost, Position
 
 if TYPE_CHECKING:
     from hps_numba.config import UpdateSourceConfig
@@ -17,13 +17,20 @@ __all__ = ["Polled"]
 class Polled(Protocol):
     section: UpdateSourceConfig
     resume: bool
+    starts_over: bool
     drained: Callable[[float], bool]
 
-    def poll(self, seconds: float) -> Sequence[Item]:
+    def poll(self, seconds: float) -> Sequence[Item | Lost]:
         """What comes next."""
 
     def commit(self, positions: Sequence[Position]) -> None:
         """Begin after these the next time."""
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        """Begin with the oldest."""
+
+    def losses_handled(self) -> None:
+        """Speak of them no more."""
 
     def keep_alive(self) -> None:
         """Nothing is polled for a while."""

@@ -34,6 +34,7 @@ class UpdateSource(abc.ABC):
         section: of the config, with the keys of every source, such as ``poll_timeout_ms`` and ``max_batch_size``.
         resume: begin after what was committed before; else with the oldest update that the bus has.
         key_bytes: of a key of the server, 8 or 4.
+        starts_over: it has ``start_over``, and its updates are those of this server and no other one.
         drained: to be called inside ``poll``, ``keep_alive`` or ``commit`` before partitions go to another process, as an older
             row must not be written after that one has written a newer: waits so many seconds until everything that ``poll``
             has returned is applied, and commits it; what is not applied by then is dropped, and the answer is False.
@@ -54,6 +55,7 @@ class UpdateSource(abc.ABC):
         self.section = section
         self.resume = resume
         self.key_bytes = key_bytes
+        self.starts_over = False
 
     @classmethod
     def consumer(cls, section: UpdateSourceConfig, targets: UpdateTargets, name: str) -> Consumer:
@@ -106,6 +108,26 @@ class UpdateSource(abc.ABC):
         """
 
     # -- may be overridden ---------------------------------------------------------------------
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        """Begin with the oldest update of every partition, whatever was read before: the files of the models are loaded again.
+
+        Called if ``starts_over``, when ``poll`` has returned some Lost and everything else that it returned was applied or
+        dropped. A source that resumes tells the bus of the new positions, but for the partitions of ``lost``, so that a process
+        that ends before ``losses_handled`` is followed by one that gets a Lost again. Later commits may be of earlier positions
+        than those before. A second call does the same.
+
+        Raises:
+            TierError: it failed for now.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.start_over: expected a method, as starts_over is true")
+
+    def losses_handled(self) -> None:
+        """What was lost so far was counted and, if that is wanted, made up for: it need not be said after a restart.
+
+        Raises:
+            TierError: it failed for now.
+        """
 
     def keep_alive(self) -> None:
         """Called every second or so instead of ``poll`` while too much waits to be applied, as a tier is slow or out of order.

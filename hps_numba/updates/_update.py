@@ -103,8 +103,9 @@ class Lost:
     Attributes:
         position: the first that is there again.
         messages: how many are missing, or None if the bus does not tell.
+        table: tag of the table whose updates they were, if a partition has those of one; empty: of any.
     """
 
     position: Position
     messages: int | None = None
-    size: int = 0
+    table: str = ""

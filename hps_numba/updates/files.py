@@ -159,6 +159,7 @@ class FilesSource(UpdateSource):
         options: Options = self.options
         if options.poll_interval_ms <= 0:
             raise ConfigError(f"poll_interval_ms: expected more than 0, got {options.poll_interval_ms}")
+        self.starts_over = True
         self._folder = Path(options.folder)
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._manifest: Manifest | None = None
@@ -239,6 +240,17 @@ class FilesSource(UpdateSource):
         self._place = Place(manifest.stream, manifest.first, manifest.first_offset)
         same = manifest.stream == place.stream and place.offset < manifest.first_offset
         return Lost(Position(manifest.stream, manifest.first_offset), manifest.first_offset - place.offset if same else None)
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        manifest = self._look()
+        self._ready.clear()
+        self._read.clear()
+        if manifest is not None:  # the position is written with the next commit
+            self._place = Place(manifest.stream, manifest.first, manifest.first_offset)
+
+    def losses_handled(self) -> None:
+        if self._position is not None and self._place is not None and not self._read:
+            self._position.write(self._place)
 
     def _look(self) -> Manifest | None:
         """The manifest as it is now; None if there never was one."""

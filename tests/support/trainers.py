@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,16 @@ Oracle = list[dict[int, bytes]]
 class Trainer(threading.Thread):
     """Publishes random changes of the tables of model ``m`` until it is told to stop; a bus that fails is tried again.
 
+    Args:
+        pause: seconds between two rounds, so that a server that starts again catches up soon.
+
     Attributes:
         failures: of the bus.   problem: what ended it, if that was not the test.
     """
 
-    def __init__(self, producer: UpdateProducer, oracle: Oracle) -> None:
+    def __init__(self, producer: UpdateProducer, oracle: Oracle, pause: float = 0.0) -> None:
         super().__init__()
-        self.producer, self.oracle = producer, oracle
+        self.producer, self.oracle, self.pause = producer, oracle, pause
         self.stopping = False
         self.failures = 0
         self.problem: BaseException | None = None
@@ -48,6 +52,7 @@ class Trainer(threading.Thread):
                 for table in range(2):
                     self._change(numbers, table)
                 self._until_taken(self.producer.flush)
+                time.sleep(self.pause)
         except BaseException as problem:
             self.problem = problem
 

@@ -17,7 +17,18 @@ from hps_numba.updates import Lost, Message, Position, Update, UpdateSource
 from hps_numba.updates._wire.messages import encode_erasures, encode_rows, headers_of
 from hps_numba.updates.in_process import Bus, bus_named
 
-__all__ = ["TABLE", "ListSource", "applied", "fresh_bus", "message_of", "offset_in", "source_of", "update_of", "wait_for"]
+__all__ = [
+    "TABLE",
+    "ListSource",
+    "applied",
+    "fresh_bus",
+    "list_bus",
+    "message_of",
+    "offset_in",
+    "source_of",
+    "update_of",
+    "wait_for",
+]
 
 TABLE = "hps_et.m.sparse_embedding0"
 _numbers = itertools.count()
@@ -72,6 +83,7 @@ class ListSource(UpdateSource):
         super().__init__(section, **more)
         bus = BUSES[section.name]
         self.bus, self.at, self.closed = bus, bus.start, False
+        self.starts_over = bus.starts_over
         bus.opened.append(self)
 
     def poll(self, seconds: float) -> Sequence[Update | Message | Lost]:
@@ -85,6 +97,10 @@ class ListSource(UpdateSource):
     def commit(self, positions: Sequence[Position]) -> None:
         self.bus.on_commit()
         self.bus.committed.extend(positions)
+
+    def start_over(self, lost: Sequence[Lost]) -> None:
+        self.bus.items = [item for item in self.bus.items if not isinstance(item, Lost)]
+        self.at = 0
 
     def keep_alive(self) -> None:
         self.bus.kept_alive += 1
@@ -104,6 +120,7 @@ class ListBus:
 
         self.items: list[Any] = []
         self.start, self.at_once = 0, 10
+        self.starts_over = False
         self.committed: list[Position] = []
         self.opened: list[ListSource] = []
         self.kept_alive = 0

@@ -325,6 +325,12 @@ def test_a_paused_consumer_past_retention_is_told_what_it_has_lost(
     assert isinstance(lost, Lost) and isinstance(items[1], Message)
     assert lost.position == items[1].position, "the first that is there again"
     assert lost.messages == lost.position.offset - second.position.offset > 1
+    again.close()
+    third = opened(cluster.address)
+    assert read(third, 1)[0] == lost, "it was not handled"
+    third.losses_handled()
+    third.close()
+    assert read(opened(cluster.address), 1)[0].position == lost.position
 
 
 def test_offsets_beyond_the_end_mean_another_bus_and_it_is_read_from_its_start(
@@ -336,7 +342,7 @@ def test_offsets_beyond_the_end_mean_another_bus_and_it_is_read_from_its_start(
     source.commit([Position(partition, 50)])
     source.close()
     items = read(opened(cluster.address), 3)
-    assert items[0] == Lost(Position(partition, 0), None)
+    assert items[0] == Lost(Position(partition, 0), None, TOPIC)
     assert [item.value for item in items[1:] if isinstance(item, Message)] == [b"a", b"b"]
 
 
@@ -361,6 +367,7 @@ def test_a_broker_of_three_that_fails_and_errors_of_requests_lose_nothing(worksh
             expected = rows_of(keys, 3, 5)
             expected[5::50] = -7.5
             wait_until(lambda: (server.lookup(keys, "m", 0) == expected).all())
+        server.close()
         assert (server.update_stats()[0].lost, server.update_stats()[0].skipped) == (0, {})
 
 
@@ -392,6 +399,7 @@ def test_a_consumer_that_is_killed_goes_on_where_it_has_committed(workshop: Work
     workshop.servers.append(server)
     wait_until(lambda: content_of(server) == expected)
     wait_until(lambda: server.update_stats()[0].lag_messages == 0)
+    server.close()  # while there are brokers
     (stats,) = server.update_stats()
     assert stats.resumes and before > 0 and stats.lost == 0
     again = sum(updates.messages for updates in stats.tables.values())

@@ -31,7 +31,7 @@ def test_a_killed_consumer_loses_nothing_and_applies_nothing_in_another_order(wo
     start = {} if durable else {key: rows_of([key], TRAINED_DIM)[0].tobytes() for key in range(9)}
     oracle: Oracle = [dict(start), dict(start)]
     with FilesProducer.from_options(folder=str(bus), sync=False, linger_ms=0) as producer:
-        trainer = Trainer(producer, oracle)
+        trainer = Trainer(producer, oracle, pause=0.02)
         trainer.start()
         try:
             kill_consumers(path, lambda: offset_in(place) if durable else 0)

@@ -277,7 +277,7 @@ def test_what_a_broken_connection_swallowed_comes_again(bus: Bus, server: Server
         run(*command)
         raise TierError("the connection broke")
 
-    source._readers[bus.keys["stream"]]._begin(False)  # type: ignore[attr-defined]
+    source._readers[bus.keys["stream"]]._begin(False, False)  # type: ignore[attr-defined]
     source.keep_alive()
     monkeypatch.setattr(source._connector, "run", answers_and_breaks)
     for _ in range(3):

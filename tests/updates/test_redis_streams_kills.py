@@ -57,7 +57,7 @@ def test_killed_consumers_and_a_killed_redis_lose_nothing_and_change_no_order(wo
         start = {} if durable else {key: rows_of([key], TRAINED_DIM)[0].tobytes() for key in range(9)}
         oracle: Oracle = [dict(start), dict(start)]
         with RedisStreamsProducer.from_options(address=redis.address, stream=STREAM, linger_ms=0) as producer:
-            trainer = Trainer(producer, oracle)
+            trainer = Trainer(producer, oracle, pause=0.02)
             trainer.start()
             try:
                 kill_consumers(path, partial(acknowledged, redis), partial(kill_redis, redis))

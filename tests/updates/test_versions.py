@@ -225,12 +225,14 @@ def test_versions_by_call(workshop: Workshop) -> None:
     assert server.model_version("m") == 70
     assert_same_bits(server.lookup([1], "m", 0, version=70), rows_of([1], 3, 5))
     assert_same_bits(server.lookup_many([[1], [2]], "m", version=70)[1], rows_of([2], 3, 5))
+    assert_same_bits(server.lookup_pooled([1, 2], [0, 2], "m", 0, version=70), rows_of([1, 2], 3, 5).sum(0, keepdims=True))
     assert server.roll_back_model("m") == 2 and server.model_version("m") == 2
     assert_same_bits(server.lookup([1], "m", 0), rows_of([1], 3))
     assert server.roll_back_model("m") == 70
-    for call in (server.lookup, server.lookup_many):
+    calls: list[tuple[Any, ...]] = [(server.lookup, [1], "m", 0), (server.lookup_many, [[1], [1]], "m")]
+    for call, *given in (*calls, (server.lookup_pooled, [1], [0, 1], "m", 0)):
         with pytest.raises(VersionError, match="expected 70, which is in force of model 'm', got 2"):
-            call([1], "m", *([0] if call == server.lookup else []), version=2)  # type: ignore[operator]
+            call(*given, version=2)
     with pytest.raises(UnknownModelError):
         server.lookup([1], "x", 0, version=2)
     with pytest.raises(ConfigError, match="version: expected at least 0, got -1"):

@@ -64,10 +64,12 @@ def encode_delta(stream: str, number: int, first_offset: int, messages: Sequence
             parts += (_FIELD.pack(len(encoded), len(content)), encoded, content)
         if value is not None:
             parts.append(value)
-    payload = b"".join(parts)
-    header = _HEADER.pack(_MAGIC, _VERSION, 0, bytes.fromhex(stream), number, first_offset, len(messages), len(payload))
-    total = zlib.crc32(payload, zlib.crc32(header[_SUMMED:]))
-    return header[: _SUMMED - 4] + struct.pack("<I", total) + header[_SUMMED:] + payload
+    size = sum(map(len, parts))
+    header = _HEADER.pack(_MAGIC, _VERSION, 0, bytes.fromhex(stream), number, first_offset, len(messages), size)
+    total = zlib.crc32(header[_SUMMED:])
+    for part in parts:
+        total = zlib.crc32(part, total)
+    return b"".join((header[: _SUMMED - 4], struct.pack("<I", total), header[_SUMMED:], *parts))
 
 
 def read_delta(path: Path) -> tuple[Delta, list[Message]]:
@@ -83,7 +85,7 @@ def read_delta(path: Path) -> tuple[Delta, list[Message]]:
     _, _, total, stream, number, first, count, size = _header_of(path, content)
     if len(content) != _HEADER.size + size:
         raise NotWhole(f"{path}: expected {_HEADER.size + size} bytes, got {len(content)}")
-    if zlib.crc32(content[_SUMMED:]) != total:
+    if zlib.crc32(memoryview(content)[_SUMMED:]) != total:
         raise NotWhole(f"{path}: the checksum does not match")
     delta = Delta(stream.hex(), number, first, count)
     try:

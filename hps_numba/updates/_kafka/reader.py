@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hps_numba.errors import TierError
@@ -61,6 +61,7 @@ class Reader:
         self._client, self._settings, self._topics = client, settings, list(topics)
         self._alone, self._resume, self._at_once, self._hooks = alone, resume, at_once, hooks
         self._resets: set[Place] = set()  # their next offset is not on the bus
+        self._lost: dict[Place, int] = {}  # where reading went on after a loss that was not handled
         self._problem: str = ""
         self._paused = self._fatal = self._closing = self._in_callback = self._assigned = False
         self._unchecked = False
@@ -186,17 +187,16 @@ class Reader:
         places = [place for place in self._resets if place in self.partitions]
         starts: dict[Place, int] = {}
         losses: list[Lost] = []
+        lost: dict[Place, int] = {}
         try:
             for place in places:
-                ends = self._consumer.get_watermark_offsets(self._client.place(*place), timeout=_ASK_SECONDS)
-                if ends is None:
-                    raise TierError(f"offsets: no broker tells those of {name_of(*place)} within {_ASK_SECONDS:g} s")
-                low, high = ends
+                low, high = self._ends(place)
                 expected = self._expected(place, low)
                 starts[place] = expected if low <= expected <= high else low
                 if starts[place] != expected:
                     count = low - expected if expected < low else None
-                    losses.append(Lost(Position(name_of(*place), low), count))
+                    losses.append(Lost(Position(name_of(*place), low), count, place[0]))
+                    lost[place] = low
             self._consumer.assign(
                 [self._client.place(*place, starts.get(place, self._from(place))) for place in self.partitions]
             )
@@ -205,7 +205,52 @@ class Reader:
         for place, offset in starts.items():
             self.partitions.go_on(place, offset)
         self._resets.clear()
+        self._lost.update(lost)
         self.ready.extend(losses)
+
+    def _ends(self, place: Place) -> tuple[int, int]:
+        """The offset of the first message that there is, and of the next one.
+
+        Raises:
+            TierError, KafkaException: the brokers do not answer.
+        """
+        ends = self._consumer.get_watermark_offsets(self._client.place(*place), timeout=_ASK_SECONDS)
+        if ends is None:
+            raise TierError(f"offsets: no broker tells those of {name_of(*place)} within {_ASK_SECONDS:g} s")
+        low, high = ends
+        return low, high
+
+    def start_over(self, lost: Container[str]) -> None:
+        """Go on with the first message of every partition; commit that, but for those whose names are in ``lost``.
+
+        Raises:
+            TierError: the brokers do not answer.
+        """
+        try:
+            lows = {place: self._ends(place)[0] for place in self.partitions}
+            self._commit([self._client.place(*place, low) for place, low in lows.items() if name_of(*place) not in lost])
+            places = [self._client.place(*place, low) for place, low in lows.items() if place in self.partitions]
+            self._consumer.assign(places)
+            if self._paused:
+                self._consumer.resume(places)
+        except self._client.problems as problem:
+            raise TierError(f"offsets: {problem.args[0].str()}") from problem
+        self._paused = False
+        for place, low in lows.items():
+            if place in self.partitions:
+                self.partitions.go_on(place, low)
+        self._resets.clear()
+        self._lost = {place: low for place, low in lows.items() if name_of(*place) in lost}
+        self.ready.clear()
+
+    def losses_handled(self) -> None:
+        """Commit where reading goes on after losses, as nothing may come there that is committed.
+
+        Raises:
+            TierError: the brokers do not take it, or do not answer.
+        """
+        self._commit([self._client.place(*place, offset) for place, offset in self._lost.items() if place in self.partitions])
+        self._lost.clear()
 
     def _expected(self, place: Place, low: int) -> int:
         """The offset that should come next; the oldest there is, if nothing was ever read."""
@@ -293,7 +338,9 @@ class Reader:
             TierError: the brokers do not take it, or do not answer.
         """
         places = [(self.partitions.named(partition), offset + 1) for partition, offset in positions]
-        offsets = [self._client.place(*place, offset) for place, offset in places if place is not None]
+        self._commit([self._client.place(*place, offset) for place, offset in places if place is not None])
+
+    def _commit(self, offsets: Sequence[Any]) -> None:
         if not offsets:
             return
         try:

@@ -17,7 +17,7 @@ from hps_numba.errors import TierError
 from hps_numba.updates._redis_streams.connecting import Connector, Stream
 from hps_numba.updates._redis_streams.entries import BEGIN, message_of, offset_of
 from hps_numba.updates._redis_streams.holder import is_gone, new_holder
-from hps_numba.updates._redis_streams.scripts import FREE_LEASE, READ_GROUP, READ_STREAM, RENEW_LEASE
+from hps_numba.updates._redis_streams.scripts import FREE_LEASE, READ_GROUP, READ_STREAM, RENEW_LEASE, START_OVER
 from hps_numba.updates._update import Lost, Message, Position
 
 __all__ = ["GroupReader", "OldestReader", "StreamReader"]
@@ -47,6 +47,20 @@ class StreamReader(Protocol):
 
     def commit(self, offset: int) -> None:
         """Everything up to an offset is applied."""
+
+    def start_over(self) -> None:
+        """Go on with the oldest entry; what the group has acknowledged is forgotten.
+
+        Raises:
+            TierError: the server failed, or another process reads.
+        """
+
+    def losses_handled(self) -> None:
+        """What was lost need not be said again.
+
+        Raises:
+            TierError: the server failed.
+        """
 
     def keep(self) -> None:
         """Nothing is read for a while."""
@@ -109,6 +123,12 @@ class OldestReader:
     def commit(self, offset: int) -> None:
         """Nothing: the next reader begins with the oldest entry too."""
 
+    def start_over(self) -> None:
+        self._look, self._seen, self.last = False, None, BEGIN
+
+    def losses_handled(self) -> None:
+        """Nothing: the next reader has lost nothing."""
+
     def keep(self) -> None:
         """Nothing: nobody waits for this reader."""
 
@@ -122,11 +142,13 @@ class GroupReader:
     def __init__(self, connector: Connector, stream: Stream, group: str, lease_ms: int) -> None:
         self._connector, self._stream, self._group, self._lease_ms = connector, stream, group, lease_ms
         self._lease = f"{{{stream.name}}}.reader.{group}"  # in the slot of the stream
+        self._gap = f"{{{stream.name}}}.lost.{group}"  # is there from a loss on until it was handled
         self._holder = new_holder()
         self._page = _Page()
         self._at: bytes = b""  # '': begin; a cursor: of what was handed out before; '>': what comes next
         self._began = False
-        self._missing = False  # the group was gone: nobody knows what was lost
+        self._missing = False  # nobody knows what was lost: the group was gone, or a process has ended that had not handled it
+        self._unhandled = False
         self._handed_out: deque[tuple[int, bytes]] = deque()  # offset and id of what is not acknowledged
         self.last = BEGIN
         self.behind: int | None = None
@@ -135,7 +157,7 @@ class GroupReader:
         while True:
             kind, *answer = self._ask(self._page.count)
             if kind == b"began":
-                self._begin(bool(answer[0]))
+                self._begin(bool(answer[0]), bool(answer[1]))
                 continue
             if kind == b"new":
                 return self._new(*answer)
@@ -146,7 +168,8 @@ class GroupReader:
     def _ask(self, count: int, gone: str = "") -> list[Any]:
         given = (self._group, _CONSUMER, self._holder, self._lease_ms, count, self._at, gone)
         try:
-            answer: list[Any] = self._connector.run(self._stream, "EVAL", READ_GROUP, 2, self._stream.name, self._lease, *given)
+            keys = (self._stream.name, self._lease, self._gap)
+            answer: list[Any] = self._connector.run(self._stream, "EVAL", READ_GROUP, len(keys), *keys, *given)
         except BaseException:
             self._at = b""  # what was handed out, and did not arrive, is asked for again
             raise
@@ -161,9 +184,10 @@ class GroupReader:
             "'group' names another group, which gets everything too"
         )
 
-    def _begin(self, made: bool) -> None:
+    def _begin(self, made: bool, unhandled: bool) -> None:
         self._handed_out.clear()
-        self._missing = self._missing or (made and self._began)
+        self._unhandled = unhandled
+        self._missing = self._missing or unhandled or (made and self._began)
         self._began = True
         self._at = BEGIN
 
@@ -179,7 +203,7 @@ class GroupReader:
         messages = self._handed(entries)
         self.last = last
         self.behind = max(0, added - done - len(messages)) if done >= 0 else None
-        if not (lost or self._missing) or not (messages or lost):
+        if not (lost or self._missing) or not (messages or lost or self._unhandled):
             return [*messages]
         how_many = None if self._missing else lost
         self._missing = False
@@ -201,6 +225,19 @@ class GroupReader:
             self._connector.run(self._stream, "XACK", self._stream.name, self._group, *ids)
             for _ in ids:
                 self._handed_out.popleft()
+
+    def start_over(self) -> None:
+        keys, given = (self._stream.name, self._lease), (self._group, self._holder)
+        if not self._connector.run(self._stream, "EVAL", START_OVER, len(keys), *keys, *given):
+            self._at = b""
+            raise TierError(f"{self._stream}: expected to be the reader of group {self._group!r}, got another one meanwhile")
+        self._handed_out.clear()
+        self._at, self.last = b">", BEGIN
+        self._missing = self._unhandled = False
+
+    def losses_handled(self) -> None:
+        self._connector.run(self._stream, "DEL", self._gap)
+        self._unhandled = False
 
     def keep(self) -> None:
         if self._at and not self._connector.run(

@@ -6,7 +6,7 @@ removed than a reader has read, then that much was lost. So nothing needs to be 
 
 from __future__ import annotations
 
-__all__ = ["FREE_LEASE", "READ_GROUP", "READ_STREAM", "RENEW_LEASE"]
+__all__ = ["FREE_LEASE", "READ_GROUP", "READ_STREAM", "RENEW_LEASE", "START_OVER"]
 
 _COUNTS = """
 local function numbers_of(flat)
@@ -36,9 +36,10 @@ return {added, removed, newest, there, entries}
 """
 )
 
-#: KEYS stream, lease; ARGV group, consumer, holder, ms of a lease, count, '' to begin or '>' or the cursor of pending
-#: entries, a holder that is known to be gone
-#: -> 'held', holder | 'began', 1 if the group was made | 'pending', next cursor, entries, ids of removed ones
+#: KEYS stream, lease, a key that is there from a loss on; ARGV group, consumer, holder, ms of a lease, count, '' to begin or
+#: '>' or the cursor of pending entries, a holder that is known to be gone
+#: -> 'held', holder | 'began', 1 if the group was made, 1 if there was a loss
+#:    | 'pending', next cursor, entries, ids of removed ones
 #:    | 'new', added, lost, read so far, last id of the stream, last id read, entries
 READ_GROUP = (
     _COUNTS
@@ -52,11 +53,13 @@ if held ~= holder or at == '' then
   local _, before = counts_of(stream)
   local made = redis.pcall('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM', 'ENTRIESREAD', before)
   if made.err and not string.find(made.err, 'BUSYGROUP') then return made end
-  return {'began', made.err and 0 or 1}
+  return {'began', made.err and 0 or 1, redis.call('EXISTS', KEYS[3])}
 end
 if at ~= '>' then
   local claimed = redis.call('XAUTOCLAIM', stream, group, consumer, 0, at, 'COUNT', count)
-  return {'pending', claimed[1], claimed[2], claimed[3] or {}}
+  local removed = claimed[3] or {}
+  if #removed > 0 then redis.call('SET', KEYS[3], 1) end
+  return {'pending', claimed[1], claimed[2], removed}
 end
 local added, removed, newest = counts_of(stream)
 local lost, mine = 0, nil
@@ -68,6 +71,7 @@ if not mine then return redis.error_reply('NOGROUP ' .. group) end
 local done = mine['entries-read']
 if done and removed > done then
   lost, done = removed - done, removed
+  redis.call('SET', KEYS[3], 1)
   redis.call('XGROUP', 'SETID', stream, group, mine['last-delivered-id'], 'ENTRIESREAD', done)
 end
 local entries, last = {}, mine['last-delivered-id']
@@ -79,6 +83,18 @@ if tonumber(count) > 0 then
   end
 end
 return {'new', added, lost, (done or -1), newest, last, entries}
+"""
+)
+
+#: KEYS stream, lease; ARGV group, holder -> 1 if it is held, and the group begins with the oldest entry
+START_OVER = (
+    _COUNTS
+    + """
+if redis.call('GET', KEYS[2]) ~= ARGV[2] then return 0 end
+local _, removed = counts_of(KEYS[1])
+redis.call('XGROUP', 'DESTROY', KEYS[1], ARGV[1])
+redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM', 'ENTRIESREAD', removed)
+return 1
 """
 )
 
