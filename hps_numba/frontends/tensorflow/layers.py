@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +12,7 @@ from hps_numba.config.messages import show
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import tables_given
 from hps_numba.frontends._row_training import GradientAccumulator
+from hps_numba.frontends._versions import of_version
 from hps_numba.frontends.tensorflow.keras_version import Layer, keras, portable_config, sparse_if_ragged
 from hps_numba.frontends.tensorflow.lookup import (
     Table,
@@ -78,6 +79,18 @@ class _Layer(Layer):
         if self._trains(training):
             return clipped(trained_lookup(table, ids, self.switch, named(self.initializer)), max_norm)
         return embedding_lookup(table, ids, max_norm)
+
+    def _at(self, version: int | None, table: Table, answer: Callable[[], Any]) -> Any:
+        """``answer``, all of one version of the model if one is named.
+
+        Raises:
+            As ``of_version``; ConfigError also in a graph.
+        """
+        if version is None:
+            return answer()
+        if not tf.executing_eagerly():
+            raise ConfigError(f"version: expected None in a graph, got {version!r:.200}")
+        return of_version(table.query(table.rows).encoded, version, answer)
 
     def _training_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {"read_only": True} if self.read_only else {}
@@ -179,9 +192,12 @@ class LookupLayer(_TableLayer):
 
     __doc__ = f"{__doc__}\n{_TableLayer.__doc__}"
 
-    def call(self, ids: Any, max_norm: Any = None, training: bool | None = None) -> Any:
-        """float32 ``S + [emb_vec_size]`` for ids of shape ``S``, ragged for a RaggedTensor; see ``embedding_lookup``."""
-        return self._finished(self._rows(self.table, ids, training, max_norm))
+    def call(self, ids: Any, max_norm: Any = None, training: bool | None = None, version: int | None = None) -> Any:
+        """float32 ``S + [emb_vec_size]`` for ids of shape ``S``, ragged for a RaggedTensor; see ``embedding_lookup``.
+
+        ``version``: as for ``HPS.lookup``, in eager calls.
+        """
+        return self._at(version, self.table, lambda: self._finished(self._rows(self.table, ids, training, max_norm)))
 
 
 @keras.utils.register_keras_serializable("hps_numba")
@@ -199,8 +215,16 @@ class SparseLookupLayer(_TableLayer):
         max_norm: Any = None,
         default_id: int | None = None,
         training: bool | None = None,
+        version: int | None = None,
     ) -> Any:
-        """float32 ``[N, emb_vec_size]``; see ``embedding_lookup_sparse``. ``name`` is ignored, as in HugeCTR HPS."""
+        """float32 ``[N, emb_vec_size]``; see ``embedding_lookup_sparse``. ``name`` is ignored, as in HugeCTR HPS.
+
+        ``version``: as for ``HPS.lookup_pooled``, in eager calls.
+        """
+        if version is not None:
+            return self._at(
+                version, self.table, lambda: self.call(sp_ids, sp_weights, None, combiner, max_norm, default_id, training)
+            )
         if self._trains(training):
             how = (sp_weights, combiner, max_norm, default_id, self.switch, named(self.initializer))
             return self._finished(trained_lookup_sparse(self.table, sp_ids, *how))
@@ -275,14 +299,18 @@ class LookupCollection(_Layer):
         """As for ``LookupLayer``, by feature."""
         return {feature: (*shape, self._tables[feature].emb_vec_size) for feature, shape in input_shape.items()}
 
-    def call(self, ids: Mapping[str, Any], training: bool | None = None) -> dict[str, Any]:
+    def call(self, ids: Mapping[str, Any], training: bool | None = None, version: int | None = None) -> dict[str, Any]:
         """``{feature: rows}`` for ``{feature: ids}``, with any of the features.
 
-        Dense and ragged ids give a row each; a SparseTensor gives the mean of each of its rows.
+        Dense and ragged ids give a row each; a SparseTensor gives the mean of each of its rows. ``version``: as for
+        ``HPS.lookup_many``, in eager calls.
 
         Raises:
             ConfigError: a feature is not in the collection.
         """
+        if version is not None:
+            answer: dict[str, Any] = self._at(version, next(iter(self._tables.values())), lambda: self.call(ids, training))
+            return answer
         unknown = [feature for feature in ids if feature not in self._tables]
         if unknown:
             raise ConfigError(f"ids: expected features of {', '.join(self._tables)}, got {', '.join(unknown)}")

@@ -68,7 +68,11 @@ class HPSEmbeddingBag(OneTableLayer):
         self.include_last_offset = as_flag(include_last_offset, "include_last_offset")
 
     def forward(
-        self, input: torch.Tensor, offsets: torch.Tensor | None = None, per_sample_weights: torch.Tensor | None = None
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+        version: int | None = None,
     ) -> torch.Tensor:
         """The pooled rows, float32 ``[bags, emb_vec_size]``; a bag without keys gets 0.
 
@@ -77,10 +81,15 @@ class HPSEmbeddingBag(OneTableLayer):
             offsets: int64 or int32 ``[bags]``: where each bag begins, from 0 on; with ``include_last_offset`` one more, where
                 the last bag ends.
             per_sample_weights: numbers of the shape of ``input``; not for ``max``.
+            version: as for ``HPS.lookup_pooled``, but not in a graph or script.
 
         Raises:
             ConfigError (a ValueError): shapes do not fit.   Otherwise as ``HPS.lookup_pooled``.
         """
+        if torch.jit.is_scripting():
+            assert version is None, "version: expected None in a script"
+        elif version is not None:
+            return self._at(version, input, offsets, per_sample_weights)
         if per_sample_weights is not None:
             if not torch.jit.is_scripting() and not isinstance(per_sample_weights, torch.Tensor):
                 raise ConfigError(f"per_sample_weights: expected a tensor, got {type(per_sample_weights).__name__}")
@@ -105,6 +114,12 @@ class HPSEmbeddingBag(OneTableLayer):
                 self.padding_idx,
             )
         return self._eager(input, offsets, per_sample_weights)
+
+    def _at(
+        self, version: int, input: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        rows: torch.Tensor = self._of_version(version, lambda: self.forward(input, offsets, weights))
+        return rows
 
     @torch.jit.unused
     def _eager(self, input: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:

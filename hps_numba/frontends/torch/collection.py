@@ -173,7 +173,7 @@ class LookupCollection(TrainableLayer):
         self._dims = [query.dim for query in self._queries.values()]
         self._widths = sorted(set(self._dims))
 
-    def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor) -> Any:
+    def forward(self, keys: Mapping[str, torch.Tensor] | torch.Tensor, version: int | None = None) -> Any:
         """Look up the rows of some or all features.
 
         Args:
@@ -181,6 +181,7 @@ class LookupCollection(TrainableLayer):
                 in the order of ``tables``, whose rows must have the same width. Or a batch of jagged features with the methods
                 ``keys``, ``values`` and ``offset_per_key``, such as torchrec's ``KeyedJaggedTensor``: of its features, those
                 in the collection are looked up, as by torchrec's ``EmbeddingCollection``.
+            version: as for ``HPS.lookup_many``, but not in a graph.
 
         Returns:
             float32: ``{feature: rows}`` with ``S + [emb_vec_size]`` each; for a tensor, ``[features, ..., emb_vec_size]``; for
@@ -189,6 +190,8 @@ class LookupCollection(TrainableLayer):
         Raises:
             ConfigError: a feature is not in the collection, or the number of features is wrong.   Otherwise as ``LookupLayer``.
         """
+        if version is not None:
+            return self._of_version(version, lambda: self.forward(keys))
         if isinstance(keys, torch.Tensor):
             return self._stacked(keys)
         if hasattr(keys, "offset_per_key"):

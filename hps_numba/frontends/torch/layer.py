@@ -102,10 +102,13 @@ class LookupLayer(OneTableLayer):
             state = {**self.__dict__, **state}
         super().__setstate__(state)
 
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """``S + [emb_vec_size]`` for keys of shape ``S``."""
+    def forward(self, keys: torch.Tensor, version: int | None = None) -> torch.Tensor:
+        """``S + [emb_vec_size]`` for keys of shape ``S``; ``version``: as for ``HPS.lookup``, but not in a graph or script."""
         if torch.jit.is_scripting():  # a script has only the operator
+            assert version is None, "version: expected None in a script"
             rows = torch.ops.hps_numba.lookup(keys, self.request, self.emb_vec_size)
+        elif version is not None:
+            return self._at(version, keys)
         elif self.trainable and self._trains():
             rows = self._trained(keys)
         elif torch.compiler.is_compiling():  # here: a compiled graph checks in Python that two modules have one ``torch``
@@ -115,6 +118,10 @@ class LookupLayer(OneTableLayer):
         if self.max_norm is not None:
             rows = rows * (self.max_norm / rows.norm(2.0, dim=-1, keepdim=True).clamp_min(self.max_norm))
         return rows if self.output_dtype == torch.float32 else rows.to(self.output_dtype)
+
+    def _at(self, version: int, keys: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self._of_version(version, lambda: self.forward(keys))
+        return rows
 
     def _trained(self, keys: torch.Tensor) -> torch.Tensor:
         keys = self._created(keys, self.request, padding=self.padding_idx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from hps_numba.errors import ConfigError
 from hps_numba.frontends._queries import Query, tables_of
+from hps_numba.frontends._versions import of_version
 from hps_numba.training.replacement import TableContent, replace_tables
 
 __all__ = ["TableLayer"]
@@ -33,6 +34,16 @@ class TableLayer(torch.nn.Module):
     def _request_for_all(self) -> str:
         """The request (``frontends/_queries.py``) for all tables of the layer."""
         raise NotImplementedError
+
+    def _of_version(self, version: int, answer: Callable[[], Any]) -> Any:
+        """``answer``, all of one version of the model.
+
+        Raises:
+            As ``of_version``; ConfigError also if it would become a part of a graph.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise ConfigError(f"version: expected None in a call that is compiled or exported, got {version!r:.200}")
+        return of_version(self._request_for_all(), version, answer)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict`` holds for the layer."""

@@ -102,7 +102,9 @@ FORWARD = parameters_of({name: getattr(hps, name).forward for name in LAYERS})
 @pytest.mark.parametrize(("name", "parameter"), FORWARD, ids=[".".join(pair) for pair in FORWARD])
 def test_wrong_inputs_of_a_layer_are_typed_errors(rig: Rig, name: str, parameter: str) -> None:
     layer = LAYERS[name](rig)
-    given: dict[str, Any] = {"input": KEYS, "offsets": torch.tensor([0, 1])} if name == "HPSEmbeddingBag" else {}
+    given: dict[str, Any] = {"keys": {"a": KEYS} if name == "LookupCollection" else KEYS}
+    if name == "HPSEmbeddingBag":
+        given = {"input": KEYS, "offsets": torch.tensor([0, 1])}
     tensors = [
         torch.ones(2),
         torch.tensor(1.5),
