@@ -45,6 +45,10 @@ class InferenceModel(ABC):
         """Whether the answer may take long, so that it must not be computed on the thread of an event loop."""
         return True
 
+    def output_bytes(self, request: InferenceRequest) -> int:
+        """Bytes of the outputs, as far as the shapes of the inputs tell; 0: that is not known before they are there."""
+        return 0
+
     @abstractmethod
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Answer a request.

@@ -92,7 +92,7 @@ class TableSetModel(InferenceModel):
         if number not in (None, version):
             raise VersionError(f"version: expected {version}, which model {self.name!r} has, got {number}")
         if request.outputs:
-            outputs = _chosen(outputs, request.outputs)
+            outputs = self._chosen(outputs, request.outputs)
         return InferenceResponse(self.name, str(version), outputs, request.id, parameters)
 
     # -- flat ---------------------------------------------------------------------
@@ -158,6 +158,19 @@ class TableSetModel(InferenceModel):
         )
         return pooled
 
+    def _chosen(self, outputs: Mapping[str, np.ndarray], wanted: tuple[str, ...]) -> Mapping[str, np.ndarray]:
+        """Those that are wanted; others of the model that this request does not ask for are left out.
+
+        Perf Analyzer and others name every output of the metadata, whichever inputs they send.
+        """
+        chosen = {name: outputs[name] for name in wanted if name in outputs}
+        strangers = [name for name in wanted if name != FLAT and name not in self._by_name]
+        if strangers or not chosen:
+            raise InferenceError(
+                400, f"outputs: expected some of {', '.join(outputs)[:500]}, got {(strangers or wanted)[0][:100]!r}"
+            )
+        return chosen
+
     def _known(self) -> str:
         names = ", ".join(self._by_name)
         return names if len(names) <= 500 else f"{names[:500]}, ..."
@@ -193,10 +206,3 @@ def _output_type(name: Any) -> np.dtype[Any]:
     if found is None:
         raise InferenceError(400, f"output_dtype: expected one of {', '.join(_OUTPUT_TYPES)}, got {str(name)[:40]!r}")
     return found
-
-
-def _chosen(outputs: Mapping[str, np.ndarray], wanted: tuple[str, ...]) -> Mapping[str, np.ndarray]:
-    unknown = [name for name in wanted if name not in outputs]
-    if unknown:
-        raise InferenceError(400, f"outputs: expected some of {', '.join(outputs)}, got {unknown[0][:100]!r}")
-    return {name: outputs[name] for name in wanted}
