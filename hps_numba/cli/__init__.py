@@ -1,4 +1,5 @@
-"""``hps-numba``: the command line, with one file per command; the name of the file is the name of the command.
+"""``hps-numba``: the command line, with one file per command; the name of the file is the name of the command,
+with ``-`` for ``_``.
 
 A command file defines ``PLUGIN``: a function, whose docstring is the help text, or a ``typer.Typer`` with subcommands. Files
 with a leading underscore hold the parts of commands. Heavy imports are delayed until a command runs.
@@ -30,11 +31,11 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name in plugins.names(__name__):
-        command = plugins.load(__name__, name)
+        command, shown = plugins.load(__name__, name), name.replace("_", "-")
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
+            app.add_typer(command, name=shown)
         else:
-            app.command(name)(command)
+            app.command(shown)(command)
     return app
 
 
