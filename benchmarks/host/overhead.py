@@ -39,7 +39,7 @@ Call = Callable[[], Any]
 def kernel_call(store: Any, keys: np.ndarray, out: np.ndarray) -> Call:
     record = store.epochs.acquire()
     places = keys.ctypes.data, 0, len(keys), out.ctypes.data
-    return lambda: host_lookup(store.header, *places, 0.0, 0, store.epochs.address, record, 0, 0, False)
+    return lambda: host_lookup(store.header, *places, 0.0, 0, store.epochs.address, record, 0, 0, False, False)
 
 
 def layers(server: hps_numba.HPS, keys: np.ndarray, out: np.ndarray) -> dict[str, Call]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hps_numba.runtime import hugectr_log
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,6 +27,7 @@ __all__ = [
     "human_seconds",
     "print_facts",
     "print_json",
+    "print_json_line",
     "print_table",
     "show_log_lines",
 ]
@@ -79,6 +82,11 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str))
 
 
+def print_json_line(content: Any) -> None:
+    """The same on one line."""
+    typer.echo(json.dumps(_finite(content), ensure_ascii=False, default=str))
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
@@ -121,7 +129,15 @@ class _ListHandler(logging.Handler):
 
 
 def show_log_lines(verbose: bool) -> Callable[[], None]:
-    """Show log messages of the library from WARNING (``verbose``: INFO) on, until the returned function is called."""
+    """Show log messages of the library from WARNING (``verbose``: INFO) on, until the returned function is called.
+
+    If HugeCTR's variables say where and from which level, they are shown so; ``verbose`` adds those from INFO on.
+    """
+    of_environment = hugectr_log.install()
+    if of_environment is not None:
+        if verbose:
+            of_environment.show_at_least(hugectr_log.LEVELS["WARNING"])
+        return lambda: None
     handler, level = _StderrHandler(), _LOGGER.level
     _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -18,7 +18,7 @@ from hps_numba.server.hps import HPS
 from hps_numba.simulate.workloads import generate_model
 from hps_numba.storage.model_files import open_model
 
-__all__ = ["DEFAULT_VALUE", "GeneratedTable", "Target", "config_target", "generated_target", "keys_of_model"]
+__all__ = ["DEFAULT_VALUE", "GeneratedTable", "Target", "config_target", "generated_target", "keys_of_model", "model_of"]
 
 DEFAULT_VALUE = -7.0  # occurs in no generated row: values are in [-1, 1)
 COUNTS = (
@@ -135,7 +135,7 @@ def config_target(
         ConfigError: there is no cache.   Otherwise as ``HPS``.
     """
     config = read_config(path)
-    chosen = _model_of(config, model)
+    chosen = model_of(config, model)
     spec = _table_of(chosen.tables(config.folder), chosen.model, table)
     devices = chosen.deployed_device_list or (0,)
     number = devices[0] if device is None else device
@@ -151,7 +151,8 @@ def config_target(
         yield Target(server, spec, number, on_device, dtype, truth, what)
 
 
-def _model_of(config: ServerConfig, name: str | None) -> ModelConfig:
+def model_of(config: ServerConfig, name: str | None) -> ModelConfig:
+    """The model of that name, or the first; raises UnknownModelError."""
     for model in config.models:
         if name in (None, model.model):
             return model

@@ -1,4 +1,4 @@
-"""``hps-numba benchmark``: measures what a deployment is made of (checklist O06)."""
+"""``hps-numba benchmark``: measures what a deployment is made of, and a server that runs (checklist O06)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hps_numba.cli._output import AsJson, console, human_rate, human_seconds, print_facts, print_json, print_table
+from hps_numba.cli import _profile_options as draws
+from hps_numba.cli import _serve_options as options
+from hps_numba.cli._output import (
+    STDOUT,
+    AsJson,
+    check_output_file,
+    console,
+    human_rate,
+    human_seconds,
+    print_facts,
+    print_json,
+    print_table,
+)
 from hps_numba.cli._tiers import AllowCode, ConfiguredTier, TierName, chosen_tiers, configured_tiers, done_tiers, label
+from hps_numba.errors import ConfigError
 
 if TYPE_CHECKING:
     from hps_numba.config import ServerConfig
 
 __all__ = ["PLUGIN"]
 
-PLUGIN = typer.Typer(no_args_is_help=True, help="Measure the storage tiers of this machine and network.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Measure storage tiers, and servers.")
 
 _MAX_BATCH = 10_000_000
 
 
 @PLUGIN.callback()
 def benchmark() -> None:
-    """Measure the storage tiers of this machine and network."""
+    """Measure the storage tiers of this machine and network, and servers."""
 
 
 @PLUGIN.command("tiers")
@@ -134,3 +147,111 @@ def _line(tier: str, line: dict[str, Any]) -> tuple[str, ...]:
         tier, line["operation"], f"{line['batch_size']:,}", f"{line['calls']:,}", f"{share:.0%}",
         rate, human_rate(line["bytes_per_second"], "B/s") if line["bytes_per_second"] else "", *seconds,
     )  # fmt: skip
+
+
+# -- serve ---------------------------------------------------------------------
+
+
+@PLUGIN.command("serve")
+def serve(
+    url: options.Url,
+    model: options.Model = None,
+    protocol: options.Protocol = "auto",
+    table: options.Table = None,
+    keys: options.Keys = "32",
+    output_dtype: options.OutputDtype = None,
+    encoding: options.Encoding = "binary",
+    config: options.Config = None,
+    table_size: options.TableSize = None,
+    distribution: draws.DistributionName = "powerlaw",
+    alpha: draws.Alpha = 1.2,
+    hot_key_percentage: draws.HotKeyPercentage = 0.2,
+    hot_key_coverage: draws.HotKeyCoverage = 0.8,
+    histogram: draws.Histogram = "0.4,0.3,0.2,0.1",
+    distinct: options.Distinct = 1000,
+    concurrency: options.Concurrency = None,
+    rate: options.Rate = None,
+    arrivals: options.Arrivals = "poisson",
+    connections: options.Connections = 64,
+    duration: options.Duration = 10.0,
+    warmup: options.Warmup = 1.0,
+    timeout: options.Timeout = 10.0,
+    header: options.Header = None,
+    ca: options.Ca = None,
+    pid: options.Pid = None,
+    seed: draws.Seed = 0,
+    json_file: options.JsonFile = None,
+    plot: options.Plot = None,
+) -> None:
+    """Send requests to a server of the Open Inference Protocol, and measure how fast they are answered.
+
+    Open loops (--rate) send requests when they are due, whether or not others were answered, and count latencies from then:
+    those are the percentiles that clients will see. Closed loops (--concurrency) send when an answer has come, as Perf
+    Analyzer does. The exit code is 1 if all requests of a measurement failed.
+    """
+    check_output_file("--json", json_file)
+    cases, headers = options.chosen_cases(concurrency, rate), options.chosen_headers(header)
+    is_json = options.one_of("--encoding", encoding, "binary", "json") == "json"
+    wanted = options.one_of("--protocol", protocol, "auto", "named", "flat")
+    dtype = output_dtype and options.one_of("--output-dtype", output_dtype, "fp32", "fp16").upper()
+    if model is not None and not (model and model.isprintable()):
+        raise typer.BadParameter(f"expected the name of a model, got {model!r}", param_hint="--model")
+    if config is not None and table_size is not None:
+        raise typer.BadParameter("expected either --config or --table-size", param_hint="--table-size")
+
+    from hps_numba.cli._profile_keys import chosen_distribution
+    from hps_numba.cli._serve_load.benchmark import Benchmark
+    from hps_numba.cli._serve_load.connection import Access
+    from hps_numba.cli._serve_load.load import Settings
+    from hps_numba.simulate.plots import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    benchmark = Benchmark(
+        url=url,
+        access=Access(headers, ca, timeout, is_json),
+        cases=cases,
+        settings=Settings(
+            seconds=duration,
+            warmup=warmup,
+            arrivals=options.one_of("--arrivals", arrivals, "poisson", "constant"),
+            connections=connections,
+            distinct=distinct,
+            timeout=timeout,
+            seed=seed,
+            pid=pid,
+        ),
+        distribution=chosen_distribution(
+            distribution, alpha=alpha, percentage=hot_key_percentage, coverage=hot_key_coverage, weights=histogram
+        ),
+        model=model,
+        protocol=wanted,
+        tables=[name for text in table or () for name in text.split(",") if name],
+        keys=options.chosen_keys(keys),
+        config=config,
+        table_size=table_size,
+        parameters={"output_dtype": dtype} if dtype else {},
+    )
+    with nullcontext() if json_file == STDOUT else console(stderr=True).status(url, refresh_per_second=2) as status:
+        report = benchmark.run(lambda text: None if status is None else status.update(f"{url}: {text}"))
+    _write(report, json_file, plot)
+    if not all(line["answered"] or not line["requests"] for line in report["results"]):
+        raise typer.Exit(1)
+
+
+def _write(report: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    if plot is not None:
+        from hps_numba.cli._serve_load.plot import save_plot
+
+        save_plot(plot, report)
+    if json_file == STDOUT:
+        print_json(report)
+        return
+    if json_file is not None:
+        from hps_numba.runtime.replacing import write_report
+
+        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_report(json_file, text, text[: text.index(":")], error=ConfigError)
+    from hps_numba.cli._serve_load.report import show
+
+    show(report)

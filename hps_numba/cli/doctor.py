@@ -34,6 +34,10 @@ EXTRAS = {
     "rocksdb": ("rocksdict",),
     "fsspec": ("fsspec",),
     "kafka": ("confluent-kafka",),
+    "serve": ("uvicorn", "httptools", "uvloop", "grpcio", "protobuf"),
+    "ray": ("ray", "uvicorn"),
+    "metrics": ("prometheus-client", "opentelemetry-api"),
+    "nvtx": ("nvtx",),
     "examples": ("tokenizers", "safetensors", "matplotlib"),
 }
 """The extras of this package, and the packages that each needs."""

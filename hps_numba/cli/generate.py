@@ -1,4 +1,4 @@
-"""``hps-numba generate``: synthetic models and key streams (checklist O03, O05)."""
+"""``hps-numba generate``: synthetic models, key streams and requests (checklist O03, O04, O05)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hps_numba.cli import _request_options as options
 from hps_numba.cli._models import Overwrite, WriteFormat, counted, describe, size_on_disk
 from hps_numba.cli._output import AsJson, human_seconds, print_json
 from hps_numba.errors import ModelFileError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PLUGIN"]
 
-PLUGIN = typer.Typer(no_args_is_help=True, help="Generate synthetic models and keys.")
+PLUGIN = typer.Typer(no_args_is_help=True, help="Generate synthetic models, keys and requests.")
 
 Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal content.")]
 _DISTRIBUTIONS = ("power-law", "hot-key", "histogram", "uniform")
@@ -73,21 +74,78 @@ def keys(
     """
     name = distribution.lower().replace("_", "-")
     name = {"powerlaw": "power-law", "hotkey": "hot-key"}.get(name, name)
-    options: dict[str, dict[str, Any]] = {
+    arguments: dict[str, dict[str, Any]] = {
         "power-law": {"alpha": alpha},
         "hot-key": {"percentage": hot_percentage, "coverage": hot_coverage},
         "histogram": {"weights": _numbers(weights)},
         "uniform": {},
     }
-    if name not in options:
+    if name not in arguments:
         what = f"expected one of {', '.join(_DISTRIBUTIONS)}, got {distribution!r}"
         raise typer.BadParameter(what, param_hint="--distribution")
-    _write_keys(path, count, _drawn(name, table_size, count, options[name], seed), overwrite)
+    _write_keys(path, count, _drawn(name, table_size, count, arguments[name], seed), overwrite)
     if as_json:
-        facts = {"path": path, "count": count, "table_size": table_size, "distribution": name, **options[name], "seed": seed}
+        facts = {"path": path, "count": count, "table_size": table_size, "distribution": name, **arguments[name], "seed": seed}
         print_json(facts)
     else:
         typer.echo(f"{path}: {count:,} keys of 0 .. {table_size - 1:,}, {name}")
+
+
+@PLUGIN.command("requests", cls=options.RequestCommand)
+def requests(
+    output_path: options.OutputPath,
+    form: options.Form = None,
+    config: options.Config = None,
+    model: options.Model = None,
+    dense_dim: options.DenseDim = None,
+    sparse_dims: options.SparseDims = None,
+    num_unique_keys: options.NumUniqueKeys = None,
+    table_names: options.TableNames = None,
+    num_batch: options.NumBatch = 10,
+    batch_size: options.BatchSize = 64,
+    int64_key: options.Int64Key = "true",
+    powerlaw: options.Powerlaw = "false",
+    distribution: options.KeyDistribution = None,
+    alpha: options.Alpha = 1.2,
+    hot_key_percentage: options.HotKeyPercentage = 0.2,
+    hot_key_coverage: options.HotKeyCoverage = 0.8,
+    weights: options.Weights = "0.4,0.3,0.2,0.1",
+    dense_name: options.DenseName = "DES",
+    sparse_name: options.SparseName = "CATCOLUMN",
+    rowoffset_name: options.RowoffsetName = "ROWINDEX",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write inference requests in the JSON form of Triton's Perf Analyzer.
+
+    With --config, for the tables of a model that is served; without, as HugeCTR's request_generator, for tables with so many
+    keys of a sample (--sparse-dims) out of so many (--num-unique-keys).
+    """
+    from hps_numba.cli._profile_keys import chosen_distribution
+    from hps_numba.cli._request_files import DenseInput, InputNames, requests_of, write_requests
+
+    form = options.chosen_form(form, config, dense_dim, table_names)
+    name = distribution or ("powerlaw" if options.as_truth("--powerlaw", powerlaw) else "hotkey")
+    drawn = chosen_distribution(name, alpha=alpha, percentage=hot_key_percentage, coverage=hot_key_coverage, weights=weights)
+    if config is None:
+        if model is not None:
+            raise typer.BadParameter("is an option for --config only", param_hint="--model")
+        tables = options.tables_of_options(sparse_dims, num_unique_keys, table_names, drawn, seed)
+    else:
+        tables = options.tables_of_config(config, model, sparse_dims, num_unique_keys, drawn, seed)
+    options.check_key_bits(tables, wide=options.as_truth("--int64-key", int64_key))
+    dense = DenseInput(dense_dim, seed) if dense_dim else None
+    names = options.checked_names(InputNames(dense_name, sparse_name, rowoffset_name))
+    keys = options.keys_of_request(tables, batch_size)
+    made = requests_of(form, tables, samples=batch_size, count=num_batch, dense=dense, names=names)
+    size = write_requests(output_path, made, overwrite=overwrite)
+    if as_json:
+        shapes = {table.name: {"keys_of_sample": table.keys_of_sample, **table.keys.facts()} for table in tables}
+        facts = {"path": output_path, "form": form, "requests": num_batch, "samples": batch_size, "keys": keys}
+        print_json({**facts, "bytes": size, "seed": seed, "tables": shapes})
+    else:
+        typer.echo(f"{output_path}: {num_batch:,} requests of {batch_size:,} samples and {keys:,} keys, {form}, {drawn.name}")
 
 
 def _numbers(text: str) -> list[float]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
+from hps_numba.cli._live import Interval, Once, Seconds, shown, ticks, until_interrupted
 from hps_numba.cli._output import AsJson, console, human_rate, human_seconds, print_json
 from hps_numba.cli._tiers import AllowCode, Config
 from hps_numba.errors import ConfigError
@@ -28,9 +24,9 @@ _TEXTS = 2  # of them, to the left
 
 def updates(
     config: Config,
-    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
-    seconds: Annotated[float | None, typer.Option(min=0.1, max=10**7, help="End after so long; else with Ctrl-C.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Look once, after --interval, and end.")] = False,
+    interval: Interval = 1.0,
+    seconds: Seconds = None,
+    once: Once = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -46,34 +42,17 @@ def updates(
     if not read.source_sections():
         raise ConfigError(f"{config}: expected a config with an update_source, got none")
     with hps_numba.HPS(config, allow_code=allow_code) as server:
-        looks = _looks(server, interval, interval if once else seconds)
         if once:
-            (stats,) = looks
-            _print_once(stats, as_json)
-        elif as_json:
-            for stats in looks:
-                typer.echo(json.dumps([asdict(one) for one in stats], default=str))
-        else:
-            with _screen() as show:
-                for stats in looks:
-                    show(_table(stats))
+            for _ in ticks(interval, interval):
+                _print_once(server.update_stats(), as_json)
+            return
+        with until_interrupted(), shown(None if as_json else _table) as show:
+            for _ in ticks(interval, seconds):
+                stats = server.update_stats()
+                show([asdict(one) for one in stats] if as_json else stats)
 
 
 PLUGIN = updates
-
-
-def _looks(server: Any, interval: float, seconds: float | None) -> Iterator[Sequence[SourceStats]]:
-    """Snapshots, until so many seconds have passed or Ctrl-C."""
-    began = time.monotonic()
-    try:
-        while True:
-            left = interval if seconds is None else min(interval, began + seconds - time.monotonic())
-            time.sleep(max(0.0, left))
-            yield server.update_stats()
-            if seconds is not None and time.monotonic() >= began + seconds:
-                return
-    except KeyboardInterrupt:
-        return
 
 
 def _print_once(stats: Sequence[SourceStats], as_json: bool) -> None:
@@ -81,19 +60,6 @@ def _print_once(stats: Sequence[SourceStats], as_json: bool) -> None:
         print_json([asdict(one) for one in stats])
     else:
         console().print(_table(stats))
-
-
-@contextmanager
-def _screen() -> Iterator[Any]:
-    """What shows a table: in the same place on a terminal, else below the last one."""
-    from rich.live import Live
-
-    out = console()
-    if not out.is_terminal:
-        yield out.print
-        return
-    with Live(console=out, auto_refresh=False) as live:
-        yield lambda table: live.update(table, refresh=True)
 
 
 def _table(stats: Sequence[SourceStats]) -> RenderableType:
@@ -138,7 +104,8 @@ def _notes(one: SourceStats) -> list[str]:
     """What the lines of a source do not say."""
     notes = [] if one.running else [f"{one.name}: ended"]
     if one.lost:
-        notes.append(f"{one.name}: at least {one.lost:,} messages were gone from the bus before they were read")
+        answer = f"files were loaded again {one.reloads} times" if one.reloads else "load the last snapshot"
+        notes.append(f"{one.name}: at least {one.lost:,} messages were gone from the bus before they were read: {answer}")
     others = sum(one.skipped.values()) - sum(sum(updates.skipped.values()) for updates in one.tables.values())
     if others > 0 and one.tables:
         notes.append(f"{one.name}: {others:,} messages of other tables were skipped")

@@ -93,14 +93,14 @@ def write_config(tmp_path: Path, model: Path) -> Callable[..., Path]:
 def test_every_file_is_a_command() -> None:
     result = hps("--help")
     assert result.exit_code == 0
-    commands = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout.partition("Commands:")[2], re.MULTILINE)
-    assert commands == plugins.names("hps_numba.cli")
+    commands = re.findall(r"^  ([a-z-]+)  +[A-Z]", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert commands == [name.replace("_", "-") for name in plugins.names("hps_numba.cli")]
     assert {"config", "convert", "demo", "doctor", "generate", "inspect", "plan"} <= set(commands)
 
 
 @pytest.mark.parametrize("command", [*plugins.names("hps_numba.cli"), "config check", "config schema", "generate keys"])
 def test_every_command_has_a_help_text(command: str) -> None:
-    result = hps(*command.split(), "--help")
+    result = hps(*command.replace("_", "-").split(), "--help")
     assert result.exit_code == 0 and "Usage:" in result.stdout and "\x1b" not in result.stdout
 
 

@@ -14,6 +14,8 @@ import pytest
 import typer
 from support.disk_tier import write_table
 from support.factories import Workshop
+from support.inference_server import inference_server
+from support.servers import free_port
 from support.waiting import HANG_SECONDS
 from typer.testing import CliRunner, Result
 
@@ -40,7 +42,10 @@ APP = build()
 TREE = typer.main.get_command(APP)
 COMMANDS = {" ".join(prefix): command for prefix, command in commands(TREE)}
 BENCHMARK = ["--rows", "8", "--dim", "2", "--batch-size", "4", "--seconds", "0.01", "--allow-code"]
+PORT = free_port()
+LOAD = ["--rate", "100", "--duration", "0.02", "--warmup", "0", "--distinct", "2", "--timeout", "0.5", "--connections", "2"]
 GOOD: dict[str, list[str]] = {
+    "benchmark serve": [f"http://127.0.0.1:{PORT}", *LOAD],
     "benchmark tiers": ["tiers.json", *BENCHMARK],
     "convert": ["good.model", "new.h5", "--overwrite"],
     "demo": ["--rows", "100", "--dim", "2", "--seconds", "0.1", "--threads", "1"],
@@ -51,8 +56,11 @@ GOOD: dict[str, list[str]] = {
     "plan": ["ps.json"],
     "profile": ["--rows", "100", "--dim", "2", "--num_key", "8", "--iterations", "1", "--warmup_iterations", "0"],
     "publish": ["good.model", "--to", "files://bus", "--table", "hps_et.m.t", "--set", "sync=false"],
+    "serve": ["ps.json", "--port", "0", "--seconds", "0.01", "--drain-seconds", "0"],
     "simulate": ["trace.npy", "--policy", "lru", "--size", "8"],
     "tiers": ["tiers.json", "--samples", "2", "--keys", "2", "--allow-code"],
+    "top": ["updates.json", "--once", "--interval", "0.1", "--allow-code"],
+    "triton-repository": ["ps.json", "repository", "--overwrite"],
     "updates": ["updates.json", "--once", "--interval", "0.1", "--allow-code"],
     "verify": ["tiers.json", "--allow-code"],
     "compat disable": [],
@@ -61,10 +69,26 @@ GOOD: dict[str, list[str]] = {
     "config schema": [],
     "config check": ["ps.json"],
     "generate model": ["made.model", "--rows", "5", "--dim", "2", "--overwrite"],
+    "generate requests": [
+        "--output-path",
+        "requests.json",
+        "--dense-dim",
+        "1",
+        "--sparse-dims",
+        "2",
+        "--num-unique-keys",
+        "9",
+        "--num-batch",
+        "2",
+        "--batch-size",
+        "2",
+        "--overwrite",
+    ],
     "generate keys": ["keys.npy", "--count", "5", "--table-size", "9", "--overwrite"],
 }
 NEEDED = {"--histogram": ["--distribution", "histogram"], "--weights": ["--distribution", "histogram"]}
 ALONE = {"--type": BENCHMARK, "--option": ["--type", "hash_map", *BENCHMARK]}  # not together with the argument
+ANY_TEXT = {"--folder", "--dense_name", "--sparse_name", "--rowoffset_name"}  # most texts can be the name of something
 OPTIONS = [
     (name, parameter.opts[-1])
     for name, command in COMMANDS.items()
@@ -80,6 +104,16 @@ ARGUMENTS = [
 
 def run(*words: str) -> Result:
     return CliRunner().invoke(APP, list(words))
+
+
+@pytest.fixture(autouse=True)
+def served(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A server, for the command that measures one."""
+    if request.node.callspec.params["name"] != "benchmark serve":
+        yield
+        return
+    with inference_server(port=PORT):
+        yield
 
 
 @pytest.fixture
@@ -143,7 +177,7 @@ def test_odd_options(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, o
         result = run(*name.split(), *good, f"{option}={value}")
         check(result, f"{name} {option}={value[:60]!r}")
         refused += result.exit_code != 0
-    assert refused > (8 if option != "--folder" else 4)  # most texts can be the name of a folder
+    assert refused > (4 if option in ANY_TEXT else 8)
     unharmed(folder)
 
 
