@@ -30,13 +30,11 @@ ALL = [row for letter, count in ROWS.items() for row in rows(letter, range(1, co
 MET = [
     *rows("C", range(1, 23)),
     *rows("F", range(1, 16)),
-    *rows("N", range(1, 7)),
+    *rows("N", [*range(1, 7), 8, 9, 10]),
     *rows("D", range(1, 26)),
     *rows("G", [*range(1, 31), 32, 33, 35, 36, 38, 39, 40]),
     *rows("U", range(1, 14)),
-    "O01",
-    "O02",
-    "O06",
+    *rows("O", [1, 2, 3, *range(4, 10), 14]),
 ]
 
 

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "hps_numba"
 
 #: who may import a package that is heavy or not always there; "now" marks the places that may do so when they are imported
 HOMES = {
-    "torch": {"frontends.torch": "now"},
+    "torch": {"frontends.torch": "now", "frontends.triton.dense": "", "metrics.nvtx": ""},
     "tensorflow": {"frontends.tensorflow": "now"},
     "pyarrow": {"storage.formats.parquet": "", "traces.formats.parquet": ""},
     "safetensors": {"storage.formats.safetensors": ""},
@@ -46,6 +46,15 @@ HOMES = {
     "redis": {"storage.redis": ""},
     "confluent_kafka": {"updates._kafka.client": ""},
     "hiredis": {"storage.redis": ""},
+    "prometheus_client": {"metrics.collector": ""},
+    "opentelemetry": {"metrics.opentelemetry": ""},
+    "nvtx": {"metrics.nvtx": ""},
+    "grpc": {"frontends.open_inference": "", "cli._serve_load.grpc": ""},
+    "google": {"frontends.open_inference": ""},
+    "ray": {"frontends.ray_serve": ""},
+    "triton_python_backend_utils": {"frontends.triton.python_backend": ""},
+    "uvicorn": {"frontends.open_inference.connections": "now", "frontends.open_inference.serving": ""},
+    "uvloop": {"frontends.open_inference.serving": ""},
 }
 #: folders in which a file is a plugin: it may know the base classes of its folder, whose names begin with an underscore
 FOLDERS = (
@@ -60,6 +69,10 @@ FOLDERS = (
 )
 #: HugeCTR has two names for one tier
 ALIASES = {("storage.tiers.parallel_hash_map", "storage.tiers.hash_map")}
+#: what all front ends over a network are made of
+SHARED = "frontends.inference"
+#: a front end that is another one, run by somebody else
+BUILT_ON = {"frontends.ray_serve": "frontends.open_inference"}
 #: numba's CUDA target and what needs it, imported only when a kernel is built for a GPU
 CUDA_TARGET = {"kernels.compiler.numba_cuda", "kernels.simt.cuda"} | {
     f"kernels.simt.cuda_{part}" for part in ("memory", "parts", "pooling", "probe", "rows", "warp")
@@ -185,7 +198,9 @@ def test_plugins_of_a_folder_do_not_know_each_other(folder: str) -> None:
     for one, target in inner_imports():
         both = one.module.startswith(f"{folder}.") and target.startswith(f"{folder}.")
         own, other = (name.removeprefix(f"{folder}.").split(".")[0] for name in (one.module, target))
-        if both and own != other and not other.startswith("_") and (one.module, target) not in ALIASES:
+        known = other.startswith("_") or is_in(target, SHARED) or (one.module, target) in ALIASES
+        known = known or any(is_in(one.module, over) and is_in(target, under) for over, under in BUILT_ON.items())
+        if both and own != other and not known:
             wrong.append(str(one))
     assert wrong == []
 
@@ -209,13 +224,17 @@ def test_no_two_files_import_each_other() -> None:
         visit(module, ())
 
 
+#: a command, and HugeCTR's variables, set the level of all loggers of the package
+SET_ALL_LOGGERS = ("cli", "runtime.hugectr_log")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_print_and_loggers_named_after_their_module(module: str) -> None:
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called != "print", f"{module}:{node.lineno}: print"
-            if called.endswith("getLogger") and not is_in(module, "cli"):  # a command sets the level of all loggers
+            if called.endswith("getLogger") and not any(is_in(module, one) for one in SET_ALL_LOGGERS):
                 assert ast.unparse(node.args[0]) in ("__name__", "__package__"), f"{module}:{node.lineno}"
             at_the_root = re.fullmatch(r"logging\.(debug|info|warning|error|exception|critical|log|basicConfig)", called)
             assert not at_the_root or is_in(module, "cli"), f"{module}:{node.lineno}: {called}"

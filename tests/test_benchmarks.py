@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -93,12 +94,31 @@ def test_overhead_measures_every_layer(tmp_path: Path) -> None:
         assert "numpy.take(out=)" in times and all(0 < time < math.inf for some in times.values() for time in some)
 
 
+def test_metrics_measures_lookups_texts_and_requests(tmp_path: Path) -> None:
+    printed, report = run("metrics", tmp_path)
+    assert report["quick"] is True and "--quick" in printed and ("met (" in printed or "missed (" in printed)
+    assert [row["keys"] for row in report["lookups"]] == [1, 32]
+    assert all(row["timed_ns"] > 0 and row["not_timed_ns"] > 0 and math.isfinite(row["cost_ns"]) for row in report["lookups"])
+    assert all(figure > 0 for figure in report["texts"].values()) and report["texts"]["lines"] > 26 * 40
+    assert report["request_us"] > 0
+
+
 def test_tensorflow_layer_measures_overhead_and_dlrm(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow")
     printed, report = run("tensorflow_layer", tmp_path)
     assert report["quick"] is True and ("met (" in printed or "missed (" in printed)
     assert {"layer in a graph", "HPS.lookup(out=)", "bare py_function"} <= report["layer_us"]["32"].keys()
     assert all(time > 0 for times in report["dlrm_us"].values() for time in times.values())
+
+
+def test_batching_measures_every_number_of_clients(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    printed, report = run("batching", tmp_path, "--tables", "2")
+    assert "--quick" in printed and "in this process" in printed
+    assert [(row["delay_us"], row["clients"]) for row in report["results"]] == [
+        (delay, clients) for delay in (None, 0, 500) for clients in (1, 8, 32)
+    ]
+    assert all(row["requests_per_second"] > 0 and 0 < row["p50_ms"] <= row["p99_ms"] for row in report["results"])
 
 
 def test_tiers_runs_every_part_that_it_can(tmp_path: Path) -> None:
@@ -152,6 +172,58 @@ def test_updates_measures_freshness_and_lookups(tmp_path: Path, bus: str) -> Non
     before, *others = report["buses"][bus]
     assert before["rate"] == 0 and [one["rate"] for one in others] == [10_000, 100_000]
     assert all(one["ticks"] > 0 and one["freshness_p50"] <= one["freshness_p99"] <= one["freshness_max"] for one in others)
+
+
+def check_sweep(figures: list[dict[str, Any]], whos: set[str]) -> None:
+    """Every batch at every hit rate, with and without updates, and who stands beside where all keys hit."""
+    assert {(one["batch"], one["hit_rate"]) for one in figures} == {(n, rate) for n in (32, 64) for rate in (100.0, 95.0, 80.0)}
+    assert {one["who"] for one in figures if one["hit_rate"] == 100} >= whos
+    assert all(0 < one["median"] <= one["p99"] < math.inf for one in figures)
+
+
+def test_published_sweep_measures_every_batch_and_hit_rate(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    printed, report = run("published_sweep", tmp_path, "--dlrm")
+    figures, whos = report["figures"], {"HPS.lookup(out=)", "Torch layer", "F.embedding"}
+    check_sweep(figures, whos)
+    assert {one["updates"] for one in figures} == {False, True}
+    assert all(abs(one["hits"] - one["hit_rate"]) < 1 for one in figures if one["who"] == "HPS.lookup(out=)")
+    assert {one["who"] for one in report["dlrm"]} == {"Torch layer", "F.embedding"}
+    judged = {(one["batch"], one["ours"]) for one in report["verdicts"]}
+    assert judged >= {(n, who) for n in (32, 64) for who in ("HPS.lookup(out=)", "Torch layer")}
+    assert all(("met" in one["target"]) == (one["ratio"] <= 1) for one in report["verdicts"])
+    assert "80 % hits, beside updates" in printed and "DLRM: 95 % hits" in printed
+
+
+def test_published_sweep_of_the_gpu_cache_runs_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    report, script = tmp_path / "report.json", ROOT / "benchmarks" / "device" / "published_sweep.py"
+    plot = ("--plot", str(tmp_path / "p.png")) if importlib.util.find_spec("matplotlib") else ()
+    command = [sys.executable, str(script), "--on-cpu", "--json", str(report), *plot]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    sections = [part for name, part in found["figures"].items() if "verdicts" not in name]
+    check_sweep([one for part in sections for one in part], {"HPS.lookup(out=)", "Torch layer", "F.embedding"})
+    hits = {
+        rate: [one["hits"] for part in sections for one in part if one["hit_rate"] == rate and one["hits"]]
+        for rate in (100.0, 80.0)
+    }
+    assert min(hits[100.0]) > max(hits[80.0]) > 50  # as the cache counted them
+    assert not plot or (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_serving_measures_every_server_that_can_run(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    printed, report = run("serving", tmp_path, "--no-triton", "--concurrency", "1")
+    cases = {(one["size"], one["concurrency"]) for one in report["results"]}
+    sizes = ("32 keys, 4 KB", "8,192 keys, 1 MB", "2,048 keys, 1 MB")
+    assert cases == {(size, 1) for size in sizes}
+    for one in report["results"]:
+        assert {"ours, HTTP"} <= set(one["servers"])
+        assert (importlib.util.find_spec("fastapi") is None) == ("FastAPI" not in one["servers"])
+        assert all(0 < server["p50_seconds"] <= server["p99_seconds"] < math.inf for server in one["servers"].values())
+    assert "p99 m" in printed and any(one["target"].startswith("p99 ") for one in report["verdicts"])
 
 
 def test_every_benchmark_is_in_the_readme() -> None:

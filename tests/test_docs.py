@@ -70,6 +70,9 @@ def test_python_blocks_run_in_order(page: Path, reader: Path) -> None:
         tensorflow()
     if re.search(r"^import torch|frontends\.torch", text, re.MULTILINE):
         pytest.importorskip("torch")
+    for package in ("opentelemetry", "prometheus_client"):
+        if re.search(rf"^from {package}|observe_with_{package}", text, re.MULTILINE):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     scope: dict[str, object] = {"__name__": "reader"}
     for block in blocks:
         named = re.match(r"(?:#|//) (\w+\.(?:py|json))\n", block.text)

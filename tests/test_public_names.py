@@ -29,8 +29,9 @@ publish_rows save_checkpoint save_embedding server_of trained_rows"""
 TENSORFLOW = """SGD Adagrad Adam Init LookupCollection LookupLayer SparseLookupLayer Table __version__ embedding_lookup
 embedding_lookup_many embedding_lookup_sparse load load_checkpoint publish_rows save_checkpoint server_of split"""
 HPS_METHODS = """close closed config contains direct dump erase host_bytes insert load_dump load_model locked_table lookup
-lookup_fromdlpack lookup_many lookup_pooled model_version models on_evict on_version plan prefetch read_modify_write
-record_trace refresh replace_model replaying roll_back_model set_policy stats unload_model update update_stats"""
+lookup_fromdlpack lookup_many lookup_pooled metrics metrics_text model_version models on_evict on_version plan prefetch
+read_modify_write record_trace refresh replace_model replaying roll_back_model set_policy stats unload_model update
+update_stats"""
 OPERATORS = {
     "lookup": "(Tensor keys, str request, int dim) -> Tensor",
     "lookup_many": "(Tensor[] keys, str request, int[] dims) -> Tensor[]",
@@ -52,7 +53,7 @@ CONFIG_KEYS = {
     tls_client_certificate tls_client_key tls_server_name_identification type update_filters user_name""",
     schema.PersistentDatabaseConfig: "initialize_after_startup max_batch_size num_threads path read_only type update_filters",
     UpdateSourceConfig: """brokers failure_backoff_ms max_backlog_bytes max_batch_size max_commit_interval
-    metadata_refresh_interval_ms name poll_timeout_ms receive_buffer_size refuse_not_finite start type""",
+    metadata_refresh_interval_ms name on_loss poll_timeout_ms receive_buffer_size refuse_not_finite start type""",
 }
 PLUGINS = {
     "hps_numba.storage.formats": "directory dynamicemb hdf5 npy npz nve parquet safetensors sok tfra torch",
@@ -72,7 +73,7 @@ def test_modules_export_what_users_import(module: str, names: str) -> None:
 
 
 def test_the_server_has_methods_for_users_only() -> None:
-    server = {name for name in dir(hps_numba.HPS) if not name.startswith("_")} | {"config", "direct"}
+    server = {name for name in dir(hps_numba.HPS) if not name.startswith("_")} | {"config", "direct", "metrics"}
     assert server == set(HPS_METHODS.split())
 
 
