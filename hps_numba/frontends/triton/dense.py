@@ -5,6 +5,7 @@ It computes on the CPU. On a GPU, Triton's own backends for Torch, TensorRT and 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class DenseProgram:
 
         if not path.is_file():
             raise ConfigError(f"{path}: expected a file saved by torch.export.save, got none")
+        if not zipfile.is_zipfile(path):  # Torch would log a traceback
+            raise ConfigError(f"{path}: expected a program saved by torch.export.save, got another file")
         try:
             program = torch.export.load(path)
         except Exception as problem:
