@@ -57,10 +57,10 @@ class Answers:
     turn: threading.Lock = field(default_factory=threading.Lock)
 
 
-def rows_of(keys: np.ndarray, tick: int) -> np.ndarray:
-    """What a row must be: its key, the number of its update, and both together."""
+def rows_of(keys: np.ndarray, ticks: np.ndarray | int) -> np.ndarray:
+    """What rows must be: key, number of the update, and both together; one update for all keys, or one for each."""
     rows = np.empty((len(keys), DIM), np.float32)
-    rows[:, 0], rows[:, 1], rows[:, 2:] = keys, tick, keys[:, None] + 3.0 * tick
+    rows[:, 0], rows[:, 1], rows[:, 2:] = keys, ticks, (keys + 3.0 * ticks)[:, None]
     return rows
 
 
@@ -124,19 +124,13 @@ def check(keys: np.ndarray, rows: np.ndarray, trainer: Trainer, answers: Answers
     ticks = rows[:, 1].astype(np.int64)
     absent = rows[:, 0] == -1
     known = (ticks >= 0) & (ticks < len(trainer.published)) & ~absent
-    right = known & (rows == rows_of_each(keys, ticks)).all(axis=1)
+    right = known & (rows == rows_of(keys, ticks)).all(axis=1)
     seen = int(ticks[:_PROBES].min()) + 1
     age = now - trainer.published[seen] if seen < len(trainer.published) else 0.0
     with answers.turn:
         answers.unanswered += int(absent.sum())
         answers.wrong += int((~right & ~absent).sum())
         answers.ages.append(max(age, 0.0))
-
-
-def rows_of_each(keys: np.ndarray, ticks: np.ndarray) -> np.ndarray:
-    rows = np.empty((len(keys), DIM), np.float32)
-    rows[:, 0], rows[:, 1], rows[:, 2:] = keys, ticks, (keys + 3.0 * ticks)[:, None]
-    return rows
 
 
 def load(url: str, spec: Spec, trainer: Trainer, answers: Answers, start: float, number: int) -> None:
@@ -209,7 +203,7 @@ def _settle(url: str, spec: Spec, trainer: Trainer) -> str:
             for _ in range(6):  # the ingress chooses a replica for each
                 for some in np.array_split(keys, max(1, spec.rows // 20_000)):
                     rows = client.lookup(MODEL, {TABLE: some})[TABLE]
-                    wrong += int((rows != rows_of_each(some, trainer.last[some])).any(axis=1).sum())
+                    wrong += int((rows != rows_of(some, trainer.last[some])).any(axis=1).sum())
             if not wrong:
                 return "all rows of all replicas"
             if time.monotonic() > end:

@@ -30,6 +30,7 @@ __all__ = [
     "print_json_line",
     "print_table",
     "show_log_lines",
+    "write_json",
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -80,6 +81,24 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 def print_json(content: Any) -> None:
     """Print ``content`` as JSON; NaN and infinities, which JSON lacks, become null."""
     typer.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str))
+
+
+def write_json(report: Any, path: Path | None) -> bool:
+    """Print a report as JSON if ``path`` is ``STDOUT``, which the answer tells; else write it to the file, if there is one.
+
+    Raises:
+        ConfigError: the file cannot be written, and is as it was.
+    """
+    if path == STDOUT:
+        print_json(report)
+        return True
+    if path is not None:
+        from hps_numba.errors import ConfigError
+        from hps_numba.runtime.replacing import write_report
+
+        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_report(path, text, text[: text.index(":")], error=ConfigError)
+    return False
 
 
 def print_json_line(content: Any) -> None:

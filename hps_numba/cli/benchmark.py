@@ -21,9 +21,9 @@ from hps_numba.cli._output import (
     print_facts,
     print_json,
     print_table,
+    write_json,
 )
 from hps_numba.cli._tiers import AllowCode, ConfiguredTier, TierName, chosen_tiers, configured_tiers, done_tiers, label
-from hps_numba.errors import ConfigError
 
 if TYPE_CHECKING:
     from hps_numba.config import ServerConfig
@@ -244,14 +244,8 @@ def _write(report: dict[str, Any], json_file: Path | None, plot: Path | None) ->
         from hps_numba.cli._serve_load.plot import save_plot
 
         save_plot(plot, report)
-    if json_file == STDOUT:
-        print_json(report)
+    if write_json(report, json_file):
         return
-    if json_file is not None:
-        from hps_numba.runtime.replacing import write_report
-
-        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-        write_report(json_file, text, text[: text.index(":")], error=ConfigError)
     from hps_numba.cli._serve_load.report import show
 
     show(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,10 +17,9 @@ from hps_numba.cli._output import (
     human_rate,
     human_seconds,
     print_facts,
-    print_json,
     print_table,
+    write_json,
 )
-from hps_numba.errors import ConfigError
 
 __all__ = ["PLUGIN"]
 
@@ -98,7 +96,8 @@ def profile(
             keys_file=keys,
             seed=seed,
         ).run()
-    _write(report, json_file)
+    if not write_json(report, json_file):
+        _show(report)
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -118,18 +117,6 @@ def _waiting(json_file: Path | None) -> AbstractContextManager[Any]:
 
 
 # -- the report ---------------------------------------------------------------------
-
-
-def _write(report: dict[str, Any], json_file: Path | None) -> None:
-    if json_file == STDOUT:
-        print_json(report)
-        return
-    if json_file is not None:
-        from hps_numba.runtime.replacing import write_report
-
-        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-        write_report(json_file, text, text[: text.index(":")], error=ConfigError)
-    _show(report)
 
 
 def _show(report: dict[str, Any]) -> None:

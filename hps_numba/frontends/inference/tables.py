@@ -30,7 +30,7 @@ from hps_numba.server.hps import HPS
 __all__ = ["TableSetModel"]
 
 KEYS, NUMKEYS, FLAT = "KEYS", "NUMKEYS", "OUTPUT0"
-_OFFSETS, _WEIGHTS = ".offsets", ".weights"
+OFFSETS, WEIGHTS = ".offsets", ".weights"  # behind the name of a table
 _OUTPUT_TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "FP16": np.dtype(np.float16)}
 _SMALL_KEYS = 16_384  # a lookup of so many in host memory takes well under a millisecond
 
@@ -60,8 +60,8 @@ class TableSetModel(InferenceModel):
         named = []
         for spec in self._tables:
             named.append(TensorSpec(spec.name, "INT64", (-1,), True))
-            named.append(TensorSpec(spec.name + _OFFSETS, "INT64", (-1,), True))
-            named.append(TensorSpec(spec.name + _WEIGHTS, "FP32", (-1,), True))
+            named.append(TensorSpec(spec.name + OFFSETS, "INT64", (-1,), True))
+            named.append(TensorSpec(spec.name + WEIGHTS, "FP32", (-1,), True))
         return (*flat, *named)
 
     @property
@@ -133,24 +133,24 @@ class TableSetModel(InferenceModel):
             raise InferenceError(400, f"inputs: expected {KEYS} and {NUMKEYS}, or tables of {self._known()}, got none")
         wanted = {name: self._by_name[name] for name in request.inputs if name in self._by_name}
         for name in request.inputs:
-            if name not in wanted and name.removesuffix(_OFFSETS).removesuffix(_WEIGHTS) not in wanted:
+            if name not in wanted and name.removesuffix(OFFSETS).removesuffix(WEIGHTS) not in wanted:
                 raise InferenceError(400, f"inputs: expected tables of {self._known()}, got {name[:100]!r}")
         type_ = _output_type(request.parameters.get("output_dtype", "FP32"))
         return {name: self._rows(request, spec).astype(type_, copy=False) for name, spec in wanted.items()}, {}
 
     def _rows(self, request: InferenceRequest, spec: TableSpec) -> np.ndarray:
         keys = request.inputs[spec.name]
-        offsets, weights = request.inputs.get(spec.name + _OFFSETS), request.inputs.get(spec.name + _WEIGHTS)
+        offsets, weights = request.inputs.get(spec.name + OFFSETS), request.inputs.get(spec.name + WEIGHTS)
         own = request.input_parameters.get(spec.name, {})
         mode = own.get("mode", request.parameters.get("mode"))
         _check_integers(keys, spec.name)
         if offsets is None:
             if weights is not None or own.get("mode") is not None:
-                raise InferenceError(400, f"{spec.name}{_OFFSETS}: expected offsets with weights or mode, got none")
+                raise InferenceError(400, f"{spec.name}{OFFSETS}: expected offsets with weights or mode, got none")
             rows = aligned_empty((*keys.shape, spec.dim))
             self._server.direct.lookup_into(keys, self.name, spec.table_id, rows)
             return rows
-        _check_integers(offsets, spec.name + _OFFSETS)
+        _check_integers(offsets, spec.name + OFFSETS)
         if mode is not None and mode not in tuple(COMBINERS):
             raise InferenceError(400, f"mode: expected one of {', '.join(COMBINERS)}, got {str(mode)[:40]!r}")
         pooled: np.ndarray = self._server.lookup_pooled(
@@ -183,7 +183,7 @@ class TableSetModel(InferenceModel):
             if name == KEYS:
                 total += array.size * widest
             elif (spec := self._by_name.get(name)) is not None:
-                offsets = request.inputs.get(name + _OFFSETS)
+                offsets = request.inputs.get(name + OFFSETS)
                 total += (array.size if offsets is None else max(math.prod(offsets.shape), 1)) * spec.dim
         return total * DATATYPES["FP32"].itemsize
 

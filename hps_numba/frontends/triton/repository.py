@@ -20,7 +20,7 @@ from hps_numba.config.messages import show
 from hps_numba.config.schema import ModelConfig
 from hps_numba.config.spec import TableSpec
 from hps_numba.errors import ConfigError, UnknownModelError
-from hps_numba.frontends.inference.tables import FLAT, KEYS, NUMKEYS
+from hps_numba.frontends.inference.tables import FLAT, KEYS, NUMKEYS, OFFSETS, WEIGHTS
 from hps_numba.frontends.inference.tensors import TensorSpec
 from hps_numba.frontends.triton.dense import PROGRAM, DenseProgram
 from hps_numba.frontends.triton.pbtxt import Step, model_text
@@ -32,7 +32,6 @@ _MODEL_PY = '''"""{what}; written by hps-numba triton-repository."""
 
 from hps_numba.frontends.triton.{module} import TritonPythonModel  # noqa: F401
 '''
-_OFFSETS, _WEIGHTS = ".offsets", ".weights"  # of the named protocol, behind the name of a table
 _SHARED = "multi_process_hash_map"
 
 
@@ -203,8 +202,8 @@ def _tensors(
         keys = (-1,) * options.key_dimensions if fit is None else fit.keys
         inputs.append(TensorSpec(spec.name, "INT64", keys, True))
         if len(keys) == 1 and not options.max_batch_size:
-            inputs.append(TensorSpec(spec.name + _OFFSETS, "INT64", (-1,), True))
-            inputs.append(TensorSpec(spec.name + _WEIGHTS, "FP32", (-1,), True))
+            inputs.append(TensorSpec(spec.name + OFFSETS, "INT64", (-1,), True))
+            inputs.append(TensorSpec(spec.name + WEIGHTS, "FP32", (-1,), True))
         outputs.append(TensorSpec(spec.name, "FP32", (*keys, spec.dim)))
     return inputs, outputs
 
@@ -268,7 +267,7 @@ def _ensemble(
     of_tables = [
         replace(spec, optional=spec.name not in fits)
         for spec in keys
-        if spec.name.removesuffix(_OFFSETS).removesuffix(_WEIGHTS) in fits
+        if spec.name.removesuffix(OFFSETS).removesuffix(WEIGHTS) in fits
     ]
     others = [spec for spec in inputs if spec.name not in rows]
     clash = [spec.name for spec in others if spec.name in {tensor.name for tensor in of_tables}]
