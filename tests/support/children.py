@@ -1,4 +1,4 @@
-"""Shared by tests: in_child."""
+"""Shared by tests: forked children."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from collections.abc import Callable
 from support.waiting import HANG_SECONDS
 
 
+def fork() -> int:
+    """``os.fork``, without the warning of a fork beside threads: that is what is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def in_child(work: Callable[[], bool]) -> int:
     """Exit status of a forked child that does ``work``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads is what is tested
-        child = os.fork()
+    child = fork()
     if child == 0:
         signal.alarm(int(HANG_SECONDS))
         status = 1

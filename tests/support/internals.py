@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from support.waiting import wait_until
 
 import hps_numba
 from hps_numba.kernels.host.write import STATE_FREE, STATE_WRITES
-from hps_numba.kernels.layouts.host_store import SLOT_BITS, SLOT_MASK
+from hps_numba.kernels.layouts.host_store import HEADER_BYTES, SLOT_BITS, SLOT_MASK
 from hps_numba.server.model import ServedModel
 from hps_numba.server.table import ServedTable
 from hps_numba.storage.host.store import HostStore
@@ -38,6 +39,22 @@ def host_memory(server: hps_numba.HPS) -> HashMapTier:
 def bytes_in_use(server: hps_numba.HPS) -> int:
     """Bytes of host memory that the allocator of a server has handed out."""
     return server._loader.allocator.in_use
+
+
+def bytes_held(server: hps_numba.HPS) -> int:
+    """Bytes of host memory in use, without headers of stores that are garbage."""
+    gc.collect()
+    return bytes_in_use(server)
+
+
+def wait_for_release(server: hps_numba.HPS, at_most: int, *, headers: int = 0) -> None:
+    """Wait until no more host memory is in use: the thread that did the work may not have let go of it yet.
+
+    Args:
+        headers: of so many closed stores may be left, 64 bytes each: whoever refers to a store finds there that it is closed.
+    """
+    limit = at_most + headers * HEADER_BYTES
+    wait_until(lambda: bytes_in_use(server) <= limit or bytes_held(server) <= limit)
 
 
 def set_uses(store: HostStore, uses: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import hps_numba
@@ -14,21 +15,27 @@ from hps_numba.errors import ReentryError
 _PACKAGE = str(Path(hps_numba.__file__).parent)
 
 
-def run_inside(outer: Callable[[], Any], inner: Callable[[], Any], line: int) -> str:
+def run_inside(outer: Callable[[], Any], inner: Callable[[], Any], line: int, *, visits: int = 1 << 62) -> str:
     """Call ``inner`` when ``outer`` comes to its line number ``line``, counted over all lines of the package that it runs.
+
+    Args:
+        visits: how often each line counts at most: a loop that waits for another thread has as many as that needs.
 
     Returns ``not reached`` if there are fewer; else ``refused`` or ``done``, as ``inner`` was.
     """
     what = "not reached"
     left = line
+    seen: Counter[tuple[CodeType, int]] = Counter()
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal what, left
         if not frame.f_code.co_filename.startswith(_PACKAGE):
             return None
         if event == "line":
-            left -= 1
+            seen[frame.f_code, frame.f_lineno] += 1
+            left -= seen[frame.f_code, frame.f_lineno] <= visits
             if left == 0:
+                left = -1
                 sys.settrace(None)
                 try:
                     inner()

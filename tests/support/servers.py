@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +32,49 @@ def program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """A port of loopback that was free a moment ago."""
+    """A port of loopback where nobody listens, for a server or for none.
+
+    Until this process ends, no other process of tests gets it; and it is none that the system itself takes for connections,
+    so that it is still free when a server listens there, however late that is.
+    """
+    if sys.platform == "win32":
+        return _free_now(0) or 0
+    choice = random.SystemRandom()  # whatever seed a test has set
+    for port in (choice.choice(_PORTS) for _ in range(100 * len(_PORTS))):
+        if port not in _taken and _reserved(port) and _free_now(port):
+            _taken.add(port)
+            return port
+    raise RuntimeError("expected a free port, all are taken")
+
+
+def _free_now(port: int) -> int | None:
+    """The port, or one that the system chooses for 0, if nobody has it."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return None
+        found: int = probe.getsockname()[1]
+        return found
+
+
+#: below the ports of connections of Linux, above those of workers of Ray, not those of its replicas
+_PORTS = range(20_000, 30_000)
+_taken: set[int] = set()  # by this process
+
+
+def _reserved(port: int) -> bool:
+    """Reserve a port among processes of tests: a lock of one byte of a file, which ends with the process."""
+    import fcntl
+
+    try:
+        fcntl.lockf(_lock_file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _lock_file() -> int:
+    """It stays open, as the system drops all locks of a process with the first of its files that is closed."""
+    return os.open(Path(tempfile.gettempdir()) / f"hps_numba_tests_ports.{os.getuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)
