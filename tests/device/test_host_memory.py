@@ -66,7 +66,8 @@ def test_addresses_for_hundreds_of_large_tables():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets RLIMIT_AS as Linux has it")
 def test_reserve_takes_less_under_a_limit_on_addresses():
     program = (
-        "import resource, numpy as np; from hps_numba.storage.host.store import HostStore; HostStore(4).close();"
+        "import resource, numpy as np; from hps_numba.storage.host.store import HostStore;"
+        "store = HostStore(4); store.upsert(np.arange(9), np.ones((9, 4), np.float32)); store.close();"  # compiled
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (600 << 20);"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "store = HostStore(4); store.upsert(np.arange(1000), np.ones((1000, 4), np.float32)); print(len(store))"

@@ -23,7 +23,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 
 
 def test_the_machine_has_memory():
-    assert 1 << 28 < available_bytes() <= total_bytes()
+    assert 0 < available_bytes() <= total_bytes() and total_bytes() > 1 << 28
 
 
 @pytest.fixture
@@ -119,9 +119,14 @@ def test_address_space_left_under_ulimit():
 
 @linux
 def test_tables_load_under_a_limit_on_addresses():
-    """Four tables of 64 MiB under a limit that leaves room for little more: no table reserves what the next one needs."""
+    """Four tables of 64 MiB under a limit that leaves room for little more: no table reserves what the next one needs.
+
+    On one thread: each of the pool takes addresses for its stack and its arena, and there are as many as cores.
+    """
     program = (
-        "import resource, numpy as np; from hps_numba.storage.host.store import HostStore; HostStore(4).close();"
+        "import resource, numpy as np; from hps_numba.storage.host.store import HostStore;"
+        "from hps_numba.runtime import threads; threads._pool.threads = 1;"
+        "store = HostStore(4); store.upsert(np.arange(9), np.ones((9, 4), np.float32)); store.close();"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + (600 << 20);"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "keys = np.arange(1 << 17); stores = []\n"
@@ -142,7 +147,8 @@ def test_a_plan_counts_the_addresses_that_are_left(monkeypatch):
     made = plan.plan_of([])
     assert made.available_bytes == 1 << 20 and not made.fits
     monkeypatch.setattr(plan, "address_space_left", lambda: None)
-    assert plan.plan_of([]).fits or available_bytes() < plan.LOADING_BYTES
+    monkeypatch.setattr(plan, "available_bytes", lambda: plan.LOADING_BYTES)
+    assert plan.plan_of([]).fits
 
 
 @linux

@@ -1,7 +1,7 @@
 """The product under attack: interrupts, threads, forks, signal handlers, kills, damaged files, odd configs, full disks, leaks.
 
 Each attack is a program of ``programs/`` in a process of its own, because many of them end a process that is not safe.
-``HPS_NUMBA_HOSTILE_SECONDS`` (2) is how long each of the attacks goes on; ``HPS_NUMBA_HOSTILE_SEED`` (1) where they start.
+``HPS_NUMBA_HOSTILE_SECONDS`` (1) is how long each of the attacks goes on; ``HPS_NUMBA_HOSTILE_SEED`` (1) where they start.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hostile.programs import damaged, writer
 from support.processes import environment
 from support.waiting import HANG_SECONDS
 
-SECONDS = float(os.environ.get("HPS_NUMBA_HOSTILE_SECONDS", "2"))
+SECONDS = float(os.environ.get("HPS_NUMBA_HOSTILE_SECONDS", "1"))
 SEED = os.environ.get("HPS_NUMBA_HOSTILE_SEED", "1")
-_HANG = SECONDS * 4 + HANG_SECONDS
+_HANG = SECONDS * 8 + HANG_SECONDS
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="signals, forks and limits as POSIX has them"),
@@ -66,9 +66,9 @@ def test_nothing_leaks(tmp_path: Path, cached: str) -> None:
     assert attack("leaks", tmp_path, cached) >= 5000
 
 
-@pytest.mark.parametrize("kind", damaged.KINDS)
-def test_damaged_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
-    attack("damaged", tmp_path, kind)
+@pytest.mark.parametrize("kinds", damaged.KINDS)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, kinds: str) -> None:
+    assert attack("damaged", tmp_path, kinds) > 0
 
 
 @pytest.mark.parametrize("form", ["dict", "file"])

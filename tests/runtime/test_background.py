@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.interrupts import interrupted_everywhere
@@ -13,19 +14,24 @@ from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.runtime.threads import Ahead
 
 
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "hps_numba_background"]
+@pytest.fixture
+def threads() -> Iterator[Callable[[], int]]:
+    """The number of threads for jobs; those of servers of former tests do not count."""
+    others = threading.enumerate()
+
+    def number() -> int:
+        own = [thread for thread in threading.enumerate() if thread not in others]
+        return sum(thread.name.startswith("hps_numba_background") for thread in own)
+
+    assert number() == 0
+    yield number
 
 
 def refuse(*_: object) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def wait_for_no_threads() -> None:
-    wait_until(lambda: not threads())
-
-
-def test_jobs_that_are_too_many_are_dropped() -> None:
+def test_jobs_that_are_too_many_are_dropped(threads: Callable[[], int]) -> None:
     jobs, go_on, ran = BackgroundJobs(), threading.Event(), []
     assert jobs.submit(lambda: go_on.wait(HANG_SECONDS))
     taken = [jobs.submit(lambda: ran.append(1)) for _ in range(2 * jobs.LIMIT)]
@@ -35,7 +41,7 @@ def test_jobs_that_are_too_many_are_dropped() -> None:
     assert len(ran) == jobs.LIMIT - 1
     jobs.close()
     assert not jobs.submit(lambda: ran.append(1))
-    wait_for_no_threads()
+    assert threads() == 0
 
 
 def test_a_job_without_a_thread_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,14 +54,14 @@ def test_a_job_without_a_thread_never_runs(monkeypatch: pytest.MonkeyPatch) -> N
     jobs.close()
 
 
-def test_threads_end_with_their_owner() -> None:
+def test_threads_end_with_their_owner(threads: Callable[[], int]) -> None:
     jobs, done = BackgroundJobs(3), threading.Event()
     for _ in range(3):
         assert jobs.submit(done.set)
-    assert done.wait(HANG_SECONDS)
+    assert done.wait(HANG_SECONDS) and threads() == 3
     del jobs
     gc.collect()
-    wait_for_no_threads()
+    wait_until(lambda: not threads())
 
 
 def test_no_interrupt_loses_the_way_to_submit_and_close() -> None:

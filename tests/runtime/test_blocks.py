@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -178,14 +179,14 @@ def test_a_read_interrupted_once_it_has_entered_its_block_is_not_waited_for(monk
 
 def test_whether_a_frame_has_ended_is_told_while_threads_run_in_it() -> None:
     """Asked of many threads that return all the time; a walk of their stacks crashed CPython 3.11."""
-    frames: list[FrameType] = []
-    stop = threading.Event()
+    frames: list[FrameType | None] = [None] * 50  # the last ones
+    places, stop = count(), threading.Event()
 
     def inner(depth: int) -> int:
         if depth:
             return inner(depth - 1)
-        frames.append(sys._getframe())
-        assert not has_ended(frames[-1])
+        frames[next(places) % 50] = frame = sys._getframe()
+        assert not has_ended(frame)
         return depth
 
     def work() -> None:
@@ -196,8 +197,9 @@ def test_whether_a_frame_has_ended_is_told_while_threads_run_in_it() -> None:
     for thread in threads:
         thread.start()
     for _ in range(2000):
-        for frame in list(frames[-50:]):
+        for frame in list(frames):
             has_ended(frame)
+    wait_until(lambda: frames[-1] is not None)
     stop.set()
     join_all(*threads)
     assert all(map(has_ended, frames)) and not has_ended(sys._getframe()) and not has_ended(None)

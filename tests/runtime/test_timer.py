@@ -55,8 +55,18 @@ class Calls:
             assert self._changed.wait_for(lambda: len(self.times) >= count, HANG_SECONDS)
 
 
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "hps_numba_refresh"]
+others: list[threading.Thread] = []
+
+
+@pytest.fixture(autouse=True)
+def threads_of_others() -> None:
+    """Those of servers of former tests."""
+    others[:] = threading.enumerate()
+
+
+def threads(name: str = "refresh") -> list[threading.Thread]:
+    """Threads of timers of the test."""
+    return [thread for thread in threading.enumerate() if thread not in others and thread.name == f"hps_numba_{name}"]
 
 
 def test_an_interval_of_fractions_of_a_second(timer: Timer) -> None:  # G21
@@ -209,11 +219,15 @@ def test_a_timer_that_is_dropped_takes_its_thread_along() -> None:
         def refresh(self) -> None: ...
 
     owner = Owner()
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "hps_numba_dropped"]
+    (thread,) = threads("dropped")
     gone = weakref.ref(owner)
     del owner
-    gc.collect()
-    assert gone() is None
+
+    def is_gone() -> bool:
+        gc.collect()
+        return gone() is None
+
+    wait_until(is_gone)  # the thread may be about to look what is due
     join_all(thread)
 
 
@@ -240,5 +254,9 @@ def test_no_interrupt_of_add_or_close_hangs_a_timer() -> None:
     kept = list(interrupted_everywhere(use, "runtime/timer.py"))
     assert len(kept) > 30
     kept.clear()
-    gc.collect()
-    wait_until(lambda: not any(thread.name == "hps_numba_interrupted" for thread in threading.enumerate()))
+
+    def is_over() -> bool:
+        gc.collect()
+        return not threads("interrupted")
+
+    wait_until(is_over)

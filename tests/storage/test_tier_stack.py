@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.clocks import stop_clock
 from support.factories import KEEPING, Workshop
 from support.fakes import DictTier, NoisyTier, WrongTier
 from support.oracles import NaiveServer, assert_same_bits, rows_of
@@ -191,10 +192,7 @@ def test_rows_that_host_memory_evicts_are_still_found(workshop: Workshop) -> Non
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that only ``time.sleep`` lets pass."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
+    return stop_clock(monkeypatch, 1000.0)
 
 
 def test_a_time_budget_gives_a_partial_answer_that_is_counted(workshop: Workshop, clock: list[float]) -> None:  # D07

@@ -14,11 +14,15 @@ import pytest
 from support.servers import free_port, program
 from support.waiting import HANG_SECONDS, wait_until
 
-__all__ = ["Cluster", "Server", "authority", "cluster_of", "one_server", "signed"]
+from hps_numba.storage.redis.limits import Limits
+
+__all__ = ["PATIENT", "Cluster", "Server", "authority", "cluster_of", "one_server", "signed"]
 
 SLOTS = 16384
 #: milliseconds after which a node of a cluster takes another one for dead: long enough that a busy machine fails over no node
 NODE_TIMEOUT = 60_000
+#: of tiers under test: a node that a busy machine does not let run is not dead
+PATIENT = Limits(connect=HANG_SECONDS, reply=HANG_SECONDS, queue=HANG_SECONDS, probe=HANG_SECONDS)
 
 
 class ServerEnded(Exception):
@@ -64,12 +68,13 @@ class Server:
         wait_until(self.answers)
 
     def answers(self) -> bool:
-        """Whether it answers, and not another one on its port."""
+        """Whether it answers, and not another one on its port, and has read what it kept on disk."""
         assert self.process is not None
         if self.process.poll() is not None:
             raise ServerEnded((self.folder / "log").read_text())
         try:
-            return bool(self.client.info("server")["process_id"] == self.process.pid)
+            info = self.client.info()
+            return bool(info["process_id"] == self.process.pid and not info["loading"])
         except Exception:
             return False
 
@@ -119,13 +124,15 @@ class Cluster:
         return str(server.client.execute_command("CLUSTER", "MYID").decode())
 
     def knows_all(self) -> bool:
-        """Whether every node knows every other one."""
-        return all(info_of(server)["cluster_known_nodes"] == str(len(self.servers)) for server in self.servers)
+        """Whether every node knows every other one by its name: those that they shake hands with have none yet."""
+        names = sorted(map(self.id_of, self.servers))
+        return all(names_known_by(server) == names for server in self.servers)
 
     def settled(self) -> bool:
         """Whether every node sees all slots served, and every replica is connected."""
-        if any(info_of(server)["cluster_state"] != "ok" for server in self.servers):
-            return False
+        for info in map(info_of, self.servers):
+            if (info["cluster_state"], info["cluster_slots_ok"]) != ("ok", str(SLOTS)):
+                return False
         links = [server.client.info("replication").get("master_link_status") for server in self.servers[self.primaries :]]
         return all(link == "up" for link in links)
 
@@ -137,10 +144,23 @@ class Cluster:
     def address(self) -> str:
         return ",".join(server.address for server in self.servers[: self.primaries])
 
+    def take_for_dead_after(self, milliseconds: int) -> None:
+        """When nodes that run take another one for dead."""
+        for server in self.servers:
+            if server.process is not None:
+                server.client.config_set("cluster-node-timeout", milliseconds)
+
     def flush(self) -> None:
         """Remove all keys."""
         for server in self.servers[: self.primaries]:
             server.client.flushall()
+
+
+def names_known_by(server: Server) -> list[str]:
+    """Names of the nodes to which a node has a connection, and its own."""
+    text = server.client.execute_command("CLUSTER", "NODES")
+    lines = [line.split() for line in text.decode().splitlines()]
+    return sorted(line[0] for line in lines if line[7] == "connected" and "handshake" not in line[2])
 
 
 def info_of(server: Server) -> dict[str, str]:
@@ -166,7 +186,6 @@ def cluster_of(
     replicas: int = 0,
     *,
     coverage: str = "no",
-    dead_after_ms: int = NODE_TIMEOUT,
     options: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """A cluster of ``primaries`` nodes and replicas of the first ``replicas`` of them."""
@@ -174,7 +193,8 @@ def cluster_of(
     try:
         for i in range(primaries + replicas):
             more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"]
-            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(dead_after_ms), *options]
+            more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(NODE_TIMEOUT)]
+            more += ["--repl-diskless-sync-delay", "0", *options]  # no other replica comes
             servers.append(Server(folder / f"node{i}", *more))
         yield Cluster(servers, primaries)
     finally:

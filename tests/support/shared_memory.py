@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.children import fork
 from support.processes import environment
 from support.waiting import HANG_SECONDS
 
@@ -50,7 +51,7 @@ def open_tier(name: str, size: int = 16 * MIB, *, auto_remove: bool = True, **op
 
 def started_child(work: Callable[[], object]) -> int:
     """The pid of a forked child that does ``work`` and ends; whatever it raises is an exit status of 1."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         status = 1
         try:

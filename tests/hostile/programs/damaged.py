@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,10 @@ from hps_numba.training.checkpoints import load_trained, save_trained
 from hps_numba.training.trainer import Adagrad, RowTrainer
 
 N = 300
-KINDS = (
-    "directory",
-    "hdf5",
-    "npz",
-    "npy",
-    "safetensors",
-    "parquet",
-    "dump",
-    "checkpoint",
-    "trace.npy",
-    "trace.csv",
-    "trace.oracle",
-)
+KINDS = {
+    "models": ("directory", "hdf5", "npz", "npy", "safetensors", "parquet"),
+    "others": ("dump", "checkpoint", "trace.npy", "trace.csv", "trace.oracle"),
+}
 
 
 def _read_model(path: Path) -> None:
@@ -107,29 +99,34 @@ def damage(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def main(folder: str, seconds: str, seed: str, kind: str) -> None:
-    """Prints how many damaged files were read; keeps the one that it reads in ``last``, for when the process dies of it."""
-    warnings.simplefilter("ignore")
-    chance, path = random.Random(f"{seed} {kind}"), Path(folder)
-    made = samples(path)
-    if kind not in made:
-        print(0)
-        return
-    file, read = made[kind]
+def attack(file: Path, read: Callable[[], object], clock: Clock, chance: random.Random) -> int:
+    """Reads damaged copies until the clock ends, and one was refused; returns how many."""
     content, count, refused = file.read_bytes(), 0, 0
-    for _ in Clock(float(seconds)):
+    clock.enough = lambda: refused
+    for _ in clock:
         file.write_bytes(damage(content, chance))
-        shutil.copyfile(file, path / "last")
+        shutil.copyfile(file, file.with_name("last"))
         try:
             read()
         except HpsError as problem:
             assert str(problem), "an error without a message"
             refused += 1
         count += 1
-    assert refused, "no damage was noticed"
+    file.write_bytes(content)
+    return count
+
+
+def main(folder: str, seconds: str, seed: str, kinds: str) -> None:
+    """Prints how many damaged files were read; keeps the one that it reads in ``last``, for when the process dies of it."""
+    warnings.simplefilter("ignore")
+    made, count = samples(Path(folder)), 0
+    for kind in KINDS[kinds]:
+        if kind in made:
+            sys.stderr.write(f"{kind}\n")
+            count += attack(*made[kind], Clock(float(seconds)), random.Random(f"{seed} {kind}"))
     print(count)
     sys.stdout.flush()
-    os._exit(0)  # files are damaged: nothing is to be closed
+    os._exit(0)  # files were damaged: nothing is to be closed
 
 
 if __name__ == "__main__":

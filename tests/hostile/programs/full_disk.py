@@ -25,7 +25,7 @@ def main(folder: str, seconds: str, seed: str, kind: str) -> None:
     write(1)
     size = max(file.stat().st_size for file in [target_of(kind, path), *target_of(kind, path).glob("*")] if file.is_file())
     beside, current, failed = sorted(entry.name for entry in path.iterdir()), 1, 0
-    for _ in Clock(float(seconds)):
+    for _ in Clock(float(seconds), enough=lambda: failed):
         version = chance.randint(2, 900)
         resource.setrlimit(resource.RLIMIT_FSIZE, (chance.randrange(1, size + size // 8), resource.RLIM_INFINITY))
         try:

@@ -46,7 +46,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
 
     signal.signal(signal.SIGALRM, ring)
     everything = np.arange(KEYS + KEYS // 10)
-    for _ in Clock(float(seconds)):
+    for _ in Clock(float(seconds), enough=lambda: calls):
         keys, version = some_keys(chance), chance.randint(1, 400)
         signal.setitimer(signal.ITIMER_REAL, chance.choice([2e-5, 1e-4, 1e-3]) * (1e-3 + chance.random()))
         what = chance.randrange(5)

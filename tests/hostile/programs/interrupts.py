@@ -23,16 +23,17 @@ def _ring(*_: Any) -> None:
 
 def _interrupted(operation: Any, delay: float) -> bool:
     global _armed
-    _armed = True
     try:
-        signal.setitimer(signal.ITIMER_REAL, delay)
-        operation()
-        return False
+        try:
+            _armed = True
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            operation()
+        finally:
+            _armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         return True
-    finally:
-        _armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    return False
 
 
 def main(folder: str, seconds: str, seed: str, cached: str) -> None:
@@ -58,7 +59,7 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
                 assert version in allowed[table][key], (table, key, version, allowed[table][key])
                 allowed[table][key] = {version}
 
-    for _ in Clock(float(seconds)):
+    for _ in Clock(float(seconds), enough=lambda: count):
         table, keys = chance.randrange(2), some_keys(chance)
         versions = versions + 1 if versions < 990 else 10
         new = rows_of(keys, versions)
@@ -82,8 +83,11 @@ def main(folder: str, seconds: str, seed: str, cached: str) -> None:
         if kind == "replace":
             before = None if not stopped else [list(states) for states in allowed]
             fresh = [{whole}] * KEYS + [{-1}] * (KEYS // 10)
-            shown = server.lookup_many([np.arange(KEYS), np.arange(KEYS)], MODEL)
-            if not stopped or all((rows[:, 0] == whole).all() for rows in shown):
+            everything = np.arange(KEYS + KEYS // 10)
+            shown = [
+                versions_of(everything, rows, "after a replacement") for rows in server.lookup_many([everything] * 2, MODEL)
+            ]
+            if not stopped or all((rows[:KEYS] == whole).all() and (rows[KEYS:] == -1).all() for rows in shown):
                 allowed = [[set(states) for states in fresh] for _ in range(2)]
             else:
                 assert before is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,17 @@ def open_server(sources: list[str], *, cached: bool, **top: Any) -> hps_numba.HP
 
 
 class Clock:
-    """``for _ in Clock(seconds)`` runs for that long, and at least ``least`` times."""
+    """``for _ in Clock(seconds)`` runs for that long, at least ``least`` times, and until there was ``enough``."""
 
-    def __init__(self, seconds: float, least: int = 20) -> None:
-        self._end, self._least = time.monotonic() + seconds, least
+    def __init__(self, seconds: float, least: int = 20, enough: Callable[[], object] = lambda: True) -> None:
+        self._end, self._least, self.enough = time.monotonic() + seconds, least, enough
 
     def __iter__(self) -> Clock:
         return self
 
     def __next__(self) -> None:
         self._least -= 1
-        if self._least < 0 and time.monotonic() > self._end:
+        if self._least < 0 and time.monotonic() > self._end and self.enough():
             raise StopIteration
 
 

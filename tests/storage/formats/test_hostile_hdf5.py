@@ -23,7 +23,7 @@ from hps_numba.storage.model_files import open_model
 ROWS, DIM = 300, 5
 KEYS = np.arange(ROWS)
 VALUES = np.random.default_rng(0).random((ROWS, DIM), dtype=np.float32)
-FUZZ_CASES = int(os.environ.get("HPS_NUMBA_FUZZ_ROUNDS", "400"))
+FUZZ_CASES = int(os.environ.get("HPS_NUMBA_FUZZ_ROUNDS", "200"))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "checksums": {"chunks": (50, DIM), "fletcher32": True},
     "gzip and checksums": {"chunks": (50, DIM), "fletcher32": True, "compression": "gzip", "shuffle": True},

@@ -12,7 +12,7 @@ from support.waiting import HANG_SECONDS
 
 # A timer raises in the main thread at random moments of upserts that grow, updates, erases, evictions and replacements.
 _WRITER = """
-import contextlib, random, signal, sys
+import contextlib, itertools, random, signal, sys
 import numpy as np
 from hps_numba.storage.host.store import HostStore
 
@@ -47,7 +47,10 @@ with contextlib.suppress(Interrupt), warm.write_lock.writing():
 warm.erase(np.arange(3))
 for bound in (None, 3000):
     store = HostStore(DIM, growth_bytes=64 * 256, batch_rows=1000, max_rows=bound, policy="evict_least_used")
-    for stamp in range(1, 150):
+    least = interrupted + 15
+    for stamp in itertools.count(1):
+        if stamp >= 100 and interrupted >= least:
+            break
         keys = np.random.default_rng(stamp).permutation(N)[: random.randrange(1, N)].astype(np.int64)
         rows = rows_of(keys, stamp)
         content = store.new_content(len(keys))
@@ -71,7 +74,7 @@ for bound in (None, 3000):
         check(store)
         if stamp % 10 == 0:
             some = np.arange(0, 500)
-            store.upsert(some, rows_of(some, 1000 + stamp))
+            store.upsert(some, rows_of(some, 100_000 + stamp))
             here = check(store)
             assert len(store) == here.sum() and (bound or here[:500].all()), (len(store), here.sum())
     store.upsert(np.arange(2500), rows_of(np.arange(2500), 7777))
@@ -100,8 +103,9 @@ store = HostStore(DIM)
 store.upsert(np.arange(N), np.ones((N, DIM), np.float32))
 out = np.empty((N, DIM), np.float32)
 store.lookup(np.arange(N), out, threads=4)
-interrupted = 0
-for _ in range(60):
+interrupted = tries = 0
+while tries < 30 or interrupted <= 5:
+    tries += 1
     out[:] = 5
     try:
         armed = True
@@ -129,7 +133,7 @@ def run(program: str, *arguments: str) -> int:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that raise in the main thread")
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_an_interrupted_writer_is_repaired(seed: str) -> None:
-    assert run(_WRITER, seed) > 20
+    assert run(_WRITER, seed) >= 30
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that raise in the main thread")

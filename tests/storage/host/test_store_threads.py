@@ -64,7 +64,7 @@ def test_no_torn_rows_during_writes():
     store = filled_store()
     with Readers(store) as readers:
         value = 0
-        span = Span(3, lambda: readers.looked_up >= 200 and value > 50)
+        span = Span(1, lambda: readers.looked_up >= 200 and value > 50)
         while span.goes_on() and not readers.errors:
             value += 1
             store.upsert(KEYS, np.full((len(KEYS), DIM), value, np.float32))
@@ -151,7 +151,8 @@ def test_an_absent_key_never_takes_the_row_of_a_key_that_is_being_inserted():
     assert not wrong
 
 
-def test_closing_during_reads_ends_them_cleanly():
+def test_closing_during_reads_ends_them_cleanly(monkeypatch):
+    monkeypatch.setattr(store_module, "_CLOSE_SECONDS", HANG_SECONDS)
     store = filled_store()
     with Readers(store) as readers:
         wait_until(lambda: readers.looked_up >= 20 or readers.errors)

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from support.redis_servers import Server, one_server
+from support.redis_servers import PATIENT, Server, one_server
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.config import VolatileDatabaseConfig
 from hps_numba.storage.redis.client import RedisClient
-from hps_numba.storage.redis.limits import Limits
 from hps_numba.storage.redis.node import Node, NodeFailure
 
 
@@ -25,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def node(server: Server) -> Iterator[Node]:
-    node = Node(RedisClient(VolatileDatabaseConfig(), Limits()), "127.0.0.1", server.port, 2, Limits())
+    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", server.port, 2, PATIENT)
     yield node
     node.close()
 
@@ -48,7 +47,7 @@ def test_a_call_waits_until_a_connection_is_free(node: Node) -> None:
 
 def test_more_connections_than_redis_py_keeps_by_default(server: Server) -> None:
     many = 120
-    node = Node(RedisClient(VolatileDatabaseConfig(), Limits()), "127.0.0.1", server.port, many, Limits())
+    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", server.port, many, PATIENT)
     with ExitStack() as held:
         for _ in range(many):
             held.enter_context(node.connection(time.monotonic() + HANG_SECONDS))

@@ -10,10 +10,11 @@ import pytest
 from support.factories import ON_BOTH, Workshop
 from support.internals import wait_for_background
 from support.oracles import assert_same_bits, partition_of, rows_of
-from support.redis_servers import Cluster, cluster_of
+from support.redis_servers import PATIENT, Cluster, cluster_of
 from support.waiting import wait_until
 
 from hps_numba.storage.redis.layout import partitions_of
+from hps_numba.storage.tiers.redis_cluster import RedisClusterTier
 
 DIM, ROWS, PARTS = 16, 4000, 8
 IN_HOST = 1000  # rows that host memory holds, of those at the head of the file
@@ -28,6 +29,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     options = ("--appendonly", "yes", "--appendfsync", "always")
     with cluster_of(tmp_path_factory.mktemp("three"), options=options) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RedisClusterTier, "limits", PATIENT)
 
 
 @pytest.fixture(params=ON_BOTH)

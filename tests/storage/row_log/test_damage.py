@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.oracles import rows_of
+from support.row_logs import READS
 from support.tiers import DIM, TAG, content_of, fetch, ints
 
 from hps_numba.errors import TierError
@@ -88,7 +89,7 @@ def here_damaged(tier: RowLogTier, key: int) -> list[str]:
     return list(table.fetch(ints(key), np.empty((1, DIM), np.float32))[1].values())
 
 
-@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_bit_that_flipped_in_a_row_is_named_and_other_keys_are_served(
     whole: tuple[Path, History], copies: Path, reads: str, read_only: bool
@@ -297,7 +298,7 @@ def test_records_that_cannot_be_rebuilt_are_an_error(whole: tuple[Path, History]
         open_log(folder)
 
 
-@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+@pytest.mark.parametrize("reads", READS)
 def test_a_damaged_row_costs_its_own_key_only(
     whole: tuple[Path, History], reads: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.interrupts import interrupted_everywhere
 from support.oracles import rows_of
+from support.row_logs import READS
 from support.tiers import DIM, TAG, content_of, fetch, ints
 from support.waiting import join_all
 
@@ -112,7 +113,7 @@ def test_a_reader_that_is_interrupted_anywhere_finds_the_rows_later(tmp_path: Pa
         tier.close()
 
 
-@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+@pytest.mark.parametrize("reads", READS)
 def test_keys_are_served_while_another_thread_of_a_reader_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from support.oracles import rows_of
+from support.row_logs import READS
 from support.tiers import DIM, TAG, content_of, fetch, ints
 
 from hps_numba.storage.tiers.row_log import RowLogTier
@@ -98,7 +99,7 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-@pytest.mark.parametrize("reads", ["mmap", "io_uring", "threads"])
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("bound", [{}, {"max_bytes": 1 << 16}], ids=["without a bound", "within a bound"])
 def test_it_does_what_a_dict_does(reads: str, bound: dict[str, Any]) -> None:
     machine = type("OfReads", (Machine,), {"reads": reads, "bound": bound})

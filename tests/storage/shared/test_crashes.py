@@ -19,6 +19,7 @@ import numpy as np
 from support.shared_memory import MIB, new_name, open_tier, segment_file, started_child
 from support.waiting import wait_until
 
+from hps_numba.errors import CapacityError
 from hps_numba.storage.tiers.multi_process_hash_map import MultiProcessHashMapTier
 
 WORKERS, DIM, TAG = 8, 16, "hps_et.m.crashes"
@@ -73,6 +74,16 @@ def read(tier: MultiProcessHashMapTier, board: Board, keys: np.ndarray, least: n
         raise AssertionError(f"expected whole rows of version {least} or later for {keys}, got {found} {versions}")
 
 
+def insert(tier: MultiProcessHashMapTier, keys: np.ndarray, rows: np.ndarray) -> None:
+    """Again while the segment is full: old rows stay as long as a process that the machine does not let run may read them."""
+    while True:
+        try:
+            tier.insert(TAG, keys, rows)
+            return
+        except CapacityError:
+            time.sleep(1e-3)
+
+
 def work(tier: MultiProcessHashMapTier, board: Board, worker: int) -> None:
     """Write own keys and read those of all, until killed."""
     chance = random.Random(os.getpid())
@@ -82,11 +93,11 @@ def work(tier: MultiProcessHashMapTier, board: Board, worker: int) -> None:
             if kind < 0.4:
                 board.begun[worker] = version = int(board.begun[worker]) + 1
                 keys = own_keys(worker)
-                tier.insert(TAG, keys, rows_for(keys, version))
+                insert(tier, keys, rows_for(keys, version))
                 board.written[worker] = version
             elif kind < 0.5:
                 batch = int(board.batches[worker])
-                tier.insert(TAG, other_keys(worker, batch), rows_for(other_keys(worker, batch), batch))
+                insert(tier, other_keys(worker, batch), rows_for(other_keys(worker, batch), batch))
                 board.batches[worker] = batch + 1
                 if batch >= LASTING:
                     tier.erase(TAG, other_keys(worker, batch - LASTING))
@@ -153,6 +164,7 @@ def test_processes_that_are_killed_at_any_moment_cost_no_row_and_no_time() -> No
             wait_until(lambda others=others: went_on(others))  # type: ignore[misc]
             assert not board.wrong.any()
             pids[victim] = started_child(lambda worker=victim: work(tier, board, worker))  # type: ignore[misc]
+        wait_until(lambda: (board.written.all() and board.batches.all()) or board.wrong.any())
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

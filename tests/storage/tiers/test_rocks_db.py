@@ -238,7 +238,11 @@ def test_rows_of_no_fitting_shape_are_refused(rocks: Callable[..., RocksTier]) -
 
 
 def files_of(path: Path) -> dict[str, tuple[int, bytes]]:
-    return {entry.name: (entry.stat().st_mtime_ns, entry.read_bytes()) for entry in path.iterdir()}
+    """Times and bytes of files by their names; RocksDB writes notes to its LOG at any time while it is open for writing."""
+    return {
+        entry.name: (0, b"") if entry.name == "LOG" else (entry.stat().st_mtime_ns, entry.read_bytes())
+        for entry in path.iterdir()
+    }
 
 
 def test_read_only_writes_nothing_and_stays_as_it_was(rocks: Callable[..., RocksTier], tmp_path: Path) -> None:  # D21
@@ -279,8 +283,9 @@ def test_reading_beside_a_writer_that_compacts(rocks: Callable[..., RocksTier]) 
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        seen = []
-        for _ in range(20):
+        seen: list[float] = []
+        while len(seen) < 20 or seen[-1] == seen[0]:
+            assert thread.is_alive()
             reader = rocks(read_only=True)
             answer, rows = fetch(reader, TAG, keys, 64)
             assert answer.found.all() and (rows == rows[:, :1]).all()
@@ -289,7 +294,7 @@ def test_reading_beside_a_writer_that_compacts(rocks: Callable[..., RocksTier]) 
     finally:
         ended.set()
         join_all(thread)
-    assert seen == sorted(seen) and seen[-1] > seen[0]
+    assert seen == sorted(seen)
 
 
 SECOND_PROCESS = """
@@ -501,7 +506,8 @@ def test_a_deadline_ends_a_fetch_between_batches(
 ) -> None:  # D07
     tier, clock = rocks(max_batch_size=2), iter([0.0, 1.0, 2.0])
     tier.insert(TAG, np.arange(9), rows_of(range(9), DIM))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    here, real = threading.get_ident(), time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) if threading.get_ident() == here else real())
     rows = np.full((9, DIM), np.nan, np.float32)
     answer = tier.fetch(TAG, np.arange(9), rows, deadline=1.5)
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.oracles import rows_of
+from support.row_logs import needs_ring
 from support.tiers import TAG
 
 from hps_numba.storage.tiers.row_log import RowLogTier
@@ -30,6 +31,7 @@ class TestMapped(OfRowLog):
     reads = "mmap"
 
 
+@needs_ring
 class TestRing(OfRowLog):
     reads = "io_uring"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.clocks import stop_clock
 from support.fakes import DictTier
 from support.oracles import assert_same_bits, rows_of
 from support.tiers import DIM, IN_MEMORY, PACKAGE, TAG, fetch, ints
@@ -116,9 +116,7 @@ def test_counting_tier_counts_calls_and_keys() -> None:
 
 def test_slow_tier_stops_between_batches(monkeypatch: pytest.MonkeyPatch) -> None:  # D07
     tier = SlowTier(held(DictTier(VolatileDatabaseConfig(max_batch_size=2))), 10.0)
-    clock = [0.0]
-    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    stop_clock(monkeypatch, 0.0)
     rows = np.full((9, DIM), np.nan, np.float32)
     answer = tier.fetch(TAG, ints(*range(9)), rows, deadline=25.0)  # batches begin at 0, 10 and 20
     assert (answer.asked, answer.found.tolist()) == (6, [True] * 6 + [False] * 3)
