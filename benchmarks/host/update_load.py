@@ -86,7 +86,7 @@ def produce(section: Section, spec: Spec, start: int) -> dict[str, Any]:
         began = time.monotonic() + _START
         for tick in range(spec.ticks):
             time.sleep(max(0.0, began + tick * spec.tick - time.monotonic()))
-            if time.monotonic() > began + 2 * spec.seconds:  # the rate is out of reach
+            if published and time.monotonic() > began + 2 * spec.seconds:  # the rate is out of reach
                 break
             rows[-PROBES:, 0].view(np.int32)[:] = start + tick
             published.append(time.monotonic_ns())
@@ -172,7 +172,7 @@ class Lookups:
         rng = np.random.default_rng(1)
         batches = [key_of(rng.integers(0, self._spec.rows, self._spec.batch)) for _ in range(64)]
         turn = 0
-        while not self._stop:
+        while not (self._stop and self.times):
             began = time.monotonic_ns()
             self._calls.many(batches[turn % len(batches)])
             self.times.append((began, time.monotonic_ns()))
@@ -234,7 +234,8 @@ def loaded(calls: Calls, section: Section, spec: Spec, start: int) -> dict[str, 
     freshness = {f"freshness_{name}": value for name, value in percentiles(ages).items()}
     rate = made["rows"] / made["seconds"]
     beside = [pair for pair in found.times if made["published"][0] <= pair[0] <= made["published"][-1]]
-    return {**_lookup_figures(beside), **freshness, "rows_per_second": rate, "ticks": len(ages)}
+    # none, if one lookup took all of that time
+    return {**_lookup_figures(beside or found.times), **freshness, "rows_per_second": rate, "ticks": len(ages)}
 
 
 def _served(seen: list[tuple[int, int]], start: int, ticks: int) -> Iterator[tuple[int, int]]:

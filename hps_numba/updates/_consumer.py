@@ -161,14 +161,14 @@ class Consumer:
         known = [item for item in items if isinstance(item, (Update, Message))]
         lost = [item for item in items if isinstance(item, Lost)]
         recovers = bool(lost) and self._recovers
+        for gap in lost:  # before lookups see what came after it
+            self._counts.add_loss(gap, "files are loaded again" if recovers else "load the last snapshot")
         if recovers:
             self._recovery = Recovery(self._source, self._backlog, lost, self._drop, self._forget)
         else:
             for item in known:
                 self._counts.of(item.table).received += 1
             self._backlog.put(known)
-        for gap in lost:
-            self._counts.add_loss(gap, "files are loaded again" if recovers else "load the last snapshot")
         if lost and not recovers:
             self._source.losses_handled()
         if len(known) + len(lost) < len(items):

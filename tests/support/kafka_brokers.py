@@ -68,9 +68,13 @@ class Tansu:
         self._process: subprocess.Popen[bytes] | None = None
         self._store: subprocess.Popen[str] | None = None
         self._storage, self._environment = "memory://tansu/", dict(os.environ)
-        if keeps:
-            self._open_store()
-        self.start()
+        try:
+            if keeps:
+                self._open_store()
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def _open_store(self) -> None:
         command = [sys.executable, "-m", "support.object_store"]

@@ -21,7 +21,7 @@ import hps_numba
 from hps_numba.errors import TierError
 from hps_numba.updates import UpdateProducer
 
-__all__ = ["KILLS", "TRAINED_DIM", "Oracle", "Trainer", "content_of", "kill_consumers"]
+__all__ = ["KEYS", "KILLS", "TRAINED_DIM", "Oracle", "Trainer", "content_of", "kill_consumers"]
 
 KILLS = int(os.environ.get("HPS_NUMBA_UPDATE_KILLS", "4"))
 TRAINED_DIM, KEYS = 8, 3000
@@ -35,26 +35,34 @@ class Trainer(threading.Thread):
         pause: seconds between two rounds, so that a server that starts again catches up soon.
 
     Attributes:
-        failures: of the bus.   problem: what ended it, if that was not the test.
+        failures: of the bus.   rounds: that are on it.   problem: what ended it, if that was not the test.
+        between_rounds: whoever holds it knows that nothing is on its way to the bus, and that nothing more is sent.
     """
 
     def __init__(self, producer: UpdateProducer, oracle: Oracle, pause: float = 0.0) -> None:
         super().__init__()
         self.producer, self.oracle, self.pause = producer, oracle, pause
         self.stopping = False
-        self.failures = 0
+        self.between_rounds = threading.Lock()
+        self.failures = self.rounds = 0
         self.problem: BaseException | None = None
 
     def run(self) -> None:
         numbers = np.random.default_rng(7)
         try:
             while not self.stopping:
-                for table in range(2):
-                    self._change(numbers, table)
-                self._until_taken(self.producer.flush)
+                with self.between_rounds:
+                    for table in range(2):
+                        self._change(numbers, table)
+                    self._until_taken(self.producer.flush)
+                    self.rounds += 1
                 time.sleep(self.pause)
         except BaseException as problem:
             self.problem = problem
+
+    def enough(self) -> bool:
+        """Whether there were as many rounds as kills; or it has ended."""
+        return self.rounds > KILLS or self.problem is not None
 
     def _until_taken(self, call: Callable[[], object]) -> None:
         pause = threading.Event()

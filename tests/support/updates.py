@@ -61,9 +61,13 @@ def message_of(
 
 
 def applied(server: hps_numba.HPS, number: int = 0) -> Mapping[int | str, int]:
-    """Offsets that a source of a server has applied and committed."""
+    """Offsets that a source of a server has applied and committed, once nothing waits; what was read counts as done after that.
+
+    Empty for ever if it resumes and others had applied everything.
+    """
     stats = server.update_stats()[number]
-    return stats.committed if stats.committed == stats.positions else {}
+    done = stats.committed == stats.positions and not stats.backlog_messages and not stats.backlog_bytes
+    return stats.committed if done else {}
 
 
 def wait_for(server: hps_numba.HPS, offset: int, number: int = 0, partition: int | str = 0) -> SourceStats:

@@ -56,6 +56,8 @@ def producer(folder: Path) -> Iterator[FilesProducer]:
 
 
 class TestFilesSource(SourceContract):
+    patience = HANG_SECONDS
+
     @pytest.fixture
     def open_source(self, opened: Callable[..., FilesSource]) -> Callable[..., FilesSource]:
         return opened

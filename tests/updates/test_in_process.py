@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.oracles import rows_of
-from support.waiting import join_all
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.errors import TierUnavailable
 from hps_numba.testing import SourceContract
@@ -28,6 +28,7 @@ def bus(request: pytest.FixtureRequest) -> Bus:
 
 class TestInProcessSource(SourceContract):
     keeps = False
+    patience = HANG_SECONDS
 
     @pytest.fixture
     def open_source(self, bus: Bus) -> Callable[..., InProcessSource]:
@@ -75,7 +76,7 @@ def test_a_full_queue_keeps_the_producer_waiting_until_something_is_committed(bu
     bus.put(update(1))
     with pytest.raises(TierUnavailable, match=r"expected room for 20 bytes within 0\.01 s, got 40 of 40 in use"):
         bus.put(update(2), 0.01)
-    waiting = threading.Thread(target=bus.put, args=(update(2),))
+    waiting = threading.Thread(target=bus.put, args=(update(2), HANG_SECONDS))
     waiting.start()
     assert keys_of(source) == [0, 1]
     source.commit([Position(0, 0)])

@@ -35,6 +35,7 @@ def test_a_killed_consumer_loses_nothing_and_applies_nothing_in_another_order(wo
         trainer.start()
         try:
             kill_consumers(path, lambda: offset_in(place) if durable else 0)
+            wait_until(trainer.enough)
         finally:
             trainer.stopping = True
             join_all(trainer)

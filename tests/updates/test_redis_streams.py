@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from support.updates import wait_for
 from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.errors import ConfigError, TierError
+from hps_numba.storage.redis.limits import Limits
 from hps_numba.testing import SourceContract
 from hps_numba.updates import Lost, Message, Outgoing, Update
+from hps_numba.updates._redis_streams import connecting
 from hps_numba.updates._redis_streams.entries import offset_of
 from hps_numba.updates._wire.messages import encode_erasures, encode_rows, headers_of
 from hps_numba.updates.redis_streams import RedisStreamsProducer, RedisStreamsSource
 
 TAG = "hps_et.m.sparse_embedding0"
+LEASE_MS = int(1000 * HANG_SECONDS)  # none expires but where a test wants it
 _numbers = itertools.count()
 
 
@@ -50,7 +54,7 @@ class Bus:
         self.made: list[Any] = []
 
     def source(self, *, resume: bool = True, **keys: Any) -> RedisStreamsSource:
-        source = RedisStreamsSource.from_options(resume=resume, **{**self.keys, **keys})
+        source = RedisStreamsSource.from_options(resume=resume, **{"lease_ms": LEASE_MS, **self.keys, **keys})
         self.made.append(source)
         return source
 
@@ -65,13 +69,17 @@ class Bus:
 
 
 @pytest.fixture
-def bus(server: Server) -> Iterator[Bus]:
+def bus(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
+    """On a server that is given all the time it takes: nothing fails here but what a test lets fail."""
+    monkeypatch.setattr(connecting, "Limits", partial(Limits, connect=HANG_SECONDS, reply=HANG_SECONDS))
     made = Bus(server.address)
     yield made
     made.close()
 
 
 class TestRedisStreamsSource(SourceContract):
+    patience = HANG_SECONDS
+
     @pytest.fixture
     def open_source(self, bus: Bus) -> Callable[..., RedisStreamsSource]:
         return bus.source
@@ -168,10 +176,10 @@ def test_a_lease_that_expired_is_taken_over_and_who_comes_back_stands_by(bus: Bu
     first, second = bus.source(group="g"), bus.source(group="g")
     read(first, 2)
     lease = f"{{{bus.keys['stream']}}}.reader.g"
-    assert 0 < server.client.pttl(lease) <= 10_000
-    server.client.pexpire(lease, 500)
+    assert 0 < server.client.pttl(lease) <= LEASE_MS
+    server.client.pexpire(lease, LEASE_MS // 2)
     first.keep_alive()
-    assert server.client.pttl(lease) > 1000, "renewed while nothing is polled"
+    assert server.client.pttl(lease) > LEASE_MS // 2, "renewed while nothing is polled"
     server.client.delete(lease)
     assert versions_of(read(second, 2)) == [1, 2]
     first.keep_alive()

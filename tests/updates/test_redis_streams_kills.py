@@ -14,7 +14,7 @@ from support.oracles import rows_of
 from support.redis_servers import Server, one_server
 from support.trainers import KILLS, TRAINED_DIM, Oracle, Trainer, content_of, kill_consumers
 from support.updates import wait_for
-from support.waiting import join_all
+from support.waiting import join_all, wait_until
 
 import hps_numba
 from hps_numba.updates._redis_streams.entries import offset_of
@@ -34,12 +34,20 @@ def acknowledged(server: Server) -> int:
     return sum((group["entries-read"] or 0) - group["pending"] for group in groups)
 
 
-def kill_redis(server: Server, kill: int) -> None:
-    """Every other time; it is down for a moment."""
+def kill_redis(server: Server, trainer: Trainer, kill: int) -> None:
+    """Every other time; it is down for a moment, in which the trainer notices."""
     if kill % 2 == 0:
         server.kill()
+        before = trainer.failures
+        wait_until(lambda: trainer.failures > before or trainer.problem)
         threading.Event().wait(random.Random(kill).uniform(0, 0.5))
         server.start()
+
+
+def all_acknowledged(server: Server, last: bytes) -> bool:
+    """Whether the group has applied everything up to an entry, this server or those that were killed."""
+    (group,) = server.client.xinfo_groups(STREAM)
+    return bool(group["last-delivered-id"] == last and not group["pending"])
 
 
 @pytest.mark.parametrize("durable", [True, False], ids=["group", "oldest"])
@@ -60,7 +68,8 @@ def test_killed_consumers_and_a_killed_redis_lose_nothing_and_change_no_order(wo
             trainer = Trainer(producer, oracle, pause=0.02)
             trainer.start()
             try:
-                kill_consumers(path, partial(acknowledged, redis), partial(kill_redis, redis))
+                kill_consumers(path, partial(acknowledged, redis), partial(kill_redis, redis, trainer))
+                wait_until(trainer.enough)
             finally:
                 trainer.stopping = True
                 join_all(trainer)
@@ -69,7 +78,11 @@ def test_killed_consumers_and_a_killed_redis_lose_nothing_and_change_no_order(wo
         facts = redis.client.xinfo_stream(STREAM)
         assert facts["entries-added"] > 4 * KILLS
         with hps_numba.HPS(path) as server:
-            stats = wait_for(server, offset_of(facts["last-generated-id"]), partition=STREAM)
+            if durable:
+                wait_until(partial(all_acknowledged, redis, facts["last-generated-id"]))
+            else:
+                wait_for(server, offset_of(facts["last-generated-id"]), partition=STREAM)
+            (stats,) = server.update_stats()
             assert (stats.resumes, stats.lost, stats.skipped, stats.retries) == (durable, 0, {}, 0)
             for table in range(2):
                 assert content_of(server, table) == oracle[table]

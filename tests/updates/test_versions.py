@@ -304,6 +304,7 @@ def test_u_e_every_request_during_switches_is_of_one_version(workshop: Workshop)
                     producer.update("m", NAMES[some % 2], rng.integers(0, ROWS, 32), rows, version=named)
             producer.flush()
         settled(server, bus, producer)
+    wait_until(lambda: readers.of_a_version or readers.problems)
     readers.stop.set()
     join_all(*readers.threads)
     assert not readers.problems, readers.problems[0]

@@ -308,6 +308,7 @@ class Reader:
             finally:
                 self._in_callback = False
         self.partitions.assign(())
+        self._assigned = False  # until the next assignment nobody knows the lag
         self._resets.clear()
 
     def _check_alone(self) -> None:
