@@ -14,7 +14,7 @@ from support.cache_bench import DEFAULT, DIM, Bench, ints
 from support.cache_pairs import OPERATIONS, Pair, _alternate_set_of, _set_of, primary_in
 from support.internals import renew_generation, set_writes
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
-from support.waiting import Span, join_all, wait_until
+from support.waiting import HANG_SECONDS, Span, join_all, wait_until
 
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
@@ -549,7 +549,12 @@ class Linked:
         ctypes.c_uint32.from_address(self.memory.address + GUARD_LEFT + 4 * stripe).value += 1
 
     def is_free(self, tag: int) -> bool:
-        return self.store.epochs.wait(tag, 0.02)
+        """Now or a moment later."""
+        return self.store.epochs.wait(tag, HANG_SECONDS)
+
+    def is_kept(self, tag: int) -> bool:
+        """For some time."""
+        return not self.store.epochs.wait(tag, 0.02)
 
 
 def test_memory_is_kept_while_a_warp_may_read_it(cpu_bench: Bench) -> None:
@@ -559,9 +564,9 @@ def test_memory_is_kept_while_a_warp_may_read_it(cpu_bench: Bench) -> None:
     linked.enter(3)
     linked.enter(9)
     tag = store.epochs.advance()
-    assert not linked.is_free(tag)
+    assert linked.is_kept(tag)
     linked.leave(3)
-    assert not linked.is_free(tag)
+    assert linked.is_kept(tag)
     linked.leave(9)
     assert linked.is_free(tag)
     linked.link.close()
@@ -572,7 +577,7 @@ def test_memory_is_freed_after_each_stripe_was_empty_once(cpu_bench: Bench) -> N
     linked = Linked(store)
     linked.enter(1)
     tag = store.epochs.advance()
-    assert not linked.is_free(tag)
+    assert linked.is_kept(tag)
     linked.enter(2)
     linked.leave(1)
     assert linked.is_free(tag)  # stripe 2 was seen empty in this round before it was entered
@@ -584,7 +589,7 @@ def test_closed_link_keeps_no_memory(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
     linked = Linked(store)
     linked.enter(1)
-    assert not linked.is_free(store.epochs.advance())
+    assert linked.is_kept(store.epochs.advance())
     linked.link.close()
     assert linked.is_free(store.epochs.advance())
 

@@ -11,7 +11,7 @@ from support.factories import COLD, KEEPING, Workshop
 from support.fakes import DictTier
 from support.internals import served_table, slower_tier, wait_for_background
 from support.oracles import assert_same_bits, rows_of
-from support.waiting import wait_until
+from support.waiting import HANG_SECONDS, wait_until
 
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
@@ -160,16 +160,21 @@ def test_rows_stay_over_the_bound_while_no_tier_takes_them(
     assert_same_bits(server.lookup(every, "m", 0), rows_of(every, DIM))
 
 
-def test_after_a_failure_the_tier_is_left_alone_for_a_while(workshop: Workshop) -> None:
+def test_after_a_failure_the_tier_is_left_alone_for_a_while(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     server = open_server(workshop, "FlakyDictTier")
     evictions = served_table(server).writes.evictions
     tier = slower_tier(server)
     tier.fail_on = {"contains"}
     keys, rows = np.array([1]), rows_of([1], DIM)
+    monkeypatch.setattr(Evictions, "PAUSE_SECONDS", 0.05)
+    assert not evictions.leaving(keys, rows)
+    tier.fail_on = set()
+    wait_until(lambda: evictions.leaving(keys, rows))
+    tier.fail_on = {"contains"}
+    monkeypatch.setattr(Evictions, "PAUSE_SECONDS", HANG_SECONDS)
     assert not evictions.leaving(keys, rows)
     tier.fail_on = set()
     assert not evictions.leaving(keys, rows)
-    wait_until(lambda: evictions.leaving(keys, rows))
 
 
 @pytest.mark.parametrize(

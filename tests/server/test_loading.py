@@ -17,7 +17,7 @@ from support.fakes import NaiveStore
 from support.internals import bytes_in_use
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
-from support.waiting import HANG_SECONDS
+from support.waiting import HANG_SECONDS, wait_until
 
 import hps_numba
 from hps_numba.device.host_memory import PlainHostAllocator
@@ -104,7 +104,7 @@ def test_a_key_wider_than_32_bits_is_refused_by_a_32_bit_server(
     keys = [*range(40), key, 50]
     with pytest.raises(ModelFileError, match=rf"m_0\.model: key {key} at row 40 does not fit 32 bits"):
         workshop.open(workshop.model((keys, DIM)), supportlonglong=False, **databases)
-    assert left(allocators) == 0
+    wait_until(lambda: left(allocators) == 0)
     assert_same_bits(workshop.open(workshop.model((keys, DIM)), **databases).lookup([50], "m", 0), rows_of([50], DIM))
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_model_leaves_no_memory_in_use(
         (folder / "key").unlink()
     with pytest.raises(ModelFileError, match=folder.name):
         workshop.open(entry)
-    assert left(allocators) == 0
+    wait_until(lambda: left(allocators) == 0)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 5])
@@ -180,7 +180,7 @@ def test_a_disk_failure_during_loading_leaves_no_memory_in_use(
     monkeypatch.setattr("hps_numba.server.table_loading.open_model", failing)
     with pytest.raises(ModelFileError, match="the disk failed at row"):
         workshop.open(entry)
-    assert left(allocators) == 0
+    wait_until(lambda: left(allocators) == 0)
     monkeypatch.setattr("hps_numba.server.table_loading.open_model", open_model)
     assert_same_bits(workshop.open(entry).lookup([599], "m", 1), rows_of([599], 64))
 
@@ -192,7 +192,7 @@ def test_running_out_of_memory_during_loading_leaves_no_memory_in_use(
     monkeypatch.setattr("hps_numba.device.host_memory.available_bytes", lambda: 1 << 20)  # less than when the plan was made
     with pytest.raises(CapacityError, match=r"hps_et\.m\.sparse_embedding1: rows: expected 7\.3 MiB more of free memory"):
         workshop.open(entry)
-    assert left(allocators) == 0
+    wait_until(lambda: left(allocators) == 0)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

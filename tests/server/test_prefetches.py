@@ -10,12 +10,13 @@ import pytest
 from support.factories import COLD, KEEPING, Workshop
 from support.internals import served_model, served_table, slower_tier, wait_for_background
 from support.oracles import assert_same_bits, rows_of
-from support.waiting import join_all, wait_until
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 import hps_numba
 from hps_numba.errors import ClosedError, ConfigError, KeyDtypeError, TierError, UnknownModelError
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.server.prefetches import Prefetches
+from hps_numba.server.shared_fetches import SharedFetches
 
 DIM = 3
 KEYS = list(range(9))
@@ -103,7 +104,8 @@ def test_keys_are_those_of_the_call(workshop: Workshop) -> None:
     assert tier.asked == [[0], [1, 2]]
 
 
-def test_a_lookup_waits_for_the_prefetch_of_its_keys(workshop: Workshop) -> None:
+def test_a_lookup_waits_for_the_prefetch_of_its_keys(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedFetches, "PATIENCE_SECONDS", HANG_SECONDS)
     server, tier = workshop.open_cold("support.fakes:GateTier")
     tier.shut()
     server.prefetch(KEYS, "m", 0)

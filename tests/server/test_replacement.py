@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pkgutil
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.internals import bytes_in_use, served_model, slower_tier
+from support.internals import bytes_held, served_model, slower_tier, wait_for_release
 from support.interrupts import in_finalizer
 from support.oracles import assert_same_bits, rows_of
 from support.services import DIM, Service
@@ -21,7 +20,6 @@ from support.waiting import HANG_SECONDS, join_all, wait_until
 
 import hps_numba
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
-from hps_numba.kernels.layouts.host_store import HEADER_BYTES
 
 ROWS = 3000
 KINDS: dict[str, dict[str, Any]] = {
@@ -107,6 +105,7 @@ def test_an_answer_during_replacements_is_of_one_version(service: Service, kind:
         answers[number] += 1
 
     with in_threads(*(lambda number=number: look_up(number) for number in range(3))) as stop:  # type: ignore[misc]
+        wait_until(lambda: min(answers) > 0 or stop.is_set())  # all kernels are compiled, and every thread is at work
         for number in range(1, 41):
             if stop.is_set():
                 break
@@ -243,20 +242,6 @@ def interrupted_after(lines: int, call: Callable[[], object]) -> bool:
     return False
 
 
-def bytes_held(server: hps_numba.HPS) -> int:
-    """Bytes of host memory in use, without headers of stores that are garbage."""
-    gc.collect()
-    return bytes_in_use(server)
-
-
-def wait_for_release(server: hps_numba.HPS, at_most: int) -> None:
-    """Wait until no more host memory is in use: the thread that did the work may not have let go of it yet.
-
-    Headers, 64 bytes each, of some closed stores may be left: whoever still refers to a store finds there that it is closed.
-    """
-    wait_until(lambda: bytes_held(server) <= at_most + 8 * HEADER_BYTES)
-
-
 @pytest.mark.parametrize("kind", ["dynamic", "none"])
 def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: Service, kind: str) -> None:
     server = opened(service, 2, **KINDS[kind])
@@ -273,7 +258,7 @@ def test_an_interrupt_at_any_line_of_replace_model_leaves_one_version(service: S
         assert (found == last) == (served_model(server).version == version)
         last, version = found, served_model(server).version
     assert lines > 15
-    wait_for_release(server, in_use)
+    wait_for_release(server, in_use, headers=8)
     server.replace_model("m", files[0])
     assert versions_in(server.lookup(range(300), "m", 1)) == {3.0}
     server.close()
@@ -294,7 +279,7 @@ def test_an_interrupt_at_any_line_of_load_model_and_unload_model_leaves_the_mode
             if "added" in server.models:
                 assert_same_bits(server.lookup(range(30), "added", 0), rows_of(range(30), DIM))
             else:
-                wait_for_release(server, in_use)
+                wait_for_release(server, in_use, headers=8)
         if not EVERY_LINE and lines > 100:
             lines += lines // 40
     assert lines > 15
@@ -310,7 +295,7 @@ def test_close_after_an_interrupted_close_has_closed_everything(service: Service
         again = interrupted_after(lines, server.close)
         server.close()
         assert tier.closed
-        wait_for_release(server, 64)
+        wait_for_release(server, 64, headers=8)
         with pytest.raises(ClosedError):
             server.lookup([1], "m", 0)
         if lines > 12:
@@ -345,7 +330,7 @@ def test_a_problem_before_the_turn_leaves_the_old_version(service: Service, monk
         for table in range(3):
             assert versions_in(service.on_host(server.lookup(keys, "m", table, service.device or 0))) == {expected}
         if expected == 1.0:
-            wait_for_release(server, in_use)
+            wait_for_release(server, in_use, headers=8)
             server.insert([1], np.full((1, DIM), 1.0), "m", 0)
             server.replace_model("m", versioned(service.workshop.folder, 2, 3))
 
@@ -370,14 +355,13 @@ def test_close_ends_a_load_in_progress_and_refuses_others(service: Service, monk
         thread.start()
     closing = threading.Thread(target=server.close, daemon=True)
     closing.start()
-    while not server._loader.jobs.closing:
-        threading.Event().wait(1e-3)
+    wait_until(lambda: server._loader.jobs.closing)
     with pytest.raises(ClosedError, match="the server is closed"):
         server.load_model(service.model((range(3), DIM), name="late"))
     stop.go.set()
     join_all(*threads, closing)
     assert len(problems) == 3
-    wait_for_release(server, 64)
+    wait_for_release(server, 64, headers=8)
 
 
 def test_stats_beside_replacements_and_unloads_never_raise(service: Service) -> None:

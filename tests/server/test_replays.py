@@ -96,7 +96,9 @@ class Rig:
 
 
 @pytest.fixture
-def rig() -> Rig:
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr(module, "_LIMIT_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", HANG_SECONDS)
     return Rig()
 
 
@@ -641,7 +643,8 @@ def test_wrong_arguments_are_typed_errors(on_cpu: Service) -> None:
         server.replaying("m")
 
 
-def test_a_closing_server_ends_a_replacement_that_waits_for_a_block(on_cpu: Service) -> None:
+def test_a_closing_server_ends_a_replacement_that_waits_for_a_block(on_cpu: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", HANG_SECONDS)
     server = opened(on_cpu, **KINDS["dynamic"])
     leave = threading.Event()
 
@@ -730,9 +733,13 @@ def test_gpu_the_work_of_a_block_is_waited_for(workshop: Workshop) -> None:
     torch = pytest.importorskip("torch")
     server = opened(Service(workshop, 0), **KINDS["dynamic"])
     stream, replays = torch.cuda.Stream(), served_model(server).replays
-    with server.replaying("m", stream=stream), torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # cycles: about 0.1 s
-    assert not replays._is_idle()
+
+    def is_at_work() -> bool:  # unless this thread stops for longer than the device works
+        with server.replaying("m", stream=stream), torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # cycles: about 0.1 s
+        return not replays._is_idle()
+
+    wait_until(is_at_work)
     server.replace_model("m", versioned(workshop.folder, 2))
     assert stream.query() and replays._is_idle()
     graph = torch.cuda.CUDAGraph()

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from support.fakes import DictTier
 from support.internals import served_table, wait_for_background
 from support.oracles import assert_same_bits, rows_of
 from support.processes import environment
-from support.waiting import HANG_SECONDS, join_all
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 import hps_numba
 from hps_numba.config import PersistentDatabaseConfig
@@ -161,11 +160,11 @@ def test_close_waits_for_a_fetch_in_progress(
     server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
     reader = look_up_during_close(server, tier, outcome)
-    closer = threading.Thread(target=server.close)
+    closer, stack = threading.Thread(target=server.close), server._loader.slower
     with caplog.at_level(logging.WARNING):
         closer.start()
-        time.sleep(0.1)
-        assert not tier.closed
+        wait_until(lambda: stack._closed)
+        assert not closer.join(0.05) and not tier.closed
         with pytest.raises(ClosedError):
             server.lookup([4], "m", 0)
         tier.go_on.set()
@@ -180,6 +179,7 @@ def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(TierStack, "GRACE_SECONDS", 0.05)
+    before = set(threading.enumerate())
     server, tier = workshop.open_cold("support.fakes:HeldTier", volatile=KEEPING)
     outcome: list[Any] = []
 
@@ -191,7 +191,8 @@ def test_a_lookup_that_ends_after_close_does_not_fail_in_the_background(
     join_all(reader)
     if not isinstance(outcome[0], ClosedError):
         assert_same_bits(outcome[0], rows_of([3], DIM))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hps_numba_background")]
+    made = set(threading.enumerate()) - before
+    assert not [thread for thread in made if thread.name.startswith("hps_numba_background")]
 
 
 _FORK = """

@@ -7,12 +7,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from support.internals import bytes_in_use
-from support.waiting import join_all
+from support.internals import bytes_in_use, wait_for_release
+from support.waiting import join_all, wait_until
 
 import hps_numba
 
 DIM, ROWS, THREADS, VERSIONS = 32, 3000, 8, 100
+ROUNDS = 3
 COLUMNS = np.arange(1, DIM, dtype=np.float32)
 
 
@@ -51,7 +52,24 @@ def test_lookups_during_replacements_and_upserts_see_whole_rows(tmp_path):
         ]
     }
     server = hps_numba.HPS(config)
-    in_use, resident = bytes_in_use(server), resident_bytes()
+    in_use = bytes_in_use(server)
+    for _ in range(ROUNDS):  # threads that stop at the wrong moment keep old versions: another round finds that memory again
+        resident, version = resident_bytes(), server.stats()["m"]["sparse_embedding0"].version
+        look_up_beside_changes(server, tmp_path)
+        assert server.stats()["m"]["sparse_embedding0"].version == version + VERSIONS
+        server.replace_model("m")  # once more, with no other thread
+        assert np.array_equal(server.lookup(keys, "m", 0), rows_of(keys, 0))
+        wait_for_release(server, in_use)
+        grown = resident_bytes() - resident
+        if grown < 48 << 20:
+            break
+    assert grown < 48 << 20, "each round takes more memory"
+    server.close()
+    wait_for_release(server, 0, headers=1)
+
+
+def look_up_beside_changes(server, folder):
+    """Lookups of eight threads beside upserts, while the model is replaced so many times."""
     stop, problems, lookups = threading.Event(), [], [0] * THREADS
     versions = {float(v) for v in range(2)} | {float(v) for v in range(1000, 2000)}
 
@@ -80,17 +98,9 @@ def test_lookups_during_replacements_and_upserts_see_whole_rows(tmp_path):
     threads.append(threading.Thread(target=upsert, daemon=True))
     for thread in threads:
         thread.start()
+    wait_until(lambda: min(lookups) > 0 or problems)  # kernels are compiled, and every thread is at work
     for number in range(VERSIONS):
-        server.replace_model("m", [tmp_path / f"v{(number + 1) % 2}"])
+        server.replace_model("m", [folder / f"v{(number + 1) % 2}"])
     stop.set()
     join_all(*threads)
     assert not problems
-    assert min(lookups) > 0
-    assert server.stats()["m"]["sparse_embedding0"].version == VERSIONS + 1
-
-    server.replace_model("m")  # once more, with no other thread
-    assert np.array_equal(server.lookup(keys, "m", 0), rows_of(keys, 0))
-    assert bytes_in_use(server) == in_use
-    assert resident_bytes() < resident + (48 << 20)
-    server.close()
-    assert bytes_in_use(server) <= 64

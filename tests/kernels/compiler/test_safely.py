@@ -105,10 +105,19 @@ def stop(*args):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGINT, stop)
-main = threading.get_ident()
+main, compiles, sent = threading.get_ident(), threading.Event(), threading.Event()
+
+class Waits(Started):
+    def on_start(self, event):  # on the thread that compiles: it goes on when the interrupt has been sent
+        compiles.set()
+        assert sent.wait(HANG_SECONDS)
+
 def interrupt():
-    Started.begun.wait(HANG_SECONDS)
+    assert compiles.wait(HANG_SECONDS)
     signal.pthread_kill(main, signal.SIGINT)
+    sent.set()
+
+event.register("numba:compile", Waits())
 threading.Thread(target=interrupt).start()
 try:
     store()
