@@ -84,7 +84,7 @@ def rate(client: Callable[[], Ask], clients: int, seconds: float, tables: int, r
     def work(number: int) -> None:
         ask, random = client(), np.random.default_rng(number)
         ids = random.integers(0, rows, (64, 1, tables))
-        while (start := time.perf_counter()) < end:
+        while (start := time.perf_counter()) < end or not times[number]:
             ask(ids[len(times[number]) % 64])
             times[number].append(time.perf_counter() - start)
 

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -125,15 +124,6 @@ def started(command: Sequence[str]) -> Iterator[tuple[dict[str, str], int]]:
             process.wait()
 
 
-def _grpc_port() -> list[str]:
-    """The option for a port that was free a moment ago; none without grpcio."""
-    if importlib.util.find_spec("grpc") is None:
-        return []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return ["--grpc-port", str(probe.getsockname()[1])]
-
-
 @contextmanager
 def triton(config: Path, folder: Path) -> Iterator[list[Served]]:
     """A real Triton with our model for its Python backend; nothing where it cannot run, with the reason."""
@@ -168,7 +158,8 @@ def servers(config: Path, folder: Path, core: int | None, *, with_triton: bool) 
     with ExitStack() as stack:
         found = []
         with on_core(core):
-            serve = [sys.executable, "-m", "hps_numba", "serve", str(config), "--port", "0", *_grpc_port()]
+            serve = [sys.executable, "-m", "hps_numba", "serve", str(config), "--port", "0"]
+            serve += ["--grpc-port", "0"] if importlib.util.find_spec("grpc") else []
             urls, pid = stack.enter_context(started(serve))
             found.append(Served(OURS, urls["http"], pid))
             if "grpc" in urls:

@@ -31,7 +31,9 @@ def serve(
     config: Config,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of HTTP; 0: any that is free.")] = 8000,
-    grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of gRPC; without it there is none.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of gRPC, 0: any that is free; without it there is none.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes that serve.")] = 1,
     program: Annotated[
         list[str] | None,

@@ -19,7 +19,8 @@ from hps_numba.client.connections import Connections, Response
 from hps_numba.client.problems import error_of
 from hps_numba.errors import ArrayError, ConfigError, HpsError, KeyDtypeError, TierError, TierUnavailable
 from hps_numba.frontends.inference.tensors import DATATYPES, InferenceRequest, InferenceResponse
-from hps_numba.frontends.open_inference.codec import JSON_SIZE_HEADER, AnswerForm, decode_response, encode_request
+from hps_numba.frontends.open_inference.codec import JSON_SIZE_HEADER, decode_response, encode_request
+from hps_numba.frontends.open_inference.heads import AnswerForm
 
 __all__ = ["Client"]
 

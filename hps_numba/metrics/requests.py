@@ -8,9 +8,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
+
 from hps_numba.metrics.families import Family, Metric
-from hps_numba.metrics.histogram import edges_between
-from hps_numba.metrics.instruments import Distribution, Number
+from hps_numba.metrics.histogram import SUM, WORDS, HistogramSnapshot, bucket_of, edges_between
 from hps_numba.metrics.registry import Registry
 from hps_numba.runtime.fork import register_fork_reset
 
@@ -77,6 +78,34 @@ class _HasMetrics(Protocol):
         """What the metrics text of a server shows."""
 
 
+class _OfModel:
+    """What was counted of one model.
+
+    Attributes:
+        statuses: how many requests, by status.
+        seconds, keys, batches: histograms as of ``Histogram``; elements of a list are faster to change. Empty: none yet.
+    """
+
+    __slots__ = ("batches", "keys", "seconds", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses: dict[int, int] = {}
+        self.seconds: list[int] = []
+        self.keys: list[int] = []
+        self.batches: list[int] = []
+
+
+def _record(words: list[int], value: int) -> None:
+    if not words:
+        words.extend([0] * WORDS)
+    words[bucket_of(value)] += 1
+    words[SUM] += value
+
+
+def _snapshot(words: list[int]) -> HistogramSnapshot:
+    return HistogramSnapshot(np.array(words[:SUM], np.int64), words[SUM])
+
+
 class RequestMetrics:
     """Counts the requests of one front end.
 
@@ -98,10 +127,7 @@ class RequestMetrics:
     def __init__(self, frontend: str, protocol: str) -> None:
         self.frontend, self.protocol = frontend, protocol
         self._labels = frontend, protocol
-        self._in_flight, self._queued, self._requests = Number(IN_FLIGHT), Number(QUEUED), Number(REQUESTS)
-        self._seconds, self._keys = Distribution(REQUEST_SECONDS), Distribution(REQUEST_KEYS)
-        self._batches = Distribution(BATCH_REQUESTS)
-        self._models: set[str] = set()
+        self._models: dict[str, _OfModel] = {}
         self.reset_after_fork()
         register_fork_reset(self)
 
@@ -125,7 +151,8 @@ class RequestMetrics:
 
     def batch(self, requests: int, model: str = "") -> None:
         """Some requests were answered together."""
-        self._batches.record(requests, *self._labels, self._known(model))
+        with self._lock:
+            _record(self._of(model).batches, requests)
 
     @property
     def in_flight(self) -> int:
@@ -139,10 +166,19 @@ class RequestMetrics:
 
     def collect(self) -> list[Family]:
         """The metrics now."""
-        for gauge, value in ((self._in_flight, self._active), (self._queued, self._waiting)):
-            gauge.set(value, *self._labels)
-        some = self._in_flight, self._queued, self._requests, self._seconds, self._keys, self._batches
-        return [one.collect() for one in some]
+        in_flight, queued, requests = Family(IN_FLIGHT), Family(QUEUED), Family(REQUESTS)
+        seconds, keys, batches = Family(REQUEST_SECONDS), Family(REQUEST_KEYS), Family(BATCH_REQUESTS)
+        with self._lock:
+            in_flight.add(self._active, *self._labels)
+            queued.add(self._waiting, *self._labels)
+            for model, one in self._models.items():
+                labels = *self._labels, model
+                for status, count in one.statuses.items():
+                    requests.add(count, *labels, str(status))
+                for family, words in ((seconds, one.seconds), (keys, one.keys), (batches, one.batches)):
+                    if words:
+                        family.add(_snapshot(words), *labels)
+        return [in_flight, queued, requests, seconds, keys, batches]
 
     def _add(self, *, active: int = 0, waiting: int = 0) -> None:
         with self._lock:
@@ -150,21 +186,21 @@ class RequestMetrics:
             self._waiting += waiting
 
     def _end(self, request: ServedRequest, status: int, nanoseconds: int) -> None:
-        self._add(active=-1)
-        labels = *self._labels, self._known(request.model)
-        self._requests.add(1, *labels, str(status))
-        self._seconds.record(max(0, nanoseconds), *labels)
-        if request.keys is not None:
-            self._keys.record(request.keys, *labels)
+        with self._lock:
+            self._active -= 1
+            one = self._of(request.model)
+            one.statuses[status] = one.statuses.get(status, 0) + 1
+            _record(one.seconds, max(0, nanoseconds))
+            if request.keys is not None:
+                _record(one.keys, request.keys)
 
-    def _known(self, model: str) -> str:
-        """The label of a model: those beyond a number are one, as names may come from clients."""
-        if model not in self._models:
-            with self._lock:
-                if len(self._models) >= _MAX_MODELS:
-                    return _OTHER
-                self._models.add(model)
-        return model
+    def _of(self, model: str) -> _OfModel:
+        """What is counted of a model: those beyond a number are one, as names may come from clients."""
+        one = self._models.get(model)
+        if one is None:
+            name = model if len(self._models) < _MAX_MODELS else _OTHER
+            one = self._models.setdefault(name, _OfModel())
+        return one
 
 
 class ServedRequest:

@@ -16,7 +16,7 @@ import pytest
 from support.docs import blocks_of
 from support.inference_servers import Serving, serving
 from support.processes import ROOT, environment
-from support.servers import free_port, program
+from support.servers import program
 from support.waiting import HANG_SECONDS
 
 from hps_numba import HPS
@@ -28,23 +28,22 @@ BLOCKS = blocks_of(ROOT / "docs" / "clients.md")
 
 
 @pytest.fixture
-def addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serving, int]]:
-    """A server on the config of the page, and its port of gRPC."""
+def page_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+    """A server on the config of the page."""
     monkeypatch.chdir(tmp_path)
     setup = next(block.text for block in BLOCKS if block.language == "python")
     exec(compile(setup, "clients.md", "exec"), {})
-    port = free_port()
-    options = "--grpc-port", str(port), "--shared-memory", "shop_", "--drain-seconds", "0"
-    with serving(tmp_path / "ps.json", *options) as server:
-        yield server, port
+    with serving(tmp_path / "ps.json", "--grpc-port", "0", "--shared-memory", "shop_") as server:
+        yield server
 
 
-def test_the_blocks_of_the_page(addresses: tuple[Serving, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server, port = addresses
+def test_the_blocks_of_the_page(page_server: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    urls = page_server.urls
     scope: dict[str, Any] = {}
     for block in BLOCKS:
         if block.language == "py":
-            text = block.text.replace("http://127.0.0.1:8000", server.url).replace("127.0.0.1:8001", f"127.0.0.1:{port}")
+            text = block.text.replace("http://127.0.0.1:8000", page_server.url).replace("127.0.0.1:8001", urls["grpc"])
+            text = text.replace("timeout=5.0", f"timeout={HANG_SECONDS}")
             exec(compile("\n" * block.line + text, "clients.md", "exec"), scope)
     assert "'shops' is not served" in capsys.readouterr().out
     with HPS(tmp_path / "ps.json") as reference:
@@ -53,10 +52,10 @@ def test_the_blocks_of_the_page(addresses: tuple[Serving, int], tmp_path: Path, 
     np.testing.assert_array_equal(scope["bags"]["items"], pooled.astype(np.float16), strict=True)
 
 
-def test_curl(addresses: tuple[Serving, int], tmp_path: Path) -> None:
+def test_curl(page_server: Serving, tmp_path: Path) -> None:
     program("curl", "curl")
     command = next(block.text for block in BLOCKS if block.language == "bash")
-    text = command.replace("http://127.0.0.1:8000", addresses[0].url)
+    text = command.replace("http://127.0.0.1:8000", page_server.url)
     done = subprocess.run(["bash", "-ec", text], capture_output=True, check=True, env=environment(), timeout=HANG_SECONDS)
     (output,) = json.loads(done.stdout)["outputs"]
     with HPS(tmp_path / "ps.json") as reference:

@@ -46,6 +46,7 @@ CONTENTS = {
 #: what is told in gRPC by one code, by the statuses of HTTP
 CODES = {
     "INVALID_ARGUMENT": {400, 415},
+    "DEADLINE_EXCEEDED": {408},
     "NOT_FOUND": {404},
     "ALREADY_EXISTS": {409},
     "FAILED_PRECONDITION": {409},

@@ -22,6 +22,10 @@ from support.waiting import HANG_SECONDS
 __all__ = ["Serving", "infer", "infer_bytes", "request_bytes", "serving"]
 
 
+#: a busy machine makes neither server nor clients late, and nobody waits for the end; options of a test come after these
+_OPTIONS = [f"--{what}-seconds={HANG_SECONDS}" for what in ("request", "read", "write")] + ["--drain-seconds=0"]
+
+
 class Serving:
     """A server.
 
@@ -30,7 +34,7 @@ class Serving:
     """
 
     def __init__(self, config: Path, *options: str, **env: str) -> None:
-        command = [sys.executable, "-m", "hps_numba", "serve", str(config), "--port", "0", *options]
+        command = [sys.executable, "-m", "hps_numba", "serve", str(config), "--port", "0", *_OPTIONS, *options]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**env)
         )

@@ -67,6 +67,7 @@ class _Waiting:
     Attributes:
         form: what it has in common with those that it can be joined with, or ``ALONE``.   rows: its samples.
         since: when it came.   expires: when it has waited for too long (both by ``time.monotonic``).
+        started: called when it waits no more.
     """
 
     request: InferenceRequest
@@ -74,7 +75,15 @@ class _Waiting:
     rows: int
     since: float
     expires: float
+    started: Callable[[], object]
     answer: Future[InferenceResponse] = field(default_factory=Future)
+
+    def start(self) -> bool:
+        """It is answered now; False: it was given up."""
+        live = self.answer.set_running_or_notify_cancel()
+        if live:
+            self.started()
+        return live
 
 
 class BatchedModel(InferenceModel):
@@ -95,6 +104,8 @@ class BatchedModel(InferenceModel):
     Threads: up to ``max_calls`` + 1, from the first request on that finds others at work; they sleep when there is nothing to
     do.
     """
+
+    has_threads = True
 
     def __init__(
         self,
@@ -173,7 +184,7 @@ class BatchedModel(InferenceModel):
             self._answer([waiting])
         return waiting.answer.result()
 
-    def submit(self, request: InferenceRequest) -> Future[InferenceResponse]:
+    def submit(self, request: InferenceRequest, started: Callable[[], object] = lambda: None) -> Future[InferenceResponse]:
         """Have a request answered on another thread, perhaps together with others; no call waits, so an event loop may submit.
 
         The future gets the answer, or as ``infer`` of the model: an error of a batch is an error only of those requests that
@@ -184,19 +195,19 @@ class BatchedModel(InferenceModel):
             InferenceError: 429, the queue is full.   ClosedError: the model is closed.
             CapacityError: the system gives no thread.
         """
-        waiting = self._waiting_of(request)
+        waiting = self._waiting_of(request, started)
         with self._changed:
             self._enqueue(waiting)
         return waiting.answer
 
-    def _waiting_of(self, request: InferenceRequest) -> _Waiting:
+    def _waiting_of(self, request: InferenceRequest, started: Callable[[], object] = lambda: None) -> _Waiting:
         if self._closed:
             raise ClosedError(f"model {self.name!r} is closed")
         now = time.monotonic()
         form, rows = form_of(request)
         if rows >= self._largest or rows == 0:
             form = ALONE
-        return _Waiting(request, form, rows, now, now + self._timeout)
+        return _Waiting(request, form, rows, now, now + self._timeout, started)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         if self._closed:
@@ -294,7 +305,7 @@ class BatchedModel(InferenceModel):
 
     def _refuse(self, expired: Sequence[_Waiting]) -> None:
         for waiting in expired:
-            if waiting.answer.set_running_or_notify_cancel():
+            if waiting.start():
                 told = f"model {self.name!r}: expected a free call within {self._timeout:g} s, got none"
                 waiting.answer.set_exception(InferenceError(503, told))
 
@@ -317,7 +328,7 @@ class BatchedModel(InferenceModel):
 
     def _answer(self, batch: list[_Waiting]) -> None:
         """Call the model for a batch, and give each request its own rows."""
-        live = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
+        live = [waiting for waiting in batch if waiting.start()]
         calls, told = 0, []
         try:
             if len(live) > 1:

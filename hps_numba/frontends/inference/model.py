@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
 
 from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, TensorSpec
 
@@ -14,6 +16,7 @@ class InferenceModel(ABC):
 
     Attributes:
         name: by which clients ask for it.   platform: what it is made of, e.g. ``hps_numba_tables``.
+        has_threads: it answers requests on threads of its own, by ``submit``.
         max_batch_size: most samples of a request along the first axis; 0: the first axis is no batch, or there is no limit.
 
     Thread safety: every method from any thread.
@@ -21,6 +24,7 @@ class InferenceModel(ABC):
 
     name: str
     platform: str
+    has_threads: bool = False
     max_batch_size: int = 0
 
     @property
@@ -44,6 +48,17 @@ class InferenceModel(ABC):
     def may_wait(self, request: InferenceRequest) -> bool:
         """Whether the answer may take long, so that it must not be computed on the thread of an event loop."""
         return True
+
+    def submit(self, request: InferenceRequest, started: Callable[[], object]) -> Future[InferenceResponse]:
+        """Have a request answered by threads of the model's own, so that nobody waits; only of a model that has them.
+
+        Args:
+            started: called once, by any thread, when the request waits no more; not if it was given up before.
+
+        Raises:
+            InferenceError: 429, too many wait.   HpsError: as ``infer``.
+        """
+        raise NotImplementedError(f"{self.platform}: expected a model that has threads, got one that has none")
 
     def output_bytes(self, request: InferenceRequest) -> int:
         """Bytes of the outputs, as far as the shapes of the inputs tell; 0: that is not known before they are there."""

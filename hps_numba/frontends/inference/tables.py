@@ -32,6 +32,7 @@ __all__ = ["TableSetModel"]
 KEYS, NUMKEYS, FLAT = "KEYS", "NUMKEYS", "OUTPUT0"
 OFFSETS, WEIGHTS = ".offsets", ".weights"  # behind the name of a table
 _OUTPUT_TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "FP16": np.dtype(np.float16)}
+_SMALL_ROWS = 1 << 14  # elements, whose memory nobody has to keep for the next answer
 _SMALL_KEYS = 16_384  # a lookup of so many in host memory takes well under a millisecond
 
 
@@ -147,7 +148,8 @@ class TableSetModel(InferenceModel):
         if offsets is None:
             if weights is not None or own.get("mode") is not None:
                 raise InferenceError(400, f"{spec.name}{OFFSETS}: expected offsets with weights or mode, got none")
-            rows = aligned_empty((*keys.shape, spec.dim))
+            few = keys.size * spec.dim <= _SMALL_ROWS
+            rows = (np.empty if few else aligned_empty)((*keys.shape, spec.dim), np.float32)
             self._server.direct.lookup_into(keys, self.name, spec.table_id, rows)
             return rows
         _check_integers(offsets, spec.name + OFFSETS)

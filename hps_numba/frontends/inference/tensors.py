@@ -70,7 +70,7 @@ class InferenceRequest:
     @property
     def items(self) -> int:
         """Elements of all inputs."""
-        return sum(array.size for array in self.inputs.values())
+        return sum([array.size for array in self.inputs.values()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ _MORE_HEADERS: Mapping[int, tuple[tuple[bytes, bytes], ...]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Answer:
     """What is sent.
 

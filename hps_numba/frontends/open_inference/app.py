@@ -33,15 +33,9 @@ from hps_numba.frontends.open_inference.answers import (
     live,
 )
 from hps_numba.frontends.open_inference.calls import Call, ClientGone
-from hps_numba.frontends.open_inference.codec import (
-    JSON_SIZE_HEADER,
-    AnswerForm,
-    Body,
-    decode_request,
-    encode_response,
-    json_object,
-)
+from hps_numba.frontends.open_inference.codec import JSON_SIZE_HEADER, Body, decode_request, encode_response
 from hps_numba.frontends.open_inference.commands import LOAD, METRICS, UNLOAD, Everywhere, perform
+from hps_numba.frontends.open_inference.heads import AnswerForm, json_object
 from hps_numba.frontends.open_inference.limits import Admission, Limits
 from hps_numba.frontends.open_inference.metadata import index_json, model_config, model_metadata, server_metadata
 from hps_numba.frontends.open_inference.region_routes import answer_regions
@@ -145,7 +139,7 @@ class InferenceApp:
 
     async def _routed(self, call: Call) -> Answer:
         path = call.path
-        if path[:2] != ["v2", "health"]:
+        if path[:2] != ("v2", "health"):
             self._check_access(call)
         match path:
             case ["v2", "models", name, "infer"]:
@@ -156,7 +150,7 @@ class InferenceApp:
                 return await self._of_repository(call, rest)
             case ["v2", "systemsharedmemory", *rest]:
                 return await answer_regions(call, rest, self.regions, self._limits)
-        if path not in (["metrics"], ["v2"]) and path[:2] not in (["v2", "health"], ["v2", "models"]):
+        if path not in (("metrics",), ("v2",)) and path[:2] not in (("v2", "health"), ("v2", "models")):
             raise _no_such(call)
         if call.method not in ("GET", "HEAD"):
             raise MethodError("GET, HEAD", call.method)
@@ -215,20 +209,14 @@ class InferenceApp:
     async def _inferred(
         self, call: Call, model: InferenceModel, request: InferenceRequest, form: AnswerForm
     ) -> tuple[Body, int, int]:
-        """The answer; how many ns the request waited for a thread, and how many it took."""
+        """The answer; how many ns the request waited for its turn, and how many it took."""
         binary = all(map(form.is_binary, request.outputs)) if request.outputs else form.binary
         size = self._limits.answer_bytes(model, request, binary=binary)
         call.hold(size)
-        submitted = time.perf_counter_ns()
-
-        def work() -> tuple[Body, int, int]:
-            started = time.perf_counter_ns()
-            body = encode_response(model.infer(request), form, self.regions)
-            return body, started - submitted, time.perf_counter_ns() - started
-
-        if model.may_wait(request) or (size > _SMALL_JSON and not binary):
-            return await self._threads.run(work)
-        return work()
+        is_quick = binary or size <= _SMALL_JSON
+        return await self._threads.infer(
+            model, request, lambda response: encode_response(response, form, self.regions), is_quick=is_quick
+        )
 
     # -- models -----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from urllib.parse import unquote_to_bytes
 
 from hps_numba.frontends.inference.problems import InferenceError
@@ -14,6 +15,7 @@ __all__ = ["Call", "ClientGone"]
 
 _JSON_SIZE = JSON_SIZE_HEADER.lower().encode()
 _MAX_DIGITS = 15
+_SHORT = 256  # bytes of a path that is remembered
 
 
 class ClientGone(Exception):
@@ -35,10 +37,7 @@ class Call:
     def __init__(self, scope: Scope, receive: Receive, admission: Admission) -> None:
         self.method: str = scope["method"]
         raw: bytes = scope.get("raw_path") or scope["path"].encode()
-        words = raw.split(b"?")[0].strip(b"/").split(b"/")
-        self.path = [
-            unquote_to_bytes(word).decode("utf-8", "replace") if b"%" in word else word.decode("latin-1") for word in words
-        ]
+        self.path = _words(raw) if len(raw) < _SHORT else _words.__wrapped__(raw)
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.json_size: int | None = None
         self.held = 0
@@ -105,6 +104,14 @@ class Call:
         if message["type"] != "http.request":
             raise ClientGone
         return message.get("body", b""), message.get("more_body", False)
+
+
+@functools.lru_cache(256)
+def _words(path: bytes) -> tuple[str, ...]:
+    words = path.split(b"?")[0].strip(b"/").split(b"/")
+    return tuple(
+        unquote_to_bytes(word).decode("utf-8", "replace") if b"%" in word else word.decode("latin-1") for word in words
+    )
 
 
 def _number(value: bytes | None, name: str) -> int | None:

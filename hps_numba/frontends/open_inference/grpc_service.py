@@ -206,14 +206,7 @@ class InferenceService:
     ) -> tuple[bytes, int, int]:
         """The answer; how many ns the request waited for a thread, and how many it took."""
         held.append(self._admission.hold(self._limits.answer_bytes(model, request)))
-        submitted = time.perf_counter_ns()
-
-        def work() -> tuple[bytes, int, int]:
-            started = time.perf_counter_ns()
-            answer = encode_response(model.infer(request), parts, self._regions)
-            return answer, started - submitted, time.perf_counter_ns() - started
-
-        return await self._threads.run(work) if model.may_wait(request) else work()
+        return await self._threads.infer(model, request, lambda response: encode_response(response, parts, self._regions))
 
     # -- what the server says of itself ----------------------------------------------------
 

@@ -7,8 +7,10 @@ itself would copy either twice more.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.shared_memory import RegionPart, SharedRegions
 from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, datatype_of, dtype_of
 from hps_numba.frontends.open_inference.grpc_schema import schema
-from hps_numba.frontends.open_inference.tensor_values import checked_shape, tensor_of_bytes
+from hps_numba.frontends.open_inference.heads import TensorHead
+from hps_numba.frontends.open_inference.tensor_values import check_bytes, checked_shape, tensor_of_bytes
 
 __all__ = ["decode_request", "encode_response", "encode_stream_response", "parse"]
 
 _RAW_INPUT, _RAW_OUTPUT, _STREAMED = 7, 6, 2  # numbers of fields in open_inference.proto
 _MAX_FIELDS = 1 << 16  # of a message
+_REMEMBERED, _SHORT = 256, 4096  # heads of messages, and bytes of the longest
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # types of the wire
 #: field of typed contents -> dtype of its values; FP16 can only be sent as bytes
 _CONTENTS: Mapping[str, tuple[str, np.dtype[Any]]] = {
@@ -52,7 +56,7 @@ def parse(name: str, data: bytes) -> Any:
 
 def decode_request(
     data: bytes, regions: SharedRegions, take: Callable[[int, int], None]
-) -> tuple[InferenceRequest, dict[str, RegionPart]]:
+) -> tuple[InferenceRequest, Mapping[str, RegionPart]]:
     """A request in a message, and where its client wants outputs that go to shared memory.
 
     Args:
@@ -64,62 +68,90 @@ def decode_request(
     """
     rest, raw = _without_raw(data)
     take(len(data), len(rest))
-    message = parse("ModelInferRequest", rest)
-    inputs, input_parameters = _read_inputs(message.inputs, raw, regions, take)
-    parts: dict[str, RegionPart] = {}
+    head = _remembered(rest) if raw and len(rest) <= _SHORT else _parsed(rest)
+    inputs = _read_inputs(head.inputs, raw, regions, take)
+    own = {tensor.name: dict(tensor.parameters) for tensor in head.inputs if tensor.parameters}
+    request = InferenceRequest(head.model, inputs, head.version, head.id, dict(head.parameters), own, head.outputs)
+    return request, head.places
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """What a message says beside the bytes of its tensors; ``places``: of outputs that go to shared memory."""
+
+    model: str
+    version: str
+    id: str
+    parameters: Mapping[str, Any]
+    inputs: tuple[TensorHead, ...]
+    outputs: tuple[str, ...]
+    places: Mapping[str, RegionPart]
+
+
+def _parsed(data: bytes) -> _Head:
+    message = parse("ModelInferRequest", data)
+    parameters = _parameters(message.parameters, "request")
+    inputs = _input_heads(message.inputs)
+    places: dict[str, RegionPart] = {}
     for i, output in enumerate(message.outputs):
         place = f"outputs[{i}]"
-        parameters = _parameters(output.parameters, place)
-        if parameters.get("classification"):
+        own = _parameters(output.parameters, place)
+        if own.get("classification"):
             raise InferenceError(
                 400, f"{place}.parameters.classification: expected outputs as they are, this server has no other"
             )
-        part = RegionPart.of(parameters, place)
+        part = RegionPart.of(own, place)
         if part is not None:
-            parts[output.name] = part
-    request = InferenceRequest(
-        message.model_name,
-        inputs,
-        message.model_version,
-        message.id,
-        _parameters(message.parameters, "request"),
-        input_parameters,
-        tuple(output.name for output in message.outputs),
-    )
-    return request, parts
+            places[output.name] = part
+    outputs = tuple(output.name for output in message.outputs)
+    return _Head(message.model_name, message.model_version, message.id, parameters, inputs, outputs, places)
 
 
-def _read_inputs(
-    tensors: Any, raw: list[memoryview], regions: SharedRegions, take: Callable[[int, int], None]
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    arrays: dict[str, np.ndarray] = {}
-    parameters: dict[str, dict[str, Any]] = {}
-    left = iter(raw)
+#: clients send the same again and again, but for the bytes of tensors
+_remembered = functools.lru_cache(_REMEMBERED)(_parsed)
+
+
+def _input_heads(tensors: Any) -> tuple[TensorHead, ...]:
+    """Inputs of a message, with the message of each as ``values``."""
+    found: dict[str, TensorHead] = {}
     for i, tensor in enumerate(tensors):
         place = f"inputs[{i}]"
-        if not tensor.name or tensor.name in arrays:
+        if not tensor.name or tensor.name in found:
             raise InferenceError(400, f"{place}.name: expected a name that no other input has, got {tensor.name[:100]!r}")
         dtype, shape = dtype_of(tensor.datatype, place), checked_shape(list(tensor.shape), place)
         own = _parameters(tensor.parameters, place)
         part = RegionPart.of(own, place)
         if part is not None:
-            take(part.size, 0)
-            memory = regions.read(part, place)
-            arrays[tensor.name] = tensor_of_bytes(memory.data, 0, part.size, dtype, shape, place)
+            check_bytes(part.size, dtype, shape, place)
+        left = {name: value for name, value in own.items() if not name.startswith("shared_memory_")}
+        found[tensor.name] = TensorHead(tensor.name, place, dtype, shape, None, part, tensor, left)
+    return tuple(found.values())
+
+
+def _read_inputs(
+    heads: Sequence[TensorHead], raw: list[memoryview], regions: SharedRegions, take: Callable[[int, int], None]
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    left = iter(raw)
+    for head in heads:
+        dtype, shape, place = head.dtype, head.shape, head.place
+        if head.part is not None:
+            take(head.part.size, 0)
+            memory = regions.read(head.part, place)
+            arrays[head.name] = tensor_of_bytes(memory.data, 0, head.part.size, dtype, shape, place)
         elif raw:
-            if tensor.HasField("contents"):
+            if head.values.HasField("contents"):
                 raise InferenceError(400, f"{place}: expected either contents or raw_input_contents, got both")
             piece = next(left, None)
             if piece is None:
                 raise InferenceError(400, f"raw_input_contents: expected one for each input, got {len(raw)}")
-            arrays[tensor.name] = tensor_of_bytes(piece, 0, len(piece), dtype, shape, place)
+            check_bytes(len(piece), dtype, shape, place)
+            arrays[head.name] = tensor_of_bytes(piece, 0, len(piece), dtype, shape, place)
         else:
-            arrays[tensor.name] = _typed(tensor, dtype, shape, place)
-        if rest := {name: value for name, value in own.items() if not name.startswith("shared_memory_")}:
-            parameters[tensor.name] = rest
+            arrays[head.name] = _typed(head.values, dtype, shape, place)
     if next(left, None) is not None:
         raise InferenceError(400, f"raw_input_contents: expected one for each input, got {len(raw)}")
-    return arrays, parameters
+    return arrays
 
 
 def _typed(tensor: Any, dtype: np.dtype[Any], shape: tuple[int, ...], place: str) -> np.ndarray:
@@ -154,20 +186,36 @@ def encode_response(response: InferenceResponse, parts: Mapping[str, RegionPart]
     Raises:
         InferenceError: 400, an output does not fit where it should go.
     """
+    pieces: list[bytes | memoryview] = [_head_of_answer(response, parts, regions)]
+    for name, array in response.outputs.items():
+        piece = memoryview(b"") if name in parts or not array.size else _bytes_of(array)
+        pieces += _head(_RAW_OUTPUT, piece.nbytes), piece
+    return b"".join(pieces)
+
+
+def _head_of_answer(response: InferenceResponse, parts: Mapping[str, RegionPart], regions: SharedRegions) -> bytes:
+    """The message without the bytes of tensors."""
+    if not (response.id or response.parameters or parts):
+        outputs = tuple([(name, datatype_of(array), array.shape) for name, array in response.outputs.items()])
+        return _plain_head(response.model, response.version, outputs)
     message = schema().ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     _set_parameters(message.parameters, response.parameters)
-    raw: list[memoryview] = []
     for i, (name, array) in enumerate(response.outputs.items()):
         tensor = message.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
         part = parts.get(name)
         if part is not None:
             regions.write(part, array, f"outputs[{i}]")
             _set_parameters(tensor.parameters, part.to_parameters(array.nbytes))
-        raw.append(memoryview(b"") if part is not None or not array.size else _bytes_of(array))
-    pieces: list[bytes | memoryview] = [message.SerializeToString()]
-    for piece in raw:
-        pieces += _head(_RAW_OUTPUT, piece.nbytes), piece
-    return b"".join(pieces)
+    return bytes(message.SerializeToString())
+
+
+@functools.lru_cache(_REMEMBERED)
+def _plain_head(model: str, version: str, outputs: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """That of an answer which has nothing but outputs, by name, datatype and shape."""
+    message = schema().ModelInferResponse(model_name=model, model_version=version)
+    for name, datatype, shape in outputs:
+        message.outputs.add(name=name, datatype=datatype, shape=shape)
+    return bytes(message.SerializeToString())
 
 
 def encode_stream_response(answer: bytes | None, error: str = "") -> bytes:

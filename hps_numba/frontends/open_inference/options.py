@@ -37,7 +37,7 @@ class ServeOptions:
 
     Attributes:
         config: a ps_config JSON file.   host, port: of HTTP; port 0: any that is free.
-        grpc_port: also serve gRPC there.   workers: processes.
+        grpc_port: also serve gRPC there; port 0: any that is free, with one worker.   workers: processes.
         programs: whole models, files by the names that clients call them.
         batch_delay: seconds that a small request to one of them may be held up so that others can join it; None: requests are
             not joined.   max_batch: most samples of requests that are joined; 0: as many as the model takes.
@@ -74,6 +74,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers: expected at least 1, got {self.workers}")
+        if self.grpc_port == 0 and self.workers > 1:
+            raise ConfigError("grpc_port: expected the number of a port, which all workers share, got 0")
         if self.shared_memory and self.workers > 1:
             raise ConfigError("shared memory: expected one worker, as each knows only its own regions")
         SharedRegions(self.shared_memory)

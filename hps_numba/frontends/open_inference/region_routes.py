@@ -10,7 +10,7 @@ from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.shared_memory import SharedRegions
 from hps_numba.frontends.open_inference.answers import Answer, MethodError, json_answer
 from hps_numba.frontends.open_inference.calls import Call
-from hps_numba.frontends.open_inference.codec import json_object
+from hps_numba.frontends.open_inference.heads import json_object
 from hps_numba.frontends.open_inference.limits import Limits
 
 __all__ = ["answer_regions"]

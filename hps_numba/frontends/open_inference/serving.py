@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 _POLL = 0.01  # seconds
 
 
-def urls(options: ServeOptions, listening: socket.socket) -> list[str]:
-    """Where clients find a server, HTTP first."""
+def urls(options: ServeOptions, listening: socket.socket, grpc_port: int | None) -> list[str]:
+    """Where clients find a server, HTTP first; ``grpc_port``: where it serves gRPC, if it does."""
     host = f"[{options.host}]" if ":" in options.host else options.host
     scheme = "http" if options.tls is None else "https"
     found = [f"{scheme}://{host}:{listening.getsockname()[1]}"]
-    if options.grpc_port is not None:
-        found.append(f"grpc://{host}:{options.grpc_port}")
+    if grpc_port is not None:
+        found.append(f"grpc://{host}:{grpc_port}")
     return found
 
 
@@ -67,7 +67,8 @@ def serve_in_this_process(options: ServeOptions, announce: Callable[[Sequence[st
         As ``HPS``.
     """
     with listen(options.host, options.port) as listening:
-        Process(options, listening).run(lambda: announce(urls(options, listening)))
+        process = Process(options, listening)
+        process.run(lambda: announce(urls(options, listening, process.grpc_port)))
 
 
 class Process:
@@ -96,6 +97,11 @@ class Process:
         self._server: uvicorn.Server
         self._grpc: GrpcServer | None = None
         self._stopping = False
+
+    @property
+    def grpc_port(self) -> int | None:
+        """Where it serves gRPC now."""
+        return None if self._grpc is None else self._grpc.port
 
     def run(self, ready: Callable[[], object]) -> None:
         """Serve until ``stop`` or a signal; ``ready`` is called when requests are answered."""

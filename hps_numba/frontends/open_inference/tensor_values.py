@@ -14,10 +14,11 @@ import numpy as np
 
 from hps_numba.frontends.inference.problems import InferenceError
 
-__all__ = ["checked_parameters", "checked_shape", "tensor_of_bytes", "tensor_of_list"]
+__all__ = ["check_bytes", "checked_parameters", "checked_shape", "tensor_of_bytes", "tensor_of_list"]
 
 MAX_DIMENSIONS = 16
 _MAX_SIZE = 1 << 40  # elements of an axis: more than any memory, so that products stay small integers
+_FEW = 4096  # bytes, whose copy costs nothing
 _NUMBERS: Mapping[str, tuple[type, ...]] = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}
 
 
@@ -53,27 +54,37 @@ def checked_parameters(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
+def check_bytes(size: int, dtype: np.dtype[Any], shape: tuple[int, ...], place: str) -> None:
+    """Refuse a number of bytes that a tensor of this shape and dtype does not have.
+
+    Raises:
+        InferenceError: 400.
+    """
+    needed = math.prod(shape) * dtype.itemsize
+    if size != needed:
+        raise InferenceError(400, f"{place}: expected {needed} bytes for shape {list(shape)} of {dtype}, got {size}")
+
+
 def tensor_of_bytes(
     memory: bytes | bytearray | memoryview, offset: int, size: int, dtype: np.dtype[Any], shape: tuple[int, ...], place: str
 ) -> np.ndarray:
-    """A tensor in ``size`` bytes at ``offset``: a view of them, except where they are not aligned to the dtype.
+    """A tensor in ``size`` bytes at ``offset``: a view of them, except where they are few or not aligned to the dtype.
+
+    Args:
+        size: that ``check_bytes`` takes.
 
     Raises:
-        InferenceError: 400, size and shape do not go together, there are fewer bytes, or a BOOL is neither 0 nor 1.
+        InferenceError: 400, there are fewer bytes, or a BOOL is neither 0 nor 1.
     """
-    count = math.prod(shape)
-    if size != count * dtype.itemsize:
-        raise InferenceError(
-            400, f"{place}: expected {count * dtype.itemsize} bytes for shape {list(shape)} of {dtype}, got {size}"
-        )
     if offset + size > len(memory):
         raise InferenceError(400, f"{place}: expected {size} bytes, got {max(0, len(memory) - offset)}")
-    if not count:
+    if not size:
         return np.empty(shape, dtype)
     if dtype.kind == "b":
-        _check_bools(np.frombuffer(memory, np.uint8, count, offset), place)
-    array = np.frombuffer(memory, dtype, count, offset)
-    return (array if array.flags.aligned else array.copy()).reshape(shape)
+        _check_bools(np.frombuffer(memory, np.uint8, size, offset), place)
+    array = np.frombuffer(memory, dtype, size // dtype.itemsize, offset)
+    is_view = size > _FEW and array.flags.aligned  # a copy can be written to, which makes a small lookup faster
+    return (array if is_view else array.copy()).reshape(shape)
 
 
 def tensor_of_list(values: Any, dtype: np.dtype[Any], shape: tuple[int, ...], place: str) -> np.ndarray:

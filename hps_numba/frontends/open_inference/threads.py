@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from hps_numba.frontends.inference.model import InferenceModel
 from hps_numba.frontends.inference.problems import InferenceError
+from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse
 from hps_numba.frontends.open_inference.limits import Admission, Limits
 from hps_numba.metrics import RequestMetrics
 
 __all__ = ["InferenceThreads"]
 
 T = TypeVar("T")
+_SMALL = 1 << 20  # bytes, whose copy takes less than a switch of threads
 
 
 class InferenceThreads:
@@ -36,6 +40,25 @@ class InferenceThreads:
         Raises:
             InferenceError: 429, too many requests wait; 503, it took too long.   What ``work`` raises.
         """
+
+        def submit(started: Callable[[], object]) -> Future[T]:
+            def run() -> T:
+                started()
+                return work()
+
+            return self._threads.submit(run)
+
+        return await self.result_of(submit)
+
+    async def result_of(self, submit: Callable[[Callable[[], object]], Future[T]]) -> T:
+        """What a future gives, which counts as a request that has a thread or waits for one.
+
+        Args:
+            submit: returns the future, and lets the function that it is given be called when the request waits no more.
+
+        Raises:
+            InferenceError: 429, too many requests wait; 503, it took too long.   What ``submit`` or the future raise.
+        """
         self._admission.enter()
         waits = [True]
 
@@ -44,16 +67,16 @@ class InferenceThreads:
                 waits.clear()
                 self._requests.queue(-1)
 
-        def run() -> T:
-            started()
-            return work()
-
         def done(_: Any) -> None:
             started()
             self._admission.leave()
 
         self._requests.queue()
-        future = self._threads.submit(run)
+        try:
+            future = submit(started)
+        except BaseException:
+            done(None)
+            raise
         future.add_done_callback(done)
         wrapped = asyncio.wrap_future(future)
         wrapped.add_done_callback(lambda one: None if one.cancelled() else one.exception())
@@ -68,6 +91,51 @@ class InferenceThreads:
                 503, f"server: expected an answer within {self._limits.request_seconds:g} s, there is none yet"
             )
         return wrapped.result()
+
+    async def infer(
+        self,
+        model: InferenceModel,
+        request: InferenceRequest,
+        encode: Callable[[InferenceResponse], T],
+        *,
+        is_quick: bool = True,
+    ) -> tuple[T, int, int]:
+        """The encoded answer of a model; how many ns the request waited for its turn, and how many it took then.
+
+        Requests that a model does not have to wait for are answered here, those of a model with threads of its own there, and
+        others by a thread of these.
+
+        Args:
+            is_quick: encoding takes no time but for copies, so that it may be done on the thread of the event loop.
+
+        Raises:
+            As ``run``, and as ``model.infer``.
+        """
+        submitted = began = time.perf_counter_ns()
+        if is_quick and not model.may_wait(request):
+            answer = encode(model.infer(request))
+            return answer, 0, time.perf_counter_ns() - began
+
+        def work() -> T:
+            nonlocal began
+            began = time.perf_counter_ns()
+            return encode(model.infer(request))
+
+        def submit(started: Callable[[], object]) -> Future[InferenceResponse]:
+            def note() -> None:
+                nonlocal began
+                began = time.perf_counter_ns()
+                started()
+
+            return model.submit(request, note)
+
+        if not model.has_threads:
+            answer = await self.run(work)
+        else:
+            response = await self.result_of(submit)
+            is_quick = is_quick and sum(array.nbytes for array in response.outputs.values()) <= _SMALL
+            answer = encode(response) if is_quick else await self.run(lambda: encode(response))
+        return answer, began - submitted, time.perf_counter_ns() - began
 
     def close(self) -> None:
         """End them, after what they are at."""

@@ -74,7 +74,7 @@ def serve_with_workers(options: ServeOptions, announce: Callable[[Sequence[str]]
         WorkersError: they cannot start.   OSError: the address cannot be used.
     """
     with listen(options.host, options.port) as listening:
-        _Parent(options, listening, target).run(lambda: announce(urls(options, listening)))
+        _Parent(options, listening, target).run(lambda: announce(urls(options, listening, options.grpc_port)))
 
 
 class _Parent:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.factories import Workshop
 from support.oracles import rows_of
-from support.waiting import join_all, wait_until
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 import hps_numba
 from hps_numba import HPS
@@ -350,7 +350,7 @@ def test_a_message_names_programs_of_the_folder_only(published: Any, tmp_path: P
 
 def test_no_answer_mixes_two_versions(published: Any, tmp_path: Path) -> None:
     server, model, publish, _ = published
-    batched = BatchedModel(model, max_delay=0.0002)
+    batched = BatchedModel(model, max_delay=0.0002, timeout=HANG_SECONDS)
     for version in range(2, 6):
         scorer(tmp_path, float(version), f"scorer-{version}.pt2")
     ids = np.arange(16).reshape(8, 2)

@@ -23,7 +23,8 @@ from hps_numba.frontends.inference.repository import Repository
 from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, TensorSpec
 from hps_numba.frontends.open_inference.access import Access
 from hps_numba.frontends.open_inference.app import InferenceApp
-from hps_numba.frontends.open_inference.codec import AnswerForm, decode_response, encode_request
+from hps_numba.frontends.open_inference.codec import decode_response, encode_request
+from hps_numba.frontends.open_inference.heads import AnswerForm
 from hps_numba.frontends.open_inference.limits import Limits
 
 KEYS = np.array([3, 1, 4, 99])
@@ -61,7 +62,7 @@ class Rig:
         self.server, self.slow = server, Slow()
         self.repository = Repository(server, may_change=may_change)
         self.repository.add(self.slow)
-        self.app = InferenceApp(self.repository, limits, Access(tokens))
+        self.app = InferenceApp(self.repository, limits or Limits(request_seconds=HANG_SECONDS), Access(tokens))
 
     def __call__(self, method: str, path: str, body: Any = b"", **more: Any) -> Reply:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -231,8 +232,17 @@ def test_more_requests_than_may_wait_are_refused(rigs: Any) -> None:
     assert 'hps_queued_requests{frontend="open_inference",protocol="http"} 0' in rig.server.metrics_text()
 
 
-def test_a_request_that_takes_too_long(rigs: Any) -> None:
+def test_a_request_that_takes_too_long(rigs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = rigs(Limits(request_seconds=0.05, max_concurrent=1))
+    submit = rig.app._threads._threads.submit
+
+    def submit_and_begin(work: Any) -> Any:
+        """However slow threads start: the first request is at work before its time begins."""
+        future = submit(work)
+        wait_until(lambda: rig.slow.at_work)
+        return future
+
+    monkeypatch.setattr(rig.app._threads._threads, "submit", submit_and_begin)
     replies = ask_all(rig.app, {**SLOW, "body": ONE}, {**SLOW, "body": ONE})
     assert [reply is not None and (reply.status, reply.error) for reply in replies] == [
         (503, "server: expected an answer within 0.05 s, there is none yet")

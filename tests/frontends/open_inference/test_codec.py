@@ -13,14 +13,8 @@ from hypothesis.extra import numpy as arrays_of
 
 from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.tensors import DATATYPES, InferenceRequest, InferenceResponse
-from hps_numba.frontends.open_inference.codec import (
-    AnswerForm,
-    Body,
-    decode_request,
-    decode_response,
-    encode_request,
-    encode_response,
-)
+from hps_numba.frontends.open_inference.codec import Body, decode_request, decode_response, encode_request, encode_response
+from hps_numba.frontends.open_inference.heads import AnswerForm
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 PARAMETERS = st.dictionaries(
@@ -81,13 +75,57 @@ def test_an_answer_comes_through(data: st.DataObject, parameters: dict[str, Any]
 
 
 def test_bytes_are_neither_copied_in_nor_out() -> None:
-    keys = np.arange(100)
+    keys = np.arange(1000)
     body = encode_request(InferenceRequest("m", {"k": keys}), AnswerForm(True))
     assert np.shares_memory(np.frombuffer(body.parts[1], np.uint8), keys)
     padding = b" " * (-len(body.parts[0]) % 8)
     text = joined(Body((padding, *body.parts), None))
     request, _ = decode_request(text, "m", "", len(text) - keys.nbytes)
     assert np.shares_memory(request.inputs["k"], np.frombuffer(text, np.uint8))
+
+
+def test_few_keys_can_be_written_to_and_leave_the_body_as_it_is() -> None:
+    keys = np.arange(32)
+    body = encode_request(InferenceRequest("m", {"k": keys}), AnswerForm(True))
+    text = joined(body)
+    request, _ = decode_request(text, "m", "", body.json_size)
+    request.inputs["k"][:] = 7
+    again, _ = decode_request(text, "m", "", body.json_size)
+    assert again.inputs["k"].tolist() == keys.tolist()
+
+
+def test_a_request_may_change_its_parameters_and_the_next_of_the_same_text_has_its_own() -> None:
+    asked = InferenceRequest("m", {"k": np.arange(3)}, parameters={"mode": "sum"}, input_parameters={"k": {"mode": "mean"}})
+    body = encode_request(asked, AnswerForm(True))
+    for model in ("m", "n"):
+        request, form = decode_request(joined(body), model, "", body.json_size)
+        assert (request.model, request.parameters, request.input_parameters) == (
+            model,
+            {"mode": "sum"},
+            {"k": {"mode": "mean"}},
+        )
+        assert form.binary
+        request.parameters["mode"] = "max"  # type: ignore[index]
+        request.input_parameters["k"]["mode"] = "max"  # type: ignore[index]
+
+
+def test_answers_of_one_form_have_their_own_values_and_shapes() -> None:
+    for shape in ((2, 3), (3, 2), (2, 3), (0, 3)):
+        for dtype in (np.float32, np.float16):
+            rows = np.random.default_rng(1).random(shape).astype(dtype)
+            body = encode_response(InferenceResponse("m", "1", {"t": rows}), AnswerForm(True))
+            got = decode_response(joined(body), body.json_size)
+            assert got.outputs["t"].dtype == dtype
+            assert got.outputs["t"].shape == shape
+            assert np.array_equal(got.outputs["t"], rows)
+            assert (got.model, got.version, got.id) == ("m", "1", "")
+
+
+def test_heads_that_are_wrong_are_refused_each_time() -> None:
+    text = b'{"inputs": [{"name": "k", "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": 4}}]}'
+    for _ in range(2):
+        with pytest.raises(InferenceError, match="expected 8 bytes"):
+            decode_request(text + b"1234", "m", "", len(text))
 
 
 @pytest.mark.parametrize("data", [[1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from support.factories import Workshop
 from support.inference_endpoints import PlainGrpc, Refused, TritonGrpc
 from support.redis_servers import authority, signed
+from support.shared_memory import new_name
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba import HPS
@@ -74,6 +77,25 @@ def right(running: RunningGrpc, server: HPS, **more: Any) -> None:
     got = endpoint.ask({"user": KEYS}, model="m").outputs["user"]
     endpoint.close()
     np.testing.assert_array_equal(got, server.lookup(KEYS, "m", "user"), strict=True)
+
+
+def right_at_last(running: RunningGrpc, server: HPS) -> None:
+    """As ``right``, of a server with times so short that a busy machine may miss them."""
+
+    def is_right() -> bool:
+        try:
+            right(running, server)
+        except Refused as problem:
+            assert problem.statuses & {408, 503}, problem
+            return False
+        return True
+
+    wait_until(is_right)
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What this package logged as an error."""
+    return [one for one in caplog.records if one.levelno >= logging.ERROR and one.name.startswith("hps_numba")]
 
 
 # -- who may ask ---------------------------------------------------------------------
@@ -215,7 +237,7 @@ def test_random_bytes(start: Start, server: HPS, caplog: pytest.LogCaptureFixtur
                 codes.add(problem.code().name)
                 assert "Traceback" not in problem.details()
     assert "INVALID_ARGUMENT" in codes and codes <= {"INVALID_ARGUMENT", "NOT_FOUND"}
-    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+    assert not errors(caplog)
     right(running, server)
 
 
@@ -238,7 +260,7 @@ def test_a_fault_tells_nothing_of_itself(
     with pytest.raises(grpc.RpcError) as problem:
         call(running, "ModelInfer", request.SerializeToString())
     assert problem.value.code() is grpc.StatusCode.INTERNAL and "secret" not in problem.value.details()
-    (logged,) = [one for one in caplog.records if one.levelno >= logging.ERROR]
+    (logged,) = errors(caplog)
     assert logged.exc_info and logged.exc_info[0] is ZeroDivisionError
 
 
@@ -279,31 +301,46 @@ def test_a_request_that_does_not_arrive(start: Start, server: HPS) -> None:
         never.wait()
         yield b""
 
+    def is_late(call: Any) -> bool:
+        with pytest.raises(grpc.RpcError) as problem:
+            list(call(nothing(), timeout=HANG_SECONDS))
+        if problem.value.code() is grpc.StatusCode.UNAVAILABLE:
+            return False  # the connection itself was not made in time
+        assert problem.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "within 0.2 s" in problem.value.details()
+        return True
+
     with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
         for method in ("ModelInfer", "ModelStreamInfer"):
-            with pytest.raises(grpc.RpcError, match=r"within 0\.2 s") as problem:
-                list(channel.stream_stream(f"/{SERVICE}/{method}")(nothing(), timeout=HANG_SECONDS))
-            assert problem.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            call = channel.stream_stream(f"/{SERVICE}/{method}")
+            wait_until(partial(is_late, call))
         never.set()
-    right(running, server)
+    right_at_last(running, server)
 
 
 def test_an_answer_that_is_not_read(start: Start, server: HPS, monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts as held, and its connection ends some time, which frees it."""
     monkeypatch.setattr("hps_numba.frontends.open_inference.grpc_server._AGE", 0.2)
-    admission = Admission(Limits())
-    running = start(Limits(write_seconds=0.3, read_seconds=0.1, request_seconds=0.1), admission=admission)
     request = schema().ModelInferRequest(model_name="m", raw_input_contents=[bytes(8 * 400_000)])
     request.inputs.add(name="item", datatype="INT64", shape=[400_000])
     options = [("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
-    with grpc.insecure_channel(f"127.0.0.1:{running.port}", options) as channel:
-        asked = channel.stream_stream(f"/{SERVICE}/ModelInfer")(iter([request.SerializeToString()]), timeout=HANG_SECONDS)
-        wait_until(lambda: admission.held_bytes)
-        wait_until(lambda: not admission.held_bytes)
-        with pytest.raises(grpc.RpcError) as problem:
-            next(asked)
-        assert problem.value.code() is grpc.StatusCode.UNAVAILABLE
-    right(running, server)
+    seconds = (0.1 * 2**number for number in itertools.count())  # a busy machine needs more to take and answer the request
+
+    def is_freed() -> bool:
+        admission, short = Admission(Limits()), next(seconds)
+        running = start(Limits(write_seconds=0.3, read_seconds=short, request_seconds=short), admission=admission)
+        with grpc.insecure_channel(f"127.0.0.1:{running.port}", options) as channel:
+            asked = channel.stream_stream(f"/{SERVICE}/ModelInfer")(iter([request.SerializeToString()]), timeout=HANG_SECONDS)
+            wait_until(lambda: admission.held_bytes >= 400_000 * 8 * 4 or asked.done())
+            was_held = admission.held_bytes > 0
+            wait_until(lambda: not admission.held_bytes)
+            with pytest.raises(grpc.RpcError) as problem:
+                next(asked)
+        code = problem.value.code()
+        assert code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.DEADLINE_EXCEEDED and not was_held)
+        right_at_last(running, server)
+        return was_held and "expected" not in problem.value.details()  # else it was late itself
+
+    wait_until(is_freed)
 
 
 def test_a_request_that_takes_too_long(start: Start, server: HPS, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +359,7 @@ def test_a_request_that_takes_too_long(start: Start, server: HPS, monkeypatch: p
     assert problem.value.statuses == {503}
     go_on.set()
     endpoint.close()
-    right(running, server)
+    right_at_last(running, server)
 
 
 def test_the_end_waits_for_what_was_taken(start: Start, server: HPS, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,11 +432,12 @@ def test_tensors_in_shared_memory(start: Start, server: HPS, segments: Callable[
     shared_memory = pytest.importorskip("tritonclient.utils.shared_memory")
     triton = pytest.importorskip("tritonclient.grpc")
     running = start(regions=SharedRegions(["hps_test_"]))
-    keys_at, rows_at = segments("hps_test_keys", 4096), segments("hps_test_rows", 4096)
+    keys_name, rows_name = new_name(), new_name()
+    keys_at, rows_at = segments(keys_name, 4096), segments(rows_name, 4096)
     shared_memory.set_shared_memory_region(keys_at, [KEYS])
     with triton.InferenceServerClient(f"127.0.0.1:{running.port}") as client:
-        client.register_system_shared_memory("keys", "hps_test_keys", 4096)
-        client.register_system_shared_memory("rows", "hps_test_rows", 4096)
+        client.register_system_shared_memory("keys", keys_name, 4096)
+        client.register_system_shared_memory("rows", rows_name, 4096)
         assert {one.name: one.byte_size for one in client.get_system_shared_memory_status().regions.values()} == {
             "keys": 4096,
             "rows": 4096,

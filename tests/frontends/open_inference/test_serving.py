@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ from support.factories import Workshop
 from support.inference_servers import Serving, infer, infer_bytes, request_bytes, serving
 from support.oracles import assert_same_bits, rows_of
 from support.servers import program
+from support.shared_memory import new_name
 from support.waiting import HANG_SECONDS, join_all, wait_until
+
+from hps_numba.errors import ConfigError
+from hps_numba.frontends.open_inference.options import ServeOptions
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("httptools", reason="needs the extra serve")
@@ -35,6 +40,7 @@ BODIES = int(os.environ.get("HPS_NUMBA_FUZZED_BODIES", "500"))
 CONNECTIONS = int(os.environ.get("HPS_NUMBA_CONNECTIONS", "200"))
 DIM, ROWS = 32, 20_000
 TOKEN = "a-token-of-some-length"
+PROMPT = 0.5  # seconds in which a client sends a request on a connection that is idle, if the machine does not stop it
 #: bytes that requests of the tests may leave behind: buffers that are kept, the heap of Python
 KEPT = 256 << 20
 
@@ -56,10 +62,25 @@ def server(config: Path) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def impatient(config: Path) -> Iterator[Serving]:
-    """A server with short times and small bounds."""
+    """A server with short times and small bounds; a client that a busy machine stops is late as any other, and asks again."""
     times = ("--read-seconds", "0.5", "--write-seconds", "0.5", "--max-connections", "20", "--drain-seconds", "0")
     with serving(config, *times) as made:
         yield made
+
+
+def asked(server: Serving, path: str) -> tuple[int, bytes]:
+    """Ask as long as it takes for an answer that is not about the client."""
+    answers: list[tuple[int, bytes]] = []
+
+    def is_answered() -> bool:
+        try:
+            answers.append(server.get(path))
+        except (ConnectionError, http.client.HTTPException):
+            return False
+        return answers[-1][0] != 408
+
+    wait_until(is_answered)
+    return answers[-1]
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -106,11 +127,16 @@ def test_requests_in_one_go_are_answered_in_order(server: Serving) -> None:
     ],
 )
 def test_clients_that_stop_sending(impatient: Serving, sent: bytes, answered: bytes) -> None:
-    with impatient.socket() as connection:
-        connection.sendall(sent)
-        data = read_all(connection)
-    assert (data.split(b" ")[1] if data else b"") == answered
-    assert b"Traceback" not in data
+    def is_answered() -> bool:
+        with impatient.socket() as connection:
+            with suppress(ConnectionError):
+                connection.sendall(sent)
+            data = read_all(connection)
+        status = data.split(b" ")[1] if data else b""
+        assert status in (answered, b"", b"408") and b"Traceback" not in data
+        return status == answered  # another one if it was late before that
+
+    wait_until(is_answered)
 
 
 def test_a_client_that_sends_a_byte_now_and_then(impatient: Serving) -> None:
@@ -134,15 +160,23 @@ def test_a_client_that_sends_a_byte_now_and_then(impatient: Serving) -> None:
 
 def test_a_client_that_does_not_read(impatient: Serving) -> None:
     body, headers = infer_bytes("user", np.zeros(100_000, np.int64))
-    with impatient.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(request_bytes(body, headers))
-        wait_until(
-            lambda: b'hps_requests_in_flight{frontend="open_inference",protocol="http"} 0' in impatient.get("/metrics")[1]
-        )
-        wait_until(lambda: len(open_sockets(impatient)) == 0)
-        assert len(read_all(connection)) < 100_000 * DIM * 4
-    assert impatient.get("/v2/health/live")[0] == 200
+    in_flight = b'hps_requests_in_flight{frontend="open_inference",protocol="http"} 0'
+
+    def is_cut() -> bool:
+        with impatient.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            try:
+                connection.sendall(request_bytes(body, headers))
+            except ConnectionError:
+                return False  # it was late already
+            wait_until(lambda: in_flight in asked(impatient, "/metrics")[1])
+            wait_until(lambda: len(open_sockets(impatient)) == 0)
+            data = read_all(connection)
+        assert len(data) < 100_000 * DIM * 4
+        return b" 408 " not in data[:100]
+
+    wait_until(is_cut)
+    assert asked(impatient, "/v2/health/live")[0] == 200
 
 
 def open_sockets(server: Serving) -> list[str]:
@@ -153,8 +187,8 @@ def open_sockets(server: Serving) -> list[str]:
 
 
 @pytest.mark.parametrize("piece", [b"a", b"a: b\r\n"])
-def test_headers_without_end(impatient: Serving, piece: bytes) -> None:
-    with impatient.socket() as connection:
+def test_headers_without_end(server: Serving, piece: bytes) -> None:
+    with server.socket() as connection:
         try:
             connection.sendall(b"GET /v2 HTTP/1.1\r\n" + piece * 100_000)
         except ConnectionError:
@@ -164,13 +198,17 @@ def test_headers_without_end(impatient: Serving, piece: bytes) -> None:
 
 
 def test_more_connections_than_allowed(impatient: Serving) -> None:
-    wait_until(lambda: not open_sockets(impatient))
-    open_ = [impatient.socket() for _ in range(21)]
-    last = read_all(open_[-1])
-    for connection in open_:
-        connection.close()
-    assert b"503 Service Unavailable" in last and b"20 connections are open already" in last
-    wait_until(lambda: impatient.get("/v2/health/live")[0] == 200)
+    def is_refused() -> bool:
+        wait_until(lambda: not open_sockets(impatient))
+        open_ = [impatient.socket() for _ in range(21)]
+        last = read_all(open_[-1])
+        for connection in open_:
+            connection.close()
+        assert not last or (b"503 Service Unavailable" in last and b"20 connections are open already" in last)
+        return bool(last)  # else the first ones were late before the last was there
+
+    wait_until(is_refused)
+    wait_until(lambda: asked(impatient, "/v2/health/live")[0] == 200)
 
 
 def test_a_length_that_is_too_large_is_refused_before_the_body(server: Serving) -> None:
@@ -231,7 +269,8 @@ def test_fuzzed_requests(server: Serving) -> None:
     for _ in range(BODIES):
         with server.socket() as connection:
             connection.sendall(fuzzed(rng))
-            connection.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # the server has closed it already
+                connection.shutdown(socket.SHUT_WR)
             data = read_all(connection)
         status = data.split(b" ")[1] if data else b"none"
         statuses[status] = statuses.get(status, 0) + 1
@@ -312,7 +351,11 @@ def tls_get(server: Serving, context: ssl.SSLContext, **headers: str) -> int:
 
 
 class Load:
-    """Clients that ask one request after the other by connections that stay open, as long as the server wants them."""
+    """Clients that ask one request after the other by connections that stay open, as long as the server wants them.
+
+    A server that ends closes a connection on which nothing comes for a second: a request is lost if it is cut although it was
+    sent sooner than that.
+    """
 
     def __init__(self, server: Serving, clients: int, keys: int = 200) -> None:
         self._server, self._keys = server, keys
@@ -327,24 +370,30 @@ class Load:
     def _run(self, number: int) -> None:
         rng = np.random.default_rng(number)
         connection = self._server.connect()
+        idle_since = 0.0
         while not self.stop.is_set():
             try:
                 if connection.sock is None:
+                    idle_since = time.monotonic()
                     connection.connect()
             except ConnectionError:  # the server accepts no more
                 break
-            self._ask(connection, rng.integers(0, ROWS, self._keys))
+            self._ask(connection, rng.integers(0, ROWS, self._keys), idle_since)
+            idle_since = time.monotonic()
         connection.close()
 
-    def _ask(self, connection: http.client.HTTPConnection, keys: np.ndarray) -> None:
+    def _ask(self, connection: http.client.HTTPConnection, keys: np.ndarray, idle_since: float) -> None:
         body, headers = infer_bytes("user", keys)
+        sent = float("inf")
         try:
             connection.request("POST", "/v2/models/m/infer", body, headers)
+            sent = time.monotonic()
             answer = connection.getresponse()
             content = answer.read()
         except (ConnectionError, http.client.HTTPException) as problem:
             connection.close()
-            self._lose(f"{type(problem).__name__}: {problem}")
+            if min(sent, time.monotonic()) - idle_since < PROMPT:
+                self._lose(f"{type(problem).__name__}: {problem}")
             return
         if answer.will_close:
             connection.close()
@@ -381,7 +430,7 @@ def test_ctrl_c_ends_it(config: Path) -> None:
 
 @pytest.fixture
 def shared(config: Path, tmp_path: Path) -> Iterator[Path]:
-    name = f"hps_test_serving_{os.getpid()}"
+    name = new_name()
     section = {
         "type": "multi_process_hash_map",
         "shared_memory_name": name,
@@ -411,7 +460,8 @@ def test_a_worker_that_is_killed_under_load(shared: Path) -> None:
         load.join()
         wait_until(lambda: workers_in_metrics(server) == {"0", "1"})
         assert server.get("/v2/health/ready")[0] == 200
-        assert server.errors.count("ended with exit code -9, another starts") == 1
+        wait_until(lambda: "ended with exit code -9, another starts" in server.errors)
+        assert server.errors.count("ended with exit code") == 1
         check_control(server)
 
 
@@ -420,7 +470,15 @@ def test_workers_end_if_their_parent_is_killed(shared: Path) -> None:
     workers = server.workers()
     assert len(workers) == 2
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
-    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there that has not ended; nobody may ever ask for the exit code of one that has."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 def workers_in_metrics(server: Serving) -> set[str]:
@@ -447,6 +505,11 @@ def post(server: Serving, path: str) -> tuple[int, Any]:
         return answer.status, json.loads(answer.read())
     finally:
         connection.close()
+
+
+def test_workers_share_one_port_of_grpc(config: Path) -> None:
+    with pytest.raises(ConfigError, match="grpc_port: expected the number of a port"):
+        ServeOptions(config, grpc_port=0, workers=2)
 
 
 def test_workers_that_cannot_start_say_why(config: Path, tmp_path: Path) -> None:
