@@ -48,7 +48,7 @@ library = torch.library.Library("hps_numba", "DEF")
 library.define("lookup(Tensor keys, str request, int dim) -> Tensor")
 
 _empty, _FLOAT32 = torch.empty, torch.float32
-_SMALL = 1 << 14  # elements: memory of that size comes from the heap, and Torch allocates it faster than our pool
+_SMALL = 1 << 17  # elements: memory of that size comes from the heap, and Torch allocates it faster than our pool
 
 
 def check_keys(keys: torch.Tensor) -> None:
