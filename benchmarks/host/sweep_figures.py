@@ -126,14 +126,17 @@ def timed(
 
 @contextmanager
 def updating(update: Callable[[np.ndarray], None], sweep: Sweep) -> Iterator[None]:
-    """A thread that calls ``update`` with the numbers of random rows, ``update_rate`` rows a second."""
+    """A thread that calls ``update`` with the numbers of random rows, ``update_rate`` rows a second.
+
+    They are rows of the fast tier: others would come into it, and the share of hits would grow.
+    """
     stop, problems = Event(), []
 
     def work() -> None:
         rng = np.random.default_rng(5)
         try:
             while not stop.wait(_TICK):
-                update(rng.integers(0, sweep.rows, max(1, round(sweep.update_rate * _TICK))))
+                update(rng.integers(0, sweep.fast, max(1, round(sweep.update_rate * _TICK))))
         except Exception as problem:
             problems.append(problem)
 

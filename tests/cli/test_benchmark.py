@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from support.tier_commands import TAG, TierFolder
+from support.waiting import HANG_SECONDS
 
 OPERATIONS = ["insert", "upsert", "fetch hit", "fetch miss", "erase"]
-SMALL = ("--rows", 200, "--dim", 4, "--batch-size", "16,64", "--seconds", 0.5)
+SMALL = ("--rows", 200, "--dim", 4, "--batch-size", "16,64", "--seconds", HANG_SECONDS)  # all rows, however long that takes
 
 
 @pytest.fixture

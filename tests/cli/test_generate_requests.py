@@ -212,10 +212,10 @@ def test_perf_analyzer_sends_them(tmp_path: Path, form: str) -> None:
             assert array.reshape(-1).tolist() == request[name]["content"]
 
 
-@pytest.mark.parametrize("form", ["flat", "named"])
-def test_perf_analyzer_and_our_own_server(tmp_path: Path, config: Path, form: str) -> None:
+def test_perf_analyzer_and_our_own_server(tmp_path: Path, config: Path) -> None:
     pytest.importorskip("uvicorn")
-    path = tmp_path / "r.json"
-    assert hps("--output-path", path, "--config", config, "--model", "b", "--form", form).exit_code == 0
-    with serving(config) as server:
-        analyze(server.urls["http"], "b", path)
+    with serving(config, "--drain-seconds", "0") as server:
+        for form in ("flat", "named"):
+            path = tmp_path / f"{form}.json"
+            assert hps("--output-path", path, "--config", config, "--model", "b", "--form", form).exit_code == 0
+            analyze(server.urls["http"], "b", path)

@@ -211,7 +211,7 @@ class _ClosedLoop(_Loop):
         return begin
 
     def _next(self) -> None:
-        if _now() < self._end and not self._ended:
+        if (_now() < self._end or not self._sent) and not self._ended:  # one each, however short the time is
             while (connection := self._connections.take()) is not None:
                 self._send(connection, _now())
         elif not self._connections.busy:
