@@ -44,6 +44,8 @@ class Fleet:
                 RAY_SERVE_ENABLE_HA_PROXY="1",
                 RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
                 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
+                RAY_SERVE_HAPROXY_METRICS_PORT=str(free_port()),  # a Prometheus exporter may have the usual one
+                RAY_SERVE_HAPROXY_STATS_PORT=str(free_port()),
                 RAY_USAGE_STATS_ENABLED="0",
                 PYTHONWARNINGS="ignore",
             ),
@@ -102,7 +104,7 @@ def ray_fleet(folder: Path, nodes: int = 2) -> Iterator[Fleet]:
             pytest.fail(missing)
         pytest.skip(missing)
     with (Path(tempfile.gettempdir()) / "hps_numba_tests_of_ray.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # HAProxy of Ray and its replicas take fixed ports
+        fcntl.flock(lock, fcntl.LOCK_EX)  # replicas of Ray take fixed ports
         fleet = Fleet(folder, nodes)
         try:
             yield fleet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.framework_rig import DIM, Rig, finish, rig_of, run_program, start_program, tensorflow
+from support.servers import free_port
 from support.waiting import join_all
 
 from hps_numba import ConfigError, HpsError
@@ -222,8 +222,12 @@ def test_a_mirrored_strategy_serves_and_trains_a_head(rig: Rig, tmp_path: Path) 
 
 
 _WORKER = """
-import json, os, sys, numpy as np, tensorflow as tf
+import atexit, json, os, pathlib, sys, numpy as np, tensorflow as tf
+from support.waiting import wait_until
 path, rows, DIM = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
+rank, folder = json.loads(os.environ["TF_CONFIG"])["task"]["index"], pathlib.Path(sys.argv[2]).parent
+if rank == 0:
+    atexit.register((folder / "leader is done").touch)  # whatever happens
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 import hps_numba.frontends.tensorflow as hps
 from hps_numba.server.registry import SERVERS
@@ -246,36 +250,35 @@ def step(ids, wanted):
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, loss)
     return strategy.run(replica, (ids, wanted))
 
-rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 random, losses = np.random.default_rng(rank), []
 for _ in range(15):
     ids = random.integers(0, len(rows), (4, 3))
     assert np.array_equal(lookup(tf.constant(ids)), rows[ids])
     losses.append(float(step(tf.constant(ids), tf.constant(rows[ids].sum((1, 2))[:, None]))))
 assert losses[-1] < losses[0] and len(SERVERS.opened) == 1
-print("worker", float(tf.reduce_sum(head)), losses[-1])
+print("worker", float(tf.reduce_sum(head)), losses[-1], flush=True)
+if rank == 0:  # who leads must not end before the others, nor they before it has what they sent
+    (folder / "leader is done").touch()
+    wait_until((folder / "others are gone").exists)
+else:
+    wait_until((folder / "leader is done").exists)
 """
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def test_two_workers_of_a_multi_worker_strategy(rig: Rig, tmp_path: Path) -> None:
     import json
 
     np.save(tmp_path / "rows.npy", rig.rows)
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = [f"127.0.0.1:{port}" for port in (free_port(), free_port())]
     arguments = (rig.path, str(tmp_path / "rows.npy"), str(DIM))
     settings = [json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}}) for i in range(2)]
     started = [start_program(_WORKER, *arguments, TF_CONFIG=one) for one in settings]
-    printed = [finish(one).split() for one in started]
+    leader, other = started
+    try:
+        printed = [finish(other).split()]
+    finally:
+        (tmp_path / "others are gone").touch()
+    printed.append(finish(leader).split())
     assert printed[0][0] == printed[1][0] == "worker" and printed[0] == printed[1]  # one head, one loss
 
 

@@ -389,12 +389,15 @@ def test_10_000_calls_leak_nothing(rig: Rig) -> None:
         text = Path("/proc/self/statm").read_text() if Path("/proc/self/statm").exists() else "0 0"
         return int(text.split()[1]) * 4096
 
-    for _ in range(1000):
-        layer(keys)
-    before = resident()
-    for _ in range(10_000):
-        layer(keys)
-    assert resident() - before < 16 << 20
+    def grown() -> int:
+        before = resident()
+        for _ in range(1000):
+            layer(keys)
+        return resident() - before
+
+    growth = [grown() for _ in range(10)]
+    # what calls leave behind grows in each round, once the heap has no room left; what others take or give back is in a few
+    assert np.median(growth[5:]) < 1 << 20, growth
 
 
 # -- many tables, and embeddings of Torch ---------------------------------------------------------------------
