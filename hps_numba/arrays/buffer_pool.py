@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["USED", "BufferPool", "aligned_empty"]
+__all__ = ["USED", "BufferPool", "aligned_empty", "reused_empty"]
 
 #: bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds, and enough for JAX to take memory over
 ALIGNMENT = 64
@@ -104,3 +104,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDAr
     if size >= _SMALL:
         return USED.array(shape, dtype)
     return _aligned_bytes(size).view(dtype).reshape(shape)
+
+
+def reused_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Uninitialised memory for what no framework takes over: as ``aligned_empty``, but small memory begins anywhere."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return USED.array(shape, np.dtype(dtype)) if size >= _SMALL else np.empty(shape, dtype)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
-
 from hps_numba.metrics.families import Family, Metric
-from hps_numba.metrics.histogram import SUM, WORDS, HistogramSnapshot, bucket_of
+from hps_numba.metrics.histogram import ListHistogram
 from hps_numba.runtime.fork import register_fork_reset
 
 __all__ = ["Distribution", "Number"]
@@ -65,23 +63,20 @@ class Distribution(_Instrument):
 
     def __init__(self, metric: Metric) -> None:
         super().__init__(metric)
-        self._words: dict[tuple[str, ...], list[int]] = {}  # as of ``Histogram``; elements of a list are faster to change
+        self._histograms: dict[tuple[str, ...], ListHistogram] = {}
 
     def record(self, value: int, *labels: str) -> None:
         """Count one value, a whole number of at least 0."""
-        bucket = bucket_of(value)
         with self._lock:
-            words = self._words.get(labels)
-            if words is None:
-                words = self._words[labels] = [0] * WORDS
-            words[bucket] += 1
-            words[SUM] += value
+            histogram = self._histograms.get(labels)
+            if histogram is None:
+                histogram = self._histograms[labels] = ListHistogram()
+            histogram.record(value)
 
     def collect(self) -> Family:
         """What was counted so far."""
         family = Family(self.metric)
         with self._lock:
-            counted = [(labels, [*words]) for labels, words in self._words.items()]
-        for labels, words in counted:
-            family.add(HistogramSnapshot(np.array(words[:SUM], np.int64), words[SUM]), *labels)
+            for labels, histogram in self._histograms.items():
+                family.add(histogram.snapshot(), *labels)
         return family

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-import numpy as np
-
 from hps_numba.metrics.families import Family, Metric
-from hps_numba.metrics.histogram import SUM, WORDS, HistogramSnapshot, bucket_of, edges_between
+from hps_numba.metrics.histogram import ListHistogram, edges_between
 from hps_numba.metrics.registry import Registry
 from hps_numba.runtime.fork import register_fork_reset
 
@@ -83,27 +81,14 @@ class _OfModel:
 
     Attributes:
         statuses: how many requests, by status.
-        seconds, keys, batches: histograms as of ``Histogram``; elements of a list are faster to change. Empty: none yet.
+        seconds, keys, batches: what was recorded.
     """
 
     __slots__ = ("batches", "keys", "seconds", "statuses")
 
     def __init__(self) -> None:
         self.statuses: dict[int, int] = {}
-        self.seconds: list[int] = []
-        self.keys: list[int] = []
-        self.batches: list[int] = []
-
-
-def _record(words: list[int], value: int) -> None:
-    if not words:
-        words.extend([0] * WORDS)
-    words[bucket_of(value)] += 1
-    words[SUM] += value
-
-
-def _snapshot(words: list[int]) -> HistogramSnapshot:
-    return HistogramSnapshot(np.array(words[:SUM], np.int64), words[SUM])
+        self.seconds, self.keys, self.batches = ListHistogram(), ListHistogram(), ListHistogram()
 
 
 class RequestMetrics:
@@ -152,7 +137,7 @@ class RequestMetrics:
     def batch(self, requests: int, model: str = "") -> None:
         """Some requests were answered together."""
         with self._lock:
-            _record(self._of(model).batches, requests)
+            self._of(model).batches.record(requests)
 
     @property
     def in_flight(self) -> int:
@@ -175,9 +160,10 @@ class RequestMetrics:
                 labels = *self._labels, model
                 for status, count in one.statuses.items():
                     requests.add(count, *labels, str(status))
-                for family, words in ((seconds, one.seconds), (keys, one.keys), (batches, one.batches)):
-                    if words:
-                        family.add(_snapshot(words), *labels)
+                for family, histogram in ((seconds, one.seconds), (keys, one.keys), (batches, one.batches)):
+                    counted = histogram.snapshot()
+                    if counted.count:
+                        family.add(counted, *labels)
         return [in_flight, queued, requests, seconds, keys, batches]
 
     def _add(self, *, active: int = 0, waiting: int = 0) -> None:
@@ -190,9 +176,9 @@ class RequestMetrics:
             self._active -= 1
             one = self._of(request.model)
             one.statuses[status] = one.statuses.get(status, 0) + 1
-            _record(one.seconds, max(0, nanoseconds))
+            one.seconds.record(max(0, nanoseconds))
             if request.keys is not None:
-                _record(one.keys, request.keys)
+                one.keys.record(request.keys)
 
     def _of(self, model: str) -> _OfModel:
         """What is counted of a model: those beyond a number are one, as names may come from clients."""

@@ -1,4 +1,4 @@
-"""A clock that stands still unless the test sleeps."""
+"""Clocks that stand still unless a test moves them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import time
 
 import pytest
 
-__all__ = ["stop_clock"]
+__all__ = ["Clock", "stop_clock"]
+
+
+class Clock:
+    """In the place of a module's ``time``: stands still but for what a test adds to ``now``."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 def stop_clock(monkeypatch: pytest.MonkeyPatch, start: float) -> list[float]:

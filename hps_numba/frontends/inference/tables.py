@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.arrays.bags import COMBINERS
-from hps_numba.arrays.buffer_pool import aligned_empty
+from hps_numba.arrays.buffer_pool import reused_empty
 from hps_numba.config.spec import TableSpec
 from hps_numba.errors import VersionError
 from hps_numba.frontends.inference.model import InferenceModel
@@ -32,7 +32,6 @@ __all__ = ["TableSetModel"]
 KEYS, NUMKEYS, FLAT = "KEYS", "NUMKEYS", "OUTPUT0"
 OFFSETS, WEIGHTS = ".offsets", ".weights"  # behind the name of a table
 _OUTPUT_TYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype(np.float32), "FP16": np.dtype(np.float16)}
-_SMALL_ROWS = 1 << 14  # elements, whose memory nobody has to keep for the next answer
 _SMALL_KEYS = 16_384  # a lookup of so many in host memory takes well under a millisecond
 
 
@@ -117,7 +116,7 @@ class TableSetModel(InferenceModel):
                 400, f"{NUMKEYS}: expected counts whose sum is {keys.size}, the size of {KEYS}, got {per_table}"
             )
         all_keys = keys.reshape(-1)
-        out = aligned_empty((sum(n * spec.dim for n, spec in zip(per_table, self._tables)),))
+        out = reused_empty((sum(n * spec.dim for n, spec in zip(per_table, self._tables)),))
         key = at = 0
         for n, spec in zip(per_table, self._tables):
             if n:
@@ -148,8 +147,7 @@ class TableSetModel(InferenceModel):
         if offsets is None:
             if weights is not None or own.get("mode") is not None:
                 raise InferenceError(400, f"{spec.name}{OFFSETS}: expected offsets with weights or mode, got none")
-            few = keys.size * spec.dim <= _SMALL_ROWS
-            rows = (np.empty if few else aligned_empty)((*keys.shape, spec.dim), np.float32)
+            rows = reused_empty((*keys.shape, spec.dim))
             self._server.direct.lookup_into(keys, self.name, spec.table_id, rows)
             return rows
         _check_integers(offsets, spec.name + OFFSETS)

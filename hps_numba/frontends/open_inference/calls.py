@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from urllib.parse import unquote_to_bytes
 
 from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.open_inference.answers import Receive, Scope
 from hps_numba.frontends.open_inference.codec import JSON_SIZE_HEADER
 from hps_numba.frontends.open_inference.limits import Admission, Limits
+from hps_numba.frontends.open_inference.remembered import remembered
 from hps_numba.metrics import ServedRequest
 
 __all__ = ["Call", "ClientGone"]
 
 _JSON_SIZE = JSON_SIZE_HEADER.lower().encode()
 _MAX_DIGITS = 15
-_SHORT = 256  # bytes of a path that is remembered
 
 
 class ClientGone(Exception):
@@ -37,7 +36,7 @@ class Call:
     def __init__(self, scope: Scope, receive: Receive, admission: Admission) -> None:
         self.method: str = scope["method"]
         raw: bytes = scope.get("raw_path") or scope["path"].encode()
-        self.path = _words(raw) if len(raw) < _SHORT else _words.__wrapped__(raw)
+        self.path = _words(raw)
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.json_size: int | None = None
         self.held = 0
@@ -106,12 +105,14 @@ class Call:
         return message.get("body", b""), message.get("more_body", False)
 
 
-@functools.lru_cache(256)
-def _words(path: bytes) -> tuple[str, ...]:
+def _split(path: bytes) -> tuple[str, ...]:
     words = path.split(b"?")[0].strip(b"/").split(b"/")
     return tuple(
         unquote_to_bytes(word).decode("utf-8", "replace") if b"%" in word else word.decode("latin-1") for word in words
     )
+
+
+_words = remembered(_split, 256)
 
 
 def _number(value: bytes | None, name: str) -> int | None:

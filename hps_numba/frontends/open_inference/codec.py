@@ -93,8 +93,7 @@ def decode_request(
     text, offset = _split(body, json_size)
     head = head_of(text, remember=offset < len(body))
     inputs = _read_tensors(body, offset, head.inputs, regions, take)
-    own = {tensor.name: dict(tensor.parameters) for tensor in head.inputs if tensor.parameters}
-    return InferenceRequest(model, inputs, version, head.id, dict(head.parameters), own, head.outputs), head.form
+    return head.request(model, version, inputs), head.form
 
 
 def encode_response(response: InferenceResponse, form: AnswerForm, regions: SharedRegions | None = None) -> Body:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,15 @@ from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.shared_memory import RegionPart, SharedRegions
 from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, datatype_of, dtype_of
 from hps_numba.frontends.open_inference.grpc_schema import schema
-from hps_numba.frontends.open_inference.heads import TensorHead
+from hps_numba.frontends.open_inference.heads import AnswerForm, RequestHead, TensorHead
+from hps_numba.frontends.open_inference.remembered import remembered
 from hps_numba.frontends.open_inference.tensor_values import check_bytes, checked_shape, tensor_of_bytes
 
 __all__ = ["decode_request", "encode_response", "encode_stream_response", "parse"]
 
 _RAW_INPUT, _RAW_OUTPUT, _STREAMED = 7, 6, 2  # numbers of fields in open_inference.proto
 _MAX_FIELDS = 1 << 16  # of a message
-_REMEMBERED, _SHORT = 256, 4096  # heads of messages, and bytes of the longest
+_REMEMBERED = 256  # heads of answers
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # types of the wire
 #: field of typed contents -> dtype of its values; FP16 can only be sent as bytes
 _CONTENTS: Mapping[str, tuple[str, np.dtype[Any]]] = {
@@ -68,27 +68,13 @@ def decode_request(
     """
     rest, raw = _without_raw(data)
     take(len(data), len(rest))
-    head = _remembered(rest) if raw and len(rest) <= _SHORT else _parsed(rest)
+    model, version, head = _remembered(rest) if raw else _parsed(rest)
     inputs = _read_inputs(head.inputs, raw, regions, take)
-    own = {tensor.name: dict(tensor.parameters) for tensor in head.inputs if tensor.parameters}
-    request = InferenceRequest(head.model, inputs, head.version, head.id, dict(head.parameters), own, head.outputs)
-    return request, head.places
+    return head.request(model, version, inputs), head.form.places
 
 
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """What a message says beside the bytes of its tensors; ``places``: of outputs that go to shared memory."""
-
-    model: str
-    version: str
-    id: str
-    parameters: Mapping[str, Any]
-    inputs: tuple[TensorHead, ...]
-    outputs: tuple[str, ...]
-    places: Mapping[str, RegionPart]
-
-
-def _parsed(data: bytes) -> _Head:
+def _parsed(data: bytes) -> tuple[str, str, RequestHead]:
+    """Model and version, and what a message says beside the bytes of its tensors."""
     message = parse("ModelInferRequest", data)
     parameters = _parameters(message.parameters, "request")
     inputs = _input_heads(message.inputs)
@@ -104,11 +90,12 @@ def _parsed(data: bytes) -> _Head:
         if part is not None:
             places[output.name] = part
     outputs = tuple(output.name for output in message.outputs)
-    return _Head(message.model_name, message.model_version, message.id, parameters, inputs, outputs, places)
+    head = RequestHead(message.id, parameters, inputs, outputs, AnswerForm(True, places=places))
+    return message.model_name, message.model_version, head
 
 
 #: clients send the same again and again, but for the bytes of tensors
-_remembered = functools.lru_cache(_REMEMBERED)(_parsed)
+_remembered = remembered(_parsed, 4096)
 
 
 def _input_heads(tensors: Any) -> tuple[TensorHead, ...]:

@@ -6,7 +6,6 @@ short ones are remembered by their text.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ import numpy as np
 
 from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.shared_memory import RegionPart
-from hps_numba.frontends.inference.tensors import dtype_of
+from hps_numba.frontends.inference.tensors import InferenceRequest, dtype_of
+from hps_numba.frontends.open_inference.remembered import remembered
 from hps_numba.frontends.open_inference.tensor_values import check_bytes, checked_parameters, checked_shape
 
 __all__ = [
@@ -36,7 +36,6 @@ BINARY, BINARY_ALL, BINARY_SIZE = "binary_data", "binary_data_output", "binary_d
 _SHARED = "shared_memory_"  # how the parameters begin that name a place there
 #: parameters of tensors that ask for what no model here does
 _REFUSED = {"classification": "outputs as they are"}
-_REMEMBERED, _SHORT = 256, 4096  # heads, and bytes of the longest
 
 Memory = bytes | bytearray | memoryview
 
@@ -61,12 +60,13 @@ class AnswerForm:
 
 @dataclass(frozen=True, eq=False)
 class TensorHead:
-    """What the JSON says of a tensor.
+    """What is said of a tensor, in JSON or in a message of gRPC.
 
     Attributes:
         place: for messages, such as ``inputs[0]``.   dtype, shape: of the tensor.
         size: of its bytes behind the JSON, or None.   part: where it is in shared memory, or None.
-        values: in the JSON, where there is neither.   parameters: those that are not about the wire.
+        values: in the JSON, where there is neither; or the message of the tensor.
+        parameters: those that are not about the wire.
     """
 
     name: str
@@ -81,7 +81,7 @@ class TensorHead:
 
 @dataclass(frozen=True, eq=False)
 class RequestHead:
-    """What the JSON says of a request.
+    """What is said of a request, in JSON or in a message of gRPC.
 
     Attributes:
         id: that the client gave it.   parameters: of the request, but for those about the wire.
@@ -94,6 +94,11 @@ class RequestHead:
     outputs: tuple[str, ...]
     form: AnswerForm
 
+    def request(self, model: str, version: str, arrays: Mapping[str, np.ndarray]) -> InferenceRequest:
+        """The request, which may change its parameters."""
+        own = {tensor.name: dict(tensor.parameters) for tensor in self.inputs if tensor.parameters}
+        return InferenceRequest(model, arrays, version, self.id, dict(self.parameters), own, self.outputs)
+
 
 def head_of(text: bytes, *, remember: bool) -> RequestHead:
     """The head of a request.
@@ -104,7 +109,7 @@ def head_of(text: bytes, *, remember: bool) -> RequestHead:
     Raises:
         InferenceError: 400, something is wrong, with its place.
     """
-    return _remembered(text) if remember and len(text) <= _SHORT else _parsed(text)
+    return _remembered(text) if remember else _parsed(text)
 
 
 def _parsed(text: bytes) -> RequestHead:
@@ -120,7 +125,7 @@ def _parsed(text: bytes) -> RequestHead:
     return RequestHead(id_, mine, inputs, outputs, form)
 
 
-_remembered = functools.lru_cache(_REMEMBERED)(_parsed)
+_remembered = remembered(_parsed, 4096)
 
 
 def json_object(memory: Memory, place: str) -> dict[str, Any]:

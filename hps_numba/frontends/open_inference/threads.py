@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from hps_numba.frontends.inference.model import InferenceModel
@@ -34,8 +35,8 @@ class InferenceThreads:
         self._limits, self._admission, self._requests = limits, admission, requests
         self._threads = ThreadPoolExecutor(limits.max_concurrent, name)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns, done by a thread.
+    async def run(self, work: Callable[[], T]) -> tuple[T, int]:
+        """What ``work`` returns, done by a thread; and how many ns it waited for the thread.
 
         Raises:
             InferenceError: 429, too many requests wait; 503, it took too long.   What ``work`` raises.
@@ -50,8 +51,8 @@ class InferenceThreads:
 
         return await self.result_of(submit)
 
-    async def result_of(self, submit: Callable[[Callable[[], object]], Future[T]]) -> T:
-        """What a future gives, which counts as a request that has a thread or waits for one.
+    async def result_of(self, submit: Callable[[Callable[[], object]], Future[T]]) -> tuple[T, int]:
+        """What a future gives, which counts as a request that has a thread or waits for one; and how many ns it waited.
 
         Args:
             submit: returns the future, and lets the function that it is given be called when the request waits no more.
@@ -60,11 +61,12 @@ class InferenceThreads:
             InferenceError: 429, too many requests wait; 503, it took too long.   What ``submit`` or the future raise.
         """
         self._admission.enter()
-        waits = [True]
+        submitted, waited = time.perf_counter_ns(), None
 
         def started() -> None:
-            if waits:
-                waits.clear()
+            nonlocal waited
+            if waited is None:
+                waited = time.perf_counter_ns() - submitted
                 self._requests.queue(-1)
 
         def done(_: Any) -> None:
@@ -90,7 +92,7 @@ class InferenceThreads:
             raise InferenceError(
                 503, f"server: expected an answer within {self._limits.request_seconds:g} s, there is none yet"
             )
-        return wrapped.result()
+        return wrapped.result(), waited or 0
 
     async def infer(
         self,
@@ -111,31 +113,16 @@ class InferenceThreads:
         Raises:
             As ``run``, and as ``model.infer``.
         """
-        submitted = began = time.perf_counter_ns()
+        began = time.perf_counter_ns()
         if is_quick and not model.may_wait(request):
-            answer = encode(model.infer(request))
-            return answer, 0, time.perf_counter_ns() - began
-
-        def work() -> T:
-            nonlocal began
-            began = time.perf_counter_ns()
-            return encode(model.infer(request))
-
-        def submit(started: Callable[[], object]) -> Future[InferenceResponse]:
-            def note() -> None:
-                nonlocal began
-                began = time.perf_counter_ns()
-                started()
-
-            return model.submit(request, note)
-
-        if not model.has_threads:
-            answer = await self.run(work)
+            answer, waited = encode(model.infer(request)), 0
+        elif not model.has_threads:
+            answer, waited = await self.run(lambda: encode(model.infer(request)))
         else:
-            response = await self.result_of(submit)
+            response, waited = await self.result_of(partial(model.submit, request))
             is_quick = is_quick and sum(array.nbytes for array in response.outputs.values()) <= _SMALL
-            answer = encode(response) if is_quick else await self.run(lambda: encode(response))
-        return answer, began - submitted, time.perf_counter_ns() - began
+            answer = encode(response) if is_quick else (await self.run(lambda: encode(response)))[0]
+        return answer, waited, time.perf_counter_ns() - began - waited
 
     def close(self) -> None:
         """End them, after what they are at."""

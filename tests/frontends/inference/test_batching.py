@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.clocks import Clock
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.errors import ClosedError, ConfigError, TierError
@@ -76,16 +77,6 @@ def ask(*values: int, dtype: Any = np.int64, **more: Any) -> InferenceRequest:
 @pytest.fixture
 def model() -> Doubling:
     return Doubling()
-
-
-class Clock:
-    """The time of batched models, which stands still but for what a test adds."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

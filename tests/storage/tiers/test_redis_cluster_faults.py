@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.clocks import Clock
 from support.factories import Workshop
 from support.internals import slower_tier
 from support.oracles import assert_same_bits, partition_of, rows_of
@@ -183,19 +184,9 @@ def test_a_node_that_came_back_without_its_slots_costs_its_own_keys(  # D19
             assert_degraded(opened[-1], lost)
 
 
-class Clock:
-    """The time that circuit breakers go by."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+    made = Clock(1000.0)
     monkeypatch.setattr(breaker, "time", made)
     return made
 
