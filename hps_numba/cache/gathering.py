@@ -16,8 +16,11 @@ too many batches are still on their way, the device reads all rows.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
+import os
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +29,7 @@ import numpy as np
 from hps_numba.cache.backends import Backend, Kernel, Memory
 from hps_numba.cache.host_threads import host_threads
 from hps_numba.cache.workspace import Workspace
-from hps_numba.errors import CapacityError
+from hps_numba.errors import CapacityError, HpsError
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.cache import MISSED_GATHERING
 from hps_numba.kernels.layouts.gathering import (
@@ -67,6 +70,8 @@ __all__ = [
     "gathering_bytes",
     "listed_from",
 ]
+
+log = logging.getLogger(__name__)
 
 #: keys of a batch: of a smaller one the device has read the missed rows before threads could begin
 GATHERED_FROM = 65_536
@@ -117,6 +122,60 @@ def gathering_bytes(dim: int, limit: int) -> tuple[int, int]:
     return DEVICE_BYTES + 48 * limit + room * stride, _up(SHARED_BYTES) + _up(8 * limit) + room * stride + 64
 
 
+class _Taken:
+    """What a gathering takes.   It outlives one that is dropped: threads read its words until they are told not to.
+
+    Attributes:
+        memories: on the device, and pinned.   copying, listed, copied: a stream and two events, or 0.
+        shared: address of the words that the threads know of, or 0.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._process = backend, os.getpid()
+        self.memories: list[Memory] = []
+        self.copying = self.listed = self.copied = self.shared = 0
+
+    def take(self, memory: Memory) -> int:
+        """Keep memory; returns its address."""
+        self.memories.append(memory)
+        return memory.address
+
+    def release(self) -> None:
+        """Give everything back, when no batch copies any more; again does nothing.
+
+        Raises:
+            DeviceError: the device is lost.
+        """
+        backend = self._backend
+        if os.getpid() != self._process:  # in a forked child all of it is the parent's
+            self.copying = self.listed = self.copied = self.shared = 0
+        try:
+            if self.copying:
+                backend.synchronize(self.copying)  # a batch may be on its way, or have failed halfway
+        finally:
+            if self.shared:
+                host_threads.remove(self.shared)
+                self.shared = 0
+        stream, events = self.copying, (self.listed, self.copied)
+        self.copying = self.listed = self.copied = 0
+        if stream:
+            backend.destroy_stream(stream)
+        for event in filter(None, events):
+            backend.destroy_event(event)
+        while self.memories:
+            self.memories.pop().release()
+
+    def release_dropped(self) -> None:
+        """``release`` for a gathering that nobody can close any more."""
+        if os.getpid() != self._process:
+            return
+        try:
+            with self._backend.current():
+                self.release()
+        except HpsError as problem:  # there is no caller to raise it to
+            log.warning("memory for gathered rows was not freed: %s", problem)
+
+
 class Gathering:
     """The memory for the batches of one workspace, at most ``limit`` keys each.   Freed like memory, by ``release``.
 
@@ -132,9 +191,10 @@ class Gathering:
     def __init__(self, backend: Backend, dim: int, limit: int, epochs: Epochs, name: str, stream: int) -> None:
         self._backend, self._epochs = backend, epochs
         self._begun = [0] * FLIGHTS  # the epochs in which the last batches began
-        self._memories: list[Memory] = []
-        self._added = False
-        self._copying = self._listed = self._copied = self._seen = 0
+        self._seen = 0
+        self._taken = taken = _Taken(backend)
+        self._drop = weakref.finalize(self, taken.release_dropped)  # before any of its memory is collected with it
+        self._drop.atexit = False
         self._stride, self._chunk, self._room = _shape(dim, limit)
         landing = self._room * self._stride
         if not backend.waits_for_host:
@@ -143,8 +203,8 @@ class Gathering:
             )
         try:
             self.bytes, self.pinned_bytes = gathering_bytes(dim, limit)
-            self.address = self._take(backend.allocate(self.bytes, f"{name}: rows that threads of the host gather"))
-            self._shared = _up(self._take(backend.allocate_pinned(self.pinned_bytes, f"{name}: rows for the device")))
+            self.address = taken.take(backend.allocate(self.bytes, f"{name}: rows that threads of the host gather"))
+            self._shared = _up(taken.take(backend.allocate_pinned(self.pinned_bytes, f"{name}: rows for the device")))
             self._addresses = self._shared + _up(SHARED_BYTES)
             self._rows = self._addresses + _up(8 * limit)
             self._landing = self.address + DEVICE_BYTES
@@ -160,19 +220,16 @@ class Gathering:
             for word, value in places.items():
                 header[word // 8] = value
             backend.from_host(self.address, header, stream)
-            self._copying = backend.new_stream()
-            self._listed, self._copied = backend.new_event(), backend.new_event()
+            taken.copying = backend.new_stream()
+            taken.listed, taken.copied = backend.new_event(), backend.new_event()
             epochs.add_guard(self)
-            self._added = host_threads.add(self._shared)
-            if not self._added:
+            if host_threads.add(self._shared):
+                taken.shared = self._shared
+            else:
                 raise CapacityError(f"{name}: expected threads that gather rows for the device, got none")
         except BaseException:
             self.release()
             raise
-
-    def _take(self, memory: Memory) -> int:
-        self._memories.append(memory)
-        return memory.address
 
     @property
     def started(self) -> int:
@@ -215,20 +272,20 @@ class Gathering:
 
     def ask(self, asked: Asked, asking: Kernel, stream: int) -> None:
         """After the work that is on the stream now, ask the host for the rows of a batch: with ``ask_host_kernel``."""
-        backend = self._backend
-        backend.record(self._listed, stream)
-        backend.wait(self._copying, self._listed)
-        backend.copy(self._addresses, self._list, 8 * asked.most, self._copying)
-        asking.launch(1, self._copying, self.address, asked.batch, asked.groups, asked.group_rows, threads=32)
+        backend, taken = self._backend, self._taken
+        backend.record(taken.listed, stream)
+        backend.wait(taken.copying, taken.listed)
+        backend.copy(self._addresses, self._list, 8 * asked.most, taken.copying)
+        asking.launch(1, taken.copying, self.address, asked.batch, asked.groups, asked.group_rows, threads=32)
 
     def copy(self, asked: Asked, timing: Kernel, stream: int) -> None:
         """Let the stream wait until the rows that a batch has asked for are on the device. ``timing``: notes when that is."""
-        backend, size, total = self._backend, asked.group_rows * self._stride, asked.most * self._stride
-        mark = self._shared + READY
-        backend.copy_when_marked(self._copying, mark, asked.batch, asked.groups, self._landing, self._rows, size, total)
-        timing.launch(1, self._copying, self.address, threads=32)
-        backend.record(self._copied, self._copying)
-        backend.wait(stream, self._copied)
+        backend, taken = self._backend, self._taken
+        size, total, mark = asked.group_rows * self._stride, asked.most * self._stride, self._shared + READY
+        backend.copy_when_marked(taken.copying, mark, asked.batch, asked.groups, self._landing, self._rows, size, total)
+        timing.launch(1, taken.copying, self.address, threads=32)
+        backend.record(taken.copied, taken.copying)
+        backend.wait(stream, taken.copied)
 
     def oldest(self, now: int) -> int:
         """The oldest epoch that a batch may still be in (``epochs.Guard``)."""
@@ -237,19 +294,9 @@ class Gathering:
 
     def release(self) -> None:
         """Free the memory; the device has ended all its batches."""
-        if self._copying:
-            self._backend.synchronize(self._copying)  # of a batch that failed halfway it may still copy
-            self._backend.destroy_stream(self._copying)
-            self._copying = 0
-        for event in filter(None, (self._listed, self._copied)):
-            self._backend.destroy_event(event)
-        self._listed = self._copied = 0
-        if self._added:
-            host_threads.remove(self._shared)
-            self._added = False
         self._epochs.remove_guard(self)
-        while self._memories:
-            self._memories.pop().release()
+        self._taken.release()
+        self._drop.detach()  # not before: an interrupt may come at any time
 
 
 @dataclass

@@ -5,6 +5,7 @@ On the CPU, where the kernels wait for the same threads, and (marker gpu) on a d
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.gathering import FULL_SHARE, Shares
 from hps_numba.cache.host_threads import host_threads
 from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.kernels.layouts.gathering import MAX_USERS, TABLE
 from hps_numba.storage.host.store import HostStore
 
 FORCED = 2 / 3
@@ -251,6 +253,30 @@ def test_a_store_keeps_the_rows_that_a_batch_may_read(bench: Bench) -> None:
     assert store.epochs.oldest() == before
     workspace.gathering._words[8] += 1  # BATCHES_DONE
     assert store.epochs.oldest() > before
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_threads_look_no_more_at_a_cache_that_was_dropped(device: int | None) -> None:
+    kept = Bench(device)
+    other = gathering_cache(kept, kept.store(range(300)), 40)  # its batches keep the threads looking
+    for _ in range(3):
+        dropped = Bench(device)
+        cache = gathering_cache(dropped, dropped.store(range(5000)), 40)
+        cache.lookup_arrays(np.arange(5000))
+        (workspace,) = (w for w in cache.parts.workspaces.pool.workspaces if w.gathering is not None)
+        shared = workspace.gathering._shared
+        assert shared in users_of_threads()
+        del dropped, cache, workspace
+        gc.collect()
+        assert shared not in users_of_threads()
+        for _ in range(5):
+            assert_same_bits(other.lookup_arrays(np.arange(300)), rows_of(np.arange(300), DIM))
+    kept.close()
+
+
+def users_of_threads() -> list[int]:
+    table = host_threads._control[TABLE // 8 : TABLE // 8 + MAX_USERS]
+    return [int(word) for word in table if word]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -20,6 +20,7 @@ from support.waiting import HANG_SECONDS, join_all
 from hps_numba.cache import index_mirror
 from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.gathering import Shares
 from hps_numba.cache.index_mirror import _shift_of, is_scattered
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.staging import NEVER
@@ -229,6 +230,8 @@ def test_gpu_large_listing_batches_equal_direct_ones(policy: str, dim: int, monk
     options: dict[str, Any] = {"device": 0, "policy": load_policy(policy), "store": store, "default": DEFAULT}
     lists, plain = (EmbeddingCache(dim, 50_000, miss_path=path, **options) for path in ("auto", "direct"))
     plain.parts.residency.listing_from = plain.parts.residency.lists_missed_from = NEVER
+    assert lists.parts.gathered is not None
+    lists.parts.gathered.shares = Shares(0.0)  # else threads of the host serve these batches
     lists.mirror_index()
     for turn, n in enumerate((131_072, 131_071, 200_000, 140_000, 1_000_000 if dim < 64 else 300_000)):
         keys = universe[np.minimum(rng.zipf(1.05, n) - 1, len(universe) - 1)] if turn % 2 else rng.choice(universe, n)

@@ -57,7 +57,7 @@ def server(workshop: Workshop, cluster: Cluster, request: pytest.FixtureRequest)
 
 def look_up(server: Any, keys: np.ndarray) -> np.ndarray:
     """Rows of keys that are where the cache is: those of an array of the host are answered past the cache of a device."""
-    if server.config.models[0].deployed_device_list == [0]:
+    if server.config.models[0].deployed_device_list:
         keys = pytest.importorskip("cupy").asarray(keys)
     rows = server.lookup(keys, "m", 0)
     return rows if isinstance(rows, np.ndarray) else rows.get()
