@@ -18,7 +18,7 @@ import torch
 from gather import PlainGather
 from measure import WARMUPS
 from run import Run, compact, median, print_table, verdict
-from table import add_rows, check, keys_of, new_cache, new_store
+from table import add_rows, check, keys_of, new_cache, new_store, skewed_numbers
 
 from hps_numba.cache.gathering import Shares
 
@@ -39,17 +39,6 @@ class AtSize:
     repetitions: int = 15
     learning: int = 8  # batches from which ``auto`` learns its share
     of_user: int = 3  # repetitions of what a user would do
-
-
-def numbers_of(rng: np.random.Generator, exponent: float, rows: int, n: int) -> np.ndarray:
-    """Row numbers, 0 the most frequent, whose frequency falls with a power of the number."""
-    uniform = rng.random(n)
-    if exponent == 1.0:
-        drawn = np.exp(uniform * np.log(rows + 1.0))
-    else:
-        power = 1.0 - exponent
-        drawn = (1.0 + uniform * ((rows + 1.0) ** power - 1.0)) ** (1.0 / power)
-    return np.minimum(drawn.astype(np.int64) - 1, rows - 1)
 
 
 class HotTable:
@@ -81,7 +70,7 @@ class HotTable:
         self.store.close()
 
     def draw(self, exponent: float, n: int, count: int) -> list[np.ndarray]:
-        return [numbers_of(self.rng, exponent, self.rows, n) for _ in range(count)]
+        return [skewed_numbers(self.rng, exponent, self.rows, n) for _ in range(count)]
 
     def time(self, path: str, exponent: float, n: int) -> dict[str, float]:
         """Median microseconds of new batches by a path, the keys that they missed, and rates of rows if they were gathered."""

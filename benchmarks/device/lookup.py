@@ -1,6 +1,7 @@
 """P1, P2: lookups that only hit the cache, compared with copies of rows by row number.
 
-A cache of 4 M ways contains 3.1 M rows; keys are uniform over them, and every batch is new. In the same run: the plain gather
+A cache of 4 M ways contains 3.1 M rows; keys are uniform over them, or skewed (Zipf with exponent 1.05) for large batches, and
+every batch is new. In the same run: the plain gather
 (16 bytes a thread, no hash: the ceiling), ``F.embedding`` and ``torch.index_select`` on a tensor with the same rows. Times are
 medians: by CUDA events around one call, per call for 20 calls in a CUDA graph, and by the clock of the host for an eager call.
 In a graph, a lookup is two nodes, because rows may be missing when it is replayed; ``static`` shows the first of them only.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,18 @@ import torch
 from gather import PlainGather
 from measure import BATCHES, IN_A_GRAPH, Call, Machine, copy_rate
 from run import Run, compact, median, parser_of, ratio_cells, verdict
-from table import check, fill_store, keys_of, resident_cache, rows_of
+from table import check, fill_store, keys_of, resident_cache, rows_of, skewed_numbers
 
 import hps_numba
 
 DIMS = (16, 32, 64, 128)
 GATHER, EMBEDDING, SELECT = "plain gather", "F.embedding", "index_select"
-P1 = {16: 1.35, 32: 1.25, 64: 1.15, 128: 1.10}  # at most this ratio to the plain gather
+UNIFORM, ZIPF = "uniform", "zipf 1.05"
+#: at most this ratio to the plain gather
+P1 = {
+    UNIFORM: {16: 1.35, 32: 1.25, 64: 1.15, 128: 1.10},
+    ZIPF: {32: 1.35, 128: 1.10},
+}
 P1_FROM = 262_144
 P2_NODE, P2_NODE_UP_TO, P2_FASTER_FROM = 1.4, 16_384, 4096
 P2_WALL, P2_WALL_OUT = 1.3, 1.0  # of our calls; of HPS.lookup with an output
@@ -68,9 +74,9 @@ TINY = replace(
 class Batches:
     """Batches of one size: row numbers and keys on the device, and memory for one answer."""
 
-    def __init__(self, machine: Machine, rows: int, n: int, dim: int, count: int) -> None:
+    def __init__(self, machine: Machine, rows: int, n: int, dim: int, count: int, keys: str = UNIFORM) -> None:
         rng = np.random.default_rng(n)
-        numbers = [rng.integers(0, rows, n) for _ in range(count)]
+        numbers = [rng.integers(0, rows, n) if keys == UNIFORM else skewed_numbers(rng, 1.05, rows, n) for _ in range(count)]
         self.n = n
         self.numbers = [torch.from_numpy(some).to(machine.device) for some in numbers]
         self.keys = [torch.from_numpy(keys_of(some)).to(machine.device) for some in numbers]
@@ -125,11 +131,18 @@ class Table:
             check(name, answer if name == EMBEDDING else batches.out, batches.numbers[0], self.dim)
 
 
-def measure(run: Run, table: Table, sizes: tuple[int, ...], take: Callable[[Call], list[float] | None], what: str) -> Figures:
+def measure(
+    run: Run,
+    table: Table,
+    sizes: Sequence[int],
+    take: Callable[[Call], list[float] | None],
+    what: str,
+    keys: str = UNIFORM,
+) -> Figures:
     """Medians of every candidate for every batch size, with a line of progress for each."""
     figures: Figures = {}
     for n in sizes:
-        batches = Batches(table.machine, table.sizes.rows, n, table.dim, BATCHES)
+        batches = Batches(table.machine, table.sizes.rows, n, table.dim, BATCHES, keys)
         calls = table.candidates(batches)
         table.check(calls, batches)
         for name, call in calls.items():
@@ -141,17 +154,22 @@ def measure(run: Run, table: Table, sizes: tuple[int, ...], take: Callable[[Call
     return figures
 
 
-def eager(run: Run, table: Table) -> Figures:
-    """P1: one call on an idle device."""
+def eager(run: Run, table: Table) -> dict[str, Figures]:
+    """P1: one call on an idle device, by the kind of keys."""
     machine, sizes = table.machine, table.sizes
-    figures = measure(run, table, sizes.batches, lambda call: machine.times(call, sizes.repetitions), "eager")
+    large = [n for n in sizes.batches if n >= P1_FROM] or sizes.batches[-1:]
+    found = {}
+    for keys, batches in ((UNIFORM, sizes.batches), (ZIPF, large)):
 
-    def note(name: str, n: int, ratio: float) -> str:
-        judged = name.startswith("hps") and n >= P1_FROM and table.dim in P1
-        return f" {verdict(ratio, at_most=P1[table.dim])}" if judged else ""
+        def note(name: str, n: int, ratio: float, most: float | None = P1[keys].get(table.dim)) -> str:
+            judged = name.startswith("hps") and n >= P1_FROM and most is not None
+            return f" {verdict(ratio, at_most=most)}" if judged else ""
 
-    ratio_cells(f"D={table.dim}: one call, events (P1)", figures, GATHER, note=note)
-    return figures
+        found[keys] = measure(
+            run, table, batches, lambda call: machine.times(call, sizes.repetitions), f"eager, {keys} keys", keys
+        )
+        ratio_cells(f"D={table.dim}: one call, {keys} keys, events (P1)", found[keys], GATHER, note=note)
+    return found
 
 
 def in_graphs(run: Run, table: Table) -> Figures:

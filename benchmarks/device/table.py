@@ -18,7 +18,17 @@ from hps_numba.kernels.policies._load import load_policy
 from hps_numba.kernels.policies._policy import Policy
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["add_rows", "check", "fill_store", "keys_of", "new_cache", "new_store", "resident_cache", "rows_of"]
+__all__ = [
+    "add_rows",
+    "check",
+    "fill_store",
+    "keys_of",
+    "new_cache",
+    "new_store",
+    "resident_cache",
+    "rows_of",
+    "skewed_numbers",
+]
 
 _BITS = np.uint64  # keys are products modulo 2**64
 _ODD = 0x9E3779B97F4A7C15
@@ -31,6 +41,17 @@ _CHUNK_ROWS = 1 << 18
 def keys_of(numbers: np.ndarray) -> np.ndarray:
     """The keys, int64 of both signs, of row numbers."""
     return (numbers.astype(_BITS) * _BITS(_ODD)).view(np.int64)
+
+
+def skewed_numbers(rng: np.random.Generator, exponent: float, rows: int, n: int) -> np.ndarray:
+    """Row numbers, 0 the most frequent, whose frequency falls with a power of the number."""
+    uniform = rng.random(n)
+    if exponent == 1.0:
+        drawn = np.exp(uniform * np.log(rows + 1.0))
+    else:
+        power = 1.0 - exponent
+        drawn = (1.0 + uniform * ((rows + 1.0) ** power - 1.0)) ** (1.0 / power)
+    return np.minimum(drawn.astype(np.int64) - 1, rows - 1)
 
 
 def rows_of(numbers: torch.Tensor, dim: int) -> torch.Tensor:
