@@ -23,8 +23,8 @@ __all__ = ["BY_POLICY", "FINISHING", "FINISHING_TABLES", "LISTED_LOOKUP", "LOOKU
 #: a kernel of a set: its name, then what it depends on besides the cache
 KernelKey = tuple[Any, ...]
 
-LOOKUP, LISTED_LOOKUP = "lookup_kernel", "list_by_region_kernel"
-_LOOKUPS = (LOOKUP, LISTED_LOOKUP, "list_kernel", "list_resolved_kernel", "lookup_tables_kernel")
+LOOKUP, LISTED_LOOKUP = "lookup_kernel", "list_kernel"
+_LOOKUPS = (LOOKUP, LISTED_LOOKUP, "lookup_tables_kernel")
 #: what follows the answer of a batch: first what only a policy that counts hits needs
 FINISHING = ("touch_kernel", "insert_kernel")
 FINISHING_TABLES = ("touch_tables_kernel", "insert_tables_kernel")  # of several tables
@@ -91,13 +91,14 @@ class KernelSet:
         """The kernels that answer a batch, and how many keys a warp of the first takes.
 
         Args:
-            key: LOOKUP, or LISTED_LOOKUP, whose missed keys two more kernels sort and serve; form of the keys, type of the
-                answer, whether that is 16-byte aligned, and whether the batch is smaller than ``large_batch``.
+            key: LOOKUP, or LISTED_LOOKUP, whose missed keys three more kernels locate, sort and serve; form of the keys, type
+                of the answer, whether that is 16-byte aligned, and whether the batch is smaller than ``large_batch``.
         """
         kernel, group = self.made.get(key) or self.built(key)
         if key[0] != LISTED_LOOKUP:
             return (kernel,), group
-        return (kernel, self.built(("sort_missed_kernel",))[0], self.built(("serve_missed_kernel", *key[2:4]))[0]), group
+        then = ("locate_missed_kernel",), ("sort_missed_kernel",), ("serve_missed_kernel", *key[2:4])
+        return (kernel, *(self.built(name)[0] for name in then)), group
 
     def gathering(self, form: KernelKey) -> tuple[tuple[Kernel, ...], int]:
         """The kernels of a batch whose missed rows the host helps to bring: up to the copies, at their end, and after them.
@@ -108,8 +109,8 @@ class KernelSet:
         Returns:
             Them, and how many keys a warp of the first takes.
         """
-        first, group = self.built(("list_resolved_kernel", *form))
-        names = ("share_missed_kernel",), ("ask_host_kernel",), ("serve_rest_kernel", *form[1:3])
+        first, group = self.built((LISTED_LOOKUP, *form))
+        names = ("locate_missed_kernel",), ("share_missed_kernel",), ("ask_host_kernel",), ("serve_rest_kernel", *form[1:3])
         after = ("time_copies_kernel",), ("place_gathered_kernel", *form[1:3])
         return (first, *(self.built(key)[0] for key in (*names, *after))), group
 

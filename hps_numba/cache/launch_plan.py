@@ -94,22 +94,34 @@ class LaunchPlan:
             return [lookup]
         blocks = self._backend.serving_blocks
         serving = blocks, 1, OTHER_THREADS, (*self._kernel_args, self._default, workspace)
-        return [lookup, (blocks, 1, OTHER_THREADS, (workspace,)), serving]
+        return [lookup, self._locating(workspace, 0), (blocks, 1, OTHER_THREADS, (workspace,)), serving]
+
+    def _locating(self, workspace: int, row_bytes: int) -> Launch:
+        """The launch of ``locate_missed_kernel``."""
+        return self._backend.serving_blocks, 1, OTHER_THREADS, (self._state.address, workspace, row_bytes)
 
     def start_answer(self, name: str, form: AnswerForm, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
         """Write the answer of a batch and list what is to be inserted."""
         kernels, group = self._kernels.answering((name, *form, n < self._kernels.large_batch))
         start(kernels, self.answer(name, group, keys, n, out, workspace), stream)
 
+    def start_listing(self, form: AnswerForm, keys: int, n: int, out: int, workspace: int, stream: int) -> None:
+        """Write the answers that are in the cache, and list the missed keys for whoever answers them."""
+        kernel, group = self._kernels.built((LISTED_LOOKUP, *form, n < self._kernels.large_batch))
+        start((kernel,), self.answer(LISTED_LOOKUP, group, keys, n, out, workspace)[:1], stream)
+
     def start_gathered(
         self, form: AnswerForm, keys: int, n: int, out: int, workspace: int, gathering: Gathering, share: int, stream: int
     ) -> None:
         """``start_answer`` with the help of the host, which gathers so much of what is missing, in 1/65,536."""
-        (lister, sharer, asker, server, timer, placer), group = self._kernels.gathering((*form, n < self._kernels.large_batch))
+        (lister, locator, sharer, asker, server, timer, placer), group = self._kernels.gathering(
+            (*form, n < self._kernels.large_batch)
+        )
         asked = gathering.begin(n, share)
-        listing, (blocks, rows, threads, _), serving = self.answer(LISTED_LOOKUP, group, keys, n, out, workspace)
+        listing, _, (blocks, rows, threads, _), serving = self.answer(LISTED_LOOKUP, group, keys, n, out, workspace)
+        locating = self._locating(workspace, self._stride)
         sharing = blocks, rows, threads, (workspace, share, LEAST_ROWS, asked.most)
-        start((lister, sharer), (listing, sharing), stream)
+        start((lister, locator, sharer), (listing, locating, sharing), stream)
         gathering.ask(asked, asker, stream)
         start((server,), (serving,), stream)
         gathering.copy(asked, timer, stream)

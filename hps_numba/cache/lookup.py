@@ -206,7 +206,7 @@ class Lookups:
 
     def _staged_batch(self, workspace: Workspace, keys: int, n: int, out: int, stream: int, form: AnswerForm) -> None:
         assert self._misses is not None
-        list_misses = partial(self._plan.start_answer, "list_kernel", form, keys, n, out, workspace.address, stream)
+        list_misses = partial(self._plan.start_listing, form, keys, n, out, workspace.address, stream)
         try:
             self._misses.answer(list_misses, workspace, n, out, stream, out_type=form[1], aligned=form[2])
         finally:  # also after a failure: hits that are listed for the policy would stay untouched for ever

@@ -106,7 +106,7 @@ def test_listed_keys_are_served_in_one_step(both: Any, monkeypatch: pytest.Monke
         pair.lookup(n)
     assert pair.backend.prepared == 4
     keys = {key[0] for key in pair.one_step.parts.kernels.made}
-    assert {"list_by_region_kernel", "sort_missed_kernel", "serve_missed_kernel", "lookup_kernel"} <= keys
+    assert {"list_kernel", "locate_missed_kernel", "sort_missed_kernel", "serve_missed_kernel", "lookup_kernel"} <= keys
 
 
 def test_policy_change_prepares_other_kernels(both: Any) -> None:

@@ -43,6 +43,7 @@ from hps_numba.kernels.simt.reference import (
     block_tiles,
     cas32,
     cas64,
+    count_one,
     fence,
     grid_blocks,
     grid_dependency_sync,
@@ -110,7 +111,7 @@ def list_candidate(workspace, set_at, lines, key, position, word, generation):
             if owner == mine:
                 break
             if owner >> 32 != batch & 0x7FFFFFFF:
-                st64(ld64(workspace + WORKSPACE_LIST) + 8 * add64(workspace + WORKSPACE_LISTED, 1), at)
+                st64(ld64(workspace + WORKSPACE_LIST) + 8 * count_one(workspace + WORKSPACE_LISTED), at)
                 break
         at = (at + 1) & mask
     oldest = (BATCH_MASK - (batch & BATCH_MASK)) << POSITION_BITS

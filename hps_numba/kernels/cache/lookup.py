@@ -27,13 +27,13 @@ from hps_numba.kernels.simt.reference import (
     warp_number,
 )
 
-__all__ = ["answer_batch", "list_by_region_kernel", "list_kernel", "list_resolved_kernel", "lookup_kernel"]
+__all__ = ["answer_batch", "list_kernel", "lookup_kernel"]
 
 # bound when specialized
 OUT_STRIDE = 4
 GROUP = 1  # keys that a warp looks up at a time
 BY_TILE = False  # a tile takes a key and reads both lines of its set at once: done sooner, with more to read
-LISTS = False  # missing keys are only listed, for ``cache.miss_sorted`` or for host threads
+LISTS = False  # missing keys are only listed, for ``cache.miss_sorted`` or for threads of the host
 ONE_GROUP = False  # there are as many warps as groups of keys
 
 
@@ -60,21 +60,6 @@ def list_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
     A kernel of its own, so that ``lookup_kernel`` needs no registers for it.   **Writes:** out, scores, workspace, list,
     counters.
     """
-    grid_dependency_sync()
-    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
-
-
-def list_by_region_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
-    """``list_kernel`` that also records for each key in which region of the host store's rows its row is (BY_REGION).
-
-    **Writes:** as ``list_kernel``, guard.
-    """
-    grid_dependency_sync()
-    answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
-
-
-def list_resolved_kernel(lines, rows, sets, state, keys, n, out, default, workspace):
-    """``list_by_region_kernel`` that also records where the row of each key is (RESOLVES).   **Writes:** as it does."""
     grid_dependency_sync()
     answer_batch(lines, rows, sets, state, keys, n, out, default, workspace)
 

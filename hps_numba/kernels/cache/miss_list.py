@@ -7,22 +7,13 @@ import numpy as np
 from hps_numba.kernels.cache.ballots import clear_lowest, lane_for_tile, number_voters
 from hps_numba.kernels.cache.batch import list_candidate
 from hps_numba.kernels.cache.keys import load_key
-from hps_numba.kernels.cache.probe import find_in_host, guard_enter, guard_leave, set_of
+from hps_numba.kernels.cache.probe import set_of
 from hps_numba.kernels.cache.rows import copy_from_host, fill_answer
 from hps_numba.kernels.cache.serve import count_misses
 from hps_numba.kernels.layouts.cache import (
-    DESC_GENERATION,
-    DESC_ROWS,
-    DESC_SHIFT,
     MISSED_BYTES,
     MISSED_COUNT,
-    MISSED_COUNTS,
-    MISSED_GATHERING,
     MISSED_KEYS,
-    PLACE_RANK,
-    PLACE_REGION,
-    REGIONS,
-    STATE_HOST,
     STRIPE_BYTES,
     STRIPES,
     STRIPES_AT,
@@ -32,7 +23,6 @@ from hps_numba.kernels.layouts.cache import (
     WORKSPACE_STAGE,
     WORKSPACE_STAGE_STRIDE,
 )
-from hps_numba.kernels.layouts.gathering import RESOLVED, UNRESOLVED
 from hps_numba.kernels.layouts.host_store import FIRST_SLOT, SLOT_MASK
 from hps_numba.kernels.simt.reference import (
     add64,
@@ -45,9 +35,7 @@ from hps_numba.kernels.simt.reference import (
     ld64_host,
     noinline,
     popcount,
-    shfl,
     st64,
-    sync_warp,
     tile_number,
     tiles_in_warp,
     warp_number,
@@ -58,14 +46,12 @@ __all__ = ["answer_missed_kernel", "list_group", "list_missed"]
 # bound when specialized
 FIXED = False
 OUT_STRIDE = HOST_STRIDE = 4
-BY_REGION = False  # keys are listed with the region of the host store's rows where their row is
-RESOLVES = False  # and with its address
 
 
 def list_group(state, keys, base, out, default, workspace, missing):
     """List the keys of a warp that are in ``missing`` (bits, from position ``base``).
 
-    A position without a legal key gets the default now.   **Writes:** list, target, counters, guard.
+    A position without a legal key gets the default now.   **Writes:** list, target, counters.
     """
     noinline()
     mine = (missing >> lane_in_warp()) & 1 != 0
@@ -74,11 +60,9 @@ def list_group(state, keys, base, out, default, workspace, missing):
     if mine:
         key, legal = load_key(keys, position)
     missed = ld64(workspace + WORKSPACE_MISSED)
-    total, entry = list_missed(missed, position, key, mine & legal)
+    total = list_missed(missed, position, key, mine & legal)
     if is_warp_leader() and total > 0:
         count_misses(state, warp_number(), total, 0)
-    if BY_REGION and total > 0:
-        record_regions(state, missed, position, key, entry, ballot(mine & legal))
     illegal = ballot(mine & (not legal))
     while illegal != 0 and out != 0:
         active, lane = lane_for_tile(illegal)
@@ -90,8 +74,7 @@ def list_group(state, keys, base, out, default, workspace, missing):
 def list_missed(missed, position, key, active):
     """List the keys of those lanes of a warp that have one (``active``), all lanes together.
 
-    Returns how many there are, and the address of this lane's entry. The order of the list is that in which warps arrive.
-    **Writes:** list.
+    Returns how many there are. The order of the list is that in which warps arrive.   **Writes:** list.
     """
     votes = ballot(active)
     number = number_voters(missed + MISSED_COUNT, votes)
@@ -102,54 +85,7 @@ def list_missed(missed, position, key, active):
         keys = ld64(missed + MISSED_KEYS)
         if keys != 0:
             st64(keys + 8 * number, key)
-    return np.int64(popcount(votes)), entry
-
-
-def record_regions(state, missed, position, key, entry, listed):
-    """Record for the keys that a warp listed (bits) the regions of their rows, and their ranks among the keys of a region.
-
-    RESOLVES: also the addresses of their rows, and under which words of the index they were found.
-
-    Only if the index is in the memory of the device: elsewhere it would be read over the bus once more. Otherwise, as for keys
-    without a row, all are of the first region.   **Writes:** list, guard.
-    """
-    stripe = warp_number()
-    if is_warp_leader():
-        guard_enter(state, stripe)
-    sync_warp()
-    descriptor = shfl(ld64(state + STATE_HOST), 0)  # it may change: one lane reads it for the whole warp
-    shift = ld64(descriptor + DESC_SHIFT) if descriptor != 0 else np.int64(-1)
-    resolved = np.int64(0)
-    if RESOLVES:
-        resolved = ld64(ld64(missed + MISSED_GATHERING) + RESOLVED)
-        if shift < 0 and is_warp_leader():
-            add64(ld64(missed + MISSED_GATHERING) + UNRESOLVED, 1)
-    if shift < 0:
-        rank = number_voters(missed + MISSED_COUNTS, listed)
-        if (listed >> lane_in_warp()) & 1 != 0:
-            st64(entry, position | rank << PLACE_RANK)
-        listed = np.int64(0)
-    while listed != 0:
-        active, lane = lane_for_tile(listed)
-        tile_key, at, to = shfl(key, lane), shfl(position, lane), shfl(entry, lane)
-        region = np.int64(0)
-        generation = ld64(descriptor + DESC_GENERATION) if RESOLVES else np.int64(0)  # before the word
-        word = find_in_host(descriptor, tile_key, active)
-        slot = (word & SLOT_MASK) - FIRST_SLOT
-        if slot >= 0:
-            region = min(slot >> shift, np.int64(REGIONS - 1))
-        if is_first_lane() and active:
-            rank = add64(missed + MISSED_COUNTS + 8 * region, 1)
-            st64(to, at | region << PLACE_REGION | rank << PLACE_RANK)
-            if RESOLVES:
-                row = ld64(descriptor + DESC_ROWS) + slot * HOST_STRIDE if slot >= 0 else np.int64(0)
-                number = (to - missed - MISSED_BYTES) >> 4
-                st64(resolved + 24 * number, row)
-                st64(resolved + 24 * number + 8, word)
-                st64(resolved + 24 * number + 16, generation)
-        listed = clear_lowest(listed, tiles_in_warp())
-    if is_warp_leader():
-        guard_leave(state, stripe)
+    return np.int64(popcount(votes))
 
 
 def answer_missed_kernel(lines, sets, state, workspace, entries, words, rows, generation, count, out):

@@ -18,11 +18,21 @@ from hps_numba.kernels.layouts.cache import (
     WAYS_PER_LINE,
 )
 from hps_numba.kernels.layouts.host_store import EMPTY, META_BYTES
-from hps_numba.kernels.simt.reference import add32, any_in_warp, fence, ld32, ld64, probe_host_line, probe_line
+from hps_numba.kernels.simt.reference import (
+    add32,
+    any_in_warp,
+    fence,
+    ld32,
+    ld64,
+    probe_host_line,
+    probe_host_line_by_lane,
+    probe_line,
+)
 
 __all__ = [
     "alternate_set_of",
     "find_in_host",
+    "find_in_host_by_lane",
     "find_in_host_by_tile",
     "find_in_set",
     "guard_enter",
@@ -131,6 +141,18 @@ def find_in_host_by_tile(descriptor, key):
     line, first, end = start_in_host(descriptor, key)
     while True:
         word, settled = probe_host_line(line, key, True)
+        if settled:
+            return word
+        line += LINE_BYTES
+        if line == end:
+            line = first
+
+
+def find_in_host_by_lane(descriptor, key):
+    """``find_in_host`` by one lane, where the index is in the memory of the device."""
+    line, first, end = start_in_host(descriptor, key)
+    while True:
+        word, settled = probe_host_line_by_lane(line, key)
         if settled:
             return word
         line += LINE_BYTES

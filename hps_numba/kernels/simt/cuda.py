@@ -36,7 +36,8 @@ def names(
         device: makes a device function.
     """
     tile = lanes_of(lanes, uniform, device)
-    memory, warp = memory_names(), warp_names(tile, device)
+    memory = memory_names()
+    warp = warp_names(tile, memory["add64"], device)
     wait = instruction("griddepcontrol.wait; griddepcontrol.launch_dependents;" if pdl else "")
     bound = {
         **memory,

@@ -22,6 +22,7 @@ def probe_names(tile: Lanes, memory: dict[str, Any], device: Callable[..., Any])
     settle = _settle(device)
     return {
         "probe_line_by_lane": _probe_line_by_lane(device),
+        "probe_host_line_by_lane": _probe_host_line_by_lane(settle, device),
         "probe_two_lines": _probe_two_lines(tile, memory["ld64"], device),
         **by_tile(tile, memory, settle, device),
     }
@@ -53,6 +54,31 @@ def _probe_line_by_lane(device: Callable[..., Any]) -> Any:
         return line + 8 * ctz(hits) if hits != 0 else 0, score << 32 | meta
 
     return probe_line_by_lane
+
+
+def _probe_host_line_by_lane(settle: Any, device: Callable[..., Any]) -> Any:
+    load_pair = load_two_words("ld.relaxed.gpu.global.v2.b64")
+
+    @device
+    def probe_host_line_by_lane(line, key):
+        """The whole line in four loads."""
+        k0, w0 = load_pair(line)
+        k1, w1 = load_pair(line + 16)
+        k2, w2 = load_pair(line + 32)
+        k3, w3 = load_pair(line + 48)
+        keys = np.int64(k0 == key) | np.int64(k1 == key) << 1 | np.int64(k2 == key) << 2 | np.int64(k3 == key) << 3
+        used = np.int64(w0 != 0) | np.int64(w1 != 0) << 1 | np.int64(w2 != 0) << 2 | np.int64(w3 != 0) << 3
+        entry, settled = settle(keys, used)
+        word = w0
+        if entry == 1:
+            word = w1
+        if entry == 2:
+            word = w2
+        if entry == 3:
+            word = w3
+        return word if entry >= 0 else 0, settled
+
+    return probe_host_line_by_lane
 
 
 def _probe_two_lines(tile: Lanes, load_word: Any, device: Callable[..., Any]) -> Any:

@@ -57,6 +57,16 @@ def ctz(typingctx, bits):
 
 
 @intrinsic
+def _lanes_here(typingctx):
+    """Bit i: lane i of the warp executes this now (activemask)."""
+
+    def codegen(context, builder, signature, args):
+        return builder.zext(asm(builder, _32, "activemask.b32 $0;", "=r", [], convergent=True), _64)
+
+    return _INT(), codegen
+
+
+@intrinsic
 def _noinline(typingctx):
     def codegen(context, builder, signature, args):
         builder.function.attributes.add("noinline")
@@ -173,8 +183,8 @@ def grid_names(lanes: int, device: Callable[..., Any]) -> dict[str, Any]:
     return {name: function for name, function in locals().items() if name not in (*others, "others")}
 
 
-def warp_names(tile: Lanes, device: Callable[..., Any]) -> dict[str, Any]:
-    """Ballots, shuffles and barriers, by their names in ``simt.reference``."""
+def warp_names(tile: Lanes, add64: Any, device: Callable[..., Any]) -> dict[str, Any]:
+    """Ballots, shuffles, barriers and what lanes do together, by their names in ``simt.reference``."""
     LANES, TILES = tile.lanes, WARP // tile.lanes
     TILE_BITS, SHIFT = (1 << LANES) - 1, LANES.bit_length() - 1
     lane, mask, of_tile = tile.lane, tile.mask, tile.of_tile
@@ -222,6 +232,15 @@ def warp_names(tile: Lanes, device: Callable[..., Any]) -> dict[str, Any]:
         return value
 
     @device
+    def count_one(address):
+        here, me = _lanes_here(), cuda.threadIdx.x & 31
+        first = 0
+        if me == ctz(here):
+            first = add64(address, cuda.popc(here))
+        first = shuffle(here, first, ctz(here), WARP) | shuffle(here, first >> 32, ctz(here), WARP) << 32
+        return first + cuda.popc(here & ((1 << me) - 1))
+
+    @device
     def sync_warp():
         cuda.syncwarp()
 
@@ -244,6 +263,7 @@ def warp_names(tile: Lanes, device: Callable[..., Any]) -> dict[str, Any]:
         "count_in_warp": count_in_warp,
         "tiles_of": tiles_of,
         "popcount": popcount,
+        "count_one": count_one,
         "shfl": shfl,
         "from_first_lane": from_first_lane,
         "max_in_tile": max_in_tile,

@@ -32,6 +32,7 @@ __all__ = [
     "cas64",
     "clock_ns",
     "count_in_warp",
+    "count_one",
     "ctz",
     "fence",
     "fence_host",
@@ -61,6 +62,7 @@ __all__ = [
     "noinline",
     "popcount",
     "probe_host_line",
+    "probe_host_line_by_lane",
     "probe_line",
     "probe_line_by_lane",
     "probe_two_lines",
@@ -196,6 +198,11 @@ def add64(address, value):
         old = ld64(address)
         st64(address, old + value)
         return old
+
+
+def count_one(address):
+    """Add 1 to an int64; returns what was there. Lanes of a warp that come here together make one addition."""
+    return add64(address, 1)
 
 
 def min64(address, value):
@@ -422,3 +429,8 @@ def probe_host_line(line, key, active):
         if ld64_host(line + ENTRY_BYTES * entry) == key:
             return word, True
     return EMPTY, False
+
+
+def probe_host_line_by_lane(line, key):
+    """``probe_host_line`` by one lane, of an index that is in the memory of the device."""
+    return probe_host_line(line, key, True)
