@@ -44,6 +44,9 @@ OURS, OURS_GRPC, FASTAPI, TRITON, TRITON_GRPC = "ours, HTTP", "ours, gRPC", "Fas
 OVER_TRITON, OVER_FASTAPI, P99, LARGE_OVER_TRITON = 1.2, 2.0, 0.002, 0.9
 
 
+Summary = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Size:
     """Requests of ``keys`` keys of a table."""
@@ -175,28 +178,37 @@ def servers(config: Path, folder: Path, core: int | None, *, with_triton: bool) 
         yield [one for one in found if one.url.startswith("http") or importlib.util.find_spec("grpc")]
 
 
-def measured(one: Served, size: Size, concurrency: int, rows: int, seconds: float) -> dict[str, Any]:
-    """One closed loop."""
-    settings = Settings(seconds=seconds, warmup=seconds / 5, pid=one.pid, distinct=200, timeout=60.0)
+def loaded(
+    url: str, pid: int, *, model: str, table: str, keys: int, concurrency: int, rows: int, seconds: float
+) -> dict[str, Any]:
+    """One closed loop of requests for ``keys`` of ``rows`` keys of a table."""
+    settings = Settings(seconds=seconds, warmup=seconds / 5, pid=pid, distinct=200, timeout=60.0)
     benchmark = Benchmark(
-        url=one.url,
+        url=url,
         access=Access(timeout=60.0),
         cases=[Case(concurrency=concurrency)],
         settings=settings,
         distribution=Distribution("uniform"),
-        model="m",
+        model=model,
         protocol="named",
-        tables=[size.table],
-        keys=[size.keys],
+        tables=[table],
+        keys=[keys],
         table_size=rows,
     )
     (line,) = benchmark.run(lambda text: None)["results"]
     if line["errors"] or not line["answered"]:
-        raise SystemExit(f"{one.name}: {size.name}: {line['errors'] or 'no answers'}")
+        raise SystemExit(f"{url}, {model}: {keys:,} keys: {line['errors'] or 'no answers'}")
     return line
 
 
-def summary(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+def measured(one: Served, size: Size, concurrency: int, rows: int, seconds: float) -> dict[str, Any]:
+    """One closed loop with a server."""
+    return loaded(
+        one.url, one.pid, model="m", table=size.table, keys=size.keys, concurrency=concurrency, rows=rows, seconds=seconds
+    )
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> Summary:
     """Medians of rounds."""
     names = (
         "requests_per_second",

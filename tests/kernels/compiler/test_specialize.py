@@ -243,7 +243,8 @@ RIGHT_FOR_ONE_LANE = {
     ),
     *("grid_row", "grid_rows"),
     *("grid_tiles", "grid_warps", "is_block_leader", "is_first_lane", "is_grid_leader", "is_warp_leader", "lane"),
-    *("lane_in_warp", "max_in_tile", "noinline", "probe_host_line", "probe_line", "probe_line_by_lane", "probe_two_lines"),
+    *("count_one", "lane_in_warp", "max_in_tile", "noinline", "probe_host_line", "probe_host_line_by_lane", "probe_line"),
+    *("probe_line_by_lane", "probe_two_lines"),
     *("sync_block", "sync_tile", "sync_warp", "tile_in_warp", "tile_number", "tiles_in_warp", "tiles_of"),
     *("ballot", "warp_number"),
 }
