@@ -362,6 +362,30 @@ def test_a_request_that_takes_too_long(start: Start, server: HPS, monkeypatch: p
     right_at_last(running, server)
 
 
+def test_a_call_that_its_client_ends_holds_nothing(start: Start, server: HPS, monkeypatch: pytest.MonkeyPatch) -> None:
+    admission, begun, go_on, infer = Admission(Limits()), threading.Event(), threading.Event(), TableSetModel.infer
+    running = start(admission=admission)
+
+    def slow(model: TableSetModel, request: Any) -> Any:
+        begun.set()
+        go_on.wait()
+        return infer(model, request)
+
+    monkeypatch.setattr(TableSetModel, "infer", slow)
+    monkeypatch.setattr(TableSetModel, "may_wait", lambda *_: True)
+    request = schema().ModelInferRequest(model_name="m", raw_input_contents=[KEYS.tobytes()])
+    request.inputs.add(name="item", datatype="INT64", shape=[3])
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+        asked = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request.SerializeToString(), timeout=HANG_SECONDS)
+        wait_until(begun.is_set)
+        assert admission.held_bytes >= 3 * 8 * 4
+        asked.cancel()
+        wait_until(lambda: not admission.held_bytes)
+    go_on.set()
+    right(running, server)
+    wait_until(lambda: not admission.held_bytes)
+
+
 def test_the_end_waits_for_what_was_taken(start: Start, server: HPS, monkeypatch: pytest.MonkeyPatch) -> None:
     running = start()
     begun, go_on, infer = threading.Event(), threading.Event(), TableSetModel.infer
