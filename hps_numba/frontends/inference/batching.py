@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hps_numba.config.arguments import as_count, as_number
@@ -34,6 +34,7 @@ from hps_numba.frontends.inference.joining import ALONE, form_of, joined, split
 from hps_numba.frontends.inference.model import InferenceModel
 from hps_numba.frontends.inference.problems import InferenceError
 from hps_numba.frontends.inference.tensors import InferenceRequest, InferenceResponse, TensorSpec
+from hps_numba.frontends.inference.waiting import WaitingRequest
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.threads import start_thread
 
@@ -58,32 +59,6 @@ class BatchingStats:
     refused: int = 0
     expired: int = 0
     queued: int = 0
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A request in the queue.
-
-    Attributes:
-        form: what it has in common with those that it can be joined with, or ``ALONE``.   rows: its samples.
-        since: when it came.   expires: when it has waited for too long (both by ``time.monotonic``).
-        started: called when it waits no more.
-    """
-
-    request: InferenceRequest
-    form: Hashable
-    rows: int
-    since: float
-    expires: float
-    started: Callable[[], object]
-    answer: Future[InferenceResponse] = field(default_factory=Future)
-
-    def start(self) -> bool:
-        """It is answered now; False: it was given up."""
-        live = self.answer.set_running_or_notify_cancel()
-        if live:
-            self.started()
-        return live
 
 
 class BatchedModel(InferenceModel):
@@ -134,7 +109,7 @@ class BatchedModel(InferenceModel):
     def reset_after_fork(self) -> None:
         """Start with an empty queue and no threads, as a forked child must."""
         self._changed = threading.Condition(threading.Lock())
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[WaitingRequest] = deque()
         self._threads: list[threading.Thread] = []
         self._at_work = 0  # calls
         self._asking = 0  # requests in them
@@ -200,16 +175,16 @@ class BatchedModel(InferenceModel):
             self._enqueue(waiting)
         return waiting.answer
 
-    def _waiting_of(self, request: InferenceRequest, started: Callable[[], object] = lambda: None) -> _Waiting:
+    def _waiting_of(self, request: InferenceRequest, started: Callable[[], object] = lambda: None) -> WaitingRequest:
         if self._closed:
             raise ClosedError(f"model {self.name!r} is closed")
         now = time.monotonic()
         form, rows = form_of(request)
         if rows >= self._largest or rows == 0:
             form = ALONE
-        return _Waiting(request, form, rows, now, now + self._timeout, started)
+        return WaitingRequest(request, form, rows, now, now + self._timeout, started)
 
-    def _enqueue(self, waiting: _Waiting) -> None:
+    def _enqueue(self, waiting: WaitingRequest) -> None:
         if self._closed:
             raise ClosedError(f"model {self.name!r} is closed")
         if len(self._queue) >= self._max_queue:
@@ -266,11 +241,11 @@ class BatchedModel(InferenceModel):
             times.append(self._due(self._queue[0]))
         return max(min(times) - now, 0.0)
 
-    def _due(self, first: _Waiting) -> float:
+    def _due(self, first: WaitingRequest) -> float:
         """When the first request of the queue is answered, whatever else may come."""
         return first.since + self._max_delay if self._at_work else min(self._hope_ends, first.since + self._max_delay)
 
-    def _next_batch(self) -> list[_Waiting]:
+    def _next_batch(self) -> list[WaitingRequest]:
         """What one call can answer now, out of the queue; empty if there is nothing, or something to wait for."""
         if not self._queue or self._at_work >= self._max_calls:
             return []
@@ -283,7 +258,7 @@ class BatchedModel(InferenceModel):
         self._queue = deque(waiting for waiting in self._queue if id(waiting) not in taken)
         return batch
 
-    def _alike(self, first: _Waiting) -> tuple[list[_Waiting], bool]:
+    def _alike(self, first: WaitingRequest) -> tuple[list[WaitingRequest], bool]:
         """The first request and those that can be joined with it, and whether no other could be."""
         if first.form is ALONE or not self._joinable.get(first.form, False):
             return [first], True
@@ -294,7 +269,7 @@ class BatchedModel(InferenceModel):
                 rows += waiting.rows
         return batch, rows >= self._largest
 
-    def _take_expired(self) -> list[_Waiting]:
+    def _take_expired(self) -> list[WaitingRequest]:
         """The requests that have waited for too long, out of the queue."""
         now = time.monotonic()
         expired = [waiting for waiting in self._queue if now >= waiting.expires]
@@ -303,7 +278,7 @@ class BatchedModel(InferenceModel):
             self._stats["expired"] += len(expired)
         return expired
 
-    def _refuse(self, expired: Sequence[_Waiting]) -> None:
+    def _refuse(self, expired: Sequence[WaitingRequest]) -> None:
         for waiting in expired:
             if waiting.start():
                 told = f"model {self.name!r}: expected a free call within {self._timeout:g} s, got none"
@@ -311,11 +286,11 @@ class BatchedModel(InferenceModel):
 
     # -- answering ---------------------------------------------------------------------
 
-    def _start_call(self, batch: Sequence[_Waiting]) -> None:
+    def _start_call(self, batch: Sequence[WaitingRequest]) -> None:
         self._at_work += 1
         self._asking += len(batch)
 
-    def _end_call(self, batch: Sequence[_Waiting], calls: int) -> None:
+    def _end_call(self, batch: Sequence[WaitingRequest], calls: int) -> None:
         with self._changed:
             self._hoped_for = self._asking + len(self._queue)
             self._at_work -= 1
@@ -326,7 +301,7 @@ class BatchedModel(InferenceModel):
             self._stats["rows"] += sum(waiting.rows for waiting in batch)
             self._wake()
 
-    def _answer(self, batch: list[_Waiting]) -> None:
+    def _answer(self, batch: list[WaitingRequest]) -> None:
         """Call the model for a batch, and give each request its own rows."""
         live = [waiting for waiting in batch if waiting.start()]
         calls, told = 0, []
@@ -354,7 +329,7 @@ class BatchedModel(InferenceModel):
             for size in filter(None, sizes):
                 self._on_call(size)
 
-    def _joined_answers(self, batch: Sequence[_Waiting]) -> list[InferenceResponse | BaseException]:
+    def _joined_answers(self, batch: Sequence[WaitingRequest]) -> list[InferenceResponse | BaseException]:
         """The answers by one call; none if it fails, so that each request has to be answered alone."""
         requests = [waiting.request for waiting in batch]
         try:
@@ -370,7 +345,7 @@ class BatchedModel(InferenceModel):
                 self._joinable[batch[0].form] = False
         return list(answers)
 
-    def _answer_alone(self, waiting: _Waiting) -> InferenceResponse | BaseException:
+    def _answer_alone(self, waiting: WaitingRequest) -> InferenceResponse | BaseException:
         try:
             answer = self._model.infer(waiting.request)
         except Exception as problem:
