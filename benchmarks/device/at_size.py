@@ -20,7 +20,7 @@ from measure import WARMUPS
 from run import Run, compact, median, print_table, verdict
 from table import add_rows, check, keys_of, new_cache, new_store, skewed_numbers
 
-from hps_numba.cache.gathering import Shares
+from hps_numba.cache.shares import Shares
 
 __all__ = ["AtSize", "measure_at_size"]
 

@@ -3,10 +3,7 @@
 ``kernels.cache.miss_gathered`` says what the device does, ``cache.host_threads`` who the threads are. Here is the memory that
 both work with, one for each workspace, and how the missed rows are shared out.
 
-*How they are shared out.* Rows may come by way of the host, by the device alone, or by both; each batch tells how long it
-took. The way that takes least time a row is kept, and now and then another one is tried. With both, the next batch of a size
-gives each what it would have needed to end at the same time. So nothing has to be known of the machine: on an H200 in a virtual
-machine the host alone was best for rows of 128 bytes, and both for a million keys of rows of 512.
+*How they are shared out* is learned from how long batches took: ``cache.shares``.
 
 *The caller never waits.* Copies are put on a stream of their own, each behind a wait of the stream for the mark of its group.
 As their number and size must be known before the batch has run, they are made for somewhat more rows than the last one had. If
@@ -17,18 +14,19 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import os
 import sys
 import weakref
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from hps_numba.cache.backends import Backend, Kernel, Memory
 from hps_numba.cache.host_threads import host_threads
+from hps_numba.cache.kept_rates import kept_rates, rate_key, span_of
+from hps_numba.cache.shares import ALONE, FULL_SHARE, LEAST_ROWS, Learned, Shares
 from hps_numba.cache.workspace import Workspace
+from hps_numba.device.identity import device_identity
 from hps_numba.errors import CapacityError, HpsError
 from hps_numba.kernels.host.epoch import count
 from hps_numba.kernels.layouts.cache import MISSED_GATHERING
@@ -58,15 +56,13 @@ from hps_numba.kernels.layouts.gathering import (
 )
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.storage.host.epochs import Epochs
+from hps_numba.storage.host.store import HostStore
 
 __all__ = [
-    "FULL_SHARE",
     "GATHERED_FROM",
-    "LEAST_ROWS",
     "Asked",
     "GatheredMisses",
     "Gathering",
-    "Shares",
     "gathering_bytes",
     "listed_from",
 ]
@@ -75,20 +71,11 @@ log = logging.getLogger(__name__)
 
 #: keys of a batch: of a smaller one the device has read the missed rows before threads could begin
 GATHERED_FROM = 65_536
-FULL_SHARE = 1 << 16
-LEAST_ROWS = 1024  # for which the host is asked: below, the device is done before the threads have begun
 CHUNK_BYTES = 16 << 10  # that a thread claims at a time
 GROUP_BYTES = 1 << 20  # that are copied at a time, at least: a copy costs some microseconds
 GROUPS = 12  # of a batch, about
 ROOM_BYTES = 128 << 20  # of gathered rows, at most
 _SPARE = 1.25  # rows for which copies are made, to those that the last batch would have had
-_LEAST_SHARE, _FIRST_SHARE = 1 / 32, 3 / 4
-ALONE = -1  # instead of a share: the device reads all rows
-HOST, BOTH, DEVICE = "host", "both", "device"
-_TRIES = 4  # of each way, before the best is known
-_LOOK_AGAIN = 64  # batches after which another way is tried
-_FEW = 16  # times fewer rows than by the other way are as good as none
-_PULL = 0.5  # of a new measurement
 
 
 def listed_from(lists_from: int, mirrors: bool) -> int:
@@ -299,100 +286,25 @@ class Gathering:
         self._drop.detach()  # not before: an interrupt may come at any time
 
 
-@dataclass
-class _Way:
-    """What is known of one way to bring missed rows: nanoseconds a row, and how often it was tried."""
-
-    cost: float = math.inf
-    tries: int = 0
-
-
-class _OfSize:
-    """What is known for batches of about one size."""
-
-    def __init__(self) -> None:
-        self.ways = {HOST: _Way(), BOTH: _Way(), DEVICE: _Way()}
-        self.share = _FIRST_SHARE  # of the host, when both bring rows
-        self.batches = 0
-        self.rates = 0.0, 0.0
-
-    def choose(self) -> str:
-        """The way of the next batch: the best, now and then another one, at first each of them some times."""
-        self.batches += 1
-        names = sorted(self.ways, key=lambda name: self.ways[name].cost)
-        name = next((name for name in (BOTH, HOST, DEVICE) if self.ways[name].tries < _TRIES), names[0])
-        if self.batches % _LOOK_AGAIN == 0:
-            name = names[1 + self.batches // _LOOK_AGAIN % 2]
-        self.ways[name].tries += 1
-        return name
-
-
-class Shares:
-    """How many of the missed rows the host gathers, by size of the batch.   Thread safety: all methods.
-
-    Args:
-        forced: the share of the host; None: as is fastest.
-    """
-
-    def __init__(self, forced: float | None) -> None:
-        self._forced = forced
-        self._sizes: dict[int, _OfSize] = {}
-
-    def of(self, n: int) -> int:
-        """For a batch of ``n`` keys, in 1/65,536; negative: the device is to read all rows, and nothing is measured."""
-        if self._forced is not None:
-            return round(self._forced * FULL_SHARE) or ALONE
-        known = self._of_size(n)
-        way = known.choose()
-        if way == DEVICE and known.ways[DEVICE].tries > _TRIES and known.batches % _LOOK_AGAIN:
-            return ALONE
-        return round({HOST: 1.0, BOTH: known.share, DEVICE: 0.0}[way] * FULL_SHARE)
-
-    def _of_size(self, n: int) -> _OfSize:
-        return self._sizes.setdefault(n.bit_length(), _OfSize())
-
-    def learn(self, n: int, last: tuple[int, int, int, int]) -> None:
-        """Look at a batch that has ended, of about ``n`` keys."""
-        rows, ns, others, others_ns = last
-        if self._forced is not None or rows + others < LEAST_ROWS:
-            return
-        known = self._of_size(n)
-        way = HOST if others * _FEW < rows else DEVICE if rows * _FEW < others else BOTH
-        took = known.ways[way]
-        cost = max(ns, others_ns) / (rows + others)
-        took.cost = cost if took.cost == math.inf else took.cost + _PULL * (cost - took.cost)
-        if way == BOTH and ns > 0 and others_ns > 0:
-            host, direct = rows / ns, others / others_ns
-            share = known.share + _PULL * (host / (host + direct) - known.share)
-            known.share = min(max(share, _LEAST_SHARE), 1 - _LEAST_SHARE)
-            known.rates = host * 1e9, direct * 1e9
-
-    @property
-    def rates(self) -> dict[int, tuple[float, float]]:
-        """Rows a second by way of the host and read by the device at the same time, by bits of the number of keys."""
-        return {size: known.rates for size, known in self._sizes.items() if known.rates[0]}
-
-    @property
-    def costs(self) -> dict[int, dict[str, float]]:
-        """Nanoseconds a row of each way that was measured, by bits of the number of keys."""
-        return {
-            size: {name: way.cost for name, way in known.ways.items() if way.cost < math.inf}
-            for size, known in self._sizes.items()
-        }
-
-
 class GatheredMisses:
     """Batches of one cache whose missed rows threads of the host help to bring.
 
     Args:
-        epochs: of the host store.   forced: the share of the host, else it is measured.
+        store: the host store.   forced: the share of the host, else it is measured.
+
+    Attributes:
+        shares: what was learned; the same for all caches of such rows, on this device and in tables of about one size.
 
     Thread safety: all methods; a workspace in one call at a time.
     """
 
-    def __init__(self, backend: Backend, dim: int, epochs: Epochs, name: str, forced: float | None = None) -> None:
-        self._backend, self._dim, self._epochs, self._name = backend, dim, epochs, name
-        self.shares = Shares(forced)
+    def __init__(self, backend: Backend, store: HostStore, name: str, forced: float | None = None) -> None:
+        self._backend, self._store, self._name = backend, store, name
+        self._device = None if forced is not None else device_identity(backend.ordinal)
+        self._span = self._span_now()
+        self.shares = Shares(forced, self._known)
+        if self._device is not None:
+            kept_rates.open()
         self._counts = np.zeros(2, np.int64)
         self._refused_from = sys.maxsize  # keys of the smallest workspace for which there was no memory
         register_fork_reset(self)
@@ -403,7 +315,7 @@ class GatheredMisses:
 
     @property
     def batches(self) -> int:
-        """Batches that were started so."""
+        """Batches of which the host was asked for a part."""
         return int(self._counts[0])
 
     @property
@@ -413,6 +325,9 @@ class GatheredMisses:
 
     def begin(self, workspace: Workspace, n: int, stream: int) -> int:
         """Begin a batch of ``n`` keys with a workspace that has room for it; returns the share of the host, or ALONE."""
+        if self._device is not None and self._span != self._span_now():
+            self._span = self._span_now()
+            self.shares.ask_again()
         share = self.shares.of(n)
         if share == ALONE:
             return ALONE
@@ -423,14 +338,29 @@ class GatheredMisses:
         if gathering.has_news():
             self.shares.learn(workspace.gathered, gathering.last)
         workspace.gathered = n
-        count(self._counts.ctypes.data, 1)
+        if share:
+            count(self._counts.ctypes.data, 1)
         return share
+
+    def _span_now(self) -> int:
+        return span_of(4 * self._store.dim * self._store.slots)
+
+    def _known(self, bits: int) -> Learned:
+        """What is known of batches of so many keys, in bits."""
+        if self._device is None:
+            return Learned()
+        return kept_rates.of(rate_key(self._device, 4 * self._store.dim, bits, self._span))
+
+    def close(self) -> None:
+        """Keep what was learned for the next process."""
+        if self._device is not None:
+            kept_rates.keep()
 
     def _made_for(self, workspace: Workspace, stream: int) -> Gathering | None:
         if workspace.limit >= self._refused_from:
             return None
         try:
-            gathering = Gathering(self._backend, self._dim, workspace.limit, self._epochs, self._name, stream)
+            gathering = Gathering(self._backend, self._store.dim, workspace.limit, self._store.epochs, self._name, stream)
         except CapacityError:
             self._refused_from = workspace.limit
             return None

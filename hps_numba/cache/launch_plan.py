@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, CpuPreparedLookup, Kernel
-from hps_numba.cache.gathering import LEAST_ROWS, Gathering
+from hps_numba.cache.gathering import Gathering
 from hps_numba.cache.index_mirror import IndexMirror
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
 from hps_numba.cache.residency import Residency
+from hps_numba.cache.shares import LEAST_ROWS
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.state import CacheState
 from hps_numba.cache.workspace import Workspace

@@ -12,6 +12,7 @@ from hps_numba.cache.gathering import GATHERED_FROM, gathering_bytes, listed_fro
 from hps_numba.cache.index_mirror import is_translated, may_mirror
 from hps_numba.cache.policy_memory import policy_bytes
 from hps_numba.cache.residency import listing_from
+from hps_numba.cache.shares import forced_share
 from hps_numba.cache.sizing import CacheGeometry, StagingBytes, staging_bytes
 from hps_numba.cache.staging import NEVER
 from hps_numba.cache.workspace import WorkspaceShape
@@ -143,8 +144,8 @@ def plan_memory(geometry: CacheGeometry, policy: Policy | None, use: CacheUse) -
         of_lookups += shape.bytes(keys, True)
     staged = use.miss_path == "staged" and use.has_store
     staging = staging_bytes(geometry.dim, largest) if staged else StagingBytes(0, 0)
-    gathers = mirrors and use.on_device and largest >= GATHERED_FROM and is_translated(use.host_rows, 4 * geometry.dim)
-    if gathers:
+    gathers = mirrors and use.on_device and largest >= GATHERED_FROM
+    if gathers and (is_translated(use.host_rows, 4 * geometry.dim) or forced_share()):
         staging = StagingBytes(*gathering_bytes(geometry.dim, keys))
     grouped = WorkspaceShape.of(geometry, NEVER, inserts=True, counts=counts, keys=use.keys)
     of_group = use.buffers * (grouped.bytes(keys, False) + 2 * TABLE_BYTES)

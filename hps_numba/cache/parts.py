@@ -29,6 +29,7 @@ from hps_numba.cache.policy_switch import PolicySwitch
 from hps_numba.cache.pooling import Pooling
 from hps_numba.cache.promised import withdraw
 from hps_numba.cache.residency import Residency, listing_from
+from hps_numba.cache.shares import forced_share
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.staging import StagedMisses
 from hps_numba.cache.state import CacheState
@@ -72,6 +73,7 @@ class CacheParts:
         inserts: bool = True,
         keys: int = 0,
     ) -> None:
+        forced = forced_share()  # raises before the store knows of this cache
         self.geometry, self.store, self.backend, self.switch = geometry, store, backend_for(device), switch
         self._limit = limit
         # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
@@ -110,7 +112,7 @@ class CacheParts:
             self.misses = StagedMisses(geometry, self.state, self.kernels, store, self.link.in_force)
         self.gathered: GatheredMisses | None = None
         if self.mirror is not None and store is not None:
-            self.gathered = GatheredMisses(self.backend, geometry.dim, store.epochs, geometry.name)
+            self.gathered = GatheredMisses(self.backend, store, geometry.name, forced)
         self._closed = False
         self._last_counters: CacheCounters | None = None
         self.reset_after_fork()
@@ -219,7 +221,7 @@ class CacheParts:
                 self.workspaces.close()
                 if self._last_counters is None:  # of a state that is there: an interrupted call may have released it
                     self._last_counters = self.inspection.last_counters()
-                for part in (self.misses, self.mirror, self.link):
+                for part in (self.misses, self.gathered, self.mirror, self.link):
                     if part is not None:
                         part.close()
                 self.workspaces.release_policies()

@@ -60,6 +60,7 @@ def doctor(as_json: AsJson = False) -> None:
         "extras": {extra: _extra(extra) for extra in EXTRAS},
         "hardware": asdict(hardware),
         "kernel_cache": _kernel_cache(),
+        "miss_rates": _miss_rates(),
         "self_test": _self_test(),
     }
     report["advice"] = _advice(hardware, report)
@@ -95,6 +96,14 @@ def _kernel_cache() -> dict[str, Any]:
     folder = None if inside is None else inside.parent
     files = [] if folder is None else [file for file in folder.rglob("*") if file.is_file()]
     return {"folder": folder, "writable": folder is not None, "bytes": sum(file.stat().st_size for file in files)}
+
+
+def _miss_rates() -> dict[str, Any]:
+    """What lookups of this user's processes have learned of the ways to bring missed rows to a GPU."""
+    from hps_numba.cache.kept_rates import kept_rates
+    from hps_numba.cli._miss_rates import rates_of
+
+    return {"file": kept_rates.file, "rates": rates_of(kept_rates.read())}
 
 
 def _self_test() -> dict[str, Any]:
@@ -211,12 +220,14 @@ def _machine(hardware: Hardware) -> list[tuple[str, str]]:
 
 
 def _readiness(report: dict[str, Any]) -> list[tuple[str, str]]:
+    from hps_numba.cli._miss_rates import shown_rates
     from hps_numba.device.host_memory import human_bytes
 
-    cache, test = report["kernel_cache"], report["self_test"]
+    cache, test, rates = report["kernel_cache"], report["self_test"], shown_rates(report["miss_rates"]["rates"])
     where = f"{cache['folder']}, {human_bytes(cache['bytes'])}" if cache["writable"] else "no writable folder"
     served = f"1,000 rows served correctly in {human_seconds(test['seconds'])}"
-    return [("kernel cache", where), ("self-test", served if test["ok"] else f"FAILED: {test['problem']}")]
+    missed = [("missed rows", line) for line in rates or ["nothing measured yet: large batches on a GPU do it"]]
+    return [("kernel cache", where), *missed, ("self-test", served if test["ok"] else f"FAILED: {test['problem']}")]
 
 
 def _verdict(hardware: Hardware, report: dict[str, Any]) -> str:

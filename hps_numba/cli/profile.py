@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from hps_numba.cli import _profile_options as options
+from hps_numba.cli._miss_rates import shown_rates
 from hps_numba.cli._output import (
     STDOUT,
     check_output_file,
@@ -174,6 +175,8 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
     results = report["results"]
     if report["device"] is None and {"session", "host"} <= {result["mode"] for result in results}:
         yield "Without a GPU, modes session and host are the same lookups."
+    for line in shown_rates(report["miss_rates"]):
+        yield f"Missed rows on {line}."
     defaults = max((result.get("default_rate", 0.0) for result in results), default=0.0)
     if defaults:
         yield f"Up to {defaults:.2%} of the keys had no row and got the default value."

@@ -52,7 +52,7 @@ class CacheStats:
         stale_dropped: rows that changed in host memory on their way into the cache and were dropped.
         refused: insertion candidates that the policy did not admit.
         staged: lookups whose missed rows were gathered by host threads (``miss_path`` staged).
-        helped: lookups of which host threads gathered a part or all of them, as that is faster (``miss_path`` auto).
+        helped: lookups for which host threads were asked for missed rows, as that is faster (``miss_path`` auto).
         index_mirror_bytes: of ``bytes``, those of the index mirror that misses are looked up in now, or 0.
         memory: bytes that it takes, by what they are for; ``TablePlan.cache`` is the plan of the same.
         policy: name of the cache policy.
@@ -80,6 +80,11 @@ class CacheStats:
     def hits(self) -> int:
         """Keys that were in the cache."""
         return self.keys - self.misses
+
+    @property
+    def direct(self) -> int:
+        """Lookups without help of host threads: those of which it read the missed rows, if any, in place."""
+        return self.calls - self.staged - self.helped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ from support.waiting import HANG_SECONDS, join_all
 from hps_numba.cache import gathering, index_mirror, launch_plan
 from hps_numba.cache import lookup as cache_lookup
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.cache.gathering import FULL_SHARE, Shares
 from hps_numba.cache.host_threads import host_threads
+from hps_numba.cache.kept_rates import KeptRates
 from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.cache.shares import FULL_SHARE, Shares
 from hps_numba.kernels.layouts.gathering import MAX_USERS, TABLE
 from hps_numba.storage.host.store import HostStore
 
@@ -42,6 +43,7 @@ def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathering, "GROUP_BYTES", 2 * 3 * 128)  # so that there are several
     monkeypatch.setattr(gathering, "ROOM_BYTES", 500 * 128)  # and some batches want more
     monkeypatch.setattr(LaunchPlan, "needs_host", property(lambda plan: True))
+    monkeypatch.setattr(gathering, "kept_rates", KeptRates(lambda: None))  # rates of such batches mislead users' processes
     monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)  # an index is copied when a test says so
 
 
@@ -119,6 +121,18 @@ def test_every_share_gives_the_same_rows(bench: Bench, share: float) -> None:
     assert batches(caches[0]) == (5 if share else 0)
     for workspace in caches[0].parts.workspaces.pool.workspaces:
         assert workspace.gathering is None or workspace.gathering.started == workspace.gathering.done
+
+
+def test_a_share_from_the_environment_is_that_of_tables_of_any_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LaunchPlan, "needs_host", property(lambda plan: False))
+    store, keys = bench.store(range(2000)), np.arange(1500)
+    for share, helped in (("1", 3), ("0", 0), ("", 0)):
+        monkeypatch.setenv("HPS_NUMBA_HOST_SHARE", share)
+        cache = bench.cache(store, 120, miss_path="auto")
+        cache.mirror_index()
+        for _ in range(3):
+            assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+        assert cache.counters().helped == helped
 
 
 def test_fixed_caches_gather_what_they_miss(bench: Bench) -> None:

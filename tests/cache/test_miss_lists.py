@@ -20,9 +20,9 @@ from support.waiting import HANG_SECONDS, join_all
 from hps_numba.cache import index_mirror
 from hps_numba.cache import parts as cache_parts
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.cache.gathering import Shares
 from hps_numba.cache.index_mirror import _shift_of, is_scattered
 from hps_numba.cache.launch_plan import LaunchPlan
+from hps_numba.cache.shares import Shares
 from hps_numba.cache.staging import NEVER
 from hps_numba.device.host_memory import PinnedHostAllocator
 from hps_numba.kernels.cache.miss_sorted import scan_counts, start_of
