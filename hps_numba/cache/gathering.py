@@ -332,7 +332,7 @@ class GatheredMisses:
         if share == ALONE:
             return ALONE
         gathering = workspace.gathering or self._made_for(workspace, stream)
-        if gathering is None or gathering.is_full:
+        if gathering is None or gathering.is_full or not host_threads.at_work:
             count(self._counts.ctypes.data + 8, 1)
             return ALONE
         if gathering.has_news():

@@ -1,12 +1,14 @@
 """Threads of this process that gather rows for devices: one set for all caches, started with the first user.
 
 They run one compiled function for as long as the process lives (``kernels.host.gathering``), so no exception and no signal
-reaches them, they never need the GIL, and an interpreter that exits does not wait for them. In a forked child there are none,
-as there is no device.
+reaches them, they never need the GIL, and an interpreter that exits does not wait for them. Whoever starts them waits until
+they are in that function: one that could not be loaded ends its thread before any batch relies on it. In a forked child there
+are none, as there is no device.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from hps_numba.kernels.layouts.gathering import (
     COUNT,
     MAX_THREADS,
     MAX_USERS,
+    SLEEPERS,
     STATES,
     TABLE,
 )
@@ -28,6 +31,7 @@ from hps_numba.runtime.threads import available_cores, start_thread
 
 __all__ = ["HostThreads", "host_threads"]
 
+log = logging.getLogger(__name__)
 _MOST = 15  # more bring little: from there on memory is the limit
 _PAUSE = 2e-5
 
@@ -64,16 +68,30 @@ class HostThreads:
             self._control[COUNT // 8] = max(self._control[COUNT // 8], free[0] + 1)
             return True
 
+    @property
+    def at_work(self) -> bool:
+        """There is a thread that gathers."""
+        return any(thread.is_alive() for thread in self._started)
+
     def _start(self) -> bool:
+        """Have the threads; False if there is none."""
         while len(self._started) < self.count:
             state = self._address + STATES + 64 * len(self._started)
             name = f"hps_numba_gather_{len(self._started)}"
             try:
                 args = (self._address, state)
-                self._started.append(start_thread(gather_for_devices, args, name=name, purpose="gathering rows for devices"))
+                self._started.append(start_thread(_gather, args, name=name, purpose="gathering rows for devices"))
             except CapacityError:
                 self.count = len(self._started)  # as many as there are
-        return self.count > 0
+        while self._still_starting() > 0:
+            time.sleep(_PAUSE)
+        return self.at_work
+
+    def _still_starting(self) -> int:
+        """Threads that have neither begun to look at the table nor ended."""
+        alive = [number for number, thread in enumerate(self._started) if thread.is_alive()]
+        looking = sum(self._control[(STATES + 64 * number) // 8] != 0 for number in alive)
+        return len(alive) - looking - int(self._control[SLEEPERS // 8])
 
     def remove(self, shared: int) -> None:
         """Gather for a user no more; when this returns no thread looks at its words. All its batches are over."""
@@ -81,15 +99,22 @@ class HostThreads:
             table = self._control[TABLE // 8 : TABLE // 8 + MAX_USERS]
             table[table == shared] = 0
             wake_gatherers(self._address)
-            for number in range(len(self._started)):
+            for number, thread in enumerate(self._started):
                 place = (STATES + 64 * number) // 8
                 seen = self._control[place]
-                while seen and self._control[place] == seen:
+                while seen and self._control[place] == seen and thread.is_alive():
                     time.sleep(_PAUSE)
 
     def begin(self, shared: int) -> None:
         """A batch of a user is about to be started on its device."""
         begin_batch(self._address, shared)
+
+
+def _gather(control: int, state: int) -> None:
+    try:
+        gather_for_devices(control, state)
+    except Exception as problem:  # of the compiler, or of the memory: devices read rows themselves
+        log.warning("a thread that gathers rows for devices has ended: %s: %s", type(problem).__name__, problem)
 
 
 host_threads = HostThreads()

@@ -26,12 +26,21 @@ def rates_of(known: Mapping[RateKey, Learned]) -> list[dict[str, Any]]:
     rows = []
     for key, learned in sorted(known.items()):
         if learned.costs:
-            facts = {"gpu": key.gpu, "driver": key.driver, "machine": key.machine, "version": key.version}
-            shape = {"row_bytes": key.row_bytes, "table_gib": key.span_gib}
-            sizes = {"min_keys": 1 << (key.key_bits - 1), "max_keys": (1 << key.key_bits) - 1}
-            rates = {way: 1e9 / cost for way, cost in learned.costs.items()}
-            figures = {"rows_per_second": rates, "chosen": learned.best, "host_share": learned.share}
-            rows.append(facts | shape | sizes | figures)
+            rows.append(
+                {
+                    "gpu": key.gpu,
+                    "driver": key.driver,
+                    "machine": key.machine,
+                    "version": key.version,
+                    "row_bytes": key.row_bytes,
+                    "table_gib": key.span_gib,
+                    "min_keys": 1 << (key.key_bits - 1),
+                    "max_keys": (1 << key.key_bits) - 1,
+                    "rows_per_second": {way: 1e9 / cost for way, cost in learned.costs.items()},
+                    "chosen": learned.best,
+                    "host_share": learned.share,
+                }
+            )
     return rows
 
 

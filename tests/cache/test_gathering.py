@@ -17,18 +17,15 @@ import pytest
 from support.cache_bench import DIM, Bench, Versions, ints
 from support.cache_pairs import OPERATIONS, Pair
 from support.factories import ON_BOTH
+from support.gathering import gather_small_batches, users_of_threads
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
 from support.staging import TYPES, ask_both, assert_same_content
-from support.waiting import HANG_SECONDS, join_all
+from support.waiting import join_all
 
-from hps_numba.cache import gathering, index_mirror, launch_plan
-from hps_numba.cache import lookup as cache_lookup
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.host_threads import host_threads
-from hps_numba.cache.kept_rates import KeptRates
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.shares import FULL_SHARE, Shares
-from hps_numba.kernels.layouts.gathering import MAX_USERS, TABLE
 from hps_numba.storage.host.store import HostStore
 
 FORCED = 2 / 3
@@ -36,15 +33,7 @@ FORCED = 2 / 3
 
 @pytest.fixture(autouse=True)
 def every_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lookup, "GATHERED_FROM", 1)
-    monkeypatch.setattr(gathering, "GATHERED_FROM", 1)
-    monkeypatch.setattr(launch_plan, "LEAST_ROWS", 1)
-    monkeypatch.setattr(gathering, "CHUNK_BYTES", 3 * 128)
-    monkeypatch.setattr(gathering, "GROUP_BYTES", 2 * 3 * 128)  # so that there are several
-    monkeypatch.setattr(gathering, "ROOM_BYTES", 500 * 128)  # and some batches want more
-    monkeypatch.setattr(LaunchPlan, "needs_host", property(lambda plan: True))
-    monkeypatch.setattr(gathering, "kept_rates", KeptRates(lambda: None))  # rates of such batches mislead users' processes
-    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)  # an index is copied when a test says so
+    gather_small_batches(monkeypatch)
 
 
 def gathering_cache(bench: Bench, store: HostStore, rows: int = 0, **options: Any) -> EmbeddingCache:
@@ -286,11 +275,6 @@ def test_threads_look_no_more_at_a_cache_that_was_dropped(device: int | None) ->
         for _ in range(5):
             assert_same_bits(other.lookup_arrays(np.arange(300)), rows_of(np.arange(300), DIM))
     kept.close()
-
-
-def users_of_threads() -> list[int]:
-    table = host_threads._control[TABLE // 8 : TABLE // 8 + MAX_USERS]
-    return [int(word) for word in table if word]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
