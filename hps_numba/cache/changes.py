@@ -77,7 +77,7 @@ class Changes:
         with self._lifecycle.controlled():
             for start in range(0, len(keys), step):
                 part = slice(start, start + step)
-                with self._state.copies(keys[part], rows[part]) as (address, source):
+                with self._state.kept_copies(keys[part], rows[part]) as (address, source):
                     self._update(address, len(keys[part]), source)
             self._residency.store_changed()
 

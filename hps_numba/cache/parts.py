@@ -194,7 +194,7 @@ class CacheParts:
             rows=0 if state.pinned_bytes else rows,
             policy=state.hits_bytes + workspaces.policy_memory.bytes,
             index_mirror=0 if self.mirror is None else self.mirror.bytes,
-            workspaces=workspaces.bytes,
+            workspaces=workspaces.bytes + state.kept_bytes,
             graphs=workspaces.captured_bytes,
             staging=workspaces.gathering_bytes + (0 if self.misses is None else self.misses.bytes),
             pinned_rows=state.pinned_bytes,

@@ -28,6 +28,8 @@ from hps_numba.runtime.fork import register_fork_reset
 __all__ = ["STATE_WORDS", "CacheState"]
 
 STATE_WORDS = 13
+_ALIGNMENT = 128
+_MAX_KEPT_BYTES = 32 << 20
 
 
 class CacheState:
@@ -37,7 +39,8 @@ class CacheState:
         geometry: of the cache.   pinned: rows are in pinned host memory.
 
     Attributes:
-        pinned_bytes: of the rows, if they are in pinned host memory.
+        pinned_bytes: of the rows, if they are in pinned host memory.   kept_bytes: of ``kept_copies``.
+        keeps: copies of arrays take memory that is worth keeping.
         address: of the state words.   no_lists: of the workspace header of a batch that lists nothing.
         kernel_args: what most kernels take first: addresses of lines and rows, number of sets, address of the state.
         query_args: the same with the state that has no host store.
@@ -52,6 +55,9 @@ class CacheState:
         self._backend, self._geometry = backend, geometry
         self._memories: list[Memory] = []
         self._hits = 0
+        self._kept: Memory | None = None
+        self.kept_bytes = 0
+        self.keeps = backend.ordinal is not None
         self.stream = backend.new_stream()
         try:
             self.lines = self._allocate(geometry.sets * SET_BYTES, "index")
@@ -103,6 +109,7 @@ class CacheState:
         for memory in self._memories:
             memory.release()
         self._memories.clear()
+        self._release_kept()
         stream, self.stream = self.stream, 0
         if stream:
             self._backend.destroy_stream(stream)
@@ -167,6 +174,36 @@ class CacheState:
         finally:
             for memory in memories:
                 memory.release()
+
+    @contextmanager
+    def kept_copies(self, *arrays: np.ndarray) -> Iterator[list[int]]:
+        """``copies`` in memory that stays for the next time, if it is little and on a device; one block at a time.
+
+        A device takes longer to give memory and to take it back than for the copies of a training step of 16,384 keys.
+        """
+        places, size = [], 0
+        for array in arrays:
+            places.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size > _MAX_KEPT_BYTES or not self.keeps:
+            with self.copies(*arrays) as addresses:
+                yield addresses
+            return
+        if size > self.kept_bytes:
+            self._release_kept()
+            enough = min(_MAX_KEPT_BYTES, size + size // 4)  # the next step has somewhat more keys, or fewer
+            self._kept = self._backend.allocate(enough, f"{self._geometry.name}: rows that were written")
+            self.kept_bytes = enough
+        assert self._kept is not None
+        addresses = [self._kept.address + place for place in places]
+        for address, array in zip(addresses, arrays):
+            self._backend.from_host(address, array, self.stream)
+        yield addresses
+
+    def _release_kept(self) -> None:
+        memory, self._kept, self.kept_bytes = self._kept, None, 0
+        if memory is not None:
+            memory.release()
 
     @contextmanager
     def buffer(self, size: int) -> Iterator[int]:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from support.cache_bench import DIM, Bench, ints
+from support.factories import ON_BOTH
+from support.oracles import rows_of
 
+from hps_numba.cache import state
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.group import CacheGroup
 from hps_numba.cache.index_mirror import with_room
@@ -93,6 +96,25 @@ def test_staging_takes_what_is_planned(cpu_bench: Bench, keys: int) -> None:
     assert cache.backend.pinned_bytes == planned.pinned
     cache.close()
     assert cache.backend.pinned_bytes == 0
+
+
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_memory_for_written_rows_is_kept_if_it_is_little(device: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(device)
+    monkeypatch.setattr(state, "_MAX_KEPT_BYTES", 128 * 80)
+    store = bench.store(range(300), DIM)
+    cache = bench.cache(store, 3000)
+    cache.parts.state.keeps = True  # as on a device
+    cache.lookup_arrays(np.arange(300))
+    for stamp, (n, kept) in enumerate([(1, 320), (40, 4000), (10, 4000), (100, 9760), (300, 9760), (2, 9760)], 1):
+        keys, rows = np.arange(n), rows_of(np.arange(n), DIM, stamp)
+        store.upsert(keys, rows)
+        cache.take_written(keys, rows)
+        assert cache.parts.state.kept_bytes == kept == cache.memory.workspaces - cache.parts.workspaces.bytes
+        found, missing = cache.query(np.arange(300))
+        assert not len(missing) and np.array_equal(found[:n], rows)
+    bench.close()
+    assert cache.parts.state.kept_bytes == 0
 
 
 def test_bytes_are_those_where_the_cache_lives() -> None:

@@ -66,6 +66,11 @@ def test_nothing_leaks(tmp_path: Path, cached: str) -> None:
     assert attack("leaks", tmp_path, cached) >= 5000
 
 
+def test_servers_whose_rows_threads_gather_leave_nothing(tmp_path: Path) -> None:
+    """``HPS_NUMBA_SERVERS`` (30) is how many there are at least."""
+    assert attack("gathering_servers", tmp_path) >= 30
+
+
 @pytest.mark.parametrize("kinds", damaged.KINDS)
 def test_damaged_files_are_read_or_refused(tmp_path: Path, kinds: str) -> None:
     assert attack("damaged", tmp_path, kinds) > 0

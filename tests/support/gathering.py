@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.waiting import HANG_SECONDS
 
@@ -12,20 +14,31 @@ from hps_numba.cache.kept_rates import KeptRates
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.kernels.layouts.gathering import MAX_USERS, TABLE
 
-__all__ = ["gather_small_batches", "users_of_threads"]
+__all__ = ["gather_small_batches", "small_batches_are_gathered", "users_of_threads"]
+
+_CHANGES: list[tuple[Any, str, object]] = [
+    (cache_lookup, "GATHERED_FROM", 1),
+    (gathering, "GATHERED_FROM", 1),
+    (launch_plan, "LEAST_ROWS", 1),
+    (gathering, "CHUNK_BYTES", 3 * 128),
+    (gathering, "GROUP_BYTES", 2 * 3 * 128),  # so that there are several
+    (gathering, "ROOM_BYTES", 500 * 128),  # and some batches want more
+    (LaunchPlan, "needs_host", property(lambda plan: True)),
+    (gathering, "kept_rates", KeptRates(lambda: None)),  # rates of such batches mislead users' processes
+    (index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS),  # an index is copied when a test says so
+]
 
 
 def gather_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every batch of a table of any size count as large, in several groups of chunks."""
-    monkeypatch.setattr(cache_lookup, "GATHERED_FROM", 1)
-    monkeypatch.setattr(gathering, "GATHERED_FROM", 1)
-    monkeypatch.setattr(launch_plan, "LEAST_ROWS", 1)
-    monkeypatch.setattr(gathering, "CHUNK_BYTES", 3 * 128)
-    monkeypatch.setattr(gathering, "GROUP_BYTES", 2 * 3 * 128)  # so that there are several
-    monkeypatch.setattr(gathering, "ROOM_BYTES", 500 * 128)  # and some batches want more
-    monkeypatch.setattr(LaunchPlan, "needs_host", property(lambda plan: True))
-    monkeypatch.setattr(gathering, "kept_rates", KeptRates(lambda: None))  # rates of such batches mislead users' processes
-    monkeypatch.setattr(index_mirror, "_QUIET_SECONDS", 2 * HANG_SECONDS)  # an index is copied when a test says so
+    for place, name, value in _CHANGES:
+        monkeypatch.setattr(place, name, value)
+
+
+def small_batches_are_gathered() -> None:
+    """``gather_small_batches`` for the rest of this process."""
+    for place, name, value in _CHANGES:
+        setattr(place, name, value)
 
 
 def users_of_threads() -> list[int]:
