@@ -57,19 +57,30 @@ def test_sums_are_taken_in_blocks(threads: int) -> None:
 @pytest.mark.parametrize("kind", ["memory", "cached", "bounded"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_step_has_the_bits_of_one_on_arrays(workshop: Workshop, threads: int, rule: Rule, kind: str, overwrite: bool) -> None:
+    check_steps(workshop, rule, kind, DIM, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("kind", ["memory", "bounded"])
+def test_rows_written_past_the_caches_have_the_same_bits(workshop: Workshop, threads: int, rule: Rule, kind: str) -> None:
+    """Those of a multiple of 64 bytes are, if the gradients may be overwritten."""
+    check_steps(workshop, rule, kind, 32, overwrite=True)
+
+
+def check_steps(workshop: Workshop, rule: Rule, kind: str, dim: int, *, overwrite: bool) -> None:
     top = {"volatile_db": {"type": "hash_map", "overflow_margin": 10 * N, "num_partitions": 1}} if kind == "bounded" else {}
-    server = workshop.open(workshop.model((range(N), DIM), gpucacheper=0.3), cache_on_cpu=kind == "cached", **top)
+    server = workshop.open(workshop.model((range(N), dim), gpucacheper=0.3), cache_on_cpu=kind == "cached", **top)
     trainer = RowTrainer(server, "m", 0, rule, Normal())
     new = np.arange(N, N + 500)
-    first = initial_rows(Normal(), new, DIM, table=trainer.spec.tag, default=0.0)
-    rows = np.concatenate([rows_of(np.arange(N), DIM), first])
-    states = np.full((len(rows), rule.width(DIM)), rule.fresh, np.float32)
+    first = initial_rows(Normal(), new, dim, table=trainer.spec.tag, default=0.0)
+    rows = np.concatenate([rows_of(np.arange(N), dim), first])
+    states = np.full((len(rows), rule.width(dim)), rule.fresh, np.float32)
     there = np.append(np.ones(N, bool), np.zeros(500, bool))
     random = np.random.default_rng(0)
     server.lookup(np.arange(N), "m", 0)
     for step in range(1, 6):
         keys = random.choice(N + 500, random.integers(1, N), replace=False)
-        gradients = random.normal(size=(len(keys), DIM)).astype(np.float32)
+        gradients = random.normal(size=(len(keys), dim)).astype(np.float32)
         some_rows, some_states = rows[keys], states[keys]
         apply(rule, some_rows, some_states, gradients, step)
         rows[keys], states[keys], there[keys] = some_rows, some_states, True
@@ -78,7 +89,7 @@ def test_a_step_has_the_bits_of_one_on_arrays(workshop: Workshop, threads: int, 
         assert np.array_equal(given, gradients) or overwrite
         looked = random.integers(0, N + 500, 4000)
         assert np.array_equal(server.lookup(looked, "m", 0), np.where(there[looked, None], rows[looked], np.float32(-7.5)))
-    if rule.width(DIM):
+    if rule.width(dim):
         assert np.array_equal(trainer.read_states(np.flatnonzero(there)), states[there])
 
 

@@ -9,7 +9,16 @@ import numpy as np
 
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
-from hps_numba.kernels.host.atomics import copy_row, fill_row, load_float, load_word, prefetch_row, store_float
+from hps_numba.kernels.host.atomics import (
+    copy_row,
+    fill_row,
+    full_fence,
+    load_float,
+    load_word,
+    prefetch_row,
+    store_float,
+    stream_row,
+)
 from hps_numba.kernels.host.row_math import adam_row, add_to_row, step_row, sum_of_squares
 
 __all__ = ["BLOCK", "LEVELS", "adagrad_rows", "adam_rows", "normal_rows", "sgd_rows", "sum_rows", "uniform_rows"]
@@ -73,6 +82,21 @@ def _prefetch_later(places, i, stop, size):
         prefetch_row(load_word(places + 8 * (i + _AHEAD)), size)
 
 
+@host_function
+def _is_streamed(new, size, keep):
+    """A row is made over its gradient, where it stays, and written past the caches: the old content is not read for it."""
+    return keep and (new | size) & 63 == 0
+
+
+@host_function
+def _hand_on(new, gradient, size, keep):
+    """Copy a row that was made over its gradient to its place, or one that was made there over the gradient to ``keep``."""
+    if _is_streamed(new, size, keep):
+        stream_row(new, gradient, size)
+    elif keep:
+        copy_row(gradient, new, size)
+
+
 @host_kernel
 def sgd_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, rate):
     """``row - rate * gradient`` for rows ``start`` to ``stop``. All optimizers have these arguments, but for their settings.
@@ -88,11 +112,13 @@ def sgd_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, rat
     size = 4 * dim
     for i in range(start, stop):
         _prefetch_later(rows, i, stop, size)
-        _prefetch_later(to, i, stop, size)
         new, gradient = load_word(to + 8 * i), gradients + size * i
-        step_row(new, load_word(rows + 8 * i), gradient, rate, size)
-        if keep:
-            copy_row(gradient, new, size)
+        streamed = _is_streamed(new, size, keep)
+        if not streamed:
+            _prefetch_later(to, i, stop, size)
+        step_row(gradient if streamed else new, load_word(rows + 8 * i), gradient, rate, size)
+        _hand_on(new, gradient, size, keep)
+    full_fence()
 
 
 @host_kernel
@@ -105,13 +131,16 @@ def adagrad_rows(rows, to, gradients, dim, states, states_to, start, stop, keep,
     for i in range(start, stop):
         _prefetch_later(rows, i, stop, size)
         _prefetch_later(states, i, stop, 4)
-        _prefetch_later(to, i, stop, size)
         new, gradient = load_word(to + 8 * i), gradients + size * i
+        streamed = _is_streamed(new, size, keep)
+        if not streamed:
+            _prefetch_later(to, i, stop, size)
         total = load_float(load_word(states + 8 * i)) + sum_of_squares(gradient, size) / np.float32(dim)
         store_float(load_word(states_to + 8 * i), total)
-        step_row(new, load_word(rows + 8 * i), gradient, rate / (np.sqrt(total) + epsilon), size)
-        if keep:
-            copy_row(gradient, new, size)
+        made = gradient if streamed else new
+        step_row(made, load_word(rows + 8 * i), gradient, rate / (np.sqrt(total) + epsilon), size)
+        _hand_on(new, gradient, size, keep)
+    full_fence()
 
 
 @host_kernel
@@ -126,12 +155,15 @@ def adam_rows(rows, to, gradients, dim, states, states_to, start, stop, keep, ra
     for i in range(start, stop):
         _prefetch_later(rows, i, stop, size)
         _prefetch_later(states, i, stop, 2 * size)
-        _prefetch_later(to, i, stop, size)
         new, gradient = load_word(to + 8 * i), gradients + size * i
+        streamed = _is_streamed(new, size, keep)
+        if not streamed:
+            _prefetch_later(to, i, stop, size)
         state, old_state = load_word(states_to + 8 * i), load_word(states + 8 * i)
-        adam_row(new, load_word(rows + 8 * i), gradient, state, old_state, rate, epsilon, forget, forget_squares, size)
-        if keep:
-            copy_row(gradient, new, size)
+        made = gradient if streamed else new
+        adam_row(made, load_word(rows + 8 * i), gradient, state, old_state, rate, epsilon, forget, forget_squares, size)
+        _hand_on(new, gradient, size, keep)
+    full_fence()
 
 
 @host_function
