@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hps_numba import __version__
-from hps_numba.cache.kept_rates import kept_rates
 from hps_numba.cli._hardware import inspect_hardware
-from hps_numba.cli._miss_rates import rates_of
 from hps_numba.cli._profile_keys import Distribution, DrawnKeys, KeySource, ReplayedKeys
 from hps_numba.cli._profile_measure import Calls, measure, measure_refresh
 from hps_numba.cli._profile_options import NEEDS_CACHE
 from hps_numba.cli._profile_target import GeneratedTable, Target, config_target, generated_target, keys_of_model
+from hps_numba.server.miss_rates import used_miss_rates
 
 __all__ = ["Profile"]
 
@@ -69,7 +68,7 @@ class Profile:
                 calls = Calls(iterations=self.refreshes, warmup=min(self.calls.warmup, 1))
                 results.append(measure_refresh(target, source, calls))
             ok = not any(result["wrong_rows"] for result in results)
-            return {"ok": ok, **self._facts(target, source), "miss_rates": rates_of(kept_rates.used), "results": results}
+            return {"ok": ok, **self._facts(target, source), "miss_rates": used_miss_rates(), "results": results}
 
     @contextmanager
     def _target(self) -> Iterator[Target]:

@@ -100,10 +100,9 @@ def _kernel_cache() -> dict[str, Any]:
 
 def _miss_rates() -> dict[str, Any]:
     """What lookups of this user's processes have learned of the ways to bring missed rows to a GPU."""
-    from hps_numba.cache.kept_rates import kept_rates
-    from hps_numba.cli._miss_rates import rates_of
+    from hps_numba.server.miss_rates import kept_miss_rates
 
-    return {"file": kept_rates.file, "rates": rates_of(kept_rates.read())}
+    return kept_miss_rates()
 
 
 def _self_test() -> dict[str, Any]:

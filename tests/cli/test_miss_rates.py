@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hps_numba.cache import kept_rates
 from hps_numba.cache.kept_rates import KeptRates, rate_key
 from hps_numba.cache.shares import Learned
-from hps_numba.cli import _profile_run, build
-from hps_numba.cli._miss_rates import rates_of, shown_rates
+from hps_numba.cli import build
+from hps_numba.cli._miss_rates import shown_rates
 from hps_numba.device.identity import DeviceIdentity
+from hps_numba.server import miss_rates
 
 GPU = DeviceIdentity("NVIDIA H200 0a1b", "570.1", "a processor, 16 cores")
 KEY = rate_key(GPU, 512, 17, 16)
@@ -31,17 +31,17 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeptRates:
     rates._used[KEY] = Learned.remembered(COSTS, 0.5, (60e6, 40e6))
     rates._used[KEY._replace(key_bits=18)] = Learned()  # of which nothing is known
     rates.close()
-    monkeypatch.setattr(kept_rates, "kept_rates", rates)
-    monkeypatch.setattr(_profile_run, "kept_rates", rates)
+    monkeypatch.setattr(miss_rates, "kept_rates", rates)
     return rates
 
 
-def test_rates_and_decision() -> None:
-    (entry,) = rates_of({KEY: Learned.remembered(COSTS, 0.5, (60e6, 40e6))})
+def test_rates_and_decision(known: KeptRates) -> None:
+    (entry,) = miss_rates.used_miss_rates()
     assert entry["rows_per_second"] == {"host": 50e6, "both": 100e6, "device": 25e6} and entry["chosen"] == "both"
-    assert shown_rates([entry]) == [LINE]
-    (entry,) = rates_of({KEY._replace(span_gib=4): Learned.remembered({"host": 20.0}, 0.5, (0.0, 0.0))})
-    assert shown_rates([entry])[0].endswith("a table of about 4 GiB: 50 M rows/s by host threads; each is still tried")
+    assert shown_rates([entry]) == [LINE] and miss_rates.kept_miss_rates()["rates"] == [entry]
+    known._used = {KEY._replace(span_gib=4): Learned.remembered({"host": 20.0}, 0.5, (0.0, 0.0))}
+    (line,) = shown_rates(miss_rates.used_miss_rates())
+    assert line.endswith("a table of about 4 GiB: 50 M rows/s by host threads; each is still tried")
 
 
 def test_doctor_shows_what_is_kept(known: KeptRates) -> None:
@@ -56,5 +56,5 @@ def test_doctor_shows_what_is_kept(known: KeptRates) -> None:
 def test_profile_shows_what_its_lookups_use(known: KeptRates) -> None:
     arguments = ["profile", "--rows", "400", "--dim", "4", "--num-keys", "50", "--iterations", "3", "--warmup-iterations", "1"]
     report = json.loads(CliRunner().invoke(build(), [*arguments, "--json", "-"]).stdout)
-    assert report["ok"] and report["miss_rates"] == rates_of(known.used)
+    assert report["ok"] and report["miss_rates"] == miss_rates.used_miss_rates()
     assert f"Missed rows on {LINE}." in CliRunner().invoke(build(), arguments).stdout
