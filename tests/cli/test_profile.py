@@ -101,7 +101,7 @@ def test_report_contains_all_fields() -> None:
     report = report_of(*SMALL)
     assert set(report) == {
         "ok", "version", "cpu", "cores", "gpus", "config", "model", "table", "rows", "dim", "dtype", "device", "keys", "seed",
-        "threads", "warmup_iterations", "compared_with", "results",
+        "threads", "warmup_iterations", "compared_with", "miss_rates", "results",
     }  # fmt: skip
     (result,) = report["results"]
     seconds = [result[f"{name}_seconds"] for name in ("min", "p50", "p95", "p99", "max")]
