@@ -163,7 +163,7 @@ class KeptRates:
             return _entries(_content(file))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as problem:
+        except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as problem:
             what = f"{type(problem).__name__}: {problem}"
             self._warn(f"{file}: expected rates of missed rows, got {what}; they are measured again")
             return {}
@@ -200,6 +200,8 @@ def _entry(entry: dict[str, Any]) -> tuple[RateKey, _Kept]:
     values = [entry[name] for name in RateKey._fields]
     if not all(type(value) is kind for value, kind in zip(values, [str] * 4 + [int] * 3)):
         raise TypeError(f"key {values}")
+    if not 0 < entry["key_bits"] < 64:
+        raise ValueError(f"key_bits {entry['key_bits']}")
     host, device = map(float, entry["rates"])
     costs = {name: float(cost) for name, cost in entry["ns_a_row"].items()}
     learned = Learned.remembered(costs, float(entry["host_share"]), (host, device))

@@ -165,6 +165,9 @@ def damaged(content: dict[str, Any]) -> list[bytes]:
             ("rates", [1]),
             ("rates", [1, float("inf")]),
             ("written", "today"),
+            ("written", 10**400),
+            ("key_bits", 10**9),
+            ("key_bits", 0),
         ]
     ]
     texts += [json.dumps(content | {"entries": [entry | change]}).encode() for change in wrong]
