@@ -73,7 +73,7 @@ class CacheParts:
         inserts: bool = True,
         keys: int = 0,
     ) -> None:
-        forced = forced_share()  # raises before the store knows of this cache
+        forced = forced_share()
         self.geometry, self.store, self.backend, self.switch = geometry, store, backend_for(device), switch
         self._limit = limit
         # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
@@ -90,10 +90,43 @@ class CacheParts:
             except BaseException:
                 self.state.release()
                 raise
-        self.link = None if store is None else StoreLink(self.backend, self.state.address, store)
-        self.lifecycle = Lifecycle(self.backend, self.link, switch, geometry.name)
+        self.link: StoreLink | None = None
+        self.mirror: IndexMirror | None = None
+        try:
+            self._connect(memory, lists_from, forced, miss_path, inserts=inserts, mirrors=mirrors, keys=keys)
+        except BaseException:
+            with self.backend.current():
+                memory.release()
+                for part in (self.mirror, self.link):
+                    if part is not None:
+                        part.close()  # else the store would tell a cache that is not there of its changes
+                self.state.release()
+            raise
+        self._closed = False
+        self._last_counters: CacheCounters | None = None
+        self.reset_after_fork()
+        register_fork_reset(self)
+        self._build_calls()
+
+    def _connect(
+        self,
+        memory: PolicyMemory,
+        lists_from: int,
+        forced: float | None,
+        miss_path: str,
+        *,
+        inserts: bool,
+        mirrors: bool,
+        keys: int,
+    ) -> None:
+        """Make what knows of the store, and workspaces: ``memory`` is of the policy, the others are as the class has them."""
+        geometry, store = self.geometry, self.store
+        if store is not None:
+            self.link = StoreLink(self.backend, self.state.address, store)
+        self.lifecycle = Lifecycle(self.backend, self.link, self.switch, geometry.name)
         self.residency = Residency(self.state, self.kernels, store, fixed=geometry.fixed, listing_from=lists_from)
-        self.mirror = self._mirror_of(self.link, store) if mirrors else None
+        if mirrors:
+            self.mirror = self._mirror_of(self.link, store)
         listed = listed_from(lists_from, mirrors)
         shape = WorkspaceShape.of(geometry, listed, inserts=inserts, counts=self.kernels.counted, keys=keys)
         self.workspaces = WorkspaceSet(
@@ -102,7 +135,7 @@ class CacheParts:
             self.state.stream,
             shape,
             memory,
-            limit=limit,
+            limit=self._limit,
             reading=self.reading,
             name=geometry.name,
         )
@@ -113,11 +146,6 @@ class CacheParts:
         self.gathered: GatheredMisses | None = None
         if self.mirror is not None and store is not None:
             self.gathered = GatheredMisses(self.backend, store, geometry.name, forced)
-        self._closed = False
-        self._last_counters: CacheCounters | None = None
-        self.reset_after_fork()
-        register_fork_reset(self)
-        self._build_calls()
 
     def _policy_memory(self, policy: Policy) -> PolicyMemory:
         if self.kernels.counted:

@@ -22,10 +22,13 @@ from support.oracles import EXTREME_64, assert_same_bits, rows_of
 from support.staging import TYPES, ask_both, assert_same_content
 from support.waiting import join_all
 
+from hps_numba.cache import parts
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.host_threads import host_threads
 from hps_numba.cache.launch_plan import LaunchPlan
 from hps_numba.cache.shares import FULL_SHARE, Shares
+from hps_numba.cache.store_link import StoreLink
+from hps_numba.errors import CapacityError
 from hps_numba.storage.host.store import HostStore
 
 FORCED = 2 / 3
@@ -122,6 +125,22 @@ def test_a_share_from_the_environment_is_that_of_tables_of_any_size(bench: Bench
         for _ in range(3):
             assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
         assert cache.counters().helped == helped
+
+
+def test_a_store_knows_nothing_of_a_cache_that_could_not_be_made(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write the address of its index to memory that was freed."""
+    store, told = bench.store(range(300)), []
+
+    def fail(*args: object) -> None:
+        raise CapacityError("no memory")
+
+    monkeypatch.setattr(parts, "GatheredMisses", fail)
+    with pytest.raises(CapacityError, match="no memory"):
+        bench.cache(store, 40, miss_path="auto")
+    monkeypatch.setattr(StoreLink, "point_to", lambda link, *to: bool(told.append(to)) or True)
+    store.upsert(np.arange(5000), rows_of(np.arange(5000), DIM, 1))  # a larger index
+    store.close()
+    assert told == []
 
 
 def test_fixed_caches_gather_what_they_miss(bench: Bench) -> None:
