@@ -210,7 +210,7 @@ class Gathering:
             taken.copying = backend.new_stream()
             taken.listed, taken.copied = backend.new_event(), backend.new_event()
             epochs.add_guard(self)
-            if host_threads.add(self._shared):
+            if host_threads.add(self._shared, taken.memories):
                 taken.shared = self._shared
             else:
                 raise CapacityError(f"{name}: expected threads that gather rows for the device, got none")

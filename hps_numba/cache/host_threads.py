@@ -1,9 +1,9 @@
 """Threads of this process that gather rows for devices: one set for all caches, started with the first user.
 
 They run one compiled function for as long as the process lives (``kernels.host.gathering``), so no exception and no signal
-reaches them, they never need the GIL, and an interpreter that exits does not wait for them. Whoever starts them waits until
-they are in that function: one that could not be loaded ends its thread before any batch relies on it. In a forked child there
-are none, as there is no device.
+reaches them, they never need the GIL, and an interpreter that exits does not wait for them: what they read outlives it. Whoever
+starts them waits until they are in that function: one that could not be loaded ends its thread before any batch relies on it.
+In a forked child there are none, as there is no device.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hps_numba.kernels.layouts.gathering import (
     TABLE,
 )
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.immortal import keep_forever
 from hps_numba.runtime.threads import available_cores, start_thread
 
 __all__ = ["HostThreads", "host_threads"]
@@ -55,15 +56,20 @@ class HostThreads:
         self._control = np.zeros(CONTROL_BYTES // 8, np.int64)
         self._address: int = self._control.__array_interface__["data"][0]
         self._started: list[threading.Thread] = []
+        self._users: dict[int, object] = {}
         self.count = min(_MOST, MAX_THREADS, max(1, available_cores() - 1)) if FUTEX and sys.platform == "linux" else 0
 
-    def add(self, shared: int) -> bool:
-        """Gather for a user from now on, whose words are at this address; False if nobody can."""
+    def add(self, shared: int, memory: object) -> bool:
+        """Gather for a user from now on, whose words are at this address; False if nobody can.
+
+        ``memory``: keeps all memory of the user until ``remove``, or the end of the process.
+        """
         with self._changing:
             table = self._control[TABLE // 8 : TABLE // 8 + MAX_USERS]
             free = np.flatnonzero(table == 0)
             if not len(free) or not self._start():
                 return False
+            self._users[shared] = memory
             table[free[0]] = shared
             self._control[COUNT // 8] = max(self._control[COUNT // 8], free[0] + 1)
             return True
@@ -75,6 +81,8 @@ class HostThreads:
 
     def _start(self) -> bool:
         """Have the threads; False if there is none."""
+        if not self._started:
+            keep_forever((self._control, self._users))
         while len(self._started) < self.count:
             state = self._address + STATES + 64 * len(self._started)
             name = f"hps_numba_gather_{len(self._started)}"
@@ -104,6 +112,7 @@ class HostThreads:
                 seen = self._control[place]
                 while seen and self._control[place] == seen and thread.is_alive():
                     time.sleep(_PAUSE)
+            self._users.pop(shared, None)
 
     def begin(self, shared: int) -> None:
         """A batch of a user is about to be started on its device."""

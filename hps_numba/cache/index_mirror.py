@@ -43,7 +43,7 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
 from hps_numba.storage.host.store import HostStore
 
-__all__ = ["IndexMirror", "is_scattered", "is_translated", "max_bytes", "may_mirror", "with_room"]
+__all__ = ["IndexMirror", "is_scattered", "is_translated", "max_bytes", "may_mirror", "taken_bytes", "with_room"]
 
 log = logging.getLogger(__name__)
 _SHARE = 16  # copies take at most one part in so many of a device's memory, and leave one free
@@ -59,7 +59,7 @@ _BUS = 50e9  # bytes a second
 
 _timer = Timer("copying")
 atexit.register(_timer.close)
-_taken: dict[int, int] = {}  # bytes of copies on each device
+_mirrors: weakref.WeakSet[IndexMirror] = weakref.WeakSet()  # one that was dropped without ``close`` has no memory any more
 _taking = threading.RLock()
 _numbers = itertools.count()
 
@@ -94,6 +94,11 @@ def is_scattered(slots: int, row_bytes: int) -> bool:
     return others > 0 and _TRANSLATIONS / others * row_bytes < _BUS
 
 
+def taken_bytes(ordinal: int | None) -> int:
+    """Bytes of the copies on a device, or of None in host memory."""
+    return sum(mirror.bytes for mirror in list(_mirrors) if mirror.device == ordinal)
+
+
 def _shift_of(slots: int) -> int:
     """Bits by which a slot is shifted to give one of at most ``REGIONS`` regions of the rows."""
     return max(0, (slots - 1).bit_length() - (REGIONS - 1).bit_length())
@@ -124,6 +129,7 @@ class IndexMirror:
         self._automatic = backend.ordinal is not None
         self._stream = backend.new_stream()
         self._making = threading.RLock()
+        _mirrors.add(self)
         register_fork_reset(self)
         store.watch_writes(self.invalidate)
         self.make_later()
@@ -139,6 +145,11 @@ class IndexMirror:
     def bytes(self) -> int:
         """Bytes of memory that the copy takes."""
         return self._size
+
+    @property
+    def device(self) -> int | None:
+        """Number of the device, or None."""
+        return self._backend.ordinal
 
     @property
     def is_used(self) -> bool:
@@ -235,13 +246,13 @@ class IndexMirror:
                 device_memory.free_bytes(self._backend.ordinal) - promised_bytes(self._backend.ordinal),
             )
             with _taking:
-                taken = _taken.get(self._backend.ordinal, 0)
+                taken = taken_bytes(self._backend.ordinal)
                 if taken + size > limit or free - size < limit:
                     raise CapacityError(
                         f"{self.name}: device {self._backend.ordinal}: expected room for {human_bytes(size)}, got "
                         f"{human_bytes(free)} free, and {human_bytes(taken)} taken of {human_bytes(limit)} for copies"
                     )
-                _taken[self._backend.ordinal] = taken + size
+                self._size = size  # counts from now on
         self._size = size
         try:
             self._memory = self._backend.allocate(size, self.name)
@@ -250,10 +261,7 @@ class IndexMirror:
             raise
 
     def _release(self) -> None:
-        memory, size, self._memory, self._size = self._memory, self._size, None, 0
-        if size and self._backend.ordinal is not None:
-            with _taking:
-                _taken[self._backend.ordinal] -= size
+        memory, self._memory, self._size = self._memory, None, 0
         if memory is not None:
             memory.release()
 

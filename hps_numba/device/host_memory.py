@@ -34,6 +34,7 @@ from hps_numba.device import memory
 from hps_numba.device.machine_memory import address_space_left, available_bytes
 from hps_numba.errors import CapacityError, ClosedError, DeviceError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.immortal import keep_forever
 
 __all__ = [
     "HostAllocator",
@@ -119,10 +120,14 @@ class HostRegion:
         self._map = self._bytes = None
         self.address = 0
 
-    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
-        if getattr(self, "_map", None) is not None and not ends():  # with the process the memory goes too
-            self._allocator.on_release(self)
-            self._allocator.add(-self.committed, -self.limit)
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing, keep: Callable[[object], None] = keep_forever) -> None:
+        if getattr(self, "_map", None) is None:
+            return
+        if ends():  # with the process the memory goes too, but native threads may read it until then
+            keep(self._map)
+            return
+        self._allocator.on_release(self)
+        self._allocator.add(-self.committed, -self.limit)
 
 
 class _Promises:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +21,9 @@ from support.cache_pairs import OPERATIONS, Pair
 from support.factories import ON_BOTH
 from support.gathering import gather_small_batches, users_of_threads
 from support.oracles import EXTREME_64, assert_same_bits, rows_of
+from support.processes import environment
 from support.staging import TYPES, ask_both, assert_same_content
-from support.waiting import join_all
+from support.waiting import HANG_SECONDS, join_all
 
 from hps_numba.cache import parts
 from hps_numba.cache.cache import EmbeddingCache
@@ -207,7 +210,7 @@ def test_a_larger_batch_gets_larger_memory_and_close_frees_all_of_it(bench: Benc
 
 def test_memory_that_is_not_there_leaves_direct_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = gathering_cache(bench, bench.store(range(300)), 40)
-    monkeypatch.setattr(host_threads, "add", lambda shared: False)
+    monkeypatch.setattr(host_threads, "add", lambda shared, memory: False)
     keys = np.arange(300)
     for _ in range(2):
         assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
@@ -294,6 +297,29 @@ def test_threads_look_no_more_at_a_cache_that_was_dropped(device: int | None) ->
         for _ in range(5):
             assert_same_bits(other.lookup_arrays(np.arange(300)), rows_of(np.arange(300), DIM))
     kept.close()
+
+
+_ENDS_WITH_A_BATCH_ON_ITS_WAY = """
+from cache.test_gathering import batches, gathering_cache, host_threads
+import numpy as np
+from support.cache_bench import Bench
+from support.gathering import small_batches_are_gathered
+
+small_batches_are_gathered()
+bench = Bench(None)
+cache = gathering_cache(bench, bench.store(range(5000)), 40)
+cache.lookup_arrays(np.arange(5000))
+(workspace,) = (w for w in cache.parts.workspaces.pool.workspaces if w.gathering is not None)
+host_threads.begin(workspace.gathering._shared)  # its device never ends it, so the threads look on
+print(batches(cache))
+"""
+
+
+def test_threads_may_look_until_the_process_is_gone() -> None:
+    command = [sys.executable, "-c", _ENDS_WITH_A_BATCH_ON_ITS_WAY]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

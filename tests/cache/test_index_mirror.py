@@ -24,7 +24,7 @@ from support.waiting import HANG_SECONDS, join_all, wait_until
 from hps_numba.cache import index_mirror
 from hps_numba.cache.backends import CpuBackend
 from hps_numba.cache.cache import EmbeddingCache
-from hps_numba.cache.index_mirror import IndexMirror
+from hps_numba.cache.index_mirror import IndexMirror, taken_bytes
 from hps_numba.cache.store_link import StoreLink
 from hps_numba.cli.plan import _show as show_plan
 from hps_numba.config import read_config
@@ -527,8 +527,9 @@ def test_memory_of_the_mirror_grows_with_the_table_and_is_freed_with_the_cache(b
     assert cache.mirror_index()
     assert cache.index_mirror_bytes >= 3000 * 16 > small
     assert_same_bits(cache.lookup_arrays(ints(range(3000))), rows_of(ints(range(3000)), DIM))
+    mirror = cache.parts.mirror
     cache.close()
-    assert index_mirror._taken.get(bench.device if bench.device is not None else -1, 0) == 0
+    assert mirror is not None and mirror.bytes == 0
     with pytest.raises(ClosedError):
         cache.mirror_index()
 
@@ -555,7 +556,17 @@ def test_mirrors_of_a_device_take_a_bounded_share(monkeypatch: pytest.MonkeyPatc
     second._release()
     second._take(1000)
     second.close()
-    assert index_mirror._taken[41] == 0
+    assert taken_bytes(41) == 0
+
+
+def test_mirrors_that_were_dropped_take_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = limited(monkeypatch, total=16_000, free=16_000)
+    dropped._take(1000)
+    del dropped
+    gc.collect()
+    other = limited(monkeypatch, total=16_000, free=16_000)
+    other._take(1000)
+    other.close()
 
 
 def test_mirror_leaves_as_much_memory_free(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile.programs import damaged, writer
+from hostile.programs import damaged, exits, writer
 from support.processes import environment
 from support.waiting import HANG_SECONDS
 
@@ -59,6 +59,15 @@ def test_forked_children_serve_and_close(tmp_path: Path, cached: str) -> None:
 @BOTH
 def test_signal_handlers_may_call_the_server(tmp_path: Path, cached: str) -> None:
     assert attack("handlers", tmp_path, cached) > 0
+
+
+@pytest.mark.parametrize("tier", exits.TIERS)
+def test_a_process_ends_while_its_threads_use_a_server(tmp_path: Path, tier: str) -> None:
+    if tier == "rocks_db":
+        pytest.importorskip("rocksdict")
+    for turn in range(1 + int(SECONDS)):
+        (tmp_path / str(turn)).mkdir()
+        assert attack("exits", tmp_path / str(turn), tier) > 0
 
 
 @BOTH

@@ -5,7 +5,6 @@ In a forked child every call raises TierUnavailable (``library``), and the handl
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from hps_numba.errors import TierError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.immortal import keep_forever
 from hps_numba.storage.rocksdb.library import column_options, database_options, one_line, rocksdict, typed_errors
 from hps_numba.storage.rocksdb.links import folder_of_links, names_of_files
 
@@ -54,7 +54,7 @@ class Database:
     def reset_after_fork(self) -> None:
         """Keep a reference to each native object of the parent forever."""
         for native in (self._handle, *self._columns.values(), *self.in_use):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+            keep_forever(native)
 
     # -- opening ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from hps_numba.errors import TierUnavailable
 from hps_numba.kernels.host.disk_reads import disk_mapped, disk_pread, disk_resident, disk_ring
 from hps_numba.kernels.layouts.row_log import SEGMENT_FIELDS
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.immortal import keep_forever
 from hps_numba.runtime.threads import Pool, ranges_of, run_ranges
 from hps_numba.storage.row_log.ring import Ring
 from hps_numba.storage.row_log.segment import Segment, aligned
@@ -79,7 +80,6 @@ class ReadMethods:
     def reset_after_fork(self) -> None:
         """Forget the rings: they are the parent's."""
         self._idle: dict[tuple[int, int], list[Ring]] = {}
-        self._broken: list[Ring] = []
 
     def _probe(self) -> bool:
         try:
@@ -187,8 +187,8 @@ class ReadMethods:
             return None
 
     def _give_back(self, ring: Ring, idle: bool) -> None:
-        if not idle:  # the system may still write to its buffers: keep them
-            self._broken.append(ring)
+        if not idle:  # the system may still write to its buffers, also when the tier is long gone
+            keep_forever(ring)
             return
         self._idle.setdefault(ring.key, []).append(ring)
 

@@ -9,16 +9,19 @@ writer. Turned down: a count stored in the database, which HugeCTR would not mai
 
 from __future__ import annotations
 
+import atexit
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from hps_numba.config import PersistentDatabaseConfig
-from hps_numba.errors import TierError
+from hps_numba.errors import HpsError, TierError
 from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock, refuse_inside
@@ -30,6 +33,9 @@ from hps_numba.storage.sst_dump import SstDump
 from hps_numba.storage.tiers._tier import Fetched, Tier
 
 __all__ = ["PLUGIN", "RocksTier"]
+
+log = logging.getLogger(__name__)
+_open: WeakSet[RocksTier] = WeakSet()  # of this process
 
 
 class RocksTier(Tier):
@@ -56,13 +62,18 @@ class RocksTier(Tier):
         self._tables: dict[str, Table] = {}
         self._closed = False
         self._lock = ExclusiveLock(f"{section.path}: writes to RocksDB")
-        self.reset_after_fork()
+        self._new_locks()
+        _open.add(self)
         register_fork_reset(self)
 
-    def reset_after_fork(self) -> None:
-        """Forget the calls of threads that a forked child does not have."""
+    def _new_locks(self) -> None:
         self._calls = Blocks()
         self._opening = threading.RLock()  # a table is looked up, created or dropped; reentrant, for signal handlers
+
+    def reset_after_fork(self) -> None:
+        """Forget the calls of threads that a forked child does not have, and leave the database to the parent."""
+        self._new_locks()
+        _open.discard(self)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -238,6 +249,17 @@ class RocksTier(Tier):
             self._readers.close(self.GRACE_SECONDS)
             self._tables = {}
             self._database.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let no thread be inside of RocksDB while Python ends: it ends a thread that comes back by unwinding its stack, which
+    aborts the process in frames of Rust."""
+    for tier in list(_open):
+        try:
+            tier.close()
+        except HpsError as problem:  # there is no caller to raise it to
+            log.warning("%s", problem)
 
 
 PLUGIN = RocksTier

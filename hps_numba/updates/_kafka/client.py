@@ -1,15 +1,14 @@
-"""librdkafka (confluent-kafka) in one place: how a client is made, what its errors mean, and that a fork leaves it alone."""
+"""librdkafka (confluent-kafka) in one place: how a client is made, and what its errors mean."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierUnavailable
 
-__all__ = ["Client", "leak"]
+__all__ = ["Client"]
 
 log = logging.getLogger(__name__)
 #: settings that decide what is lost or doubled, and those that have a key of their own
@@ -107,8 +106,3 @@ class Client:
         except Exception as problem:
             said = problem.args[0] if problem.args else problem
             raise ConfigError(f"properties: {said.str() if isinstance(said, self.codes) else said}") from problem
-
-
-def leak(client: Any) -> None:
-    """Never release a client: in a forked child that would wait for threads that do not exist there."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))

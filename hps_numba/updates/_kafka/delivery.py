@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from hps_numba.errors import TierError
-from hps_numba.updates._kafka.client import Client, leak
+from hps_numba.runtime.immortal import keep_forever
+from hps_numba.updates._kafka.client import Client
 from hps_numba.updates._producer import Outgoing
 
 __all__ = ["Delivery"]
@@ -92,8 +93,8 @@ class Delivery:
         self._producer = None
 
     def leak(self) -> None:
-        """For a forked child."""
-        leak(self._producer)
+        """For a forked child, as ``Reader.leak``."""
+        keep_forever(self._producer)
 
     def _said(self) -> str:
         return f": {self.last_problem}" if self.last_problem else ""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hps_numba.errors import TierError
-from hps_numba.updates._kafka.client import Client, leak
+from hps_numba.runtime.immortal import keep_forever
+from hps_numba.updates._kafka.client import Client
 from hps_numba.updates._kafka.partitions import Partitions, Place, name_of
 from hps_numba.updates._update import NO_TIME, Lost, Message, Position
 
@@ -79,8 +80,8 @@ class Reader:
         self._fatal = self._paused = False
 
     def leak(self) -> None:
-        """For a forked child."""
-        leak(self._consumer)
+        """For a forked child: to release a client would wait for threads that do not exist there."""
+        keep_forever(self._consumer)
 
     def close(self) -> None:
         """Leave the group; nothing is committed."""
