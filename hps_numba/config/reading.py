@@ -113,6 +113,8 @@ def _content(path: Path) -> bytes:
             raise failed([f"{_place(path)}: not a regular file, expected a JSON file"])
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise failed([f"{_place(path)}: {reason}, expected a JSON file"]) from error

@@ -48,6 +48,8 @@ def metadata_path(path: Path) -> Path:
 
 _judge = file_judge("a trace", lambda head: head.startswith(_header(0)[:30]))
 
+_judge_metadata = file_judge("the metadata of a trace", lambda head: head.startswith(b'{\n "table": '))
+
 
 class TraceRecording:
     """A recording of the keys of one table, started by ``HPS.record_trace``. A context manager: it ends with the block.
@@ -87,6 +89,9 @@ class TraceRecording:
             raise TraceError(f"record_trace: {self.path}: expected a new file or an older trace, got {_kind_of(target)}")
         if os.path.lexists(target):
             check_target(self.path, target, overwrite=True, judge=_judge, error=TraceError)
+        beside = metadata_path(self.path)
+        if os.path.lexists(beside):
+            check_target(beside, beside, overwrite=True, judge=_judge_metadata, error=TraceError)
         aside = _aside(target)
         try:
             file = aside.open("xb")

@@ -21,9 +21,16 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
-from hps_numba.updates._files.delta import NotWhole, delta_path, encode_delta, first_offset_of, read_delta
+from hps_numba.updates._files.delta import NotWhole, delta_path, encode_delta, first_offset_of, number_of, read_delta
 from hps_numba.updates._files.locks import HeldFile
-from hps_numba.updates._files.manifest import Manifest, manifest_content, parse_manifest, read_manifest, write_manifest
+from hps_numba.updates._files.manifest import (
+    MANIFEST,
+    Manifest,
+    manifest_content,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from hps_numba.updates._files.position import Place, PositionFile
 from hps_numba.updates._files.writing import PARTIAL, put_file
 from hps_numba.updates._producer import Outgoing, ProducerOptions, UpdateProducer
@@ -76,6 +83,11 @@ class FilesProducer(UpdateProducer):
             raise
 
     def _new_manifest(self) -> Manifest:
+        known = next((path for path in self._folder.glob("delta-*.hps") if number_of(path) is not None), None)
+        if known is not None:
+            raise TierUnavailable(
+                f"{self._folder}: expected a {MANIFEST} beside {known.name}, got none: bring it back, or move the files away"
+            )
         made = Manifest(secrets.token_hex(16))
         try:
             write_manifest(self._folder, made, sync=self.options.sync)
@@ -87,9 +99,10 @@ class FilesProducer(UpdateProducer):
         """Remove what a producer that was killed has left, and files that were dropped."""
         manifest = self._manifest
         for path in self._folder.glob("delta-*"):
-            number = path.name.removeprefix("delta-").partition(".")[0]
-            listed = number.isdigit() and manifest.first <= int(number) < manifest.next
-            if path.suffix == PARTIAL or not listed:
+            number = number_of(path)
+            if number is None or path.is_dir():  # somebody else's
+                continue
+            if path.suffix == PARTIAL or not manifest.first <= number < manifest.next:
                 path.unlink(missing_ok=True)
 
     def _send(self, messages: Sequence[Outgoing]) -> int:

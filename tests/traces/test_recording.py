@@ -196,6 +196,21 @@ def test_recording_replaces_nothing_but_files(server: HPS, tmp_path: Path) -> No
     assert Path("/dev/full").is_char_device() and server._recordings.active == ()
 
 
+@pytest.mark.parametrize("kind", ["config", "folder", "fifo"])
+def test_recording_replaces_no_metadata_but_its_own(server: HPS, tmp_path: Path, kind: str) -> None:
+    path, beside = tmp_path / "t.npy", tmp_path / "t.npy.json"
+    if kind == "config":
+        beside.write_text('{"models": []}')
+    else:
+        beside.mkdir() if kind == "folder" else os.mkfifo(beside)
+    before = beside.lstat()
+    with pytest.raises(TraceError, match=r"t\.npy\.json: .*; it is not replaced$"):
+        server.record_trace(path, "m", 0)
+    after = beside.lstat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns) and not path.exists()
+    assert server._recordings.active == ()
+
+
 def test_recording_through_a_link_writes_the_file_it_points_to(server: HPS, tmp_path: Path) -> None:
     target, link = tmp_path / "elsewhere.npy", tmp_path / "link.npy"
     np.save(target, np.arange(3))

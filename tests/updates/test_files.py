@@ -228,13 +228,39 @@ def test_what_a_killed_producer_left_is_not_read_and_is_written_over(
     put(producer, 2)
     producer.close()
     (folder / "manifest.json").write_bytes(old)  # as if it had been killed between the two renames
-    delta_path(folder, 3).with_name("delta-3.hps.partial").write_bytes(b"half")
+    delta_path(folder, 3).with_name(f"{delta_path(folder, 3).name}.partial").write_bytes(b"half")
     source = opened()
     assert versions_of(source.poll(0)) == [1]
     with FilesProducer.from_options(folder=str(folder)) as again:
         assert sorted(path.name for path in folder.glob("delta-*")) == [delta_path(folder, 1).name]
         put(again, 3)
     assert versions_of(source.poll(0)) == [3]
+
+
+def test_files_of_others_stay(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    names = ["delta-2026.parquet", "delta-7", "delta-1.hps", "delta-x.hps.partial", f"{delta_path(folder, 5).name}.bak"]
+    for name in names:
+        (folder / name).write_text("mine")
+    delta_path(folder, 9).mkdir()
+    (delta_path(folder, 9) / "mine").write_text("mine")
+    with pytest.raises(TierUnavailable, match=r"expected a manifest.json beside delta-0+9.hps, got none"):
+        FilesProducer.from_options(folder=str(folder))
+    delta_path(folder, 9).rename(folder / "delta-folder")
+    for _ in range(2):
+        with FilesProducer.from_options(folder=str(folder)) as producer:
+            put(producer, 1)
+    assert [(folder / name).read_text() for name in (*names, "delta-folder/mine")] == ["mine"] * 6
+
+
+def test_what_a_lost_manifest_had_is_not_written_over(producer: FilesProducer, folder: Path) -> None:
+    put(producer, 1)
+    producer.close()
+    content = delta_path(folder, 1).read_bytes()
+    (folder / "manifest.json").rename(folder / "elsewhere")
+    with pytest.raises(TierUnavailable, match=r"expected a manifest.json beside delta-0+1.hps, got none: bring it back"):
+        FilesProducer.from_options(folder=str(folder))
+    assert delta_path(folder, 1).read_bytes() == content
 
 
 def test_old_files_are_dropped_and_a_consumer_that_needs_them_is_told(opened: Callable[..., FilesSource], folder: Path) -> None:

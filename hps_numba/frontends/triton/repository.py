@@ -24,6 +24,7 @@ from hps_numba.frontends.inference.tables import FLAT, KEYS, NUMKEYS, OFFSETS, W
 from hps_numba.frontends.inference.tensors import TensorSpec
 from hps_numba.frontends.triton.dense import PROGRAM, DenseProgram
 from hps_numba.frontends.triton.pbtxt import Step, model_text
+from hps_numba.runtime.replacing import file_judge
 
 __all__ = ["RepositoryOptions", "write_repository"]
 
@@ -33,6 +34,9 @@ _MODEL_PY = '''"""{what}; written by hps-numba triton-repository."""
 from hps_numba.frontends.triton.{module} import TritonPythonModel  # noqa: F401
 '''
 _SHARED = "multi_process_hash_map"
+_CONFIG = "config.pbtxt"
+_MARK = b"# Written by hps-numba triton-repository.\n"
+_judge = file_judge("one that hps-numba wrote", lambda head: head.startswith(_MARK))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,8 @@ def write_repository(config: ServerConfig, folder: Path, options: RepositoryOpti
         Names of the Triton models that were written.
 
     Raises:
-        ConfigError: the config is of no file, a model is there already, a dense program does not fit its tables.
+        ConfigError: the config is of no file, a model is there already (with ``overwrite``, one that this did not write), a
+            dense program does not fit its tables.
         UnknownModelError: the config has no such model.   OSError: the repository cannot be written.
     """
     if config.source is None:
@@ -122,9 +127,20 @@ def write_repository(config: ServerConfig, folder: Path, options: RepositoryOpti
             config.volatile_db.type,
             _SHARED,
         )
+    for name in clashes:
+        _check_ours(folder / name)
     for name, entry in written.items():
         entry.write(folder / name)
     return list(written)
+
+
+def _check_ours(folder: Path) -> None:
+    """Check that a folder of the repository was written by ``write_repository``, and is nobody else's model."""
+    why = _judge(folder / _CONFIG) if folder.is_dir() else "is no folder"
+    if why is None and not (folder / _CONFIG).exists() and any(folder.iterdir()):
+        why = "is missing"
+    if why is not None:
+        raise ConfigError(f"{folder}: expected a model that hps-numba wrote, but {_CONFIG} {why}; move it away first")
 
 
 def _name(model: ModelConfig) -> str:
@@ -156,7 +172,7 @@ class _Entry:
             _place(version / "model.py", self.model_py.encode())
         elif (version / "model.py").exists():
             (version / "model.py").unlink()
-        _place(folder / "config.pbtxt", self.config.encode())
+        _place(folder / _CONFIG, _MARK + self.config.encode())
 
 
 def _place(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ be on its way from another machine, and is read again later.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hps_numba.errors import TierError
+from hps_numba.updates._files.writing import PARTIAL
 from hps_numba.updates._producer import Outgoing
 from hps_numba.updates._update import Message, Position
 
-__all__ = ["Delta", "NotWhole", "delta_path", "encode_delta", "first_offset_of", "read_delta"]
+__all__ = ["Delta", "NotWhole", "delta_path", "encode_delta", "first_offset_of", "number_of", "read_delta"]
 
 _MAGIC = b"HPSDELTA"
 _VERSION = 1
+_NAME = re.compile(r"delta-([0-9]{20})\.hps")
 _HEADER = struct.Struct(
     "<8sII16sQQQQ"
 )  # magic, version, sum of the rest, stream, number, first offset, messages, bytes of them
@@ -50,6 +53,12 @@ class Delta:
 def delta_path(folder: Path, number: int) -> Path:
     """Where the file of a number is; names sort by number."""
     return folder / f"delta-{number:020}.hps"
+
+
+def number_of(path: Path) -> int | None:
+    """The number of the file at a path that ``delta_path`` has made, whole or unfinished; None for any other file."""
+    match = _NAME.fullmatch(path.name.removesuffix(PARTIAL))
+    return int(match[1]) if match else None
 
 
 def encode_delta(stream: str, number: int, first_offset: int, messages: Sequence[Outgoing]) -> bytes:

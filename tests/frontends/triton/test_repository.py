@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,18 @@ def test_what_is_there_stays_unless_it_may_be_replaced(config: ServerConfig, tmp
     with pytest.raises(ConfigError, match=r"m: expected no such folder, got one; pass overwrite=True to replace it$"):
         write_repository(config, tmp_path, RepositoryOptions())
     assert model.read_text() == "mine" and not (tmp_path / "other").exists()
+    with pytest.raises(ConfigError, match=r"m: expected a model that hps-numba wrote, but config.pbtxt is a file, but not"):
+        write_repository(config, tmp_path, RepositoryOptions(overwrite=True))
+    assert model.read_text() == "mine" and not (tmp_path / "other").exists()
+    model.unlink()
+    with pytest.raises(ConfigError, match=r"m: expected a model that hps-numba wrote, but config.pbtxt is missing"):
+        write_repository(config, tmp_path, RepositoryOptions(overwrite=True))
+    shutil.rmtree(tmp_path / "m")
+    write_repository(config, tmp_path, options)
+    written = model.read_bytes()
+    model.write_bytes(written + b"\n# changed by hand\n")
     write_repository(config, tmp_path, RepositoryOptions(overwrite=True))
-    assert model.read_text() != "mine" and (tmp_path / "other" / "1" / "model.py").exists()
+    assert model.read_bytes() == written and (tmp_path / "other" / "1" / "model.py").exists()
     assert not list(tmp_path.rglob("*.new"))
 
 
