@@ -34,6 +34,7 @@ from hps_numba.config.params import InferenceParams, ParameterServerConfig
 from hps_numba.config.plain import plain
 from hps_numba.config.schema import ModelConfig, ServerConfig
 from hps_numba.config.validation import validate
+from hps_numba.errors import ConfigError
 from hps_numba.runtime import hugectr_log
 
 __all__ = ["ConfigSource", "read_config"]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from hps_numba.errors import ReentryError
 from hps_numba.runtime.fork import register_fork_reset
-from hps_numba.runtime.threads import is_pool_thread
+from hps_numba.runtime.threads import is_pool_thread, works_alone
 
 __all__ = ["ExclusiveLock", "reentry_error", "refuse_inside"]
 
@@ -47,9 +47,10 @@ class ExclusiveLock:
         """Hold the lock for a change.
 
         Raises:
-            ReentryError: this thread is inside such a block already.
+            ReentryError: this thread is inside such a block already, or inside a compilation that another one, which is inside,
+                may wait for.
         """
-        with self.mutex:  # taken before the test: a handler that runs in between does its whole work first
+        with self._taken():  # before the test: a handler that runs in between does its whole work first
             if self._inside:
                 raise reentry_error(self._place, "a change")
             try:
@@ -57,6 +58,16 @@ class ExclusiveLock:
                 yield
             finally:
                 self._inside = False
+
+    def _taken(self) -> AbstractContextManager[object]:
+        """The mutex, to be entered; taken without waiting if this thread must not wait, and then to be left once."""
+        if not works_alone():
+            return self.mutex
+        if not self.mutex.acquire(blocking=False):
+            raise reentry_error(self._place, "a compilation, while another thread is there,")
+        stack = ExitStack()
+        stack.callback(self.mutex.release)
+        return stack
 
     @property
     def owned_here(self) -> bool:

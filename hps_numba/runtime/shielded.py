@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 from hps_numba.runtime.blocks import has_ended
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import reentry_error
+from hps_numba.runtime.threads import works_alone
 
 __all__ = ["Ask", "hand_over", "refuse_inside_work", "shielded"]
 
@@ -215,10 +216,12 @@ def _run(job: _Job[T], work: Callable[[Ask], T], place: str) -> T:
 
 
 def hand_over(run: Callable[[], None], place: str) -> bool:
-    """Call ``run``, which must not raise, on a thread where no interrupt arrives; False if the system gives none.
+    """Call ``run``, which must not raise, on a thread where no interrupt arrives; False if there is none to wait for.
 
     An interrupt of this thread may leave open whether that will happen: call it again, with a ``run`` that works once.
     """
+    if works_alone():
+        return False
     try:
         _workers.start(partial(contextvars.copy_context().run, run))
     except RuntimeError as problem:  # a limit, or the interpreter is shutting down

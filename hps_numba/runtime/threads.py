@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -20,7 +21,17 @@ from typing import Any, Generic, TypeVar
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.fork import register_fork_reset
 
-__all__ = ["SPLIT_BYTES", "Ahead", "Pool", "available_cores", "is_pool_thread", "ranges_of", "run_ranges", "start_thread"]
+__all__ = [
+    "SPLIT_BYTES",
+    "Ahead",
+    "Pool",
+    "available_cores",
+    "is_pool_thread",
+    "ranges_of",
+    "run_ranges",
+    "start_thread",
+    "works_alone",
+]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,14 +72,25 @@ def start_thread(target: Callable[..., object], args: tuple[Any, ...], *, name: 
     return thread
 
 
+def works_alone() -> bool:
+    """Whether this thread must not wait for another one: it holds numba's lock, which the other may need for its first call.
+
+    So it is where a garbage collection, a callback or a program of the user comes to this package inside a compilation.
+    """
+    compiling = sys.modules.get("numba.core.compiler_lock")
+    return compiling is not None and bool(compiling.global_compiler_lock.is_locked())
+
+
 class Ahead(Generic[T]):
-    """A call that is made on a thread meanwhile, or by ``result`` if the system gives no thread."""
+    """A call that is made on a thread meanwhile, or by ``result`` if there is none."""
 
     def __init__(self, call: Callable[[], T], *, name: str) -> None:
         self._call = call
         self._made: list[T] = []
         self._problem: BaseException | None = None
         self._thread: threading.Thread | None = None
+        if works_alone():
+            return
         try:
             self._thread = start_thread(self._make, (), name=name, purpose=name)
         except CapacityError as problem:
@@ -193,7 +215,7 @@ def run_ranges(
             busy.discard(me)
 
     pool = _pool if pool is None else pool
-    threads = pool.threads if threads is None else threads
+    threads = 1 if works_alone() else pool.threads if threads is None else threads
     asked = done = False
     while not done:
         try:
