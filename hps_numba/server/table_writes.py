@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
 
-__all__ = ["Change", "RowsChange", "TableWrites"]
+__all__ = ["Applied", "Change", "RowsChange", "TableWrites"]
 
 Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From float32 rows ``[n, dim]``, a copy that it may change, and bool ``[n]``, which of them exist, to new rows."""
@@ -41,6 +42,21 @@ RowsChange = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
 addresses where it writes new ones, which may be the same, and bool ``[n]``, which rows exist. All are its own to change. It may
 return the new rows, float32 ``[n, dim]``, if it has them in one array anyway: caches then need not read them again.
 """
+
+
+class Applied(NamedTuple):
+    """What became of online updates.
+
+    Attributes:
+        unwritten: bool ``[n + m]``, of the keys with rows and then of those to be deleted: a slower tier could not take them,
+            so they are as they were in all faster tiers and caches. They have to be applied again.
+        problem: why, or None.
+        left_out: how many keys are not applied, because a read-only tier has them and would serve its rows again.
+    """
+
+    unwritten: np.ndarray
+    problem: TierError | None = None
+    left_out: int = 0
 
 
 def _nothing() -> None:
@@ -236,33 +252,37 @@ class TableWrites:
         *,
         host: bool,
         first: Callable[[], object] = _nothing,
-    ) -> int:
+    ) -> Applied:
         """Write rows and delete others, as online updates ask for it: doing it once more changes nothing.
+
+        A slower tier that fails costs its own keys: all others are written.
 
         Args:
             keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``; no key is in ``keys`` or here twice.
             tiers: numbers of the slower tiers to write, fastest first.   host: whether to write host memory.
             first: called when other writes wait and nothing is written yet; what it raises is raised.
 
-        Returns:
-            How many keys were left out, because a read-only tier has them and would serve its rows again.
-
         Raises:
-            TierError: a tier failed; faster ones were not written.   CapacityError: as ``insert``.
+            TierError: a tier broke its contract, or a read-only one failed; nothing faster was written.
+            CapacityError: as ``insert``.
         """
         with self.changing(np.concatenate([keys, erased])):
             first()
-            left_out = self._in_read_only_tiers(erased)
-            erased, count = erased[~left_out], int(left_out.sum())
-            if self._may_evict and (left_out := self._in_read_only_tiers(keys)).any():
-                keys, rows, count = keys[~left_out], rows[~left_out], count + int(left_out.sum())
-            self._tiers.apply(self._spec.tag, keys, rows, erased, tiers)
+            left_out = np.zeros(len(keys) + len(erased), bool)
+            left_out[len(keys) :] = self._in_read_only_tiers(erased)
+            if self._may_evict:
+                left_out[: len(keys)] = self._in_read_only_tiers(keys)
+            taken = _without(left_out, keys, rows, erased)
+            written = self._tiers.apply(self._spec.tag, *taken, tiers)
             if self._store is not None and host:
+                keys, rows, erased = _without(written.unwritten, *taken)
                 if len(keys):
                     self._write_host(self._store, self._store.upsert, keys, rows)
                 if len(erased):
                     self._store.erase(erased)
-            return count
+            unwritten = np.zeros(len(left_out), bool)
+            unwritten[~left_out] = written.unwritten
+            return Applied(unwritten, written.problem, int(left_out.sum()))
 
     def read_modify_write(self, keys: np.ndarray, change: Change) -> int:
         """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write in between.
@@ -430,3 +450,13 @@ class TableWrites:
         for tier in self._tiers.checked:
             if tier.read_only and (fixed := keys[tier.contains(self._spec.tag, keys)]).size:
                 raise TierError(f"{self._spec.tag}: {verb}: key {fixed[0]} is in {tier.name}, which is read only")
+
+
+def _without(
+    left_out: np.ndarray, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys, rows and keys to be deleted but for those that are ``left_out``, bool ``[n + m]``."""
+    if not left_out.any():
+        return keys, rows, erased
+    kept, still_erased = ~left_out[: len(keys)], ~left_out[len(keys) :]
+    return keys[kept], rows[kept], erased[still_erased]

@@ -14,7 +14,7 @@ class TableUpdates:
 
     Attributes:
         source: name of the source.
-        messages: updates or messages that were applied.
+        messages: updates or messages that were applied, but for rows that are held.
         rows: rows that they wrote; of several rows for a key that were applied together, the last is written, and each counts.
         erased: deletions among them.
         rows_per_second: rows and deletions, over the last ten seconds.
@@ -28,6 +28,7 @@ class TableUpdates:
         version: newest version of the model that an update named, or None.
         skipped: updates that were not applied, by reason.
         retries: failed attempts to apply, each of which was repeated.
+        held_rows: rows and deletions that a slower tier cannot take now; they are as they were until it can.
     """
 
     source: str
@@ -44,6 +45,7 @@ class TableUpdates:
     version: int | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0
+    held_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class SourceStats:
         resumes: it goes on after what was applied before; else it started with the oldest update.
         positions: offset of the last one that was applied, by partition.
         committed: the same, of those that the bus was told of.
-        backlog_messages, backlog_bytes: read and not applied yet.
+        backlog_messages, backlog_bytes: read and not applied yet, or held in part.
         lag_messages: on the bus and not applied yet, or None if the source does not tell.
         lost: messages that the bus had dropped before they were read, as far as it tells how many; each gap counts at least 1.
         reloads: how often the files of the models were loaded again for that.
@@ -64,6 +66,7 @@ class SourceStats:
         last_skipped: reason, table, partition and offset of the last of them.
         failed_reads, failed_commits: attempts that failed; each is repeated.
         retries: failed attempts to apply, each of which was repeated.
+        held_rows: rows and deletions of all tables that a slower tier cannot take now.
         last_problem: the last failure in words, or empty.
         tables: what it did to each table, by tag.
     """
@@ -84,5 +87,6 @@ class SourceStats:
     failed_reads: int
     failed_commits: int
     retries: int
+    held_rows: int
     last_problem: str
     tables: Mapping[str, TableUpdates]

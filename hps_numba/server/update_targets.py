@@ -17,6 +17,7 @@ from hps_numba.server.manifest import Manifest
 from hps_numba.server.model import ServedModel
 from hps_numba.server.model_versions import ModelVersion, ModelVersions
 from hps_numba.server.table import ServedTable
+from hps_numba.server.table_writes import Applied
 from hps_numba.storage.tier_stack import TierStack
 from hps_numba.storage.tiers._host_tables import HostTablesTier
 from hps_numba.storage.tiers._tier import Tier
@@ -56,8 +57,20 @@ class UpdateTarget:
         since = self.version.since_ms
         return "older" if since is not None and 0 <= event_ms < since else None
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
-        """``TableWrites.apply``; lookups see it when this returns.
+    def still_taken(self, accepted: ModelVersion, times: np.ndarray) -> np.ndarray:
+        """Which updates that were accepted when another version was in force are applied now.
+
+        Args:
+            times: int64 ``[n]``, as of ``apply``.
+        """
+        if accepted is self.version or not self._versions.managed:
+            return np.ones(len(times), bool)
+        since = self.version.since_ms
+        same = accepted.number == self.version.number
+        return np.where(times < 0, same, True if since is None else times >= since)
+
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> Applied:
+        """``TableWrites.apply``; lookups see what was written when this returns.
 
         Args:
             times: int64 ``[n + m]``: of the events of ``keys`` and then of ``erased``, in ms since 1970; -1: whatever the time,

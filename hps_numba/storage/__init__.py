@@ -1,7 +1,8 @@
 """Storage of rows: the host store, slower tiers, and sparse models on disk.
 
-``Tier`` with ``Fetched`` is the base of a storage tier, ``SparseModelFormat`` with ``SparseModelReader`` that of a file format;
-``hps_numba.testing`` has the contract suites that each must pass. Names are imported on first use.
+``Tier``, with ``Fetched`` and ``PartialWriteError``, is the base of a storage tier, ``SparseModelFormat`` with
+``SparseModelReader`` that of a file format; ``hps_numba.testing`` has the contract suites that each must pass. Names are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hps_numba.storage.formats._format import SparseModelFormat, SparseModelReader
-    from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
+    from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, PartialWriteError, Tier
 
-__all__ = ["NO_LIMIT", "Fetched", "SparseModelFormat", "SparseModelReader", "Tier"]
+__all__ = ["NO_LIMIT", "Fetched", "PartialWriteError", "SparseModelFormat", "SparseModelReader", "Tier"]
 
 _HOMES = {
     "NO_LIMIT": "tiers._tier",
     "Fetched": "tiers._tier",
+    "PartialWriteError": "tiers._tier",
     "SparseModelFormat": "formats._format",
     "SparseModelReader": "formats._format",
     "Tier": "tiers._tier",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,9 @@ from hps_numba.runtime.hugectr_log import TRACE
 from hps_numba.storage.tier_counts import TierCounts, TierFetches
 from hps_numba.storage.tiers._checked import CheckedTier, TierDefect
 from hps_numba.storage.tiers._host_tables import HostTablesTier
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage.tiers._tier import Fetched, PartialWriteError, Tier
 
-__all__ = ["StackAnswer", "TierStack", "open_tiers"]
+__all__ = ["StackAnswer", "StackWrite", "TierStack", "open_tiers"]
 
 log = logging.getLogger(__name__)
 _TIERS = "hps_numba.storage.tiers"
@@ -105,6 +105,17 @@ class StackAnswer:
     found: np.ndarray
     unsure: np.ndarray
     errors: int
+
+
+class StackWrite(NamedTuple):
+    """What became of a write.
+
+    Attributes:
+        unwritten: bool ``[n]``, which keys a tier could not take: no faster one was asked to.   problem: why, or None.
+    """
+
+    unwritten: np.ndarray
+    problem: TierError | None
 
 
 class _Calls(NamedTuple):
@@ -289,19 +300,26 @@ class TierStack:
 
         self._write(update_one)
 
-    def apply(self, table: str, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, numbers: Container[int]) -> None:
+    def apply(self, table: str, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, numbers: Container[int]) -> StackWrite:
         """Write rows, and remove other keys, in the tiers of these numbers, slowest first.
 
+        A tier that fails costs its own keys only.
+
+        Args:
+            keys: int64 ``[n]``.   rows: float32 ``[n, dim]``.   erased: int64 ``[m]``.
+
+        Returns:
+            Of ``keys`` and then of ``erased``, ``n + m`` flags.
+
         Raises:
-            TierError: a tier failed; faster ones were not written.
+            TierError: a tier broke its contract; faster ones were not written.
         """
         self._check_open()
+        unwritten, problem = np.zeros(len(keys) + len(erased), bool), None
         for number, tier in reversed([*enumerate(self.checked)]):
             if number in numbers:
-                if len(keys):
-                    tier.insert(table, keys, rows)
-                if len(erased):
-                    tier.erase(table, erased)
+                problem = _apply_to(tier, table, keys, rows, erased, unwritten) or problem
+        return StackWrite(unwritten, problem)
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> None:
         """Remove keys, or with None the whole table, from every tier that can be written.
@@ -330,3 +348,41 @@ class TierStack:
         with ExitStack() as closing:
             for tier in reversed(self.checked):
                 closing.callback(tier.close)
+
+
+def _apply_to(
+    tier: CheckedTier, table: str, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, unwritten: np.ndarray
+) -> TierError | None:
+    """``TierStack.apply`` to one tier, of what slower ones took; why it failed.   **Writes:** unwritten."""
+
+    def insert(some: np.ndarray, places: Any) -> None:
+        tier.insert(table, some, rows[places])
+
+    def erase(some: np.ndarray, _: Any) -> None:
+        tier.erase(table, some)
+
+    n = len(keys)
+    problems = _attempt(insert, keys, unwritten[:n]), _attempt(erase, erased, unwritten[n:])
+    return problems[0] or problems[1]
+
+
+def _attempt(write: Callable[[np.ndarray, Any], None], keys: np.ndarray, unwritten: np.ndarray) -> TierError | None:
+    """``write`` the keys that are not unwritten yet, which it gets with their places; why some are afterwards.
+
+    **Writes:** unwritten.
+    """
+    places: Any = np.flatnonzero(~unwritten) if unwritten.any() else slice(None)
+    some = keys[places]
+    if not len(some):
+        return None
+    try:
+        write(some, places)
+    except TierDefect:
+        raise
+    except PartialWriteError as problem:
+        unwritten[places] = problem.failed
+        return problem
+    except TierError as problem:
+        unwritten[places] = True
+        return problem
+    return None

@@ -45,7 +45,7 @@ class Backlog:
     Args:
         max_bytes: from which on it is full.
 
-    Thread safety: ``put`` and ``wait_for_room`` by one thread, ``take`` by another, the rest by any.
+    Thread safety: ``put`` and ``wait_for_room`` by one thread, ``take``, ``done`` and ``hold`` by another, the rest by any.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -54,6 +54,7 @@ class Backlog:
         self._room: SimpleQueue[None] = SimpleQueue()
         self._put_bytes = self._taken_bytes = 0
         self._put = self._taken = 0
+        self._held = self._held_bytes = 0
 
     @property
     def added(self) -> int:
@@ -67,13 +68,13 @@ class Backlog:
 
     @property
     def bytes(self) -> int:
-        """Of the items that wait."""
-        return max(0, self._put_bytes - self._taken_bytes)
+        """Of the items that wait, and of what is held."""
+        return max(0, self._put_bytes - self._taken_bytes) + self._held_bytes
 
     @property
     def messages(self) -> int:
-        """Items that wait or are being applied."""
-        return max(0, self._put - self._taken)
+        """Items that wait, are being applied, or are held."""
+        return max(0, self._put - self._taken) + self._held
 
     @property
     def full(self) -> bool:
@@ -115,6 +116,14 @@ class Backlog:
         """These were applied; their memory is free."""
         self._taken += len(items)
         self._taken_bytes += sum(item.size + _OVERHEAD for item in items)
+        self._tell_of_room()
+
+    def hold(self, messages: int, size: int) -> None:
+        """Of what was done, so many items and bytes are still to be applied in part; 0 and 0: of nothing any more."""
+        self._held, self._held_bytes = messages, size
+        self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
         if self._room.empty():  # nobody takes from it while there is room
             self._room.put(None)
 

@@ -2,9 +2,9 @@
 
 One thread polls the source and commits; the other decodes and writes. Between them is a backlog with a bound: when it is full
 nothing is polled, and the bus keeps the rest. What was applied is committed after ``max_commit_interval`` messages or when
-nothing more comes. A tier that fails is tried again after ``failure_backoff_ms``, for as long as it takes; meanwhile nothing is
-committed and nothing is applied out of order. A message that can never be applied is counted with a reason and passed over.
-Where the bus has dropped updates, files are loaded again (``_recovery``).
+nothing more comes. A tier that fails is tried again after ``failure_backoff_ms``, for as long as it takes; meanwhile other keys
+go on (``_row_writer``), nothing is committed and no key gets an older row. A message that can never be applied is counted with
+a reason and passed over. Where the bus has dropped updates, files are loaded again (``_recovery``).
 
 Whatever goes wrong here stays here: lookups go on with the rows that are there. The threads know the tables of a server and
 not the server itself, so they end when it is closed or forgotten, and in a forked child they do not exist.
@@ -25,17 +25,17 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.threads import start_thread
 from hps_numba.server.update_stats import SourceStats
 from hps_numba.updates._backlog import Backlog, Item
-from hps_numba.updates._batches import batch_of
-from hps_numba.updates._counts import TableCounts
-from hps_numba.updates._manifests import Switches, is_manifest, read_manifest
+from hps_numba.updates._manifests import is_manifest
+from hps_numba.updates._model_changes import ModelChanges
 from hps_numba.updates._polled import Polled
 from hps_numba.updates._recovery import Recovery, Reload
+from hps_numba.updates._row_writer import RowWriter
 from hps_numba.updates._source_counts import SourceCounts
 from hps_numba.updates._update import Lost, Message, Position, Update
 from hps_numba.updates._wire.messages import Skip
 
 if TYPE_CHECKING:
-    from hps_numba.server.update_targets import UpdateTarget, UpdateTargets
+    from hps_numba.server.update_targets import UpdateTargets
 
 __all__ = ["Consumer"]
 
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 30.0  # that ``close`` waits for what is being applied
 _LONGEST_POLL = 1.0  # seconds: a source that cannot be woken keeps ``close`` waiting for so long
 _LOOK_AGAIN = 0.002  # seconds between two looks whether everything was applied
-_TRIES_OF_A_VERSION = 10  # that cannot be loaded
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
 
 
@@ -66,6 +65,7 @@ class Consumer:
         self._section = source.section
         self._backlog = Backlog(source.section.max_backlog_bytes)
         self._dropped = 0  # items of the backlog before this number are not applied any more
+        self._noticed = 0  # what ``_dropped`` was when the thread that applies last dropped what it holds
         source.drained = self._drain
         self._sleeps: SimpleQueue[None] = SimpleQueue()  # entries only end a sleep
         self._stopping = False
@@ -73,13 +73,16 @@ class Consumer:
         self._applier: threading.Thread | None = None
         self._in_child = False
         self._counts = SourceCounts(name)
+        self._writer = RowWriter(targets, self._section, self._counts, self._backoff)
+        self._ahead: dict[int | str, int] = {}  # what was applied while something before it is held
+        self._ahead_count = 0
         self._applied: dict[int | str, int] = {}
         self._committed: dict[int | str, int] = {}
         self._handled = 0  # messages that were applied or passed over; written by the thread that applies
         self._told = 0  # those of them that the bus was told of; written by the thread that reads
         self._lag: Mapping[str, int] | int | None = None
         self._recovery: Recovery | None = None
-        self._switches = Switches()
+        self._changes = ModelChanges(name, targets, self._counts, self._sleep, self._check_open)
         register_fork_reset(self)
 
     def reset_after_fork(self) -> None:
@@ -220,13 +223,17 @@ class Consumer:
     def _apply_all(self) -> None:
         try:
             while not self._stopping:
-                items = self._backlog.take(self._section.max_batch_size, _LONGEST_POLL)
+                due = self._writer.due
+                patience = _LONGEST_POLL if due is None else min(max(0.0, due - time.monotonic()), _LONGEST_POLL)
+                items = self._backlog.take(self._section.max_batch_size, patience)
+                self._notice_dropped()
                 if items:
                     if isinstance(items[0], Reload):  # nothing else waits then
-                        self._reload(items[0])
+                        self._changes.reload(items[0])
                     else:
                         self._apply([item for item in items if isinstance(item, (Update, Message))])
                     self._backlog.done(items)
+                self._try_held_again()
         except _Stopped:
             log.debug("%s: stopped before everything that was read was applied", self.name)
         except BaseException as problem:  # a defect: nothing is committed that was not applied
@@ -241,19 +248,59 @@ class Consumer:
         self._counts.add_gone(items[:gone])
         items = items[gone:]
         for named, group in groupby(items, is_manifest):
-            some = list(group)
-            if self._dropped != dropped:
-                self._counts.add_gone(some)
-            elif named:
-                for item in some:
-                    self._take_version(item)  # type: ignore[arg-type]  # it is a Message
-            else:
-                self._apply_rows(some, dropped)
+            for some in [[item] for item in group] if named else [list(group)]:
+                if named:
+                    self._wait_for_held(some[0].table, dropped)
+                if self._dropped != dropped:
+                    self._counts.add_gone(some)
+                elif named:
+                    self._changes.take(some[0])  # type: ignore[arg-type]  # it is a Message
+                else:
+                    self._apply_rows(some, dropped)
         if self._dropped != dropped:  # all of them were read before that
             return
-        for item in items:
-            self._applied[item.position.partition] = item.position.offset
-        self._handled += len(items)
+        self._ahead.update({item.position.partition: item.position.offset for item in items})
+        self._ahead_count += len(items)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Everything that was applied may be committed, if nothing is held."""
+        if self._writer.due is not None:
+            self._backlog.hold(self._ahead_count, self._writer.held_bytes)
+            return
+        self._applied.update(self._ahead)
+        self._handled += self._ahead_count
+        self._ahead, self._ahead_count = {}, 0
+        self._backlog.hold(0, 0)
+
+    def _notice_dropped(self) -> None:
+        """What is held was read before: it is dropped too."""
+        if self._noticed != self._dropped:
+            self._noticed = self._dropped
+            self._writer.drop()
+            self._ahead, self._ahead_count = {}, 0
+            self._backlog.hold(0, 0)
+
+    def _try_held_again(self) -> None:
+        if self._writer.due is None:
+            return
+        dropped = self._dropped
+        if dropped != self._noticed:
+            return
+        try:
+            self._writer.try_again()
+        except BaseException as problem:
+            self._check_open(problem)
+            self._counts.add_problem("what is held cannot be applied and is tried again", problem)
+        if self._dropped == dropped:
+            self._settle()
+
+    def _wait_for_held(self, tag: str, dropped: int) -> None:
+        """Until nothing is held of the model of a table: the updates before a version are applied before it is switched."""
+        model = tag.split(".")[1] if "." in tag else ""
+        while self._dropped == dropped and (due := self._writer.holds(model)) is not None:
+            self._pause(max(0.0, due - time.monotonic()))
+            self._try_held_again()
 
     def _apply_rows(self, items: Iterable[Item], dropped: int) -> None:
         by_table: dict[str, list[Update | Message]] = {}
@@ -261,37 +308,6 @@ class Consumer:
             by_table.setdefault(item.table, []).append(item)
         for tag, some in by_table.items():
             self._apply_to(tag, some, dropped)
-
-    def _take_version(self, message: Message) -> None:
-        """Switch to the version of a model that a message names; all updates before it are applied, and none after it.
-
-        One whose files cannot be loaded, or that a function of the user's refuses, is tried some times and then passed over:
-        the version in force stays. A tier that fails is waited for.
-        """
-        counts, failures = self._counts.of(message.table), 0
-        try:
-            manifest = read_manifest(message)
-            while True:
-                try:
-                    reason = self._targets.take(message.table, manifest)
-                    break
-                except BaseException as problem:
-                    if self._is_closed(problem):
-                        raise _Stopped from problem
-                    failures += 1
-                    counts.retries += 1
-                    self._counts.add_problem(f"{message.table}: version {manifest.version} cannot be taken", problem)
-                    if failures >= _TRIES_OF_A_VERSION and not isinstance(problem, TierError):
-                        self._targets.passed_over(manifest)
-                        raise Skip("version", f"expected version {manifest.version} to be loaded, got {problem}") from problem
-                    self._sleep(failures)
-            if reason is not None:
-                raise Skip(reason, f"expected a version that can be taken, got {manifest.to_dict()}")
-            self._switches.add(manifest, message.position)
-        except Skip as skip:
-            self._counts.add_skip(message, skip, counts)
-        counts.handled += 1
-        counts.positions[message.position.partition] = message.position.offset
 
     def _apply_to(self, tag: str, items: Sequence[Update | Message], dropped: int) -> None:
         counts, failures = self._counts.of(tag), 0
@@ -305,14 +321,13 @@ class Consumer:
                 if isinstance(target, str):
                     skips = [(item, Skip(target, "expected a table that takes updates")) for item in items]
                 else:
-                    after, before = self._switches.split(tag, items)
+                    after, before = self._changes.split(tag, items)
                     older = Skip("older", "expected an update after the message that named the version in force")
                     skips = [(item, older) for item in before]
-                    self._write(target, after, counts, skips)
+                    skips += self._writer.write(tag, target, after)
                 break
             except BaseException as problem:
-                if self._is_closed(problem):
-                    raise _Stopped from problem
+                self._check_open(problem)
                 failures += 1
                 counts.retries += 1
                 self._counts.add_problem(f"{tag}: cannot be applied and is tried again", problem)
@@ -321,57 +336,13 @@ class Consumer:
             self._counts.add_skip(item, skip, counts)
         counts.handled += len(items)
 
-    def _write(
-        self,
-        target: UpdateTarget,
-        items: Sequence[Update | Message],
-        counts: TableCounts,
-        skips: list[tuple[Update | Message, Skip]],
-    ) -> None:
-        batch = batch_of(
-            items,
-            dim=target.dim,
-            key_bytes=self._targets.key_bytes,
-            finite=self._section.refuse_not_finite,
-            on_skip=lambda item, skip: skips.append((item, skip)),
-            refuses=target.refuses,
-        )
-        left_out = target.apply(batch.keys, batch.rows, batch.erased, batch.times) if batch.writes else 0
-        if left_out:
-            self._counts.add_left_out(left_out, counts)
-        counts.applied(batch, {item.position.partition: item.position for item in items})
-
-    def _reload(self, reload: Reload) -> None:
-        """Load the files of the version in force of each model again, unless they cannot be."""
-        try:
-            models = self._targets.models_of({lost.table for lost in reload.lost})
-        except ClosedError as problem:
+    def _check_open(self, problem: BaseException) -> None:
+        """
+        Raises:
+            _Stopped: the server is being closed; a model that was unloaded meanwhile is not found the next time.
+        """
+        if self._stopping or (isinstance(problem, ClosedError) and self._targets.closed):
             raise _Stopped from problem
-        kept = [model for model in models if not self._reload_model(model)]
-        self._counts.reloads += not kept
-        reload.done.put(None)
-
-    def _reload_model(self, model: str) -> bool:
-        """Whether it worked."""
-        failures = 0
-        while True:
-            try:
-                self._targets.reload(model)
-                log.warning("%s: model %s: its files were loaded again; now what the bus has is applied", self.name, model)
-                return True
-            except BaseException as problem:
-                if self._is_closed(problem):
-                    raise _Stopped from problem
-                failures += 1
-                self._counts.add_problem(f"model {model}: its files cannot be loaded again", problem)
-                if failures >= _TRIES_OF_A_VERSION and not isinstance(problem, TierError):
-                    log.error("%s: model %s keeps rows that may be old: load the last snapshot: %s", self.name, model, problem)
-                    return False
-                self._sleep(failures)
-
-    def _is_closed(self, problem: BaseException) -> bool:
-        """Whether the server is being closed; a model that was unloaded meanwhile is not found the next time."""
-        return self._stopping or (isinstance(problem, ClosedError) and self._targets.closed)
 
     def _sleep(self, failures: int) -> None:
         """Wait before the next attempt, longer after each failure, unless it is to stop.
@@ -379,8 +350,14 @@ class Consumer:
         Raises:
             _Stopped: it is, and this is the thread that applies.
         """
-        backoff = self._section.failure_backoff_ms / 1000 * min(2 ** min(failures - 1, 10), _LONGEST_BACKOFF)
-        end = time.monotonic() + backoff
+        self._pause(self._backoff(failures))
+
+    def _backoff(self, failures: int) -> float:
+        """Seconds."""
+        return self._section.failure_backoff_ms / 1000 * min(2 ** min(failures - 1, 10), _LONGEST_BACKOFF)
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
         while not self._stopping and (left := end - time.monotonic()) > 0:
             try:
                 self._sleeps.get(timeout=min(left, _LONGEST_POLL))
@@ -410,6 +387,7 @@ class Consumer:
             failed_reads=counts.failed_reads,
             failed_commits=counts.failed_commits,
             retries=counts.retries,
+            held_rows=counts.held_rows,
             last_problem=counts.last_problem,
             tables=counts.tables(self._lag),
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 
+import numpy as np
+
 from hps_numba.server.update_stats import TableUpdates
 from hps_numba.updates._batches import TableBatch
 from hps_numba.updates._update import NO_TIME, Position, now_ms
@@ -31,22 +33,31 @@ class TableCounts:
         self.skipped: Counter[str] = Counter()
         self.retries = 0
         self.received = self.handled = 0  # messages, each counted by one thread
+        self.held_rows = self.held_messages = 0
 
-    def applied(self, batch: TableBatch, positions: dict[int | str, Position]) -> None:
-        """A batch is in every tier and cache."""
+    def applied(self, batch: TableBatch, positions: dict[int | str, Position], unwritten: np.ndarray) -> None:
+        """A batch is in every tier and cache, but for what is ``unwritten``, bool ``[n + m]``, and counted when it is."""
         self._messages += batch.messages
-        self._rows += batch.writes - batch.deletions
-        self._erased += batch.deletions
+        self.positions.update({partition: position.offset for partition, position in positions.items()})
+        self.caught_up(batch, unwritten)
+
+    def caught_up(self, batch: TableBatch, unwritten: np.ndarray) -> None:
+        """The same of a batch that came before."""
+        n, held = len(batch.keys), int(np.count_nonzero(unwritten))
+        if held and held == len(unwritten):
+            return
+        held_rows = int(np.count_nonzero(unwritten[:n]))
+        self._rows += batch.writes - batch.deletions - held_rows
+        self._erased += batch.deletions - (held - held_rows)
         if batch.newest_ms != NO_TIME:
             self._event_ms = max(self._event_ms, batch.newest_ms)
             self._fresh_ms = max(0, now_ms() - batch.oldest_ms)
         if batch.version is not None:
             self._version = max(batch.version, self._version or 0)
         now = time.monotonic()
-        self._recent.append((now, batch.writes))
+        self._recent.append((now, batch.writes - held))
         while self._recent and self._recent[0][0] < now - _WINDOW:
             self._recent.popleft()
-        self.positions.update({partition: position.offset for partition, position in positions.items()})
 
     def read(self, *, lag: int | None) -> TableUpdates:
         """A snapshot; ``lag``: messages that the source has not handed over yet."""
@@ -54,7 +65,7 @@ class TableCounts:
         recent = [writes for at, writes in tuple(self._recent) if at >= now - _WINDOW]
         known = self._event_ms != NO_TIME
         age = max(0, now_ms() - self._event_ms) / 1000 if known else None
-        behind = max(0, self.received - self.handled) + (lag or 0)
+        behind = max(0, self.received - self.handled) + self.held_messages + (lag or 0)
         return TableUpdates(
             source=self._source,
             messages=self._messages,
@@ -70,4 +81,5 @@ class TableCounts:
             version=self._version,
             skipped=dict(self.skipped),
             retries=self.retries,
+            held_rows=self.held_rows,
         )

@@ -55,6 +55,11 @@ class SourceCounts:
         """Failed attempts to apply."""
         return sum(counts.retries for counts in (self._others, *dict(self._tables).values()))
 
+    @property
+    def held_rows(self) -> int:
+        """Rows and deletions of all tables that wait for a tier."""
+        return sum(counts.held_rows for counts in (self._others, *dict(self._tables).values()))
+
     def tables(self, lag: Mapping[str, int] | int | None) -> dict[str, TableUpdates]:
         """A snapshot of those that are tables by their tags; ``lag``: messages not handed over yet, of each table or of all."""
         return {

@@ -11,7 +11,7 @@ import numpy as np
 from support.waiting import HANG_SECONDS
 
 from hps_numba.errors import TierError
-from hps_numba.storage import Fetched, Tier
+from hps_numba.storage import Fetched, PartialWriteError, Tier
 from hps_numba.storage.tiers._wrappers import CountingTier, FlakyTier, SlowTier, WrapperTier
 
 
@@ -111,6 +111,38 @@ class FlakyDictTier(FlakyTier):
 
     def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
         super().__init__(DictTier(section, wide_keys=wide_keys), set())
+
+
+class PartlyDownTier(DictTier):
+    """Takes no writes of the keys in ``down``; ``refused`` counts the calls that it could not do in full."""
+
+    def __init__(self, section: Any, *, wide_keys: bool = True) -> None:
+        super().__init__(section, wide_keys=wide_keys)
+        self.down: frozenset[int] = frozenset()
+        self.refused = 0
+
+    def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
+        failed = self._failed(keys)
+        new = super().insert(table, keys[~failed], rows[~failed])
+        self._check(failed)
+        return new
+
+    def erase(self, table: str, keys: np.ndarray | None = None) -> int:
+        if keys is None:
+            return super().erase(table)
+        failed = self._failed(keys)
+        gone = super().erase(table, keys[~failed])
+        self._check(failed)
+        return gone
+
+    def _failed(self, keys: np.ndarray) -> np.ndarray:
+        down = self.down
+        return np.array([int(key) in down for key in keys], bool)
+
+    def _check(self, failed: np.ndarray) -> None:
+        if failed.any():
+            self.refused += 1
+            raise PartialWriteError("a part is down", failed)
 
 
 class WatchedWritesTier(DictTier):

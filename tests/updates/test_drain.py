@@ -10,6 +10,7 @@ import pytest
 from support.updates import ListBus, ListSource, list_bus, message_of
 from support.waiting import HANG_SECONDS, wait_until
 
+from hps_numba.server.table_writes import Applied
 from hps_numba.updates._consumer import Consumer
 
 
@@ -30,13 +31,13 @@ class Gate:
     def refuses(self, version: int | None, event_ms: int) -> None:
         return None
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> Applied:
         self.began += 1
         if self.fails:
             raise OSError("out of order")
         assert self.open.wait(HANG_SECONDS)
         self.written += keys.tolist()
-        return 0
+        return Applied(np.zeros(len(keys) + len(erased), bool))
 
 
 @pytest.fixture

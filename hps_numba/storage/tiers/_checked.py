@@ -16,7 +16,7 @@ import numpy as np
 
 from hps_numba.errors import HpsError, TierError
 from hps_numba.storage.bin_dump import Dump
-from hps_numba.storage.tiers._tier import Fetched, Tier
+from hps_numba.storage.tiers._tier import Fetched, PartialWriteError, Tier
 
 __all__ = ["CheckedTier", "TierDefect"]
 
@@ -80,10 +80,17 @@ class CheckedTier(Tier):
         return answer
 
     def insert(self, table: str, keys: np.ndarray, rows: np.ndarray) -> int:
-        return self._call("insert", lambda: self.inner.insert(table, keys, rows))
+        return self._write("insert", len(keys), lambda: self.inner.insert(table, keys, rows))
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:
-        return self._call("erase", lambda: self.inner.erase(table, keys))
+        return self._write("erase", 0 if keys is None else len(keys), lambda: self.inner.erase(table, keys))
+
+    def _write(self, name: str, n: int, write: Callable[[], int]) -> int:
+        try:
+            return self._call(name, write)
+        except PartialWriteError as problem:
+            self._check_flags(f"{name}: failed", problem.failed, n)
+            raise
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
         flags = self._call("contains", lambda: self.inner.contains(table, keys))

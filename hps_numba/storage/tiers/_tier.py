@@ -30,7 +30,7 @@ from hps_numba.storage.sst_dump import read_sst, write_sst
 if TYPE_CHECKING:
     from hps_numba.config import PersistentDatabaseConfig, TierConfig, VolatileDatabaseConfig
 
-__all__ = ["NO_LIMIT", "Fetched", "Tier"]
+__all__ = ["NO_LIMIT", "Fetched", "PartialWriteError", "Tier"]
 
 #: ``capacity`` of a tier without a bound
 NO_LIMIT = 2**64 - 1
@@ -61,6 +61,18 @@ class Fetched:
         lost = n - self.asked + (0 if self.failed is None else int(self.failed[: self.asked].sum()))
         if lost:
             raise TierError(f"{table}: {lost:,} of {n:,} keys could not be looked for: a part of the tier is out of order")
+
+
+class PartialWriteError(TierError):
+    """``insert`` or ``erase`` of keys reached a part of a tier only, as another part is out of order (a node of a cluster).
+
+    Attributes:
+        failed: bool ``[n]``, the keys that may not be written; all others are.
+    """
+
+    def __init__(self, message: str, failed: np.ndarray) -> None:
+        super().__init__(message)
+        self.failed = failed
 
 
 class Tier(abc.ABC):
@@ -135,11 +147,19 @@ class Tier(abc.ABC):
         """Write a row for each key, creating the table if needed; the last of equal keys wins. Returns how many were new.
 
         Keys and rows are copied. A table has one width, that of its first rows: another is a TierError.
+
+        Raises:
+            PartialWriteError: the other keys are written. Online updates then go on with them; after any other TierError, none
+                of the keys counts as written.
         """
 
     @abc.abstractmethod
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:
-        """Remove keys, or with None the whole table; returns how many rows there were."""
+        """Remove keys, or with None the whole table; returns how many rows there were.
+
+        Raises:
+            PartialWriteError: as ``insert``; the other keys are removed.
+        """
 
     @abc.abstractmethod
     def size(self, table: str) -> int:

@@ -1,7 +1,8 @@
 """``redis_cluster``: rows in Redis or Valkey, a cluster or one plain server, in HugeCTR's layout, byte for byte.
 
 *A node that fails costs its own keys.* ``fetch`` returns the rows of the other nodes and says which keys it could not look for
-(``Fetched.failed``). Writes, ``contains``, ``size`` and whatever else needs every node raise TierError.
+(``Fetched.failed``). ``insert`` and ``erase`` of keys write to the other nodes and raise PartialWriteError; ``contains``,
+``size`` and whatever else needs every node raise TierError.
 
 *Why not redis-py for rows.* Its clients make a Python object a field: 1.5 microseconds a row, under the GIL. Here redis-py
 connects, authenticates and encrypts, and kernels write and parse what goes over its connections (``kernels.host.resp``).
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,13 +29,21 @@ from hps_numba.storage.redis.plain import PlainCommands
 from hps_numba.storage.redis.requests import Request, Values, add_uses, count_rows, delete, get, look_for, put, stamp
 from hps_numba.storage.redis.tables import Tables
 from hps_numba.storage.redis.topology import Topology
-from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, Tier
+from hps_numba.storage.tiers._tier import NO_LIMIT, Fetched, PartialWriteError, Tier
 
 __all__ = ["PLUGIN", "RedisClusterTier"]
 
 log = logging.getLogger(__name__)
 #: what Redis says if a time is to be counted up
 _NOT_A_COUNT = "hash value is not an integer"
+
+
+class _Written(NamedTuple):
+    """What became of a batch: how many rows it added or removed, and the shares that failed."""
+
+    batch: Batch
+    changed: int
+    failures: list[Share]
 
 
 class RedisClusterTier(Tier):
@@ -124,11 +134,31 @@ class RedisClusterTier(Tier):
         if not len(keys):
             return 0
         self._tables.check_width(table, rows.shape[1])
-        new = sum(self._insert_batch(partitions, keys[part], rows[part]) for part in self.batches(len(keys), None))
+        new = self._written(keys, lambda part: self._insert_batch(partitions, keys[part], rows[part]))
         self._tables.check(table, rows_seen=True)  # now, as the node may hang when a lookup has little time
         return new
 
-    def _insert_batch(self, partitions: Sequence[Partition], keys: np.ndarray, rows: np.ndarray) -> int:
+    def _written(self, keys: np.ndarray, write: Callable[[slice], _Written]) -> int:
+        """Write batch by batch, until one finds no node; the sum of the counts.
+
+        Raises:
+            PartialWriteError: nodes failed.
+        """
+        count, failed, text = 0, np.zeros(len(keys), bool), ""
+        for part in self.batches(len(keys), None):
+            batch, number, failures = write(part)
+            count += number
+            for share in failures:
+                failed[part][batch.positions(share)] = True
+            text = text or _text_of(failures)
+            if failed[part].all():
+                failed[part.stop :] = True
+                break
+        if text:
+            raise PartialWriteError(text, failed)
+        return count
+
+    def _insert_batch(self, partitions: Sequence[Partition], keys: np.ndarray, rows: np.ndarray) -> _Written:
         batch = Batch(keys, partitions, wide=self.wide_keys)
         note = self._uses_writer(batch)
         owned = np.ascontiguousarray(rows, np.float32)
@@ -138,11 +168,12 @@ class RedisClusterTier(Tier):
             written = put(share.partition, share.keys, batch.key_bytes, values)
             return [written, count_rows(share.partition), *note(share)]
 
-        self._run_all(batch, ask)
+        failures = self._run_all(batch, ask)
         del owned  # alive until here, as its address was in use
-        for share in batch.shares:
+        written = [share for share in batch.shares if share not in failures]
+        for share in written:
             self._evictor.evict(share.partition, share.totals[1])
-        return sum(share.totals[0] for share in batch.shares)
+        return _Written(batch, sum(share.totals[0] for share in written), failures)
 
     def erase(self, table: str, keys: np.ndarray | None = None) -> int:
         self._check_open()
@@ -150,17 +181,16 @@ class RedisClusterTier(Tier):
             return self._erase_table(table)
         partitions = self._tables.partitions(table)
         self._tables.check(table)
-        erased = 0
-        for part in self.batches(len(keys), None):
-            batch = Batch(keys[part], partitions, wide=self.wide_keys)
+        return self._written(keys, lambda part: self._erase_batch(partitions, keys[part]))
 
-            def ask(share: Share, batch: Batch = batch) -> list[Request]:
-                names = share.partition.rows, share.partition.uses
-                return [delete(name, share.keys, batch.key_bytes) for name in names]
+    def _erase_batch(self, partitions: Sequence[Partition], keys: np.ndarray) -> _Written:
+        batch = Batch(keys, partitions, wide=self.wide_keys)
 
-            self._run_all(batch, ask)
-            erased += sum(share.totals[0] for share in batch.shares)
-        return erased
+        def ask(share: Share) -> list[Request]:
+            return [delete(name, share.keys, batch.key_bytes) for name in (share.partition.rows, share.partition.uses)]
+
+        failures = self._run_all(batch, ask)
+        return _Written(batch, sum(share.totals[0] for share in batch.shares if share not in failures), failures)
 
     def contains(self, table: str, keys: np.ndarray) -> np.ndarray:
         self._check_open()
@@ -173,19 +203,19 @@ class RedisClusterTier(Tier):
             def ask(share: Share, batch: Batch = batch) -> list[Request]:
                 return [look_for(share.partition, share.keys, batch.key_bytes)]
 
-            self._run_all(batch, ask)
+            if failures := self._run_all(batch, ask):
+                raise TierError(_text_of(failures))
             found[part] = batch.found.view(bool)
         return found
 
-    def _run_all(self, batch: Batch, write: Write) -> None:
+    def _run_all(self, batch: Batch, write: Write) -> list[Share]:
+        """Ask every node, with patience; the shares that failed."""
         failures = self._bulk.run(batch, write, patient=True)
         if foreign := [share for share in failures if _NOT_A_COUNT in share.failure]:
             self._forget_uses(foreign)
             failures = [share for share in failures if share not in foreign]
             failures += self._bulk.run(batch, write, shares=foreign, patient=True)
-        if failures:
-            more = f" (and {len(failures) - 1} more partitions)" if len(failures) > 1 else ""
-            raise TierError(f"{failures[0].partition}: {failures[0].failure}{more}")
+        return failures
 
     # -- what evictions go by ---------------------------------------------------------------------
 
@@ -257,6 +287,14 @@ class RedisClusterTier(Tier):
         if hasattr(self, "_background"):
             self._background.close()
             self._topology.close()
+
+
+def _text_of(failures: Sequence[Share]) -> str:
+    """The first failure, and how many more there are; empty if there is none."""
+    if not failures:
+        return ""
+    more = f" (and {len(failures) - 1} more partitions)" if len(failures) > 1 else ""
+    return f"{failures[0].partition}: {failures[0].failure}{more}"
 
 
 def _in_floats(size: int) -> str:
