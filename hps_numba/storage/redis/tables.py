@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -74,15 +74,42 @@ class Tables:
         """Check that rows of width ``dim`` fit a table.
 
         Raises:
-            TierError: its rows have another width; or as ``check``; or no node could be asked.
+            TierError: its rows have another width; or as ``check``; or a node did not answer, and the others have no rows.
         """
         if self._widths.get(table) == dim:
             return
-        width = self._look(table)  # also if another one is known: the table may have been erased meanwhile
+        complete, width = self._width(table)  # also if another one is known: the table may have been erased meanwhile
         if width not in (None, 4 * dim):
             raise TierError(f"{table}: expected rows of width {width // 4}, got {dim}")
-        if width is not None:
+        if complete and width is not None:
             self._widths[table] = dim
+
+    def _width(self, table: str) -> tuple[bool, int | None]:
+        """Whether all nodes were asked, and the bytes of a row; None if there is none.
+
+        Raises:
+            TierError: as ``check_width``.
+        """
+        try:
+            return True, self._look(table)
+        except Misplaced:
+            raise
+        except TierError as problem:
+            width = None
+            for part in self.partitions(table):
+                try:
+                    width = self._sample([part]) or width
+                except Misplaced:
+                    raise
+                except TierError as silent:
+                    log.debug("%s: not looked at: %s", part, silent)
+            if width is None:
+                raise problem
+            return False, width
+
+    def written(self, table: str, dim: int) -> None:
+        """Rows of width ``dim`` were written."""
+        self._widths[table] = dim
 
     def forget(self, table: str) -> None:
         """The table was erased."""
@@ -90,11 +117,11 @@ class Tables:
         self._checked.discard(table)
 
     def _look(self, table: str) -> int | None:
-        """As ``_sample``; the table counts as checked if it has rows, and none in further partitions.
+        """As ``_sample``, of all partitions; the table counts as checked if it has rows, and none in further partitions.
 
         The place of a key does not tell a multiple of ``num_partitions``: half of the keys are in place.
         """
-        width = self._sample(table)
+        width = self._sample(self.partitions(table))
         if table not in self._checked:
             for part in self._plain.partitions(table):
                 if part.number >= self._count:
@@ -106,10 +133,9 @@ class Tables:
                 self._checked.add(table)
         return width
 
-    def _sample(self, table: str) -> int | None:
+    def _sample(self, parts: Sequence[Partition]) -> int | None:
         """Bytes of a row; None if there is none. Checks where some keys of each partition are."""
         width = None
-        parts = self.partitions(table)
         samples = self._plain.run_each(parts, lambda part: ("HRANDFIELD", part.rows, _SAMPLES, "WITHVALUES"))
         for part, flat in zip(parts, map(_flat, samples), strict=True):
             if flat:

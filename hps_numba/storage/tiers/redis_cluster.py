@@ -135,6 +135,7 @@ class RedisClusterTier(Tier):
             return 0
         self._tables.check_width(table, rows.shape[1])
         new = self._written(keys, lambda part: self._insert_batch(partitions, keys[part], rows[part]))
+        self._tables.written(table, rows.shape[1])
         self._tables.check(table, rows_seen=True)  # now, as the node may hang when a lookup has little time
         return new
 

@@ -20,9 +20,11 @@ from support.internals import slower_tier
 from support.oracles import assert_same_bits, partition_of, rows_of
 from support.redis_servers import NODE_TIMEOUT, PATIENT, Cluster, Server, cluster_of, one_server
 from support.tiers import DIM, TAG, fetch, ints
+from support.updates import list_bus, message_of, wait_for
 from support.waiting import join_all, wait_until
 
 from hps_numba.errors import TierError
+from hps_numba.storage import PartialWriteError
 from hps_numba.storage.redis import breaker
 from hps_numba.storage.redis.layout import Partition, partitions_of
 from hps_numba.storage.redis.node import Node
@@ -143,6 +145,65 @@ def test_a_killed_node_costs_its_own_keys_until_it_is_back(cluster: Cluster, tie
     victim.start()
     wait_until(lambda: complete(tier))
     assert tier.contains(TAG, KEYS[~dead]).sum() in (0, (~dead).sum()), "erasing the table stopped at the first failure"
+
+
+@pytest.mark.parametrize("at_once", [400, 37, 1])
+def test_a_write_reaches_the_nodes_that_live_and_says_which_keys_it_did_not(  # D19
+    cluster: Cluster, opened: list[RedisClusterTier], at_once: int
+) -> None:
+    filled(cluster).close()
+    tier = RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS, max_batch_size=at_once)
+    opened.append(tier)
+    tier.insert(TAG, KEYS[:1], rows_of(KEYS[:1], DIM))  # the width of rows is known
+    victim = cluster.servers[1]
+    dead = keys_of(cluster, victim)
+    keys = KEYS if at_once > 1 else KEYS[np.argsort(dead, kind="stable")]  # a batch that finds no node ends it
+    down = keys_of(cluster, victim)[keys]
+    victim.kill()
+    with pytest.raises(PartialWriteError, match=rf"partition \d+: {victim.address}: ") as raised:
+        tier.insert(TAG, keys, rows_of(keys, DIM, 1))
+    assert raised.value.failed.tolist() == down.tolist()
+    answer, rows = fetch(tier, TAG, KEYS)
+    assert answer.found.tolist() == (~dead).tolist()
+    assert_same_bits(rows[~dead], rows_of(KEYS[~dead], DIM, 1))
+    gone = KEYS % 2 == 0
+    with pytest.raises(PartialWriteError, match=victim.address) as raised:
+        tier.erase(TAG, keys[gone[keys]])
+    assert raised.value.failed.tolist() == down[gone[keys]].tolist()
+    victim.start()
+    wait_until(lambda: bool(fetch(tier, TAG, KEYS)[0].found[dead].all()))
+    answer, rows = fetch(tier, TAG, KEYS)
+    assert answer.found.tolist() == (dead | ~gone).tolist()
+    assert_same_bits(rows[dead], rows_of(KEYS[dead], DIM))
+
+
+def test_updates_of_other_keys_go_on_while_a_node_is_down(cluster: Cluster, workshop: Workshop) -> None:  # D19, U09
+    bus, source = list_bus()
+    redis = {"type": "redis_cluster", "address": cluster.address, "num_partitions": PARTS}
+    server = workshop.open(
+        workshop.model((range(400), DIM)), tiers=[{"type": "hash_map"}, redis], update_source=source, allow_code=True
+    )
+    victim = cluster.servers[0]
+    dead = keys_of(cluster, victim, TABLE)
+    victim.kill()
+    for stamp in range(1, 6):
+        bus.items.append(message_of(KEYS, rows_of(KEYS, DIM, stamp), stamp))
+    bus.items.append(message_of(KEYS[::3], None, 6, dim=DIM))
+    expected = rows_of(KEYS, DIM, 5)
+    expected[::3] = -7.5
+
+    def others_are_there() -> bool:
+        return np.array_equal(server.lookup(KEYS, "m", 0)[~dead], expected[~dead])
+
+    wait_until(others_are_there)
+    assert_same_bits(server.lookup(KEYS, "m", 0)[dead], rows_of(KEYS, DIM)[dead])
+    assert (server.update_stats()[0].held_rows, bus.committed) == (dead.sum(), [])
+    victim.start()
+    wait_for(server, 6)
+    assert_same_bits(server.lookup(KEYS, "m", 0), expected)
+    answer, rows = fetch(slower_tier(server), TABLE, KEYS)
+    assert answer.found.tolist() == (KEYS % 3 != 0).tolist()
+    assert_same_bits(rows[answer.found], expected[answer.found])
 
 
 def test_a_table_that_could_not_be_looked_at_is_looked_at_again(cluster: Cluster, opened: list[RedisClusterTier]) -> None:
