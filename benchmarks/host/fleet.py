@@ -1,7 +1,8 @@
 """A fleet under load while its parts are killed: three replicas on Ray Serve, a Redis cluster of three nodes, and one bus.
 
 Requests come at a fixed rate; a trainer publishes rows all the time; a replica and later a node of Redis are killed, and the
-node starts again. Every row says which key and which update it is of, so each answer is checked.
+node starts again. Every row says which key and which update it is of, so each answer is checked. The age of what is served is
+told apart for keys of that node, whose updates wait until it is back, and for all others.
 
     pip install "hps-numba[ray,redis,serve]"      # and redis-server
     python benchmarks/host/fleet.py --seconds 60
@@ -19,18 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fleet_servers import RedisNode, free_port, kill, ray_nodes, redis_cluster, replicas
+from fleet_servers import RedisNode, free_port, kill, ray_nodes, redis_cluster, replicas, slots_of
 from report import TABLES, add_options, finish, print_machine, print_table
 
 from hps_numba.client import Client
 from hps_numba.errors import HpsError
 from hps_numba.frontends import ray_serve
+from hps_numba.storage.redis.bulk import Batch
+from hps_numba.storage.redis.layout import partitions_of
 from hps_numba.updates import open_producer
 
 MODEL, TABLE, DIM = "m", "items", 32
 _TICK = 0.05  # seconds between two updates
 _A_TICK = 500  # rows
 _PROBES = 16
+_PARTITIONS = 12
+_VICTIM = 1  # the node of Redis that is killed
 _STALE = 1.0  # seconds after which every replica must serve an update
 
 
@@ -51,6 +56,7 @@ class Answers:
 
     latencies: list[float] = field(default_factory=list)
     ages: list[float] = field(default_factory=list)
+    ages_of_victim: list[float] = field(default_factory=list)
     failed: list[tuple[float, str]] = field(default_factory=list)
     wrong: int = 0
     unanswered: int = 0
@@ -89,7 +95,7 @@ def config_of(folder: Path, spec: Spec, nodes: list[RedisNode], bus: dict[str, A
         "overflow_margin": spec.rows // 2,
         "overflow_policy": "evict_least_used",
     }
-    redis = {"type": "redis_cluster", "address": f"127.0.0.1:{nodes[0].port}", "num_partitions": 12}
+    redis = {"type": "redis_cluster", "address": f"127.0.0.1:{nodes[0].port}", "num_partitions": _PARTITIONS}
     return {"supportlonglong": True, "models": [model], "tiers": [host, redis], "update_source": bus}
 
 
@@ -119,18 +125,32 @@ class Trainer(threading.Thread):
         self._producer.close()
 
 
+def of_victim(keys: np.ndarray) -> np.ndarray:
+    """bool ``[n]``: which keys the node that is killed has."""
+    from redis.crc import key_slot
+
+    batch = Batch(keys, partitions_of(f"hps_et.{MODEL}.{TABLE}", _PARTITIONS, key_slot), wide=True)
+    found = np.zeros(len(keys), bool)
+    for share in batch.shares:
+        found[batch.positions(share)] = share.partition.slot in slots_of(_VICTIM)
+    return found
+
+
 def check(keys: np.ndarray, rows: np.ndarray, trainer: Trainer, answers: Answers, now: float) -> None:
     """Count rows that are of no update, and tell how old the probes are."""
     ticks = rows[:, 1].astype(np.int64)
     absent = rows[:, 0] == -1
     known = (ticks >= 0) & (ticks < len(trainer.published)) & ~absent
     right = known & (rows == rows_of(keys, ticks)).all(axis=1)
-    seen = int(ticks[:_PROBES].min()) + 1
-    age = now - trainer.published[seen] if seen < len(trainer.published) else 0.0
+    own = of_victim(keys[:_PROBES])
     with answers.turn:
         answers.unanswered += int(absent.sum())
         answers.wrong += int((~right & ~absent).sum())
-        answers.ages.append(max(age, 0.0))
+        for ages, probes in ((answers.ages, ~own), (answers.ages_of_victim, own)):
+            if (some := ticks[:_PROBES][probes & ~absent[:_PROBES]]).size:
+                seen = int(some.min()) + 1
+                age = now - trainer.published[seen] if seen < len(trainer.published) else 0.0
+                ages.append(max(age, 0.0))
 
 
 def load(url: str, spec: Spec, trainer: Trainer, answers: Answers, start: float, number: int) -> None:
@@ -180,8 +200,8 @@ def _measure(spec: Spec, config: dict[str, Any], bus: dict[str, Any], nodes: lis
         client.start()
     events = [
         (spec.seconds * 0.25, "a replica is killed", lambda: kill(replicas()[0])),
-        (spec.seconds * 0.5, "a node of Redis is killed", nodes[1].kill),
-        (spec.seconds * 0.7, "the node of Redis starts again", nodes[1].start),
+        (spec.seconds * 0.5, "a node of Redis is killed", nodes[_VICTIM].kill),
+        (spec.seconds * 0.7, "the node of Redis starts again", nodes[_VICTIM].start),
     ]
     for at, what, act in events:
         time.sleep(max(0.0, start + at - time.monotonic()))
@@ -213,13 +233,15 @@ def _settle(url: str, spec: Spec, trainer: Trainer) -> str:
 
 def _report(spec: Spec, answers: Answers, settled: str) -> None:
     due = int(spec.seconds * spec.rate)
-    latency, age = np.array(answers.latencies) * 1e3, np.array(answers.ages) * 1e3
+    latency = np.array(answers.latencies) * 1e3
+    ages = [np.percentile(np.array(some) * 1e3, (50, 99, 100)) for some in (answers.ages, answers.ages_of_victim)]
     rows = [
         ("requests due", f"{due:,}"),
         ("answered", f"{len(latency):,}"),
         ("failed", f"{len(answers.failed):,}"),
         ("latency p50 / p99 / max, ms", " / ".join(f"{v:.1f}" for v in np.percentile(latency, (50, 99, 100)))),
-        ("age of what is served p50 / p99 / max, ms", " / ".join(f"{v:.0f}" for v in np.percentile(age, (50, 99, 100)))),
+        ("age of what is served p50 / p99 / max, ms", " / ".join(f"{v:.0f}" for v in ages[0])),
+        ("... keys of the node that is killed", " / ".join(f"{v:.0f}" for v in ages[1])),
         ("rows of no update", f"{answers.wrong:,}"),
         ("rows not found while a tier was down", f"{answers.unanswered:,}"),
         ("the last update of every key is served by", settled),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RedisNode", "ray_nodes", "redis_cluster", "replicas"]
+__all__ = ["RedisNode", "free_port", "kill", "ray_nodes", "redis_cluster", "replicas", "slots_of"]
 
 _SLOTS = 16_384
 _PATIENCE = 60.0  # seconds until a server answers
@@ -63,6 +63,11 @@ class RedisNode:
         self._process.wait()
 
 
+def slots_of(number: int) -> range:
+    """Slots of a node of a cluster of three."""
+    return range(number * _SLOTS // 3, (number + 1) * _SLOTS // 3)
+
+
 @contextmanager
 def redis_cluster(folder: Path) -> Iterator[list[RedisNode]]:
     """Three nodes with a third of the slots each, and no replicas."""
@@ -70,8 +75,8 @@ def redis_cluster(folder: Path) -> Iterator[list[RedisNode]]:
     nodes = [RedisNode(folder / f"redis{number}", *options) for number in range(3)]
     try:
         for number, node in enumerate(nodes):
-            first, last = number * _SLOTS // 3, (number + 1) * _SLOTS // 3 - 1
-            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+            slots = slots_of(number)
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", slots[0], slots[-1])
             node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
             node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
         end = time.monotonic() + _PATIENCE

@@ -106,6 +106,8 @@ def _notes(one: SourceStats) -> list[str]:
     if one.lost:
         answer = f"files were loaded again {one.reloads} times" if one.reloads else "load the last snapshot"
         notes.append(f"{one.name}: at least {one.lost:,} messages were gone from the bus before they were read: {answer}")
+    if one.held_rows:
+        notes.append(f"{one.name}: {one.held_rows:,} rows are held until a slower tier can take them")
     others = sum(one.skipped.values()) - sum(sum(updates.skipped.values()) for updates in one.tables.values())
     if others > 0 and one.tables:
         notes.append(f"{one.name}: {others:,} messages of other tables were skipped")

@@ -134,6 +134,7 @@ UPDATE_FAILED_COMMITS = _counter("update_failed_commits", "commits", "Failed att
 UPDATE_MESSAGES = _counter("update_messages", "messages", "Messages of online updates that were applied.", _UPDATES)
 UPDATE_ROWS = _counter("update_rows", "rows", "Rows that online updates wrote.", _UPDATES)
 UPDATE_ERASED = _counter("update_erased_rows", "rows", "Rows that online updates erased.", _UPDATES)
+UPDATE_HELD = _gauge("update_held_rows", "rows", "Updates that a slower tier cannot take now; they are tried again.", _UPDATES)
 UPDATE_RETRIES = _counter("update_retries", "retries", "Failed attempts to apply an update; each is repeated.", _UPDATES)
 UPDATE_LAG_MESSAGES = _gauge(
     "update_lag_messages", "messages", "Updates of the table (or all, if the bus does not tell) that are not applied.", _UPDATES

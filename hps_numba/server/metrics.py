@@ -62,6 +62,7 @@ _OF_UPDATES: dict[Metric, Callable[[TableUpdates], float | None]] = {
     names.UPDATE_MESSAGES: lambda updates: updates.messages,
     names.UPDATE_ROWS: lambda updates: updates.rows,
     names.UPDATE_ERASED: lambda updates: updates.erased,
+    names.UPDATE_HELD: lambda updates: updates.held_rows,
     names.UPDATE_RETRIES: lambda updates: updates.retries,
     names.UPDATE_LAG_MESSAGES: lambda updates: updates.lag_messages,
     names.UPDATE_LAG_SECONDS: lambda updates: updates.lag_seconds,

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 _GRACE_SECONDS = 30.0  # that ``close`` waits for what is being applied
 _LONGEST_POLL = 1.0  # seconds: a source that cannot be woken keeps ``close`` waiting for so long
 _LOOK_AGAIN = 0.002  # seconds between two looks whether everything was applied
+_LAG_SECONDS = 1.0  # between two questions how much is on the bus
+_UNKNOWN_LAG_SECONDS = 0.1  # the same, while the source cannot tell yet
 _LONGEST_BACKOFF = 40  # times ``failure_backoff_ms``, after several failures in a row
 
 
@@ -132,7 +134,8 @@ class Consumer:
         while not self._stopping:
             try:
                 if time.monotonic() >= next_lag:
-                    self._lag, next_lag = self._source.lag(), time.monotonic() + 1.0
+                    self._lag = self._source.lag()
+                    next_lag = time.monotonic() + (_LAG_SECONDS if self._lag is not None else _UNKNOWN_LAG_SECONDS)
                 idle = self._read_some()
                 failures = 0
             except BaseException as problem:

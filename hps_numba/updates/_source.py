@@ -139,7 +139,7 @@ class UpdateSource(abc.ABC):
     def lag(self) -> Mapping[str, int] | int | None:
         """Messages on the bus that ``poll`` has not returned yet, together or by table; None if that is not known.
 
-        Called every second or so; it must not wait for long.
+        Called every second or so, more often while it is not known; it must not wait for long.
         """
         return None
 

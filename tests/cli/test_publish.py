@@ -210,6 +210,7 @@ def test_lines_of_a_table_of_updates() -> None:
         "last_problem": "",
         "last_skipped": "",
         "reloads": 0,
+        "held_rows": 0,
     }
     start = SourceStats(name="s", type="files", positions={}, lag_messages=None, lost=0, skipped={}, tables={}, **empty, **fine)
     assert _lines(start) == [("s", "-", "-", "?", "-", "-", "-", "0", "0")] and _notes(start) == []
@@ -218,6 +219,7 @@ def test_lines_of_a_table_of_updates() -> None:
         freshness_seconds=0.02, age_seconds=2.0, skipped={"width": 2, "magic": 1}, retries=3,
     )  # fmt: skip
     bad = {**fine, "failed_reads": 2, "failed_commits": 1, "last_problem": "cannot be read: no", "last_skipped": "width: x"}
+    bad["held_rows"] = 1200
     busy = SourceStats(
         name="s", type="files", positions={0: 5}, lag_messages=4, lost=7, skipped={"width": 2, "magic": 1, "topic": 4},
         tables={TAG: table}, **{**empty, "running": False}, **bad,
@@ -227,6 +229,7 @@ def test_lines_of_a_table_of_updates() -> None:
     assert _notes(busy) == [
         "s: ended",
         "s: at least 7 messages were gone from the bus before they were read: load the last snapshot",
+        "s: 1,200 rows are held until a slower tier can take them",
         "s: 4 messages of other tables were skipped",
         "s: skipped last: width: x",
         "s: 3 failures of the bus; last problem: cannot be read: no",

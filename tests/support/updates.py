@@ -109,8 +109,8 @@ class ListSource(UpdateSource):
     def keep_alive(self) -> None:
         self.bus.kept_alive += 1
 
-    def lag(self) -> int:
-        return len(self.bus.items) - self.at
+    def lag(self) -> int | None:
+        return len(self.bus.items) - self.at if self.bus.tells_lag else None
 
     def close(self) -> None:
         self.closed = True
@@ -125,6 +125,7 @@ class ListBus:
         self.items: list[Any] = []
         self.start, self.at_once = 0, 10
         self.starts_over = False
+        self.tells_lag = True
         self.committed: list[Position] = []
         self.opened: list[ListSource] = []
         self.kept_alive = 0

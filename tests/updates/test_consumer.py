@@ -20,7 +20,7 @@ from support.waiting import HANG_SECONDS, wait_until
 
 import hps_numba
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
-from hps_numba.updates import Lost, Message, Position, _counts
+from hps_numba.updates import Lost, Message, Position, _consumer, _counts
 from hps_numba.updates._backlog import Backlog
 from hps_numba.updates._consumer import Consumer
 from hps_numba.updates._wire.messages import encode_rows
@@ -284,6 +284,19 @@ def test_commits_come_after_so_many_messages_or_when_nothing_more_comes(workshop
     assert len(bus.committed) < 20
 
 
+def test_how_much_waits_is_asked_again_soon_while_a_source_cannot_tell(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_consumer, "_LAG_SECONDS", HANG_SECONDS)
+    bus, source = list_bus()
+    bus.tells_lag = False
+    server = opened(workshop, source)
+    wait_for(server, published(bus, message_of([1], rows_of([1], 3), 0)))
+    assert server.update_stats()[0].lag_messages is None
+    bus.tells_lag = True
+    wait_until(lambda: server.update_stats()[0].lag_messages == 0)
+
+
 def test_updates_that_the_bus_has_dropped_are_counted_and_said(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     bus, source = list_bus()
     server = opened(workshop, source)
@@ -458,7 +471,6 @@ def test_unknown_options_are_warned_about_or_refused(workshop: Workshop, caplog:
 
 def test_without_a_second_thread_the_server_does_not_open(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     from hps_numba.errors import CapacityError
-    from hps_numba.updates import _consumer
 
     start = _consumer.start_thread
 
