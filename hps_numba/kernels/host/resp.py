@@ -321,25 +321,46 @@ def _now(clock, time):
 
 
 @host_function
-def _expire(connections, polls, now, patience, deadline):
-    """Note the connections whose time is over, list the others for poll; returns (how many, ns until the next expires)."""
+def _waits(connection):
+    """Whether replies are still to come over a connection."""
+    answered = connection[COMMAND] >= connection[COMMAND_END] and connection[SKIP] == 0
+    return connection[PROBLEM] == OPEN and not answered
+
+
+@host_function
+def _list(connections, polls, now, patience, deadline):
+    """List the connections that wait for poll; returns (how many, ns until the time of the first is over, 0 if it is)."""
     waiting, left = 0, patience
     for i in range(len(connections)):
         connection = connections[i]
         polls[i, 0] = -1
         polls[i, 1] = 0
-        answered = connection[COMMAND] >= connection[COMMAND_END] and connection[SKIP] == 0
-        if connection[PROBLEM] != OPEN or answered:
-            continue
-        until = min(connection[PROGRESS] + patience, deadline)
-        if now >= until:
-            connection[PROBLEM] = EXPIRED
+        if not _waits(connection):
             continue
         waiting += 1
-        left = min(left, until - now)
+        left = min(left, min(connection[PROGRESS] + patience, deadline) - now)
         polls[i, 0] = connection[SOCKET]
         polls[i, 1] = _POLLIN | (_POLLOUT if connection[SEND_AT] < connection[SEND_END] else 0)
-    return waiting, left
+    return waiting, max(left, 0)
+
+
+@host_function
+def _send_more(connection, source, flags, now):
+    """Send as much of the request as the socket takes."""
+    size = connection[SEND_END] - connection[SEND_AT]
+    sent = _send(np.int32(connection[SOCKET]), source + connection[SEND_AT], size, np.int32(flags))
+    if sent > 0:
+        connection[SEND_AT] += sent
+        connection[PROGRESS] = now
+
+
+@host_function
+def _expire(connections, looked, patience, deadline):
+    """Note the connections whose time was over before ``looked``, when poll was asked, and that still wait after it."""
+    for i in range(len(connections)):
+        connection = connections[i]
+        if _waits(connection) and looked >= min(connection[PROGRESS] + patience, deadline):
+            connection[PROBLEM] = EXPIRED
 
 
 @host_kernel
@@ -352,21 +373,22 @@ def exchange(connections, request, buffers, commands, order, rows, row_bytes, fo
         clock: number of the clock of ``deadline``, in ns.   patience: ns without progress after which a connection expires.
         flags: of send and recv, so that they do not wait.
 
+    A connection expires only after a look at its socket: if this process stood still for longer than ``patience``, replies that
+    came meanwhile are taken. At ``deadline`` what is there is taken once.
+
     Returns ALL_ANSWERED or INTERRUPTED.   **Writes:** all arrays but request and order.
     """
     polls = np.zeros((len(connections), 2), np.int32)
     time = np.zeros(2, np.int64)
     source = array_address(request)
     while True:
-        now = _now(clock, time)
-        waiting, left = _expire(connections, polls, now, patience, deadline)
+        looked = _now(clock, time)
+        waiting, left = _list(connections, polls, looked, patience, deadline)
         if waiting == 0:
             return ALL_ANSWERED
-        ready = _poll(array_address(polls), np.uint64(len(connections)), np.int32(left // 1_000_000 + 1))
-        if ready < 0:
+        milliseconds = left // 1_000_000 + 1 if left > 0 else 0
+        if _poll(array_address(polls), np.uint64(len(connections)), np.int32(milliseconds)) < 0:
             return INTERRUPTED
-        if ready == 0:
-            continue
         now = _now(clock, time)
         for i in range(len(connections)):
             events = (polls[i, 1] >> 16) & 0xFFFF
@@ -374,11 +396,7 @@ def exchange(connections, request, buffers, commands, order, rows, row_bytes, fo
                 continue
             connection, buffer = connections[i], buffers[i]
             if events & _POLLOUT:
-                size = connection[SEND_END] - connection[SEND_AT]
-                sent = _send(np.int32(connection[SOCKET]), source + connection[SEND_AT], size, np.int32(flags))
-                if sent > 0:
-                    connection[SEND_AT] += sent
-                    connection[PROGRESS] = now
+                _send_more(connection, source, flags, now)
             if events & ~_POLLOUT:
                 into = array_address(buffer) + connection[FILLED]
                 got = _recv(np.int32(connection[SOCKET]), into, len(buffer) - connection[FILLED], np.int32(flags))
@@ -388,6 +406,7 @@ def exchange(connections, request, buffers, commands, order, rows, row_bytes, fo
                     _parse(connection, buffer, commands, order, rows, row_bytes, found, errors)
                 elif got == 0 or events & ~(_POLLIN | _POLLOUT):
                     connection[PROBLEM] = CLOSED
+        _expire(connections, looked, patience, deadline)
 
 
 @host_kernel

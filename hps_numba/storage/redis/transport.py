@@ -8,7 +8,6 @@ send and parse.
 from __future__ import annotations
 
 import math
-import select
 import socket
 import ssl
 import time
@@ -126,7 +125,7 @@ def _in_kernel(batch: Exchange, plain: list[int], sockets: list[Any], patience: 
     buffers = batch.buffers if len(plain) == len(sockets) else batch.buffers[: len(plain)].copy()
     try:
         result = resp.INTERRUPTED
-        while result == resp.INTERRUPTED or _reopened(states, until):  # Python runs the handlers of signals between two calls
+        while result == resp.INTERRUPTED:  # Python runs the handlers of signals between two calls
             result = resp.exchange(
                 states,
                 batch.request,
@@ -144,23 +143,6 @@ def _in_kernel(batch: Exchange, plain: list[int], sockets: list[Any], patience: 
             )
     finally:
         batch.states[plain] = states
-
-
-def _reopened(states: np.ndarray, until: int) -> bool:
-    """Whether a connection expired only because this process stood still meanwhile: then it goes on.
-
-    Its reply is there, or there is room for what was not sent. **Writes:** states.
-    """
-    expired = states[states[:, resp.PROBLEM] == resp.EXPIRED]
-    if not len(expired) or now_ns() >= until:
-        return False
-    look = select.poll()
-    for state in expired:
-        unsent = state[resp.SEND_AT] < state[resp.SEND_END]
-        look.register(int(state[resp.SOCKET]), select.POLLIN | (select.POLLOUT if unsent else 0))
-    late = np.isin(states[:, resp.SOCKET], [number for number, _ in look.poll(0)]) & (states[:, resp.PROBLEM] == resp.EXPIRED)
-    states[late, resp.PROBLEM], states[late, resp.PROGRESS] = resp.OPEN, now_ns()
-    return bool(late.any())
 
 
 def _encrypted(batch: Exchange, number: int, sock: ssl.SSLSocket, patience: float, until: float) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import select
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from support.oracles import partition_of
+from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.kernels.host import resp
+from hps_numba.storage.redis import transport
 
 ERROR_LINES = [b"MOVED 1 127.0.0.1:7001", b"ERR " + b"x" * 300, b"OOM"]
 
@@ -234,3 +240,108 @@ def test_items_are_written_in_order(key_bytes: int, stride: int) -> None:
     expected = b"".join(b"<" + keys[i].tobytes()[:key_bytes] + b"==" + rows[i] + b">" for i in (0, 1))
     assert buffer[10:end].tobytes() == expected
     assert not buffer[:10].any() and not buffer[end:].any()
+
+
+HOUR = 3600 * 10**9
+FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+HANG = int(HANG_SECONDS * 10**9)
+ROW = bytes(range(16))
+REPLY = b"*1\r\n" + bulk(ROW)
+
+
+class Connections:
+    """Connections that each ask for one row, and the other ends, which a test plays."""
+
+    def __init__(self, n: int, request: bytes = b"?") -> None:
+        pairs = [socket.socketpair() for _ in range(n)]
+        self.ours, self.theirs = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+        commands = np.zeros((n, resp.COMMAND_FIELDS), np.int64)
+        commands[:, resp.START], commands[:, resp.REPLIES] = np.arange(n), 1
+        states = np.zeros((n, resp.CONNECTION_FIELDS), np.int64)
+        states[:, resp.SOCKET] = [sock.fileno() for sock in self.ours]
+        states[:, resp.SEND_END] = len(request)
+        states[:, resp.COMMAND], states[:, resp.COMMAND_END] = np.arange(n), np.arange(n) + 1
+        states[:, resp.ELEMENT] = -1
+        self.rows = np.zeros((n, len(ROW)), np.uint8)
+        self.states, self.commands, self.request = states, commands, np.frombuffer(request, np.uint8)
+
+    def answer(self, number: int, text: bytes) -> None:
+        """A node answers, and its answer is there."""
+        self.theirs[number].sendall(text)
+        wait_until(lambda: select.select([self.ours[number]], [], [], 0)[0])
+
+    def exchange(self, *, late: int = 0, patience: int = HANG, deadline: int = 2**62) -> list[int]:
+        """Serve them, ``late`` ns after their last progress; returns their problems."""
+        self.states[:, resp.PROGRESS] = transport.now_ns() - late
+        batch = transport.Exchange(
+            [], (), Exception, self.states, self.request, self.commands, np.arange(len(self.states)),
+            self.rows.ctypes.data, len(ROW), np.zeros(len(self.states), np.uint8),
+        )  # fmt: skip
+        arrays = (batch.states, batch.request, batch.buffers, batch.commands, batch.order)
+        out = (batch.rows, batch.row_bytes, batch.found, batch.errors)
+        while resp.exchange(*arrays, *out, time.CLOCK_MONOTONIC, patience, deadline, FLAGS) == resp.INTERRUPTED:
+            pass
+        assert (batch.found == [row.tobytes() == ROW for row in self.rows]).all()
+        return self.states[:, resp.PROBLEM].tolist()
+
+
+@pytest.fixture
+def connect() -> Iterator[Any]:
+    made: list[Connections] = []
+
+    def connections(n: int, request: bytes = b"?") -> Connections:
+        made.append(Connections(n, request))
+        return made[-1]
+
+    yield connections
+    for sock in (sock for one in made for sock in (*one.ours, *one.theirs)):
+        sock.close()
+
+
+def test_replies_that_are_there_are_taken_however_late(connect: Any) -> None:
+    """A process that stood still for an hour gives up only the node that has not answered meanwhile."""
+    nodes = connect(3)
+    nodes.states[:, resp.SEND_AT] = nodes.states[:, resp.SEND_END]
+    nodes.answer(0, REPLY)
+    nodes.answer(2, REPLY)
+    assert nodes.exchange(late=HOUR) == [resp.OPEN, resp.EXPIRED, resp.OPEN]
+    assert nodes.commands[:, resp.ANSWERED].tolist() == [1, 0, 1]
+
+
+def test_a_request_that_was_not_sent_in_time_is_sent(connect: Any) -> None:
+    nodes = connect(1)
+    nodes.answer(0, REPLY)
+    assert nodes.exchange(late=HOUR) == [resp.OPEN]
+    assert nodes.theirs[0].recv(10) == b"?"
+
+
+def test_time_counts_from_the_last_part_of_a_reply(connect: Any) -> None:
+    """The first part is there, the rest never comes."""
+    nodes = connect(1)
+    nodes.answer(0, REPLY[:9])
+    assert nodes.exchange(late=HOUR, patience=10**7) == [resp.EXPIRED]
+    assert nodes.states[0, resp.PROGRESS] > transport.now_ns() - HOUR
+
+
+def test_at_the_deadline_what_is_there_is_taken_once(connect: Any) -> None:
+    """And a node that always has a little more does not go on for ever."""
+    nodes = connect(2)
+    nodes.answer(0, REPLY)
+    nodes.answer(1, REPLY[:9])
+    assert nodes.exchange(deadline=transport.now_ns()) == [resp.OPEN, resp.EXPIRED]
+    assert nodes.rows[0].tobytes() == ROW
+
+
+@pytest.mark.parametrize("late", [0, HOUR])
+def test_a_connection_that_the_other_side_closed_is_no_time_out(connect: Any, late: int) -> None:
+    nodes = connect(1)
+    nodes.answer(0, REPLY[:9])
+    nodes.theirs[0].shutdown(socket.SHUT_WR)
+    assert nodes.exchange(late=late) == [resp.CLOSED]
+
+
+def test_a_request_that_the_socket_does_not_take_expires(connect: Any) -> None:
+    """The node reads nothing and answers nothing."""
+    nodes = connect(1, b"?" * 10_000_000)
+    assert nodes.exchange(patience=10**7) == [resp.EXPIRED]
+    assert 0 < nodes.states[0, resp.SEND_AT] < nodes.states[0, resp.SEND_END]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from support.redis_servers import PATIENT, Server, one_server
+from support.redis_servers import PATIENT, Server
 from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.config import VolatileDatabaseConfig
@@ -16,15 +16,9 @@ from hps_numba.storage.redis.client import RedisClient
 from hps_numba.storage.redis.node import Node, NodeFailure
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with one_server(tmp_path_factory.mktemp("node")) as server:
-        yield server
-
-
 @pytest.fixture
-def node(server: Server) -> Iterator[Node]:
-    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", server.port, 2, PATIENT)
+def node(redis_server: Server) -> Iterator[Node]:
+    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", redis_server.port, 2, PATIENT)
     yield node
     node.close()
 
@@ -45,9 +39,9 @@ def test_a_call_waits_until_a_connection_is_free(node: Node) -> None:
     assert got == [b"PONG"]
 
 
-def test_more_connections_than_redis_py_keeps_by_default(server: Server) -> None:
+def test_more_connections_than_redis_py_keeps_by_default(redis_server: Server) -> None:
     many = 120
-    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", server.port, many, PATIENT)
+    node = Node(RedisClient(VolatileDatabaseConfig(), PATIENT), "127.0.0.1", redis_server.port, many, PATIENT)
     with ExitStack() as held:
         for _ in range(many):
             held.enter_context(node.connection(time.monotonic() + HANG_SECONDS))
@@ -73,13 +67,13 @@ def test_no_call_waits_for_a_node_that_failed(node: Node) -> None:
     assert len(problems) == 1
 
 
-def test_a_call_that_ends_in_an_error_gives_its_connection_back_closed(node: Node, server: Server) -> None:
+def test_a_call_that_ends_in_an_error_gives_its_connection_back_closed(node: Node, redis_server: Server) -> None:
     for _ in range(5):
         with pytest.raises(ZeroDivisionError), node.connection() as connection:
             connection.send_command("PING")  # whose answer must not be taken for that of a later command
             raise ZeroDivisionError
     assert node.commands([("ECHO", "a"), ("ECHO", "b")]) == [b"a", b"b"]
-    wait_until(lambda: len(server.client.client_list()) <= 3)
+    wait_until(lambda: len(redis_server.client.client_list()) <= 3)
 
 
 def test_a_right_whose_holder_is_gone_is_given_on(node: Node) -> None:

@@ -35,21 +35,15 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with one_server(tmp_path_factory.mktemp("one")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster_of(tmp_path_factory.mktemp("three")) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def node(one: Server) -> Iterator[Server]:
-    yield one
-    one.client.flushall()
+def node(redis_server: Server) -> Iterator[Server]:
+    yield redis_server
+    redis_server.client.flushall()
 
 
 @pytest.fixture
