@@ -6,6 +6,8 @@ On the CPU there are no streams: work is done when a call returns, and streams a
 from __future__ import annotations
 
 import ctypes
+import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +19,7 @@ import numpy as np
 from hps_numba.device import driver, streams
 from hps_numba.device import memory as device_memory
 from hps_numba.device.host_memory import HostRegion, PinnedHostAllocator
+from hps_numba.errors import ClosedError, HpsError
 from hps_numba.kernels.compiler.host_kernels import HostKernel, for_host
 from hps_numba.kernels.compiler.spec import KernelSpec
 from hps_numba.kernels.host.epoch import load, publish
@@ -34,8 +37,11 @@ __all__ = [
     "CudaBackend",
     "Kernel",
     "Memory",
+    "OwnStream",
     "backend_for",
 ]
+
+log = logging.getLogger(__name__)
 
 _ALIGNMENT = 128  # a set never straddles more lines of memory than it must
 _LANES = 8
@@ -62,6 +68,26 @@ class Kernel(Protocol):
         """Start it on a stream; does not wait."""
 
 
+class OwnStream:
+    """A stream that is destroyed when nobody refers to it any more, so that a call in progress may outlast ``close``.
+
+    Attributes:
+        handle: of the stream.
+    """
+
+    __slots__ = ("_destroy", "handle")
+
+    def __init__(self, handle: int, destroy: Callable[[int], object]) -> None:
+        self.handle, self._destroy = handle, destroy
+
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.handle and not ends():  # with the process the stream goes too
+            try:
+                self._destroy(self.handle)
+            except HpsError as problem:  # there is no caller to raise it to
+                log.warning("a stream was not destroyed: %s", problem)
+
+
 class CudaBackend:
     """A CUDA device. Methods raise ``DeviceError`` if the driver refuses, ``CapacityError`` if there is no memory."""
 
@@ -73,7 +99,7 @@ class CudaBackend:
         self._max_blocks, self._min_blocks_after = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._max_blocks_after = 4 * info.multiprocessors
         self.serving_blocks = self._max_blocks
-        self._setup = streams.new_stream(ordinal)
+        self._setup: OwnStream | None = OwnStream(streams.new_stream(ordinal), streams.destroy_stream)
         self._pinned = PinnedHostAllocator()
         self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
         self.new_stream = partial(streams.new_stream, ordinal)
@@ -95,11 +121,14 @@ class CudaBackend:
     destroy_event = staticmethod(streams.destroy_event)
 
     def allocate(self, size: int, purpose: str) -> Memory:
-        """Zeroed device memory."""
+        """Zeroed device memory. Raises ``ClosedError`` after ``close``."""
+        setup = self._setup  # stays while this call uses it
+        if setup is None:
+            raise ClosedError(f"{purpose}: the cache is closed")
         memory = self._allocate(size, purpose)
         with self.current():
-            device_memory.fill(memory.address, 0, size, self._setup)
-            streams.synchronize(self._setup)
+            device_memory.fill(memory.address, 0, size, setup.handle)
+            streams.synchronize(setup.handle)
         return memory
 
     def copy_of(self, array: np.ndarray, stream: int) -> Memory:
@@ -252,9 +281,7 @@ class CudaBackend:
 
     def close(self) -> None:
         """Free what the backend itself holds; again does nothing."""
-        setup, self._setup = self._setup, 0
-        if setup:
-            streams.destroy_stream(setup)
+        self._setup = None
 
 
 class _CpuMemory:

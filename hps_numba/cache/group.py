@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, Backend, Kernel, Memory
+from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, Backend, Kernel, Memory, OwnStream
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.kernel_set import FINISHING_TABLES
 from hps_numba.cache.launch_plan import Launch, start
@@ -75,7 +75,8 @@ class CacheGroup:
         self._capturing = threading.Lock()
         self._closed = False
         with self._backend.current():
-            self._stream: Any = self._backend.new_stream()
+            stream = self._backend.new_stream()
+            self._own_stream: OwnStream | None = OwnStream(stream, self._backend.destroy_stream)
         self._new_workspace = partial(_GroupWorkspace, self._backend, self._caches, self.name)
         self._pool = WorkspacePool(self._new_workspace, buffers, self.name)
 
@@ -273,7 +274,7 @@ class CacheGroup:
     def _batch(
         self, workspace: _GroupWorkspace, kernels: Sequence[Kernel], group: int, longest: int, words: list[int], stream: int
     ) -> None:
-        workspace.reserve(longest, False, self._stream)
+        workspace.reserve(longest, False, self._held_stream().handle)
         start(kernels, self._launches(workspace, group, longest, words), stream)
 
     def lookup_arrays(self, keys: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -285,21 +286,29 @@ class CacheGroup:
         self._begin()
         given = [cache.keys_of(some) for cache, some in zip(self._caches, keys, strict=True)]
         outs = [np.empty((len(some), self._dim), np.float32) for some in given]
+        of_group = self._held_stream()  # until this returns, also if the group is closed meanwhile
+        stream = of_group.handle
         with ExitStack() as held:
             held.enter_context(self._backend.current())
-            copies = [self._backend.copy_of(some, self._stream) for some in given]
+            copies = [self._backend.copy_of(some, stream) for some in given]
             rooms = [self._backend.allocate(max(1, out.nbytes), f"{self.name}: results of a call") for out in outs]
             for memory in (*copies, *rooms):
                 held.callback(memory.release)
             counts = [len(some) for some in given]
-            self.lookup([copy.address for copy in copies], counts, [room.address for room in rooms], self._stream)
+            self.lookup([copy.address for copy in copies], counts, [room.address for room in rooms], stream)
             for out, room in zip(outs, rooms):
-                self._backend.to_host(out, room.address, self._stream)
+                self._backend.to_host(out, room.address, stream)
         return outs
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.name}: the group of caches is closed")
+
+    def _held_stream(self) -> OwnStream:
+        held = self._own_stream
+        if held is None:
+            raise ClosedError(f"{self.name}: the group of caches is closed")
+        return held
 
     def _begin(self) -> None:
         self._check_open()
@@ -310,28 +319,27 @@ class CacheGroup:
         """Wait for all lookups that have begun, and for their work on the device; no other lookup waits meanwhile."""
         with self._backend.current():
             if not self._closed:
-                self._pool.drain(self._stream)
+                self._pool.drain(self._held_stream().handle)
 
     def retire(self) -> None:
         """Take no more lookups, and wait for those at work; graphs that captured one go on."""
         with self._capturing:
             self._closed = True
-            stream = self._stream
-        if stream is not None:  # also in a second call, which finishes what an interrupted one left
+            held = self._own_stream
+        if held is not None:  # also in a second call, which finishes what an interrupted one left
             with self._backend.current():
-                self._pool.close(stream)
+                self._pool.close(held.handle)
 
     def close(self) -> None:
         """``retire``, and free all memory. No graph that captured a lookup may run any more."""
         self.retire()
         with self._capturing, self._backend.current():
-            if self._stream is None:
+            if self._own_stream is None:
                 return
             while self._captured:
-                self._captured[-1].release(self._stream)
+                self._captured[-1].release(self._own_stream.handle)
                 self._captured.pop()
-            stream, self._stream = self._stream, None
-            self._backend.destroy_stream(stream)
+            self._own_stream = None
 
 
 class _GroupWorkspace(StreamMemory):

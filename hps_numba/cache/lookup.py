@@ -242,9 +242,11 @@ class Lookups:
         state, name = self._state, self._geometry.name
         keys = contiguous_keys(name, keys)
         out = float32_output(name, out, len(keys), self._geometry.dim)
-        with self._backend.current(), state.copies(keys) as (address,), state.buffer(out.nbytes) as room:
-            self.lookup(address, len(keys), room, state.stream)
-            self._backend.to_host(out, room, state.stream)
+        held = state.held_stream()
+        stream = held.handle
+        with self._backend.current(), state.copies_on(stream, keys) as (address,), state.buffer(out.nbytes) as room:
+            self.lookup(address, len(keys), room, stream)
+            self._backend.to_host(out, room, stream)
         return out
 
     def scatter(self, positions: np.ndarray, rows: np.ndarray, out: int, stream: int, out_type: str) -> None:

@@ -146,8 +146,10 @@ class Pooling:
         if weights is not None:
             given.append(contiguous_weights(name, weights, len(keys)))
         out = np.empty((len(offsets) - 1, self._geometry.dim), np.float32)
-        with self._backend.current(), state.copies(*given) as addresses, state.buffer(out.nbytes) as room:
+        held = state.held_stream()
+        stream = held.handle
+        with self._backend.current(), state.copies_on(stream, *given) as addresses, state.buffer(out.nbytes) as room:
             at, starts, factors = (*addresses, 0)[:3]
-            self.pool(at, len(keys), starts, len(out), room, state.stream, combiner, factors)
-            self._backend.to_host(out, room, state.stream)
+            self.pool(at, len(keys), starts, len(out), room, stream, combiner, factors)
+            self._backend.to_host(out, room, stream)
         return out

@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
-from hps_numba.cache.backends import Backend, Memory
+from hps_numba.cache.backends import Backend, Memory, OwnStream
 from hps_numba.cache.sizing import CacheGeometry
 from hps_numba.cache.workspace import Workspace
+from hps_numba.errors import ClosedError
 from hps_numba.kernels.layouts.cache import (
     NO_LISTS,
     SET_BYTES,
@@ -48,7 +49,7 @@ class CacheState:
     Raises:
         CapacityError: the memory is not there.
 
-    Thread safety: calls on ``stream`` one at a time, but for ``copies_on`` with other streams.
+    Thread safety: calls on ``stream`` one at a time, but for ``held_stream`` and ``copies_on``.
     """
 
     def __init__(self, backend: Backend, geometry: CacheGeometry, *, pinned: bool) -> None:
@@ -59,6 +60,7 @@ class CacheState:
         self.kept_bytes = 0
         self.keeps = backend.ordinal is not None
         self.stream = backend.new_stream()
+        self._own_stream: OwnStream | None = OwnStream(self.stream, backend.destroy_stream)
         try:
             self.lines = self._allocate(geometry.sets * SET_BYTES, "index")
             self.rows = self._allocate(geometry.row_bytes, "rows", pinned=pinned)
@@ -105,14 +107,23 @@ class CacheState:
                 self._backend.fill(self._hits, 0, self.hits_bytes, 0)
 
     def release(self) -> None:
-        """Free the memory and the stream; again does nothing."""
+        """Free the memory and, when no call holds it any more, the stream; again does nothing."""
         for memory in self._memories:
             memory.release()
         self._memories.clear()
         self._release_kept()
-        stream, self.stream = self.stream, 0
-        if stream:
-            self._backend.destroy_stream(stream)
+        self.stream, self._own_stream = 0, None
+
+    def held_stream(self) -> OwnStream:
+        """``stream``, for a call that may still use it when the cache is closed meanwhile; from any thread.
+
+        Raises:
+            ClosedError: the cache is closed.
+        """
+        held = self._own_stream
+        if held is None:
+            raise ClosedError(f"{self._geometry.name}: the cache is closed")
+        return held
 
     # -- reading and writing ----------------------------------------------------------------------------------------------
 

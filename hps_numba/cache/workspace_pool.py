@@ -368,6 +368,8 @@ class WorkspacePool(Generic[W]):
                 if self._take(ticket, workspace):
                     workspace.release(stream)
                     self._all.remove(workspace)
+                    ticket.leave(workspace)  # else ticket, workspace and frame are a cycle
+                    ticket.workspace = None
             if self._all and self._is_nested():
                 raise ReentryError(f"{self._name}: change or close inside a lookup of the same thread, which it would wait for")
             if self._all and not self._sleep(ticket, pause):
