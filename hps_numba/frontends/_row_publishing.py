@@ -21,6 +21,7 @@ from hps_numba.config.messages import show
 from hps_numba.errors import ClosedError, ConfigError, HpsError
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.training.trainer import RowTrainer
 from hps_numba.updates import UpdateProducer, open_producer
 
@@ -48,7 +49,7 @@ class _Changed:
             self._compact_at = max(_COMPACT_FROM, 2 * self.count)
 
     def distinct(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.parts)) if self.parts else np.empty(0, np.int64)
+        return distinct_keys(np.concatenate(self.parts)) if self.parts else np.empty(0, np.int64)
 
 
 class RowPublisher:

@@ -16,6 +16,7 @@ from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.runtime.background import BackgroundJobs
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.server.table import ServedTable
+from hps_numba.storage.distinct import distinct_keys
 
 __all__ = ["Prefetches"]
 
@@ -85,7 +86,7 @@ class Prefetches:
             _bring_up_whole(table, step, some)
 
     def _steps(self, keys: np.ndarray) -> Iterator[np.ndarray]:
-        distinct = np.unique(keys)
+        distinct = distinct_keys(keys)
         for start in range(0, len(distinct), self.STEP):
             if self._closed:
                 return

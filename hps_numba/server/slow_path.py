@@ -33,6 +33,7 @@ from hps_numba.server.miss_list import MissList
 from hps_numba.server.shared_fetches import SharedFetches
 from hps_numba.server.stats import COUNTER_JOINED, COUNTER_PREFETCHED, Counters
 from hps_numba.server.table_writes import TableWrites
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.host.pooling import Bags, Missing
 from hps_numba.storage.host.store import HostStore
 from hps_numba.storage.tier_stack import TierStack
@@ -219,7 +220,7 @@ class SlowPath:
                 missing = misses.count()
                 self._counters.add(COUNTER_UNANSWERED, missing)
             if missing:
-                keys = np.unique(misses.read(missing)[1])
+                keys = distinct_keys(misses.read(missing)[1])
                 fetched = self._bring_up(keys, write_count)
                 self._writes.keep_in_cache(cache, *fetched.present(), write_count)
                 if self._keeps_missed:

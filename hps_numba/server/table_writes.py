@@ -27,6 +27,7 @@ from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.server.evictions import Evictions
 from hps_numba.server.table_caches import TableCaches
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.host.bulk import Rewrite
 from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.store import HostStore
@@ -207,7 +208,7 @@ class TableWrites:
         if self._may_evict:
             self._check_reachable(keys, "insert")
         if self._store is None:
-            new = len(np.unique(keys[~self._tiers.contains(self._spec.tag, keys)]))
+            new = len(distinct_keys(keys[~self._tiers.contains(self._spec.tag, keys)]))
             self._tiers.insert(self._spec.tag, keys, rows)
             return new
         self._tiers.insert(self._spec.tag, keys, rows)
@@ -237,7 +238,7 @@ class TableWrites:
         """
         with self.changing(keys):
             self._check_reachable(keys, "erase")
-            present = len(np.unique(keys[self.contains(keys)]))
+            present = len(distinct_keys(keys[self.contains(keys)]))
             self._tiers.erase(self._spec.tag, keys)
             if self._store is not None:
                 self._store.erase(keys)
@@ -399,7 +400,7 @@ class TableWrites:
         parts = [] if self._store is None else [self._store.keys()]
         for tier in self._tiers.checked:
             parts += [some for some, _ in tier.scan(self._spec.tag)]
-        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+        return distinct_keys(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
     def _fetch_exact(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(found, rows)`` of distinct keys in the slower tiers.

@@ -21,6 +21,7 @@ import numpy as np
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.interrupts import interrupts_held
 from hps_numba.server.hps import HPS
+from hps_numba.storage.distinct import distinct_keys
 
 __all__ = ["TableContent", "replace_tables"]
 
@@ -79,7 +80,7 @@ def replace_tables(contents: Sequence[TableContent], then: Callable[[], None] = 
                 for write in _writes(locked[content.order], content, notes):
                     write()
                     let_in()
-                locked[content.order].present = np.unique(content.keys)
+                locked[content.order].present = distinct_keys(content.keys)
             then()
         except BaseException as problem:
             notes.write_back(problem)

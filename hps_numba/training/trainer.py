@@ -28,6 +28,7 @@ from hps_numba.runtime.interrupts import interrupts_held
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.server.hps import HPS
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.host.bulk import Rewrite
 from hps_numba.storage.host.content import address_of
 from hps_numba.storage.host.store import HostStore
@@ -377,7 +378,7 @@ def create_rows(server: HPS, model: str, table: int | str, keys: np.ndarray, ini
         As ``HPS.read_modify_write``, and what the initializer raises.
     """
     spec = server.direct.table_spec(model, table)
-    absent = np.unique(keys[~server.contains(keys, model, table)])
+    absent = distinct_keys(keys[~server.contains(keys, model, table)])
     if not len(absent):
         return 0
 

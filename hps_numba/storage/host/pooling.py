@@ -16,6 +16,7 @@ from hps_numba.kernels.host.histogram import begin_timed, end_timed
 from hps_numba.kernels.host.pooling import bag_starts, host_pool
 from hps_numba.kernels.layouts.pooling import COMBINERS
 from hps_numba.runtime.threads import ranges_of, run_ranges
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.host.content import address_of, apart
 from hps_numba.storage.host.epochs import Epochs
 
@@ -171,7 +172,7 @@ def pool_bags(
         return missed
 
     ends = np.array([stop for _, stop in ranges_of(n, 4 * dim + 64)])
-    cuts = np.unique(np.concatenate(([0], np.searchsorted(bags.offsets[1:-1], ends[:-1], "right"), [len(bags)])))
+    cuts = distinct_keys(np.concatenate(([0], np.searchsorted(bags.offsets[1:-1], ends[:-1], "right"), [len(bags)])))
     ranges = list(itertools.pairwise(cuts.tolist()))
     since = begin_timed(counters) if counters else 0
     found = run_ranges(pool_range, ranges)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hps_numba.errors import TierError
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.rocksdb.database import Database
 from hps_numba.storage.rocksdb.keys import KEY_BYTES, keys_of, raw_keys, raw_rows, rows_of, sorted_by_bytes, uneven
 from hps_numba.storage.rocksdb.library import next_pairs
@@ -117,11 +118,11 @@ class Table:
         deque(map(batch.put, raw_keys(keys, self._key_bytes), raw_rows(rows)), maxlen=0)
         self._database.write(batch)
         self.dim = rows.shape[1]
-        return len(np.unique(keys)) - len(np.unique(present))
+        return len(distinct_keys(keys)) - len(distinct_keys(present))
 
     def remove(self, keys: np.ndarray) -> int:
         """Delete keys; returns how many there were. Not synced."""
-        present = np.unique(keys[self.find(keys)[0]])
+        present = distinct_keys(keys[self.find(keys)[0]])
         if len(present):
             batch = self._database.batch(self.name)
             deque(map(batch.delete, raw_keys(present, self._key_bytes)), maxlen=0)

@@ -14,6 +14,7 @@ import numpy as np
 
 from hps_numba.errors import TierError
 from hps_numba.kernels.layouts.row_log import UNIT_BITS, UNIT_MASK
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.row_log.records import read_records
 from hps_numba.storage.row_log.segment import Ends, Segment
 from hps_numba.storage.row_log.writing import TableWriter
@@ -168,7 +169,7 @@ class Compaction:
             victim.ends = committed
         erased = [record.keys for record in records if record.is_erasure]
         if erased:
-            keys = np.unique(np.concatenate(erased))
+            keys = distinct_keys(np.concatenate(erased))
             absent = keys[~self._table.index.contains(keys)]
             if len(absent):
                 self._writer.record_erasure(absent)

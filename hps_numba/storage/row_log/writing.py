@@ -17,6 +17,7 @@ import numpy as np
 from hps_numba.errors import TierError
 from hps_numba.kernels.host.row_log import row_log_encode
 from hps_numba.kernels.layouts.row_log import RECORD_WORDS
+from hps_numba.storage.distinct import distinct_keys
 from hps_numba.storage.row_log.records import record_bytes
 from hps_numba.storage.row_log.segment import Ends, Segment, aligned
 from hps_numba.storage.row_log.table import RowTable
@@ -170,7 +171,7 @@ class TableWriter:
         Raises:
             TierError: the erasure cannot be written; all keys are as they were.
         """
-        present = np.unique(keys)
+        present = distinct_keys(keys)
         present = present[self.table.index.contains(present)]
         if len(present) or self._unrecorded:
             self.record_erasure(present)

@@ -1,0 +1,22 @@
+"""The distinct keys among some."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["distinct_keys"]
+
+
+def distinct_keys(keys: np.ndarray) -> np.ndarray:
+    """The distinct values of a one-dimensional array of integers, ascending, as ``numpy.unique`` returns them.
+
+    Found by sorting: what ``numpy.unique`` does since NumPy 2.3 (a hash table in C++, which takes the GIL back in a destructor)
+    aborts the process if Python 3.13 or older ends while a daemon thread is in it.
+    """
+    ordered = np.sort(keys)
+    if len(ordered) < 2:
+        return ordered
+    first = np.empty(len(ordered), bool)
+    first[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
