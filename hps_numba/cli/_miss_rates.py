@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hps_numba.cli._output import human_rate
-from hps_numba.device.host_memory import human_bytes
 
 __all__ = ["shown_rates"]
 
@@ -18,6 +17,8 @@ def shown_rates(rates: list[dict[str, Any]]) -> list[str]:
 
 
 def _shown(entry: dict[str, Any]) -> str:
+    from hps_numba.device.host_memory import human_bytes
+
     table = f"a table of about {entry['table_gib']} GiB" + " or more" * (entry["table_gib"] == 16)
     shape = f"{entry['min_keys']:,} to {entry['max_keys']:,} keys, rows of {human_bytes(entry['row_bytes'])}, {table}"
     ways = ", ".join(f"{human_rate(rate, 'rows/s')} {_WAYS[way]}" for way, rate in entry["rows_per_second"].items())

@@ -26,6 +26,7 @@ from support.waiting import HANG_SECONDS, wait_until
 import hps_numba
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
 from hps_numba.kernels.hashing import partition_hash
+from hps_numba.server.table_writes import Applied
 from hps_numba.testing import SourceContract
 from hps_numba.testing.sources import OTHER, TABLE
 from hps_numba.updates import Lost, Message, Position, Update, open_producer
@@ -264,13 +265,13 @@ class Store:
     def refuses(self, version: int | None, event_ms: int) -> None:
         return None
 
-    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> int:
+    def apply(self, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray) -> Applied:
         with self.lock:
             for key, stamp in zip(keys.tolist(), rows[:, 0].tolist()):
                 if self.stamps.get(key, -1.0) > stamp:
                     self.older.append((key, self.stamps[key], stamp))
                 self.stamps[key] = stamp
-        return 0
+        return Applied(np.zeros(len(keys) + len(erased), bool))
 
 
 def test_a_rebalance_of_three_consumers_loses_nothing_and_writes_no_older_row(broker: Tansu) -> None:
