@@ -323,6 +323,10 @@ class GatheredMisses:
         """Batches whose rows the device read alone, as there was no memory or too many were on their way."""
         return int(self._counts[1])
 
+    def skips(self, n: int) -> bool:
+        """Whether the device reads the missed rows of a batch of ``n`` keys, and nothing is measured, as they are few."""
+        return self.shares.skips(n)
+
     def begin(self, workspace: Workspace, n: int, stream: int) -> int:
         """Begin a batch of ``n`` keys with a workspace that has room for it; returns the share of the host, or ALONE."""
         if self._device is not None and self._span != self._span_now():
@@ -337,7 +341,7 @@ class GatheredMisses:
             return ALONE
         if gathering.has_news():
             self.shares.learn(workspace.gathered, gathering.last)
-        workspace.gathered = n
+        workspace.gathered = 0 if self.shares.skips_next(n) else n  # else it is news when batches are looked at again
         if share:
             count(self._counts.ctypes.data, 1)
         return share

@@ -89,7 +89,7 @@ class Lookups:
                 f"{self._geometry.name}: lookup with a list of absent keys: expected at most {MAX_BATCH} keys, got {n}"
             )
         staged = n >= self.staged_from and self._can_stage(stream, capturing)
-        staged = staged or (n >= self.gathered_from and self._host_may_help and self._can_stage(stream, capturing))
+        staged = staged or (n >= self.gathered_from and self._host_may_help(n) and self._can_stage(stream, capturing))
         if self._kernels.one_step and not staged and capturing is None and 0 < n <= MAX_BATCH and not absent_list:
             listed = n >= self._residency.lists_missed_from and self._plan.reads_in_order
             shape = (LISTED_LOOKUP if listed else LOOKUP, key_form, out_type, out % 16 == 0, n < self._large_batch)
@@ -133,10 +133,11 @@ class Lookups:
         """Insert int64 keys as a lookup would, also during a switch of versions: for whoever fills the cache."""
         self._workspaces.use(False, stream, self._batches, keys, n, 0, stream, "int64", "float32", 0)
 
-    @property
-    def _host_may_help(self) -> bool:
-        """Of a large batch, host threads may gather missed rows: the device's own reads are slow, or it is so ordered."""
-        return self._plan.needs_host or (self._gathered is not None and bool(self._gathered.shares.forced))
+    def _host_may_help(self, n: int) -> bool:
+        """Host threads may gather missed rows of a large batch: there are many, and the device's own reads are slow; or it is
+        so ordered."""
+        assert self._gathered is not None
+        return bool(self._gathered.shares.forced) or (self._plan.needs_host and not self._gathered.skips(n))
 
     def _can_stage(self, stream: int, capturing: bool | None) -> bool:
         """Host threads gather what this batch misses. Never while a graph captures it: a graph cannot wait."""

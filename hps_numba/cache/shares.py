@@ -5,6 +5,9 @@ then another one is tried. With both, the next batch of a size gives each what i
 nothing has to be known of the machine: on an H200 in a virtual machine the host alone was best for rows of 128 bytes, and both
 for a million keys of rows of 512.
 
+Where a batch missed few rows, as in a cache that holds nearly all that is asked for, the device reads them alone: to ask the
+host would cost more than that. Now and then batches are looked at again.
+
 What was learned outlives the process (``cache.kept_rates``). It is learned from batches of users, not from a calibration
 before the first lookup: rates depend on what else the bus and the cores do at the time, a calibration needs a table of some
 GiB in pinned memory, and would delay the first lookup or be disturbed by it.
@@ -28,9 +31,10 @@ HOST, BOTH, DEVICE = "host", "both", "device"
 SHARE_VARIABLE = "HPS_NUMBA_HOST_SHARE"
 _LEAST_SHARE, _FIRST_SHARE = 1 / 32, 3 / 4
 _TRIES = 4  # of each way, before the best is known
-_LOOK_AGAIN = 64  # batches after which another way is tried
+_LOOK_AGAIN = 64  # batches after which another way is tried, or one is looked at again
 _FEW = 16  # times fewer rows than by the other way are as good as none
 _PULL = 0.5  # of a new measurement
+_FEW_MISSED = LEAST_ROWS  # rows: after a batch that missed fewer, the host is not asked
 _AS_BEFORE = 1.25  # costs that differ by less are not worth being written down again
 
 
@@ -157,12 +161,24 @@ class Shares:
     def __init__(self, forced: float | None, known: Callable[[int], Learned] = lambda bits: Learned()) -> None:
         self.forced, self._known = forced, known
         self._sizes: dict[int, Learned] = {}
+        self._unasked: dict[int, int] = {}  # of sizes whose last batch missed few rows: batches until the next look
 
     def of(self, n: int) -> int:
         """For a batch of ``n`` keys, in 1/65,536; negative: the device is to read all rows, and nothing is measured."""
         if self.forced is not None:
             return round(self.forced * FULL_SHARE) or ALONE
-        return self._of_size(n).next_share()
+        return 0 if n.bit_length() in self._unasked else self._of_size(n).next_share()
+
+    def skips(self, n: int) -> bool:
+        """Whether a batch of ``n`` keys is not worth to be looked at, as others of its size have missed few rows."""
+        left = self._unasked.get(n.bit_length(), 0)
+        if left > 0:  # another thread may have learned meanwhile: then some batches more are skipped
+            self._unasked[n.bit_length()] = left - 1
+        return left > 0
+
+    def skips_next(self, n: int) -> bool:
+        """Whether ``skips`` says so of the next batch."""
+        return self._unasked.get(n.bit_length(), 0) > 0
 
     def _of_size(self, n: int) -> Learned:
         bits = n.bit_length()
@@ -170,9 +186,15 @@ class Shares:
         return learned if learned is not None else self._sizes.setdefault(bits, self._known(bits))
 
     def learn(self, n: int, last: tuple[int, int, int, int]) -> None:
-        """Look at a batch that has ended, of about ``n`` keys: as ``Learned.learn``."""
+        """Look at a batch that has ended, of about ``n`` keys (0: not known): as ``Learned.learn``."""
         rows, _, others, _ = last
-        if self.forced is None and rows + others >= LEAST_ROWS:
+        if self.forced is not None or not n:
+            return
+        if rows + others < _FEW_MISSED:
+            self._unasked[n.bit_length()] = _LOOK_AGAIN
+        else:
+            self._unasked.pop(n.bit_length(), None)
+        if rows + others >= LEAST_ROWS:
             self._of_size(n).learn(*last)
 
     def ask_again(self) -> None:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from support.processes import environment
 from support.staging import TYPES, ask_both, assert_same_content
 from support.waiting import HANG_SECONDS, join_all
 
-from hps_numba.cache import parts
+from hps_numba.cache import parts, shares
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.host_threads import host_threads
 from hps_numba.cache.launch_plan import LaunchPlan
@@ -253,9 +253,52 @@ def test_one_way_alone_is_kept_if_it_takes_less_time(best: float, cost: Callable
 
 
 def test_a_batch_that_missed_little_teaches_nothing() -> None:
-    shares = Shares(None)
-    shares.learn(100_000, (10, 1, 20, 1))
-    assert shares.costs == {} and shares.rates == {}
+    sizes = Shares(None)
+    sizes.learn(100_000, (10, 1, 20, 1))
+    assert sizes.costs == {} and sizes.rates == {}
+
+
+@pytest.mark.parametrize("forced", [None, 0.5])
+def test_the_host_is_asked_for_no_part_of_few_rows(forced: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, n = Shares(forced), 100_000
+    monkeypatch.setattr(shares, "_FEW_MISSED", 1024)
+    first = sizes.of(n)
+    assert first > 0 and not sizes.skips(n)
+    for _ in range(2):
+        sizes.learn(n, (0, 0, 1000, 90_000))
+        looks = [n for _ in range(100) if not sizes.skips(n)]
+        assert len(looks) == (36 if forced is None else 100)  # of batches until one was learned from
+        assert sizes.of(n) == (0 if forced is None else first)  # the device reads all, and the rows are counted
+    assert not sizes.skips(2 * n) and sizes.of(2 * n) > 0  # another size
+    sizes.learn(n, (0, 0, 1024, 90_000))
+    assert not sizes.skips(n) and sizes.of(n) > 0 and set(sizes.costs.get(n.bit_length(), {})) <= {"device"}
+
+
+def test_a_cache_that_misses_little_reads_in_place_and_looks_again_now_and_then(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = gathering_cache(bench, bench.store(range(3000)), 1000)
+    gathered, begun = cache.parts.gathered, []
+    assert gathered is not None
+    begin = gathered.begin
+    gathered.shares = Shares(None)
+    monkeypatch.setattr(shares, "_FEW_MISSED", 100)
+    monkeypatch.setattr(gathered, "begin", lambda *args: begun.append(begin(*args)) or begun[-1])
+
+    def shares_of(parts: Sequence[int]) -> list[int]:
+        """Of batches of 300 keys, that are looked at."""
+        begun.clear()
+        for part in parts:
+            keys = np.arange(300 * part, 300 * part + 300)
+            assert_same_bits(cache.lookup_arrays(keys), rows_of(keys, DIM))
+        return list(begun)
+
+    assert len(shares_of([0] * 3)) == 3  # the first missed all; that the second missed few is known when the third begins
+    assert shares_of([0] * 64) == []
+    assert shares_of([0] * 66) == [0, 0]  # one to be looked at, one to learn of it
+    many = list(range(10)) * 8  # of which the cache holds three
+    assert len(shares_of(many)) < 20
+    assert len(shares_of(many)) == 80
 
 
 @pytest.mark.parametrize("readers", [4])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.waiting import HANG_SECONDS
 
-from hps_numba.cache import gathering, index_mirror, launch_plan
+from hps_numba.cache import gathering, index_mirror, launch_plan, shares
 from hps_numba.cache import lookup as cache_lookup
 from hps_numba.cache.host_threads import host_threads
 from hps_numba.cache.kept_rates import KeptRates
@@ -20,6 +20,7 @@ _CHANGES: list[tuple[Any, str, object]] = [
     (cache_lookup, "GATHERED_FROM", 1),
     (gathering, "GATHERED_FROM", 1),
     (launch_plan, "LEAST_ROWS", 1),
+    (shares, "_FEW_MISSED", 0),
     (gathering, "CHUNK_BYTES", 3 * 128),
     (gathering, "GROUP_BYTES", 2 * 3 * 128),  # so that there are several
     (gathering, "ROOM_BYTES", 500 * 128),  # and some batches want more
