@@ -197,29 +197,33 @@ def _summed(parts: list[_Part]) -> _Part:
     ordered, order = torch.sort(keys, stable=True)
     begins = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
-    distinct = ordered[begins]
+    firsts = begins.nonzero().flatten()
+    distinct = ordered[firsts]
     if device.type == "cpu":
-        starts = torch.cat([begins.nonzero().flatten(), torch.tensor([len(keys)])])
+        starts = torch.cat([firsts, torch.tensor([len(keys)])])
         return _Part(distinct, torch.from_numpy(summed_rows(gradients.numpy(), order.numpy(), starts.numpy())))
-    sums = _sums_in_order(gradients[order], begins, len(distinct))
+    sums = _sums_in_order(gradients[order], firsts)
     return _Part(distinct, sums, torch.cuda.current_stream(device).record_event())
 
 
-def _sums_in_order(rows: torch.Tensor, begins: torch.Tensor, groups: int) -> torch.Tensor:
-    """Sums of the groups of rows that begin where ``begins`` is true, in blocks as ``summed_rows``: the same bits every time.
+def _sums_in_order(rows: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+    """Sums of groups of rows, in blocks as ``summed_rows``: the same bits every time.
 
     On a GPU a thread goes through a block of a column. Torch's sums by index add atomically there, or sort without keeping the
     order; and a thread for a group would go through all of a key that is in a tenth of the batch.
+
+    Args:
+        firsts: int64 ``[m]``: where each group begins, ascending from 0.
     """
     while True:
         positions = torch.arange(len(rows), device=rows.device)
-        group_begins = torch.where(begins, positions, 0).cummax(0).values
-        starts = ((positions - group_begins) % BLOCK == 0).nonzero().flatten()
+        group = torch.zeros_like(positions).index_fill_(0, firsts, 1).cumsum(0) - 1  # ``cummax`` is one block on a GPU
+        starts = ((positions - firsts[group]) % BLOCK == 0).nonzero().flatten()
         ends = torch.cat([starts, starts.new_full((1,), len(rows))])
         rows = torch.segment_reduce(rows, "sum", lengths=ends.diff(), axis=0, unsafe=True)
-        if len(rows) == groups:
+        if len(rows) == len(firsts):
             return rows
-        begins = begins[starts]
+        firsts = torch.searchsorted(starts, firsts)
 
 
 def on_host(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray, bool]:
