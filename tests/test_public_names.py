@@ -52,7 +52,7 @@ CONFIG_KEYS = {
     overflow_resolution_target password shared_memory_auto_remove shared_memory_name shared_memory_size tls_ca_certificate
     tls_client_certificate tls_client_key tls_server_name_identification type update_filters user_name""",
     schema.PersistentDatabaseConfig: "initialize_after_startup max_batch_size num_threads path read_only type update_filters",
-    UpdateSourceConfig: """brokers failure_backoff_ms max_backlog_bytes max_batch_size max_commit_interval
+    UpdateSourceConfig: """batch_interval_ms brokers failure_backoff_ms max_backlog_bytes max_batch_size max_commit_interval
     metadata_refresh_interval_ms name on_loss poll_timeout_ms receive_buffer_size refuse_not_finite start type""",
 }
 PLUGINS = {

@@ -59,7 +59,7 @@ class Changes:
         name = self._geometry.name
         keys = contiguous_keys(name, keys)
         if rows is None:
-            with self._lifecycle.controlled(), self._state.copies(keys) as (address,):
+            with self._lifecycle.controlled(), self._state.kept_copies(keys) as (address,):
                 self._update(address, len(keys), 0)
                 self._residency.store_changed()
             return

@@ -37,8 +37,8 @@ class CacheMemory:
             comes that has no use for them.
         index_mirror: the copy of the host store's index (``miss_path`` auto).
         workspaces: buffers of lookups, as many as there are worker buffers. Each stream of a static or uvm cache may have one
-            beyond that, up to 64; they are small unless batches have 131,072 keys or there are slower tiers. Of a trained table
-            also at most 32 MiB for rows that a step has written, which no plan has.
+            beyond that, up to 64; they are small unless batches have 131,072 keys or there are slower tiers. Of a table that
+            is written also at most 32 MiB for keys and rows on their way to the cache, which no plan has.
         group_workspaces: buffers of lookups of several tables in one launch (``lookup_many``).
         graphs: buffers that captured CUDA graphs keep.
         staging: lists of missed keys that host threads gather, and rows that they have brought (``miss_path`` staged, or auto

@@ -190,7 +190,8 @@ class CacheState:
     def kept_copies(self, *arrays: np.ndarray) -> Iterator[list[int]]:
         """``copies`` in memory that stays for the next time, if it is little and on a device; one block at a time.
 
-        A device takes longer to give memory and to take it back than for the copies of a training step of 16,384 keys.
+        A device takes longer to give memory and to take it back than for the copies of a training step of 16,384 keys, and
+        while it takes it back no thread can start anything on it.
         """
         places, size = [], 0
         for array in arrays:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from hps_numba.updates._update import NO_TIME, Message, Update, now_ms
-from hps_numba.updates._wire.codec import mark_last_writes
+from hps_numba.updates._wire.codec import NOT_FINITE, decode_messages, mark_last_writes
 from hps_numba.updates._wire.messages import Content, Skip, read_message
 
 __all__ = ["OnSkip", "TableBatch", "batch_of"]
@@ -72,31 +74,25 @@ def batch_of(
             contents.append((item, content))
         except Skip as skip:
             on_skip(item, skip)
-    room = sum(_size(content) for _, content in contents)
-    keys, erased, rows = np.empty(room, np.int64), np.empty(room, np.bool_), np.empty((room, dim), np.float32)
-    events = np.empty(room, np.int64)
-    at, now = 0, now_ms()
+    writes = _Writes(sum(_size(content) for _, content in contents), dim)
+    now = now_ms()
     applied: list[Update | Content] = []
-    for item, content in contents:
-        try:
-            if isinstance(content, Content):
-                content.decode(key_bytes, finite, keys, rows, erased, at)
-            else:
-                _copy(content, finite, keys, rows, erased, at)
-        except Skip as skip:
-            on_skip(item, skip)
-            continue
-        end = at + _size(content)
-        events[at:end] = _time_of(content, now)
-        at = end
-        applied.append(content)
+    for encoded, some in groupby(contents, lambda pair: isinstance(pair[1], Content)):
+        group = list(some)
+        put = writes.decode if encoded else writes.copy
+        for (item, content), start in zip(group, put([content for _, content in group], key_bytes, finite)):
+            if start == NOT_FINITE:
+                on_skip(item, Skip("not_finite", "expected finite values, got NaN or infinity"))
+                continue
+            writes.times[start : start + _size(content)] = _time_of(content, now)
+            applied.append(content)
     times = [content.event_time_ms for content in applied if content.event_time_ms != NO_TIME]
     versions = [content.version for content in applied if content.version is not None]
-    last = _last_writes(keys[:at], rows[:at], erased[:at], events[:at])
+    at = writes.at
     return TableBatch(
-        *last,
+        *_last_writes(writes.keys[:at], writes.rows[:at], writes.erased[:at], writes.times[:at]),
         writes=at,
-        deletions=int(erased[:at].sum()),
+        deletions=int(writes.erased[:at].sum()),
         messages=len(applied),
         oldest_ms=min(times, default=NO_TIME),
         newest_ms=max(times, default=NO_TIME),
@@ -129,14 +125,37 @@ def _checked(item: Update | Message, dim: int, key_bytes: int) -> Update | Conte
     return item
 
 
-def _copy(update: Update, finite: bool, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, at: int) -> None:
-    if finite and update.rows is not None and not np.isfinite(update.rows).all():
-        raise Skip("not_finite", "expected finite values, got NaN or infinity")
-    part = slice(at, at + len(update.keys))
-    keys[part] = update.keys
-    erased[part] = update.rows is None
-    if update.rows is not None:
-        rows[part] = update.rows
+class _Writes:
+    """All writes of a batch, in order: keys, rows, which of them are deletions, and times; the next one goes to ``at``."""
+
+    def __init__(self, room: int, dim: int) -> None:
+        self.keys, self.rows = np.empty(room, np.int64), np.empty((room, dim), np.float32)
+        self.erased, self.times = np.empty(room, np.bool_), np.empty(room, np.int64)
+        self.at = 0
+
+    def decode(self, contents: Sequence[Any], key_bytes: int, finite: bool) -> list[int]:
+        """Add messages; where each begins, or NOT_FINITE."""
+        places = np.empty(len(contents), np.int64)
+        parts = np.array([content.part for content in contents], np.int64)
+        rows = self.rows
+        self.at = decode_messages(parts, key_bytes, finite, self.keys, rows.view(np.uint8), rows, self.erased, self.at, places)
+        found: list[int] = places.tolist()
+        return found
+
+    def copy(self, updates: Sequence[Any], key_bytes: int, finite: bool) -> list[int]:
+        """``decode`` of updates that are arrays."""
+        places: list[int] = []
+        for update in updates:
+            if finite and update.rows is not None and not np.isfinite(update.rows).all():
+                places.append(NOT_FINITE)
+                continue
+            part = slice(self.at, self.at + len(update.keys))
+            self.keys[part], self.erased[part] = update.keys, update.rows is None
+            if update.rows is not None:
+                self.rows[part] = update.rows
+            places.append(self.at)
+            self.at = part.stop
+        return places
 
 
 def _last_writes(

@@ -177,6 +177,8 @@ class Consumer:
             self._backlog.put(known)
         if lost and not recovers:
             self._source.losses_handled()
+        if known and not self._source.has_more and not self._stopping:
+            time.sleep(self._section.batch_interval_ms / 1000)
         if len(known) + len(lost) < len(items):
             raise TierError(f"{type(self._source).__name__}.poll: expected Update, Message or Lost, got something else")
         return not items

@@ -18,6 +18,7 @@ class Polled(Protocol):
     section: UpdateSourceConfig
     resume: bool
     starts_over: bool
+    has_more: bool
     drained: Callable[[float], bool]
 
     def poll(self, seconds: float) -> Sequence[Item | Lost]:

@@ -35,6 +35,8 @@ class UpdateSource(abc.ABC):
         resume: begin after what was committed before; else with the oldest update that the bus has.
         key_bytes: of a key of the server, 8 or 4.
         starts_over: it has ``start_over``, and its updates are those of this server and no other one.
+        has_more: the bus may have more than the last ``poll`` has returned. If it has not, what comes next is collected for
+            ``batch_interval_ms`` before the next call. By default that is not known, and ``poll`` is called again at once.
         drained: to be called inside ``poll``, ``keep_alive`` or ``commit`` before partitions go to another process, as an older
             row must not be written after that one has written a newer: waits so many seconds until everything that ``poll``
             has returned is applied, and commits it; what is not applied by then is dropped, and the answer is False.
@@ -56,6 +58,7 @@ class UpdateSource(abc.ABC):
         self.resume = resume
         self.key_bytes = key_bytes
         self.starts_over = False
+        self.has_more = True
 
     @classmethod
     def consumer(cls, section: UpdateSourceConfig, targets: UpdateTargets, name: str) -> Consumer:

@@ -211,13 +211,17 @@ class FilesSource(UpdateSource):
         while self._ready and size < _HANDED_OUT_BYTES:
             some.append(self._ready.popleft())
             size += some[-1].size
+        manifest, place = self._manifest, self._place
+        self.has_more = bool(self._ready) or (
+            manifest is not None and place is not None and place.offset < manifest.next_offset
+        )
         return some
 
     def _read_more(self) -> Lost | None:
-        """Read the next file, if there is one, or say that it is gone.
+        """Read the next files, if there are any, as many as ``poll`` hands out, or say that they are gone.
 
         Raises:
-            TierError: it is not whole, or cannot be read.
+            TierError: the first of them is not whole, or cannot be read.
         """
         manifest = self._look()
         if manifest is None:
@@ -228,24 +232,42 @@ class FilesSource(UpdateSource):
         behind = manifest.stream == place.stream and place.offset <= manifest.next_offset
         if not behind or place.offset < manifest.first_offset:
             return self._start_again(manifest, place)
-        if place.offset == manifest.next_offset:
-            return None
+        size = 0
+        while place.offset < manifest.next_offset and size < _HANDED_OUT_BYTES:
+            try:
+                messages, after = self._read_file(manifest, place)
+            except TierError:
+                if not self._ready:
+                    raise
+                break  # the next call tries again
+            if after == place:  # it was dropped meanwhile
+                break
+            self._place = place = after
+            self._ready.extend(messages)
+            size += sum(message.size for message in messages)
+        return None
+
+    def _read_file(self, manifest: Manifest, place: Place) -> tuple[list[Message], Place]:
+        """The messages of the file at a place, and the place behind it; the same place if it was dropped meanwhile.
+
+        Raises:
+            TierError: it is not whole, or cannot be read.
+        """
         number = max(place.number, manifest.first)
         try:
             delta, messages = read_delta(delta_path(self._folder, number))
         except NotWhole as problem:
-            if (self._look() or manifest).first > number:  # it was dropped meanwhile
-                return None
+            if (self._look() or manifest).first > number:
+                return [], place
             raise TierError(str(problem)) from None
         except OSError as problem:
             raise TierError(f"{delta_path(self._folder, number)}: cannot be read: {problem.strerror}") from problem
         if (delta.stream, delta.number) != (manifest.stream, number):
             raise TierError(f"{delta_path(self._folder, number)}: expected a file of this folder, got one of another")
-        self._ready.extend(message for message in messages if message.position.offset >= place.offset)
         if self._position is not None:
             self._read.append((number, delta.first_offset))
-        self._place = Place(manifest.stream, number + 1, max(place.offset, delta.first_offset + delta.messages))
-        return None
+        after = Place(manifest.stream, number + 1, max(place.offset, delta.first_offset + delta.messages))
+        return [message for message in messages if message.position.offset >= place.offset], after
 
     def _start_again(self, manifest: Manifest, place: Place) -> Lost:
         """What comes next was dropped, or the folder is not what it was: go on with its first file."""

@@ -201,6 +201,7 @@ class InProcessSource(UpdateSource):
         got = self.bus.read(self._next, min(_MAX_UPDATES, self.section.max_batch_size), seconds, self._take_wake)
         if not got:
             return []
+        self.has_more = self.bus.behind(got[-1].position.offset + 1) > 0
         expected, self._next = self._next, got[-1].position.offset + 1
         missing = got[0].position.offset - expected
         return [Lost(got[0].position, missing), *got] if missing else got

@@ -228,6 +228,7 @@ class KafkaSource(UpdateSource):
         self._polled = time.monotonic()
         some = list(self._reader.ready)
         self._reader.ready.clear()
+        self.has_more = self._reader.has_more
         return some
 
     def commit(self, positions: Sequence[Position]) -> None:

@@ -167,6 +167,7 @@ class RedisStreamsSource(UpdateSource):
         end = time.monotonic() + seconds
         while True:
             some = self._read()
+            self.has_more = self.lag() != 0
             left = end - time.monotonic()
             if some or left <= 0 or self._woken():
                 return some

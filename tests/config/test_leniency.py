@@ -350,7 +350,7 @@ TABLE: dict[str, tuple[type[Any], list[Row]]] = {
 EVERY_KEY = [(prefix, row) for prefix, (_, rows) in TABLE.items() for row in rows]
 every_key = pytest.mark.parametrize(("prefix", "row"), EVERY_KEY, ids=[prefix + row[0] for prefix, row in EVERY_KEY])
 OURS = {"require_gpu", "cache_on_cpu", "models", "volatile_db", "persistent_db", "tiers", "update_source", "update_sources"}
-NEW_OF_A_SOURCE = {"name", "start", "max_backlog_bytes", "on_loss", "refuse_not_finite"}
+NEW_OF_A_SOURCE = {"name", "start", "max_backlog_bytes", "on_loss", "refuse_not_finite", "batch_interval_ms"}
 NEW_OF_A_MODEL = {"cache_policy", "cache_size_bytes", "cache_row_dtype", "output_dtype", "miss_path", "time_budget_ms"}
 BASE = changed(MINIMAL, "models.0.embedding_vecsize_per_table", [16])
 

@@ -94,6 +94,7 @@ class ListSource(UpdateSource):
         self.bus.on_poll()
         some = self.bus.items[self.at : self.at + self.bus.at_once]
         self.at += len(some)
+        self.has_more = self.bus.has_more
         if not some:
             self.bus.pause(seconds)
         return some
@@ -125,7 +126,7 @@ class ListBus:
         self.items: list[Any] = []
         self.start, self.at_once = 0, 10
         self.starts_over = False
-        self.tells_lag = True
+        self.tells_lag = self.has_more = True
         self.committed: list[Position] = []
         self.opened: list[ListSource] = []
         self.kept_alive = 0

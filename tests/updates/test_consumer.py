@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -282,6 +283,19 @@ def test_commits_come_after_so_many_messages_or_when_nothing_more_comes(workshop
     wait_for(server, 99)
     assert bus.committed[-1] == (0, 99)
     assert len(bus.committed) < 20
+
+
+@pytest.mark.parametrize("has_more", [True, False])
+def test_what_comes_soon_after_is_collected_unless_the_bus_has_more(workshop: Workshop, has_more: bool) -> None:
+    bus, source = list_bus()
+    bus.at_once, bus.has_more, polls = 1, has_more, list[float]()
+    bus.on_poll = lambda: polls.append(time.monotonic())
+    last = published(bus, *(message_of([1], rows_of([1], 3), number) for number in range(8)))
+    pause = 0.03 if not has_more else 1.0
+    server = opened(workshop, {**source, "batch_interval_ms": int(1000 * pause)})
+    wait_for(server, last)
+    between = np.diff(polls[:8])
+    assert between.min() >= pause if not has_more else between.min() < pause
 
 
 def test_how_much_waits_is_asked_again_soon_while_a_source_cannot_tell(

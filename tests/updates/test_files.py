@@ -23,7 +23,7 @@ from support.waiting import HANG_SECONDS, wait_until
 
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
 from hps_numba.testing import SourceContract
-from hps_numba.updates import Lost, Message, Outgoing, Update
+from hps_numba.updates import Lost, Message, Outgoing, Update, files
 from hps_numba.updates._files.delta import delta_path
 from hps_numba.updates._files.manifest import read_manifest
 from hps_numba.updates._wire.messages import encode_erasures, encode_rows, headers_of
@@ -109,7 +109,38 @@ def test_a_producer_goes_on_where_the_last_one_ended(opened: Callable[..., Files
         with FilesProducer.from_options(folder=str(folder), sync=sync) as producer:
             put(producer, key)
     source = opened()
-    assert [versions_of(source.poll(0)) for _ in range(4)] == [[0], [1], [2], []]
+    assert [versions_of(source.poll(0)) for _ in range(2)] == [[0, 1, 2], []]
+    assert not source.has_more
+
+
+def test_files_are_read_together_up_to_a_size(
+    opened: Callable[..., FilesSource], producer: FilesProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in range(7):
+        put(producer, key)
+    size = opened(resume=False).poll(0)[0].size  # type: ignore[union-attr]  # it is a Message
+    monkeypatch.setattr(files, "_HANDED_OUT_BYTES", 3 * size)
+    for resume in (False, True):
+        source = opened(resume=resume)
+        got = [(versions_of(source.poll(0)), source.has_more) for _ in range(4)]
+        assert got == [([0, 1, 2], True), ([3, 4, 5], True), ([6], False), ([], False)]
+
+
+def test_what_comes_before_a_file_that_is_not_whole_is_not_kept_waiting(
+    opened: Callable[..., FilesSource], producer: FilesProducer, folder: Path
+) -> None:
+    for key in range(4):
+        put(producer, key)
+    path = delta_path(folder, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    source = opened(resume=False)
+    assert versions_of(source.poll(0)) == [0, 1] and source.has_more
+    for _ in range(2):
+        with pytest.raises(TierError, match=r"delta-.*3\.hps: expected "):
+            source.poll(0)
+    path.write_bytes(whole)
+    assert versions_of(source.poll(0)) == [2, 3] and not source.has_more
 
 
 def test_a_folder_has_one_producer_at_a_time(producer: FilesProducer, folder: Path) -> None:
@@ -138,12 +169,12 @@ def test_two_consumers_have_a_position_each(opened: Callable[..., FilesSource], 
     ):
         opened(consumer="one")
     opened(consumer="one", resume=False)  # it has no position
-    first = one.poll(0)[-1]
+    first = one.poll(0)[0]
     assert isinstance(first, Message)
     one.commit([first.position])
     one.close()
     assert versions_of(opened(consumer="one").poll(0)) == [2]
-    assert versions_of(two.poll(0)) == [1]
+    assert versions_of(two.poll(0)) == [1, 2]
 
 
 def test_a_position_in_the_middle_of_a_file(opened: Callable[..., FilesSource], producer: FilesProducer) -> None:
@@ -151,13 +182,12 @@ def test_a_position_in_the_middle_of_a_file(opened: Callable[..., FilesSource], 
     put_together(producer, 8, 9)
     source = opened()
     items = source.poll(0)
-    source.poll(0)
-    third, last = items[2], items[-1]
+    third, last = items[2], items[7]
     assert isinstance(third, Message) and isinstance(last, Message)
     source.commit([third.position])
     source.close()
     again = opened()
-    assert [item.position.offset for item in again.poll(0) if isinstance(item, Message)] == list(range(3, 8))
+    assert [item.position.offset for item in again.poll(0) if isinstance(item, Message)] == list(range(3, 10))
     again.commit([last.position])
     again.close()
     assert versions_of(opened().poll(0)) == [8, 9]
@@ -278,8 +308,8 @@ def test_old_files_are_dropped_and_a_consumer_that_needs_them_is_told(opened: Ca
     (lost,) = late.poll(0)
     assert isinstance(lost, Lost)
     assert (lost.messages, lost.position.offset) == (3, 4), "one of the first file, and two more files"
-    assert versions_of(late.poll(0)) == [4]
-    assert versions_of(opened(consumer="new").poll(0)) == [4], "who begins there has lost nothing"
+    assert versions_of(late.poll(0)) == [4, 5]
+    assert versions_of(opened(consumer="new").poll(0)) == [4, 5], "who begins there has lost nothing"
 
 
 def test_a_consumer_that_runs_is_told_too_and_one_that_keeps_up_loses_nothing(
@@ -327,8 +357,6 @@ def test_a_folder_that_is_not_what_it_was_is_read_from_its_start(
 def test_large_messages_are_handed_out_in_parts_and_written_in_several_files(
     opened: Callable[..., FilesSource], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hps_numba.updates import files
-
     monkeypatch.setattr(files, "_DELTA_BYTES", 3000)
     monkeypatch.setattr(files, "_HANDED_OUT_BYTES", 1000)
     keys = np.arange(500)

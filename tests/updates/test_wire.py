@@ -147,6 +147,31 @@ def test_a_wide_key_is_none_of_a_server_of_narrow_keys() -> None:
         assert (skipped, batch.erased.tolist()) == (["key"], [])
 
 
+def test_what_is_left_out_leaves_no_gap_between_messages_and_arrays() -> None:
+    nan = np.full((2, 3), np.nan, np.float32)
+    keys = [np.array([10 * i, 10 * i + 1]) for i in range(8)]
+    rows = [rows_of(some, 3) for some in keys]
+    erased = {"hps-erased": struct.pack("<q", 31)}
+    items: list[Message | Update] = [
+        message(encode_rows(keys[0], rows[0])),
+        message(encode_rows(keys[1], nan), headers={"hps-erased": struct.pack("<q", 0)}),
+        message(encode_rows(keys[2], rows[2])),
+        Update(TABLE, keys[3], rows[3], Position(0, 3)),
+        Update(TABLE, keys[4], nan, Position(0, 4)),
+        Update(TABLE, keys[5], rows[5], Position(0, 5)),
+        message(encode_rows(keys[6], nan)),
+        message(encode_rows(keys[7], rows[7]), headers=erased),
+    ]
+    batch, skipped = decoded(*items, finite=True)
+    there = [0, 2, 3, 5, 7]
+    expected = np.concatenate([keys[i] for i in there])
+    kept = expected != 31
+    assert skipped == ["not_finite"] * 3
+    assert (batch.keys.tolist(), batch.erased.tolist()) == (expected[kept].tolist(), [31])
+    assert_same_bits(batch.rows, np.concatenate([rows[i] for i in there])[kept])
+    assert (batch.writes, batch.deletions, batch.messages, len(batch.times)) == (11, 1, 5, 10)
+
+
 def test_values_that_are_not_finite_are_rows_like_others_unless_it_is_asked_for() -> None:
     batch, skipped = decoded(message(by_hand([(1, [np.nan, np.inf, 3])])))
     assert (batch.keys.tolist(), skipped) == ([1], [])

@@ -7,6 +7,7 @@ delta     one file of messages, which tells where it belongs and whether it is w
 manifest  which files there are: one small file that is replaced as a whole
 position  how far one consumer has come, in a file of its own
 locks     one producer a folder, one consumer a position
+reading   how a file is read in few calls
 writing   how a file is made durable before others see it
 ========= ==============================================================================
 """

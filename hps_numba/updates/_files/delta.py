@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hps_numba.errors import TierError
+from hps_numba.updates._files.reading import content_of
 from hps_numba.updates._files.writing import PARTIAL
 from hps_numba.updates._producer import Outgoing
 from hps_numba.updates._update import Message, Position
@@ -88,7 +89,7 @@ def read_delta(path: Path) -> tuple[Delta, list[Message]]:
         NotWhole: see there; the message says what is wrong.   OSError: it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = content_of(path)
     except FileNotFoundError:
         raise NotWhole(f"{path}: no such file") from None
     _, _, total, stream, number, first, count, size = _header_of(path, content)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hps_numba.errors import TierError
+from hps_numba.updates._files.reading import content_of
 from hps_numba.updates._files.writing import put_file, sync_folder
 
 __all__ = ["MANIFEST", "Manifest", "manifest_content", "parse_manifest", "read_manifest", "write_manifest"]
@@ -55,7 +56,7 @@ def manifest_content(folder: Path) -> bytes | None:
     """
     path = folder / MANIFEST
     try:
-        return path.read_bytes()
+        return content_of(path)
     except FileNotFoundError:
         return None
     except OSError as problem:

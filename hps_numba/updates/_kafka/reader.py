@@ -58,6 +58,7 @@ class Reader:
         hooks: Hooks,
     ) -> None:
         self.ready: deque[Message | Lost] = deque()  # read, and not handed out
+        self.has_more = True  # that librdkafka has fetched
         self.partitions = Partitions()
         self._client, self._settings, self._topics = client, settings, list(topics)
         self._alone, self._resume, self._at_once, self._hooks = alone, resume, at_once, hooks
@@ -134,7 +135,9 @@ class Reader:
     def _take(self, first: Any) -> None:
         self._take_one(first)
         if first is not None:
-            for message in self._consumer.consume(self._at_once, 0):
+            some = self._consumer.consume(self._at_once, 0)
+            self.has_more = len(some) == self._at_once
+            for message in some:
                 self._take_one(message)
 
     def _take_one(self, message: Any) -> None:

@@ -15,47 +15,56 @@ from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.host.atomics import array_address, copy_row
 
-__all__ = ["NOT_FINITE", "decode_keys", "decode_pairs", "encode_keys", "encode_pairs", "mark_last_writes"]
+__all__ = ["NOT_FINITE", "decode_messages", "encode_keys", "encode_pairs", "mark_last_writes"]
 
-#: result of ``decode_pairs``: a value is NaN or infinite
+#: instead of the place of a message: a value is NaN or infinite
 NOT_FINITE = -1
 
 _hash = host_function(index_hash)
 
 
 @host_kernel
-def decode_pairs(
-    data: Any, first: Any, n: Any, key_bytes: Any, finite: Any, keys: Any, row_bytes: Any, rows: Any, at: Any
+def decode_messages(
+    parts: Any, key_bytes: Any, finite: Any, keys: Any, row_bytes: Any, rows: Any, erased: Any, at: Any, places: Any
 ) -> Any:
-    """Decode ``n`` pairs from byte ``first`` of ``data`` on; the caller has checked that they are there.
+    """Decode messages one after the other, rows before deletions; the caller has checked that all of it is there.
+
+    One call for all of them: of many threads, one that calls kernels in turn asks for the GIL after each.
 
     Args:
-        data: uint8, read-only.   finite: whether NaN and infinity are refused.
-        keys: int64.   row_bytes: uint8 ``[m, 4 * dim]``, the memory of ``rows``, float32 ``[m, dim]``.   at: of the first.
+        parts: int64 ``[m, 4]``, of each message the address of its pairs, how many, the address of keys to delete, how many.
+        finite: whether a message with NaN or infinity is left out.
+        keys: int64.   row_bytes: uint8 ``[n, 4 * dim]``, the memory of ``rows``, float32 ``[n, dim]``.   erased: bool.
+        at: where the first one goes.
 
-    Returns ``n`` or NOT_FINITE.   **Writes:** keys and rows, from ``at`` on.
+    Returns where they end.   **Writes:** keys, rows, erased, from ``at`` on; places, int64 ``[m]``: where each begins, or
+    NOT_FINITE.
     """
     size = row_bytes.shape[1]
-    source, to_keys, to_rows = array_address(data) + first, array_address(keys), array_address(row_bytes)
-    for i in range(at, at + n):
-        keys[i] = 0
-        copy_row(to_keys + 8 * i, source, key_bytes)
-        copy_row(to_rows + size * i, source + key_bytes, size)
-        source += key_bytes + size
-        if finite:
-            for d in range(rows.shape[1]):
-                if not np.isfinite(rows[i, d]):
-                    return NOT_FINITE
-    return n
-
-
-@host_kernel
-def decode_keys(data: Any, n: Any, key_bytes: Any, keys: Any, at: Any) -> None:
-    """Decode ``n`` packed keys of ``data`` (uint8, read-only).   **Writes:** keys, from ``at`` on."""
-    source, target = array_address(data), array_address(keys)
-    for i in range(n):
-        keys[at + i] = 0
-        copy_row(target + 8 * (at + i), source + key_bytes * i, key_bytes)
+    to_keys, to_rows = array_address(keys), array_address(row_bytes)
+    for m in range(len(parts)):
+        source, end = parts[m, 0], at + parts[m, 1]
+        places[m] = at
+        for i in range(at, end):
+            keys[i] = 0
+            copy_row(to_keys + 8 * i, source, key_bytes)
+            copy_row(to_rows + size * i, source + key_bytes, size)
+            source += key_bytes + size
+            erased[i] = False
+            if finite:
+                for d in range(rows.shape[1]):
+                    if not np.isfinite(rows[i, d]):
+                        places[m] = NOT_FINITE
+        if places[m] == NOT_FINITE:
+            continue
+        source = parts[m, 2]
+        for i in range(end, end + parts[m, 3]):
+            keys[i] = 0
+            copy_row(to_keys + 8 * i, source, key_bytes)
+            source += key_bytes
+            erased[i] = True
+        at = end + parts[m, 3]
+    return at
 
 
 @host_kernel

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hps_numba.storage.host.content import address_of
 from hps_numba.updates._update import NO_TIME, Message
-from hps_numba.updates._wire.codec import decode_keys, decode_pairs, encode_keys, encode_pairs
+from hps_numba.updates._wire.codec import encode_keys, encode_pairs
 
 __all__ = [
     "ERASED",
@@ -73,20 +74,10 @@ class Content:
         """Number of writes."""
         return self.pairs + self.erased
 
-    def decode(self, key_bytes: int, finite: bool, keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, at: int) -> None:
-        """Put keys (int64), rows (float32 ``[m, dim]``) and whether each is a deletion (bool) into arrays, from ``at`` on.
-
-        Raises:
-            Skip: a value is not finite, and ``finite`` asks that all are.
-        """
-        if self.pairs:
-            as_bytes = rows.view(np.uint8)
-            if decode_pairs(self.data, HEADER_BYTES, self.pairs, key_bytes, finite, keys, as_bytes, rows, at) < 0:
-                raise Skip("not_finite", "expected finite values, got NaN or infinity")
-        erased[at : at + self.pairs] = False
-        if self.erased:
-            decode_keys(self.keys, self.erased, key_bytes, keys, at + self.pairs)
-            erased[at + self.pairs : at + self.size] = True
+    @property
+    def part(self) -> tuple[int, int, int, int]:
+        """As ``codec.decode_messages`` takes it, for as long as this is kept."""
+        return address_of(self.data) + HEADER_BYTES, self.pairs, address_of(self.keys), self.erased
 
 
 def read_message(message: Message, *, dim: int, key_bytes: int) -> Content:
