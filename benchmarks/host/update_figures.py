@@ -25,6 +25,8 @@ FRESHNESS = {"p50": 0.1, "p99": 1.0}
 RATE_KEPT, P99_GROWTH = 0.9, 1.3
 _HEAD = ("rows/s", "reached", "fresh p50 ms", "p99", "max", "lookups/s", "kept", "p50 us", "p99 us", "growth")
 RATE_REACHED = 0.95
+#: keys of the source: at a million rows a second, as many as come in an interval are one batch
+TUNED = {"max_batch_size": 65_536}
 _WARMUP = 0.2  # seconds
 #: that a producer keeps: enough for some seconds
 _KEPT = {"in_process": {}, "files": {"max_files": 2000, "sync": False}, "redis_streams": {"max_messages": 4000}}
@@ -48,7 +50,7 @@ def opened_bus(bus: str, place: str | None) -> Iterator[tuple[Section, Section]]
             section["folder"] = str(folder / "bus")
         elif bus == "redis_streams":
             section["address"] = stack.enter_context(redis_server(folder))
-        yield {**section, "poll_timeout_ms": 50, "start": "oldest"}, {**section, **_KEPT[bus]}
+        yield {**section, "poll_timeout_ms": 50, "start": "oldest", **TUNED}, {**section, **_KEPT[bus]}
 
 
 def measure(server: hps_numba.HPS, calls: Calls, producer: Section, spec: Spec, rates: Sequence[int]) -> Figures:

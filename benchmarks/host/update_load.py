@@ -4,6 +4,11 @@ Each tick of the producer publishes rows of random keys and of all *probes*: som
 hold the number of the tick. The time of a tick is taken before it is published. A thread of the serving process looks the
 probes up again and again: a tick is served when the rows of all probes have its number, or a later one. Ticks that no lookup
 saw because the next one was there already count until that was seen. Clocks of two processes of a host are one clock.
+
+Each rate is measured twice, one after the other. First, what lookups lose: one thread looks up batches, and nothing else looks
+up, neither before nor beside the updates. Then freshness: the thread that looks at the probes some thousand times a second runs
+too, and takes its share of the GIL and of the device, with and without updates; the rate of lookups beside it is kept apart
+(``probed_lookups_per_second``).
 """
 
 from __future__ import annotations
@@ -145,20 +150,21 @@ class Calls:
 
 
 class Lookups:
-    """Two threads: one looks batches up as fast as it can, one looks at the probes.
+    """A thread that looks batches up as fast as it can, and perhaps one that looks at the probes.
 
     Attributes:
         seen: number of a tick and the time (ns) when it, or a later one, was found in all probes; ascending.
         times: when each call of ``Calls.many`` began and ended (ns).
     """
 
-    def __init__(self, calls: Calls, spec: Spec) -> None:
+    def __init__(self, calls: Calls, spec: Spec, *, probing: bool) -> None:
         self._calls, self._spec = calls, spec
         self._stop = False
         self.seen: list[tuple[int, int]] = []
         self.times: list[tuple[int, int]] = []
         self.problem: BaseException | None = None
-        self._threads = [threading.Thread(target=self._guarded, args=(work,)) for work in (self._many, self._probe)]
+        works = (self._many, self._probe) if probing else (self._many,)
+        self._threads = [threading.Thread(target=self._guarded, args=(work,)) for work in works]
         for thread in self._threads:
             thread.start()
 
@@ -179,22 +185,13 @@ class Lookups:
             turn += 1
 
     def _probe(self) -> None:
-        keys, last = key_of(np.arange(PROBES)), -1
+        last = -1
         while not self._stop:
-            rows = self._calls.probe(keys)
+            oldest = _oldest(self._calls)
             now = time.monotonic_ns()
-            oldest = int(np.ascontiguousarray(rows[:, 0]).view(np.int32).min())
             if oldest != last:
                 self.seen.append((oldest, now))
                 last = oldest
-            time.sleep(_PAUSE)
-
-    def wait_for(self, tick: int) -> None:
-        """Until a tick is served."""
-        end = time.monotonic() + _PATIENCE
-        while self.problem is None and not (self.seen and self.seen[-1][0] >= tick):
-            if time.monotonic() > end:
-                raise AssertionError(f"tick {tick} is not served after {_PATIENCE:g} s; the last one is {self.seen[-1:]}")
             time.sleep(_PAUSE)
 
     def close(self) -> None:
@@ -206,36 +203,70 @@ class Lookups:
 
 
 @contextmanager
-def _lookups(calls: Calls, spec: Spec) -> Iterator[Lookups]:
-    made = Lookups(calls, spec)
+def _lookups(calls: Calls, spec: Spec, *, probing: bool) -> Iterator[Lookups]:
+    made = Lookups(calls, spec, probing=probing)
     try:
         yield made
     finally:
         made.close()
 
 
+def _oldest(calls: Calls) -> int:
+    """The tick that all probes have."""
+    rows = calls.probe(key_of(np.arange(PROBES)))
+    return int(np.ascontiguousarray(rows[:, 0]).view(np.int32).min())
+
+
+def _wait_until(is_served: Callable[[], bool], tick: int) -> None:
+    """Until a tick is served."""
+    end = time.monotonic() + _PATIENCE
+    while not is_served():
+        if time.monotonic() > end:
+            raise AssertionError(f"tick {tick} is not served after {_PATIENCE:g} s")
+        time.sleep(_PAUSE)
+
+
 def calm(calls: Calls, spec: Spec) -> dict[str, float]:
     """Lookups without updates: a second, and percentiles in seconds."""
-    with _lookups(calls, spec) as found:
+    with _lookups(calls, spec, probing=False) as found:
         time.sleep(spec.seconds)
     return _lookup_figures(found.times)
 
 
 def loaded(calls: Calls, section: Section, spec: Spec, start: int) -> dict[str, Any]:
     """Lookups beside updates: as ``calm``, with the rate of the rows, and percentiles of freshness in seconds."""
+    made, found = _beside(calls, section, spec, start, probing=False)
+    probed_made, probed = _beside(calls, section, spec, start + len(made["published"]), probing=True)
+    return {
+        **found,
+        **probed,
+        "rows_per_second": made["rows"] / made["seconds"],
+        "ticks": sum(len(one["published"]) for one in (made, probed_made)),
+    }
+
+
+def _beside(
+    calls: Calls, section: Section, spec: Spec, start: int, *, probing: bool
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What a producer has made, and what was measured beside it."""
     producer = _Producer(section, spec, start)
     try:
-        with _lookups(calls, spec) as found:
+        with _lookups(calls, spec, probing=probing) as found:
             made = producer.result()
-            found.wait_for(start + len(made["published"]) - 1)
+            published = made["published"]
+            last = start + len(published) - 1
+            if probing:
+                _wait_until(lambda: found.problem is not None or bool(found.seen and found.seen[-1][0] >= last), last)
+        _wait_until(lambda: _oldest(calls) >= last, last)
     finally:
         producer.close()
-    ages = np.array([(at - made["published"][tick]) / 1e9 for tick, at in _served(found.seen, start, len(made["published"]))])
-    freshness = {f"freshness_{name}": value for name, value in percentiles(ages).items()}
-    rate = made["rows"] / made["seconds"]
-    beside = [pair for pair in found.times if made["published"][0] <= pair[0] <= made["published"][-1]]
-    # none, if one lookup took all of that time
-    return {**_lookup_figures(beside or found.times), **freshness, "rows_per_second": rate, "ticks": len(ages)}
+    beside = [pair for pair in found.times if published[0] <= pair[0] <= published[-1]]
+    figures = _lookup_figures(beside or found.times)  # none, if one lookup took all of that time
+    if not probing:
+        return made, figures
+    ages = np.array([(at - published[tick]) / 1e9 for tick, at in _served(found.seen, start, len(published))])
+    fresh = {f"freshness_{name}": value for name, value in percentiles(ages).items()}
+    return made, {**fresh, "probed_lookups_per_second": figures["lookups_per_second"]}
 
 
 def _served(seen: list[tuple[int, int]], start: int, ticks: int) -> Iterator[tuple[int, int]]:

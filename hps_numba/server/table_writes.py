@@ -273,7 +273,8 @@ class TableWrites:
             left_out[len(keys) :] = self._in_read_only_tiers(erased)
             if self._may_evict:
                 left_out[: len(keys)] = self._in_read_only_tiers(keys)
-            taken = _without(left_out, keys, rows, erased)
+            omitted = int(np.count_nonzero(left_out))
+            taken = _without(left_out, keys, rows, erased) if omitted else (keys, rows, erased)
             written = self._tiers.apply(self._spec.tag, *taken, tiers)
             if self._store is not None and host:
                 keys, rows, erased = _without(written.unwritten, *taken)
@@ -281,9 +282,11 @@ class TableWrites:
                     self._write_host(self._store, self._store.upsert, keys, rows)
                 if len(erased):
                     self._store.erase(erased)
+            if not omitted:
+                return Applied(written.unwritten, written.problem)
             unwritten = np.zeros(len(left_out), bool)
             unwritten[~left_out] = written.unwritten
-            return Applied(unwritten, written.problem, int(left_out.sum()))
+            return Applied(unwritten, written.problem, omitted)
 
     def read_modify_write(self, keys: np.ndarray, change: Change) -> int:
         """Write what ``change`` makes of the rows of distinct keys to every tier, with no other write in between.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hps_numba.updates._update import NO_TIME, Message, Update, now_ms
-from hps_numba.updates._wire.codec import NOT_FINITE, decode_messages, mark_last_writes
+from hps_numba.updates._wire.codec import NOT_FINITE, decode_messages, mark_last_writes, take_last_writes
 from hps_numba.updates._wire.messages import Content, Skip, read_message
 
 __all__ = ["OnSkip", "TableBatch", "batch_of"]
@@ -80,19 +80,22 @@ def batch_of(
     for encoded, some in groupby(contents, lambda pair: isinstance(pair[1], Content)):
         group = list(some)
         put = writes.decode if encoded else writes.copy
-        for (item, content), start in zip(group, put([content for _, content in group], key_bytes, finite)):
+        places = put([(content, _time_of(content, now)) for _, content in group], key_bytes, finite)
+        for (item, content), start in zip(group, places):
             if start == NOT_FINITE:
                 on_skip(item, Skip("not_finite", "expected finite values, got NaN or infinity"))
-                continue
-            writes.times[start : start + _size(content)] = _time_of(content, now)
-            applied.append(content)
+            else:
+                applied.append(content)
     times = [content.event_time_ms for content in applied if content.event_time_ms != NO_TIME]
     versions = [content.version for content in applied if content.version is not None]
-    at = writes.at
+    keys, rows, erased, of_events, deletions = writes.last()
     return TableBatch(
-        *_last_writes(writes.keys[:at], writes.rows[:at], writes.erased[:at], writes.times[:at]),
-        writes=at,
-        deletions=int(writes.erased[:at].sum()),
+        keys,
+        rows,
+        erased,
+        of_events,
+        writes=writes.at,
+        deletions=deletions,
         messages=len(applied),
         oldest_ms=min(times, default=NO_TIME),
         newest_ms=max(times, default=NO_TIME),
@@ -133,39 +136,45 @@ class _Writes:
         self.erased, self.times = np.empty(room, np.bool_), np.empty(room, np.int64)
         self.at = 0
 
-    def decode(self, contents: Sequence[Any], key_bytes: int, finite: bool) -> list[int]:
-        """Add messages; where each begins, or NOT_FINITE."""
+    def decode(self, contents: Sequence[tuple[Any, int]], key_bytes: int, finite: bool) -> list[int]:
+        """Add messages, each with its time; where each begins, or NOT_FINITE."""
         places = np.empty(len(contents), np.int64)
-        parts = np.array([content.part for content in contents], np.int64)
-        rows = self.rows
-        self.at = decode_messages(parts, key_bytes, finite, self.keys, rows.view(np.uint8), rows, self.erased, self.at, places)
+        parts = np.array([(*content.place, time) for content, time in contents], np.int64)
+        rows, erased, times = self.rows, self.erased, self.times
+        as_bytes = rows.view(np.uint8)
+        self.at = decode_messages(parts, key_bytes, finite, self.keys, as_bytes, rows, erased, times, self.at, places)
         found: list[int] = places.tolist()
         return found
 
-    def copy(self, updates: Sequence[Any], key_bytes: int, finite: bool) -> list[int]:
+    def copy(self, updates: Sequence[tuple[Any, int]], key_bytes: int, finite: bool) -> list[int]:
         """``decode`` of updates that are arrays."""
         places: list[int] = []
-        for update in updates:
+        for update, time in updates:
             if finite and update.rows is not None and not np.isfinite(update.rows).all():
                 places.append(NOT_FINITE)
                 continue
             part = slice(self.at, self.at + len(update.keys))
-            self.keys[part], self.erased[part] = update.keys, update.rows is None
+            self.keys[part], self.erased[part], self.times[part] = update.keys, update.rows is None, time
             if update.rows is not None:
                 self.rows[part] = update.rows
             places.append(self.at)
             self.at = part.stop
         return places
 
-
-def _last_writes(
-    keys: np.ndarray, rows: np.ndarray, erased: np.ndarray, times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and rows to be written, keys to be deleted, and the times of both."""
-    kept = np.empty(len(keys), np.bool_)
-    slots = np.full(1 << max(3, (2 * len(keys) - 1).bit_length()), -1, np.int64)
-    distinct = mark_last_writes(keys, slots, kept) == len(keys)
-    if not erased.any():
-        return (keys, rows, keys[:0], times) if distinct else (keys[kept], rows[kept], keys[:0], times[kept])
-    written, deleted = kept & ~erased, kept & erased
-    return keys[written], rows[written], keys[deleted], np.concatenate([times[written], times[deleted]])
+    def last(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        """Keys and rows to be written, keys to be deleted, the times of both, and how many deletions there were in all."""
+        n = self.at
+        keys, rows, erased, times = self.keys[:n], self.rows[:n], self.erased[:n], self.times[:n]
+        kept = np.empty(n, np.bool_)
+        slots = np.full(1 << max(3, (2 * n - 1).bit_length()), -1, np.int64)
+        count, deleting, deletions = mark_last_writes(keys, erased, slots, kept)
+        if count == n and not deletions:
+            return keys, rows, keys[:0], times, 0
+        written = count - deleting
+        out, out_times, out_rows = (
+            np.empty(count, np.int64),
+            np.empty(count, np.int64),
+            np.empty((written, rows.shape[1]), np.float32),
+        )
+        take_last_writes(keys, rows.view(np.uint8), erased, times, kept, out, out_rows.view(np.uint8), out_times)
+        return out[:written], out_rows, out[written:], out_times, int(deletions)

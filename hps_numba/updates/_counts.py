@@ -46,7 +46,7 @@ class TableCounts:
         n, held = len(batch.keys), int(np.count_nonzero(unwritten))
         if held and held == len(unwritten):
             return
-        held_rows = int(np.count_nonzero(unwritten[:n]))
+        held_rows = int(np.count_nonzero(unwritten[:n])) if held else 0
         self._rows += batch.writes - batch.deletions - held_rows
         self._erased += batch.deletions - (held - held_rows)
         if batch.newest_ms != NO_TIME:

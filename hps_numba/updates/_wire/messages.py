@@ -75,8 +75,8 @@ class Content:
         return self.pairs + self.erased
 
     @property
-    def part(self) -> tuple[int, int, int, int]:
-        """As ``codec.decode_messages`` takes it, for as long as this is kept."""
+    def place(self) -> tuple[int, int, int, int]:
+        """Where pairs and deleted keys are, and how many, for ``codec.decode_messages``; for as long as this is kept."""
         return address_of(self.data) + HEADER_BYTES, self.pairs, address_of(self.keys), self.erased
 
 
