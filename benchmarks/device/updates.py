@@ -3,7 +3,8 @@
 A server of one table, all of whose rows are in the GPU cache, reads a folder, or Redis if a redis-server is installed. One
 thread looks up batches of keys on the device as fast as it can, first without updates and then beside a producer in another
 process of 10,000, 100,000 and 1,000,000 rows a second. Freshness is the time from before a row is published until it was
-copied from the answer of a lookup (``host/update_load``).
+copied from the answer of a lookup, by a second thread, in a measurement of its own (``host/update_load``). ``update_parts.py``
+tells which part of it lookups pay for.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import hps_numba
 DIMS = (32,)
 
 
-def opened(machine: Machine, spec: Spec, source: dict[str, Any]) -> hps_numba.HPS:
-    """A server of one table whose cache holds every row."""
+def opened(machine: Machine, spec: Spec, source: dict[str, Any] | None, *, cached: bool = True) -> hps_numba.HPS:
+    """A server of one table, whose cache, if it is ``cached``, holds every row."""
     with tempfile.TemporaryDirectory(prefix="hps_updates_") as folder:
         model = Path(folder) / "table.model"
         hps_numba.write_model(model, spec.dim, [(key_of(np.arange(spec.rows)), np.zeros((spec.rows, spec.dim), np.float32))])
@@ -42,11 +43,11 @@ def opened(machine: Machine, spec: Spec, source: dict[str, Any]) -> hps_numba.HP
             "default_value_for_each_table": [0.0],
             "deployed_device_list": [0],
             "max_batch_size": spec.batch,
-            "gpucache": True,
+            "gpucache": cached,
             "gpucacheper": 1.0,
         }
         config = {"supportlonglong": True, "cache_on_cpu": machine.ordinal is None, "models": [entry]}
-        return hps_numba.HPS({**config, "update_source": source})
+        return hps_numba.HPS(config if source is None else {**config, "update_source": source})
 
 
 def waited(machine: Machine, server: hps_numba.HPS, rows: int, dim: int) -> Callable[[np.ndarray], torch.Tensor]:

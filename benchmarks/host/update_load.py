@@ -29,7 +29,7 @@ from report import child_environment
 
 from hps_numba.updates import open_producer
 
-__all__ = ["PROBES", "Calls", "Spec", "calm", "key_of", "loaded", "quick_of"]
+__all__ = ["PROBES", "Calls", "Producer", "Spec", "calm", "key_of", "loaded", "quick_of"]
 
 MODEL, TABLE = "m", "sparse_embedding0"
 PROBES = 16
@@ -101,7 +101,7 @@ def produce(section: Section, spec: Spec, start: int) -> dict[str, Any]:
     return {"published": published, "rows": each * len(published), "seconds": seconds}
 
 
-class _Producer:
+class Producer:
     """``produce`` in a process of its own; for a queue of this process, in a thread."""
 
     def __init__(self, section: Section, spec: Spec, start: int) -> None:
@@ -249,7 +249,7 @@ def _beside(
     calls: Calls, section: Section, spec: Spec, start: int, *, probing: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What a producer has made, and what was measured beside it."""
-    producer = _Producer(section, spec, start)
+    producer = Producer(section, spec, start)
     try:
         with _lookups(calls, spec, probing=probing) as found:
             made = producer.result()
