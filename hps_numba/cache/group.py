@@ -178,7 +178,7 @@ class CacheGroup:
         """Start a lookup in one step; ``words`` and others as ``PreparedTables.start`` takes them."""
         if self._switch.active is not None:
             return False
-        single = False not in [residency.single_kernel for residency in self._residencies]
+        single = self._inserts_nothing
         prepared = workspace.prepared.get((shape, single))
         if prepared is None:
             prepared = workspace.prepared[shape, single] = self._prepare(workspace, shape, single, stream)
@@ -246,8 +246,13 @@ class CacheGroup:
         with ExitStack() as stores:
             for cache in self._caches if self._backend.ordinal is None else ():
                 stores.enter_context(cache.parts.reading())
-            self._batch(workspace, kernels, group, longest, words, stream)
+            self._batch(workspace, kernels, group, longest, words, stream, alone=self._inserts_nothing)
         groups.append((kernels, group))
+
+    @property
+    def _inserts_nothing(self) -> bool:
+        """All rows are in every cache: an insertion must not follow an answer (``lookup._answer_alone``)."""
+        return False not in [residency.single_kernel for residency in self._residencies]
 
     def _kernels_of(self, shape: Shape) -> tuple[list[Kernel], int]:
         """The kernels of a lookup in their order, and how many keys a warp of the first takes."""
@@ -272,10 +277,21 @@ class CacheGroup:
         return self._backend.lookup_blocks(longest, group), count, LOOKUP_THREADS, (tables, count, *words)
 
     def _batch(
-        self, workspace: _GroupWorkspace, kernels: Sequence[Kernel], group: int, longest: int, words: list[int], stream: int
+        self,
+        workspace: _GroupWorkspace,
+        kernels: Sequence[Kernel],
+        group: int,
+        longest: int,
+        words: list[int],
+        stream: int,
+        *,
+        alone: bool = False,
     ) -> None:
         workspace.reserve(longest, False, self._held_stream().handle)
-        start(kernels, self._launches(workspace, group, longest, words), stream)
+        if alone:
+            start(kernels[:1], [self._lookup(workspace.without_lists, group, longest, words)], stream)
+        else:
+            start(kernels, self._launches(workspace, group, longest, words), stream)
 
     def lookup_arrays(self, keys: Sequence[np.ndarray]) -> list[np.ndarray]:
         """``lookup`` for NumPy: float32 ``[n, dim]`` of int64 ``[n]`` for each cache. Done when this returns.

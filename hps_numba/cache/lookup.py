@@ -126,8 +126,36 @@ class Lookups:
     def _unless_switching(self, workspace: Workspace, done: list[bool], *batch: Any) -> None:
         """``_batches``, unless a switch of versions has begun before the workspace was claimed; ``done`` tells."""
         if self._switch.active is None:
-            self._batches(workspace, *batch)
+            if not self._answer_alone(workspace, *batch):
+                self._batches(workspace, *batch)
             done.append(True)
+
+    def _answer_alone(
+        self,
+        workspace: Workspace,
+        keys: int,
+        n: int,
+        out: int,
+        stream: int,
+        key_form: str,
+        out_type: str,
+        absent_list: int,
+        staged: bool,
+    ) -> bool:
+        """Answer a batch without an insertion, if all rows are here; False, with nothing done, if one may have to follow.
+
+        A key that a writer is at work on is answered from the host store. If it is in its alternate set, an insertion would put
+        it into its primary one too, which is full, and evict another: then not all rows would be here any more.
+        """
+        listed = bool(absent_list) or workspace.lists_absent
+        if not self._residency.single_kernel or n > MAX_BATCH or listed or staged:
+            return False
+        if n > workspace.limit:
+            workspace.reserve(n, False, self._state.stream)
+        self._kernels.finishing()  # there when a lookup needs it, as others may wait then
+        form = (key_form, out_type, out % 16 == 0)
+        self._plan.start_answer(LOOKUP, form, keys, n, out, self._state.no_lists, stream)
+        return True
 
     def fill(self, keys: int, n: int, stream: int) -> None:
         """Insert int64 keys as a lookup would, also during a switch of versions: for whoever fills the cache."""
@@ -161,13 +189,14 @@ class Lookups:
         return started
 
     def _start_on_cpu(self, workspace: Workspace, shape: KernelKey, keys: int, n: int, out: int, stream: int) -> bool:
-        """``_start_prepared`` in a block in which the store frees nothing; always with an insertion, which costs no launch."""
+        """``_start_prepared`` in a block in which the store frees nothing."""
         if self._switch.active is not None:
             return False
         with self._reading():
-            prepared = workspace.prepared.get(shape)
+            single = self._residency.single_kernel and shape[0] == LOOKUP
+            prepared = workspace.prepared.get((shape, single))
             if prepared is None:
-                prepared = workspace.prepared[shape] = self._plan.prepare(workspace, shape, False, stream)
+                prepared = workspace.prepared[shape, single] = self._plan.prepare(workspace, shape, single, stream)
             started: bool = prepared.start(keys, n, out)
             return started
 

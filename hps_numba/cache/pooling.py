@@ -106,7 +106,7 @@ class Pooling:
     def _unless_switching(self, workspace: Workspace, done: list[bool], *batch: Any) -> None:
         """``_batch``, unless a switch of versions has begun before the workspace was claimed; ``done`` tells."""
         if self._switch.active is None:
-            self._batch(workspace, *batch)
+            self._batch(workspace, *batch, inserts=not self._residency.single_kernel)
             done.append(True)
 
     def _start_chain(
@@ -122,11 +122,25 @@ class Pooling:
         launch = blocks, 1, THREADS, (*args, workspace.address)
         return whole.start(self._context, stream, workspace.event, launch, *self._plan.finishing_lookup(workspace, n))
 
-    def _batch(self, workspace: Workspace, shape: KernelKey, n: int, blocks: int, args: tuple[Any, ...], stream: int) -> None:
+    def _batch(
+        self,
+        workspace: Workspace,
+        shape: KernelKey,
+        n: int,
+        blocks: int,
+        args: tuple[Any, ...],
+        stream: int,
+        *,
+        inserts: bool = True,
+    ) -> None:
+        """Start all kernels of a batch; ``inserts``: as in ``lookup._answer_alone``, not if all rows are here."""
         workspace.reserve(max(n, 1), False, self._state.stream)
         kernel, _ = self._kernels.built(shape)
-        kernel.launch(blocks, stream, *args, workspace.address, threads=THREADS)
+        kernel.launch(blocks, stream, *args, workspace.address if inserts else self._state.no_lists, threads=THREADS)
         if not n:
+            return
+        if not inserts:
+            self._kernels.chain(shape)
             return
         if self._kernels.admits:
             keys, options, padding = args[4], args[-2], args[-1]

@@ -135,13 +135,64 @@ def test_cache_with_a_duplicate_key_is_not_complete(cpu_bench: Bench) -> None:
     primary = primary_in(375)
     away = [entry for entry in cache.entries() if primary(entry.key)[0] != entry.set][:20]
     assert len(away) == 20
+    cache.parts.residency.set_complete(False)  # as after a change that brought no new key
     busy(cache, away, BUSY)
     cache.lookup_arrays(ints(entry.key for entry in away))  # missed, for a writer is at work there
     busy(cache, away, 0)
     assert cache.counters().evicted > 0
+    cache.parts.residency.set_complete(True)
     cache.update(known[:1])  # any change of the table
     assert not cache.single_kernel
     assert cache.check_fully_resident() == 3000 and not cache.single_kernel  # as many rows, not as many keys
+
+
+def _by_one(cache: EmbeddingCache, keys: np.ndarray, stream: int) -> np.ndarray:
+    out = np.empty((len(keys), DIM), np.float32)
+    with cache.backend.current(), cache.parts.state.copies(keys) as (address,), cache.parts.state.buffer(out.nbytes) as room:
+        cache.lookup(address, len(keys), room, stream)
+        cache.backend.to_host(out, room, stream)
+    return out
+
+
+def _pooled(cache: EmbeddingCache, keys: np.ndarray, stream: int) -> np.ndarray:
+    ends = ints(range(len(keys) + 1))
+    out = np.empty((len(keys), DIM), np.float32)
+    state = cache.parts.state
+    with cache.backend.current(), state.copies(keys, ends) as (address, offsets), state.buffer(out.nbytes) as room:
+        cache.pool(address, len(keys), offsets, len(keys), room, stream)
+        cache.backend.to_host(out, room, stream)
+    return out
+
+
+def _of_tables(cache: EmbeddingCache, keys: np.ndarray, stream: int) -> np.ndarray:
+    group = CacheGroup([cache])
+    try:
+        group.lookup_arrays([keys])
+        return group.lookup_arrays([keys])[0]
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("look_up", [_by_one, _pooled, _of_tables])
+def test_lookups_that_meet_a_writer_leave_a_complete_cache_complete(bench: Bench, look_up: Any) -> None:
+    known = ints(range(3000))
+    cache = bench.cache(bench.store(known), 3000, whole=True, set_count=375)
+    assert cache.warm() == 3000 and cache.single_kernel
+    primary = primary_in(375)
+    away = [entry for entry in cache.entries() if primary(entry.key)[0] != entry.set][:20]
+    assert len(away) == 20
+    keys = ints(entry.key for entry in away)
+    streams = [cache.backend.new_stream() for _ in range(2)]  # which take the only workspace from each other
+    busy(cache, away, BUSY)
+    for stream in streams * 3:
+        assert_same_bits(look_up(cache, keys, stream), rows_of(keys, DIM))
+    busy(cache, away, 0)
+    counts = cache.counters()
+    assert (counts.inserted, counts.evicted) == (0, 0) and counts.misses > 0
+    cache.update(known[:1])
+    assert cache.single_kernel and cache.check_fully_resident() == 3000 and cache.single_kernel
+    for stream in streams:
+        cache.backend.destroy_stream(stream)
 
 
 @pytest.mark.parametrize("change", ["erase", "insert", "clear"])
