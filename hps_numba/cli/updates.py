@@ -81,16 +81,18 @@ def _lines(one: SourceStats) -> list[tuple[str, ...]]:
     """One for each table, and one of the source if there are none."""
     if not one.tables:
         lag = _number(one.lag_messages)
-        return [(one.name, "-", _offset(one.positions), lag, "-", "-", "-", _reasons(one.skipped), f"{one.retries:,}")]
-    return [(one.name, tag, *_cells(updates)) for tag, updates in sorted(one.tables.items())]
+        return [
+            (one.name, "-", _offset(one.positions, one.type), lag, "-", "-", "-", _reasons(one.skipped), f"{one.retries:,}")
+        ]
+    return [(one.name, tag, *_cells(updates, one.type)) for tag, updates in sorted(one.tables.items())]
 
 
-def _cells(updates: TableUpdates) -> tuple[str, ...]:
+def _cells(updates: TableUpdates, kind: str) -> tuple[str, ...]:
     lag = _number(updates.lag_messages)
     if updates.lag_seconds:
         lag += f" ({human_seconds(updates.lag_seconds)})"
     return (
-        _offset(updates.positions),
+        _offset(updates.positions, kind),
         lag,
         human_rate(updates.rows_per_second, "").strip(),
         _seconds(updates.freshness_seconds),
@@ -120,10 +122,13 @@ def _notes(one: SourceStats) -> list[str]:
     return notes
 
 
-def _offset(positions: Mapping[int | str, int]) -> str:
+def _offset(positions: Mapping[int | str, int], kind: str) -> str:
+    """The newest; of a stream of Redis by its id, which is shorter."""
     if not positions:
         return "-"
-    newest = str(max(positions.values()))
+    from hps_numba.updates._redis_streams.entries import id_of
+
+    newest = (id_of if kind == "redis_streams" else str)(max(positions.values()))
     return newest if len(positions) == 1 else f"{newest} (of {len(positions)})"
 
 

@@ -234,6 +234,8 @@ def test_lines_of_a_table_of_updates() -> None:
         "s: skipped last: width: x",
         "s: 3 failures of the bus; last problem: cannot be read: no",
     ]
+    streams = replace(busy, type="redis_streams", tables={TAG: replace(table, positions={"s": offset_of(b"1764590400000-17")})})
+    assert _lines(streams)[0][2] == "1764590400000-17"
     assert _notes(replace(busy, reloads=2))[1].endswith("before they were read: files were loaded again 2 times")
 
 

@@ -9,7 +9,7 @@ from hps_numba.errors import TierError
 from hps_numba.updates._producer import Outgoing
 from hps_numba.updates._update import Message, Position
 
-__all__ = ["BEGIN", "fields_of", "message_of", "offset_of"]
+__all__ = ["BEGIN", "fields_of", "id_of", "message_of", "offset_of"]
 
 #: the id before all others
 BEGIN = b"0-0"
@@ -27,6 +27,11 @@ def offset_of(entry_id: bytes) -> int:
     if int(number or 0) >> _SEQUENCE_BITS:
         raise TierError(f"expected an entry whose id the server chose, got {entry_id.decode()}")
     return int(milliseconds) << _SEQUENCE_BITS | int(number or 0)
+
+
+def id_of(offset: int) -> str:
+    """The id of an ``offset_of``, as commands of Redis take it."""
+    return f"{offset >> _SEQUENCE_BITS}-{offset & ((1 << _SEQUENCE_BITS) - 1)}"
 
 
 def fields_of(message: Outgoing) -> list[Any]:
