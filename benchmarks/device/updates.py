@@ -71,6 +71,8 @@ def measured(run: Run, bus: str, spec: Spec, rates: tuple[int, ...], folder: str
     with opened_bus(bus, folder) as (source, producer), opened(run.machine, spec, source) as server:
         many, probe = (waited(run.machine, server, rows, spec.dim) for rows in (spec.batch, PROBES))
         figures = measure(server, Calls(many, lambda keys: probe(keys).cpu().numpy()), producer, spec, rates)
+        (cache,) = next(iter(server.stats()["m"].values())).caches
+        run.say(f"{bus}: the cache has evicted {cache.evictions:,} rows; 0: each lookup was one kernel to the end")
     show(f"{bus}, D={spec.dim}: freshness from the cache, and lookups of {spec.batch:,} keys by one thread", figures)
     return figures
 
