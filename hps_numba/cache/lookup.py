@@ -165,6 +165,8 @@ class Lookups:
         """Host threads may gather missed rows of a large batch: there are many, and the device's own reads are slow; or it is
         so ordered."""
         assert self._gathered is not None
+        if self._residency.complete:
+            return False
         return bool(self._gathered.shares.forced) or (self._plan.needs_host and not self._gathered.skips(n))
 
     def _can_stage(self, stream: int, capturing: bool | None) -> bool:
