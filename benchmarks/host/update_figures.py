@@ -12,7 +12,7 @@ from typing import Any
 
 from redis_process import redis_server
 from report import print_table, verdict
-from update_load import Calls, Spec, calm, loaded
+from update_load import Calls, Spec, calm, loaded, warm_up
 
 import hps_numba
 
@@ -55,7 +55,7 @@ def opened_bus(bus: str, place: str | None) -> Iterator[tuple[Section, Section]]
 
 def measure(server: hps_numba.HPS, calls: Calls, producer: Section, spec: Spec, rates: Sequence[int]) -> Figures:
     """Of all rates; the first entry is without updates."""
-    start = 1 + loaded(calls, producer, replace(spec, rate=rates[0], seconds=_WARMUP), 1)["ticks"]  # kernels are loaded
+    start = warm_up(calls, producer, replace(spec, rate=rates[0], seconds=_WARMUP))
     figures: Figures = [{"rate": 0, **calm(calls, spec)}]
     for rate in rates:
         found = loaded(calls, producer, replace(spec, rate=rate), start)

@@ -29,7 +29,7 @@ from report import child_environment
 
 from hps_numba.updates import open_producer
 
-__all__ = ["PROBES", "Calls", "Producer", "Spec", "calm", "key_of", "loaded", "quick_of"]
+__all__ = ["PROBES", "Calls", "Producer", "Spec", "calm", "key_of", "loaded", "quick_of", "warm_up"]
 
 MODEL, TABLE = "m", "sparse_embedding0"
 PROBES = 16
@@ -224,6 +224,12 @@ def _wait_until(is_served: Callable[[], bool], tick: int) -> None:
         if time.monotonic() > end:
             raise AssertionError(f"tick {tick} is not served after {_PATIENCE:g} s")
         time.sleep(_PAUSE)
+
+
+def warm_up(calls: Calls, section: Section, spec: Spec) -> int:
+    """Load all kernels; the number of the next tick."""
+    made, _ = _beside(calls, section, spec, 1, probing=True)
+    return 1 + len(made["published"])
 
 
 def calm(calls: Calls, spec: Spec) -> dict[str, float]:
