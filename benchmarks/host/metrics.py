@@ -1,5 +1,9 @@
 """What metrics cost: the timing of a sample of lookups, one text for a server of 26 tables, and a request of a front end.
 
+Lookups in host memory, in a cache in host memory, and calls of that cache by address with their calls timed, as those of a
+cache on a GPU are: there the kernels differ, and what is timed and how do not. A call whose timing is off asks all the same
+whether it is due, so that has a line of its own.
+
 Lookups with and without the timing alternate within one process, and each round gives one difference; the median of those
 counts, as single rounds differ by more than what is measured. Counting itself is not switched off: it came before metrics did.
 
@@ -23,6 +27,8 @@ from others import Watch
 from report import add_options, finish, print_machine, print_table, verdict
 
 import hps_numba
+from hps_numba.cache.call_times import SAMPLED as SAMPLED_CALLS
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.kernels.host.histogram import SAMPLED
 from hps_numba.metrics import RequestMetrics
 
@@ -52,18 +58,59 @@ def pairs(switch: Callable[[bool], None], call: Callable[[], Any], rounds: int, 
     return taken
 
 
+def compared(switch: Callable[[bool], None], call: Callable[[], Any], rounds: int, calls: int) -> dict[str, float]:
+    taken = pairs(switch, call, rounds, calls)
+    switch(True)
+    with_, without = (statistics.median(times) for times in zip(*taken, strict=True))
+    cost = statistics.median(on - off for on, off in taken)
+    share = statistics.median(on / off for on, off in taken) - 1
+    return {"timed_ns": with_, "not_timed_ns": without, "cost_ns": cost, "share": share}
+
+
 def of_lookups(server: hps_numba.HPS, keys: np.ndarray, rounds: int, calls: int) -> list[dict[str, float]]:
     table = server._catalog.table("m", 0)
     results = []
     for batch in BATCHES:
         some, out = keys[:batch].copy(), np.empty((batch, DIM), np.float32)
-        taken = pairs(table.time_lookups, partial(server.lookup, some, "m", 0, out=out), rounds, calls)
-        table.time_lookups(True)
-        with_, without = (statistics.median(times) for times in zip(*taken, strict=True))
-        cost = statistics.median(on - off for on, off in taken)
-        share = statistics.median(on / off for on, off in taken) - 1
-        results.append({"keys": batch, "timed_ns": with_, "not_timed_ns": without, "cost_ns": cost, "share": share})
+        call = partial(server.lookup, some, "m", 0, out=out)
+        results.append({"keys": batch, **compared(table.time_lookups, call, rounds, calls)})
     return results
+
+
+def of_calls(server: hps_numba.HPS, keys: np.ndarray, rounds: int, calls: int) -> list[dict[str, float]]:
+    """Of the cache itself, by addresses, as layers call that of a GPU."""
+    cache = server._catalog.table("m", 0).cache_on(None)
+    assert cache is not None
+    results = []
+    for batch in BATCHES:
+        some, out = keys[:batch].copy(), np.empty((batch, DIM), np.float32)
+        call = partial(cache.lookup, some.ctypes.data, batch, out.ctypes.data, 0)
+        results.append({"keys": batch, **compared(cache.calls.switch, call, rounds, calls)})
+    return results
+
+
+def of_asking(rounds: int, calls: int) -> float:
+    """Nanoseconds to find that a call is not timed, in a loop, whose own cost is taken off."""
+    times, differences = CallTimes(), []
+    for _ in range(rounds):
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            pass
+        empty = time.perf_counter_ns()
+        for _ in range(calls):
+            since = time.perf_counter_ns() if next(times.due) else 0
+            if since:
+                times.end(since)
+        end = time.perf_counter_ns()
+        differences.append(((end - empty) - (empty - start)) / calls)
+    return statistics.median(differences)
+
+
+def print_lookups(title: str, lookups: list[dict[str, float]]) -> None:
+    head = ["keys", "timed, ns", "not timed, ns", "median difference, ns", "share"]
+    names = ("timed_ns", "not_timed_ns", "cost_ns")
+    cells = [[f"{row['keys']:g}", *(f"{row[name]:.1f}" for name in names), f"{row['share']:.2%}"] for row in lookups]
+    print_table(title, head, cells)
 
 
 def milliseconds(call: Callable[[], Any], times: int) -> float:
@@ -74,6 +121,14 @@ def milliseconds(call: Callable[[], Any], times: int) -> float:
         call()
         taken.append((time.perf_counter() - start) * 1e3)
     return statistics.median(taken)
+
+
+def config_of_cache(folder: Path) -> dict[str, Any]:
+    """A config whose lookups a cache in host memory answers."""
+    config = config_of(folder, DIM)
+    config["cache_on_cpu"] = True
+    config["models"][0].update(gpucache=True, gpucacheper=1.0, deployed_device_list=[0])
+    return config
 
 
 def config_of_tables(folder: Path) -> dict[str, Any]:
@@ -126,19 +181,23 @@ def main() -> None:
         keys = save_model(Path(folder) / "table.model", ROWS, DIM)
         with hps_numba.HPS(config_of(Path(folder) / "table.model", DIM)) as server:
             lookups = of_lookups(server, keys, rounds, calls)
+        with hps_numba.HPS(config_of_cache(Path(folder) / "table.model")) as server:
+            cached, by_address = (of(server, keys, rounds, calls) for of in (of_lookups, of_calls))
         with hps_numba.HPS(config_of_tables(Path(folder) / "table.model")) as server:
             texts = of_texts(server, keys, 3 if options.quick else 50)
     requests = of_requests(3 if options.quick else 300)
-    head = ["keys", "timed, ns", "not timed, ns", "median difference, ns", "share"]
-    names = ("timed_ns", "not_timed_ns", "cost_ns")
-    cells = [[f"{row['keys']:g}", *(f"{row[name]:.1f}" for name in names), f"{row['share']:.2%}"] for row in lookups]
-    print_table(f"HPS.lookup(out=), D={DIM}: one lookup in {SAMPLED} is timed", head, cells)
+    asking = of_asking(rounds, calls)
+    print_lookups(f"HPS.lookup(out=), D={DIM}: one lookup in {SAMPLED} is timed", lookups)
+    print_lookups(f"HPS.lookup(out=) in a cache in host memory: one lookup in {SAMPLED_CALLS} is timed", cached)
+    print_lookups(f"EmbeddingCache.lookup, by addresses: one call in {SAMPLED_CALLS} is timed", by_address)
+    print(f"to ask whether a call of a cache is timed: {asking:.1f} ns\n")
     print_table(f"A server of {TABLES} tables", ["", "figure"], [[name, f"{value:.2f}"] for name, value in texts.items()])
     print(f"one key: {lookups[0]['share']:.2%} of a lookup {verdict(lookups[0]['share'], at_most=MOST)}")
     print(f"one request of a front end: {requests:.2f} us\n")
     if watch.disturbed:
         print(f"note: other programs kept {watch.cores():.1f} cores busy\n")
-    results = {"lookups": lookups, "texts": texts, "request_us": requests, "cores_of_others": watch.cores()}
+    results = {"lookups": lookups, "cached": cached, "by_address": by_address, "asking_ns": asking}
+    results |= {"texts": texts, "request_us": requests, "cores_of_others": watch.cores()}
     finish(options.json, quick=options.quick, dim=DIM, **results)
 
 

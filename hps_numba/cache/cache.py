@@ -60,6 +60,8 @@ class EmbeddingCache:
 
     Attributes:
         name, dim, kind, row_type, sets: as given or derived.   fixed: not ``dynamic``.   capacity: rows that it has room for.
+        calls: how long calls of ``lookup`` and ``pool`` took until they returned, of a sample; at first none is timed. A lookup
+            with a list of absent keys is a part of one that goes on: who asked for the list times the whole.
         parts: what it is made of (``cache.parts``), for groups of caches, the simulator and tests.
 
     Raises:
@@ -99,7 +101,7 @@ class EmbeddingCache:
         )
         self.name, self.dim, self.kind, self.row_type = name, dim, kind, row_type
         self.fixed, self.sets, self.capacity = geometry.fixed, geometry.sets, geometry.capacity
-        self.parts, self._lookups, self._pooling = parts, parts.lookups, parts.pooling
+        self.parts, self._lookups, self._pooling, self.calls = parts, parts.lookups, parts.pooling, parts.calls
 
     # -- lookups in stream order, by addresses ------------------------------------------------------------------------------
 

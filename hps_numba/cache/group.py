@@ -19,6 +19,7 @@ import numpy as np
 
 from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, Backend, Kernel, Memory, OwnStream
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.cache.kernel_set import FINISHING_TABLES
 from hps_numba.cache.launch_plan import Launch, start
 from hps_numba.cache.staging import NEVER
@@ -67,6 +68,7 @@ class CacheGroup:
         self._residencies = [cache.parts.residency for cache in caches]
         self._switch = first.parts.switch
         self._states = [cache.parts.state.address for cache in caches]
+        self._times = CallTimes.of_all([cache.calls for cache in caches])
         self._dim, self._large_batch = first.dim, first.large_batch
         self._fixed, self._counted = first.fixed, first.parts.kernels.counted
         self._sets = max(cache.sets for cache in caches)
@@ -118,7 +120,10 @@ class CacheGroup:
         Raises:
             ClosedError: a cache or the group was closed.   CapacityError: no memory for batches of this size, or too many keys.
             DeviceError: the driver refused.
+
+        Of a sample of calls, how long each took counts for one of the caches, in turn.
         """
+        since = self._times.begin()
         self._begin()
         longest = max(counts)
         if longest > MAX_BATCH:
@@ -129,11 +134,18 @@ class CacheGroup:
         words[0::TABLE_WORDS], words[1::TABLE_WORDS], words[2::TABLE_WORDS] = keys, counts, outs
         aligned = not any(map((15).__and__, outs))
         shape = (key_form, out_type, aligned, sum(counts) < self._large_batch)
-        if shape in self._built:
-            given = array("q", words)
-            if self._pool.reuse(stream, longest, self._start_prepared, shape, stream, given.buffer_info()[0], longest):
-                return
-        words += [0] * (TABLE_WORDS * MAX_TABLES - len(words))
+        given = array("q", words) if shape in self._built else None
+        if given is None or not self._pool.reuse(
+            stream, longest, self._start_prepared, shape, stream, given.buffer_info()[0], longest
+        ):
+            self._start_unprepared(shape, longest, words, stream)
+        if since:
+            self._times.end(since)
+
+    def _start_unprepared(self, shape: Shape, longest: int, words: list[int], stream: int) -> None:
+        """Start the kernels one after the other; during a switch of versions, ask the stand-ins."""
+        keys, counts, outs = (words[first::TABLE_WORDS] for first in range(3))
+        words = words + [0] * (TABLE_WORDS * MAX_TABLES - len(words))
         with self._backend.current():
             if self._backend.is_capturing(stream):
                 self._capture(shape, longest, words, stream)
@@ -141,7 +153,7 @@ class CacheGroup:
 
             def ask(stand_ins: StandIns) -> None:
                 for state, some, count, out in zip(self._states, keys, counts, outs, strict=True):
-                    stand_ins[state].lookups.lookup(some, count, out, stream, key_form, out_type, False)
+                    stand_ins[state].lookups.lookup(some, count, out, stream, shape[0], shape[1], False)
 
             while not self._switch.answer(ask) and not self._start(shape, longest, words, stream):
                 pass
@@ -166,9 +178,12 @@ class CacheGroup:
         tables = len(self._caches)
         shape = (key_form, out_type, (out | out_step) & 15 == 0, tables * n < self._large_batch)
         if shape in self._built and 0 < n <= MAX_BATCH:
+            since = self._times.begin()
             self._begin()
             how = shape, stream, 0, n, keys, key_step, out, out_step
             if self._pool.reuse(stream, n, self._start_prepared, *how):
+                if since:
+                    self._times.end(since)
                 return
         every_keys = [keys + key_step * i for i in range(tables)]
         outs = [out + out_step * i for i in range(tables)]

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.cache.gathering import GATHERED_FROM, GatheredMisses
 from hps_numba.cache.host_arrays import contiguous_keys, float32_output
 from hps_numba.cache.kernel_set import LISTED_LOOKUP, LOOKUP, KernelKey, KernelSet
@@ -40,6 +42,7 @@ class Lookups:
         misses: for batches whose missed rows host threads gather, if there are such.
         gathered: for batches of which they gather a part.
         reading: gives a block in which the host store frees nothing that this thread reads.
+        times: of calls of ``lookup``, except for those with an absent list, which their callers go on with.
 
     Attributes:
         staged_from: keys of the smallest batch that may be staged.
@@ -61,11 +64,12 @@ class Lookups:
         gathered: GatheredMisses | None,
         switch: VersionSwitch,
         reading: Callable[[], AbstractContextManager[object]],
+        times: CallTimes,
     ) -> None:
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces, self._misses = residency, plan, workspaces, misses
         self._gathered = gathered
-        self._switch, self._reading = switch, reading
+        self._switch, self._reading, self._times = switch, reading, times
         self._backend, self._pool, self._large_batch = kernels.backend, workspaces.pool, kernels.large_batch
         self._on_device = kernels.backend.ordinal is not None
         self.staged_from = NEVER if misses is None else 1
@@ -83,6 +87,8 @@ class Lookups:
         absent_list: int = 0,
     ) -> None:
         """``EmbeddingCache.lookup``."""
+        times = self._times
+        since = perf_counter_ns() if next(times.due) and not absent_list else 0
         self._lifecycle.begin()
         if absent_list and n > MAX_BATCH:
             raise CapacityError(
@@ -95,7 +101,26 @@ class Lookups:
             shape = (LISTED_LOOKUP if listed else LOOKUP, key_form, out_type, out % 16 == 0, n < self._large_batch)
             start = self._start_prepared if self._on_device else self._start_on_cpu
             if self._pool.reuse(stream, n, start, shape, keys, n, out, stream):
+                if since:
+                    times.end(since)
                 return
+        self._start_unprepared(keys, n, out, stream, key_form, out_type, capturing, absent_list, staged)
+        if since:
+            times.end(since)
+
+    def _start_unprepared(
+        self,
+        keys: int,
+        n: int,
+        out: int,
+        stream: int,
+        key_form: str,
+        out_type: str,
+        capturing: bool | None,
+        absent_list: int,
+        staged: bool,
+    ) -> None:
+        """Look up batch by batch: unlike the batches before, captured by a graph, listed, or with the help of the host."""
         with self._backend.current():
             if n == 0:
                 if absent_list:

@@ -3,7 +3,7 @@
 Parts are given those that they need and use their public names only, so each can be read and tested by itself:
 
 * memory: ``state``, ``workspaces``, ``misses`` (staged rows), ``mirror`` (of the store's index);
-* what is known: ``geometry``, ``lifecycle``, ``residency``, ``link`` (to the store);
+* what is known: ``geometry``, ``lifecycle``, ``residency``, ``link`` (to the store), ``calls`` (how long they took);
 * kernels: ``kernels`` (which), ``plan`` (in which order and how large);
 * calls: ``lookups``, ``pooling``, ``without_store``, ``changes``, ``warming``, ``policy_switch``, ``inspection``.
 """
@@ -15,6 +15,7 @@ import weakref
 from contextlib import nullcontext
 
 from hps_numba.cache.backends import backend_for
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.cache.changes import Changes
 from hps_numba.cache.gathering import GatheredMisses, listed_from
 from hps_numba.cache.index_mirror import IndexMirror, may_mirror
@@ -75,7 +76,7 @@ class CacheParts:
     ) -> None:
         forced = forced_share()
         self.geometry, self.store, self.backend, self.switch = geometry, store, backend_for(device), switch
-        self._limit = limit
+        self._limit, self.calls = limit, CallTimes()
         # kernels of the CPU keep the store from freeing what they read, as its other readers do; those of a device count
         # themselves
         self.reading = store.reading if store is not None and device is None else nullcontext
@@ -171,9 +172,9 @@ class CacheParts:
         self.plan = plan = LaunchPlan(geometry, state, kernels, residency, self.mirror)
         misses = self.misses, self.gathered
         self.lookups = Lookups(
-            geometry, state, lifecycle, kernels, residency, plan, workspaces, *misses, self.switch, self.reading
+            geometry, state, lifecycle, kernels, residency, plan, workspaces, *misses, self.switch, self.reading, self.calls
         )
-        self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.switch)
+        self.pooling = Pooling(geometry, state, lifecycle, kernels, residency, plan, workspaces, self.switch, self.calls)
         self.without_store = WithoutStore(geometry, state, lifecycle, residency, plan, workspaces, self.backend)
         self.changes = Changes(geometry, state, lifecycle, kernels, residency, self.reading)
         self.warming = Warming(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.cache.host_arrays import contiguous_keys, contiguous_offsets, contiguous_weights
 from hps_numba.cache.kernel_set import KernelKey, KernelSet
 from hps_numba.cache.launch_plan import LaunchPlan
@@ -32,6 +34,9 @@ __all__ = ["Pooling"]
 class Pooling:
     """Lookups whose rows are combined bag by bag; the cache is left as ``Lookups.lookup`` of the same keys would leave it.
 
+    Args:
+        times: of calls of ``pool``.
+
     Thread safety: all methods.
     """
 
@@ -45,8 +50,9 @@ class Pooling:
         plan: LaunchPlan,
         workspaces: WorkspaceSet,
         switch: VersionSwitch,
+        times: CallTimes,
     ) -> None:
-        self._switch = switch
+        self._switch, self._times = switch, times
         self._geometry, self._state, self._lifecycle, self._kernels = geometry, state, lifecycle, kernels
         self._residency, self._plan, self._workspaces = residency, plan, workspaces
         self._backend, self._pool, self._context = kernels.backend, workspaces.pool, kernels.backend.context
@@ -68,6 +74,7 @@ class Pooling:
         capturing: bool | None = None,
     ) -> None:
         """``EmbeddingCache.pool``."""
+        since = self._times.begin()
         self._lifecycle.begin()
         geometry = self._geometry
         number = COMBINERS.get(combiner)
@@ -83,8 +90,28 @@ class Pooling:
         args = (*self._state.kernel_args, *batch)
         shape = ("pool_kernel", key_form, out_type, out % 16 == 0)
         repeats = self._kernels.chains and capturing is None and n
-        if repeats and self._pool.reuse(stream, n, self._start_chain, shape, n, blocks, args, stream):
-            return
+        if not repeats or not self._pool.reuse(stream, n, self._start_chain, shape, n, blocks, args, stream):
+
+            def ask(stand_ins: StandIns) -> None:
+                stand_ins[self._state.address].pooling.pool(
+                    keys, n, offsets, bags, out, stream, combiner, weights, options, padding, key_form, out_type, False
+                )
+
+            self._start_unprepared(ask, capturing, shape, n, blocks, args, stream)
+        if since:
+            self._times.end(since)
+
+    def _start_unprepared(
+        self,
+        ask: Callable[[StandIns], None],
+        capturing: bool | None,
+        shape: KernelKey,
+        n: int,
+        blocks: int,
+        args: tuple[Any, ...],
+        stream: int,
+    ) -> None:
+        """Start the kernels one after the other; during a switch of versions, ``ask`` the stand-in."""
         with self._backend.current():
             if capturing is None:
                 capturing = self._backend.is_capturing(stream)
@@ -92,12 +119,6 @@ class Pooling:
                 self._workspaces.use(True, stream, self._batch, shape, n, blocks, args, stream)
                 return
             done: list[bool] = []
-
-            def ask(stand_ins: StandIns) -> None:
-                stand_ins[self._state.address].pooling.pool(
-                    keys, n, offsets, bags, out, stream, combiner, weights, options, padding, key_form, out_type, False
-                )
-
             while not self._switch.answer(ask):
                 self._workspaces.use(False, stream, self._unless_switching, done, shape, n, blocks, args, stream)
                 if done:

@@ -84,8 +84,14 @@ def _share(name: str, heading: str, part: str, whole: str, **fixed: str) -> _Fie
     return _Field(name, heading, read, _percent, (part, whole))
 
 
-def _quantile(name: str, heading: str, share: float, metric: str) -> _Field:
-    return _Field(name, heading, lambda change, labels: change.quantile(share, metric, **labels), _seconds, (metric,))
+def _quantile(name: str, heading: str, share: float, *metrics: str) -> _Field:
+    """Of the first of the histograms that counted anything."""
+
+    def read(change: Change, labels: Mapping[str, str]) -> float | None:
+        found = (change.quantile(share, metric, **labels) for metric in metrics)
+        return next((seconds for seconds in found if seconds is not None), None)
+
+    return _Field(name, heading, read, _seconds, metrics)
 
 
 def _gauge(name: str, heading: str, metric: str, show: Show, *, largest: bool = False) -> _Field:
@@ -107,6 +113,7 @@ def _errors(name: str, heading: str, first: str) -> _Field:
 
 
 _LOOKUPS, _KEYS, _HITS = "hps_lookups_total", "hps_keys_total", "hps_hit_keys_total"
+_WHOLE, _CALLS = ("hps_cache_lookup_seconds", "hps_host_lookup_seconds"), "hps_cache_call_seconds"
 _SECTIONS = (
     _Section(
         "lookups",
@@ -119,8 +126,10 @@ _SECTIONS = (
             _share("slower_tiers_hit_rate", "slower", _HITS, _KEYS, tier="slower_tiers"),
             _share("default_rate", "default", "hps_absent_keys_total", _KEYS),
             _share("unanswered_rate", "unansw.", "hps_unanswered_keys_total", _KEYS),
-            _quantile("p50_seconds", "p50", 0.5, "hps_host_lookup_seconds"),
-            _quantile("p99_seconds", "p99", 0.99, "hps_host_lookup_seconds"),
+            _quantile("p50_seconds", "p50", 0.5, *_WHOLE),
+            _quantile("p99_seconds", "p99", 0.99, *_WHOLE),
+            _quantile("call_p50_seconds", "", 0.5, _CALLS),
+            _quantile("call_p99_seconds", "call p99", 0.99, _CALLS),
         ),
         (_LOOKUPS, _KEYS),
     ),
@@ -241,9 +250,10 @@ def _table(section: _Section, rows: Sequence[Row]) -> RenderableType:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(Text(section.name), overflow="fold")
-    for field in section.fields:
+    fields = [field for field in section.fields if field.heading]
+    for field in fields:
         table.add_column(Text(field.heading), justify="right", overflow="fold")
     for row in rows:
         names = "/".join(row[label] for label in section.labels if row[label])
-        table.add_row(Text(names or "-"), *(Text(field.show(row[field.name])) for field in section.fields))
+        table.add_row(Text(names or "-"), *(Text(field.show(row[field.name])) for field in fields))
     return table

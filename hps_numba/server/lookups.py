@@ -109,12 +109,17 @@ class Lookups:
             type_, bits = table.output_type, self._key_bits
             there = DeviceBatch(keys, table.spec.dim, type_, bits, out, stream, larger=larger, out_name=out_name)
             return self._launch(model, table, cache, there)
+        since = table.cached_lookups.begin()
         batch = HostBatch(keys, table.spec.dim, table.output_type, self._key_bits, out, larger=larger, out_name=out_name)
         self._fill(model, table, batch.keys, batch.rows)
-        return batch.result()
+        rows = batch.result()
+        if since:
+            table.cached_lookups.end(since)
+        return rows
 
     def _launch(self, model: ServedModel, table: ServedTable, cache: EmbeddingCache, batch: DeviceBatch | MovedBatch) -> Any:
         """The rows of a batch on a GPU, or of its bags; returns when the work is on the stream."""
+        since = 0 if table.slow_path is None else cache.calls.begin()  # else the cache times its calls itself
         try:
             if batch.bags is None:
                 table.lookup_cached(cache, batch.keys, batch.address, batch.stream)
@@ -124,6 +129,8 @@ class Lookups:
             self._catalog.explain(model, problem)
         if self._recordings.active:
             self._recordings.record_on_device(table, batch.keys, batch.stream)
+        if since:
+            cache.calls.end(since)
         return batch.result()
 
     def _fill(self, model: ServedModel, table: ServedTable, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -169,10 +176,13 @@ class Lookups:
                 return
         model = self._catalog.model(model_name)
         table = model.table(table_id)
+        since = table.cached_lookups.begin()
         flat, shape, _ = as_keys(keys, key_bits=self._key_bits)
         dim = table.spec.dim
         check_rows(out, (*shape, dim))
         self._fill(model, table, flat, out if out.ndim == 2 else out.reshape(-1, dim))
+        if since:
+            table.cached_lookups.end(since)
 
     def prefetch(self, keys: Any, model_name: str, table_id: int | str, device_id: int | None, *, wait: bool) -> bool:
         """As ``HPS.prefetch``."""

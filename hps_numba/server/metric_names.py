@@ -36,7 +36,8 @@ def _seconds(what: str, help: str, edges: tuple[int, ...], labels: tuple[str, ..
     return Metric(name=name, kind="histogram", help=help, labels=labels, unit="seconds", edges=edges, scale=1e-9)
 
 
-# edges in ns: of lookups in host memory from 128 ns to 1.1 s, of fetches from 1 us to 69 s, of slow work from 1 ms to 2.4 h
+# edges in ns: of lookups in host memory from 128 ns to 1.1 s, of fetches and of lookups in caches from 1 us to 69 s, of slow
+# work from 1 ms to 2.4 h
 _QUICK, _FETCHES, _SLOW = edges_between(1 << 7, 1 << 30), edges_between(1 << 10, 1 << 36), edges_between(1 << 20, 1 << 43, 1)
 
 # -- server and models
@@ -73,6 +74,18 @@ HOST_LOOKUP_SECONDS = _seconds(
     "Time in the compiled lookup of keys in host memory, of a sample of lookups (one in 16).",
     _QUICK,
     _TABLE,
+)
+CACHE_LOOKUP_SECONDS = _seconds(
+    "cache_lookup",
+    "Time of a whole lookup that a cache in host memory answers, until its rows are there, of a sample (one in 64).",
+    _FETCHES,
+    _CACHE,
+)
+CACHE_CALL_SECONDS = _seconds(
+    "cache_call",
+    "Time until a call that looks up in a cache on a GPU returned, of a sample (one in 64): the GPU may still be at work.",
+    _FETCHES,
+    _CACHE,
 )
 
 # -- slower tiers, one by one

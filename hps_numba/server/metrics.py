@@ -132,6 +132,11 @@ def _add_timings(found: _Found, model: ServedModel, table: ServedTable) -> None:
         found[names.FOUND_KEYS].add(counts.found, *own, tier)
         found[names.FETCH_ERRORS].add(counts.errors, *own, tier)
         found[names.FETCH_SECONDS].add(counts.nanoseconds, *own, tier)
+    for cache in table.caches or ():
+        if cache.device is None:
+            found[names.CACHE_LOOKUP_SECONDS].add(table.cached_lookups.snapshot(), *own, _device(None))
+        else:
+            found[names.CACHE_CALL_SECONDS].add(cache.calls.snapshot(), *own, _device(cache.device))
     if table.caches is not None:
         refreshes = table.caches.refreshes
         found[names.REFRESH_AGE].add(refreshes.age_seconds, *own)

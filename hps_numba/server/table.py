@@ -18,6 +18,7 @@ from hps_numba.arrays.cuda import DeviceKeys
 from hps_numba.arrays.host import NUMPY
 from hps_numba.arrays.plain_tensors import PlainHostTensors, PlainTensors, is_tensor
 from hps_numba.cache.cache import EmbeddingCache
+from hps_numba.cache.call_times import CallTimes
 from hps_numba.config import TableSpec
 from hps_numba.kernels.layouts.cache import MAX_BATCH
 from hps_numba.kernels.layouts.host_store import COUNTER_ABSENT
@@ -54,6 +55,7 @@ class ServedTable:
         writes: what changes the rows.
         slow_path: lookups that may go on to slower tiers, or None if there are none.
         caches: the caches of the table, or None.
+        cached_lookups: how long whole lookups took, of a sample of them, if a cache in host memory answers them.
 
     Thread safety: every method.
     """
@@ -72,6 +74,7 @@ class ServedTable:
         self.output_type = output_type
         self.store = store
         self.caches: TableCaches | None = None
+        self.cached_lookups = CallTimes()
         self.writes = TableWrites(spec, store, tiers)
         self._counters = Counters()
         self.slow_path: SlowPath | None = None
@@ -87,6 +90,7 @@ class ServedTable:
         self.caches = self.writes.caches = caches
         if caches.on(None) is not None:
             self._in_host_memory = None
+            self.cached_lookups.switch(True)
 
     @property
     def parts(self) -> tuple[object, ...]:
@@ -211,8 +215,10 @@ class ServedTable:
         return self._counters.latency.snapshot()
 
     def time_lookups(self, timed: bool) -> None:
-        """Whether a sample of lookups is timed from now on; at first it is."""
+        """Whether a sample of lookups is timed from now on, while nobody looks up; at first it is."""
         self._counters.time_lookups(timed)
+        for cache in self.caches or ():
+            (self.cached_lookups if cache.device is None else cache.calls).switch(timed)
 
     def stats(self, version: int, group_bytes: GroupBytes) -> TableStats:
         """Counts since the server started; ``version`` is that of the model's content.

@@ -83,6 +83,7 @@ class TableCaches:
                 cache = self._caches[device] = _open_cache(spec, model, shape, device, policy, store, switch)
                 undo.callback(cache.close)
                 if device is not None:
+                    cache.calls.switch(True)  # in host memory, whole lookups are timed (``server.lookups``)
                     promise(device, cache.parts, planned_bytes)
                 if not plugins.is_built_in(_POLICIES, policy.name):  # compiled, or refused, at the start
                     cache.compile_policy()

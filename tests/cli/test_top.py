@@ -250,6 +250,25 @@ def test_numbers_of_a_look_are_those_of_the_server(server: hps_numba.HPS) -> Non
     assert {row["model"] for row in look(change(before, after), "n")["lookups"]} == {"n"}
 
 
+def test_latency_is_that_of_whole_lookups_and_of_calls_on_gpus() -> None:
+    def text(*counts: tuple[str, str]) -> str:
+        lines = [f'hps_lookups_total{{model="m",table="{table}"}} 1' for _, table in counts]
+        for name, table in counts:
+            labels = f'model="m",table="{table}"'
+            lines += [f'{name}_bucket{{{labels},le="{edge}"}} {number}' for edge, number in (("0.001", 0), ("+Inf", 0))]
+        return "\n".join(lines) + "\n"
+
+    kinds = ("hps_host_lookup_seconds", "a"), ("hps_cache_lookup_seconds", "b"), ("hps_cache_call_seconds", "c")
+    before = text(*kinds)
+    after = before.replace('le="0.001"} 0', 'le="0.001"} 4').replace('le="+Inf"} 0', 'le="+Inf"} 4')
+    found = {row["table"]: row for row in look(change(before, after))["lookups"]}
+    for table in "ab":
+        assert found[table]["p50_seconds"] == 0.0005 and found[table]["call_p99_seconds"] is None
+    assert found["c"]["p50_seconds"] is found["c"]["p99_seconds"] is None
+    assert found["c"]["call_p50_seconds"] == 0.0005 and found["c"]["call_p99_seconds"] == pytest.approx(0.00099)
+    assert "call p99" in shown(look(change(before, after))) and "p50" in shown(look(change(before, after)))
+
+
 def test_metrics_that_an_older_server_lacks_are_dashes() -> None:
     text = 'hps_lookups_total{model="m",table="t"} 5\n'
     found = look(change(text, text))
@@ -282,7 +301,7 @@ def test_tables_are_in_units_that_people_read() -> None:
         'hps_update_source_running{source="news",type="kafka"} 0\n'
     )
     lines = [line.split() for line in shown(look(change(before, after))).splitlines()]
-    assert ["m/t", "12.7", "k", "1.27", "M", "75.0", "%", "-", "-", "-", "-", "-", "-"] in lines
+    assert ["m/t", "12.7", "k", "1.27", "M", "75.0", "%", *"-------"] in lines
     assert ["m/t", "-", "-", "1,234,567", "1.0", "MiB", "-", "-", "-"] in lines
     assert ["m/t/redis_cluster", "100", "25.0", "%", "-", "-", "-"] in lines
     assert ["news/m/t", "10", "-", "-", "20", "ms", "-", "-"] in lines

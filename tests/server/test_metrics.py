@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from support.internals import served_model
 from support.services import DIM, KEYS, Service
 
 from hps_numba import HPS
-from hps_numba.errors import ClosedError, ConfigError, ModelFileError, TierError
+from hps_numba.errors import ArrayError, ClosedError, ConfigError, KeyDtypeError, ModelFileError, TierError
 from hps_numba.kernels.host.histogram import SAMPLED
 from hps_numba.metrics import Family, HistogramSnapshot
 from hps_numba.server.metrics import SERVER_METRICS
@@ -77,6 +78,74 @@ def test_a_sample_of_lookups_in_host_memory_is_timed(workshop: Workshop) -> None
     assert isinstance(times, HistogramSnapshot)
     assert 300 / SAMPLED - 2 <= times.count <= 300 / SAMPLED + 2
     assert times.sum > 0
+
+
+def snapshot(server: HPS, name: str, **labels: Any) -> HistogramSnapshot:
+    found = value(server, name, **labels)
+    assert isinstance(found, HistogramSnapshot)
+    return found
+
+
+def time_every_lookup(server: HPS) -> None:
+    for table in served_model(server).tables:
+        for times in (table.cached_lookups, *(cache.calls for cache in table.caches)):
+            if times.on:
+                times.due = repeat(True)
+
+
+def test_a_sample_of_lookups_in_caches_is_timed(service: Service) -> None:
+    server = service.open((range(100), DIM))
+    keys = service.keys([1, 2])
+    for _ in range(1021):  # of so many one after the other, 16 are timed
+        server.lookup(keys, "m", 0)
+    assert value(server, "hps_cache_lookups_total") == 1021
+    name, device = ("hps_cache_lookup_seconds", "cpu") if service.device is None else ("hps_cache_call_seconds", "0")
+    times = snapshot(server, name, device=device)
+    assert times.count == 16 and times.sum > 16 * 1000, "no lookup takes less than a microsecond"
+    other = ({"hps_cache_lookup_seconds", "hps_cache_call_seconds"} - {name}).pop()
+    assert not families(server)[other].samples
+    assert snapshot(server, "hps_host_lookup_seconds").count == 0
+
+
+def test_every_way_to_a_cache_is_timed_once(service: Service) -> None:
+    server = service.open((range(100), DIM), (range(50), DIM))
+    time_every_lookup(server)
+    name = "hps_cache_lookup_seconds" if service.device is None else "hps_cache_call_seconds"
+    keys, ends = service.keys([1, 2]), service.keys([0, 1, 2])
+    counted = []
+    for look_up in (
+        lambda: server.lookup(keys, "m", 0),
+        lambda: server.lookup(keys, "m", 0, out=server.lookup(keys, "m", 1)),
+        lambda: server.lookup_many([keys], "m"),
+        lambda: server.lookup_pooled(keys, ends, "m", 0),
+        lambda: server.direct.lookup_into(np.array([1, 2]), "m", 0, np.empty((2, DIM), np.float32)),
+    ):
+        before = families(server)[name]
+        look_up()
+        after = families(server)[name]
+        counted.append(sum(now[1].count - then[1].count for now, then in zip(after.samples, before.samples, strict=True)))
+    pooled, of_host = (0, 1) if service.device is None else (1, 0)  # bags of keys in host memory are pooled past the cache
+    assert counted == [1, 2, 1, pooled, of_host]
+
+
+def test_lookups_that_raise_are_not_timed(on_cpu: Service) -> None:
+    server = on_cpu.open((range(100), DIM))
+    time_every_lookup(server)
+    with pytest.raises(ArrayError):
+        server.lookup([1, 2], "m", 0, out=np.empty((3, DIM), np.float32))
+    with pytest.raises(KeyDtypeError):
+        server.lookup([0.5], "m", 0)
+    assert snapshot(server, "hps_cache_lookup_seconds").count == 0
+
+
+def test_lookups_in_caches_are_timed_with_their_fetches(service: Service) -> None:
+    server, _ = service.open_cold()
+    time_every_lookup(server)
+    service.lookup(server, [1, 2, 3])
+    name = "hps_cache_lookup_seconds" if service.device is None else "hps_cache_call_seconds"
+    whole, fetch = snapshot(server, name), snapshot(server, "hps_tier_fetch_seconds")
+    assert whole.count == fetch.count == 1
+    assert whole.sum > fetch.sum > 0
 
 
 def test_fetches_of_slower_tiers_are_counted_one_by_one(workshop: Workshop) -> None:
