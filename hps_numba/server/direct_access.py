@@ -80,7 +80,7 @@ class DirectAccess:
         Raises:
             UnknownModelError: no such model.   ClosedError: the server was closed.
         """
-        return any(table.slow_path is not None for table in self._catalog.model(model_name).tables)
+        return self._catalog.model(model_name).has_slower_tiers
 
     def read_one_version(self, model_name: str, read: Callable[[], T]) -> tuple[T, int]:
         """What ``read`` returns of several tables, all of one version of the model, and its number.

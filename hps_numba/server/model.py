@@ -68,7 +68,7 @@ class ServedModel:
         policies: of the caches, one a table; empty if there are no caches.
 
     Attributes:
-        tables: in table order.
+        tables: in table order.   has_slower_tiers: lookups may go on to tiers that are slower than host memory.
         groups: selections of tables that are looked up together on a device.
         switch: of the versions of all tables.   versions: which is in force.
         prefetches: rows of slower tiers that are brought up ahead of lookups.
@@ -108,6 +108,7 @@ class ServedModel:
             self.tables = tuple(self._open_table(spec, undo) for spec in model.tables(config.folder))
             undo.pop_all()
         self._by_name = {table.spec.name: table for table in self.tables}
+        self.has_slower_tiers = any(table.slow_path is not None for table in self.tables)
         self.versions = ModelVersions(self.name, tuple(table.spec.source for table in self.tables))
 
     def _open_table(self, spec: TableSpec, undo: ExitStack) -> ServedTable:

@@ -52,6 +52,7 @@ class TableSetModel(InferenceModel):
         self._server = server
         self._tables = server.direct.tables(name)
         self._by_name = {spec.name: spec for spec in self._tables}
+        self._widest = max(spec.dim for spec in self._tables)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -177,11 +178,10 @@ class TableSetModel(InferenceModel):
 
     def output_bytes(self, request: InferenceRequest) -> int:
         """Bytes of the rows of an answer, by the shapes of the inputs alone, to refuse what is too large before it is made."""
-        widest = max(spec.dim for spec in self._tables)
         total = 0
         for name, array in request.inputs.items():
             if name == KEYS:
-                total += array.size * widest
+                total += array.size * self._widest
             elif (spec := self._by_name.get(name)) is not None:
                 offsets = request.inputs.get(name + OFFSETS)
                 total += (array.size if offsets is None else max(math.prod(offsets.shape), 1)) * spec.dim

@@ -46,9 +46,9 @@ JSON_SIZE_HEADER = "Inference-Header-Content-Length"
 _REMEMBERED = 256  # heads of answers
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Body:
-    """A body to send.
+    """A body to send. Nobody changes it.
 
     Attributes:
         parts: its bytes, one after the other; arrays are not copied, so whoever sends them holds on to this.
@@ -237,7 +237,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     """The memory of an array, which the view keeps alive."""
     if not array.size:
         return memoryview(b"")
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(array).data.cast("B")
 
 
 def _listed(array: np.ndarray, name: str) -> list[Any]:
