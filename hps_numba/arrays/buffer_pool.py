@@ -94,6 +94,7 @@ def _rounded(size: int) -> int:
 USED = BufferPool(512 << 20)
 """That of this process."""
 
+_FLOAT32 = np.dtype(np.float32)  # to make it of the type takes longer than to allocate a small array
 _SMALL = 64 << 10  # bytes; malloc serves smaller arrays well
 
 
@@ -106,7 +107,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDAr
     return _aligned_bytes(size).view(dtype).reshape(shape)
 
 
-def reused_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+def reused_empty(shape: tuple[int, ...], dtype: DTypeLike = _FLOAT32) -> NDArray[Any]:
     """Uninitialised memory for what no framework takes over: as ``aligned_empty``, but small memory begins anywhere."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return USED.array(shape, np.dtype(dtype)) if size >= _SMALL else np.empty(shape, dtype)
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    return USED.array(shape, dtype) if size >= _SMALL else np.empty(shape, dtype)

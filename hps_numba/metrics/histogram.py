@@ -124,8 +124,9 @@ class ListHistogram:
 
     def record(self, value: int) -> None:
         """Count one value, a whole number of at least 0."""
-        self._words[bucket_of(value)] += 1
-        self._words[SUM] += value
+        words = self._words
+        words[bucket_of(value)] += 1
+        words[SUM] += value
 
     def snapshot(self) -> HistogramSnapshot:
         """What it has counted."""

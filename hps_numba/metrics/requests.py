@@ -127,12 +127,14 @@ class RequestMetrics:
 
     def request(self, model: str = "") -> ServedRequest:
         """A context manager for one request, which is in flight from now until its block ends."""
-        self._add(active=1)
+        with self._lock:
+            self._active += 1
         return ServedRequest(self, model)
 
     def queue(self, requests: int = 1) -> None:
         """Some requests begin to wait for their turn; a negative number: so many wait no more."""
-        self._add(waiting=requests)
+        with self._lock:
+            self._waiting += requests
 
     def batch(self, requests: int, model: str = "") -> None:
         """Some requests were answered together."""
@@ -165,11 +167,6 @@ class RequestMetrics:
                     if counted.count:
                         family.add(counted, *labels)
         return [in_flight, queued, requests, seconds, keys, batches]
-
-    def _add(self, *, active: int = 0, waiting: int = 0) -> None:
-        with self._lock:
-            self._active += active
-            self._waiting += waiting
 
     def _end(self, request: ServedRequest, status: int, nanoseconds: int) -> None:
         with self._lock:
