@@ -11,23 +11,21 @@ import threading
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, Backend, Kernel, Memory, OwnStream
+from hps_numba.cache.backends import LOOKUP_THREADS, OTHER_THREADS, Kernel, OwnStream
 from hps_numba.cache.cache import EmbeddingCache
 from hps_numba.cache.call_times import CallTimes
+from hps_numba.cache.group_workspace import GroupWorkspace
 from hps_numba.cache.kernel_set import FINISHING_TABLES
 from hps_numba.cache.launch_plan import Launch, start
-from hps_numba.cache.staging import NEVER
 from hps_numba.cache.version_switch import StandIns
-from hps_numba.cache.workspace import StreamMemory, Workspace
 from hps_numba.cache.workspace_pool import WorkspacePool
 from hps_numba.errors import CapacityError, ClosedError, ConfigError
-from hps_numba.kernels.layouts.cache import MAX_BATCH, MAX_TABLES, TABLE_BYTES, TABLE_WORDS
+from hps_numba.kernels.layouts.cache import MAX_BATCH, MAX_TABLES, TABLE_WORDS
 
 if TYPE_CHECKING:
     from hps_numba.cache.backends import CudaBackend
@@ -72,14 +70,14 @@ class CacheGroup:
         self._dim, self._large_batch = first.dim, first.large_batch
         self._fixed, self._counted = first.fixed, first.parts.kernels.counted
         self._sets = max(cache.sets for cache in caches)
-        self._captured: list[_GroupWorkspace] = []
+        self._captured: list[GroupWorkspace] = []
         self._built: dict[Shape, tuple[list[Kernel], int]] = {}  # the kernels of lookups on a device that have been started
         self._capturing = threading.Lock()
         self._closed = False
         with self._backend.current():
             stream = self._backend.new_stream()
             self._own_stream: OwnStream | None = OwnStream(stream, self._backend.destroy_stream)
-        self._new_workspace = partial(_GroupWorkspace, self._backend, self._caches, self.name)
+        self._new_workspace = partial(GroupWorkspace, self._backend, self._caches, self.name)
         self._pool = WorkspacePool(self._new_workspace, buffers, self.name)
 
     @property
@@ -189,7 +187,7 @@ class CacheGroup:
         outs = [out + out_step * i for i in range(tables)]
         self.lookup(every_keys, [n] * tables, outs, stream, key_form=key_form, out_type=out_type)
 
-    def _start_prepared(self, workspace: _GroupWorkspace, shape: Shape, stream: int, words: int, *others: int) -> bool:
+    def _start_prepared(self, workspace: GroupWorkspace, shape: Shape, stream: int, words: int, *others: int) -> bool:
         """Start a lookup in one step; ``words`` and others as ``PreparedTables.start`` takes them."""
         if self._switch.active is not None:
             return False
@@ -200,7 +198,7 @@ class CacheGroup:
         started: bool = prepared.start(words, *others)
         return started
 
-    def _prepare(self, workspace: _GroupWorkspace, shape: Shape, single: bool, stream: int) -> PreparedTables:
+    def _prepare(self, workspace: GroupWorkspace, shape: Shape, single: bool, stream: int) -> PreparedTables:
         """Lookups of a shape with a workspace, on the stream that has it; ``single``: nothing follows the answer."""
         kernels, group = self._built[shape]
         nothing = [0] * (TABLE_WORDS * MAX_TABLES)
@@ -248,7 +246,7 @@ class CacheGroup:
 
     def _start_with(
         self,
-        workspace: _GroupWorkspace,
+        workspace: GroupWorkspace,
         groups: list[tuple[list[Kernel], int]],
         shape: Shape,
         longest: int,
@@ -275,7 +273,7 @@ class CacheGroup:
         names = () if self._fixed else FINISHING_TABLES if self._counted else FINISHING_TABLES[1:]
         return [kernel, *(self._kernels.built((name,))[0] for name in names)], group
 
-    def _launches(self, workspace: _GroupWorkspace, group: int, longest: int, words: list[int]) -> list[Launch]:
+    def _launches(self, workspace: GroupWorkspace, group: int, longest: int, words: list[int]) -> list[Launch]:
         """The launch of each kernel of ``_kernels_of``."""
         backend, count, tables = self._backend, len(self._caches), workspace.address
         launches = [self._lookup(tables, group, longest, words)]
@@ -293,7 +291,7 @@ class CacheGroup:
 
     def _batch(
         self,
-        workspace: _GroupWorkspace,
+        workspace: GroupWorkspace,
         kernels: Sequence[Kernel],
         group: int,
         longest: int,
@@ -371,75 +369,3 @@ class CacheGroup:
                 self._captured[-1].release(self._own_stream.handle)
                 self._captured.pop()
             self._own_stream = None
-
-
-class _GroupWorkspace(StreamMemory):
-    """A workspace of each cache, and at ``address`` the description of all tables; at ``without_lists`` one whose workspaces
-    list nothing.
-
-    Thread safety: one thread at a time.
-    """
-
-    def __init__(self, backend: Backend, caches: Sequence[EmbeddingCache], name: str, *, captured: bool = False) -> None:
-        super().__init__(backend)
-        self._caches, self._name = caches, name
-        # launches of several tables do not list the keys they miss
-        shapes = [replace(cache.parts.workspaces.shape, lists_missed_from=NEVER) for cache in caches]
-        if captured:
-            shapes = [shape.captured() for shape in shapes]
-        self._workspaces = [Workspace(backend, shape, cache.name) for cache, shape in zip(caches, shapes)]
-        self._tables: Memory | None = None
-        self.without_lists = 0
-
-    def reserve(self, n: int, absent: bool, stream: int) -> None:
-        """Have room for ``n`` keys of each table; ``stream`` may be waited for."""
-        if n <= self.limit:
-            return
-        self._settle(stream)
-        self.prepared.clear()
-        target, self.limit = max(n, self.limit), 0  # until all have it: the workspaces described may be gone by then
-        for workspace in self._workspaces:
-            workspace.reserve(target, absent, stream)
-        size = 2 * TABLE_BYTES * len(self._workspaces)
-        if self._tables is None:
-            self._tables = self.backend.allocate(size, f"{self._name}: tables of a group")
-        descriptions = np.zeros((2, len(self._workspaces), TABLE_BYTES // 8), np.int64)
-        for i, (cache, workspace) in enumerate(zip(self._caches, self._workspaces)):
-            for description, described in zip(descriptions, (workspace, None)):
-                words = cache.parts.state.table_words(described)
-                description[i, : len(words)] = words
-        self.backend.from_host(self._tables.address, descriptions.reshape(-1), stream)
-        self.address, self.limit = self._tables.address, min(workspace.limit for workspace in self._workspaces)
-        self.without_lists = self.address + TABLE_BYTES * len(self._workspaces)
-        self.bytes = size + sum(workspace.bytes for workspace in self._workspaces)
-
-    def bytes_of(self, i: int) -> int:
-        """Of ``bytes``, those for the cache of a number."""
-        return (2 * TABLE_BYTES if self._tables is not None else 0) + self._workspaces[i].bytes
-
-    def _settle(self, stream: int) -> None:
-        """Wait for the work that was done with it: growing is rare, and what it had is freed at once."""
-        if self.event:
-            self.backend.wait(stream, self.event)
-            self.backend.synchronize(stream)
-
-    def invalidate(self) -> None:
-        """Use other memory from the next ``reserve`` on: a batch failed halfway."""
-        self.limit = self.bytes = 0
-        self.prepared.clear()
-        for workspace in self._workspaces:
-            workspace.invalidate()
-
-    def release(self, stream: int) -> None:
-        """Free the memory after all work with it; ``stream`` is used for the wait."""
-        self._settle(stream)
-        self.backend.synchronize(stream)
-        for workspace in self._workspaces:
-            workspace.release(stream)
-        if self._tables is not None:
-            self._tables.release()
-            self._tables = None
-        if self.event:
-            self.backend.destroy_event(self.event)
-            self.event = 0
-        self.limit = self.bytes = 0
