@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +91,7 @@ def _tier_class(place: str, name: str, folder: Path | None, allow_code: bool) ->
     return kind
 
 
-@dataclass(frozen=True)
-class StackAnswer:
+class StackAnswer(NamedTuple):
     """What the stack found.
 
     Attributes:
@@ -215,51 +213,50 @@ class TierStack:
             return self._fetch(table, keys, rows, deadline)
 
     def _fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None) -> StackAnswer:
-        found = np.zeros(len(keys), bool)
-        unsure = np.zeros(len(keys), bool)
-        errors, traced = 0, log.isEnabledFor(TRACE)
-        calls = self._calls
+        n, calls = len(keys), self._calls
+        found, unsure = np.zeros(n, bool), np.zeros(n, bool)
+        errors, left = 0, n
         for tier, name in zip(calls.checked, calls.names, strict=True):
-            first = not found.any()
-            places = np.arange(len(keys)) if first else np.flatnonzero(~found)
-            if not len(places):
+            if not left:
                 break
-            some = rows if first else np.empty((len(places), rows.shape[1]), np.float32)
-            began = time.perf_counter() if traced else 0.0
+            places = None if left == n else np.flatnonzero(~found)  # None: all
+            some = keys if places is None else keys[places]
+            into = rows if places is None else np.empty((left, rows.shape[1]), np.float32)
             try:
-                answer = self._fetch_from(tier, name, table, keys if first else keys[places], some, deadline)
+                answer, failed = self._fetch_from(tier, name, table, some, into, deadline)
             except TierDefect:
                 raise
             except TierError as problem:
                 log.debug("%s: %s: fetch failed: %s", table, name, problem)
                 errors += 1
-                unsure[places] = True
+                unsure[... if places is None else places] = True
                 continue
-            if traced:
-                took = 1000 * (time.perf_counter() - began)
-                log.log(TRACE, "%s: %s: %d of %d keys in %.3f ms", table, tier.name, answer.found.sum(), len(places), took)
-            if not first:
-                rows[places[answer.found]] = some[answer.found]
-            found[places[answer.found]] = True
-            unsure[places[answer.asked :]] = True
-            if answer.failed is not None and answer.failed.any():
-                errors += 1
-                unsure[places[answer.failed]] = True
+            if places is None:
+                found[:] = answer.found
+            else:
+                rows[places[answer.found]] = into[answer.found]
+                found[places] = answer.found
+            if answer.asked < left or failed:
+                _note_unsure(unsure, places, answer)
+            errors += failed
+            left = n - int(np.count_nonzero(found))
         return StackAnswer(found, unsure & ~found, errors)
 
     def _fetch_from(
         self, tier: CheckedTier, name: str, table: str, keys: np.ndarray, rows: np.ndarray, deadline: float | None
-    ) -> Fetched:
-        """``Tier.fetch`` of one tier, counted."""
+    ) -> tuple[Fetched, bool]:
+        """``Tier.fetch`` of one tier, counted, and whether it failed in part."""
         start = time.perf_counter_ns()
         found, failed = 0, True
         try:
             answer = tier.fetch(table, keys, rows, deadline=deadline)
             found, failed = int(np.count_nonzero(answer.found)), answer.failed is not None and bool(answer.failed.any())
-            return answer
         finally:
             taken = time.perf_counter_ns() - start
             self._fetches_of(table, name).add(len(keys), found, failed=failed, nanoseconds=taken)
+        if log.isEnabledFor(TRACE):
+            log.log(TRACE, "%s: %s: %d of %d keys in %.3f ms", table, tier.name, found, len(keys), taken / 1e6)
+        return answer, failed
 
     def _fetches_of(self, table: str, tier: str) -> TierFetches:
         known = self._fetches.get((table, tier))
@@ -348,6 +345,15 @@ class TierStack:
         with ExitStack() as closing:
             for tier in reversed(self.checked):
                 closing.callback(tier.close)
+
+
+def _note_unsure(unsure: np.ndarray, places: np.ndarray | None, answer: Fetched) -> None:
+    """Note keys that a tier did not look for; it was asked for those at ``places``, or for all.   **Writes:** unsure."""
+    lost = np.zeros(len(answer.found), bool)
+    lost[answer.asked :] = True
+    if answer.failed is not None:
+        lost |= answer.failed
+    unsure[... if places is None else places] |= lost
 
 
 def _apply_to(

@@ -21,6 +21,7 @@ from hps_numba.storage.tiers._tier import Fetched, PartialWriteError, Tier
 __all__ = ["CheckedTier", "TierDefect"]
 
 T = TypeVar("T")
+_BOOL = np.dtype(bool)
 
 
 class TierDefect(TierError):
@@ -35,9 +36,11 @@ def defects_as_errors(call: str) -> Iterator[None]:
     except (HpsError, KeyboardInterrupt):
         raise
     except BaseException as problem:
-        raise TierDefect(
-            f"{call}: expected an answer or a TierError, got {type(problem).__name__}: {_text(problem)}"
-        ) from problem
+        raise _raised(call, problem) from problem
+
+
+def _raised(call: str, problem: BaseException) -> TierDefect:
+    return TierDefect(f"{call}: expected an answer or a TierError, got {type(problem).__name__}: {_text(problem)}")
 
 
 def _text(problem: BaseException) -> str:
@@ -139,12 +142,16 @@ class CheckedTier(Tier):
         self._call("close", self.inner.close)
 
     def _call(self, name: str, call: Callable[[], T]) -> T:
-        with defects_as_errors(f"{self.name}.{name}"):
+        try:  # as ``defects_as_errors``, which takes a microsecond longer
             return call()
+        except (HpsError, KeyboardInterrupt):
+            raise
+        except BaseException as problem:
+            raise _raised(f"{self.name}.{name}", problem) from problem
 
     def _check_flags(self, place: str, flags: Any, n: int) -> None:
         """NumPy would take an int array for positions, and the rows of other keys would be the answer."""
-        if not (isinstance(flags, np.ndarray) and flags.dtype == np.bool_ and flags.shape == (n,)):
+        if not (isinstance(flags, np.ndarray) and flags.dtype == _BOOL and flags.shape == (n,)):
             raise self._defect(place, f"bool[{n}]", _form(flags))
 
     def _defect(self, place: str, expected: str, got: str) -> TierDefect:
