@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import FrameType
 
@@ -34,6 +34,10 @@ class SharedAnswer:
         """The answer for some of the keys, by their places."""
         return SharedAnswer(self.rows[places], self.found[places], self.unsure[places], joined=len(places))
 
+    def copied(self) -> SharedAnswer:
+        """The same in memory of its own."""
+        return replace(self, rows=self.rows.copy(), found=self.found.copy(), unsure=self.unsure.copy())
+
     def put(self, positions: np.ndarray, part: SharedAnswer) -> None:
         """Take over the answer for the keys at some positions."""
         self.rows[positions], self.found[positions], self.unsure[positions] = part.rows, part.found, part.unsure
@@ -62,7 +66,7 @@ class Flight:
         keys: int64 ``[n]``, distinct.
         count: of the writes when it began; None if one was in progress.
         deadline: of the thread that asks.   thread, frame: which that is, and where.
-        answer: None until it is there, and after an error.
+        answer: None until it is there, after an error, and if nobody had asked to be woken when it was there.
         ended: it has ended, whatever became of it.
     """
 
@@ -82,6 +86,14 @@ class Flight:
         if not self._samples:
             self._samples = samples_of(self.keys)
         return not samples.isdisjoint(self._samples)
+
+    def answered(self, answer: SharedAnswer, *, lasting: bool) -> None:
+        """Keep an answer for those that wait; a copy unless it is ``lasting``, which is made only if somebody waits.
+
+        Who asks to be woken after that finds none, and asks the tiers.
+        """
+        if lasting or self._waiting:
+            self.answer = answer if lasting else answer.copied()
 
     def end(self) -> None:
         """Wake all that wait."""

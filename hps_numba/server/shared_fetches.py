@@ -112,22 +112,25 @@ class SharedFetches:
         if self._quick_calls >= _QUICK_CALLS:
             return self._ask_tiers(keys, deadline, out)
         if not self._flights:
-            return self._lead(keys, deadline)
+            return self._lead(keys, deadline, out=out)
         samples = samples_of(keys)
         under_way = list(self._flights)
         if self._leads_here(under_way):
-            return self._lead(keys, deadline, samples)
+            return self._lead(keys, deadline, samples, out=out)
         flights = self._usable(under_way, samples, len(keys), count)
         if not flights:
             return self._ask(keys, deadline, samples)
         rest, joins = common_keys(flights, keys)
         if len(rest) > (1 - _JOINED_SHARE) * len(keys):
             return self._ask(keys, deadline, samples)
+        inboxes = [SimpleQueue[None]() for _ in joins]
+        for (flight, _, _), inbox in zip(joins, inboxes, strict=True):
+            flight.wake_at_end(inbox)
         answer = self._unanswered(len(keys))
         if len(rest):
             answer.put(rest, self._ask(keys[rest], deadline))
-        for flight, positions, places in joins:
-            answer.put(positions, self._joined(flight, keys[positions], places, SimpleQueue(), deadline))
+        for (flight, positions, places), inbox in zip(joins, inboxes, strict=True):
+            answer.put(positions, self._joined(flight, keys[positions], places, inbox, deadline))
         return answer
 
     @staticmethod
@@ -156,8 +159,12 @@ class SharedFetches:
         deadline: float | None,
         samples: frozenset[int] = frozenset(),
         others: tuple[_Request, ...] = (),
+        out: np.ndarray | None = None,
     ) -> SharedAnswer:
-        """Ask the tiers, for other lookups that join too; ``samples`` of the lookups, where they are known."""
+        """Ask the tiers, for other lookups that join too; ``samples`` of the lookups, where they are known.
+
+        ``out``: as for ``fetch``; it is the caller's again afterwards, so others get a copy of it.
+        """
         flight = Flight(keys, samples, self._settled(), deadline)
         flight.frame = sys._getframe()
         try:
@@ -165,8 +172,9 @@ class SharedFetches:
             for other in others:
                 other.flight = flight
                 flight.wake_at_end(other.inbox)
-            flight.answer = self._ask_tiers(keys, deadline)
-            return flight.answer
+            answer = self._ask_tiers(keys, deadline, out)
+            flight.answered(answer, lasting=out is None)
+            return answer
         finally:
             flight.end()  # first: those that wait are woken, whatever interrupts the rest
             self._flights.pop(flight, None)
@@ -236,8 +244,10 @@ class SharedFetches:
     def _joined(
         self, flight: Flight, keys: np.ndarray, places: np.ndarray, inbox: SimpleQueue[None], deadline: float | None
     ) -> SharedAnswer:
-        """The answer of another thread for ``keys``, which are at ``places`` in it; what it does not say is asked for again."""
-        flight.wake_at_end(inbox)
+        """The answer of another thread for ``keys``, which are at ``places`` in it; what it does not say is asked for again.
+
+        ``inbox``: the fetch was told to put something there at its end.
+        """
         end = time.monotonic() + self.PATIENCE_SECONDS
         while not flight.ended and not _is_over(deadline) and not _is_over(end):
             self._sleep(inbox, deadline)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -65,14 +66,22 @@ class Rig:
         self.threads: dict[str, threading.Thread] = {}
         self.tier.shut()
 
-    def ask(self, name: str, keys: Any, *, count: int | None = None, seconds: float | None = None) -> threading.Thread:
+    def ask(
+        self,
+        name: str,
+        keys: Any,
+        *,
+        count: int | None = None,
+        seconds: float | None = None,
+        out: np.ndarray | None = None,
+    ) -> threading.Thread:
         """A thread that asks; its answer or error is filed under ``name``."""
         since = self.writes.count if count is None else count
 
         def run() -> None:
             try:
                 deadline = None if seconds is None else time.monotonic() + seconds
-                self.answers[name] = self.shared.fetch(np.array(keys), since, deadline)
+                self.answers[name] = self.shared.fetch(np.array(keys), since, deadline, out=out)
             except BaseException as problem:
                 self.answers[name] = problem
 
@@ -180,16 +189,36 @@ def test_the_slowest_tier_says_how_many_fetches_it_gains_from(rig: Rig) -> None:
     assert rig.tier.asked == [[90], [1, 2]]
 
 
+def test_rows_in_the_array_of_a_caller_are_shared_too(rig: Rig) -> None:
+    out = np.empty((3, DIM), np.float32)
+    rig.lead("leader", [1, 2, 200], out=out)
+    rig.join("joins", [200, 1])
+    rig.tier.open()
+    rig.check("leader", [1, 2, 200], joined=0)
+    rig.check("joins", [200, 1], joined=2)
+    assert rig.answer("leader").rows is out and len(rig.tier.asked) == 1
+
+
+def test_others_get_a_copy_of_rows_that_do_not_last() -> None:
+    keys, rows = np.array([1, 2]), rows_of([1, 2], DIM)
+    answer = SharedAnswer(rows, np.ones(2, bool), np.zeros(2, bool))
+    alone, joined, lasting = (Flight(keys, frozenset(), 0, None) for _ in range(3))
+    joined.wake_at_end(SimpleQueue())
+    for flight in (alone, joined, lasting):
+        flight.answered(answer, lasting=flight is lasting)
+    assert alone.answer is None and lasting.answer is answer and joined.answer is not None
+    rows[:] = np.nan  # the caller has its array back
+    assert_same_bits(joined.answer.rows, rows_of([1, 2], DIM))
+
+
 def test_a_tier_that_answers_at_once_is_not_shared_until_it_takes_longer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_fetches, "_QUICK_SECONDS", HANG_SECONDS)
     rig.tier.open()
-    out = np.full((2, DIM), np.nan, np.float32)
-    for _ in range(shared_fetches._QUICK_CALLS):
+    for _ in range(shared_fetches._QUICK_CALLS + 1):
+        out = np.full((2, DIM), np.nan, np.float32)
         answer = rig.shared.fetch(np.array([1, 200]), rig.writes.count, out=out)
-        assert answer.rows is not out and np.isnan(out).all()
-    answer = rig.shared.fetch(np.array([1, 200]), rig.writes.count, out=out)
-    assert answer.rows is out and answer.found.tolist() == [True, False]
-    assert_same_bits(out, np.concatenate([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)]))
+        assert answer.rows is out and answer.found.tolist() == [True, False]
+        assert_same_bits(out, np.concatenate([rows_of([1], DIM), np.full((1, DIM), DEFAULT, np.float32)]))
     rig.tier.shut()
     rig.lead("first", [1, 2])
     rig.lead("second", [1, 2])  # asks too

@@ -98,10 +98,12 @@ class HostTablesTier(Tier):
             workspace = np.empty((len(some), store.dim), np.float32)
             misses = np.empty(len(some), np.int64)
             missing = store.lookup(some, workspace, 0.0, misses)
-            here = np.ones(len(some), bool)
-            here[misses[:missing]] = False
-            rows[part][here] = workspace[here]
-            found[part] = here
+            found[part] = True
+            if missing:
+                found[part][misses[:missing]] = False
+                rows[part][found[part]] = workspace[found[part]]
+            else:
+                rows[part] = workspace
             asked = part.stop
         return Fetched(found, asked)
 
