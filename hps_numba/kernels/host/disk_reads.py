@@ -8,6 +8,9 @@ Common arguments:
     first, segments: segments from number ``first`` on, int64 ``[m, SEGMENT_FIELDS]``; descriptor -1 is one that is gone.
     slot_size, row_bytes: of the table.   out: address of float32 rows, ``row_bytes`` apart.
     unserved: uint8 ``[n]``, set to 1 where a row was not copied though there is a location, else to 0.
+
+Segments are passed on by address: for an array that a function gets, numba counts references, two locked instructions a call,
+which took longer than to check and copy a row of 32 elements, and which threads get in each other's way with.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from numba.extending import intrinsic
 from hps_numba.kernels.compiler.njit import host_function, host_kernel
 from hps_numba.kernels.host.atomics import array_address, load_word, prefetch_row, store_word
 from hps_numba.kernels.host.row_log import take_row
-from hps_numba.kernels.layouts.row_log import UNIT_BITS, UNIT_MASK
+from hps_numba.kernels.layouts.row_log import SEGMENT_FIELDS, UNIT_BITS, UNIT_MASK
 
 __all__ = [
     "RING_BLOCK",
@@ -46,6 +49,8 @@ __all__ = [
 RING_FD, RING_SQ_TAIL, RING_SQ_MASK, RING_SQES, RING_CQ_HEAD, RING_CQ_TAIL, RING_CQ_MASK, RING_CQES = range(8)
 RING_DEPTH, RING_BUFFERS, RING_BUFFER_BYTES, RING_BLOCK, RING_FIELDS = range(8, 13)
 
+_FIELDS_BYTES = 8 * SEGMENT_FIELDS
+_MAP, _MAP_BYTES, _SEED = 8, 16, 24  # bytes from the fields of a segment to its mapping, its bytes, its seed
 _AHEAD = 16
 _PAGE = 4096
 _SAMPLES = 32
@@ -82,32 +87,34 @@ def _store_half(typingctx, address, value):
 
 
 @host_function
-def _segment_of(location, first, segments):
-    """Row of ``segments`` for a location; negative if it is not among them."""
+def _segment_of(location, first, table, count):
+    """Address of the fields of the segment of a location, of ``count`` at ``table``; 0 if it is not among them."""
     number = (location >> UNIT_BITS) - first
-    return number if number < len(segments) and segments[number, 0] >= 0 else -1
+    if number < 0 or number >= count:
+        return 0
+    fields = table + number * _FIELDS_BYTES
+    return fields if load_word(fields) >= 0 else 0
 
 
 @host_function
-def _mapped_address(location, first, segments, slot_size):
-    """Address of a slot in its mapping; 0 if it is not mapped."""
-    number = _segment_of(location, first, segments)
+def _mapped_address(fields, location, slot_size):
+    """Address of a slot in the mapping of its segment, whose fields are at ``fields``, or 0; 0 if it is not mapped."""
     offset = (location & UNIT_MASK) * 8
-    if number < 0 or offset + slot_size > segments[number, 2]:
+    if fields == 0 or offset + slot_size > load_word(fields + _MAP_BYTES):
         return 0
-    return segments[number, 1] + offset
+    return load_word(fields + _MAP) + offset
 
 
 @host_kernel
 def disk_resident(locations, first, segments, slot_size):
     """Whether all of a sample of the mapped rows are in the page cache."""
     vector = np.zeros(1, np.uint8)
-    at = array_address(vector)
+    at, table, count = array_address(vector), array_address(segments), len(segments)
     step = max(1, len(locations) // _SAMPLES)
     for i in range(0, len(locations), step):
         if locations[i] == 0:
             continue
-        slot = _mapped_address(locations[i], first, segments, slot_size)
+        slot = _mapped_address(_segment_of(locations[i], first, table, count), locations[i], slot_size)
         if slot == 0:
             continue
         for end in (slot, slot + slot_size - 1):
@@ -119,21 +126,23 @@ def disk_resident(locations, first, segments, slot_size):
 @host_kernel
 def disk_mapped(keys, locations, start, stop, first, segments, slot_size, row_bytes, out, unserved):
     """Copy the rows ``start`` to ``stop`` from mappings; returns how many were not served.   **Writes:** out, unserved."""
+    table, count = array_address(segments), len(segments)
     left = 0
     for i in range(start - _AHEAD, stop):
         ahead = i + _AHEAD
-        if ahead < stop:
-            slot = _mapped_address(locations[ahead], first, segments, slot_size)
-            if locations[ahead] != 0 and slot != 0:
+        if ahead < stop and locations[ahead] != 0:
+            slot = _mapped_address(_segment_of(locations[ahead], first, table, count), locations[ahead], slot_size)
+            if slot != 0:
                 prefetch_row(slot, slot_size)
         if i < start:
             continue
         unserved[i] = 0
         if locations[i] == 0:
             continue
-        slot = _mapped_address(locations[i], first, segments, slot_size)
+        fields = _segment_of(locations[i], first, table, count)
+        slot = _mapped_address(fields, locations[i], slot_size)
         if slot != 0:
-            seed = segments[_segment_of(locations[i], first, segments), 3]
+            seed = load_word(fields + _SEED)
             if take_row(slot, keys[i], slot_size, row_bytes, seed, locations[i] & UNIT_MASK, out + i * row_bytes):
                 continue
         unserved[i] = 1
@@ -151,6 +160,7 @@ def disk_pread(keys, locations, start, stop, first, segments, slot_size, row_byt
 
     **Writes:** out, unserved, buffer.
     """
+    table, count = array_address(segments), len(segments)
     left = 0
     for i in range(start, stop):
         unserved[i] = 0
@@ -158,16 +168,16 @@ def disk_pread(keys, locations, start, stop, first, segments, slot_size, row_byt
             continue
         unserved[i] = 1
         left += 1
-        number = _segment_of(locations[i], first, segments)
-        if number < 0:
+        fields = _segment_of(locations[i], first, table, count)
+        if fields == 0:
             continue
         unit = locations[i] & UNIT_MASK
         begin = 8 * unit & ~(block - 1)
         head = 8 * unit - begin
         size = (head + slot_size + block - 1) & ~(block - 1)
-        if _pread(segments[number, 0], buffer, size, begin) < head + slot_size:
+        if _pread(load_word(fields), buffer, size, begin) < head + slot_size:
             continue
-        if take_row(buffer + head, keys[i], slot_size, row_bytes, segments[number, 3], unit, out + i * row_bytes):
+        if take_row(buffer + head, keys[i], slot_size, row_bytes, load_word(fields + _SEED), unit, out + i * row_bytes):
             unserved[i] = 0
             left -= 1
     return left
@@ -175,16 +185,20 @@ def disk_pread(keys, locations, start, stop, first, segments, slot_size, row_byt
 
 @host_function
 def _queue_read(ring, tail, buffer_number, fd, begin, size):
-    """Write the entry of one read; it is submitted with the tail.   **Writes:** submission entries, tail."""
-    entry = ring[RING_SQES] + 64 * (tail & ring[RING_SQ_MASK])
+    """Write the entry of one read for the ring at an address; it is submitted with the tail.
+
+    **Writes:** submission entries, tail.
+    """
+    entry = load_word(ring + 8 * RING_SQES) + 64 * (tail & load_word(ring + 8 * RING_SQ_MASK))
     store_word(entry, _OP_READ | fd << 32)
     store_word(entry + 8, begin)
-    store_word(entry + 16, ring[RING_BUFFERS] + buffer_number * ring[RING_BUFFER_BYTES])
+    buffers, buffer_bytes = load_word(ring + 8 * RING_BUFFERS), load_word(ring + 8 * RING_BUFFER_BYTES)
+    store_word(entry + 16, buffers + buffer_number * buffer_bytes)
     store_word(entry + 24, size)
     store_word(entry + 32, buffer_number)
     for rest in range(40, 64, 8):
         store_word(entry + rest, 0)
-    _store_half(ring[RING_SQ_TAIL], tail + 1)
+    _store_half(load_word(ring + 8 * RING_SQ_TAIL), tail + 1)
 
 
 @host_kernel
@@ -197,7 +211,8 @@ def disk_ring(keys, locations, start, stop, first, segments, slot_size, row_byte
     Returns how many were not served, and whether the ring is idle: if not, its reads may still write to its buffers.
     **Writes:** out, unserved, the ring and its buffers.
     """
-    depth, block = ring[RING_DEPTH], ring[RING_BLOCK]
+    table, count = array_address(segments), len(segments)
+    depth, block, at = ring[RING_DEPTH], ring[RING_BLOCK], array_address(ring)
     free = np.arange(depth)
     wanted = np.empty(depth, np.int64)
     unused = depth
@@ -207,16 +222,16 @@ def disk_ring(keys, locations, start, stop, first, segments, slot_size, row_byte
     while i < stop or unused < depth:
         while i < stop and unused > 0:
             unserved[i] = 0
-            number = _segment_of(locations[i], first, segments) if locations[i] != 0 else -1
+            fields = _segment_of(locations[i], first, table, count) if locations[i] != 0 else 0
             if locations[i] != 0:
                 unserved[i] = 1
                 left += 1
-            if number >= 0:
+            if fields != 0:
                 begin = 8 * (locations[i] & UNIT_MASK) & ~(block - 1)
                 end = (8 * (locations[i] & UNIT_MASK) + slot_size + block - 1) & ~(block - 1)
                 unused -= 1
                 wanted[free[unused]] = i
-                _queue_read(ring, tail, free[unused], segments[number, 0], begin, end - begin)
+                _queue_read(at, tail, free[unused], load_word(fields), begin, end - begin)
                 tail += 1
                 unsubmitted += 1
             i += 1
@@ -240,7 +255,7 @@ def disk_ring(keys, locations, start, stop, first, segments, slot_size, row_byte
             j = wanted[number]
             unit = locations[j] & UNIT_MASK
             begin = (8 * unit) & (block - 1)
-            seed = segments[_segment_of(locations[j], first, segments), 3]
+            seed = load_word(_segment_of(locations[j], first, table, count) + _SEED)
             slot = ring[RING_BUFFERS] + number * ring[RING_BUFFER_BYTES] + begin
             whole = done >= begin + slot_size
             if whole and take_row(slot, keys[j], slot_size, row_bytes, seed, unit, out + j * row_bytes):
