@@ -13,6 +13,7 @@
     ├── DeviceError       (RuntimeError)   a listed device is missing, or an array is on the wrong one
     ├── TierError         (OSError)        a storage tier failed
     │   └── TierUnavailable                ... because it cannot be reached or is not installed
+    │       └── TierNotMade                ... or was opened for reading, and nobody has written anything there yet
     ├── PolicyError       (ValueError)     a cache policy is unknown or breaks its contract
     ├── TraceError        (OSError)        a trace of keys on disk is missing, damaged or of an unknown form
     ├── ReentryError      (RuntimeError)   a call from inside another one of the same thread, which is halfway through a change
@@ -35,6 +36,7 @@ __all__ = [
     "PolicyError",
     "ReentryError",
     "TierError",
+    "TierNotMade",
     "TierUnavailable",
     "TraceError",
     "UnknownModelError",
@@ -82,6 +84,10 @@ class TierError(HpsError, OSError):
 
 class TierUnavailable(TierError):
     """A storage tier cannot be reached, or what it needs is not installed."""
+
+
+class TierNotMade(TierUnavailable):
+    """A storage tier on a disk was opened for reading only, and is not there: the first that opens it for writing makes it."""
 
 
 class PolicyError(HpsError, ValueError):

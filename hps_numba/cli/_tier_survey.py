@@ -12,7 +12,7 @@ from hps_numba.cli._errors import one_line
 from hps_numba.cli._latency import percentiles
 from hps_numba.cli._model_samples import random_ranges
 from hps_numba.cli._tiers import ConfiguredTier, fetch_all, is_private
-from hps_numba.errors import HpsError, ModelFileError
+from hps_numba.errors import HpsError, ModelFileError, TierNotMade
 from hps_numba.storage.model_files import open_model
 from hps_numba.storage.tiers._checked import CheckedTier
 from hps_numba.storage.tiers._tier import NO_LIMIT
@@ -28,6 +28,8 @@ _SECONDS = 5.0  # after which no further fetch of a kind is begun
 def survey_tier(tier: ConfiguredTier, *, samples: int, keys_each: int) -> dict[str, Any]:
     """All facts about a tier, ready for JSON; ``error`` is None if it could be opened and answered every call.
 
+    It is also None, and ``made`` is False, if there is nothing where the first server, or the first write, makes the tier.
+
     Args:
         samples: fetches of each kind whose time is taken.   keys_each: keys in one fetch.
     """
@@ -36,6 +38,7 @@ def survey_tier(tier: ConfiguredTier, *, samples: int, keys_each: int) -> dict[s
         **tier.facts,
         "read_only": bool(getattr(section, "read_only", False)),
         "error": None,
+        "made": True,
         "tables": [],
         "latency": {},
     }
@@ -46,6 +49,8 @@ def survey_tier(tier: ConfiguredTier, *, samples: int, keys_each: int) -> dict[s
             facts["tables"] = _tables(opened, tier)
             facts["latency"] = _latency(opened, tier, facts["tables"], samples, keys_each)
     except HpsError as problem:
+        if isinstance(problem, TierNotMade) and not facts["read_only"]:  # a server would make it
+            return {**facts, "made": False}
         facts["error"] = tier.public(one_line(problem))
         facts["error_type"] = type(problem).__name__
     return facts

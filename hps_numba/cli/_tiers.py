@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hps_numba.errors import ConfigError, TierError, TierUnavailable
+from hps_numba.errors import ConfigError, TierError, TierNotMade, TierUnavailable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +134,7 @@ class ConfiguredTier:
             yield
         except TierError as problem:
             text = self.public(str(problem))
-            kind = TierUnavailable if isinstance(problem, TierUnavailable) else TierError
+            kind = next(kind for kind in (TierNotMade, TierUnavailable, TierError) if isinstance(problem, kind))
             raise kind(text if text.startswith(self.name) else f"{self.name}: {text}") from problem
 
     def _alone(self, read_only: bool) -> ServerConfig:

@@ -24,7 +24,8 @@ def tiers(
     """Show whether the tiers of a config answer, and what is in them.
 
     Each tier is opened on its own, for reading, without a server: its tables with their rows, and the time of fetches of keys
-    that it has and of keys that it lacks. Each kind of fetch is measured for 5 s at most. The exit code is 1 if a tier is down.
+    that it has and of keys that it lacks. Each kind of fetch is measured for 5 s at most. The exit code is 1 if a tier is down;
+    one on a disk that nobody has written to yet is not.
     """
     from hps_numba.cli._tier_survey import survey_tier
 
@@ -59,6 +60,8 @@ def _line(one: dict[str, Any]) -> str:
     what = label(one)
     if one["error"] is not None:
         return f"{what}: DOWN: {one['error']}"
+    if not one["made"]:
+        return f"{what}: nothing there yet; the start of a server, or the first write, makes it"
     words = [word for word in ("shared", "persistent") if one[word]] + (["read only"] if one["read_only"] else [])
     if one["private"]:
         words.append("in the memory of each process: empty in this new one")

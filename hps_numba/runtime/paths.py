@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hps_numba.errors import HpsError, ModelFileError
 
-__all__ = ["PathLike", "check_room", "checked_path", "is_url", "kind_of", "safe_to_show"]
+__all__ = ["PathLike", "check_room", "checked_path", "is_free", "is_url", "kind_of", "safe_to_show"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _USER = re.compile(r"(://)[^/\s?#]*@")
@@ -50,6 +50,17 @@ def checked_path(path: object, what: str = "path", *, error: type[HpsError] = Mo
 def is_url(path: object) -> bool:
     """True for ``scheme://...``; a drive letter (``C:\\x``) and a local name with a colon are not."""
     return isinstance(path, str) and _URL.match(path) is not None
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing has this name, not even a link, so that it can be made; False if that cannot be seen."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def safe_to_show(text: str) -> str:

@@ -110,6 +110,62 @@ def test_tiers_are_only_read(tiers: TierFolder) -> None:
     assert (tiers.folder / "tier").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["row_log", "rocks_db"])
+def test_a_tier_on_disk_that_nobody_has_made_yet_is_not_down(tiers: TierFolder, kind: str) -> None:
+    if kind == "rocks_db":
+        pytest.importorskip("rocksdict")
+    path = tiers.folder / "disk" / "tier"
+    tiers.write({"type": kind, "path": str(path)})
+    report = tiers.parsed("tiers", tiers.config)
+    fresh = report["tiers"][1]
+    assert report["ok"] and (fresh["made"], fresh["error"], fresh["tables"], fresh["latency"]) == (False, None, [], {})
+    assert f"{kind} at {path}: nothing there yet; the start of a server" in tiers.run("tiers", tiers.config).stdout
+    assert not path.parent.exists()
+    tiers.parsed("load", tiers.folder / "a.model", "--into", tiers.config)
+    made = tiers.parsed("tiers", tiers.config)["tiers"][1]
+    assert made["made"] and [table["rows"] for table in made["tables"]] == [100]
+
+
+@pytest.mark.parametrize("kind", ["row_log", "rocks_db"])
+def test_an_empty_folder_is_no_tier_that_is_down(tiers: TierFolder, kind: str) -> None:
+    if kind == "rocks_db":
+        pytest.importorskip("rocksdict")
+    (tiers.folder / "disk").mkdir()
+    tiers.write({"type": kind, "path": str(tiers.folder / "disk")})
+    assert tiers.parsed("tiers", tiers.config)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *[
+            (kind, damage)
+            for kind in ("row_log", "rocks_db")
+            for damage in ("a file", "below a file", "a dead link", "head lost")
+        ],
+        *[(kind, "read only") for kind in ("row_log", "rocks_db")],
+    ],
+)
+def test_a_tier_on_disk_that_is_damaged_or_cannot_be_made_is_down(tiers: TierFolder, kind: str, damage: str) -> None:
+    if kind == "rocks_db":
+        pytest.importorskip("rocksdict")
+    path = tiers.folder / "disk"
+    section = {"type": kind, "path": str(path / "tier" if damage == "below a file" else path)}
+    tiers.write(section)
+    if damage == "head lost":
+        tiers.parsed("load", tiers.folder / "a.model", "--into", tiers.config)
+        (path / ("manifest.json" if kind == "row_log" else "CURRENT")).unlink()
+    elif damage == "a dead link":
+        path.symlink_to(tiers.folder / "nowhere")
+    elif damage == "read only":  # no server makes it
+        tiers.write({**section, "read_only": True})
+    else:
+        path.write_text("x")
+    report = tiers.parsed("tiers", tiers.config, code=1)
+    assert not report["ok"] and str(path) in report["tiers"][1]["error"] and report["tiers"][1]["made"]
+    assert "DOWN: " in tiers.run("tiers", tiers.config).stdout
+
+
 def test_an_unknown_tier_and_a_config_without_tiers(tiers: TierFolder) -> None:
     assert "expected one of 0 (tiers[0], hash_map), 1 (tiers[1]" in tiers.refused("tiers", tiers.config, "--tier", "9", code=2)
     tiers.write(volatile_db={"type": "disabled"})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hps_numba.errors import ModelFileError, TraceError
-from hps_numba.runtime.paths import checked_path
+from hps_numba.runtime.paths import checked_path, is_free
 from hps_numba.storage.bin_dump import read_bin, write_bin
 from hps_numba.storage.model_files import convert_model, open_model, write_model
 from hps_numba.training.checkpoint_files import write_checkpoint
@@ -113,3 +113,10 @@ def test_names_that_the_system_refuses(call: Callable[[Any], object], name: str,
     with pytest.raises(ModelFileError):
         write_checkpoint(tmp_path / name, [], {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_name_is_free_if_nothing_has_it_and_it_could_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert is_free(tmp_path / "new") and is_free(tmp_path / "new" / "below")
+    assert not any(is_free(tmp_path / name) for name in ("file", "link", "file/below", "x" * 300))

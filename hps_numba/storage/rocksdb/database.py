@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.errors import TierError, TierNotMade, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.immortal import keep_forever
+from hps_numba.runtime.paths import is_free
 from hps_numba.storage.rocksdb.library import column_options, database_options, one_line, rocksdict, typed_errors
 from hps_numba.storage.rocksdb.links import folder_of_links, names_of_files
 
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 _DEFAULT = "default"  # the column family that every database has; no table
 _LOCKED = ("lock hold by current process", "LOCK: Resource temporarily unavailable")
 _ATTEMPTS = 10  # at opening for reading beside a process that writes
+
+
+def _files_of_rows(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith((".sst", ".log", ".blob"))]
 
 
 class Database:
@@ -40,7 +45,7 @@ class Database:
 
         Raises:
             TierUnavailable: rocksdict is missing, another process has the database open for writing, or it cannot be read or
-                written, or is damaged.
+                written, or is damaged.   TierNotMade: there is none, and it is opened ``read_only``.
         """
         self.path = path
         self.package = rocksdict(str(path))
@@ -67,7 +72,7 @@ class Database:
             raise TierUnavailable(f"{self.path}: the folder of the database cannot be made: {problem.strerror}") from problem
         names = names_of_files(self.path)
         create = "CURRENT" not in names
-        rows = [name for name in names if name.endswith((".sst", ".log", ".blob"))]
+        rows = _files_of_rows(names)
         if rows and create:  # RocksDB would start with an empty one, and delete them
             raise TierUnavailable(f"{self.path}: expected a file CURRENT beside {rows[0]}, got none: the database is damaged")
         try:
@@ -76,11 +81,16 @@ class Database:
             raise self._open_error(problem) from problem
 
     def _open_for_reading(self) -> Any:
+        if is_free(self.path):
+            raise TierNotMade(
+                f"{self.path}: expected a database, as it is opened read-only, got nothing: no process has made it yet"
+            )
         access = self.package.AccessType.read_only(False)
         for attempt in range(_ATTEMPTS):
             names = names_of_files(self.path)
             if "CURRENT" not in names:
-                raise TierUnavailable(f"{self.path}: expected a database, as it is opened read-only, got no file CURRENT")
+                kind = TierUnavailable if _files_of_rows(names) else TierNotMade
+                raise kind(f"{self.path}: expected a database, as it is opened read-only, got no file CURRENT")
             try:
                 with folder_of_links(self.path) as links:
                     return self._opened(links, access, create=False)

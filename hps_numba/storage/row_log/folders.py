@@ -8,7 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
-from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.errors import TierError, TierNotMade, TierUnavailable
+from hps_numba.runtime.paths import is_free
 from hps_numba.storage.row_log.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from hps_numba.storage.row_log.segment import segment_paths
 
@@ -24,7 +25,7 @@ def check_folder(folder: Path, *, make: bool) -> None:
     """See that a folder is there, or ``make`` it.
 
     Raises:
-        TierUnavailable: it is not, or cannot be made.
+        TierUnavailable: it is not, or cannot be made.   TierNotMade: it is not, and nothing else has its name.
     """
     try:
         if make:
@@ -32,6 +33,8 @@ def check_folder(folder: Path, *, make: bool) -> None:
         is_there = folder.is_dir()
     except OSError as problem:
         raise TierUnavailable(f"{folder}: cannot be made or looked at: {problem.strerror}") from problem
+    if not is_there and is_free(folder):
+        raise TierNotMade(f"{folder}: expected the folder of a row_log, got nothing: no process has made it yet")
     if not is_there:
         raise TierUnavailable(f"{folder}: expected the folder of a row_log, got nothing that can be read")
 

@@ -45,7 +45,7 @@ def test_paths_that_are_no_database(tmp_path: Path) -> None:  # D22
         (tmp_path / "file", True, "cannot be read: Not a directory"),
         (tmp_path / "file" / "below", False, "the folder of the database cannot be made: Not a directory"),
         (tmp_path / "empty", True, "opened read-only, got no file CURRENT"),
-        (tmp_path / "missing", True, "cannot be read: No such file or directory"),
+        (tmp_path / "missing", True, "read-only, got nothing: no process has made it yet"),
     ]
     for path, read_only, expected in cases:
         with pytest.raises(TierUnavailable, match=f"{path}: .*{expected}") as caught:
