@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -77,8 +78,8 @@ class Ring:
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_fd") and not ends():
             self.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,8 +150,9 @@ class Segment:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ends():  # with the process its files are closed too
+            self.close()
 
 
 def _seed(table_seed: int, number: int) -> int:
