@@ -75,15 +75,18 @@ class OwnStream:
         handle: of the stream.
     """
 
-    __slots__ = ("_destroy", "handle")
+    __slots__ = ("_current", "_destroy", "handle")
 
-    def __init__(self, handle: int, destroy: Callable[[int], object]) -> None:
-        self.handle, self._destroy = handle, destroy
+    def __init__(
+        self, handle: int, destroy: Callable[[int], object], current: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.handle, self._destroy, self._current = handle, destroy, current
 
     def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
         if self.handle and not ends():  # with the process the stream goes too
             try:
-                self._destroy(self.handle)
+                with self._current():
+                    self._destroy(self.handle)
             except HpsError as problem:  # there is no caller to raise it to
                 log.warning("a stream was not destroyed: %s", problem)
 
@@ -99,9 +102,9 @@ class CudaBackend:
         self._max_blocks, self._min_blocks_after = 2 * info.multiprocessors, max(1, info.multiprocessors // 2)
         self._max_blocks_after = 4 * info.multiprocessors
         self.serving_blocks = self._max_blocks
-        self._setup: OwnStream | None = OwnStream(streams.new_stream(ordinal), streams.destroy_stream)
         self._pinned = PinnedHostAllocator()
         self.current: Callable[[], AbstractContextManager[None]] = partial(driver.current, ordinal)
+        self._setup: OwnStream | None = OwnStream(streams.new_stream(ordinal), streams.destroy_stream, self.current)
         self.new_stream = partial(streams.new_stream, ordinal)
         self.new_event = partial(streams.new_event, ordinal)
         self._allocate = partial(device_memory.allocate, ordinal)

@@ -17,6 +17,8 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +57,7 @@ from hps_numba.kernels.layouts.gathering import (
     STRIDE,
 )
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.threads import works_alone
 from hps_numba.storage.host.epochs import Epochs
 from hps_numba.storage.host.store import HostStore
 
@@ -127,8 +130,10 @@ class _Taken:
         self.memories.append(memory)
         return memory.address
 
-    def release(self) -> None:
+    def release(self, at_rest: Callable[[], object] = lambda: None) -> None:
         """Give everything back, when no batch copies any more; again does nothing.
+
+        ``at_rest`` is called when nobody reads rows for it any more, before its memory is given back.
 
         Raises:
             DeviceError: the device is lost.
@@ -143,6 +148,7 @@ class _Taken:
             if self.shared:
                 host_threads.remove(self.shared)
                 self.shared = 0
+            at_rest()
         stream, events = self.copying, (self.listed, self.copied)
         self.copying = self.listed = self.copied = 0
         if stream:
@@ -210,9 +216,8 @@ class Gathering:
             taken.copying = backend.new_stream()
             taken.listed, taken.copied = backend.new_event(), backend.new_event()
             epochs.add_guard(self)
-            if host_threads.add(self._shared, taken.memories):
-                taken.shared = self._shared
-            else:
+            taken.shared = self._shared  # first: if an interrupt comes next, the threads are told not to look
+            if not host_threads.add(self._shared, taken.memories):
                 raise CapacityError(f"{name}: expected threads that gather rows for the device, got none")
         except BaseException:
             self.release()
@@ -281,8 +286,7 @@ class Gathering:
 
     def release(self) -> None:
         """Free the memory; the device has ended all its batches."""
-        self._epochs.remove_guard(self)
-        self._taken.release()
+        self._taken.release(partial(self._epochs.remove_guard, self))
         self._drop.detach()  # not before: an interrupt may come at any time
 
 
@@ -335,7 +339,9 @@ class GatheredMisses:
         share = self.shares.of(n)
         if share == ALONE:
             return ALONE
-        gathering = workspace.gathering or self._made_for(workspace, stream)
+        gathering = workspace.gathering
+        if gathering is None and not works_alone():  # else threads that may have to compile would be waited for
+            gathering = self._made_for(workspace, stream)
         if gathering is None or gathering.is_full or not host_threads.at_work:
             count(self._counts.ctypes.data + 8, 1)
             return ALONE

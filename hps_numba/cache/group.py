@@ -76,7 +76,7 @@ class CacheGroup:
         self._closed = False
         with self._backend.current():
             stream = self._backend.new_stream()
-            self._own_stream: OwnStream | None = OwnStream(stream, self._backend.destroy_stream)
+            self._own_stream: OwnStream | None = OwnStream(stream, self._backend.destroy_stream, self._backend.current)
         self._new_workspace = partial(GroupWorkspace, self._backend, self._caches, self.name)
         self._pool = WorkspacePool(self._new_workspace, buffers, self.name)
 

@@ -96,7 +96,11 @@ def is_scattered(slots: int, row_bytes: int) -> bool:
 
 def taken_bytes(ordinal: int | None) -> int:
     """Bytes of the copies on a device, or of None in host memory."""
-    return sum(mirror.bytes for mirror in list(_mirrors) if mirror.device == ordinal)
+    while True:
+        try:
+            return sum(mirror.bytes for mirror in list(_mirrors) if mirror.device == ordinal)
+        except RuntimeError:  # another thread has made one meanwhile
+            continue
 
 
 def _shift_of(slots: int) -> int:

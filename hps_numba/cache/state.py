@@ -60,7 +60,7 @@ class CacheState:
         self.kept_bytes = 0
         self.keeps = backend.ordinal is not None
         self.stream = backend.new_stream()
-        self._own_stream: OwnStream | None = OwnStream(self.stream, backend.destroy_stream)
+        self._own_stream: OwnStream | None = OwnStream(self.stream, backend.destroy_stream, backend.current)
         try:
             self.lines = self._allocate(geometry.sets * SET_BYTES, "index")
             self.rows = self._allocate(geometry.row_bytes, "rows", pinned=pinned)
@@ -197,7 +197,7 @@ class CacheState:
         for array in arrays:
             places.append(size)
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if size > _MAX_KEPT_BYTES or not self.keeps:
+        if not size or size > _MAX_KEPT_BYTES or not self.keeps:
             with self.copies(*arrays) as addresses:
                 yield addresses
             return

@@ -108,7 +108,8 @@ class WorkspaceSet:
     @property
     def gathering_bytes(self) -> int:
         """Bytes that gatherings take beside the workspaces, where the cache lives."""
-        return sum(workspace.gathering.bytes for workspace in self.pool.workspaces if workspace.gathering is not None)
+        gatherings = [workspace.gathering for workspace in self.pool.workspaces]
+        return sum(gathering.bytes for gathering in gatherings if gathering is not None)
 
     @property
     def has_graphs(self) -> bool:

@@ -116,7 +116,7 @@ class _Locked:
 
 def _writes(table: _Locked, content: TableContent, notes: _Notes) -> Iterator[Callable[[], None]]:
     """The writes that make ``content`` of a table; each is noted before it is given."""
-    stale = np.setdiff1d(table.present, content.keys)
+    stale = np.setdiff1d(table.present, distinct_keys(content.keys), assume_unique=True)  # without it, NumPy's own
     for start in range(0, len(stale), _CHUNK_ROWS):
         gone = stale[start : start + _CHUNK_ROWS]
         notes.take(table, gone)

@@ -293,7 +293,7 @@ class Consumer:
         if dropped != self._noticed:
             return
         try:
-            self._writer.try_again()
+            self._writer.try_again(lambda: self._dropped == dropped)
         except BaseException as problem:
             self._check_open(problem)
             self._counts.add_problem("what is held cannot be applied and is tried again", problem)

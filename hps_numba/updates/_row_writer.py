@@ -114,14 +114,16 @@ class RowWriter:
         """As ``due``, of the tables of a model."""
         return min((held.due for tag, held in self._held.items() if tag.split(".")[1] == model), default=None)
 
-    def try_again(self) -> None:
-        """Write some of what is due.
+    def try_again(self, goes_on: Callable[[], bool]) -> None:
+        """Write some of what is due, a table at a time while it ``goes_on``.
 
         Raises:
             As ``UpdateTargets.find`` and ``UpdateTarget.apply``; what could not be written is tried again.
         """
         now = time.monotonic()
         for tag in [tag for tag, held in self._held.items() if held.due <= now]:
+            if not goes_on():
+                return
             self._try_again(tag)
 
     def _try_again(self, tag: str) -> None:

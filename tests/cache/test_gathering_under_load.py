@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -317,11 +318,11 @@ def test_threads_that_die_are_done_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    gather, begun = host_threads.gather_for_devices, []
+    gather, numbers, dead = host_threads.gather_for_devices, itertools.count(), []
 
     def die(control: int, state: int) -> None:
-        begun.append(state)
-        if len(begun) <= dying:
+        if next(numbers) < dying:
+            dead.append(state)
             raise MemoryError("no memory for the words of a thread")
         gather(control, state)
 
@@ -334,7 +335,7 @@ def test_threads_that_die_are_done_without(
     assert cache.counters().helped == (3 if dying < 3 else 0)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == dying and "no memory for the words of a thread" in caplog.text
-    for state in begun[:dying]:
+    for state in dead:
         threads_of_its_own._control[(state - threads_of_its_own._address) // 8] = 7  # as if they had looked before
     bench.close()  # does not wait for those that have ended
 

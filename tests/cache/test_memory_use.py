@@ -106,6 +106,8 @@ def test_memory_for_written_rows_is_kept_if_it_is_little(device: int | None, mon
     cache = bench.cache(store, 3000)
     cache.parts.state.keeps = True  # as on a device
     cache.lookup_arrays(np.arange(300))
+    cache.update(np.empty(0, np.int64))
+    assert cache.parts.state.kept_bytes == 0
     for stamp, (n, kept) in enumerate([(1, 320), (40, 4000), (10, 4000), (100, 9760), (300, 9760), (2, 9760)], 1):
         keys, rows = np.arange(n), rows_of(np.arange(n), DIM, stamp)
         store.upsert(keys, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,8 @@ def test_what_insert_and_erase_raise_is_checked() -> None:
     with pytest.raises(PartialWriteError) as raised:
         tier.insert(TABLE, np.array([1, 2]), rows_of([1, 2], 3))
     assert isinstance(raised.value, TierError) and raised.value.failed.tolist() == [True, False]
+    again = pickle.loads(pickle.dumps(raised.value))  # as between processes
+    assert type(again) is PartialWriteError and str(again) == str(raised.value) and again.failed.tolist() == [True, False]
     for wrong in (np.array([1, 0]), np.ones(3, bool), [True, False], None):
 
         def insert(table: str, keys: np.ndarray, rows: np.ndarray, wrong: Any = wrong) -> int:

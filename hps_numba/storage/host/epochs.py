@@ -39,7 +39,7 @@ class Epochs:
     Attributes:
         address: of the word that holds the current epoch.
 
-    Thread safety: every method, without a lock. Guards are added and removed by one thread at a time.
+    Thread safety: every method, without a lock.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Epochs:
         self.address: int = self._now.__array_interface__["data"][0]
         self._blocks: list[np.ndarray] = []
         self._idle: deque[int] = deque()
-        self._guards: tuple[Guard, ...] = ()
+        self._guards: dict[int, Guard] = {}  # changed by single steps: caches of a store add theirs from any thread
         self._readings: dict[
             Reading, tuple[int, FrameType | None]
         ] = {}  # the record of each block, and the frame that is in it
@@ -97,11 +97,11 @@ class Epochs:
 
     def add_guard(self, guard: Guard) -> None:
         """Let ``oldest`` count the readers of ``guard`` too."""
-        self._guards = (*self._guards, guard)
+        self._guards[id(guard)] = guard
 
     def remove_guard(self, guard: Guard) -> None:
         """Undo ``add_guard``: its readers have finished."""
-        self._guards = tuple(other for other in self._guards if other is not guard)
+        self._guards.pop(id(guard), None)
 
     @property
     def now(self) -> int:
@@ -119,7 +119,7 @@ class Epochs:
             self._next_look = now + _LATE_EPOCHS
             self._end_lost()
         active = [int(e) for block in list(self._blocks) for e in block[:, 0] if e]
-        active += [guard.oldest(now) for guard in self._guards]
+        active += [guard.oldest(now) for guard in self._guards.copy().values()]
         return min(active, default=now)
 
     def wait(self, tag: int, seconds: float) -> bool:
@@ -139,7 +139,7 @@ class Epochs:
         """In a forked child: the readers of the parent's other threads do not exist here."""
         for block in self._blocks:
             block[:] = 0
-        self._guards = ()  # devices are the parent's
+        self._guards = {}  # devices are the parent's
 
 
 class Reading:

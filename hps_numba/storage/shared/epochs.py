@@ -76,7 +76,7 @@ class SharedEpochs(Epochs):
             self._offer(self.segment.blocks[0], RECORDS - 1)  # the last one is the guard
 
     def _begin_in_child(self) -> None:
-        self._guards, self._readings, self._thread = (), {}, None
+        self._guards, self._readings, self._thread = {}, {}, None
         self._renew()
         for header in self._headers:  # before a thread uses them
             header.reset_after_fork()
@@ -116,7 +116,7 @@ class SharedEpochs(Epochs):
             self._probed = time.monotonic()
             self._forget_dead(now)
             low = self._oldest_record(now)
-        return min([low, *(guard.oldest(now) for guard in self._guards)])
+        return min([low, *(guard.oldest(now) for guard in self._guards.copy().values())])
 
     def _oldest_record(self, now: int) -> int:
         """The oldest epoch with a reader of any process, or one that a process has yet to follow."""
@@ -201,7 +201,7 @@ class SharedEpochs(Epochs):
             if self._pending and self._oldest_here() <= self._pending:
                 return
             self._pending = 0
-            guard[0] = max(1, min([epoch, *(guard.oldest(epoch) for guard in self._guards)]))
+            guard[0] = max(1, min([epoch, *(guard.oldest(epoch) for guard in self._guards.copy().values())]))
 
     def stop(self) -> None:
         """Follow no header any more."""

@@ -74,6 +74,9 @@ class PartialWriteError(TierError):
         super().__init__(message)
         self.failed = failed
 
+    def __reduce__(self) -> tuple[type[PartialWriteError], tuple[str, np.ndarray]]:
+        return type(self), (str(self), self.failed)
+
 
 class Tier(abc.ABC):
     """One storage tier, shared by all models of a server.

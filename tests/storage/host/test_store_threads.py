@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -236,6 +237,36 @@ def test_replacing_during_reads_releases_memory(monkeypatch):
             store.replace(version(value))
     assert not readers.errors and readers.torn == 0
     assert allocator.in_use == start
+
+
+class Kernels:
+    """A guard that is in an epoch of the distant past."""
+
+    def oldest(self, now):
+        return 0
+
+
+def test_guards_come_and_go_from_any_thread():
+    epochs, lost = Epochs(), []
+    interval = sys.getswitchinterval()
+
+    def come_and_go():
+        for _ in range(2000):
+            guard = Kernels()
+            epochs.add_guard(guard)
+            if guard not in epochs._guards.copy().values():
+                lost.append(guard)
+            epochs.remove_guard(guard)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        join_all(*threads)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not lost and epochs.oldest() == epochs.now
 
 
 @pytest.mark.parametrize("readers", [1, 3])
