@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,19 @@ def is_served(server: hps_numba.HPS, key: int, stamp: int) -> bool:
 # --- what a server does ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def no_attempts(server: hps_numba.HPS) -> Iterator[None]:
+    """A block in which nothing that is held is tried again."""
+    writer, asked = server._updates._consumers[0]._writer, threading.Event()  # type: ignore[attr-defined]
+    attempt = writer.try_again
+    writer.try_again = lambda goes_on: asked.set()
+    try:
+        wait_until(asked.is_set)  # an attempt that was under way is over
+        yield
+    finally:
+        writer.try_again = attempt
+
+
 def test_other_keys_go_on_and_nothing_is_committed_until_the_tier_is_back(opened: Opened) -> None:
     bus, _, server, tier = opened
     tier.down = frozenset({1, 3, 100})
@@ -99,11 +115,10 @@ def test_an_older_row_that_is_held_never_follows_a_newer_one(opened: Opened) -> 
     tier.down = frozenset({1, 2, 3})
     published(bus, message_of([1, 2, 3], rows_of([1, 2, 3], 3, 1), 0))
     wait_until(lambda: server.update_stats()[0].held_rows == 3)
-    server._updates._consumers[0]._writer._held[TABLE].due += 1e6  # type: ignore[attr-defined]
-    tier.down = frozenset({3})
-    published(bus, message_of([1], rows_of([1], 3, 2), 1), message_of([2], None, 2))
-    wait_until(lambda: server.update_stats()[0].held_rows == 1)
-    server._updates._consumers[0]._writer._held[TABLE].due = 0  # type: ignore[attr-defined]
+    with no_attempts(server):
+        tier.down = frozenset({3})
+        published(bus, message_of([1], rows_of([1], 3, 2), 1), message_of([2], None, 2))
+        wait_until(lambda: server.update_stats()[0].held_rows == 1)
     tier.down = frozenset()
     wait_for(server, published(bus, message_of([8], rows_of([8], 3, 1), 3)))
     expected = np.concatenate([rows_of([1], 3, 2), ABSENT, rows_of([3], 3, 1)])
@@ -261,10 +276,9 @@ def test_what_is_held_of_a_version_that_a_call_replaced_is_not_applied(opened: O
     tier.down = frozenset({1, 2})
     published(bus, message_of([1], rows_of([1], 3, 20), 1, version=7), message_of([2], rows_of([2], 3, 20), 2))
     wait_until(lambda: server.update_stats()[0].held_rows == 2)
-    server._updates._consumers[0]._writer._held[TABLE].due += 1e6  # type: ignore[attr-defined]
-    tier.down = frozenset()
-    server.replace_model("m", [workshop.table("by-call", range(9), 3, 8)])
-    server._updates._consumers[0]._writer._held[TABLE].due = 0  # type: ignore[attr-defined]
+    with no_attempts(server):
+        tier.down = frozenset()
+        server.replace_model("m", [workshop.table("by-call", range(9), 3, 8)])
     wait_for(server, published(bus, message_of([3], rows_of([3], 3, 21), 3)))
     expected = [rows_of([1], 3, 8), rows_of([2], 3, 20), rows_of([3], 3, 21)]
     assert_same_bits(server.lookup([1, 2, 3], "m", 0), np.concatenate(expected))
