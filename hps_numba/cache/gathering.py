@@ -18,7 +18,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -184,6 +183,7 @@ class Gathering:
     def __init__(self, backend: Backend, dim: int, limit: int, epochs: Epochs, name: str, stream: int) -> None:
         self._backend, self._epochs = backend, epochs
         self._begun = [0] * FLIGHTS  # the epochs in which the last batches began
+        self._words = memoryview(b"")  # a view, as any thread may ask for epochs: once released, it refuses to read
         self._seen = 0
         self._taken = taken = _Taken(backend)
         self._drop = weakref.finalize(self, taken.release_dropped)  # before any of its memory is collected with it
@@ -226,17 +226,17 @@ class Gathering:
     @property
     def started(self) -> int:
         """Batches that were started so far."""
-        return int(self._words[BATCHES_STARTED // 8])
+        return self._words[BATCHES_STARTED // 8]
 
     @property
     def done(self) -> int:
         """Batches that the device has finished with."""
-        return int(self._words[BATCHES_DONE // 8])
+        return self._words[BATCHES_DONE // 8]
 
     @property
     def last(self) -> tuple[int, int, int, int]:
         """Of the last batch: rows by way of the host, nanoseconds until all were there; rows that the device read, the same."""
-        rows, ns, others, others_ns = (int(self._words[at // 8]) for at in (HOST_ROWS, HOST_NS, DIRECT_ROWS, DIRECT_NS))
+        rows, ns, others, others_ns = (self._words[at // 8] for at in (HOST_ROWS, HOST_NS, DIRECT_ROWS, DIRECT_NS))
         return rows, ns, others, others_ns
 
     def has_news(self) -> bool:
@@ -281,13 +281,20 @@ class Gathering:
 
     def oldest(self, now: int) -> int:
         """The oldest epoch that a batch may still be in (``epochs.Guard``)."""
-        done, started = self.done, self.started
+        try:
+            done, started = self.done, self.started
+        except ValueError:  # the view was released since the caller found this guard
+            return now
         return min((self._begun[batch % FLIGHTS] for batch in range(done, started)), default=now)
 
     def release(self) -> None:
         """Free the memory; the device has ended all its batches."""
-        self._taken.release(partial(self._epochs.remove_guard, self))
+        self._taken.release(self._end_epochs)
         self._drop.detach()  # not before: an interrupt may come at any time
+
+    def _end_epochs(self) -> None:
+        self._epochs.remove_guard(self)
+        self._words.release()
 
 
 class GatheredMisses:
@@ -383,5 +390,5 @@ def _up(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _words(address: int, length: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_int64 * length).from_address(address))
+def _words(address: int, length: int) -> memoryview:
+    return memoryview((ctypes.c_int64 * length).from_address(address)).cast("B").cast("q")

@@ -154,6 +154,8 @@ class StoreLink:
             return 0
         if self._polling.acquire(blocking=False):
             try:
+                if self._closed:  # since it was asked above: there is no stream any more
+                    return now
                 if time.monotonic() - self._polled >= _POLL_SECONDS:
                     self._poll(now)
                     self._polled = time.monotonic()

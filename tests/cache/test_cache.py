@@ -594,6 +594,24 @@ def test_closed_link_keeps_no_memory(cpu_bench: Bench) -> None:
     assert linked.is_free(store.epochs.advance())
 
 
+def test_a_link_that_closes_while_a_writer_asks_it_is_not_polled(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = Linked(cpu_bench.store(range(4)))
+    link, lock = linked.link, linked.link._polling
+
+    class ClosedMeanwhile:
+        def acquire(self, blocking: bool) -> bool:
+            link._polling = lock
+            link.close()
+            return lock.acquire(blocking)
+
+        def release(self) -> None:
+            lock.release()
+
+    link._polling = ClosedMeanwhile()  # type: ignore[assignment]
+    monkeypatch.setattr(link, "_poll", lambda now: pytest.fail("polled a device whose memory may be gone"))
+    assert link.oldest(7) == 7
+
+
 def test_state_points_to_the_index_in_force(cpu_bench: Bench) -> None:
     store = cpu_bench.store(range(4))
     linked = Linked(store)

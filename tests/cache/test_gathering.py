@@ -323,6 +323,30 @@ def test_a_store_keeps_the_rows_that_a_batch_may_read(bench: Bench) -> None:
     assert store.epochs.oldest() > before
 
 
+def test_a_writer_that_found_a_batch_s_memory_before_it_was_freed_reads_none_of_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = bench.store(range(300))
+    cache = gathering_cache(bench, store, 40)
+    cache.lookup_arrays(np.arange(300))
+    (workspace,) = (w for w in cache.parts.workspaces.pool.workspaces if w.gathering is not None)
+    found, oldest = workspace.gathering, type(workspace.gathering).oldest
+    asked: list[int] = []
+
+    def freed_meanwhile(gathering: Any, now: int) -> int:  # as if another thread had run just before
+        if gathering is found and not asked:
+            asked.append(now)
+            gathering.release()
+            with pytest.raises(ValueError, match="released"):
+                _ = gathering.started
+        return oldest(gathering, now)
+
+    monkeypatch.setattr(type(found), "oldest", freed_meanwhile)
+    assert store.epochs.oldest() == store.epochs.now
+    assert asked
+    cache.close()
+
+
 @pytest.mark.parametrize("device", ON_BOTH)
 def test_threads_look_no_more_at_a_cache_that_was_dropped(device: int | None) -> None:
     kept = Bench(device)
