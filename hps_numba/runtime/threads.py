@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +27,7 @@ __all__ = [
     "Ahead",
     "Pool",
     "available_cores",
+    "in_one_range",
     "is_pool_thread",
     "ranges_of",
     "run_ranges",
@@ -168,9 +170,28 @@ def is_pool_thread() -> bool:
     return threading.get_ident() in _workers
 
 
+_in_one_range: set[int] = set()  # idents of threads
+
+
+@contextmanager
+def in_one_range() -> Iterator[None]:
+    """A block in which ``ranges_of`` gives this thread one range, however much there is to do; not for blocks in blocks.
+
+    For work in the background of lookups. Threads of the pool need the GIL for each range that they take, and whoever
+    looks up waits for it each time, longer than the work is shorter.
+    """
+    me = threading.get_ident()
+    _in_one_range.add(me)
+    try:
+        yield
+    finally:
+        _in_one_range.discard(me)
+
+
 def ranges_of(n: int, item_bytes: int, threads: int | None = None, *, least: int = SPLIT_BYTES // 2) -> list[tuple[int, int]]:
     """Cut ``n`` items into ranges for the pool: one range if small, else four a thread of at least ``least`` bytes each."""
-    threads = _pool.threads if threads is None else threads
+    if threads is None:
+        threads = 1 if threading.get_ident() in _in_one_range else _pool.threads
     total = n * item_bytes
     if threads == 1 or total < 2 * least:
         return [(0, n)]

@@ -7,6 +7,7 @@ fork leaves a lock taken.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -50,7 +51,8 @@ class Backlog:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._items: SimpleQueue[Item | Sized | None] = SimpleQueue()
+        self._items: SimpleQueue[tuple[Item | Sized, ...] | None] = SimpleQueue()
+        self._rest: deque[Item | Sized] = deque()  # of what was taken from the queue
         self._room: SimpleQueue[None] = SimpleQueue()
         self._put_bytes = self._taken_bytes = 0
         self._put = self._taken = 0
@@ -83,10 +85,10 @@ class Backlog:
 
     def put(self, items: Sequence[Item | Sized]) -> None:
         """Add items, however full it is."""
-        for item in items:
-            self._put_bytes += item.size + _OVERHEAD
-            self._put += 1
-            self._items.put(item)
+        if items:
+            self._put_bytes += sum(item.size + _OVERHEAD for item in items)
+            self._put += len(items)
+            self._items.put(tuple(items))  # at once: the thread that takes them wakes once, and finds them all
 
     def wait_for_room(self, seconds: float) -> None:
         """Wait until it is not full, or for some seconds."""
@@ -100,16 +102,17 @@ class Backlog:
     def take(self, writes: int, seconds: float) -> list[Item | Sized]:
         """The next items, until together they write so many rows; waits for the first. They count as waiting until ``done``."""
         items: list[Item | Sized] = []
-        try:
-            item = self._items.get(timeout=seconds)
-            while item is not None:
-                items.append(item)
-                writes -= writes_of(item)
-                if writes <= 0:
-                    break
-                item = self._items.get_nowait()
-        except Empty:
-            return items
+        while writes > 0:
+            try:
+                some = () if self._rest else self._items.get(block=not items, timeout=seconds)
+            except Empty:
+                break
+            if some is None:
+                break
+            self._rest.extend(some)
+            item = self._rest.popleft()
+            items.append(item)
+            writes -= writes_of(item)
         return items
 
     def done(self, items: Sequence[Item | Sized]) -> None:

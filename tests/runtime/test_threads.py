@@ -24,7 +24,7 @@ from support.waiting import HANG_SECONDS, join_all, wait_until
 import hps_numba
 from hps_numba.errors import ClosedError, UnknownModelError
 from hps_numba.runtime import threads
-from hps_numba.runtime.threads import SPLIT_BYTES, ranges_of, run_ranges
+from hps_numba.runtime.threads import SPLIT_BYTES, in_one_range, ranges_of, run_ranges
 from hps_numba.storage.host import reading
 from hps_numba.storage.host import store as host_store
 from hps_numba.storage.host.store import HostStore
@@ -41,6 +41,18 @@ def test_ranges_cover_every_item_once(n: int, item_bytes: int, cores: int) -> No
     assert len(ranges) <= 4 * cores
     if n * item_bytes < SPLIT_BYTES or cores == 1:
         assert ranges == [(0, n)]
+
+
+def test_work_in_the_background_of_lookups_is_one_range() -> None:
+    many = 10 * SPLIT_BYTES
+    with in_one_range():
+        assert ranges_of(many, 1) == [(0, many)]
+        assert len(ranges_of(many, 1, 4)) > 1  # who asks for threads gets them
+        elsewhere: list[int] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(len(ranges_of(many, 1))))
+        thread.start()
+        join_all(thread)
+    assert elsewhere == [len(ranges_of(many, 1))]
 
 
 def test_results_come_in_order() -> None:

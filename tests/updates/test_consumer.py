@@ -21,6 +21,8 @@ from support.waiting import HANG_SECONDS, wait_until
 
 import hps_numba
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
+from hps_numba.runtime import threads
+from hps_numba.runtime.threads import Pool
 from hps_numba.updates import Lost, Message, Position, _consumer, _counts
 from hps_numba.updates._backlog import Backlog
 from hps_numba.updates._consumer import Consumer
@@ -96,6 +98,22 @@ def test_messages_in_wire_form_of_several_tables_and_models(workshop: Workshop) 
     assert_same_bits(server.lookup([1], "m", 0), np.full((1, 3), -7.5, np.float32))
     assert_same_bits(server.lookup([1, 9], "m", 1), rows_of([1, 9], 2, 2))
     assert_same_bits(server.lookup([1], "other", 0), rows_of([1], 3, 3))
+
+
+def test_the_thread_that_applies_updates_shares_its_work_with_none(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads of the pool would take the GIL from lookups, for every range of a batch."""
+    bus, source = list_bus()
+    server = opened(workshop, source)
+    submitted: list[str] = []
+    monkeypatch.setattr(Pool, "submit", lambda pool, job: submitted.append(threading.current_thread().name))
+    monkeypatch.setattr(threads._pool, "threads", 4)
+    keys = np.arange(200_000)
+    rows = rows_of(keys, 3)
+    wait_for(server, published(bus, message_of(keys, rows, 0)))  # type: ignore[arg-type]
+    assert submitted == []
+    assert_same_bits(server.lookup(keys, "m", 0), rows)
+    server.insert(keys, rows, "m", 0)
+    assert submitted  # large enough for several threads
 
 
 def test_narrow_keys(workshop: Workshop) -> None:
