@@ -23,7 +23,7 @@ from run import Run, median, parser_of, print_table, verdict
 from table import keys_of, rows_of
 
 from hps_numba.frontends import torch as hps
-from hps_numba.frontends.torch.row_gradients import on_host
+from hps_numba.frontends.torch.row_gradients import OnHost, on_host
 from hps_numba.server.registry import SERVERS
 
 TARGETS_MS = {16_384: 1.5, 1 << 20: 20.0}
@@ -126,10 +126,15 @@ class Bench:
             self.ours(optimizer, n)
             keys, gradients = rows.gathered()
             assert gradients is not None
-            return lambda: on_host(keys, gradients)
+            return lambda: arrived(on_host(keys, gradients))
+
+        def arrived(there: OnHost) -> OnHost:
+            if there.arrived is not None:
+                there.arrived()
+            return there
 
         def step(*, overwrite: bool) -> Callable[[], object]:
-            keys, gradients, copied = copy()()  # type: ignore[misc]
+            keys, gradients, copied, _ = copy()()  # type: ignore[misc]
             gradients = gradients if copied else gradients.copy()
             return lambda: trainer.step(keys, gradients, overwrite=overwrite)
 

@@ -190,13 +190,22 @@ class RowTrainer:
         width = self.rule.width(self.spec.dim)
         return HostStore(width, name=f"{self.spec.tag}: {self.rule.name}") if width else None
 
-    def step(self, keys: np.ndarray, gradients: np.ndarray, rule: Rule | None = None, *, overwrite: bool = False) -> None:
+    def step(
+        self,
+        keys: np.ndarray,
+        gradients: np.ndarray,
+        rule: Rule | None = None,
+        *,
+        overwrite: bool = False,
+        arrived: Callable[[], object] | None = None,
+    ) -> None:
         """Change the rows of some keys by their gradients.
 
         Args:
             keys: distinct, int64 ``[n]``.   gradients: float32 ``[n, dim]``.
             rule: the trainer's with other settings, or None: the trainer's.
             overwrite: ``gradients``, if contiguous, may be overwritten; new rows are then sent to devices from there.
+            arrived: waits until ``gradients``, contiguous float32, are there; called when all else is ready for them.
 
         Raises:
             ConfigError: ``rule`` is of another class.   ArrayError: gradients of another shape.
@@ -220,6 +229,8 @@ class RowTrainer:
                 def change(before: np.ndarray, after: np.ndarray, found: np.ndarray) -> np.ndarray | None:
                     initial = self._point_to_first_rows(keys, before, found)
                     places = None if states is None else self._places_of(states, found)
+                    if arrived is not None:
+                        arrived()
                     rule.apply(Places(before, after), places, gradients, self.steps + 1, keep=keep)
                     del initial  # which rows were made from
                     return gradients if keep else None

@@ -141,6 +141,22 @@ def test_a_step_that_fails_leaves_rows_and_states_as_they_were(
     assert trainer.steps == 2 and (trainer.read_states(keys[:N]) == 2).all() and (trainer.read_states(keys[N:]) == 1).all()
 
 
+def test_gradients_may_arrive_while_a_step_is_prepared(workshop: Workshop) -> None:
+    server = workshop.open(workshop.model((range(N), DIM), gpucacheper=0.3), cache_on_cpu=True)
+    trainer = RowTrainer(server, "m", 0, Sgd(1.0))
+    keys, gradients = np.arange(N), np.full((N, DIM), np.nan, np.float32)
+    rows = server.lookup(keys, "m", 0)
+
+    def lost() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(keys, gradients, overwrite=True, arrived=lost)
+    assert np.array_equal(server.lookup(keys, "m", 0), rows) and trainer.steps == 0
+    trainer.step(keys, gradients, overwrite=True, arrived=lambda: gradients.fill(1))
+    assert np.array_equal(server.lookup(keys, "m", 0), rows - 1) and trainer.steps == 1
+
+
 def test_a_step_where_memory_ends_goes_row_by_row(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     server = workshop.open(workshop.model((range(N), DIM)))
     trainer = RowTrainer(server, "m", 0, Adagrad(1.0))

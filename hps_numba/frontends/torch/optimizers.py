@@ -99,8 +99,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 if gradient is not None:
                     trainer = self._trainers[id(rows)]
                     trainer.initializer = rows.initializer
-                    touched, gradients, copied = on_host(keys, gradient)
-                    trainer.step(touched, gradients, rule, overwrite=copied)
+                    touched, gradients, copied, arrived = on_host(keys, gradient)
+                    trainer.step(touched, gradients, rule, overwrite=copied, arrived=arrived)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,20 +227,32 @@ def _sums_in_order(rows: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
         firsts = torch.searchsorted(starts, firsts)
 
 
-def on_host(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Keys int64 ``[m]`` and gradients float32 ``[m, dim]`` as arrays, and whether the gradients are a copy.
+class OnHost(NamedTuple):
+    """Keys int64 ``[m]`` and gradients float32 ``[m, dim]`` as arrays.
 
-    From a GPU both go to pinned memory, which Torch keeps for the next time, and the CPU waits for them once.
+    Attributes:
+        copied: the gradients are a copy.   arrived: waits until they are there, if they are on their way; keys are.
     """
+
+    keys: np.ndarray
+    gradients: np.ndarray
+    copied: bool
+    arrived: Callable[[], object] | None
+
+
+def on_host(keys: torch.Tensor, gradients: torch.Tensor) -> OnHost:
+    """From a GPU both go to pinned memory, which Torch keeps for the next time."""
     gradients = gradients.detach().to(torch.float32).contiguous()
     if not gradients.is_cuda:
-        return keys.cpu().numpy(), gradients.cpu().numpy(), False
+        return OnHost(keys.cpu().numpy(), gradients.cpu().numpy(), False, None)
     with torch.cuda.device(gradients.device):
-        copies = [torch.empty(some.shape, dtype=some.dtype, pin_memory=True) for some in (keys, gradients)]
-        for copy, some in zip(copies, (keys, gradients), strict=True):
-            copy.copy_(some, non_blocking=True)
-        torch.cuda.current_stream().record_event().synchronize()
-    return copies[0].numpy(), copies[1].numpy(), True
+        copies, there = [], []
+        for some in (keys, gradients):
+            copies.append(torch.empty(some.shape, dtype=some.dtype, pin_memory=True))
+            copies[-1].copy_(some, non_blocking=True)
+            there.append(torch.cuda.current_stream().record_event())
+        there[0].synchronize()
+    return OnHost(copies[0].numpy(), copies[1].numpy(), True, there[1].synchronize)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
