@@ -66,9 +66,9 @@ def waited(machine: Machine, server: hps_numba.HPS, rows: int, dim: int) -> Call
     return call
 
 
-def measured(run: Run, bus: str, spec: Spec, rates: tuple[int, ...], folder: str | None) -> Figures:
-    """All rates of one bus."""
-    with opened_bus(bus, folder) as (source, producer), opened(run.machine, spec, source) as server:
+def measured(run: Run, bus: str, spec: Spec, rates: tuple[int, ...], folder: str | None, more: dict[str, Any]) -> Figures:
+    """All rates of one bus; ``more``: keys of its source."""
+    with opened_bus(bus, folder) as (source, producer), opened(run.machine, spec, {**source, **more}) as server:
         many, probe = (waited(run.machine, server, rows, spec.dim) for rows in (spec.batch, PROBES))
         figures = measure(server, Calls(many, lambda keys: probe(keys).cpu().numpy()), producer, spec, rates)
         (cache,) = next(iter(server.stats()["m"].values())).caches
@@ -84,6 +84,8 @@ def main() -> int:
         "--folder", help="where buses keep their files, such as /dev/shm; by default in that for temporary files"
     )
     parser.add_argument("--batch", type=int, default=8192, metavar="N", help="keys of a lookup")
+    parser.add_argument("--rates", type=int, nargs="+", default=list(RATES), metavar="N", help="rows a second")
+    parser.add_argument("--interval-ms", type=int, metavar="N", help="batch_interval_ms of the source, if not its default")
     options = parser.parse_args()
     run = Run("Online updates on a GPU (U-A, U-B)", options)
     for dim in options.dims:
@@ -93,8 +95,9 @@ def main() -> int:
             if why := is_missing(bus):
                 run.say(f"{bus}: skipped: {why}")
                 continue
-            rates = RATES[:2] if options.on_cpu else RATES
-            run.section(f"D={dim}: {bus}", partial(measured, run, bus, spec, rates, options.folder))
+            rates = tuple(options.rates[:2] if options.on_cpu else options.rates)
+            more = {} if options.interval_ms is None else {"batch_interval_ms": options.interval_ms}
+            run.section(f"D={dim}: {bus}", partial(measured, run, bus, spec, rates, options.folder, more))
     return run.end()
 
 
