@@ -245,5 +245,5 @@ class UpdateSourceConfig(PluginSection):
     """If the bus dropped updates: reload files and replay what it has, continue, or auto: reload unless rows outlive us."""
     refuse_not_finite: bool = False
     """Skip and count updates with NaN or infinity."""
-    batch_interval_ms: Annotated[int, Field(ge=0, le=1000)] = 20
+    batch_interval_ms: Annotated[int, Field(ge=0, le=1000)] = 100
     """Milliseconds for which updates are collected to be applied together: lookups lose less by few large batches."""

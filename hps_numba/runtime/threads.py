@@ -32,7 +32,6 @@ __all__ = [
     "ranges_of",
     "run_ranges",
     "start_thread",
-    "threads_of_pool",
     "works_alone",
 ]
 
@@ -164,11 +163,6 @@ def _work_off(jobs: SimpleQueue[Callable[[], None]]) -> None:
 
 
 _pool = Pool()
-
-
-def threads_of_pool() -> int:
-    """On how many threads ``run_ranges`` works, the caller's included."""
-    return _pool.threads
 
 
 def is_pool_thread() -> bool:

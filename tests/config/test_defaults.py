@@ -62,7 +62,7 @@ UPDATE_DEFAULTS = {
     "max_backlog_bytes": 67108864,
     "on_loss": "auto",
     "refuse_not_finite": False,
-    "batch_interval_ms": 20,
+    "batch_interval_ms": 100,
 }
 HARD = (
     "model",

@@ -24,7 +24,7 @@ from hps_numba.kernels.host.rewrite import (
     host_take,
 )
 from hps_numba.kernels.layouts.host_store import ENTRY_BYTES, FIRST_SLOT, META_BYTES, SLOT_MASK
-from hps_numba.runtime.threads import ranges_of, run_ranges, threads_of_pool
+from hps_numba.runtime.threads import ranges_of, run_ranges
 from hps_numba.storage.host.content import TableContent, address_of, entries_of
 from hps_numba.storage.host.epochs import Epochs
 
@@ -125,7 +125,7 @@ class BulkWrite:
             new: int = host_publish(block, self._entries, self._words, self._fresh, low, high, now)
             return new
 
-        parts = min(threads_of_pool(), -(-len(self._steps) // 2))  # each goes through all keys, and waits only for its own
+        parts = -(-len(self._steps) // 8)  # half as many as threads: each goes through all keys
         added = sum(run_ranges(publish_part, [(part, part + 1) for part in range(parts)]))
         if self.new_keys:
             added += host_enter(block, self.keys, self._words, self._fresh, content.state, now)
