@@ -1,10 +1,10 @@
-"""The distinct keys among some."""
+"""The distinct keys among some, and which of some are among others."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["distinct_keys"]
+__all__ = ["are_among", "distinct_keys"]
 
 
 def distinct_keys(keys: np.ndarray) -> np.ndarray:
@@ -20,3 +20,11 @@ def distinct_keys(keys: np.ndarray) -> np.ndarray:
     first[0] = True
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     return ordered[first]
+
+
+def are_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """bool ``[n]``: which integers are in ``ordered``, ascending; as ``numpy.isin``, which calls ``numpy.unique``."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    found: np.ndarray = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from hps_numba.kernels.host.row_log import row_log_move
 from hps_numba.kernels.layouts.row_log import UNIT_BITS
+from hps_numba.storage.distinct import are_among
 from hps_numba.storage.host.bound import RowBound
 from hps_numba.storage.host.store import HostStore
 
@@ -91,7 +92,7 @@ class RowIndex:
     def outside(self, segments: set[int]) -> np.ndarray:
         """Keys whose location is in none of these segments."""
         known = np.array(sorted(segments), np.int64)
-        found = [keys[~np.isin(locations >> UNIT_BITS, known)] for keys, locations in self.scan(1 << 18)]
+        found = [keys[~are_among(locations >> UNIT_BITS, known)] for keys, locations in self.scan(1 << 18)]
         return np.concatenate([np.empty(0, np.int64), *found])
 
     def close(self) -> None:
