@@ -36,7 +36,7 @@ class Server:
         port: of loopback.   bus: port of the bus of a cluster.   client: redis-py's, with the rights of an administrator.
     """
 
-    def __init__(self, folder: Path, *options: str, tls: dict[str, str] | None = None, **login: str) -> None:
+    def __init__(self, folder: Path, *options: str, tls: dict[str, Any] | None = None, **login: str) -> None:
         self.folder, self.options, self.tls, self.login = folder, options, tls, login
         folder.mkdir(parents=True, exist_ok=True)
         self.command = program(os.environ.get("HPS_NUMBA_REDIS_SERVER", "redis-server"), "redis-server")
@@ -170,7 +170,7 @@ def info_of(server: Server) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def one_server(folder: Path, *options: str, tls: dict[str, str] | None = None, **login: str) -> Iterator[Server]:
+def one_server(folder: Path, *options: str, tls: dict[str, Any] | None = None, **login: str) -> Iterator[Server]:
     """A plain server."""
     server = Server(folder, *options, tls=tls, **login)
     try:
@@ -187,15 +187,20 @@ def cluster_of(
     *,
     coverage: str = "no",
     options: Sequence[str] = (),
+    tls: dict[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """A cluster of ``primaries`` nodes and replicas of the first ``replicas`` of them."""
+    """A cluster of ``primaries`` nodes and replicas of the first ``replicas`` of them.
+
+    Args:
+        tls: what an administrator connects with, where the options make nodes talk to clients and to each other by TLS only.
+    """
     servers: list[Server] = []
     try:
         for i in range(primaries + replicas):
             more = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"]
             more += ["--cluster-require-full-coverage", coverage, "--cluster-node-timeout", str(NODE_TIMEOUT)]
             more += ["--repl-diskless-sync-delay", "0", *options]  # no other replica comes
-            servers.append(Server(folder / f"node{i}", *more))
+            servers.append(Server(folder / f"node{i}", *more, tls=tls))
         yield Cluster(servers, primaries)
     finally:
         for server in servers:
