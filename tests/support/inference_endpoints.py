@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -110,15 +110,24 @@ class Endpoint(ABC):
     Args:
         url: ``host:port``.
         lacks: features of the suite that the server cannot do -> why not; see ``inference_suite.FEATURES``.
+        refuses: those of them that it has to refuse, rather than not to be asked for.
         max_bytes: most bytes of a request that the server takes; None: it has no such limit.
     """
 
     kind = ""
     own_lacks: ClassVar[Mapping[str, str]] = {}  # what the client cannot do
 
-    def __init__(self, url: str, *, lacks: Mapping[str, str] | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        lacks: Mapping[str, str] | None = None,
+        refuses: Collection[str] = (),
+        max_bytes: int | None = None,
+    ) -> None:
         self.url = url
         self.lacks = {**self.own_lacks, **(lacks or {})}
+        self.refuses = set(refuses) - set(self.own_lacks)
         self.max_bytes = max_bytes
 
     def ask(

@@ -8,7 +8,8 @@ A test module of a server starts it on the config of ``write_suite`` once, gives
         case.run(endpoint, reference)
 
 What a server or a client cannot do by its own limits is named in ``Endpoint.lacks``, by the names of ``FEATURES``, with the
-reason that the skipped test shows.
+reason that the skipped test shows. What the server has to refuse, as it cannot do it, is named in ``Endpoint.refuses`` too:
+then such a request must be refused, and the next right one answered.
 """
 
 from __future__ import annotations
@@ -94,13 +95,20 @@ class Case:
     needs: tuple[str, ...] = field(default=())
 
     def run(self, endpoint: Endpoint, reference: HPS) -> None:
-        """Run it; skipped with the reason of what the endpoint lacks."""
+        """Run it; skipped with the reason of what the endpoint lacks and does not refuse."""
         unknown = set(endpoint.lacks) - set(FEATURES) - {"fp16 inputs"}
         assert not unknown and set(self.needs) <= set(FEATURES), f"no features: {unknown}, {self.needs}"
-        for feature in self.needs:
-            if feature in endpoint.lacks:
+        lacking = [feature for feature in self.needs if feature in endpoint.lacks]
+        for feature in lacking:
+            if feature not in endpoint.refuses:
                 pytest.skip(f"{endpoint.kind}: {endpoint.lacks[feature]}")
-        self.check(endpoint, reference)
+        if not lacking:
+            self.check(endpoint, reference)
+            return
+        with pytest.raises(Refused) as problem:
+            self.check(endpoint, reference)
+        assert 400 in problem.value.statuses and problem.value.message, problem.value
+        same(plain(endpoint).outputs["user"], reference.lookup(np.arange(3), "rows", "user"))
 
     def __str__(self) -> str:
         return self.name
