@@ -77,7 +77,7 @@ class Repository:
         if self.server.closed:
             raise ClosedError("the server is closed")
         if name not in self.server.models:
-            raise UnknownModelError(f"model: {show(name)} is not served, served are {', '.join(self.names())}")
+            raise UnknownModelError(f"model: {show(name)} is not served, served are {', '.join(self.names()) or 'none'}")
         return self._tables.setdefault(name, TableSetModel(self.server, name))
 
     def names(self) -> tuple[str, ...]:
