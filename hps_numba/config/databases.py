@@ -222,7 +222,7 @@ class UpdateSourceConfig(PluginSection):
     type: _UpdateSource = "null"
     """Which source of updates; an update_source without type is none."""
     brokers: f.Hosts = "127.0.0.1:9092"
-    """host:port of one or more brokers, separated by commas."""
+    """host:port of one or more brokers, separated by commas or semicolons."""
     metadata_refresh_interval_ms: Annotated[int, Field(ge=10, le=3_600_000)] = 30_000
     """Milliseconds between two looks for new topics."""
     receive_buffer_size: Annotated[int, Field(ge=1024, le=999_998_976)] = 262_144

@@ -39,7 +39,7 @@ class KafkaProducerOptions(ProducerOptions):
     """Keys of the producer.
 
     Attributes:
-        brokers: ``host:port`` of one or more, separated by commas.
+        brokers: ``host:port`` of one or more, separated by commas or semicolons.
         topic_partitions: of a topic that does not exist yet and is created; 0 creates none.
         topic_replicas: of such a topic; -1: as the brokers are configured.
         send_timeout_ms: that a call waits while ``num_send_buffers`` messages are on their way.

@@ -216,6 +216,18 @@ def test_u04_groups_have_the_names_of_hugectr(opened: Callable[..., KafkaSource]
     assert one.startswith(f"hps.volatile.{host}.{os.getpid()}-") and one != two
 
 
+@pytest.mark.parametrize("mark", [",", ";", " ; "])
+def test_brokers_are_separated_as_hugectr_documents_it(
+    cluster: MockCluster, opened: Callable[..., KafkaSource], mark: str
+) -> None:
+    cluster.create_topic(TABLE, 1)
+    brokers = mark.join((f"127.0.0.1:{free_port()}", cluster.address, ""))  # nobody listens at the first
+    with KafkaProducer.from_options(brokers=brokers, linger_ms=0) as producer:
+        producer.update("m", "a", [1], np.ones((1, 3), np.float32))
+        producer.flush()
+    assert len(read(opened(brokers), 1)) == 1
+
+
 def test_u06_servers_whose_rows_are_their_own_get_everything_each(workshop: Workshop, cluster: MockCluster) -> None:
     servers = [
         workshop.open(workshop.model((range(9), 3), name=name), update_source=section(cluster.address)) for name in "abc"

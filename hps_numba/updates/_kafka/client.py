@@ -44,7 +44,7 @@ class Client:
     """Makes consumers and producers.
 
     Args:
-        brokers: ``host:port``, separated by commas.
+        brokers: ``host:port``, separated by commas, or by semicolons as in HugeCTR's documentation.
         properties: of the user, for librdkafka, such as ``security.protocol``.
 
     Raises:
@@ -62,7 +62,8 @@ class Client:
         self.kafka = confluent_kafka
         self.codes: Any = confluent_kafka.KafkaError
         self.problems: tuple[type[Exception], ...] = (confluent_kafka.KafkaException,)
-        self._brokers = brokers
+        names = map(str.strip, brokers.replace(";", ",").split(","))
+        self._brokers = ",".join(filter(None, names))  # librdkafka knows commas only
         self._properties = dict(properties)
 
     def consumer(self, settings: Mapping[str, Any]) -> Any:
