@@ -66,7 +66,9 @@ class Catalog:
         found = self.models.get(name) if isinstance(name, str) else None
         if found is None:
             self.check_open()
-            raise UnknownModelError(f"model_name: {show(name)} is not deployed, deployed are {', '.join(self.models) or 'none'}")
+            raise UnknownModelError(
+                f"model_name: {show(name)} is not deployed, deployed are {', '.join(self.models) or 'none'}"
+            )
         if device_id is not None:
             if device_id.__class__ is not int:
                 device_id = as_device(device_id)

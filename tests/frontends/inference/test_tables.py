@@ -149,9 +149,9 @@ def test_a_repository_serves_loads_and_unloads(server: HPS) -> None:
     assert [(entry.name, entry.version, entry.state) for entry in models.index()] == [("m", "2", "READY")]
     models.unload("m")
     assert [(entry.version, entry.state, entry.reason) for entry in models.index()] == [("", "UNAVAILABLE", "unloaded")]
-    with pytest.raises(UnknownModelError, match="'m' is not served, served are none$"):
+    with pytest.raises(UnknownModelError, match=r"'m' is not served, served are none$"):
         models.model("m")
-    with pytest.raises(UnknownModelError, match="'m' is not deployed, deployed are none$"):
+    with pytest.raises(UnknownModelError, match=r"'m' is not deployed, deployed are none$"):
         server.lookup(KEYS, "m", 0)
     for missing in (
         lambda: models.model("m"),
