@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from hps_numba.errors import CapacityError
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.rundown import Rundown
 
 __all__ = [
     "SPLIT_BYTES",
@@ -84,10 +85,16 @@ def works_alone() -> bool:
 
 
 class Ahead(Generic[T]):
-    """A call that is made on a thread meanwhile, or by ``result`` if there is none."""
+    """A call that is made on a thread meanwhile, or by ``result`` if there is none.
 
-    def __init__(self, call: Callable[[], T], *, name: str) -> None:
+    Args:
+        inside: whom the thread is inside of while it calls, so that an interrupted caller can wait for that; a thread that
+            comes later makes no call.
+    """
+
+    def __init__(self, call: Callable[[], T], *, name: str, inside: Rundown | None = None) -> None:
         self._call = call
+        self._inside = Rundown() if inside is None else inside
         self._made: list[T] = []
         self._problem: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -99,21 +106,20 @@ class Ahead(Generic[T]):
             log.debug("%s", problem)
 
     def _make(self) -> None:
+        if not self._inside.enter():
+            return
         try:
             self._made.append(self._call())
         except BaseException as problem:
             self._problem = problem
-
-    def wait(self) -> None:
-        """Wait for the thread; raises nothing of the call."""
-        if self._thread is not None:
-            self._thread.join()
+        finally:
+            self._inside.leave()
 
     def result(self) -> T:
         """What the call returned, or raises what it raised."""
-        self.wait()
         if self._thread is None:
             return self._call()
+        self._thread.join()
         if self._problem is not None:
             raise self._problem
         return self._made[0]
@@ -214,8 +220,8 @@ def run_ranges(
 
     ``pool``: whose threads; by default those of the process, one a core, which is too few for work that waits for a disk.
 
-    Raises what ``function`` raises. Returns or raises only when no thread works on a range any more, even if the caller is
-    interrupted: the ranges write to memory that is the caller's.
+    Raises what ``function`` raises. Returns or raises only when no thread works on a range any more, however often the caller
+    is interrupted: the ranges write to memory that is the caller's.
     """
     if len(ranges) == 1:
         return [function(*ranges[0])]
@@ -223,41 +229,41 @@ def run_ranges(
     waiting = deque(range(len(ranges)))
     busy: set[int] = set()
     failures: list[BaseException] = []
+    others = Rundown()
 
     def work() -> None:
-        me = threading.get_ident()
         try:
-            busy.add(me)  # before a range is taken: who clears the ranges and then sees none busy knows that no thread works
             while (number := _taken(waiting)) is not None:
                 results[number] = function(*ranges[number])
         except BaseException as problem:
             failures.append(problem)
-        finally:
-            busy.discard(me)
+            waiting.clear()
+
+    def help_out() -> None:
+        me = threading.get_ident()
+        busy.add(me)
+        if others.enter():
+            work()
+            others.leave()
+        busy.discard(me)
 
     pool = _pool if pool is None else pool
     threads = 1 if works_alone() else pool.threads if threads is None else threads
-    asked = done = False
-    while not done:
+    try:
         try:
-            if not asked:
-                asked = True
-                for _ in range(min(threads, len(ranges)) - 1):
-                    pool.submit(work)  # one that starts too late finds nothing to do
-                work()
-            if failures:
-                waiting.clear()
-            busy.discard(threading.get_ident())  # an interrupt may have kept ``work`` from it
+            for _ in range(min(threads, len(ranges)) - 1):
+                pool.submit(help_out)  # one that starts too late finds nothing to do
+            work()
             patience = time.monotonic() + _SPIN_SECONDS
-            while busy:
+            while busy:  # handlers of signals run meanwhile
                 if time.monotonic() < patience:
                     _yield()
                 else:
                     time.sleep(_NAP_SECONDS)
-            done = True
-        except BaseException as problem:  # an interrupt: remember it, let no further range begin, and wait for the rest
-            failures.append(problem)
-            waiting.clear()
+        finally:
+            waiting.clear()  # after an interrupt no further range begins
+    finally:
+        others.wait()
     if failures:
         raise failures[0]
     return results

@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 
 from hps_numba.errors import ModelFileError
+from hps_numba.runtime.rundown import Rundown
 from hps_numba.runtime.threads import Ahead
 from hps_numba.storage.formats._format import SparseModelReader
 from hps_numba.storage.host.store import HostStore
@@ -101,21 +102,24 @@ def _fill_in_place(store: HostStore, reader: SparseModelReader, rows: int, *, ke
         reader.read(start, stop, keys, content.rows_view(start, stop))
         return keys
 
-    reading = None
+    readers = Rundown()
+
+    def ahead(number: int) -> Ahead[np.ndarray] | None:
+        return Ahead(partial(read, number), name="hps_numba_load", inside=readers) if number < len(starts) else None
+
     try:
-        reading = Ahead(partial(read, 0), name="hps_numba_load") if rows else None
+        reading = ahead(0)
         for number, start in enumerate(starts):
             assert reading is not None
             keys = reading.result()
-            reading = Ahead(partial(read, number + 1), name="hps_numba_load") if number + 1 < len(starts) else None
+            reading = ahead(number + 1)
             check_key_width(reader, keys, start, key_bits=key_bits)
             content.fill(keys, now)
             if number % 2 == 0 and start + 2 * step < rows:
                 _touch(content.rows_view(start + 2 * step, min(start + 3 * step, rows)))
             _report(on_rows, len(keys))
     except BaseException:
-        if reading is not None:
-            reading.wait()  # it writes to the memory that is released now
+        readers.wait()  # one that is at work writes to the memory that is released now
         content.release()
         raise
     store.replace(content)
