@@ -22,7 +22,48 @@ __all__ = ["BoundedConnection", "bounded_connections", "close_late"]
 
 _LOOKS = 0.5  # seconds between two looks at all connections
 _LINGER = 1.0  # seconds
+_JOINED = 64 << 10  # bytes; more are not copied
 _NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+
+
+class JoiningTransport:
+    """A transport that sends the head of an answer together with its first bytes: one call of the system, one packet.
+
+    uvicorn writes them one after the other. Whoever sends a head sends more, closes the connection, or calls ``flush``.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """As that of the transport, but a head of an answer waits for what follows."""
+        head = self._head
+        if head:
+            self._head = b""
+            if len(data) <= _JOINED:
+                data = head + data
+            else:
+                self._transport.write(head)
+        elif data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":  # rows that begin like this only wait a little
+            self._head = bytes(data)
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send a head to which nothing belongs."""
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """As that of the transport."""
+        self.flush()
+        self._transport.close()
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -37,7 +78,7 @@ class BoundedConnection(HttpToolsProtocol):
     _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(JoiningTransport(transport))  # type: ignore[arg-type]  # it has all that a transport has
         self._reading_since = self.loop.time()
         if len(self.connections) > self.limits.max_connections:
             self._refuse(503, f"server: {self.limits.max_connections} connections are open already, try again in a while")
@@ -61,6 +102,10 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
         self._reading_since = None
         self._in_headers, self._header_bytes = True, 0
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()  # type: ignore[attr-defined]  # an answer without a body
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
