@@ -41,6 +41,7 @@ from hps_numba.kernels.layouts.cache import REGIONS
 from hps_numba.kernels.layouts.host_store import META_LINES, index_bytes
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.timer import Timer
+from hps_numba.runtime.weak import members
 from hps_numba.storage.host.store import HostStore
 
 __all__ = ["IndexMirror", "is_scattered", "is_translated", "max_bytes", "may_mirror", "taken_bytes", "with_room"]
@@ -98,7 +99,7 @@ def taken_bytes(ordinal: int | None) -> int:
     """Bytes of the copies on a device, or of None in host memory."""
     while True:
         try:
-            return sum(mirror.bytes for mirror in list(_mirrors) if mirror.device == ordinal)
+            return sum(mirror.bytes for mirror in members(_mirrors) if mirror.device == ordinal)
         except RuntimeError:  # another thread has made one meanwhile
             continue
 

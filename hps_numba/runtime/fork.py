@@ -6,6 +6,8 @@ import os
 from typing import Protocol
 from weakref import WeakSet
 
+from hps_numba.runtime.weak import members
+
 __all__ = ["register_fork_reset"]
 
 
@@ -23,7 +25,7 @@ def register_fork_reset(thing: _Resettable) -> None:
 
 
 def _after_fork() -> None:
-    for thing in list(_resettable):
+    for thing in members(_resettable):
         thing.reset_after_fork()
 
 

@@ -136,6 +136,9 @@ class BulkRunner:
             shares: all of the batch by default.
             deadline: ``time.monotonic()`` at which nothing is waited for any more.
             patient: wait a little for nodes that say they are not ready yet, as writes do.
+
+        Raises:
+            ClosedError: the connections are closed, or were meanwhile and a share failed.
         """
         asked = list(batch.shares if shares is None else shares)
         left = asked
@@ -145,7 +148,10 @@ class BulkRunner:
             if not left or (deadline is not None and time.monotonic() >= deadline):
                 break
             left = self._prepare(left, attempt, patient)
-        return [share for share in asked if share.failure or share.width is not None]
+        failed = [share for share in asked if share.failure or share.width is not None]
+        if failed:
+            self._topology.check_open()
+        return failed
 
     def _prepare(self, shares: list[Share], attempt: int, patient: bool) -> list[Share]:
         """The shares that are worth another attempt, after a look at what has changed."""
@@ -240,7 +246,7 @@ class BulkRunner:
         if problem == resp.OPEN:
             parcel.node.breaker.answered()
             return
-        parcel.connection.disconnect()
+        parcel.node.drop(parcel.connection)
         if problem == resp.EXPIRED:
             if now_ns() - state[resp.PROGRESS] >= 1e9 * self._limits.reply:
                 parcel.node.breaker.failed()

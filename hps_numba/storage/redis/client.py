@@ -6,15 +6,64 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from hps_numba.config import VolatileDatabaseConfig
-from hps_numba.errors import TierUnavailable
+from hps_numba.errors import ClosedError, TierUnavailable
+from hps_numba.runtime.weak import members
 from hps_numba.storage.redis.limits import Limits
 
-__all__ = ["RedisClient", "error_line", "tls_context"]
+__all__ = ["Opening", "RedisClient", "error_line", "shut_down", "socket_of", "tls_context"]
+
+
+class Opening:
+    """Sockets over which a node is greeted, until it answers: they can be ended meanwhile.
+
+    Attributes:
+        closed: by ``close``.
+
+    Thread safety: every method.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: they are the parent's."""
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+
+    def add(self, sock: socket.socket) -> None:
+        """A new one.
+
+        Raises:
+            ClosedError: after ``close``.
+        """
+        self._sockets.add(sock)
+        if self.closed:
+            raise ClosedError("the connections to this node are closed")
+
+    def remove(self, sock: socket.socket) -> None:
+        """The node has answered."""
+        self._sockets.discard(sock)
+
+    def close(self) -> None:
+        """End all, also those that come later."""
+        self.closed = True
+        for sock in members(self._sockets):
+            shut_down(sock)
+
+
+def shut_down(sock: Any) -> None:
+    """End what goes on over a socket; whoever uses it closes it. Anything else, such as None, is left as it is."""
+    if isinstance(sock, socket.socket):
+        with suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # that of SSLSocket would let it go on in plain text
 
 
 class RedisClient:
@@ -45,10 +94,10 @@ class RedisClient:
         self.refusal: type[Exception] = redis.ResponseError
         self.slot_of = key_slot
         self._redis, self._limits = redis, limits
-        self._kind: Any = redis.Connection
+        self._kind: Any = _interruptible(redis.Connection)
         if section.enable_tls:
             name = section.tls_server_name_identification
-            self._kind = _encrypted(redis.Connection, tls_context(section, who=who), name)
+            self._kind = _encrypted(self._kind, tls_context(section, who=who), name)
         self._options: dict[str, Any] = {
             "username": section.user_name if section.password or section.user_name != "default" else None,
             "password": section.password or None,
@@ -58,9 +107,14 @@ class RedisClient:
             "protocol": limits.protocol,
         }
 
-    def pool(self, host: str, port: int, connections: int) -> Any:
+    def pool(self, host: str, port: int, connections: int, opening: Opening) -> Any:
         """At most so many connections to a node, a redis-py ``ConnectionPool``: its own bound is 100."""
-        options = {**self._options, "socket_timeout": self._limits.reply, "max_connections": connections + 1}
+        options = {
+            **self._options,
+            "socket_timeout": self._limits.reply,
+            "max_connections": connections + 1,
+            "opening": opening,
+        }
         return self._redis.ConnectionPool(connection_class=self._kind, host=host, port=port, **options)
 
     def probe(self, host: str, port: int) -> bool:
@@ -98,6 +152,11 @@ def error_line(refusal: Exception) -> str:
     return text if text.startswith(word) else f"{word} {text}"
 
 
+def socket_of(connection: Any) -> Any:
+    """The socket of a redis-py connection, which its interface does not have; None if it is not where it was."""
+    return getattr(connection, "_sock", None)
+
+
 def tls_context(section: VolatileDatabaseConfig, *, who: str = "redis_cluster") -> ssl.SSLContext:
     """The trusted certificates and the client's own. Files that are not named in the config may be missing.
 
@@ -130,8 +189,31 @@ def _unusable(key: str, value: str, expected: str, problem: Exception) -> TierUn
     return TierUnavailable(f"{key}: expected {expected}, got {value}: {problem}")
 
 
+def _interruptible(plain: type) -> type:
+    """A connection that shows its sockets to an ``Opening``, if it has one."""
+
+    class InterruptibleConnection(plain):
+        def __init__(self, *given: Any, opening: Opening | None = None, **named: Any) -> None:
+            self._opening = opening
+            super().__init__(*given, **named)
+
+        def _connect(self) -> Any:
+            return self._shown(super()._connect())
+
+        def _shown(self, sock: Any) -> Any:
+            try:
+                if self._opening is not None:
+                    self._opening.add(sock)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+    return InterruptibleConnection
+
+
 def _encrypted(plain: type, context: ssl.SSLContext, name: str) -> type:
-    """A connection that encrypts with ``context``.
+    """A connection that encrypts with ``context``.   ``plain``: made by ``_interruptible``.
 
     redis-py's own asks for the host it connects to: one name cannot be asked for from all nodes.
     """
@@ -140,9 +222,11 @@ def _encrypted(plain: type, context: ssl.SSLContext, name: str) -> type:
         def _connect(self) -> Any:
             sock = super()._connect()
             try:
-                return context.wrap_socket(sock, server_hostname=name)
+                sock = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+                self._shown(sock).do_handshake()
             except BaseException:
                 sock.close()
                 raise
+            return sock
 
     return EncryptedConnection

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.errors import ClosedError, TierError, TierUnavailable
 from hps_numba.runtime.reentry import ExclusiveLock
 from hps_numba.storage.redis.client import RedisClient
 from hps_numba.storage.redis.limits import Limits
@@ -62,6 +63,8 @@ class Topology:
         self._client, self._connections, self._limits = client, connections, limits
         self.slot_of = client.slot_of
         self._nodes: dict[tuple[str, int], Node] = {}
+        self._left: list[weakref.ref[Node]] = []  # nodes that are needed no more; calls may still use them
+        self._closed = False
         self._slots: list[Node | None] = []
         self.in_cluster = True
         self._seeds = [self._node(*seed) for seed in seeds_of(address, who=client.who)]
@@ -78,6 +81,8 @@ class Topology:
         known = self._nodes.get((host, port))
         if known is None:
             known = self._nodes[host, port] = Node(self._client, host, port, self._connections, self._limits)
+            if self._closed:
+                known.close()
         return known
 
     def node(self, host: str, port: int) -> Node:
@@ -161,12 +166,23 @@ class Topology:
         kept = set(needed)
         for address, node in list(self._nodes.items()):
             if node not in kept and not node.breaker.is_open:
+                self._left = [known for known in self._left if known() is not None] + [weakref.ref(node)]
                 del self._nodes[address]
 
+    def check_open(self) -> None:
+        """
+        Raises:
+            ClosedError: after ``close``.
+        """
+        if self._closed:
+            raise ClosedError(f"{self._client.who}: the tier is closed")
+
     def close(self) -> None:
-        """Close all connections."""
-        for node in list(self._nodes.values()):
-            node.close()
+        """Close all connections; calls that use one raise ClosedError, and so do later ones."""
+        self._closed = True
+        for node in [*self._nodes.values(), *(known() for known in self._left)]:
+            if node is not None:
+                node.close()
 
 
 def _address(given: list[Any], asked: Node) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hps_numba.kernels.host import resp
 from hps_numba.runtime.threads import run_ranges
-from hps_numba.storage.redis.client import error_line
+from hps_numba.storage.redis.client import error_line, socket_of
 
 __all__ = ["Exchange", "compile_kernels", "exchange", "now_ns"]
 
@@ -95,11 +95,6 @@ def exchange(batch: Exchange, patience: float, deadline: float | None) -> None:
             return 0
 
         run_ranges(serve, [(i, i + 1) for i in range(len(others))])
-
-
-def socket_of(connection: Any) -> Any:
-    """The socket of a redis-py connection, which its interface does not have; None if it is not where it was."""
-    return getattr(connection, "_sock", None)
 
 
 def now_ns() -> int:

@@ -23,6 +23,7 @@ import numpy as np
 
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.host.epoch import epoch_enter
+from hps_numba.runtime.weak import members
 from hps_numba.storage.host.epochs import Epochs, Guard
 from hps_numba.storage.shared.layout import GUARD_RECORD, RECORD_WORDS, RECORDS, W_EPOCH, W_PUBLISHED
 from hps_numba.storage.shared.segment import Segment
@@ -78,7 +79,7 @@ class SharedEpochs(Epochs):
     def _begin_in_child(self) -> None:
         self._guards, self._readings, self._thread = {}, {}, None
         self._renew()
-        for header in self._headers:  # before a thread uses them
+        for header in members(self._headers):  # before a thread uses them
             header.reset_after_fork()
         if self._followed:
             self._enter_guard()

@@ -25,6 +25,7 @@ from hps_numba.errors import HpsError, TierError
 from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
 from hps_numba.runtime.reentry import ExclusiveLock, refuse_inside
+from hps_numba.runtime.weak import members
 from hps_numba.storage.rocksdb.database import Database
 from hps_numba.storage.rocksdb.library import typed_errors
 from hps_numba.storage.rocksdb.readers import Readers
@@ -255,7 +256,7 @@ class RocksTier(Tier):
 def _close_all() -> None:
     """Let no thread be inside of RocksDB while Python ends: it ends a thread that comes back by unwinding its stack, which
     aborts the process in frames of Rust."""
-    for tier in list(_open):
+    for tier in members(_open):
         try:
             tier.close()
         except HpsError as problem:  # there is no caller to raise it to

@@ -71,7 +71,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def topology_of(address: str) -> Topology:
-    pool = SimpleNamespace(disconnect=lambda: None)
+    pool = SimpleNamespace(disconnect=lambda **_: None)
     client: Any = SimpleNamespace(who="redis_cluster", slot_of=len, pool=lambda *place: pool)
     return Topology(client, address, 1, Limits(refresh=0.0))
 
