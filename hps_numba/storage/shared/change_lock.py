@@ -15,12 +15,15 @@ from contextlib import contextmanager
 
 from hps_numba.errors import TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.storage.shared.file_locks import Check, go_on, wait_for
 from hps_numba.storage.shared.layout import CHANGE_LOCKS, T_CHANGER, TABLE_AREA, TABLE_BYTES
 from hps_numba.storage.shared.segment import Segment
 from hps_numba.storage.shared.segment_file import LOCK_SECONDS
 from hps_numba.storage.shared.table import TableEntry
 
 __all__ = ["ChangeLock"]
+
+_CHECK_SECONDS = 0.01  # between two looks at whether a wait for another thread is of any use
 
 
 class ChangeLock:
@@ -40,13 +43,16 @@ class ChangeLock:
         self._mutex, self._depth = threading.RLock(), 0
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, check: Check = go_on) -> Iterator[None]:
         """A block in which no other thread or process is.
+
+        Args:
+            check: called while it waits; may raise.
 
         Raises:
             TierUnavailable: another one has been in it for a minute.   ClosedError: this process has left the segment.
         """
-        with self._taken(LOCK_SECONDS) as taken:
+        with self._taken(LOCK_SECONDS, check) as taken:
             if not taken:
                 raise TierUnavailable(
                     f"{self._name}: process {self._entry.words[T_CHANGER]} has been changing the table in all its tiers for "
@@ -61,14 +67,14 @@ class ChangeLock:
             yield taken
 
     @contextmanager
-    def _taken(self, seconds: float) -> Iterator[bool]:
+    def _taken(self, seconds: float, check: Check = go_on) -> Iterator[bool]:
         mutex = self._mutex
-        if not mutex.acquire(timeout=seconds):
+        if not wait_for(lambda: mutex.acquire(timeout=min(seconds, _CHECK_SECONDS)), seconds, check):
             yield False
             return
         before = self._depth
         try:
-            taken = before > 0 or self._segment.lock_byte(self._byte, seconds)
+            taken = before > 0 or self._segment.lock_byte(self._byte, seconds, check)
             if taken:
                 self._entry.words[T_CHANGER] = os.getpid()
                 self._depth = before + 1

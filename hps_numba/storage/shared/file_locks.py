@@ -14,9 +14,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["is_supported", "lock_within", "try_lock", "unlock"]
+__all__ = ["Check", "go_on", "is_supported", "lock_within", "try_lock", "unlock", "wait_for"]
 
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 5e-4
+Check = Callable[[], object]
+"""Called while something is waited for; raises if that is of no use any more."""
+
+
+def go_on() -> None:
+    """A Check that lets every wait go on."""
 
 
 def is_supported() -> bool:
@@ -38,15 +44,19 @@ def unlock(file: int, start: int, count: int = 1) -> None:
     fcntl.lockf(file, fcntl.LOCK_UN, count, start)
 
 
-def lock_within(file: int, start: int, seconds: float | None, check: Callable[[], object] | None = None) -> bool:
+def lock_within(file: int, start: int, seconds: float | None, check: Check = go_on) -> bool:
     """Lock one byte, waiting for its holder; False if that takes longer. ``check`` is called meanwhile and may raise."""
+    return wait_for(lambda: try_lock(file, start), seconds, check)
+
+
+def wait_for(attempt: Callable[[], bool], seconds: float | None, check: Check = go_on) -> bool:
+    """Try until an attempt succeeds; False if that takes longer. ``check`` is called between two attempts and may raise."""
     end = None if seconds is None else time.monotonic() + seconds
     pause = _FIRST_PAUSE
-    while not try_lock(file, start):
-        if end is not None and time.monotonic() > end:
+    while not attempt():
+        if end is not None and time.monotonic() >= end:
             return False
-        if check is not None:
-            check()
+        check()
         time.sleep(pause)
         pause = min(2 * pause, _LAST_PAUSE)
     return True

@@ -14,12 +14,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from hps_numba.errors import CapacityError, ClosedError, TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
-from hps_numba.storage.shared.file_locks import lock_within, try_lock, unlock
+from hps_numba.storage.shared.file_locks import Check, go_on, lock_within, try_lock, unlock, wait_for
 from hps_numba.storage.shared.layout import (
     BLOCK_LOCKS,
     BLOCKS,
@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 #: where segments are
 FOLDER = Path("/dev/shm")
 _CLAIM_SECONDS = 10.0
+_CHECK_SECONDS = 0.01  # between two looks at whether a wait for another thread is of any use
 _CLAIM_BITS = 47  # with the number of a block, one word
 
 
@@ -123,17 +124,20 @@ class Segment:
     # -- the writer's turn ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, check: Check = go_on) -> Iterator[None]:
         """Hold the turn of this segment's writers; a thread may begin it again inside.
+
+        Args:
+            check: called while another thread or process has it; may raise.
 
         Raises:
             TierUnavailable: another process has kept it for a minute.   ClosedError: this process has left the segment.
         """
-        with self._mutex:
+        with self._mutex_held(check):
             before = self._depth
             try:
                 if before == 0:
-                    self._take_turn()
+                    self._take_turn(check)
                 self._depth = before + 1
                 yield
             finally:
@@ -141,10 +145,19 @@ class Segment:
                 if before == 0 and self._file >= 0:
                     unlock(self._file, WRITE_LOCK)
 
-    def _take_turn(self) -> None:
-        if self._file < 0:
-            raise self._left()
-        if not lock_within(self._file, WRITE_LOCK, LOCK_SECONDS):
+    def _mutex_held(self, check: Check) -> AbstractContextManager[object]:
+        """The mutex, to be entered; whoever has to look at ``check`` has it already, and leaves it once."""
+        mutex = self._mutex
+        if check is go_on:
+            return mutex
+        held = ExitStack()
+        while not mutex.acquire(timeout=_CHECK_SECONDS):
+            check()
+        held.callback(mutex.release)
+        return held
+
+    def _take_turn(self, check: Check) -> None:
+        if not self.lock_byte(WRITE_LOCK, LOCK_SECONDS, check):
             raise TierUnavailable(
                 f"{self.path}: process {self.words[W_WRITER]} has kept the turn of the writers for {LOCK_SECONDS:g} s"
             )
@@ -179,27 +192,35 @@ class Segment:
         while not self._loading.acquire(timeout=0.05):
             check()
         try:
-            lock_within(self._file, LOADING_LOCK, None, check)
+            self.lock_byte(LOADING_LOCK, None, check)
             yield
         finally:
-            if self._file >= 0:
-                unlock(self._file, LOADING_LOCK)
+            self.unlock_byte(LOADING_LOCK)
             self._loading.release()
 
-    def lock_byte(self, byte: int, seconds: float) -> bool:
+    def lock_byte(self, byte: int, seconds: float | None, check: Check = go_on) -> bool:
         """Lock a byte of the file for this process, waiting ``seconds`` for the one that has it; False if that takes longer.
 
+        Args:
+            check: called while another process has it; may raise.
+
         Raises:
-            ClosedError: this process has left the segment.
+            ClosedError: this process has left the segment, before or meanwhile.
         """
-        if self._file < 0:
-            raise ClosedError(f"{self.path}: this process has left the segment")
-        return lock_within(self._file, byte, seconds) if seconds else try_lock(self._file, byte)
+
+        def attempt() -> bool:
+            with self._block_mutex:  # in which the file is closed: its number may be that of another one afterwards
+                if self._file < 0:
+                    raise self._left()
+                return try_lock(self._file, byte)
+
+        return wait_for(attempt, seconds, check)
 
     def unlock_byte(self, byte: int) -> None:
         """Give it back."""
-        if self._file >= 0:
-            unlock(self._file, byte)
+        with self._block_mutex:
+            if self._file >= 0:
+                unlock(self._file, byte)
 
     def next_serial(self) -> int:
         """A number that no other version of a table of this segment has; in the writer's turn."""
@@ -216,11 +237,13 @@ class Segment:
         """A block of reader records for this process: its number.
 
         Raises:
-            CapacityError: all are in use.
+            CapacityError: all are in use.   ClosedError: this process has left the segment.
         """
         end = time.monotonic() + _CLAIM_SECONDS
         while True:
             with self._block_mutex:
+                if self._file < 0:
+                    raise self._left()
                 for number in range(BLOCKS):
                     if number not in self.blocks and try_lock(self._file, BLOCK_LOCKS + number):
                         self.records[number] = 0
@@ -239,6 +262,8 @@ class Segment:
     def is_dead(self, block: int) -> bool:
         """Whether the process that used a block has ended; then its readers are forgotten."""
         with self._block_mutex:
+            if self._file < 0:
+                raise self._left()
             if block in self.blocks or not try_lock(self._file, BLOCK_LOCKS + block):
                 return False
             self.records[block], self.pids[block] = 0, 0

@@ -237,15 +237,34 @@ class SharedWriteLock(WriteLock):
         self._shared_header, self._segment, self._entry = header, segment, entry
         self._counted = 0  # writes of this process that count for others
         self._promotes = False
+        self._leaving = False  # the store is closed, or is about to be: writes that wait end
 
     @property
     def others(self) -> int:
         """Writes of other processes so far, counted from any number."""
         return int(self._entry.words[T_WRITES]) - self._counted
 
+    def check_open(self) -> None:
+        """
+        Raises:
+            ClosedError: the store is closed, or a thread waits to close it.
+        """
+        if self._leaving:
+            raise self.closed_error()
+
+    @contextmanager
+    def closing(self) -> Iterator[bool]:
+        """As ``WriteLock.closing``; writes that wait for another process raise ClosedError at once."""
+        self._leaving = True
+        try:
+            with super().closing() as first:
+                yield first
+        finally:
+            self._leaving = self.closed
+
     @contextmanager
     def writing(self) -> Iterator[TableContent]:
-        with self._lock.held(), self._segment.turn():
+        with self._lock.held(), self._segment.turn(self.check_open):
             if self.closed or not self._entry.block:
                 raise self.closed_error()
             if self._entry.address in self._segment.writing:  # by another store of the table in this process

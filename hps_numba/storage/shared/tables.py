@@ -33,6 +33,7 @@ from hps_numba.storage.host.write_lock import WriteLock
 from hps_numba.storage.shared.change_lock import ChangeLock
 from hps_numba.storage.shared.content import SharedContent
 from hps_numba.storage.shared.epochs import SharedEpochs
+from hps_numba.storage.shared.file_locks import Check, go_on
 from hps_numba.storage.shared.layout import (
     C_ROWS,
     C_WORDS,
@@ -133,8 +134,11 @@ class SharedTables:
         """Width of the rows of a table."""
         return int(entry.words[T_DIM])
 
-    def open(self, tag: str, dim: int, bounds: Bounds) -> TableEntry:
+    def open(self, tag: str, dim: int, bounds: Bounds, check: Check = go_on) -> TableEntry:
         """The entry of a table, made if needed; its header leads nowhere until a store has made its first version.
+
+        Args:
+            check: called while another process writes; may raise.
 
         Raises:
             TierError: the tag is too long, or the table has another width.   ConfigError: it has other bounds.
@@ -143,7 +147,7 @@ class SharedTables:
         name = tag.encode()
         if len(name) > TAG_BYTES:
             raise TierError(f"{tag}: expected a tag of at most {TAG_BYTES} bytes, got {len(name)}")
-        with self.segment.turn():
+        with self.segment.turn(check):
             known = [entry for other, entry in self._entries() if other == tag]
             for entry in known:
                 if entry.words[T_STATE] == T_IN_USE and (entry.block or self.dim(entry) == dim):
@@ -183,12 +187,16 @@ class SharedTables:
 
 
 class SharedMemory:
-    """Where a host store is that is a table of a segment.   Thread safety: every method."""
+    """Where a host store is that is a table of a segment.   Thread safety: every method.
+
+    Args:
+        check: called while the store is made and another process writes; may raise.
+    """
 
     shared = True
 
-    def __init__(self, tables: SharedTables, entry: TableEntry, name: str) -> None:
-        self._tables, self._entry, self._name = tables, entry, name
+    def __init__(self, tables: SharedTables, entry: TableEntry, name: str, check: Check = go_on) -> None:
+        self._tables, self._entry, self._name, self._check = tables, entry, name, check
         self.epochs = tables.epochs
         self._changes = tables.change_lock(entry, name)
         self._lock: SharedWriteLock | None = None
@@ -231,7 +239,7 @@ class SharedMemory:
         assert isinstance(header, SharedHeader)
         tables = self._tables
         versions = SharedVersions(header, tables.epochs, tables.segment, tables.regions, self._entry, self._name)
-        with tables.segment.turn():
+        with tables.segment.turn(self._check):
             if not self._entry.block:
                 versions.begin(first())
         return versions
@@ -250,7 +258,7 @@ class SharedMemory:
         return self._lock.held_if_free() if free and self._lock is not None else nullcontext(free)
 
     def alone(self) -> AbstractContextManager[None]:
-        return self._changes.held()
+        return self._changes.held(go_on if self._lock is None else self._lock.check_open)
 
     def turn(self) -> AbstractContextManager[None]:
         return self._tables.segment.turn()

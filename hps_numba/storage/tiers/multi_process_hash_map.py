@@ -55,6 +55,7 @@ class MultiProcessHashMapTier(HostTablesTier):
         self, section: VolatileDatabaseConfig, *, wide_keys: bool = True, allocator: HostAllocator | None = None
     ) -> None:
         super().__init__(section, wide_keys=wide_keys, allocator=allocator)
+        self._leaving = False  # a thread waits to close it: those that wait for another process end
         self._tables = attach_tables(
             section.shared_memory_name, section.shared_memory_size, auto_remove=section.shared_memory_auto_remove
         )
@@ -83,8 +84,12 @@ class MultiProcessHashMapTier(HostTablesTier):
         return shielded(lambda ask: self._opened(table, dim, memory), owner=self._tables, place=table)
 
     def _opened(self, table: str, dim: int, memory: StoreMemory | None) -> HostStore:
-        entry = self._tables.open(table, dim, self._bounds)
-        return super()._new_store(table, dim, memory or SharedMemory(self._tables, entry, table))
+        entry = self._tables.open(table, dim, self._bounds, self._check_stays)
+        return super()._new_store(table, dim, memory or SharedMemory(self._tables, entry, table, self._check_stays))
+
+    def _check_stays(self) -> None:
+        if self._leaving:
+            raise self.closed_error()
 
     def store(self, table: str, dim: int) -> HostStore:
         self._forget_erased(table)
@@ -111,12 +116,13 @@ class MultiProcessHashMapTier(HostTablesTier):
         store = self.known(table)
         if store is None:
             return 0
-        with self._lock.held():
-            self._stores.pop(table, None)
         with store.write_lock.writing() as content:
             rows = content.live
             assert isinstance(store.versions, SharedVersions)
             store.versions.erase()
+        with self._lock.held():  # not before: whoever closes this tier meanwhile has to find it
+            if self._stores.get(table) is store:
+                del self._stores[table]
         store.close()
         return rows
 
@@ -135,6 +141,7 @@ class MultiProcessHashMapTier(HostTablesTier):
     def close(self) -> None:
         if self._closed:
             return
+        self._leaving = True
         with ExitStack() as closing:
             closing.callback(self._tables.segment.leave)
             super().close()
