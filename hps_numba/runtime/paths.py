@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hps_numba.errors import HpsError, ModelFileError
 
-__all__ = ["PathLike", "check_room", "checked_path", "is_free", "is_url", "kind_of", "safe_to_show"]
+__all__ = ["PathLike", "check_room", "checked_path", "is_free", "is_url", "kind_of", "safe_to_show", "settled_path"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _USER = re.compile(r"(://)[^/\s?#]*@")
@@ -45,6 +45,19 @@ def checked_path(path: object, what: str = "path", *, error: type[HpsError] = Mo
     if b"\0" in encoded:
         raise error(f"{what}: expected a name without NUL characters, got {text}")
     return Path(text)
+
+
+def settled_path(path: object, what: str = "path", *, error: type[HpsError] = ModelFileError) -> Path:
+    """``checked_path`` for what is used again later: an absolute path, which stays when the working directory changes.
+
+    Raises:
+        HpsError, of the type ``error``: as ``checked_path``; or it is relative and the working directory is gone.
+    """
+    checked = checked_path(path, what, error=error)
+    try:
+        return checked.absolute()
+    except OSError as problem:
+        raise error(f"{what}: {checked}: the working directory cannot be found: {problem.strerror}") from problem
 
 
 def is_url(path: object) -> bool:

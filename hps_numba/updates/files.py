@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierError, TierUnavailable
+from hps_numba.runtime.paths import settled_path
 from hps_numba.updates._files.delta import NotWhole, delta_path, encode_delta, first_offset_of, number_of, read_delta
 from hps_numba.updates._files.locks import HeldFile
 from hps_numba.updates._files.manifest import (
@@ -73,7 +73,7 @@ class FilesProducer(UpdateProducer):
         super().__init__(options)
         if self.options.max_files < 0:
             raise ConfigError(f"max_files: expected at least 0, got {self.options.max_files}")
-        self._folder = Path(self.options.folder)
+        self._folder = settled_path(self.options.folder, "folder", error=TierUnavailable)
         self._lock_of_folder = HeldFile(self._folder / "producer.lock", "one producer at a time")
         try:
             self._manifest = read_manifest(self._folder) or self._new_manifest()
@@ -173,7 +173,7 @@ class FilesSource(UpdateSource):
         if options.poll_interval_ms <= 0:
             raise ConfigError(f"poll_interval_ms: expected more than 0, got {options.poll_interval_ms}")
         self.starts_over = True
-        self._folder = Path(options.folder)
+        self._folder = settled_path(options.folder, "folder", error=TierUnavailable)
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._manifest: Manifest | None = None
         self._content: bytes | None = None  # what the manifest was made of
@@ -183,7 +183,8 @@ class FilesSource(UpdateSource):
         self._position: PositionFile | None = None
         if resume:
             name = options.consumer or platform.node() or "consumer"
-            self._position = PositionFile(Path(options.position_file or self._folder / "consumers" / f"{name}.json"))
+            place = options.position_file or self._folder / "consumers" / f"{name}.json"
+            self._position = PositionFile(settled_path(place, "position_file", error=TierUnavailable))
             self._place = self._position.read()
 
     def poll(self, seconds: float) -> Sequence[Message | Lost]:

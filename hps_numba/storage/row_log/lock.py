@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hps_numba.errors import TierUnavailable
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.storage.row_log.segment import is_at
 
 try:
     import fcntl
@@ -23,6 +24,9 @@ class WriterLock:
     ``flock`` belongs to the open file: it refuses a second writer of this process too, and the closing of other files does not
     end it. A forked child closes its copy at once, so that the lock does not outlive its holder.
 
+    Attributes:
+        path: of the file.
+
     Raises:
         TierUnavailable: another writer has the folder, or it cannot be written.
     """
@@ -31,7 +35,7 @@ class WriterLock:
         self._fd = -1
         if fcntl is None:
             raise TierUnavailable(f"{folder}: row_log: expected a system with flock (Linux or macOS), got {platform.system()}")
-        path = folder / "lock"
+        self.path = path = folder / "lock"
         fd = -1
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -56,6 +60,15 @@ class WriterLock:
     def held(self) -> bool:
         """Whether this process has the lock."""
         return self._fd >= 0
+
+    @property
+    def stays(self) -> bool:
+        """Whether the file still has its name; else another process may lock one of the same name.
+
+        Raises:
+            OSError: it cannot be looked at.
+        """
+        return is_at(self.path, self._fd)
 
     def reset_after_fork(self) -> None:
         """The lock stays with the parent."""

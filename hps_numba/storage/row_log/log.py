@@ -287,6 +287,7 @@ class RowLog:
         table = self._tables.get(tag)
         if table is not None:
             return table
+        self._check_folder()  # another log may have its place
         entry = TableEntry(self._manifest.next_number, dim, secrets.randbits(62), (1,))
         folder = self.folder / entry.folder
         try:
@@ -304,7 +305,7 @@ class RowLog:
         def add_segment() -> Segment:
             return self._add_segment(table)
 
-        writer = TableWriter(table, self.bound, add_segment)
+        writer = TableWriter(table, self.bound, add_segment, self._check_folder)
         pair = writer, Compaction(writer, add_segment, lambda numbers: self._drop_segments(table, numbers))
         self._writers[table.tag] = pair
         return pair
@@ -315,6 +316,7 @@ class RowLog:
             raise TierError(
                 f"{table.folder}: expected at most {_MAX_SEGMENT} segments, got one more: copy the table to a new one"
             )
+        self._check_folder()
         segment = table.open_segment(number, create=True)
         sync_folder(table.folder)
         entry = table.entry.with_segments(*table.entry.segments, number)
@@ -333,7 +335,27 @@ class RowLog:
         for segment in gone:
             delete_files(segment)
 
+    def _check_folder(self) -> None:
+        """Whether what is written is found again, and by nobody else written to: once a commit, 5 microseconds.
+
+        Raises:
+            TierError: the folder, its lock or its manifest was deleted, renamed or replaced.
+        """
+        try:
+            stays = self._writer_lock is not None and self._writer_lock.stays
+            has_manifest = not self._manifest.tables or signature_of(self.folder / MANIFEST) is not None
+        except OSError as problem:
+            raise TierError(f"{self.folder}: cannot be looked at: {problem.strerror}") from problem
+        if not stays:
+            raise TierError(
+                f"{self.folder}: expected the folder that was opened, got another one or none, or one without its file lock: "
+                "it was deleted, renamed or replaced, and nothing was written"
+            )
+        if not has_manifest:
+            raise TierError(f"{self.folder / MANIFEST}: expected the manifest of the tables, got no file: nothing was written")
+
     def _save(self, manifest: Manifest) -> None:
+        self._check_folder()
         write_manifest(self.folder, manifest)
         self._manifest = manifest
 

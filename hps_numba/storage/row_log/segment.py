@@ -15,7 +15,7 @@ from hps_numba.errors import TierError
 from hps_numba.kernels.hashing import index_hash
 from hps_numba.kernels.layouts.row_log import GROUP_BYTES, UNIT_BITS, UNIT_MASK
 
-__all__ = ["Ends", "Segment", "aligned", "direct_block", "segment_paths"]
+__all__ = ["Ends", "Segment", "aligned", "direct_block", "is_at", "segment_paths"]
 
 _BLOCKS = (512, 4096)  # what disks ask of the offsets of direct reads
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -30,6 +30,18 @@ def aligned(size: int, step: int = GROUP_BYTES) -> int:
 def segment_paths(folder: Path, number: int) -> tuple[Path, Path]:
     """The files of rows and of keys of a segment."""
     return folder / f"{number:08}.rows", folder / f"{number:08}.keys"
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file has this name, and no other file nor none.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def direct_block(path: Path) -> int | None:
@@ -121,6 +133,15 @@ class Segment:
     def place(self, location: int) -> str:
         """File and offset of a location, for messages."""
         return f"{self.rows_path}: offset {8 * (location & UNIT_MASK)}"
+
+    @property
+    def stays(self) -> bool:
+        """Whether both files still have their names, by which they are opened next time.
+
+        Raises:
+            OSError: they cannot be looked at.
+        """
+        return is_at(self.rows_path, self.rows_fd) and is_at(self.keys_path, self.keys_fd)
 
     def map_rows(self, *, final: bool) -> None:
         """Map the committed rows, again if many are new or no more will come (``final``).

@@ -66,14 +66,18 @@ class TableWriter:
 
     Args:
         add_segment: makes a new segment, notes it in the manifest, and makes it the last one of the table.
+        check_folder: raises TierError if the folder of the log is no more where it was.
 
     Thread safety: one thread at a time.
     """
 
-    def __init__(self, table: RowTable, bound: Bound, add_segment: Callable[[], Segment]) -> None:
+    def __init__(
+        self, table: RowTable, bound: Bound, add_segment: Callable[[], Segment], check_folder: Callable[[], object]
+    ) -> None:
         self.table = table
         self.bound = bound
         self._add_segment = add_segment
+        self._check_folder = check_folder
         self._drafts: dict[int, Ends] = {}  # of a commit that is being written, by segment
         self._unrecorded: list[np.ndarray] = []  # evicted keys that have no record yet
         self._broken: str | None = None
@@ -149,7 +153,23 @@ class TableWriter:
             for piece in pieces:
                 self._write_record(piece.segment, piece.unit, piece.keys)
             self._sync("keys_fd")
+            self._check_places()
         return pieces
+
+    def _check_places(self) -> None:
+        """Acknowledge nothing that is in files which nobody finds again: open files outlive their names.
+
+        Raises:
+            TierError: the folder of the log or of the table, or a file, was deleted, renamed or replaced.
+        """
+        self._check_folder()
+        for number in self._drafts or (self.active.number,):
+            segment = self.table.segments[number]
+            if not segment.stays:
+                raise TierError(
+                    f"{segment.rows_path}: expected the file that is written to, beside {segment.keys_path.name}, got another "
+                    "one or none: it was deleted, renamed or replaced, and nothing was written"
+                )
 
     @contextmanager
     def _committing(self, what: str) -> Iterator[None]:
@@ -157,6 +177,8 @@ class TableWriter:
         if self._broken:
             raise TierError(f"{self.table.folder}: takes no more rows until it is opened again: {self._broken}")
         self._drafts = {}
+        if self._rolls:  # the last commit failed: no new segment each time if it was because the files are gone
+            self._check_places()
         try:
             yield
         except BaseException as problem:
@@ -184,6 +206,7 @@ class TableWriter:
             if len(keys):
                 self._write_erasure(keys)
             self._sync("keys_fd")
+            self._check_places()
         with self._ending():
             pass
 

@@ -21,9 +21,10 @@ from weakref import WeakSet
 import numpy as np
 
 from hps_numba.config import PersistentDatabaseConfig
-from hps_numba.errors import HpsError, TierError
+from hps_numba.errors import HpsError, TierError, TierUnavailable
 from hps_numba.runtime.blocks import Blocks
 from hps_numba.runtime.fork import register_fork_reset
+from hps_numba.runtime.paths import settled_path
 from hps_numba.runtime.reentry import ExclusiveLock, refuse_inside
 from hps_numba.runtime.weak import members
 from hps_numba.storage.rocksdb.database import Database
@@ -58,7 +59,8 @@ class RocksTier(Tier):
 
     def __init__(self, section: PersistentDatabaseConfig, *, wide_keys: bool = True) -> None:
         super().__init__(section, wide_keys=wide_keys)
-        self._database = Database(Path(section.path), section.num_threads, read_only=section.read_only)
+        path = settled_path(section.path, "rocks_db: path", error=TierUnavailable)
+        self._database = Database(path, section.num_threads, read_only=section.read_only)
         self._readers = Readers(section.num_threads)
         self._tables: dict[str, Table] = {}
         self._closed = False

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hps_numba.config import checked_options
-from hps_numba.errors import TierError
+from hps_numba.errors import TierError, TierUnavailable
+from hps_numba.runtime.paths import settled_path
 from hps_numba.runtime.shielded import shielded
 from hps_numba.storage.row_log.log import RowLog
 from hps_numba.storage.row_log.methods import ReadMethods
@@ -95,7 +95,8 @@ class RowLogTier(Tier):
         options: RowLogOptions = self.options
         reads = ReadMethods(options.reads, depth=options.queue_depth, threads=options.threads)
         self._reported: set[str] = set()
-        self._log = RowLog(Path(options.path), reads, options.bound, options.overflow_policy, writable=not self.read_only)
+        folder = settled_path(options.path, "row_log: path", error=TierUnavailable)
+        self._log = RowLog(folder, reads, options.bound, options.overflow_policy, writable=not self.read_only)
 
     def fetch(self, table: str, keys: np.ndarray, rows: np.ndarray, *, deadline: float | None = None) -> Fetched:
         """``Tier.fetch``. Keys whose row is damaged or cannot be read are ``failed``; the log names file and offset."""
