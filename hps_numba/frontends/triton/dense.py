@@ -50,9 +50,12 @@ class DenseProgram:
         if not zipfile.is_zipfile(path):  # Torch would log a traceback
             raise ConfigError(f"{path}: expected a program saved by torch.export.save, got another file")
         try:
-            program = torch.export.load(path)
+            looks_up = _looks_up(path)
+            program = None if looks_up else torch.export.load(path)
         except Exception as problem:
             raise ConfigError(f"{path}: expected a program saved by torch.export.save: {problem}") from problem
+        if program is None:
+            raise ConfigError(f"{path}: expected the dense part alone, which takes rows, got a program that looks up rows")
         nodes = {node.name: node for node in program.graph.nodes}
         results = next(node for node in program.graph.nodes if node.op == "output").args[0]
         by_name = {getattr(node, "name", ""): node for node in results}
@@ -67,6 +70,13 @@ class DenseProgram:
         with torch.inference_mode():
             results = self._module(*(torch.from_dlpack(tensors[spec.name]) for spec in self.inputs))
         return [result.numpy() for result in ([results] if torch.is_tensor(results) else list(results))]
+
+
+def _looks_up(path: Path) -> bool:
+    """Whether a program calls operators of this package: told by the text of its graph, as Torch would log tracebacks."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = (name for name in archive.namelist() if name.endswith(".json"))
+        return any(b"torch.ops.hps_numba." in archive.read(name) for name in graphs)
 
 
 def _spec(path: Path, name: Any, node: Any) -> TensorSpec:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support import played_triton
 from support.dense_programs import save_scores, scores_of
+from support.factories import Workshop
 from support.played_triton import PlayedRequest, arguments
 
 from hps_numba.errors import ConfigError
@@ -64,6 +65,25 @@ def test_what_is_no_program(tmp_path: Path) -> None:
     (tmp_path / "text.pt2").write_text("text")
     with pytest.raises(ConfigError, match=r"text.pt2: expected a program saved by torch.export.save"):
         DenseProgram(tmp_path / "text.pt2")
+
+
+def test_a_whole_model_is_not_its_dense_part(workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch would log pages of tracebacks about an operator that it does not know."""
+    import torch
+
+    from hps_numba.frontends import torch as hps
+    from hps_numba.server.registry import SERVERS
+
+    config = {"supportlonglong": True, "models": [workshop.model((range(9), 4), max_batch_size=8)]}
+    try:
+        layer = hps.LookupLayer(config, "m", 0, 4)
+        torch.export.save(torch.export.export(layer.eval(), (torch.zeros(2, 3, dtype=torch.int64),)), tmp_path / "whole.pt2")
+    finally:
+        SERVERS.close()
+    capfd.readouterr()
+    with pytest.raises(ConfigError, match=r"whole.pt2: expected the dense part alone, .*, got a program that looks up rows$"):
+        DenseProgram(tmp_path / "whole.pt2")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_program_of_more_than_tensors(tmp_path: Path) -> None:
