@@ -19,7 +19,7 @@ from hps_numba.cli._tiers import (
     done_tiers,
     is_private,
 )
-from hps_numba.errors import ConfigError
+from hps_numba.errors import ConfigError, TierError
 
 if TYPE_CHECKING:
     from hps_numba.config import ServerConfig, TableSpec
@@ -46,22 +46,32 @@ def verify(
     """Compare the tiers of a config with its sparse models.
 
     Counts the rows of the models that a tier lacks (missing), those that differ in a bit (wrong) and, with --whole, the keys
-    of the tier that the model lacks (extra), and lists the first few. The exit code is 1 if there is any.
+    of the tier that the model lacks (extra), and lists the first few. The exit code is 1 if there is any, or if a tier cannot
+    be compared because it is down: the others are.
     """
     if whole and sample is not None:
         raise typer.BadParameter("is an option without --whole only", param_hint="--sample")
     tiers = configured_tiers(config, allow_code=allow_code)
     tables = _tables(tiers[0].config, model)
     rows = None if whole else sample or _SAMPLE
-    results = [
-        result for one in chosen_tiers(tiers, tier) for result in _compared(one, tables, rows, seed, named=tier is not None)
-    ]
-    compared = done_tiers(results, "compare")
-    ok = not any(result[kind] for result in compared for kind in _KINDS)
+    results: list[dict[str, Any]] = []
+    failed: list[TierError] = []
+    for one in chosen_tiers(tiers, tier):
+        try:
+            results += _compared(one, tables, rows, seed, named=tier is not None)
+        except TierError as problem:
+            failed.append(problem)
+            results.append({**one.facts, "error": str(problem)})
+    if failed and all("error" in result or "skipped" in result for result in results):
+        raise failed[0]
+    compared = done_tiers([result for result in results if "error" not in result], "compare")
+    ok = not failed and not any(result[kind] for result in compared for kind in _KINDS)
     if as_json:
         print_json({"config": config, "ok": ok, "sample": rows, "results": results})
     else:
         _show(compared, whole)
+        for failure in failed:
+            typer.echo(f"NOT COMPARED: {failure}")
     if not ok:
         raise typer.Exit(1)
 

@@ -115,6 +115,21 @@ def test_the_head_of_a_table_is_explained(tiers: TierFolder) -> None:
     assert "starts it with the first 50.0% of the rows" in tiers.run("verify", tiers.config, "--tier", 1).stdout
 
 
+@pytest.mark.parametrize("fault", [{"down": True}, {"fail_on": ["fetch"]}])
+def test_a_tier_that_is_down_does_not_hide_the_others(tiers: TierFolder, fault: dict[str, Any]) -> None:
+    tiers.write(tiers.tier("other", password="geheim", **fault), tiers.tier())
+    change(tiers, drop=[1000])
+    report = tiers.parsed("verify", tiers.config, "--whole", code=1)
+    _, down, found = report["results"]
+    assert not report["ok"] and down["tier"] == "tiers[1]" and down["error"].startswith("tiers[1]: ")
+    assert found["tier"] == "tiers[2]" and (found["missing"], found["wrong"]) == (1, 0)
+    result = tiers.run("verify", tiers.config, "--whole")
+    assert result.exit_code == 1 and "1,002" in result.stdout and "geheim" not in result.output
+    assert "NOT COMPARED: tiers[1]: " in result.stdout
+    named = ("verify", tiers.config, "--tier", "tiers[1]")
+    assert "tiers[1]: " in tiers.refused(*named)
+
+
 def test_what_cannot_be_compared_is_an_error(tiers: TierFolder) -> None:
     assert "expected one of m, got 'x'" in tiers.refused("verify", tiers.config, "--model", "x", code=2)
     assert "without --whole only" in tiers.refused("verify", tiers.config, "--whole", "--sample", "3", code=2)
