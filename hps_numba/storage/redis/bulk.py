@@ -24,7 +24,7 @@ from hps_numba.storage.redis.node import Node, NodeFailure
 from hps_numba.storage.redis.plain import NOT_READY
 from hps_numba.storage.redis.requests import PERMISSION, Request, with_asking
 from hps_numba.storage.redis.topology import Topology
-from hps_numba.storage.redis.transport import Exchange, compile_kernels, exchange, now_ns
+from hps_numba.storage.redis.transport import CANNOT_WAIT, Exchange, compile_kernels, exchange, now_ns
 
 __all__ = ["Batch", "BulkRunner", "Share", "Write"]
 
@@ -289,6 +289,8 @@ class BulkRunner:
 _PROBLEMS = {
     resp.CLOSED: "closed the connection",
     resp.EXPIRED: "expected an answer in time, got none",
+    CANNOT_WAIT: "expected that this process can wait for its sockets, got an error of poll(2): more of them than "
+    "RLIMIT_NOFILE allows (ulimit -n), or no memory",
     resp.FOREIGN: "expected replies to HMGET or HSET, got something else",
 }
 

@@ -7,10 +7,13 @@ send and parse.
 
 from __future__ import annotations
 
+import logging
 import math
+import select
 import socket
 import ssl
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +23,13 @@ from hps_numba.kernels.host import resp
 from hps_numba.runtime.threads import run_ranges
 from hps_numba.storage.redis.client import error_line, socket_of
 
-__all__ = ["Exchange", "compile_kernels", "exchange", "now_ns"]
+__all__ = ["CANNOT_WAIT", "Exchange", "compile_kernels", "exchange", "now_ns"]
 
+log = logging.getLogger(__name__)
+#: a problem of a connection beside those of ``kernels.host.resp``: the system does not let this process wait for it
+CANNOT_WAIT = resp.FOREIGN + 1
 _FOR_EVER = 2**62
+_MOST_LATE = 100  # interrupts in a row after the deadline, each of which kept the kernel from a look at the sockets
 _LEAST, _MOST = 1 << 12, 1 << 18  # bytes of a buffer for replies
 _FLAGS = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 _CAN_POLL = hasattr(socket, "MSG_DONTWAIT") and hasattr(time, "CLOCK_MONOTONIC")
@@ -119,8 +126,8 @@ def _in_kernel(batch: Exchange, plain: list[int], sockets: list[Any], patience: 
     states[:, resp.SOCKET] = [sockets[i].fileno() for i in plain]
     buffers = batch.buffers if len(plain) == len(sockets) else batch.buffers[: len(plain)].copy()
     try:
-        result = resp.INTERRUPTED
-        while result == resp.INTERRUPTED:  # Python runs the handlers of signals between two calls
+        late = 0
+        while True:
             result = resp.exchange(
                 states,
                 batch.request,
@@ -136,8 +143,37 @@ def _in_kernel(batch: Exchange, plain: list[int], sockets: list[Any], patience: 
                 until,
                 _FLAGS,
             )
+            if result != resp.INTERRUPTED:
+                break
+            # Python runs the handlers of signals here
+            if not _can_wait(sockets[i] for i in plain):
+                _give_up(states, CANNOT_WAIT)
+                break
+            late = late + 1 if now_ns() > min(until, int(states[:, resp.PROGRESS].max() + 1e9 * patience)) else 0
+            if late > _MOST_LATE:
+                _give_up(states, resp.EXPIRED)
+                break
     finally:
         batch.states[plain] = states
+
+
+def _can_wait(sockets: Iterable[socket.socket]) -> bool:
+    """Whether poll(2) works for so many sockets: more than RLIMIT_NOFILE allows are refused, and so is all without memory."""
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock)
+    try:
+        poll.poll(0)
+    except OSError as problem:
+        log.debug("redis: sockets cannot be waited for: poll: %s", problem.strerror)
+        return False
+    return True
+
+
+def _give_up(states: np.ndarray, problem: int) -> None:
+    """Let the connections that wait have a problem.   **Writes:** states."""
+    answered = (states[:, resp.COMMAND] >= states[:, resp.COMMAND_END]) & (states[:, resp.SKIP] == 0)
+    states[(states[:, resp.PROBLEM] == resp.OPEN) & ~answered, resp.PROBLEM] = problem
 
 
 def _encrypted(batch: Exchange, number: int, sock: ssl.SSLSocket, patience: float, until: float) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -84,3 +86,50 @@ def test_a_node_that_does_not_answer_is_given_up(
     with pytest.raises(TierError, match=redis_server.address):
         fetch(tier, TAG, KEYS)
     assert calls == [1]
+
+
+def test_sockets_that_cannot_be_waited_for_are_an_error_and_no_endless_loop(
+    tier: HastyTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """poll(2) refuses more sockets than the limit of open files, which may be lowered below their number."""
+    in_kernel, calls, (soft, hard) = transport._in_kernel, [], resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limited(*given: Any) -> None:
+        calls.append(1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            in_kernel(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    monkeypatch.setattr(transport, "_in_kernel", limited)
+    with pytest.raises(TierError, match=r"expected that this process can wait for its sockets, got an error of poll\(2\)"):
+        fetch(tier, TAG, KEYS)
+    assert calls == [1]
+    monkeypatch.undo()
+    answer, rows = fetch(tier, TAG, KEYS)  # the next call has its rows, and no reply of the last one
+    assert answer.found.all()
+    assert_same_bits(rows, rows_of(KEYS, DIM))
+
+
+@pytest.mark.parametrize("given", [None, 0.0])
+def test_interrupts_without_end_keep_no_call_beyond_its_time(
+    tier: HastyTier, monkeypatch: pytest.MonkeyPatch, given: float | None
+) -> None:
+    """A signal that comes again and again ends each poll before it has looked."""
+    calls = []
+
+    def interrupted(states: np.ndarray, *_: Any) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            states[:, resp.PROGRESS] -= HOUR
+        return resp.INTERRUPTED
+
+    monkeypatch.setattr(transport.resp, "exchange", interrupted)
+    rows = np.empty((len(KEYS), DIM), np.float32)
+    if given is None:
+        with pytest.raises(TierError, match="expected an answer in time, got none"):
+            tier.fetch(TAG, KEYS, rows)
+    else:
+        tier.fetch(TAG, KEYS, rows, deadline=time.monotonic() + given)
+    assert len(calls) < 1000
