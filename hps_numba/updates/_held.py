@@ -70,10 +70,15 @@ class HeldUpdates:
         held[len(batch.keys) :, -1] = 1
         self._store.upsert(keys[unwritten], held[unwritten])
 
-    def forget(self, which: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Drop those for whose times, int64 ``[n]``, ``which`` says True."""
+    def forget(self, which: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Drop those for whose times, int64 ``[n]``, ``which`` says True; returns their times."""
+        dropped = [np.empty(0, np.int64)]
         for keys, rows in self._store.scan():
-            self._store.erase(keys[which(_times_in(rows))])
+            times = _times_in(rows)
+            chosen = which(times)
+            self._store.erase(keys[chosen])
+            dropped.append(times[chosen])
+        return np.concatenate(dropped)
 
     def some(self, most: int) -> TableBatch:
         """At most so many of them, others than the last time unless all had their turn."""

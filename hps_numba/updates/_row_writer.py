@@ -20,7 +20,7 @@ from hps_numba.runtime.threads import in_one_range
 from hps_numba.updates._batches import TableBatch, batch_of
 from hps_numba.updates._held import HeldUpdates
 from hps_numba.updates._source_counts import SourceCounts
-from hps_numba.updates._update import Message, Update
+from hps_numba.updates._update import NO_TIME, Message, Update
 from hps_numba.updates._wire.messages import Skip
 
 if TYPE_CHECKING:
@@ -94,9 +94,14 @@ class RowWriter:
         if held is None or held.version is target.version:
             return held
         if held.dim != target.dim:  # the model was unloaded, and another one with its name was loaded
-            del self._held[tag]
+            self._skip_held(tag, Skip("width", f"expected rows of {4 * target.dim} bytes, got {4 * held.dim}"))
             return None
-        held.forget(lambda times: ~target.still_taken(held.version, times))
+        dropped = held.forget(lambda times: ~target.still_taken(held.version, times))
+        of_version = int(np.count_nonzero(dropped == NO_TIME))
+        number = target.version.number
+        self._counts.add_held_skip(tag, of_version, Skip("other_version", f"expected version {number}, got another one"))
+        newer = f"expected updates that are newer than the files of version {number}"
+        self._counts.add_held_skip(tag, len(dropped) - of_version, Skip("older", newer))
         held.version = target.version
         return held
 
@@ -133,8 +138,9 @@ class RowWriter:
         held.failures += 1  # unless it turns out that this attempt is none
         held.due = time.monotonic() + self._backoff(held.failures)
         target = self._targets.find(tag)
+        if isinstance(target, str):
+            self._skip_held(tag, Skip(target, "expected a table that takes updates"))
         if isinstance(target, str) or self._held_for(tag, target) is None:  # the model was unloaded
-            self._held.pop(tag, None)
             self._note_held(tag)
             return
         batch = held.some(self._section.max_batch_size)
@@ -145,6 +151,10 @@ class RowWriter:
         if not len(held):
             del self._held[tag]
         self._note_held(tag)
+
+    def _skip_held(self, tag: str, skip: Skip) -> None:
+        """Nothing of a table is held any more, and none of it will be applied."""
+        self._counts.add_held_skip(tag, len(self._held.pop(tag)), skip)
 
     def drop(self) -> None:
         """Nothing is held any more: it comes again, or goes to another process."""

@@ -26,7 +26,7 @@ class SourceCounts:
     """Counts of a source.
 
     Attributes:
-        skipped: updates, by reason.   last_skipped, last_problem: in words.
+        skipped: updates, and each key of those that were held, by reason.   last_skipped, last_problem: in words.
         failed_reads, failed_commits, lost, reloads: as in ``SourceStats``.
 
     Thread safety: each number is changed by one thread; others read, and what they see may be a moment old.
@@ -82,6 +82,15 @@ class SourceCounts:
         partition, offset = item.position
         self.last_skipped = f"{skip.reason}: {item.table}, partition {partition}, offset {offset}: {skip}"
         self._say_once(f"skipped {skip.reason}", f"an update is skipped: {self.last_skipped}")
+
+    def add_held_skip(self, tag: str, rows: int, skip: Skip) -> None:
+        """Rows and deletions that were held are not applied; each is counted, as it is not known how many updates they were."""
+        if not rows:
+            return
+        self.of(tag).skipped[skip.reason] += rows
+        self.skipped[skip.reason] += rows
+        self.last_skipped = f"{skip.reason}: {tag}: {rows} that were held: {skip}"
+        self._say_once(f"skipped {skip.reason}", f"updates are skipped: {self.last_skipped}")
 
     def add_left_out(self, keys: int, counts: TableCounts) -> None:
         """Keys that a read-only tier would serve again."""

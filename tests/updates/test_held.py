@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from hps_numba.updates import Lost, Message, Position
 from hps_numba.updates._batches import TableBatch
 from hps_numba.updates._held import HeldUpdates
 from hps_numba.updates._manifests import manifest_headers
+from hps_numba.updates._row_writer import RowWriter
+from hps_numba.updates._source_counts import SourceCounts
 from hps_numba.updates._update import NO_TIME
 
 TABLE = "hps_et.m.sparse_embedding0"
@@ -282,15 +285,48 @@ def test_what_is_held_of_a_version_that_a_call_replaced_is_not_applied(opened: O
     wait_for(server, published(bus, message_of([3], rows_of([3], 3, 21), 3)))
     expected = [rows_of([1], 3, 8), rows_of([2], 3, 20), rows_of([3], 3, 21)]
     assert_same_bits(server.lookup([1, 2, 3], "m", 0), np.concatenate(expected))
+    (stats,) = server.update_stats()
+    assert stats.skipped == {"other_version": 1} and stats.last_skipped.startswith(f"other_version: {TABLE}: 1 that were held")
 
 
-def test_what_is_held_of_a_model_that_is_unloaded_is_dropped(opened: Opened) -> None:
+def test_what_is_held_and_older_than_the_files_of_another_version_is_counted() -> None:
+    first, second = (ModelVersion(number=number, sources=()) for number in (1, 2))
+    counts, held = SourceCounts("source"), HeldUpdates(TABLE, 3, first)
+    writer = RowWriter(None, None, counts, lambda failures: 0.0)  # type: ignore[arg-type]
+    writer._held[TABLE] = held
+    held.note(batch([1, 2, 3], rows_of([1, 2, 3], 3), [4, 5], [8, NO_TIME, 2**50, 7, 2**50]), np.ones(5, bool))
+    target: Any = SimpleNamespace(dim=3, version=second, still_taken=lambda accepted, times: times >= 100)
+    assert writer._held_for(TABLE, target) is held
+    assert len(held) == 2 and counts.skipped == {"older": 2, "other_version": 1}
+    assert counts.of(TABLE).skipped == counts.skipped
+    assert writer._held_for(TABLE, target) is held and sum(counts.skipped.values()) == 3  # each once
+
+
+def test_what_is_held_of_a_model_that_is_unloaded_is_dropped_and_counted(opened: Opened) -> None:
     bus, _, server, tier = opened
-    tier.down = frozenset({1})
-    published(bus, message_of([1], rows_of([1], 3, 1), 0))
-    wait_until(lambda: server.update_stats()[0].held_rows == 1)
+    tier.down = frozenset({1, 2})
+    published(bus, message_of([1], rows_of([1], 3, 1), 0), message_of([1], rows_of([1], 3, 2), 1), message_of([2], None, 2))
+    wait_until(lambda: server.update_stats()[0].held_rows == 2)
     server.unload_model("m")
-    wait_until(lambda: applied(server) == {0: 0})
+    wait_until(lambda: applied(server) == {0: 2})
+    (stats,) = server.update_stats()
+    assert (stats.held_rows, stats.skipped) == (0, {"unknown_table": 2})
+    assert stats.last_skipped == f"unknown_table: {TABLE}: 2 that were held: expected a table that takes updates"
+    assert stats.tables[TABLE].skipped == {"unknown_table": 2}
+
+
+def test_what_is_held_for_a_table_that_has_another_width_now_is_counted(opened: Opened, workshop: Workshop) -> None:
+    bus, _, server, tier = opened
+    tier.down = frozenset({1, 2})
+    published(bus, message_of([1, 2], rows_of([1, 2], 3, 1), 0))
+    wait_until(lambda: server.update_stats()[0].held_rows == 2)
+    with no_attempts(server):
+        server.unload_model("m")
+        tier.down = frozenset()
+        tier.erase(TABLE)
+        server.load_model(workshop.model((range(9), 5)))
+    wait_until(lambda: server.update_stats()[0].skipped)
+    assert server.update_stats()[0].skipped == {"width": 2}
     assert server.update_stats()[0].held_rows == 0
 
 
