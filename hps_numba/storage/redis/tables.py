@@ -35,6 +35,7 @@ class Tables:
         self._checked: set[str] = set()
         self._pauses: dict[str, tuple[float, bool]] = {}
         self._widths: dict[str, int] = {}
+        self._sampled: dict[str, tuple[int, float]] = {}  # width on the nodes that answered, and when it was looked at
 
     def partitions(self, table: str) -> list[Partition]:
         """Its partitions, by number."""
@@ -71,18 +72,23 @@ class Tables:
         self._pauses[table] = time.monotonic() + _PAUSE, answered
 
     def check_width(self, table: str, dim: int) -> None:
-        """Check that rows of width ``dim`` fit a table.
+        """Check that rows of width ``dim`` fit a table; once in a while only, as long as a node does not answer.
 
         Raises:
             TierError: its rows have another width; or as ``check``; or a node did not answer, and the others have no rows.
         """
         if self._widths.get(table) == dim:
             return
+        sampled, at = self._sampled.get(table, (0, 0.0))
+        if sampled == dim and time.monotonic() - at < _PAUSE:
+            return
         complete, width = self._width(table)  # also if another one is known: the table may have been erased meanwhile
         if width not in (None, 4 * dim):
             raise TierError(f"{table}: expected rows of width {width // 4}, got {dim}")
         if complete and width is not None:
             self._widths[table] = dim
+        elif width is not None:
+            self._sampled[table] = dim, time.monotonic()
 
     def _width(self, table: str) -> tuple[bool, int | None]:
         """Whether all nodes were asked, and the bytes of a row; None if there is none.
@@ -114,6 +120,7 @@ class Tables:
     def forget(self, table: str) -> None:
         """The table was erased."""
         self._widths.pop(table, None)
+        self._sampled.pop(table, None)
         self._checked.discard(table)
 
     def _look(self, table: str) -> int | None:

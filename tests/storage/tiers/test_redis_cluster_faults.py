@@ -21,7 +21,7 @@ from support.oracles import assert_same_bits, partition_of, rows_of
 from support.redis_servers import NODE_TIMEOUT, PATIENT, Cluster, Server, cluster_of, one_server
 from support.tiers import DIM, TAG, fetch, ints
 from support.updates import list_bus, message_of, wait_for
-from support.waiting import join_all, wait_until
+from support.waiting import HANG_SECONDS, join_all, wait_until
 
 from hps_numba.errors import TierError
 from hps_numba.storage import PartialWriteError
@@ -268,6 +268,30 @@ def nodes_of(tier: RedisClusterTier, victim: Server) -> tuple[Node, list[Node]]:
     """The node of a tier that is the victim, and the others."""
     (dead,) = [node for node in tier._topology.primaries() if node.port == victim.port]
     return dead, [node for node in tier._topology.primaries() if node is not dead]
+
+
+def test_the_width_of_a_table_is_looked_at_once_in_a_while_beside_a_dead_node(
+    cluster: Cluster, tier: RedisClusterTier, opened: list[RedisClusterTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look asks every node, also those that have answered, and partition by partition."""
+    fresh = RedisClusterTier.from_options(address=cluster.address, num_partitions=PARTS)
+    opened.append(fresh)
+    tables, looks = fresh._tables, []
+    look = tables._look
+    monkeypatch.setattr(tables, "_look", lambda table: (looks.append(table), look(table))[1])
+    monkeypatch.setattr(tables, "check", lambda *_, **__: None)
+    monkeypatch.setattr("hps_numba.storage.redis.tables._PAUSE", HANG_SECONDS)
+    cluster.servers[0].kill()
+    for stamp in range(5):
+        with pytest.raises(PartialWriteError):
+            fresh.insert(TAG, KEYS, rows_of(KEYS, DIM, stamp))
+        assert looks == [TAG]
+    with pytest.raises(TierError, match=f"expected rows of width {DIM}, got {DIM + 1}"):
+        fresh.insert(TAG, KEYS, rows_of(KEYS, DIM + 1))
+    monkeypatch.setattr("hps_numba.storage.redis.tables._PAUSE", 0.0)
+    cluster.servers[0].start()
+    wait_until(lambda: written(fresh, KEYS))
+    assert tables._widths == {TAG: DIM}
 
 
 def test_a_node_that_hangs_costs_one_time_out(  # D19
